@@ -1,0 +1,2273 @@
+"""One file that trains, averages, quantises, packs, reloads and scores a small GPT for the Parameter Golf contest:
+the lowest bits per byte (BPB) whose code + compressed weights fit in 16,000,000 bytes.
+
+    bash run.sh                                                     the demo: sets everything up, trains, scores
+    torchrun --standalone --nproc_per_node=8 train_gpt.py           the real thing
+    python train_gpt.py @records/small.env MATRIX_LR=0.03 SEED=7    settings: default < @file < environment < KEY=VALUE
+    python train_gpt.py --help                                      every setting with its default and a sentence
+
+The rooms of this file, in reading order
+     1 Settings     one frozen dataclass: the field is the environment variable
+     2 Runtime      device, dtype, ranks, clocks, log; the only other reader of the environment
+     3 Model parts  norm, Linear, tables, rotary, smear, n-gram hash, value embedding, attention, MLP
+     4 Model        layer plan, Block, GPT, adapters, roles
+     5 Optimizer    orthogonalisation, MuonAdam for 1..N ranks, schedules, weight averages
+     6 Data         shard format, token stream, validation stream, bytes per token
+     7 Quantisation codecs: encode / decode
+     8 Artifact     container, compressors, save, load, size
+     9 Evaluation   windows, the one score loop, the validity ledger: the definition of the metric
+    10 Predictors   what is scored
+    11 Kernels      fused kernels beside their reference, and who was chosen
+    12 Train loop, main
+
+Axes: B sequences, T positions, D model width, H query heads, K key/value heads, C channels of a head, V vocabulary.
+"#N" is pull request or issue N of openai/parameter-golf.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import importlib.util
+import io
+import json
+import lzma
+import math
+import os
+import shlex
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections import deque
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args, get_origin
+
+if __name__ == "__main__":
+    # Before torch: OpenMP threads that spin while waiting make a shared CPU 5-11x slower, and torch 2.10-2.12 fuse
+    # reductions of this architecture badly (+6 ms a step; pytorch PR 179494). Both can be overridden from outside.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SIZE_LIMIT = 16_000_000  # bytes of code + artifact: decimal, as the contest counts
+NORM_EPS = 1.1920929e-07  # explicit: eps=None means another number in other torch versions
+BOS = 1  # begins every document of the contest's shards; there is no end-of-document token
+
+
+class BadInput(Exception):
+    """What a user gave cannot be used. The message is one line that names the cause and the fix; exit code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1 Settings
+# ---------------------------------------------------------------------------------------------------------------------
+
+Layers = tuple[int, ...]  # "9,10"; an empty value means none
+
+
+def opt(room, default, doc, lo=None, hi=None):
+    return field(default=default, metadata=dict(room=room, doc=doc, lo=lo, hi=hi))
+
+
+_run, _data, _model, _train, _average, _pack, _eval = (
+    partial(opt, room) for room in ("Run", "Data", "Model", "Training", "Averaging", "Quantisation and packing", "Evaluation"))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a person chooses. MATRIX_LR in a command is the field matrix_lr; derived values are properties."""
+
+    run_id: str = _run("", "name of the run; empty: date, time and settings hash")
+    out_dir: str = _run("", "folder for everything the run writes; empty: logs/RUN_ID")
+    seed: int = _run(1337, "seed of the initial weights", 0)
+    phases: Literal["all", "train", "eval"] = _run("all", "all; train: stop after the artifact; eval: only score ARTIFACT")
+    artifact: str = _run("", "artifact that PHASES=eval scores")
+    resume: str = _run("", "auto: newest whole checkpoint of OUT_DIR, if any; or a checkpoint file")
+    checkpoint_every: int = _run(0, "steps between checkpoints; 0: only when interrupted", 0)
+    train_log_every: int = _run(200, "steps between train lines in the log", 1)
+    val_loss_every: int = _run(1000, "steps between validations during training (outside the clock); 0: only at the end", 0)
+    device: Literal["auto", "cuda", "cpu"] = _run("auto", "auto: CUDA where there is one")
+    dtype: Literal["auto", "float32", "bfloat16"] = _run("auto", "of activations; auto: bfloat16 on CUDA, float32 on CPU")
+    compile: Literal["auto", "on", "off"] = _run("auto", "torch.compile; auto: on CUDA only")
+    attention: Literal["auto", "fa3", "cudnn", "flash", "math"] = _run("auto", "attention kernel; auto: the fastest that passes a check")
+    kernels: Literal["auto", "off", "require"] = _run("auto", "fused kernels; off: PyTorch reference; require: a fallback is an error")
+    strict_env: bool = _run(False, "a doubtful name in the environment is an error, not a warning")
+
+    data_path: str = _data("data/datasets/fineweb10B_sp1024", "folder with fineweb_train_*.bin and fineweb_val_*.bin")
+    tokenizer_path: str = _data("", "SentencePiece model; empty: tokenizer.model in DATA_PATH, else the contest's place for it")
+    vocab_size: int = _data(1024, "vocabulary of tokenizer and shards", 8, 65536)
+    val_tokens: int = _data(0, "score only the first N validation targets (never record-eligible); 0: all", 0)
+
+    num_layers: int = _model(11, "physical transformer blocks", 1, 256)
+    model_dim: int = _model(512, "width of the residual stream", 8, 16384)
+    num_heads: int = _model(8, "query heads", 1, 512)
+    num_kv_heads: int = _model(4, "key/value heads (grouped-query attention)", 1, 512)
+    mlp_mult: float = _model(3.0, "hidden width of the MLP as a multiple of MODEL_DIM", 0.25, 16)
+    leaky_slope: float = _model(0.5, "MLP activation leaky_relu(x, slope)^2; 0 is ReLU^2 (#549)", 0, 1)
+    logit_softcap: float = _model(30.0, "logits = cap * tanh(logits / cap); 0: no cap", 0)
+    tied_embed_init_std: float = _model(0.005, "standard deviation of the initial token embedding, which is also the head", 0)
+    qk_gain_init: float = _model(1.5, "initial learned gain of the normalised queries, per head", 0)
+    rope_dims: int = _model(16, "channels of a head that rotate with position; the rest carry no position", 0, 1024)
+    rope_base: float = _model(22081.8, "rotary base at every length: 10000 * 2^(8/7), the references' NTK rule at 2048", 1)
+    xsa_last_n: int = _model(4, "exclusive self-attention on the last N layers (#265)", 0, 256)
+    ln_scale: bool = _model(True, "scale the normed input of layer i by 1/sqrt(i+1)")
+    resid_mix: bool = _model(True, "each block starts from a learned mix of the stream and the first embedding")
+    skips: Literal["none", "linear"] = _model("linear", "U-Net skips from the first to the second half of the layers")
+    smear_gate: bool = _model(True, "learned per-channel mix of each embedding with the previous one")
+    doc_mask: Literal["none", "inputs"] = _model("inputs", "inputs: SmearGate and n-gram hash never look across BOS (#1855)")
+    bigram_vocab_size: int = _model(2048, "rows of the hashed bigram table; 0: off", 0, 2**24)
+    bigram_dim: int = _model(128, "width of the bigram table", 1, 16384)
+    ve_dim: int = _model(128, "width of the value embedding table; 0: off", 0, 16384)
+    ve_layers: Layers = _model((9, 10), "layers whose values get the value embedding")
+
+    iterations: int = _train(20000, "stop after N steps; 0: no limit", 0)
+    max_wallclock_seconds: float = _train(600.0, "stop before the training clock passes this; 0: no limit", 0)
+    train_batch_tokens: int = _train(786432, "tokens of a step over all ranks", 1)
+    train_seq_len: int = _train(2048, "length of a training sequence", 2, 2**20)
+    micro_batch_tokens: int = _train(98304, "most tokens a rank forwards at once; more are accumulated", 1)
+    warmup_steps: int = _train(3, "steps on synthetic tokens that compile everything, then are undone; outside the clock", 0)
+    lr_warmup_steps: int = _train(0, "steps over which the learning rate rises from 0", 0)
+    warmdown_frac: float = _train(0.5, "last fraction of the run in which the learning rate falls linearly", 0, 1)
+    warmdown_iters: int = _train(0, "the same in (estimated) steps; replaces WARMDOWN_FRAC when > 0", 0)
+    min_lr: float = _train(0.0, "learning rate at the end as a fraction of its peak", 0, 1)
+    matrix_lr: float = _train(0.025, "learning rate of the matrices (Muon)", 0)
+    scalar_lr: float = _train(0.025, "learning rate of gains, gates and scales (AdamW)", 0)
+    tied_embed_lr: float = _train(0.035, "learning rate of the embedding tables (AdamW)", 0)
+    muon_momentum: float = _train(0.99, "momentum of Muon (Nesterov)", 0, 0.9999)
+    muon_momentum_warmup_start: float = _train(0.92, "momentum at the first step", 0, 0.9999)
+    muon_momentum_warmup_steps: int = _train(1500, "steps over which it rises to MUON_MOMENTUM", 0)
+    muon_backend_steps: int = _train(5, "Newton-Schulz iterations", 1, 20)
+    muon_wd: float = _train(0.04, "decoupled weight decay of the matrices", 0)
+    adam_wd: float = _train(0.04, "decoupled weight decay of gains, gates and scales", 0)
+    embed_wd: float = _train(0.04, "decoupled weight decay of the embedding tables", 0)
+    beta1: float = _train(0.9, "AdamW, first moment", 0, 0.9999)
+    beta2: float = _train(0.95, "AdamW, second moment", 0, 0.99999)
+    adam_eps: float = _train(1e-8, "AdamW, added to the root of the second moment", 0)
+    grad_clip_norm: float = _train(0.3, "clip the global gradient (all ranks, all parameters) to this norm; 0: off", 0)
+
+    average: Literal["none", "ema", "swa"] = _average("ema", "weights that are exported: last, exponential average, or mean of snapshots")
+    ema_decay: float = _average(0.997, "decay of the exponential average, per step", 0, 0.999999)
+    ema_start_frac: float = _average(0.0, "the average starts, from the weights of then, at this fraction of the run", 0, 0.999)
+    swa_every: int = _average(50, "steps between snapshots", 1)
+    swa_start_scale: float = _average(0.2, "snapshots are taken once the learning rate is below this fraction of its peak", 0, 1)
+
+    matrix_bits: int = _pack(6, "bits of a matrix weight: 2 to 8, or 16 for float16", 2, 16)
+    matrix_quant: Literal["rtn", "gptq_lite"] = _pack("gptq_lite", "rounding at the row's maximum, or at its best clip percentile")
+    embed_bits: int = _pack(8, "bits of an embedding weight: 2 to 8, or 16", 2, 16)
+    embed_quant: Literal["rtn", "gptq_lite"] = _pack("gptq_lite", "the same choice for embedding tables")
+    compressor: Literal["auto", "zstd", "lzma", "brotli", "zlib"] = _pack("auto", "zstd-22, lzma-9e, brotli-11, zlib-9; auto: smallest per stream")
+    size_limit: int = _pack(SIZE_LIMIT, "most bytes of code + artifact; above it the run ends with exit code 3", 1, SIZE_LIMIT)
+
+    eval_seq_len: int = _eval(2048, "length of an evaluation window", 2, 2**20)
+    eval_stride: int = _eval(64, "step of the sliding window; 0: contiguous windows", 0)
+    eval_batch_seqs: int = _eval(32, "windows a rank scores at once (changes speed, never the score)", 1)
+
+    @property
+    def head_dim(self):
+        return self.model_dim // self.num_heads
+
+    @property
+    def mlp_hidden(self):
+        return round(self.mlp_mult * self.model_dim)
+
+    @classmethod
+    def parse(cls, args=(), env=None):
+        """Settings from a list of KEY=VALUE or @file and a mapping of environment variables.
+
+        Files and arguments are strict: an unknown name is an error. In the environment a near miss is one (a shell has
+        variables of its own; see doubtful_names). Raises BadInput that lists every complaint, one a line.
+        """
+        known = {f.name.upper(): f for f in fields(cls)}
+        complaints, values = [], {}
+        env = dict(env or {})
+        strict_env = env.get("STRICT_ENV", "") in ("1", "true") or "STRICT_ENV=1" in args
+        from_env = {k: v for k, v in env.items() if k in known}
+        for name in env:
+            if name not in known and (why := _why_not_env(name, known, strict_env)):
+                complaints.append(f"environment: {why}")
+        from_files, from_args = {}, {}
+        for arg in args:
+            source = from_files if arg.startswith("@") else from_args
+            for where, pair in _file_pairs(arg[1:], complaints) if arg.startswith("@") else [("argument", arg)]:
+                name, equals, value = pair.partition("=")
+                if not equals:
+                    complaints.append(f"{where}: {pair!r} is not KEY=VALUE (or @file)")
+                elif name not in known:
+                    complaints.append(f"{where}: {_unknown(name, known)}")
+                else:
+                    source[name] = value
+        given = {**from_files, **from_env, **from_args}
+        for name, text in given.items():
+            try:
+                values[known[name].name] = _convert(known[name], text)
+            except ValueError as error:
+                complaints.append(f"{name}={text}: {error}")
+        settings = cls(**values)
+        if len(values) == len(given):  # with a value missing, a conflict could be the default's fault
+            complaints += settings._conflicts(set(values))
+        if complaints:
+            raise BadInput("\n".join(complaints))
+        return settings
+
+    def _conflicts(self, given):
+        """Impossible combinations, each naming both settings and their values."""
+        s, bad = self, []
+
+        def need(ok, text):
+            if not ok:
+                bad.append(text)
+
+        need(s.model_dim % s.num_heads == 0, f"MODEL_DIM={s.model_dim} is not a multiple of NUM_HEADS={s.num_heads}")
+        need(s.num_heads % s.num_kv_heads == 0, f"NUM_HEADS={s.num_heads} is not a multiple of NUM_KV_HEADS={s.num_kv_heads}")
+        need(s.rope_dims % 2 == 0 and s.rope_dims <= s.head_dim,
+             f"ROPE_DIMS={s.rope_dims} must be even and at most MODEL_DIM/NUM_HEADS={s.head_dim}")
+        need(abs(s.mlp_mult * s.model_dim - s.mlp_hidden) < 1e-6,
+             f"MLP_MULT={s.mlp_mult} times MODEL_DIM={s.model_dim} is not a whole number")
+        need(s.xsa_last_n <= s.num_layers, f"XSA_LAST_N={s.xsa_last_n} exceeds NUM_LAYERS={s.num_layers}")
+        need(not s.ve_dim or all(0 <= i < s.num_layers for i in s.ve_layers),
+             f"VE_LAYERS={','.join(map(str, s.ve_layers))} names a layer outside 0..NUM_LAYERS-1={s.num_layers - 1}")
+        need(not s.ve_dim or s.ve_layers, f"VE_DIM={s.ve_dim} but VE_LAYERS is empty; VE_DIM=0 turns value embeddings off")
+        need(s.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1 leaves no bucket beside the reserved one; 0 turns it off")
+        need(s.train_batch_tokens % s.train_seq_len == 0,
+             f"TRAIN_BATCH_TOKENS={s.train_batch_tokens} is not a multiple of TRAIN_SEQ_LEN={s.train_seq_len}")
+        need(s.micro_batch_tokens >= s.train_seq_len,
+             f"MICRO_BATCH_TOKENS={s.micro_batch_tokens} is less than one sequence, TRAIN_SEQ_LEN={s.train_seq_len}")
+        need(s.eval_stride <= s.eval_seq_len, f"EVAL_STRIDE={s.eval_stride} exceeds EVAL_SEQ_LEN={s.eval_seq_len}")
+        need(s.iterations or s.max_wallclock_seconds, "ITERATIONS=0 and MAX_WALLCLOCK_SECONDS=0: the run would never end")
+        need(not (s.warmdown_iters and s.warmdown_frac and {"warmdown_iters", "warmdown_frac"} <= given),
+             f"WARMDOWN_ITERS={s.warmdown_iters} and WARMDOWN_FRAC={s.warmdown_frac} both set the warmdown; make one of them 0")
+        need(s.resume != "auto" or s.run_id or s.out_dir, "RESUME=auto needs the RUN_ID or OUT_DIR of the run to go on with")
+        need((s.phases == "eval") == bool(s.artifact), f"PHASES={s.phases} and ARTIFACT={s.artifact or '(empty)'}: "
+             "PHASES=eval needs an ARTIFACT, and nothing else reads one")
+        for name in ("matrix_bits", "embed_bits"):
+            need(getattr(s, name) <= 8 or getattr(s, name) == 16, f"{name.upper()}={getattr(s, name)}: 2 to 8, or 16")
+        for package in {"auto": ("zstandard", "brotli"), "zstd": ("zstandard",), "brotli": ("brotli",)}.get(s.compressor, ()):
+            need(importlib.util.find_spec(package), f"COMPRESSOR={s.compressor} needs the package {package}: pip install {package}")
+        return bad
+
+    def text(self, changed_only=True):
+        """The settings as one line of KEY=VALUE that parse accepts; by default only those that differ from the default."""
+        return " ".join(shlex.quote(f"{f.name.upper()}={_show(getattr(self, f.name))}") for f in fields(self)
+                        if not changed_only or getattr(self, f.name) != f.default)
+
+    def sha256(self):
+        """Hash of every setting outside the room Run: equal for the runs of one experiment, whatever their seed or folder."""
+        rows = [f"{f.name.upper()}={_show(getattr(self, f.name))}" for f in fields(self) if f.metadata["room"] != "Run"]
+        return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+    @classmethod
+    def help(cls):
+        lines, room = [__doc__.split("\nThe rooms")[0]], None
+        for f in fields(cls):
+            if f.metadata["room"] != room:
+                room = f.metadata["room"]
+                lines.append(f"\n{room}")
+            kind = "|".join(get_args(f.type)) if get_origin(f.type) is Literal else "layers" if f.type is Layers else f.type.__name__
+            lines.append(f"  {f.name.upper() + '=' + (_show(f.default) or '(empty)'):<42} {f.metadata['doc']}  [{kind}]")
+        return "\n".join(lines)
+
+
+# Names of published commands that mean something else here: the answer is what to write instead.
+RENAMED = {
+    "VE_ENABLED": "VE_DIM=0 turns value embeddings off", "SWA_ENABLED": "AVERAGE=swa", "LEAKY_RELU": "LEAKY_SLOPE",
+    "TORCH_COMPILE": "COMPILE", "VAL_BATCH_SIZE": "EVAL_BATCH_SEQS", "LR_FLOOR": "MIN_LR", "EVAL_ONLY": "PHASES=eval ARTIFACT=file",
+    "COMPRESS_METHOD": "COMPRESSOR", "SMEAR_GATE_ENABLED": "SMEAR_GATE", "TIE_EMBEDDINGS": "always on",
+    "ROPE_TRAIN_SEQ_LEN": "ROPE_BASE, the base in force at every length", "NO_COMPILE": "COMPILE=off",
+}
+# First words of the contest's other techniques: such a name in the environment is meant for a trainer, and not read here.
+FOREIGN = frozenset("TTT SLOT QAT GPTQ SDCLIP LATE CROWN RECUR DEPTH NGRAM MIXER VRL DTG MTP LAWA TRIGRAM PARALLEL POLYAK "
+                    "MUONEQ COMPLEMENT LQER PHASED GLOBAL GATED SPARSE LOOP CASEOPS PRUNE HEDGE".split())
+
+
+def _show(value):
+    if isinstance(value, bool):
+        return str(int(value))
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _convert(f, text):
+    """The value of one setting; ValueError says what would be right."""
+    kind, lo, hi = f.type, f.metadata["lo"], f.metadata["hi"]
+    if get_origin(kind) is Literal:
+        if text not in get_args(kind):
+            near = difflib.get_close_matches(text, get_args(kind), 1, 0.5)
+            raise ValueError(f"one of {', '.join(get_args(kind))}" + (f" (did you mean {near[0]}?)" if near else ""))
+        return text
+    if kind is bool:
+        if text not in ("0", "1", "true", "false"):
+            raise ValueError("0 or 1")
+        return text in ("1", "true")
+    if kind is Layers:
+        try:
+            return tuple(int(part) for part in text.split(",")) if text else ()
+        except ValueError:
+            raise ValueError("layer numbers separated by commas, such as 9,10") from None
+    if kind is str:
+        return text
+    try:
+        value = int(text.replace("_", "")) if kind is int else float(text)
+    except ValueError:
+        raise ValueError("a whole number" if kind is int else "a number") from None
+    if not math.isfinite(value) or (lo is not None and value < lo) or (hi is not None and value > hi):
+        raise ValueError("between {} and {}".format(lo, hi) if hi is not None else f"at least {lo}")
+    return value
+
+
+def _unknown(name, known):
+    if name in RENAMED:
+        return f"{name} is now {RENAMED[name]}"
+    near = difflib.get_close_matches(name.upper(), known, 1, 0.6)
+    return f"unknown setting {name}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+
+
+def _why_not_env(name, known, strict):
+    """Why an environment variable that is no setting cannot be let pass, or None."""
+    if name in RENAMED:
+        return f"{name} is now {RENAMED[name]}"
+    if near := difflib.get_close_matches(name, known, 1, 0.85):
+        return f"{name} is not a setting; did you mean {near[0]}? (unset it if it is not meant for this script)"
+    if name.partition("_")[0] in FOREIGN and "_" in name:
+        return f"{name} is a switch of other contest scripts; this one does not have it"
+    return f"{name} looks like a setting but is none (STRICT_ENV=1)" if strict and name in doubtful_names([name]) else None
+
+
+def doubtful_names(env):
+    """Names in the environment that are made only of words of our settings, such as MODEL_LR, but are no setting."""
+    known = {f.name.upper() for f in fields(Settings)}
+    words = {word for name in known for word in name.split("_")}
+    return sorted(name for name in env if name not in known and "_" in name and all(w in words for w in name.split("_")))
+
+
+def _file_pairs(path, complaints):
+    """(where, KEY=VALUE) of each assignment in a settings file, or in settings.env of a record folder."""
+    path = Path(path) / "settings.env" if Path(path).is_dir() else Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        complaints.append(f"@{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})")
+        return
+    seen = set()
+    for number, line in enumerate(lines, 1):
+        try:
+            parts = shlex.split(line, comments=True)
+        except ValueError as error:
+            complaints.append(f"{path}:{number}: {error}")
+            continue
+        for pair in parts:
+            if (name := pair.partition("=")[0]) in seen:
+                complaints.append(f"{path}:{number}: {name} is set twice in this file")
+            seen.add(name)
+            yield f"{path}:{number}", pair
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2 Runtime
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Runtime:
+    """Where the run happens, and why: device, dtype, ranks. Every automatic choice leaves a (name, choice, reason)."""
+
+    def __init__(self, settings, env=None):
+        env = os.environ if env is None else env
+        self.rank, self.world, self.local = (int(env.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        self.choices = []
+        cuda = torch.cuda.is_available()
+        if settings.device == "cuda" and not cuda:
+            raise BadInput("DEVICE=cuda but torch sees no CUDA device; use DEVICE=cpu, or install a CUDA build of torch and a driver")
+        use_cuda = cuda and settings.device != "cpu"
+        if use_cuda and self.local >= torch.cuda.device_count():
+            raise BadInput(f"local rank {self.local} has no GPU: this machine has {torch.cuda.device_count()}; lower --nproc_per_node")
+        self.device = torch.device("cuda", self.local) if use_cuda else torch.device("cpu")
+        self.choose("device", self.device_name(), f"DEVICE={settings.device}, torch sees {torch.cuda.device_count() if cuda else 'no'} CUDA device(s)")
+        self.dtype = {"auto": torch.bfloat16 if use_cuda else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
+        # A CPU without bf16 instructions runs bf16 8-15 times slower than fp32, so it is never chosen for it.
+        self.choose("dtype", str(self.dtype).removeprefix("torch."), f"DTYPE={settings.dtype}")
+        self.compiled = settings.compile == "on" or (settings.compile == "auto" and use_cuda)
+        self.choose("compile", "on" if self.compiled else "off", f"COMPILE={settings.compile}")
+        if use_cuda:
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+            free, total = torch.cuda.mem_get_info()
+            if free < 0.9 * total:
+                self.choose("gpu_memory", f"{free >> 20}MiB_free", f"of {total >> 20} MiB: another process is using this GPU and will slow it down")
+        self.control = None
+        if self.world > 1:
+            dist.init_process_group("nccl" if use_cuda else "gloo", device_id=self.device if use_cuda else None)
+            # Clock and stop flags travel on the CPU, so agreeing on them never waits for the GPU.
+            self.control = dist.new_group(backend="gloo") if use_cuda else dist.group.WORLD
+        self._events = deque()
+
+    def choose(self, name, choice, reason):
+        self.choices.append((name, choice, reason))
+
+    def device_name(self):
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+
+    def compile(self, function):
+        """One fixed shape per graph; every graph a run will use is compiled in warm-up."""
+        return torch.compile(function, dynamic=False, fullgraph=True) if self.compiled else function
+
+    def sync(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def throttle(self, depth=2):
+        """Let the CPU run at most `depth` steps ahead of the GPU: the queue stays full, the clock stays honest."""
+        if self.device.type == "cuda":
+            self._events.append(torch.cuda.Event())
+            self._events[-1].record()
+            if len(self._events) > depth:
+                self._events.popleft().synchronize()
+        return len(self._events)
+
+    def agree(self, *values):
+        """The maximum over ranks of each number, equal on all ranks."""
+        if self.world == 1:
+            return values
+        numbers = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.control)
+        return tuple(numbers.tolist())
+
+    def sum(self, tensor):
+        """Sum over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def same(self, value):
+        """Rank 0's (picklable) value on all ranks."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def peak_memory_mib(self):
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) >> 20
+        try:
+            import resource
+        except ImportError:  # not a Unix
+            return 0
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+
+    def close(self):
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Clock:
+    """The phase ledger: wall seconds per phase, each second charged to the innermost phase only."""
+
+    def __init__(self, sync=lambda: None):
+        self.seconds, self._sync, self._phase, self._since = {}, sync, "setup", time.monotonic()
+
+    def __getitem__(self, phase):
+        """Seconds so far, without waiting for the device."""
+        return self.seconds.get(phase, 0.0) + (time.monotonic() - self._since if phase == self._phase else 0.0)
+
+    def _enter(self, phase):
+        self._sync()
+        now, outer = time.monotonic(), self._phase
+        self.seconds[outer] = self.seconds.get(outer, 0.0) + now - self._since
+        self._phase, self._since = phase, now
+        return outer
+
+    @contextlib.contextmanager
+    def phase(self, name):
+        outer = self._enter(name)
+        try:
+            yield
+        finally:
+            self._enter(outer)
+
+
+class Log:
+    """train.log, metrics.jsonl and the console, written by rank 0, flushed line by line.
+
+    A line is `event key:value ...`; the contest's own forms are given as text. metrics.jsonl gets every event as JSON.
+    """
+
+    def __init__(self, out_dir, main, append=False):
+        self.main, self._files, self._bar = main, [], False
+        if main:
+            self._files = [_open_log(Path(out_dir) / name, append) for name in ("train.log", "metrics.jsonl")]
+
+    def __call__(self, event, text=None, **values):
+        if text is None:
+            text = " ".join([event] + [f"{key}:{_word(value)}" for key, value in values.items()])
+        self.line(text)
+        self._write(1, json.dumps({"event": event, **values}, default=str))
+
+    def line(self, text, console=True):
+        self._write(0, text)
+        if self.main and console:
+            print(("\r\x1b[K" if self._bar else "") + text, flush=True)
+            self._bar = False
+
+    def _write(self, which, text):
+        if not self._files or self._files[which] is None:
+            return
+        try:
+            self._files[which].write(text + "\n")
+            self._files[which].flush()
+        except OSError as error:  # a full disk must not end the training; the console still gets every line
+            self._files[which] = None
+            print(f"warning: log file closed: {error.strerror}", file=sys.stderr, flush=True)
+
+    def progress(self, what, done, total, rate):
+        """A bar on a terminal, nothing elsewhere. `rate` is text."""
+        if not self.main or not sys.stdout.isatty():
+            return
+        full = int(24 * min(done / total, 1.0))
+        print(f"\r\x1b[K{what} [{'#' * full}{'.' * (24 - full)}] {done / total:4.0%} {rate}", end="", flush=True)
+        self._bar = True
+
+
+def _word(value):
+    text = f"{value:.8g}" if isinstance(value, float) else str(value)
+    return text.replace(" ", "_")
+
+
+def _open_log(path, append):
+    if path.exists() and not append:
+        raise BadInput(f"{path} belongs to an earlier run: choose another RUN_ID or OUT_DIR, or go on with it by RESUME=auto")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "a" if append else "w", encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"{path} cannot be written ({error.strerror}); choose another OUT_DIR") from None
+
+
+def write_atomic(path, chunks):
+    """Complete under its name, or not there at all: temporary name, fsync, rename. Returns the SHA-256 of what was written."""
+    path = Path(path)
+    part, digest = path.with_name(path.name + ".part"), hashlib.sha256()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+                digest.update(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise BadInput(f"{path} cannot be written ({error.strerror}); nothing under that name was changed") from None
+    return digest.hexdigest()
+
+
+class Interrupt:
+    """Turns SIGTERM and the first Ctrl-C into a flag that the train loop reads between steps; a second Ctrl-C is immediate."""
+
+    def __init__(self):
+        self.signal = 0
+
+    def _note(self, number, frame):
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __enter__(self):
+        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class Stopped(Exception):
+    """The run ends before its time: what happened, and the exit code."""
+
+    def __init__(self, message, code):
+        super().__init__(message)
+        self.code = code
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3 Model parts
+# Every module that creates a parameter states its role; optimizer, codec and compression group are tables over roles.
+# Weights are fp32 masters, cast to the activation dtype where they are used; there is no autocast.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Docs(NamedTuple):
+    """Where documents begin. One object for everything that must not look across a boundary."""
+
+    first: Tensor  # (B, T) bool: this token begins a document
+
+
+class Slot(NamedTuple):
+    """Adapters of one visit to a block: modules added beside its linear layers, or None."""
+
+    q: nn.Module | None = None
+    k: nn.Module | None = None
+    v: nn.Module | None = None
+    o: nn.Module | None = None
+    mlp: nn.Module | None = None
+
+
+class Context(NamedTuple):
+    """What every block sees beside the residual stream."""
+
+    x0: Tensor  # (B, T, D) the stream as it entered the first block
+    rope: tuple[Tensor, Tensor]  # cos, sin: (T, rope_dims / 2)
+    docs: Docs | None
+    ve: Tensor | None  # (B, T, K*C) value embedding
+
+
+def norm(x):
+    """RMSNorm over the last axis without a learned weight."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+def through(module, x, *args):
+    """An optional stage: absent modules pass x on."""
+    return x if module is None else module(x, *args)
+
+
+def plus(y, adapter, x):
+    """y with an adapter's contribution computed from x; nothing reaches the graph when there is none."""
+    return y if adapter is None else y + adapter(x)
+
+
+class Linear(nn.Module):
+    """y = x W^T, W (out, in); no bias anywhere. `scale` (out,) multiplies the rows of W instead of the output:
+
+    the same map, but its gradient comes from dW and not from a reduction over all tokens of the batch.
+    """
+
+    role = "matrix"
+
+    def __init__(self, inputs, outputs, zero=False):
+        super().__init__()
+        self.zero, self.weight = zero, nn.Parameter(torch.empty(outputs, inputs))
+
+    def init(self, generator):
+        nn.init.zeros_(self.weight) if self.zero else nn.init.orthogonal_(self.weight, generator=generator)
+
+    def forward(self, x, scale=None):
+        weight = self.weight if scale is None else scale[:, None] * self.weight
+        return F.linear(x, weight.to(x.dtype))
+
+
+class Table(nn.Module):
+    """Rows looked up by id."""
+
+    role = "embed"
+
+    def __init__(self, rows, width, std):
+        super().__init__()
+        self.std, self.weight = std, nn.Parameter(torch.empty(rows, width))
+
+    def init(self, generator):
+        nn.init.normal_(self.weight, std=self.std, generator=generator) if self.std else nn.init.zeros_(self.weight)
+
+    def forward(self, ids, dtype):
+        return F.embedding(ids, self.weight).to(dtype)
+
+
+def rotary_tables(positions, dims, base):
+    """cos and sin (positions, dims/2) of position * base^(-2j/dims), computed in float64."""
+    angle = torch.arange(positions, dtype=torch.float64)[:, None] * base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / max(dims, 1))
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x, cos, sin):
+    """Partial RoPE (#315): the first 2n channels of x (B, T, H, C) turn by minus the angle, first half against second half."""
+    n = cos.size(-1)
+    if n == 0:
+        return x
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    a, b, rest = x.split((n, n, x.size(-1) - 2 * n), dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+
+
+def exclude_self(y, v):
+    """Exclusive self-attention (#265): y (B, T, H, C) less its component along the token's own value v (B, T, K, C)."""
+    groups = y.unflatten(2, (v.size(2), -1))
+    v = v.unsqueeze(3)
+    share = (groups * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-24)
+    return (groups - share * v).flatten(2, 3)
+
+
+class Smear(nn.Module):
+    """SmearGate: (1 - g) x[t] + g x[t-1] per channel, g = sigmoid(gate); g = 0 where a document begins (#1855)."""
+
+    role = "scalar"
+
+    def __init__(self, dim):
+        super().__init__()
+        self.gate = nn.Parameter(torch.empty(dim))
+
+    def init(self, generator):
+        nn.init.zeros_(self.gate)
+
+    def forward(self, x, docs):
+        gate = self.gate.sigmoid().to(x.dtype)
+        if docs is not None:
+            gate = gate * ~docs.first[..., None]
+        return torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), gate.expand_as(x))
+
+
+class BigramHash(nn.Module):
+    """Embedding of the hashed pair (previous token, this token). The last row stands for "no previous token":
+
+    the first position of a window, and with `docs` the first token of a document.
+    """
+
+    role = "scalar"
+
+    def __init__(self, rows, width, dim):
+        super().__init__()
+        self.buckets, self.table = rows - 1, Table(rows, width, std=0)
+        self.proj = Linear(width, dim) if width != dim else None
+        self.scale = nn.Parameter(torch.empty(()))
+
+    def init(self, generator):
+        nn.init.constant_(self.scale, 0.05)
+
+    def bucket(self, ids, docs):
+        pair = (36313 * ids[:, 1:] ^ 27191 * ids[:, :-1]) % self.buckets
+        bucket = F.pad(pair, (1, 0), value=self.buckets)
+        return bucket if docs is None else bucket.masked_fill(docs.first, self.buckets)
+
+    def forward(self, ids, docs, dtype):
+        return self.scale.to(dtype) * through(self.proj, self.table(self.bucket(ids, docs), dtype))
+
+
+class ValueEmbedding(nn.Module):
+    """A second, narrow token table whose projection is added to the values of some layers (#374); computed once a forward."""
+
+    role = "scalar"
+
+    def __init__(self, vocab, width, kv_dim):
+        super().__init__()
+        self.table, self.proj = Table(vocab, width, std=0.01), Linear(width, kv_dim)
+        self.scale = nn.Parameter(torch.empty(()))
+
+    def init(self, generator):
+        nn.init.constant_(self.scale, 0.1)
+
+    def forward(self, ids, dtype):
+        return self.scale.to(dtype) * self.proj(self.table(ids, dtype))
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with QK norm, query gain, partial RoPE, value embedding and XSA. The only one."""
+
+    role = "scalar"
+
+    def __init__(self, s, layer, attend):
+        super().__init__()
+        self.head_dim, self.attend, self.xsa = s.head_dim, attend, layer >= s.num_layers - s.xsa_last_n
+        kv_dim = s.num_kv_heads * s.head_dim
+        self.q, self.k, self.v = Linear(s.model_dim, s.model_dim), Linear(s.model_dim, kv_dim), Linear(s.model_dim, kv_dim)
+        self.o = Linear(s.model_dim, s.model_dim, zero=True)
+        self.gain_init, self.q_gain = s.qk_gain_init, nn.Parameter(torch.empty(s.num_heads))
+        self.ve_scale = nn.Parameter(torch.empty(())) if s.ve_dim and layer in s.ve_layers else None
+
+    def init(self, generator):
+        nn.init.constant_(self.q_gain, self.gain_init)
+        if self.ve_scale is not None:
+            nn.init.ones_(self.ve_scale)
+
+    def forward(self, x, scale, context, slot):
+        """x (B, T, D) normed -> (B, T, D), its channels multiplied by `scale` (D,)."""
+        q, k, v = plus(self.q(x), slot.q, x), plus(self.k(x), slot.k, x), plus(self.v(x), slot.v, x)
+        if self.ve_scale is not None:
+            v = v + self.ve_scale.to(x.dtype) * context.ve
+        q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in (q, k, v))
+        q = rotate(norm(q), *context.rope) * self.q_gain.to(x.dtype)[:, None]
+        y = self.attend(q, rotate(norm(k), *context.rope), v)
+        y = (exclude_self(y, v) if self.xsa else y).flatten(2)
+        return plus(self.o(y, scale), slot.o, y)
+
+
+class MLP(nn.Module):
+    """down(leaky_relu(up(x), slope)^2)."""
+
+    def __init__(self, s):
+        super().__init__()
+        self.slope = s.leaky_slope
+        self.up, self.down = Linear(s.model_dim, s.mlp_hidden), Linear(s.mlp_hidden, s.model_dim, zero=True)
+
+    def forward(self, x, scale, slot):
+        return plus(self.down(F.leaky_relu(self.up(x), self.slope).square(), scale), slot.mlp, x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4 Model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Visit(NamedTuple):
+    """One application of a block. The forward is a loop over visits; skips, recurrence and lanes are data."""
+
+    block: int
+    push: bool  # keep the stream after it, for a later skip
+    pop: int | None  # before it, add the stream kept last, weighted by this skip weight
+
+
+def layer_plan(num_layers, skips):
+    """U-Net: the first half pushes, the second half pops, last in first out; a middle layer left over does neither."""
+    half = num_layers // 2 if skips != "none" else 0
+    return [Visit(i, push=i < half, pop=i - num_layers // 2 if 0 <= i - num_layers // 2 < half else None) for i in range(num_layers)]
+
+
+class Block(nn.Module):
+    role = "scalar"
+
+    def __init__(self, s, layer, attend):
+        super().__init__()
+        self.ln_scale = (layer + 1) ** -0.5 if s.ln_scale else 1.0
+        self.attn, self.mlp = Attention(s, layer, attend), MLP(s)
+        self.attn_scale, self.mlp_scale = nn.Parameter(torch.empty(s.model_dim)), nn.Parameter(torch.empty(s.model_dim))
+        self.resid_mix = nn.Parameter(torch.empty(2, s.model_dim)) if s.resid_mix else None
+
+    def init(self, generator):
+        nn.init.ones_(self.attn_scale), nn.init.ones_(self.mlp_scale)
+        if self.resid_mix is not None:
+            nn.init.ones_(self.resid_mix[0]), nn.init.zeros_(self.resid_mix[1])
+
+    def forward(self, lanes, context, slot):
+        """Attention reads and writes the first lane, the MLP the last; with one lane that is the ordinary block."""
+        x = lanes[0]
+        if self.resid_mix is not None:
+            mix = self.resid_mix.to(x.dtype)
+            x = mix[0] * x + mix[1] * context.x0
+        lanes = (x + self.attn(norm(x) * self.ln_scale, self.attn_scale, context, slot), *lanes[1:])
+        x = lanes[-1]
+        return (*lanes[:-1], x + self.mlp(norm(x) * self.ln_scale, self.mlp_scale, slot))
+
+
+class GPT(nn.Module):
+    """The model. hidden -> logits -> forward is the only forward: training, scoring, calibration and adaptation call it.
+
+    GPT(settings) has the initial weights of SEED, equal on every device and rank; init=False leaves them to be loaded.
+    `attend` is the attention kernel (room 11), `dtype` that of activations.
+    """
+
+    role = "scalar"
+
+    def __init__(self, s, dtype=torch.float32, attend=None, init=True):
+        super().__init__()
+        self.dtype, self.softcap, self.doc_mask = dtype, s.logit_softcap, s.doc_mask
+        self.embed = Table(s.vocab_size, s.model_dim, s.tied_embed_init_std)  # tied: also the head
+        self.bigram = BigramHash(s.bigram_vocab_size, s.bigram_dim, s.model_dim) if s.bigram_vocab_size else None
+        self.smear = Smear(s.model_dim) if s.smear_gate else None
+        self.value_embed = ValueEmbedding(s.vocab_size, s.ve_dim, s.num_kv_heads * s.head_dim) if s.ve_dim else None
+        self.blocks = nn.ModuleList(Block(s, i, attend or attend_sdpa) for i in range(s.num_layers))
+        self.plan = layer_plan(s.num_layers, s.skips)
+        skips = sum(visit.pop is not None for visit in self.plan)
+        self.skip_weights = nn.Parameter(torch.empty(skips, s.model_dim)) if skips else None
+        # Buffers built before the first call: a lazily grown cache would recompile the graph.
+        for name, table in zip(("cos", "sin"), rotary_tables(max(s.train_seq_len, s.eval_seq_len), s.rope_dims, s.rope_base)):
+            self.register_buffer(name, table, persistent=False)
+        if init:
+            generator = torch.Generator().manual_seed(s.seed)
+            with torch.no_grad():
+                for module in self.modules():
+                    if hasattr(module, "init"):
+                        module.init(generator)
+
+    def init(self, generator):
+        if self.skip_weights is not None:
+            nn.init.ones_(self.skip_weights)
+
+    def hidden(self, ids, docs=None, adapters=None):
+        """ids (B, T) -> normed final states (B, T, D). docs defaults to what BOS says, unless DOC_MASK=none."""
+        if docs is None and self.doc_mask != "none":
+            docs = Docs(ids == BOS)
+        x = self.embed(ids, self.dtype)
+        if self.bigram is not None:
+            x = x + self.bigram(ids, docs, self.dtype)
+        x = through(self.smear, norm(x), docs)
+        ve = self.value_embed(ids, self.dtype) if self.value_embed is not None else None
+        context = Context(x, (self.cos[: ids.size(1)], self.sin[: ids.size(1)]), docs, ve)
+        lanes, kept = (x,), []
+        for j, visit in enumerate(self.plan):
+            if visit.pop is not None:
+                lanes = (lanes[0] + self.skip_weights[visit.pop].to(x.dtype) * kept.pop(), *lanes[1:])
+            lanes = self.blocks[visit.block](lanes, context, adapters.slots[j] if adapters is not None else Slot())
+            if visit.push:
+                kept.append(lanes[0])
+        return norm(sum(lanes) / len(lanes) if len(lanes) > 1 else lanes[0])
+
+    def logits(self, hidden, adapters=None):
+        """hidden (..., D) -> float32 logits (..., V), soft-capped."""
+        logits = F.linear(hidden, self.embed.weight.to(hidden.dtype))
+        logits = plus(logits, adapters.head if adapters is not None else None, hidden).float()
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+    def forward(self, ids, targets, docs=None, adapters=None, reduction="mean"):
+        """Cross entropy in nats: ids, targets (B, T) -> mean over all tokens, or (B, T) with reduction="none"."""
+        logits = self.logits(self.hidden(ids, docs, adapters), adapters)
+        loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction)
+        return loss if reduction == "mean" else loss.view_as(targets)
+
+
+def roles(model):
+    """{parameter name: role}, each parameter once; a module that creates parameters without stating a role is an error."""
+    table = {}
+    for prefix, module in model.named_modules():
+        for name, _ in module.named_parameters(recurse=False):
+            full = f"{prefix}.{name}" if prefix else name
+            if not isinstance(getattr(module, "role", None), str):
+                raise TypeError(f"{type(module).__name__} creates the parameter {full} but states no role")
+            table[full] = module.role
+    return table
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5 Optimizer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def newton_schulz(update, steps, dtype=torch.float32):
+    """Push the singular values of each matrix of a batch (N, rows, cols) towards 1 (Keller Jordan's Muon, quintic iteration)."""
+    x = update.to(dtype)
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
+
+
+class Treatment(NamedTuple):
+    """How the parameters of a role are optimised."""
+
+    kind: Literal["muon", "adam"]
+    lr: float
+    wd: float
+
+
+def treatments(s):
+    return {"matrix": Treatment("muon", s.matrix_lr, s.muon_wd),
+            "embed": Treatment("adam", s.tied_embed_lr, s.embed_wd),
+            "scalar": Treatment("adam", s.scalar_lr, s.adam_wd)}
+
+
+class Bank:
+    """Parameters of equal treatment in one tensor; parameters and gradients are views of it, so the whole bank is updated,
+
+    reduced and averaged by single operations. Muon: one bank a shape, (matrices padded to a multiple of ranks, rows, cols),
+    of which each rank orthogonalises its share. Adam: one flat bank a role, each parameter aligned to 256 bytes.
+    """
+
+    def __init__(self, treatment, entries, rt):
+        self.kind, self.lr, self.wd = treatment
+        self.names, params, self.shapes = [n for n, _ in entries], [p for _, p in entries], [p.shape for _, p in entries]
+        if self.kind == "muon":
+            self.share = -(-len(params) // rt.world)
+            whole = (self.share * rt.world, *params[0].shape)
+            self.mine = slice(rt.rank * self.share, (rt.rank + 1) * self.share)
+        else:
+            self.starts = np.cumsum([0] + [-(-p.numel() // 64) * 64 for p in params]).tolist()
+            whole, self.mine = (self.starts[-1],), slice(None)
+        device = params[0].device
+        self.weight, self.grad = torch.zeros(whole, device=device), torch.zeros(whole, device=device)
+        self.state = [torch.zeros_like(self.weight[self.mine]) for _ in range(1 if self.kind == "muon" else 2)]
+        for param, weight, grad in zip(params, self.views(self.weight), self.views(self.grad)):
+            weight.copy_(param.data)
+            param.data, param.grad = weight, grad
+
+    def views(self, bank):
+        """The parameters' parts of a tensor shaped like the bank."""
+        if self.kind == "muon":
+            return [bank[i] for i in range(len(self.names))]
+        return [bank[a:][: shape.numel()].view(shape) for a, shape in zip(self.starts, self.shapes)]
+
+
+class MuonAdam:
+    """Muon for matrices, AdamW for the rest, on 1..N ranks; it owns all communication, there is no DDP wrapper.
+
+    step(): reduce-scatter the matrix banks and all-reduce the flat ones, clip the global gradient, orthogonalise this
+    rank's share and start gathering it, run AdamW meanwhile, apply. State is saved by parameter name for any rank count.
+    """
+
+    def __init__(self, model, s, rt):
+        self.s, self.rt, self.t = s, rt, 0
+        table, params = treatments(s), dict(model.named_parameters())
+        groups = {}
+        for name, role in roles(model).items():
+            if role not in table:
+                raise KeyError(f"no treatment for role {role} of {name}")
+            shape = tuple(params[name].shape) if table[role].kind == "muon" else ()
+            groups.setdefault((role, shape), []).append((name, params[name]))
+        order = sorted(groups, key=lambda g: -sum(p.numel() for _, p in groups[g]))  # largest first: its reduction hides the others
+        self.banks = [Bank(table[role], groups[role, shape], rt) for role, shape in order]
+        self.table = {role: (len(names), sum(params[n].numel() for n in names), *table[role]) for role in table
+                      if (names := [n for (r, _), group in groups.items() if r == role for n, _ in group])}
+        owned = sorted(name for bank in self.banks for name in bank.names)
+        assert owned == sorted(params), "every parameter has exactly one owner"
+        dtype = torch.bfloat16 if rt.device.type == "cuda" else torch.float32
+        self.orthogonalise = rt.compile(partial(newton_schulz, steps=s.muon_backend_steps, dtype=dtype))
+
+    def zero_grad(self):
+        for bank in self.banks:
+            bank.grad.zero_()
+
+    def _reduce(self):
+        """Average the gradients over ranks. Returns each bank's gradient as this rank updates it."""
+        if self.rt.world == 1:
+            return [bank.grad for bank in self.banks]
+        shares, works = [], []
+        for bank in self.banks:
+            if bank.kind == "muon":
+                shares.append(torch.empty_like(bank.grad[bank.mine]))
+                works.append(dist.reduce_scatter_tensor(shares[-1], bank.grad, async_op=True))
+            else:
+                shares.append(bank.grad)
+                works.append(dist.all_reduce(bank.grad, async_op=True))
+        for work, share in zip(works, shares):
+            work.wait()
+            share.div_(self.rt.world)
+        return shares
+
+    def _clip(self, grads):
+        """Scale so that the norm of the global gradient is at most GRAD_CLIP_NORM; stays on the device, no host sync."""
+        if not self.s.grad_clip_norm:
+            return
+        square = lambda kind: sum((g.square().sum() for b, g in zip(self.banks, grads) if b.kind == kind), torch.zeros((), device=self.rt.device))
+        norm = (self.rt.sum(square("muon")) + square("adam")).sqrt()
+        factor = (self.s.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        for grad in grads:
+            grad.mul_(factor)
+
+    @torch.no_grad()
+    def step(self, lr_scale, momentum):
+        """One update from the accumulated gradients: lr_scale multiplies every learning rate."""
+        self.t += 1
+        grads = self._reduce()
+        self._clip(grads)
+        pending = []
+        for bank, grad in zip(self.banks, grads):
+            if bank.kind == "muon":
+                buffer = bank.state[0].mul_(momentum).add_(grad)
+                update = self.orthogonalise(grad.add_(buffer, alpha=momentum))
+                pending.append((bank, *self._gather(update)))
+        for bank, grad in zip(self.banks, grads):
+            if bank.kind == "adam":
+                self._adam(bank, grad, bank.lr * lr_scale)
+        for bank, update, work in pending:
+            if work is not None:
+                work.wait()
+            lr = bank.lr * lr_scale
+            rows, cols = bank.weight.shape[1:]
+            bank.weight.mul_(1 - lr * bank.wd).add_(update, alpha=-lr * max(1.0, rows / cols) ** 0.5)
+
+    def _gather(self, update):
+        if self.rt.world == 1:
+            return update, None
+        whole = torch.empty(self.rt.world * update.size(0), *update.shape[1:], dtype=update.dtype, device=update.device)
+        return whole, dist.all_gather_into_tensor(whole, update.contiguous(), async_op=True)
+
+    def _adam(self, bank, grad, lr):
+        """AdamW (arXiv 1711.05101) with bias correction, decoupled decay first."""
+        beta1, beta2 = self.s.beta1, self.s.beta2
+        mean, square = bank.state
+        mean.lerp_(grad, 1 - beta1)
+        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        root = square.sqrt().div_((1 - beta2**self.t) ** 0.5).add_(self.s.adam_eps)
+        bank.weight.mul_(1 - lr * bank.wd).addcdiv_(mean, root, value=-lr / (1 - beta1**self.t))
+
+    def named(self, tensors):
+        """{parameter name: part} of tensors shaped like the banks."""
+        return {name: view for bank, tensor in zip(self.banks, tensors) for name, view in zip(bank.names, bank.views(tensor))}
+
+    def _whole(self):
+        """Optimizer state with every rank's share: a list of per-bank lists shaped like the banks."""
+        return [[self._gather_now(t) for t in b.state] if b.kind == "muon" else b.state for b in self.banks]
+
+    def _gather_now(self, share):
+        whole, work = self._gather(share)
+        if work is not None:
+            work.wait()
+        return whole
+
+    def state_dict(self):
+        """{"t": step, name: [state tensors]} on the CPU; collective: all ranks call it."""
+        state = {"t": self.t}
+        for bank, tensors in zip(self.banks, self._whole()):
+            for parts in zip(bank.names, *(bank.views(t) for t in tensors)):
+                state[parts[0]] = [part.cpu().clone() for part in parts[1:]]
+        return state
+
+    def load_state_dict(self, state):
+        self.t = state["t"]
+        for bank in self.banks:
+            for i, share in enumerate(bank.state):
+                whole = torch.zeros_like(bank.weight)
+                for name, view in zip(bank.names, bank.views(whole)):
+                    view.copy_(state[name][i])
+                share.copy_(whole[bank.mine])
+
+
+def lr_scale(s, progress, step, total_steps):
+    """Multiplier of every learning rate at progress in [0, 1]: linear warm-up, 1, then linear warmdown to MIN_LR.
+
+    total_steps: of the run, as far as known; only WARMDOWN_ITERS needs it.
+    """
+    warmup = min((step + 1) / s.lr_warmup_steps, 1.0) if s.lr_warmup_steps else 1.0
+    length = min(s.warmdown_iters / max(total_steps, 1), 1.0) if s.warmdown_iters else s.warmdown_frac
+    down = min((1 - progress) / length, 1.0) if length else 1.0
+    return warmup * (s.min_lr + (1 - s.min_lr) * max(down, 0.0))
+
+
+def momentum_at(s, step):
+    """Momentum of Muon: linear from its start value over the first steps."""
+    part = min(step / s.muon_momentum_warmup_steps, 1.0) if s.muon_momentum_warmup_steps else 1.0
+    return s.muon_momentum_warmup_start + (s.muon_momentum - s.muon_momentum_warmup_start) * part
+
+
+class Average:
+    """The weights that are exported, kept in fp32: bf16 would swallow the small steps of a slow average (#1699)."""
+
+    def __init__(self, s, banks):
+        self.s, self.banks, self.sums, self.count = s, banks, None, 0
+
+    @torch.no_grad()
+    def update(self, step, progress, scale):
+        """After optimizer step number `step` (from 1), which used learning-rate scale `scale`."""
+        weights = [bank.weight for bank in self.banks]
+        if self.s.average == "ema" and progress >= self.s.ema_start_frac:
+            if self.sums is None:
+                self.sums = [w.clone() for w in weights]
+            for mean, weight in zip(self.sums, weights):
+                mean.lerp_(weight, 1 - self.s.ema_decay)
+            self.count += 1
+        if self.s.average == "swa" and scale < self.s.swa_start_scale and step % self.s.swa_every == 0:
+            self.sums = self.sums or [torch.zeros_like(w) for w in weights]
+            for total, weight in zip(self.sums, weights):
+                total.add_(weight)
+            self.count += 1
+
+    def start(self):
+        """Before the first step: an average that runs from the beginning starts at the initial weights."""
+        if self.s.average == "ema" and self.s.ema_start_frac == 0:
+            self.sums = [bank.weight.clone() for bank in self.banks]
+
+    @torch.no_grad()
+    def apply(self):
+        """Replace the weights by their average; False if none was ever taken."""
+        for bank, total in zip(self.banks, self.sums or ()):
+            bank.weight.copy_(total if self.s.average == "ema" else total / self.count)
+        return self.sums is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6 Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 1024  # 256 little-endian int32 words, then uint16 tokens
+FINEWEB_VAL_BYTES = 151_080_891  # of the 50,000 validation documents, whatever the tokenizer (rules of the contest)
+
+
+def read_shard(path, vocab_size=None):
+    """Tokens of a shard as a read-only uint16 memory map. BadInput for anything that is not the contest's format;
+
+    with vocab_size also for a token outside the vocabulary.
+    """
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            head = file.read(12)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    words = struct.unpack("<3i", head) if len(head) == 12 else (0, 0, 0)
+    for offset, what, found, expected in ((0, "magic", words[0], SHARD_MAGIC), (4, "version", words[1], SHARD_VERSION),
+                                          (8, "length in bytes", size, SHARD_HEADER + 2 * words[2])):
+        if found != expected:
+            raise BadInput(f"{path}: not a token shard: {what} (offset {offset}) should be {expected}, found {found}; "
+                           "make it again with data/prepare.py or data/fineweb.py")
+    if words[2] == 0:
+        raise BadInput(f"{path}: the shard holds no tokens (offset 8)")
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER, shape=(words[2],))
+    if vocab_size is not None:
+        check_tokens(tokens, vocab_size, path, 0)
+    return tokens
+
+
+def check_tokens(tokens, vocab_size, path, start):
+    """BadInput if a token is outside the vocabulary; `start` is the index in the shard of tokens[0]."""
+    if len(tokens) and int(tokens.max()) >= vocab_size:
+        at = int(np.argmax(tokens >= vocab_size))
+        raise BadInput(f"{path}: token {int(tokens[at])} at offset {SHARD_HEADER + 2 * (start + at)} is outside VOCAB_SIZE={vocab_size}; "
+                       "these shards belong to another tokenizer")
+
+
+def find_shards(folder, split):
+    """Sorted shards of a split, in the contest's names."""
+    paths = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
+    if not paths:
+        variant = Path(folder).name.removeprefix("fineweb10B_")
+        fix = (f"python data/fineweb.py --variant {variant} --train-shards 80" if "fineweb10B_" in str(folder)
+               else f"python data/prepare.py --source YOUR_TEXT --out {folder}")
+        raise BadInput(f"no fineweb_{split}_*.bin in DATA_PATH={folder}; make them with: {fix}"
+                       "   (or, with no download: python data/prepare.py --source builtin)")
+    return paths
+
+
+def load_tokenizer(s):
+    """(SentencePiece processor, path, SHA-256) for the settings' shards."""
+    import sentencepiece
+
+    folder = Path(s.data_path)
+    places = [Path(s.tokenizer_path)] if s.tokenizer_path else [
+        folder / "tokenizer.model", folder.parent.parent / "tokenizers" / f"fineweb_{s.vocab_size}_bpe.model"]
+    path = next((p for p in places if p.is_file()), None)
+    if path is None:
+        raise BadInput(f"no tokenizer at {' or '.join(map(str, places))}; set TOKENIZER_PATH, or make one with data/prepare.py or data/fineweb.py")
+    try:
+        sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise BadInput(f"{path} is not a SentencePiece model ({str(error).splitlines()[0][:80]})") from None
+    if sp.vocab_size() != s.vocab_size:
+        raise BadInput(f"{path} has {sp.vocab_size()} pieces but VOCAB_SIZE={s.vocab_size}; make them equal")
+    return sp, path, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def byte_tables(sp, vocab_size):
+    """The contest's byte rule as tables over the vocabulary: (bytes of the piece, carries a leading space, is a boundary).
+
+    A leading space costs one byte more unless the token before is a boundary (control, unknown or unused piece).
+    """
+    base, lead, edge = np.zeros(vocab_size, np.int16), np.zeros(vocab_size, bool), np.ones(vocab_size, bool)
+    for i in range(min(sp.vocab_size(), vocab_size)):
+        if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
+            continue
+        edge[i] = False
+        if sp.is_byte(i):
+            base[i] = 1
+            continue
+        piece = sp.id_to_piece(i)
+        lead[i] = piece.startswith("\u2581")
+        base[i] = len(piece[int(lead[i]):].encode())
+    return base, lead, edge
+
+
+def target_bytes(ids, tables):
+    """Bytes charged to each target ids[1:], int16: what the score divides by."""
+    base, lead, edge = tables
+    ids = np.asarray(ids)
+    return base[ids[1:]] + (lead[ids[1:]] & ~edge[ids[:-1]]).astype(np.int16)
+
+
+class TokenStream:
+    """Training batches cut one after the other from the concatenated shards; each target is used once an epoch.
+
+    The whole state is `position`, so a batch depends on the settings only: any number of ranks sees the same stream.
+    """
+
+    def __init__(self, paths, s, rt):
+        self.paths, self.s, self.rt, self.position = paths, s, rt, 0
+        self.shards = [read_shard(path) for path in paths]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        sequences = s.train_batch_tokens // s.train_seq_len
+        if sequences % rt.world:
+            raise BadInput(f"TRAIN_BATCH_TOKENS={s.train_batch_tokens} is {sequences} sequences, which {rt.world} ranks cannot share evenly")
+        if self.ends[-1] < 2:
+            raise BadInput(f"{paths[0]}: the training stream holds fewer than two tokens")
+        self.rows = sequences // rt.world
+        per_micro = max(1, min(self.rows, s.micro_batch_tokens // s.train_seq_len))
+        self.micro_rows = max(n for n in range(1, per_micro + 1) if self.rows % n == 0)  # equal shapes: one graph
+
+    @property
+    def epoch(self):
+        return self.position / int(self.ends[-1])
+
+    def read(self, start, count):
+        """`count` tokens from `start`, wrapping at the end of the stream."""
+        out, filled = np.empty(count, np.uint16), 0
+        while filled < count:
+            at = (start + filled) % int(self.ends[-1])
+            i = int(np.searchsorted(self.ends, at, side="right"))
+            offset = at - (int(self.ends[i - 1]) if i else 0)
+            part = self.shards[i][offset : offset + count - filled]
+            check_tokens(part, self.s.vocab_size, self.paths[i], offset)
+            out[filled : filled + len(part)] = part
+            filled += len(part)
+        return out
+
+    def next(self):
+        """This rank's part of the next batch as micro-batches [(x, y)], each (rows, TRAIN_SEQ_LEN) int64 on the device."""
+        length = self.rows * self.s.train_seq_len
+        tokens = self.read(self.position + self.rt.rank * length, length + 1)
+        self.position += self.s.train_batch_tokens
+        return self._micro_batches(torch.from_numpy(tokens.astype(np.int32)))
+
+    def synthetic(self, generator):
+        """A batch of random tokens in exactly the memory layout of a real one, so that it compiles the same graph."""
+        length = self.rows * self.s.train_seq_len
+        return self._micro_batches(torch.randint(self.s.vocab_size, (length + 1,), dtype=torch.int32, generator=generator))
+
+    def _micro_batches(self, tokens):
+        if self.rt.device.type == "cuda":
+            tokens = tokens.pin_memory().to(self.rt.device, non_blocking=True)
+        tokens = tokens.long()
+        x, y = (part.view(self.rows, -1).split(self.micro_rows) for part in (tokens[:-1], tokens[1:]))
+        return list(zip(x, y))
+
+
+class ValStream(NamedTuple):
+    """The validation text: every token after the first is a target."""
+
+    tokens: Tensor  # (N + 1,) int32 on the device
+    bytes: Tensor  # (N,) int16: bytes charged to each target
+    whole: bool  # False where VAL_TOKENS cut it
+
+
+def load_validation(s, rt, sp):
+    """All validation shards in order, with the bytes of each target counted from the ids alone, before any model is asked."""
+    paths = find_shards(s.data_path, "val")
+    ids = np.concatenate([read_shard(path, s.vocab_size) for path in paths])
+    whole = not s.val_tokens or s.val_tokens >= len(ids) - 1
+    ids = ids if whole else ids[: s.val_tokens + 1]
+    if len(ids) - 1 < s.eval_seq_len:
+        raise BadInput(f"the validation stream has {len(ids) - 1} targets, fewer than one window of EVAL_SEQ_LEN={s.eval_seq_len}")
+    counted = target_bytes(ids, byte_tables(sp, s.vocab_size))
+    return ValStream(torch.from_numpy(ids.astype(np.int32)).to(rt.device), torch.from_numpy(counted).to(rt.device), whole)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7 Quantisation
+# ---------------------------------------------------------------------------------------------------------------------
+
+SCALE_FLOOR = 2.0**-24  # the smallest float16: keeps an all-zero row decodable without ever clipping a real one
+CLIP_PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
+
+
+def row_scales(rows, bits, method):
+    """float16 step of each row of (N, M): its largest magnitude over the integer range, or with "gptq_lite" (#414) the clip
+
+    percentile with the least squared error - chosen for every row by itself; the name is the field's, there is no Hessian.
+    """
+    top = 2 ** (bits - 1) - 1
+    if method == "rtn":
+        return (rows.abs().amax(1) / top).clamp_min(SCALE_FLOOR).half()
+    ordered = rows.abs().sort(dim=1).values
+    best_error, best = None, None
+    for p in CLIP_PERCENTILES:
+        at = p * (rows.size(1) - 1)  # linear interpolation between order statistics, as quantile() has it
+        low, high = ordered[:, math.floor(at)], ordered[:, math.ceil(at)]
+        scale = ((low + (high - low) * (at - math.floor(at))) / top).clamp_min(SCALE_FLOOR).half()
+        error = (rows - round_to_grid(rows, scale, bits) * scale.float()[:, None]).square().sum(1)
+        if best is None:
+            best_error, best = error, scale
+        better = error < best_error
+        best_error, best = torch.where(better, error, best_error), torch.where(better, scale, best)
+    return best
+
+
+def round_to_grid(rows, scale, bits):
+    """Integers of symmetric `bits` for rows (N, M) at a step per row; the step as stored, so decoding uses the same."""
+    top = 2 ** (bits - 1) - 1
+    return (rows / scale.float()[:, None]).round().clamp(-top, top)
+
+
+def encode_int(weight, bits, method):
+    """(rows, ...) -> {"q": int8 codes, "scale": float16 (rows,)}."""
+    rows = weight.float().reshape(weight.size(0), -1)
+    scale = row_scales(rows, bits, method)
+    return {"q": round_to_grid(rows, scale, bits).to(torch.int8), "scale": scale}
+
+
+def decode_int(parts, shape):
+    return (parts["q"].float() * parts["scale"].float()[:, None]).view(shape)
+
+
+def encode_float16(weight, bits, method):
+    return {"half": weight.half()}
+
+
+def decode_float16(parts, shape):
+    return parts["half"].float().view(shape)
+
+
+# name: (encode, decode, {part: (dtype, size of it for a shape)}). The header stores the name; "int" carries its bits.
+CODECS = {
+    "int": (encode_int, decode_int, {"q": (np.int8, math.prod), "scale": (np.float16, lambda shape: shape[0])}),
+    "float16": (encode_float16, decode_float16, {"half": (np.float16, math.prod)}),
+}
+
+
+def codec_of(role, s):
+    """(codec, bits, method) that stores the parameters of a role: gains and scales stay float16."""
+    bits, method = {"matrix": (s.matrix_bits, s.matrix_quant), "embed": (s.embed_bits, s.embed_quant)}.get(role, (16, ""))
+    return ("float16" if bits == 16 else "int"), bits, method
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8 Artifact
+# magic | version, packed and raw header length, header checksum | header (zlib, JSON) | streams.
+# No pickle: loading a hostile file can fail, but not execute, nor allocate beyond sizes checked against the model.
+# ---------------------------------------------------------------------------------------------------------------------
+
+MAGIC, ARTIFACT_VERSION, PREFIX = b"PGOLF\r\n\x1a", 1, struct.Struct("<8sHIII")
+MAX_HEADER, MAX_RAW = 1 << 22, 1 << 31
+
+
+def _zstd(data):
+    import zstandard
+    return zstandard.ZstdCompressor(level=22).compress(data)
+
+
+def _unzstd(data, most):
+    import zstandard
+    try:
+        return zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(data).read(most)
+    except zstandard.ZstdError as error:
+        raise ValueError(error) from None
+
+
+def _brotli(data):
+    import brotli
+    return brotli.compress(data, quality=11, lgwin=24)
+
+
+def _unbrotli(data, most):
+    import brotli
+    try:
+        return brotli.Decompressor().process(data, output_buffer_limit=most)
+    except brotli.error as error:
+        raise ValueError(error) from None
+
+
+# name: (compress, decompress at most so many bytes). A missing package is an error that names it, never another choice.
+COMPRESSORS = {
+    "zstd": (_zstd, _unzstd),
+    "lzma": (lambda data: lzma.compress(data, check=lzma.CHECK_NONE, preset=9 | lzma.PRESET_EXTREME),
+             lambda data, most: lzma.LZMADecompressor(memlimit=1 << 28).decompress(data, max_length=most)),
+    "brotli": (_brotli, _unbrotli),
+    "zlib": (lambda data: zlib.compress(data, 9), lambda data, most: zlib.decompressobj().decompress(data, most)),
+}
+
+
+def decompress(name, data, size, where):
+    """Exactly `size` bytes; never produces more than one byte beyond."""
+    try:
+        out = COMPRESSORS[name][1](data, size + 1)
+    except ImportError as error:
+        raise BadInput(f"{where}: packed with {name}, which needs the package {error.name}: pip install {error.name}") from None
+    except (ValueError, EOFError, MemoryError, zlib.error, lzma.LZMAError) as error:
+        raise BadInput(f"{where}: {name} data is corrupt ({str(error)[:80]})") from None
+    if len(out) != size:
+        raise BadInput(f"{where}: unpacks to {'more than' if len(out) > size else 'only'} {min(len(out), size)} bytes, expected {size}")
+    return out
+
+
+def _planes(array):
+    """float16 as all low bytes, then all high bytes: exponents compress, mantissas do not."""
+    return np.ascontiguousarray(array.view(np.uint8).reshape(-1, array.itemsize).T).tobytes()
+
+
+def _unplanes(data, dtype):
+    return np.ascontiguousarray(np.frombuffer(data, np.uint8).reshape(np.dtype(dtype).itemsize, -1).T).view(dtype).ravel()
+
+
+def stream_layout(tensors, role_of):
+    """{stream: [(name, part, dtype, count)]} for rows (name, shape, codec, ...): codes by role, scales and halves of all together."""
+    streams = {}
+    for name, shape, codec, *_ in tensors:
+        for part, (dtype, count) in CODECS[codec][2].items():
+            streams.setdefault(f"{role_of[name]}.q" if part == "q" else part, []).append((name, part, dtype, count(shape)))
+    return streams
+
+
+def save_artifact(path, model, s, tokenizer_sha256="", log=None):
+    """Quantise, pack and write the model; returns {"bytes", "sha256", "compressor"}. The file is complete or absent."""
+    params, role_of = dict(model.named_parameters()), roles(model)
+    for name, param in params.items():
+        if not torch.isfinite(param).all():
+            raise Stopped(f"{name} is not finite; no artifact was written", 4)
+    parts, tensors = {}, []
+    for name, param in params.items():
+        codec, bits, method = codec_of(role_of[name], s)
+        parts[name] = {k: v.cpu().numpy() for k, v in CODECS[codec][0](param.detach(), bits, method).items()}
+        tensors.append((name, tuple(param.shape), codec, bits))
+    candidates = list(COMPRESSORS) if s.compressor == "auto" else [s.compressor]
+    streams, payload = [], []
+    for stream, rows in stream_layout(tensors, role_of).items():
+        raw = _planes(np.concatenate([parts[name][part].ravel() for name, part, _, _ in rows]))
+        packed = {name: COMPRESSORS[name][0](raw) for name in candidates}
+        best = min(candidates, key=lambda name: len(packed[name]))
+        streams.append([stream, best, len(raw), len(packed[best]), zlib.crc32(packed[best])])
+        payload.append(packed[best])
+        if log:
+            log("pack", stream=stream, raw_bytes=len(raw), **{f"{name}_bytes": len(data) for name, data in packed.items()}, chosen=best)
+    model_fields = {f.name: getattr(s, f.name) for f in fields(s) if f.metadata["room"] == "Model" or f.name == "vocab_size"}
+    header = json.dumps({"settings": {k.upper(): _show(v) for k, v in model_fields.items()}, "tokenizer_sha256": tokenizer_sha256,
+                         "tensors": tensors, "streams": streams}, separators=(",", ":")).encode()
+    packed = zlib.compress(header, 9)
+    chunks = [PREFIX.pack(MAGIC, ARTIFACT_VERSION, len(packed), len(header), zlib.crc32(packed)), packed, *payload]
+    sha256 = write_atomic(path, chunks)
+    return {"bytes": sum(map(len, chunks)), "sha256": sha256, "compressor": "+".join(sorted({row[1] for row in streams}))}
+
+
+def read_header(path):
+    """(header dict, packed streams by name): everything checked that can be without building a model."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    if len(data) < PREFIX.size or data[:8] != MAGIC:
+        raise BadInput(f"{path}: not an artifact of this script (offset 0: found {data[:8]!r}, expected {MAGIC!r})")
+    _, version, packed, raw, checksum = PREFIX.unpack_from(data)
+    if version != ARTIFACT_VERSION:
+        raise BadInput(f"{path}: artifact version {version} (offset 8), this script reads {ARTIFACT_VERSION}; use the script that wrote it")
+    body = data[PREFIX.size : PREFIX.size + packed]
+    if len(body) != packed or zlib.crc32(body) != checksum or raw > MAX_HEADER:
+        raise BadInput(f"{path}: truncated or corrupt header (offset {PREFIX.size}, {len(body)} of {packed} bytes, checksum or size wrong)")
+    try:
+        header = json.loads(decompress("zlib", body, raw, f"{path}: header"))
+        streams = [(str(n), str(c), int(r), int(p), int(k)) for n, c, r, p, k in header["streams"]]
+        header["tensors"] = [(str(n), tuple(int(d) for d in shape), str(c), int(b)) for n, shape, c, b in header["tensors"]]
+        header["settings"] = {str(k): str(v) for k, v in header["settings"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise BadInput(f"{path}: header is not what this version writes ({type(error).__name__}: {str(error)[:80]})") from None
+    for kind, known, rows in (("codec", CODECS, [(n, c) for n, _, c, _ in header["tensors"]]), ("compressor", COMPRESSORS, [row[:2] for row in streams])):
+        for name, choice in rows:
+            if choice not in known:
+                raise BadInput(f"{path}: {name} has the {kind} {choice!r}, which this script does not know")
+    found, at = {}, PREFIX.size + packed
+    if at + sum(row[3] for row in streams) != len(data) or any(row[3] < 0 or row[2] < 0 for row in streams):
+        raise BadInput(f"{path}: truncated or padded: {len(data)} bytes, expected {at + sum(row[3] for row in streams)}")
+    for name, compressor, size, length, checksum in streams:
+        if zlib.crc32(data[at : at + length]) != checksum:
+            raise BadInput(f"{path}: stream {name} is corrupt (checksum of offset {at}..{at + length})")
+        found[name] = (compressor, data[at : at + length], size)
+        at += length
+    return header, found
+
+
+def load_artifact(path, settings=None, dtype=torch.float32, attend=None, device="cpu"):
+    """-> (settings, model). What defines the model comes from the file, the rest from `settings`, which must not contradict it."""
+    header, streams = read_header(path)
+    given = settings or Settings()
+    try:
+        stored = Settings.parse([f"{k}={v}" for k, v in header["settings"].items()] + ["TRAIN_SEQ_LEN=2", "TRAIN_BATCH_TOKENS=2"])
+    except BadInput as error:
+        raise BadInput(f"{path}: its settings are not usable here: {str(error).splitlines()[0]}") from None
+    names = {f.name for f in fields(Settings) if f.name.upper() in header["settings"]}
+    for f in fields(Settings):
+        if f.name in names and getattr(given, f.name) not in (f.default, getattr(stored, f.name)):
+            raise BadInput(f"{f.name.upper()}={_show(getattr(given, f.name))} contradicts {path}, which was made with {_show(getattr(stored, f.name))}")
+    s = Settings(**{f.name: getattr(stored if f.name in names else given, f.name) for f in fields(Settings)})
+    with torch.device("meta"):  # names and shapes, no memory: the file must fit them before anything is allocated
+        skeleton = GPT(s, init=False)
+    shapes, role_of = {n: tuple(p.shape) for n, p in skeleton.named_parameters()}, roles(skeleton)
+    if {name: shape for name, shape, _, _ in header["tensors"]} != shapes:
+        raise BadInput(f"{path}: its tensors are not those of its settings")
+    layout = stream_layout(header["tensors"], role_of)
+    sizes = {stream: sum(np.dtype(kind).itemsize * count for _, _, kind, count in rows) for stream, rows in layout.items()}
+    if sizes != {stream: size for stream, (_, _, size) in streams.items()} or sum(sizes.values()) > MAX_RAW:
+        raise BadInput(f"{path}: stream sizes do not add up to its tensors")
+    parts = {name: {} for name in shapes}
+    for stream, rows in layout.items():
+        compressor, data, size = streams[stream]
+        values, at = _unplanes(decompress(compressor, data, size, f"{path}: stream {stream}"), rows[0][2]), 0
+        for name, part, _, count in rows:
+            tensor = torch.from_numpy(values[at : at + count].copy())
+            parts[name][part] = tensor.view(shapes[name][0], -1) if part == "q" else tensor
+            at += count
+    state = {name: CODECS[codec][1](parts[name], shape) for name, shape, codec, _ in header["tensors"]}
+    if not all(torch.isfinite(tensor).all() for tensor in state.values()):
+        raise BadInput(f"{path}: holds values that are not finite")
+    model = GPT(s, dtype, attend, init=False)
+    model.load_state_dict(state)
+    return s, model.to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9 Evaluation: the definition of the metric
+# bits per byte = sum of nats / (ln 2 * sum of bytes), both over the same targets, every target of the stream exactly once.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Chunk(NamedTuple):
+    """Windows scored together: the last `keep` targets of each row are new, the positions before them are context."""
+
+    x: Tensor  # (B, T) inputs
+    y: Tensor  # (B, T) targets
+    keep: int
+    at: Tensor  # (rows,) stream index of the first scored target; B > rows where the batch was padded to its fixed shape
+
+
+def windows(targets, length, stride=0):
+    """[(starts, keep)]: the first window scores all of its targets, each later one its last `stride`, and one final window
+
+    that ends with the stream scores the remainder. Every target once; only that final window is not a multiple of stride.
+    """
+    stride = stride or length
+    starts = np.arange(0, targets - length + 1, stride)
+    rest = targets - length - int(starts[-1])
+    groups = [(starts, length)] if stride == length else [(starts[:1], length), (starts[1:], stride)]
+    return [(s, keep) for s, keep in [*groups, (np.array([targets - length]), rest)] if len(s) and keep]
+
+
+def chunks(stream, length, stride, batch, rt):
+    """This rank's chunks of the validation stream, dealt out in turn; their order and number depend on settings only."""
+    offsets = torch.arange(length + 1, device=rt.device)
+    dealt = 0
+    for starts, keep in windows(len(stream.bytes), length, stride):
+        for i in range(0, len(starts), batch):
+            dealt += 1
+            if dealt % rt.world != rt.rank:
+                continue
+            rows = torch.from_numpy(starts[i : i + batch]).to(rt.device)
+            padded = F.pad(rows, (0, batch - len(rows))) if rt.compiled else rows  # one shape, one graph
+            tokens = stream.tokens[padded[:, None] + offsets].long()
+            yield Chunk(tokens[:, :-1], tokens[:, 1:], keep, rows + length - keep)
+
+
+class Score(NamedTuple):
+    loss: float  # nats per token
+    bpb: float
+    tokens: int
+    bytes: int
+
+
+def score(predictor, chunks, stream, rt, validity, log=None, check_every=64):
+    """The only scoring loop: predict, add to float64 meters, mark the positions, and only then let the predictor observe.
+
+    Breaks of the rules go to `validity`: a target scored twice or never, a distribution that does not sum to 1.
+    """
+    length = len(stream.bytes)
+    seen = torch.zeros(length, dtype=torch.uint8, device=rt.device)
+    meters = torch.zeros(3, dtype=torch.float64, device=rt.device)  # nats, tokens, bytes
+    worst, began = 0.0, time.monotonic()
+    for i, chunk in enumerate(chunks):
+        rows = len(chunk.at)
+        nll = predictor.nll(chunk.x, chunk.y, chunk.keep)[:rows]
+        where = chunk.at[:, None] + torch.arange(chunk.keep, device=rt.device)
+        meters += torch.stack([nll.double().sum(), torch.tensor(float(nll.numel()), device=rt.device).double(), stream.bytes[where].sum().double()])
+        seen.view(-1).index_add_(0, where.flatten(), torch.ones(where.numel(), dtype=torch.uint8, device=rt.device))
+        if i % check_every == 0:
+            worst = max(worst, _distribution_error(predictor, chunk, nll))
+        predictor.observe(chunk)
+        if log:
+            log.progress("scoring", min((i + 1) * rt.world * rows * chunk.keep, length), length,
+                         f"{(i + 1) * rt.world * rows * chunk.keep / (time.monotonic() - began):,.0f} tokens/s")
+    nats, tokens, nbytes = rt.sum(meters).tolist()
+    twice, never = int((rt.sum(seen) > 1).sum()), int((seen == 0).sum())
+    (worst,) = rt.agree(worst)
+    validity.need(not twice and not never, f"C4 coverage: {twice} targets scored more than once, {never} never")
+    validity.need(worst < 1e-3, f"C2 normalisation: distributions sum to 1 only within {worst:.1e} (in log) on sampled positions")
+    validity.need(math.isfinite(nats), "the score is not finite")
+    return Score(nats / max(tokens, 1), nats / math.log(2) / max(nbytes, 1), int(tokens), int(nbytes))
+
+
+def _distribution_error(predictor, chunk, nll):
+    """How far the chunk's distributions are from summing to 1, or its nll from what they say, in log; on its first row."""
+    row = predictor.predict(chunk.x[:1], keep=chunk.keep)
+    said = -row.gather(-1, chunk.y[:1, -chunk.keep :, None]).squeeze(-1)
+    return max(row.double().logsumexp(-1).abs().max().item(), (said - nll[:1]).abs().max().item())
+
+
+class Validity:
+    """The ledger behind valid (is the number a true code length, conditions C1-C4 of #1017) and eligible (could it be a record)."""
+
+    def __init__(self):
+        self.reasons, self.eligible_reasons = [], []
+        self.frozen, self._reporting = False, False
+
+    def need(self, ok, reason):
+        if not ok and reason not in self.reasons:
+            self.reasons.append(reason)
+
+    def need_for_record(self, ok, reason):
+        if not ok:
+            self.eligible_reasons.append(reason)
+
+    @contextlib.contextmanager
+    def report(self):
+        """A score that nothing learns from: the only use of validation text before the artifact is frozen."""
+        self._reporting = True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._reporting = False
+
+    def freeze(self):
+        """The artifact's hash is logged: from here on validation text may be read, training text may not."""
+        self.frozen = True
+
+    def opened(self, split):
+        if split == "train":
+            self.need(not self.frozen, "training shards were read after the artifact was frozen")
+        else:
+            self.need(self.frozen or self._reporting, "C3: validation shards were opened before the artifact was frozen")
+
+
+def prove_bytes(sp, stream, most=1_000_000):
+    """Decode validation documents (up to `most` tokens) and compare their UTF-8 length with the byte table: (documents, wrong)."""
+    ids = stream.tokens[: most + 1].cpu().numpy()
+    starts = [*np.flatnonzero(ids == BOS).tolist(), len(ids)]
+    counted = stream.bytes[: len(ids) - 1].cpu().numpy()
+    pairs = [(a, b) for a, b in zip(starts, starts[1:]) if b < len(ids) or stream.whole and len(ids) == len(stream.tokens)]
+    texts = sp.decode([ids[a + 1 : b].tolist() for a, b in pairs])
+    return len(pairs), sum(len(text.encode()) != int(counted[a : b - 1].sum()) for (a, b), text in zip(pairs, texts))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 10 Predictors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Predictor:
+    """What is scored. predict() is given inputs and never targets; observe() is called with a chunk after it was scored."""
+
+    def predict(self, x, docs=None, keep=None):
+        """x (B, T) -> log-probabilities (B, keep, V) of the token after each of the last `keep` positions (default all)."""
+        raise NotImplementedError
+
+    def nll(self, x, y, keep, docs=None):
+        """Nats of targets y (B, T) at the last `keep` positions, (B, keep). May be fused where tests prove it equal."""
+        return -self.predict(x, docs, keep).gather(-1, y[:, -keep:, None]).squeeze(-1)
+
+    def observe(self, chunk):
+        """Learn from a scored chunk."""
+
+
+class ModelPredictor(Predictor):
+    """The model as it is in the artifact. Only the scored positions meet the head, which saves a tenth of a sliding window."""
+
+    def __init__(self, model, rt):
+        self.model, self._hidden = model, rt.compile(model.hidden)
+
+    def _logits(self, x, docs, keep):
+        return self.model.logits(self._hidden(x, docs)[:, -(keep or x.size(1)) :])
+
+    @torch.no_grad()
+    def predict(self, x, docs=None, keep=None):
+        return F.log_softmax(self._logits(x, docs, keep), dim=-1)
+
+    @torch.no_grad()
+    def nll(self, x, y, keep, docs=None):
+        logits, targets = self._logits(x, docs, keep), y[:, -keep:]
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 11 Kernels: each fused kernel beside its reference, same signature
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def attend_sdpa(q, k, v):
+    """Causal attention, q (B, T, H, C), k and v (B, T, K, C) -> (B, T, H, C); query head j reads key/value head j * K // H."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+
+
+def attend_fa3(q, k, v):
+    """The same by FlashAttention-3 (Hopper)."""
+    from flash_attn_interface import flash_attn_func
+
+    out = flash_attn_func(q, k, v, causal=True)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def attend_reference(q, k, v):
+    """The same, written out."""
+    k, v = (z.repeat_interleave(q.size(2) // z.size(2), dim=2) for z in (k, v))
+    scores = torch.einsum("bthc,bshc->bhts", q, k) * q.size(-1) ** -0.5
+    future = torch.ones(q.size(1), q.size(1), dtype=torch.bool, device=q.device).triu(1)
+    return torch.einsum("bhts,bshc->bthc", scores.masked_fill(future, -torch.inf).softmax(-1), v)
+
+
+def _set_sdpa(*names):
+    """Let PyTorch's attention use only these CUDA backends; the slow math one is never a silent last resort."""
+    for name in ("cudnn", "flash", "mem_efficient", "math"):
+        getattr(torch.backends.cuda, f"enable_{name}_sdp")(name in names)
+
+
+def _why_not(name, s, rt):
+    """Why an attention kernel cannot be used here, or None."""
+    if name == "fa3":
+        if s.kernels == "off":
+            return "KERNELS=off"
+        if rt.device.type != "cuda" or torch.cuda.get_device_capability(rt.device)[0] != 9:
+            return "needs a Hopper GPU"
+        if importlib.util.find_spec("flash_attn_interface") is None:
+            return "package flash_attn_interface is not installed"
+    if name in ("cudnn", "flash") and rt.device.type == "cpu":
+        return "needs a GPU"
+    if name in ("fa3", "cudnn", "flash") and rt.dtype != torch.bfloat16:
+        return "needs bfloat16"
+    if name == "cudnn" and (torch.backends.cudnn.version() or 0) < 91501:
+        return f"cuDNN {torch.backends.cudnn.version()} is older than 9.15.1, whose attention gave wrong results"
+    return None
+
+
+def pick_attention(s, rt):
+    """The attention function of this run: the first of FA3, cuDNN, flash and math that is here and agrees with the reference.
+
+    What was passed over, and why, is said in one line; with ATTENTION=name or KERNELS=require a fallback is an error.
+    """
+    wanted = ("fa3", "cudnn", "flash", "math") if s.attention == "auto" else (s.attention,)
+    passed = []
+    for name in wanted:
+        reason = _why_not(name, s, rt)
+        if reason is None:
+            if rt.device.type == "cuda":
+                _set_sdpa(*{"fa3": (), "math": ("math", "mem_efficient")}.get(name, (name,)))
+            attend = attend_fa3 if name == "fa3" else attend_sdpa
+            reason = _attention_error(attend, s, rt)
+            if reason is None:
+                rt.choose("attention", name, "; ".join(passed) or f"ATTENTION={s.attention}")
+                break
+        passed.append(f"{name}: {reason}")
+    else:
+        raise BadInput(f"ATTENTION={s.attention} cannot be used: {'; '.join(passed)}")
+    if s.kernels == "require" and passed:
+        raise BadInput(f"KERNELS=require, but attention would fall back to {name} ({'; '.join(passed)}); "
+                       f"KERNELS=auto allows that, ATTENTION={name} asks for it")
+    return attend
+
+
+def _attention_error(attend, s, rt):
+    """Run the kernel forward and backward on a small input of the run's head shape; what is wrong with it, or None."""
+    generator = torch.Generator().manual_seed(0)
+    heads = (s.num_heads, s.num_kv_heads, s.num_kv_heads)
+    inputs = [torch.randn(2, 128, h, s.head_dim, generator=generator) for h in heads]
+    results = []
+    for function, dtype in ((attend, rt.dtype), (attend_reference, torch.float32)):
+        leaves = [z.to(rt.device, dtype).requires_grad_() for z in inputs]
+        try:
+            out = function(*leaves)
+            results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+        except (RuntimeError, ImportError, OSError, TypeError) as error:
+            return f"fails ({type(error).__name__}: {str(error).splitlines()[0][:80]})"
+    worst = max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(*results))
+    return None if worst < 2e-2 else f"differs from the reference by {worst:.1e}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 12 Train loop, main
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """What the phases of one run share."""
+
+    def __init__(self, s, rt, log, clock, validity, out_dir, attend):
+        self.s, self.rt, self.log, self.clock, self.validity = s, rt, log, clock, validity
+        self.out_dir, self.attend, self.facts = out_dir, attend, {}
+
+
+def warm_up(run, model, optimizer, step_loss, stream):
+    """Compile every graph of the run on synthetic tokens through the real step, then undo all of it."""
+    s, rt = run.s, run.rt
+    with run.clock.phase("warmup"):
+        before = [bank.weight.clone() for bank in optimizer.banks]
+        generator = torch.Generator().manual_seed(s.seed)
+        for _ in range(s.warmup_steps):
+            optimizer.zero_grad()
+            try:
+                for x, y in stream.synthetic(generator)[:2]:
+                    step_loss(x, y).backward()
+                optimizer.step(1.0, s.muon_momentum)
+            except RuntimeError as error:
+                if not rt.compiled or "out of memory" in str(error):
+                    raise
+                raise BadInput(f"torch.compile failed ({type(error).__name__}: {str(error).strip().splitlines()[0][:120]}); COMPILE=off runs without it") from error
+        for bank, weight in zip(optimizer.banks, before):
+            bank.weight.copy_(weight)
+            for tensor in bank.state:
+                tensor.zero_()
+        optimizer.t = 0
+    run.log("warmup", steps=s.warmup_steps, seconds=round(run.clock["warmup"], 2))
+
+
+def checkpoint_paths(out_dir):
+    return sorted(Path(out_dir).glob("checkpoint_*.pt"), reverse=True)
+
+
+def save_checkpoint(run, step, optimizer, average, stream):
+    """Everything the rest of the run depends on, by parameter name, with a SHA-256 at the end; the last two are kept.
+
+    A checkpoint that cannot be written (full disk) is a warning: the run and the checkpoints before it are worth more.
+    """
+    state = {"step": step, "settings": run.s.sha256(), "position": stream.position, "seconds": dict(run.clock.seconds),
+             "weights": {n: w.cpu().clone() for n, w in optimizer.named(b.weight for b in optimizer.banks).items()},
+             "optimizer": optimizer.state_dict(), "average_count": average.count, "rng": torch.get_rng_state(),
+             "average": {n: w.cpu().clone() for n, w in optimizer.named(average.sums or ()).items()}}
+    if run.rt.rank:
+        return
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data, path = buffer.getvalue(), run.out_dir / f"checkpoint_{step:07d}.pt"
+    try:
+        write_atomic(path, [data, hashlib.sha256(data).digest()])
+    except BadInput as error:
+        run.log("checkpoint_failed", step=step, reason=str(error))
+        return
+    run.log("checkpoint", step=step, file=path.name, bytes=len(data) + 32)
+    for old in checkpoint_paths(run.out_dir)[2:]:
+        old.unlink()
+
+
+def read_checkpoint(path):
+    """A whole checkpoint, or BadInput that says what is wrong with the file."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    if len(data) < 32 or hashlib.sha256(data[:-32]).digest() != data[-32:]:
+        raise BadInput(f"{path}: not a whole checkpoint (checksum wrong)")
+    return torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
+
+
+def resume(run, optimizer, average, stream):
+    """Go on from RESUME; returns the step reached (0: nothing to go on from)."""
+    paths = checkpoint_paths(run.out_dir) if run.s.resume == "auto" else [Path(run.s.resume)] if run.s.resume else []
+    state = None
+    for path in paths:
+        try:
+            state = read_checkpoint(path)
+            break
+        except BadInput as error:
+            if run.s.resume != "auto":
+                raise
+            run.log("checkpoint_skipped", reason=str(error))
+    if state is None:
+        return 0
+    if state["settings"] != run.s.sha256():
+        raise BadInput(f"{path} was made with other settings; repeat those of its train.log, or start anew with another RUN_ID")
+    with torch.no_grad():
+        for name, view in optimizer.named(b.weight for b in optimizer.banks).items():
+            view.copy_(state["weights"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        average.count, average.sums = state["average_count"], None
+        if state["average"]:
+            average.sums = [torch.zeros_like(b.weight) for b in optimizer.banks]
+            for name, view in optimizer.named(average.sums).items():
+                view.copy_(state["average"][name])
+    stream.position = state["position"]
+    run.clock.seconds.update({k: v for k, v in state["seconds"].items() if k != "setup"})
+    torch.set_rng_state(state["rng"])
+    run.log("resume", step=state["step"], file=path.name, train_seconds=round(state["seconds"].get("train", 0.0), 3))
+    return state["step"]
+
+
+def validate(run, predictor, stream, stride=0):
+    """Contiguous score of the validation stream as a report that nothing learns from."""
+    s, rt = run.s, run.rt
+    with run.clock.phase("validate"), run.validity.report():
+        return score(predictor, chunks(stream, s.eval_seq_len, stride, s.eval_batch_seqs, rt), stream, rt, run.validity)
+
+
+def train(run, model, val):
+    """The training phase: leaves the weights to export in the model."""
+    s, rt, log, clock = run.s, run.rt, run.log, run.clock
+    optimizer = MuonAdam(model, s, rt)
+    for role, (tensors, count, kind, lr, wd) in optimizer.table.items():
+        log("optimizer", role=role, tensors=tensors, parameters=count, kind=kind, lr=lr, wd=wd)
+    paths = find_shards(s.data_path, "train")
+    stream = TokenStream(paths, s, rt)
+    log("train_loader", f"train_loader:dataset:{Path(s.data_path).name} train_shards:{len(paths)} tokens:{stream.ends[-1]}",
+        dataset=Path(s.data_path).name, train_shards=len(paths), tokens=int(stream.ends[-1]))
+    average, predictor, step_loss = Average(s, optimizer.banks), ModelPredictor(model, rt), rt.compile(model)
+    if s.warmup_steps:
+        warm_up(run, model, optimizer, step_loss, stream)
+        if val is not None and rt.compiled:
+            validate(run, predictor, ValStream(torch.zeros_like(val.tokens[: s.eval_seq_len + 1]), val.bytes[: s.eval_seq_len], False))
+    average.start()
+    step = resume(run, optimizer, average, stream)
+    if rt.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(rt.device)
+    with clock.phase("train"), Interrupt() as interrupt:
+        step, reached = _train_steps(run, step, optimizer, average, stream, step_loss, predictor, val, interrupt)
+    if s.checkpoint_every:
+        save_checkpoint(run, step, optimizer, average, stream)
+    _report_never_reached(run, step, reached)
+    if val is not None and s.average != "none":
+        last = validate(run, predictor, val)
+        log("eval", name="last_weights", val_loss=last.loss, val_bpb=last.bpb)
+    if s.average != "none" and not average.apply():
+        log("never_reached", what=f"AVERAGE={s.average}", consequence="the last weights are exported")
+    run.facts.update(steps=step, train_tokens=step * s.train_batch_tokens, epochs=round(stream.epoch, 4),
+                     peak_memory_mib=rt.peak_memory_mib())
+    log("peak_memory", f"peak memory allocated: {rt.peak_memory_mib()} MiB", mib=rt.peak_memory_mib())
+    return predictor
+
+
+def _train_steps(run, step, optimizer, average, stream, step_loss, predictor, val, interrupt):
+    """Steps until the clock or ITERATIONS says stop; returns (steps done, lowest learning-rate scale seen)."""
+    s, rt, log, clock = run.s, run.rt, run.log, run.clock
+    first, lowest, epoch, losses = step, 1.0, int(stream.epoch), deque()
+    began = clock["train"]  # a resumed run carries the seconds of its earlier life
+    while True:
+        # Rank 0's clock decides for all; a step is begun only if, at the average pace, it also ends within the budget.
+        elapsed, stop = rt.agree(clock["train"] if rt.rank == 0 else 0.0, interrupt.signal)
+        pace = (elapsed - began) / max(step - first, 1)
+        by_time = elapsed / s.max_wallclock_seconds if s.max_wallclock_seconds else 0.0
+        by_step = step / s.iterations if s.iterations else 0.0
+        progress = min(max(by_time, by_step), 1.0)
+        out_of_time = s.max_wallclock_seconds and elapsed + pace * (1 + len(losses)) > s.max_wallclock_seconds
+        done = by_step >= 1 or out_of_time
+        if val is not None and (done or (s.val_loss_every and step % s.val_loss_every == 0 and step > first)):
+            at = clock["train"]
+            result = validate(run, predictor, val)
+            log("val", f"step:{step}/{s.iterations} val_loss:{result.loss:.4f} val_bpb:{result.bpb:.4f} train_time:{1e3 * at:.0f}ms "
+                f"step_avg:{1e3 * at / max(step, 1):.2f}ms", step=step, val_loss=result.loss, val_bpb=result.bpb, train_time_ms=1e3 * at)
+        if done:
+            if out_of_time and by_step < 1:
+                log("stopping_early", f"stopping_early: wallclock_cap train_time:{1e3 * elapsed:.0f}ms step:{step}/{s.iterations}", step=step)
+            break
+        if stop:
+            save_checkpoint(run, step, optimizer, average, stream)
+            raise Stopped(f"interrupted by {signal.Signals(int(stop)).name} after step {step}; go on with RESUME=auto "
+                          f"OUT_DIR={run.out_dir}", 128 + int(stop))
+        # Of a run that ends by the clock, as many steps as fit at this pace; WARMDOWN_ITERS is measured against it.
+        total = step / by_time if by_time > by_step else s.iterations
+        scale, momentum = lr_scale(s, progress, step, total), momentum_at(s, step)
+        lowest = min(lowest, scale)
+        run.validity.opened("train")
+        micro = stream.next()
+        optimizer.zero_grad()
+        loss = torch.zeros((), device=rt.device)
+        for x, y in micro:
+            part = step_loss(x, y) / len(micro)
+            part.backward()
+            loss += part.detach()
+        optimizer.step(scale, momentum)
+        step += 1
+        average.update(step, progress, scale)
+        losses.append((step, loss))
+        in_flight = rt.throttle()
+        while len(losses) > in_flight:
+            _check_loss(run, *losses.popleft())
+        if step <= 10 or step % s.train_log_every == 0:
+            mean = rt.sum(loss.clone()).item() / rt.world
+            at = clock["train"]
+            log("train", f"step:{step}/{s.iterations} train_loss:{mean:.4f} train_time:{1e3 * at:.0f}ms step_avg:{1e3 * at / step:.2f}ms",
+                step=step, train_loss=mean, train_time_ms=1e3 * at, lr_scale=scale, tokens_per_second=step * s.train_batch_tokens / max(at, 1e-9))
+        log.progress("training", progress if s.max_wallclock_seconds else step, 1.0 if s.max_wallclock_seconds else s.iterations,
+                     f"step {step} {1e3 * pace:.0f} ms/step ETA {max((1 - progress) / max(progress, 1e-9) * elapsed, 0):.0f} s")
+        if int(stream.epoch) > epoch:
+            epoch = int(stream.epoch)
+            log("epoch", number=epoch, step=step, note="the training stream starts again")
+        if s.checkpoint_every and step % s.checkpoint_every == 0:
+            while losses:
+                _check_loss(run, *losses.popleft())
+            with clock.phase("checkpoint"):
+                save_checkpoint(run, step, optimizer, average, stream)
+    while losses:
+        _check_loss(run, *losses.popleft())
+    return step, lowest
+
+
+def _check_loss(run, step, loss):
+    if not math.isfinite(loss.item()):
+        last = next((p.name for p in checkpoint_paths(run.out_dir)), "none")
+        raise Stopped(f"the loss is not finite at step {step}; last good checkpoint: {last}", 4)
+
+
+def _report_never_reached(run, step, lowest):
+    """A scheduled event that did not happen is said, not left to be found in the result (#1798)."""
+    s = run.s
+    if step < s.muon_momentum_warmup_steps:
+        run.log("never_reached", what=f"MUON_MOMENTUM={s.muon_momentum}", consequence=f"momentum ended at {momentum_at(s, step):.4f}")
+    if (s.warmdown_frac or s.warmdown_iters) and lowest >= 1.0:
+        run.log("never_reached", what="warmdown", consequence="the learning rate never fell")
+    if step < s.lr_warmup_steps:
+        run.log("never_reached", what=f"LR_WARMUP_STEPS={s.lr_warmup_steps}", consequence="the learning rate never reached its peak")
+
+
+def export(run, model, tokenizer_sha256, code_bytes):
+    """Write the artifact; returns its path."""
+    s, path = run.s, run.out_dir / "model.pg"
+    with run.clock.phase("export"):
+        info = save_artifact(path, model, s, tokenizer_sha256, run.log) if run.rt.rank == 0 else None
+    info = run.rt.same(info)
+    total = code_bytes + info["bytes"]
+    run.facts.update(code_bytes=code_bytes, model_bytes=info["bytes"], total_bytes=total, artifact_sha256=info["sha256"], compressor=info["compressor"])
+    run.log("artifact", code_bytes=code_bytes, model_bytes=info["bytes"], total_bytes=total, limit_bytes=s.size_limit,
+            margin_bytes=s.size_limit - total, sha256=info["sha256"], file=path)
+    run.log("submission_size", f"Total submission size int{s.matrix_bits}+{info['compressor']}: {total} bytes", total_bytes=total)
+    if total > s.size_limit:
+        raise Stopped(f"code {code_bytes} + artifact {info['bytes']} = {total} bytes exceed the limit {s.size_limit} by {total - s.size_limit}; "
+                      f"{path} was kept", 3)
+    return path
+
+
+def evaluate(run, path):
+    """Load the artifact that was written, and nothing else, and score it."""
+    s, rt = run.s, run.rt
+    with run.clock.phase("eval"):
+        loaded, model = load_artifact(path, s, rt.dtype, run.attend, rt.device)
+        sp, _, tokenizer_sha256 = load_tokenizer(loaded)
+        stored = read_header(path)[0].get("tokenizer_sha256")
+        if stored and stored != tokenizer_sha256:
+            raise BadInput(f"{path} was trained with another tokenizer (SHA-256 {stored[:12]}..., this one {tokenizer_sha256[:12]}...); set TOKENIZER_PATH")
+        run.validity.opened("val")
+        val = load_validation(loaded, rt, sp)
+        documents, wrong = prove_bytes(sp, val)
+        run.validity.need(not wrong, f"bytes: {wrong} of {documents} decoded validation documents differ from the byte table")
+        run.log("bytes", documents_decoded=documents, wrong=wrong, val_tokens=len(val.bytes), val_bytes=int(val.bytes.sum()),
+                bytes_per_token=round(int(val.bytes.sum()) / len(val.bytes), 6))
+        _check_against_manifest(run, val, int(val.bytes.sum()))
+        parts = chunks(val, s.eval_seq_len, s.eval_stride, s.eval_batch_seqs, rt)
+        result = score(ModelPredictor(model, rt), parts, val, rt, run.validity, run.log)
+    name = f"int{loaded.matrix_bits}_" + ("sliding_window" if s.eval_stride not in (0, s.eval_seq_len) else "contiguous")
+    valid = "no" if run.validity.reasons else "yes"
+    run.log("final", f"final_{name} val_loss:{result.loss:.8f} val_bpb:{result.bpb:.8f} eval_time:{1e3 * run.clock['eval']:.0f}ms valid:{valid}",
+            name=name, val_loss=result.loss, val_bpb=result.bpb, valid=valid)
+    run.facts.update(val_bpb=result.bpb, val_loss=result.loss, val_tokens=result.tokens, val_bytes=result.bytes, predictor=name,
+                     params=sum(p.numel() for p in model.parameters()))
+    run.validity.need_for_record(val.whole and abs(result.bytes / FINEWEB_VAL_BYTES - 1) < 1e-4,
+                                 f"{result.bytes} validation bytes, not the {FINEWEB_VAL_BYTES} of FineWeb's 50,000 documents")
+
+
+def _check_against_manifest(run, val, counted):
+    """Whoever made the shards proved their byte count against the text; the whole stream must give the same."""
+    path = Path(run.s.data_path) / "manifest.json"
+    if not path.is_file() or not val.whole:
+        return
+    try:
+        stated = json.loads(path.read_text())["splits"]["val"]
+        stated = (int(stated["tokens"]) - 1, int(stated["bytes"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path}: not a manifest of data/prepare.py ({type(error).__name__}: {error}); make it again, or delete it") from None
+    run.validity.need((len(val.bytes), counted) == stated, f"bytes: {len(val.bytes)} targets, {counted} bytes; the manifest says {stated[0]}, {stated[1]}")
+
+
+def summarise(run):
+    """The last line of log and console: everything a table, a plot or submission.json needs."""
+    s, rt, clock, validity = run.s, run.rt, run.clock, run.validity
+    seconds = {f"{name}_seconds": round(clock.seconds.get(name, 0.0), 3) for name in ("train", "calibrate", "export", "eval", "validate", "warmup")}
+    if "steps" in run.facts:
+        spent = seconds["train_seconds"] + seconds["calibrate_seconds"]
+        validity.need_for_record(0 < spent < 600, f"training took {spent:.1f} s, the limit is 600")
+    else:
+        validity.need_for_record(False, "not trained in this run")
+    validity.need_for_record(seconds["eval_seconds"] < 600, f"evaluation took {seconds['eval_seconds']:.1f} s, the limit is 600")
+    validity.need_for_record(rt.world == 8 and "H100" in rt.device_name(), f"hardware {rt.world} x {rt.device_name()}, not 8 x H100")
+    validity.need_for_record("val_bpb" in run.facts, "not scored in this run")
+    validity.need_for_record(not validity.reasons, "the score is not valid")
+    summary = {**run.facts, "valid": "yes" if not validity.reasons and "val_bpb" in run.facts else "no", "reasons": validity.reasons,
+               "eligible": "no" if validity.eligible_reasons else "yes", "eligible_reasons": validity.eligible_reasons, **seconds,
+               "seed": s.seed, "world_size": rt.world, "device": rt.device_name(), "data": Path(s.data_path).name,
+               "settings": s.text(), "settings_hash": s.sha256(), "run_id": run.out_dir.name}
+    for key in ("code_sha256",):
+        summary[key] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    if rt.rank == 0:
+        with contextlib.suppress(BadInput):  # the line below says it all again
+            write_atomic(run.out_dir / "summary.json", [json.dumps(summary, indent=1).encode()])
+    run.log.line(f"summary {json.dumps(summary)}")
+
+
+def log_header(run, argv):
+    """What a reader years later needs: source, commit, versions, device, settings, every automatic choice."""
+    log, source = run.log, Path(__file__).read_text(encoding="utf-8")
+
+    def command(*words):
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, timeout=20, cwd=Path(__file__).resolve().parent)
+            return done.stdout.strip() if done.returncode == 0 else ""
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+
+    if log.main:
+        for text in (source, "=" * 100, f"Running Python {sys.version}", f"Running PyTorch {torch.__version__}", command("nvidia-smi"), "=" * 100):
+            log.line(text, console=False)
+    commit = command("git", "rev-parse", "HEAD") if log.main else ""
+    log("run", out_dir=run.out_dir, commit=commit[:12] or "none", changed_files=len(command("git", "status", "--porcelain").splitlines()) if commit else 0,
+        code_sha256=hashlib.sha256(source.encode()).hexdigest()[:16], torch=torch.__version__, numpy=np.__version__,
+        threads=torch.get_num_threads(), world_size=run.rt.world, command=shlex.join(argv))
+    log("settings", f"settings {run.s.text()}".strip(), settings=run.s.text(), settings_hash=run.s.sha256())
+    for name, choice, reason in run.rt.choices:
+        log("choice", **{name: choice}, reason=reason)
+    for name in doubtful_names(os.environ):
+        log("warning", environment=name, note="looks like a setting but is none; STRICT_ENV=1 makes that an error")
+
+
+def run_phases(s, argv):
+    """Settings to summary, in the order in which data flows."""
+    rt = Runtime(s)
+    try:
+        run_id = rt.same(s.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{s.sha256()[:8]}")
+        out_dir = Path(s.out_dir or Path("logs") / run_id)
+        attend = pick_attention(s, rt)
+        sp, tokenizer_path, tokenizer_sha256 = load_tokenizer(s)
+        if s.phases != "eval":
+            find_shards(s.data_path, "train")
+        find_shards(s.data_path, "val")
+        if s.artifact:
+            read_header(s.artifact)
+        log = Log(out_dir, rt.rank == 0, append=bool(s.resume))
+        run = Run(s, rt, log, Clock(rt.sync), Validity(), out_dir, attend)
+        log_header(run, argv)
+        log("tokenizer", f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={tokenizer_path}", path=tokenizer_path.name, sha256=tokenizer_sha256)
+        path = Path(s.artifact)
+        if s.phases != "eval":
+            with run.validity.report():
+                run.validity.opened("val")
+                val = load_validation(s, rt, sp)
+            log("val_loader", f"val_loader:shards pattern={s.data_path}/fineweb_val_*.bin tokens:{len(val.bytes)}", tokens=len(val.bytes))
+            model = GPT(s, rt.dtype, attend).to(rt.device)
+            log("model_params", f"model_params:{sum(p.numel() for p in model.parameters())}", params=sum(p.numel() for p in model.parameters()))
+            predictor = train(run, model, val)
+            if s.average != "none":
+                result = validate(run, predictor, val)
+                log("eval", name=f"{s.average}_weights", val_loss=result.loss, val_bpb=result.bpb)
+            path = export(run, model, tokenizer_sha256, len(Path(__file__).read_bytes()))
+            del model, predictor  # nothing but the file goes on from here
+        run.validity.freeze()
+        if s.phases != "train":
+            evaluate(run, path)
+        summarise(run)
+    finally:
+        rt.close()
+
+
+def main(argv):
+    """Returns the exit code: 0 done, 2 bad input, 3 artifact too large, 4 loss not finite, 128 + signal interrupted."""
+    main_rank = os.environ.get("RANK", "0") == "0"
+    if {"--help", "-h"} & set(argv):
+        print(Settings.help())
+        return 0
+    try:
+        try:
+            settings = Settings.parse(argv, os.environ)
+        except BadInput as error:  # the same on every rank
+            if main_rank:
+                print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
+            return 2
+        run_phases(settings, argv)
+        return 0
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except Stopped as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
+
+
+if __name__ == "__main__":
+    if "LOCAL_RANK" in os.environ:  # under torchrun: the traceback of the rank that failed first is the one that is shown
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        sys.exit(record(main)(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))
