@@ -41,7 +41,7 @@ import sys
 import time
 import zlib
 from collections import deque
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin
@@ -67,6 +67,14 @@ class BadInput(Exception):
     """What a user gave cannot be used. The message is one line that names the cause and the fix; exit code 2."""
 
 
+class Stopped(Exception):
+    """The run ends before its time: what happened, and the exit code."""
+
+    def __init__(self, message, code):
+        super().__init__(message)
+        self.code = code
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 1 Settings
 # ---------------------------------------------------------------------------------------------------------------------
@@ -78,8 +86,8 @@ def opt(room, default, doc, lo=None, hi=None):
     return field(default=default, metadata=dict(room=room, doc=doc, lo=lo, hi=hi))
 
 
-_run, _data, _model, _train, _average, _pack, _eval = (
-    partial(opt, room) for room in ("Run", "Data", "Model", "Training", "Averaging", "Quantisation and packing", "Evaluation"))
+_run, _data, _model, _train, _average, _pack, _eval = (partial(opt, room) for room in (
+    "Run", "Data", "Model", "Training", "Averaging", "Quantisation and packing", "Evaluation"))
 
 
 @dataclass(frozen=True)
@@ -89,21 +97,21 @@ class Settings:
     run_id: str = _run("", "name of the run; empty: date, time and settings hash")
     out_dir: str = _run("", "folder for everything the run writes; empty: logs/RUN_ID")
     seed: int = _run(1337, "seed of the initial weights", 0)
-    phases: Literal["all", "train", "eval"] = _run("all", "all; train: stop after the artifact; eval: only score ARTIFACT")
+    phases: Literal["all", "train", "eval"] = _run("all", "train: stop after the artifact; eval: only score ARTIFACT")
     artifact: str = _run("", "artifact that PHASES=eval scores")
     resume: str = _run("", "auto: newest whole checkpoint of OUT_DIR, if any; or a checkpoint file")
     checkpoint_every: int = _run(0, "steps between checkpoints; 0: only when interrupted", 0)
     train_log_every: int = _run(200, "steps between train lines in the log", 1)
-    val_loss_every: int = _run(1000, "steps between validations during training (outside the clock); 0: only at the end", 0)
+    val_loss_every: int = _run(1000, "steps between validations, outside the clock; 0: only at the end", 0)
     device: Literal["auto", "cuda", "cpu"] = _run("auto", "auto: CUDA where there is one")
-    dtype: Literal["auto", "float32", "bfloat16"] = _run("auto", "of activations; auto: bfloat16 on CUDA, float32 on CPU")
+    dtype: Literal["auto", "float32", "bfloat16"] = _run("auto", "of activations; auto: bfloat16 on CUDA, else float32")
     compile: Literal["auto", "on", "off"] = _run("auto", "torch.compile; auto: on CUDA only")
-    attention: Literal["auto", "fa3", "cudnn", "flash", "math"] = _run("auto", "attention kernel; auto: the fastest that passes a check")
-    kernels: Literal["auto", "off", "require"] = _run("auto", "fused kernels; off: PyTorch reference; require: a fallback is an error")
+    attention: Literal["auto", "fa3", "cudnn", "flash", "math"] = _run("auto", "auto: the first that passes a check")
+    kernels: Literal["auto", "off", "require"] = _run("auto", "fused kernels; off: reference; require: no fallback")
     strict_env: bool = _run(False, "a doubtful name in the environment is an error, not a warning")
 
     data_path: str = _data("data/datasets/fineweb10B_sp1024", "folder with fineweb_train_*.bin and fineweb_val_*.bin")
-    tokenizer_path: str = _data("", "SentencePiece model; empty: tokenizer.model in DATA_PATH, else the contest's place for it")
+    tokenizer_path: str = _data("", "SentencePiece model; empty: DATA_PATH/tokenizer.model, else the contest's place")
     vocab_size: int = _data(1024, "vocabulary of tokenizer and shards", 8, 65536)
     val_tokens: int = _data(0, "score only the first N validation targets (never record-eligible); 0: all", 0)
 
@@ -114,16 +122,16 @@ class Settings:
     mlp_mult: float = _model(3.0, "hidden width of the MLP as a multiple of MODEL_DIM", 0.25, 16)
     leaky_slope: float = _model(0.5, "MLP activation leaky_relu(x, slope)^2; 0 is ReLU^2 (#549)", 0, 1)
     logit_softcap: float = _model(30.0, "logits = cap * tanh(logits / cap); 0: no cap", 0)
-    tied_embed_init_std: float = _model(0.005, "standard deviation of the initial token embedding, which is also the head", 0)
+    tied_embed_init_std: float = _model(0.005, "initial standard deviation of the embedding, also the head", 0)
     qk_gain_init: float = _model(1.5, "initial learned gain of the normalised queries, per head", 0)
     rope_dims: int = _model(16, "channels of a head that rotate with position; the rest carry no position", 0, 1024)
-    rope_base: float = _model(22081.8, "rotary base at every length: 10000 * 2^(8/7), the references' NTK rule at 2048", 1)
+    rope_base: float = _model(22081.8, "rotary base at every length: 10000 * 2^(8/7), the NTK rule at 2048", 1)
     xsa_last_n: int = _model(4, "exclusive self-attention on the last N layers (#265)", 0, 256)
     ln_scale: bool = _model(True, "scale the normed input of layer i by 1/sqrt(i+1)")
     resid_mix: bool = _model(True, "each block starts from a learned mix of the stream and the first embedding")
     skips: Literal["none", "linear"] = _model("linear", "U-Net skips from the first to the second half of the layers")
     smear_gate: bool = _model(True, "learned per-channel mix of each embedding with the previous one")
-    doc_mask: Literal["none", "inputs"] = _model("inputs", "inputs: SmearGate and n-gram hash never look across BOS (#1855)")
+    doc_mask: Literal["none", "inputs"] = _model("inputs", "inputs: SmearGate and n-gram hash stop at BOS (#1855)")
     bigram_vocab_size: int = _model(2048, "rows of the hashed bigram table; 0: off", 0, 2**24)
     bigram_dim: int = _model(128, "width of the bigram table", 1, 16384)
     ve_dim: int = _model(128, "width of the value embedding table; 0: off", 0, 16384)
@@ -134,7 +142,7 @@ class Settings:
     train_batch_tokens: int = _train(786432, "tokens of a step over all ranks", 1)
     train_seq_len: int = _train(2048, "length of a training sequence", 2, 2**20)
     micro_batch_tokens: int = _train(98304, "most tokens a rank forwards at once; more are accumulated", 1)
-    warmup_steps: int = _train(3, "steps on synthetic tokens that compile everything, then are undone; outside the clock", 0)
+    warmup_steps: int = _train(3, "steps on synthetic tokens that compile everything and are undone", 0)
     lr_warmup_steps: int = _train(0, "steps over which the learning rate rises from 0", 0)
     warmdown_frac: float = _train(0.5, "last fraction of the run in which the learning rate falls linearly", 0, 1)
     warmdown_iters: int = _train(0, "the same in (estimated) steps; replaces WARMDOWN_FRAC when > 0", 0)
@@ -154,18 +162,18 @@ class Settings:
     adam_eps: float = _train(1e-8, "AdamW, added to the root of the second moment", 0)
     grad_clip_norm: float = _train(0.3, "clip the global gradient (all ranks, all parameters) to this norm; 0: off", 0)
 
-    average: Literal["none", "ema", "swa"] = _average("ema", "weights that are exported: last, exponential average, or mean of snapshots")
+    average: Literal["none", "ema", "swa"] = _average("ema", "exported: last weights, running mean, snapshots' mean")
     ema_decay: float = _average(0.997, "decay of the exponential average, per step", 0, 0.999999)
-    ema_start_frac: float = _average(0.0, "the average starts, from the weights of then, at this fraction of the run", 0, 0.999)
+    ema_start_frac: float = _average(0.0, "fraction of the run at which the average starts", 0, 0.999)
     swa_every: int = _average(50, "steps between snapshots", 1)
-    swa_start_scale: float = _average(0.2, "snapshots are taken once the learning rate is below this fraction of its peak", 0, 1)
+    swa_start_scale: float = _average(0.2, "snapshots are taken below this fraction of the peak learning rate", 0, 1)
 
     matrix_bits: int = _pack(6, "bits of a matrix weight: 2 to 8, or 16 for float16", 2, 16)
-    matrix_quant: Literal["rtn", "gptq_lite"] = _pack("gptq_lite", "rounding at the row's maximum, or at its best clip percentile")
+    matrix_quant: Literal["rtn", "gptq_lite"] = _pack("gptq_lite", "clip rows at the maximum or the best percentile")
     embed_bits: int = _pack(8, "bits of an embedding weight: 2 to 8, or 16", 2, 16)
     embed_quant: Literal["rtn", "gptq_lite"] = _pack("gptq_lite", "the same choice for embedding tables")
-    compressor: Literal["auto", "zstd", "lzma", "brotli", "zlib"] = _pack("auto", "zstd-22, lzma-9e, brotli-11, zlib-9; auto: smallest per stream")
-    size_limit: int = _pack(SIZE_LIMIT, "most bytes of code + artifact; above it the run ends with exit code 3", 1, SIZE_LIMIT)
+    compressor: Literal["auto", "zstd", "lzma", "brotli", "zlib"] = _pack("auto", "auto: smallest, per stream")
+    size_limit: int = _pack(SIZE_LIMIT, "most bytes of code + artifact; beyond it: exit code 3", 1, SIZE_LIMIT)
 
     eval_seq_len: int = _eval(2048, "length of an evaluation window", 2, 2**20)
     eval_stride: int = _eval(64, "step of the sliding window; 0: contiguous windows", 0)
@@ -227,7 +235,8 @@ class Settings:
                 bad.append(text)
 
         need(s.model_dim % s.num_heads == 0, f"MODEL_DIM={s.model_dim} is not a multiple of NUM_HEADS={s.num_heads}")
-        need(s.num_heads % s.num_kv_heads == 0, f"NUM_HEADS={s.num_heads} is not a multiple of NUM_KV_HEADS={s.num_kv_heads}")
+        need(s.num_heads % s.num_kv_heads == 0,
+             f"NUM_HEADS={s.num_heads} is not a multiple of NUM_KV_HEADS={s.num_kv_heads}")
         need(s.rope_dims % 2 == 0 and s.rope_dims <= s.head_dim,
              f"ROPE_DIMS={s.rope_dims} must be even and at most MODEL_DIM/NUM_HEADS={s.head_dim}")
         need(abs(s.mlp_mult * s.model_dim - s.mlp_hidden) < 1e-6,
@@ -235,32 +244,33 @@ class Settings:
         need(s.xsa_last_n <= s.num_layers, f"XSA_LAST_N={s.xsa_last_n} exceeds NUM_LAYERS={s.num_layers}")
         need(not s.ve_dim or all(0 <= i < s.num_layers for i in s.ve_layers),
              f"VE_LAYERS={','.join(map(str, s.ve_layers))} names a layer outside 0..NUM_LAYERS-1={s.num_layers - 1}")
-        need(not s.ve_dim or s.ve_layers, f"VE_DIM={s.ve_dim} but VE_LAYERS is empty; VE_DIM=0 turns value embeddings off")
+        need(not s.ve_dim or s.ve_layers, f"VE_DIM={s.ve_dim} but VE_LAYERS is empty; VE_DIM=0 turns them off")
         need(s.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1 leaves no bucket beside the reserved one; 0 turns it off")
         need(s.train_batch_tokens % s.train_seq_len == 0,
              f"TRAIN_BATCH_TOKENS={s.train_batch_tokens} is not a multiple of TRAIN_SEQ_LEN={s.train_seq_len}")
         need(s.micro_batch_tokens >= s.train_seq_len,
              f"MICRO_BATCH_TOKENS={s.micro_batch_tokens} is less than one sequence, TRAIN_SEQ_LEN={s.train_seq_len}")
         need(s.eval_stride <= s.eval_seq_len, f"EVAL_STRIDE={s.eval_stride} exceeds EVAL_SEQ_LEN={s.eval_seq_len}")
-        need(s.iterations or s.max_wallclock_seconds, "ITERATIONS=0 and MAX_WALLCLOCK_SECONDS=0: the run would never end")
+        need(s.iterations or s.max_wallclock_seconds, "ITERATIONS=0 and MAX_WALLCLOCK_SECONDS=0: this run never ends")
         need(not (s.warmdown_iters and s.warmdown_frac and {"warmdown_iters", "warmdown_frac"} <= given),
-             f"WARMDOWN_ITERS={s.warmdown_iters} and WARMDOWN_FRAC={s.warmdown_frac} both set the warmdown; make one of them 0")
-        need(s.resume != "auto" or s.run_id or s.out_dir, "RESUME=auto needs the RUN_ID or OUT_DIR of the run to go on with")
+             f"WARMDOWN_ITERS={s.warmdown_iters} and WARMDOWN_FRAC={s.warmdown_frac} say the same; make one of them 0")
+        need(s.resume != "auto" or s.run_id or s.out_dir, "RESUME=auto needs the RUN_ID or OUT_DIR to go on with")
         need((s.phases == "eval") == bool(s.artifact), f"PHASES={s.phases} and ARTIFACT={s.artifact or '(empty)'}: "
              "PHASES=eval needs an ARTIFACT, and nothing else reads one")
         for name in ("matrix_bits", "embed_bits"):
             need(getattr(s, name) <= 8 or getattr(s, name) == 16, f"{name.upper()}={getattr(s, name)}: 2 to 8, or 16")
-        for package in {"auto": ("zstandard", "brotli"), "zstd": ("zstandard",), "brotli": ("brotli",)}.get(s.compressor, ()):
-            need(importlib.util.find_spec(package), f"COMPRESSOR={s.compressor} needs the package {package}: pip install {package}")
+        packages = {"auto": ("zstandard", "brotli"), "zstd": ("zstandard",), "brotli": ("brotli",)}
+        for package in packages.get(s.compressor, ()):
+            need(importlib.util.find_spec(package), f"COMPRESSOR={s.compressor} needs {package}: pip install {package}")
         return bad
 
     def text(self, changed_only=True):
-        """The settings as one line of KEY=VALUE that parse accepts; by default only those that differ from the default."""
+        """The settings as one line of KEY=VALUE that parse accepts; by default only those that were changed."""
         return " ".join(shlex.quote(f"{f.name.upper()}={_show(getattr(self, f.name))}") for f in fields(self)
                         if not changed_only or getattr(self, f.name) != f.default)
 
     def sha256(self):
-        """Hash of every setting outside the room Run: equal for the runs of one experiment, whatever their seed or folder."""
+        """Hash of every setting outside the room Run: equal for the runs of one experiment, whatever their seed."""
         rows = [f"{f.name.upper()}={_show(getattr(self, f.name))}" for f in fields(self) if f.metadata["room"] != "Run"]
         return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
@@ -271,21 +281,23 @@ class Settings:
             if f.metadata["room"] != room:
                 room = f.metadata["room"]
                 lines.append(f"\n{room}")
-            kind = "|".join(get_args(f.type)) if get_origin(f.type) is Literal else "layers" if f.type is Layers else f.type.__name__
-            lines.append(f"  {f.name.upper() + '=' + (_show(f.default) or '(empty)'):<42} {f.metadata['doc']}  [{kind}]")
+            choice = get_origin(f.type) is Literal
+            kind = "|".join(get_args(f.type)) if choice else "layers" if f.type is Layers else f.type.__name__
+            name = f"{f.name.upper()}={_show(f.default) or '(empty)'}"
+            lines.append(f"  {name:<42} {f.metadata['doc']}  [{kind}]")
         return "\n".join(lines)
 
 
 # Names of published commands that mean something else here: the answer is what to write instead.
 RENAMED = {
     "VE_ENABLED": "VE_DIM=0 turns value embeddings off", "SWA_ENABLED": "AVERAGE=swa", "LEAKY_RELU": "LEAKY_SLOPE",
-    "TORCH_COMPILE": "COMPILE", "VAL_BATCH_SIZE": "EVAL_BATCH_SEQS", "LR_FLOOR": "MIN_LR", "EVAL_ONLY": "PHASES=eval ARTIFACT=file",
+    "TORCH_COMPILE": "COMPILE", "VAL_BATCH_SIZE": "EVAL_BATCH_SEQS", "LR_FLOOR": "MIN_LR", "NO_COMPILE": "COMPILE=off",
     "COMPRESS_METHOD": "COMPRESSOR", "SMEAR_GATE_ENABLED": "SMEAR_GATE", "TIE_EMBEDDINGS": "always on",
-    "ROPE_TRAIN_SEQ_LEN": "ROPE_BASE, the base in force at every length", "NO_COMPILE": "COMPILE=off",
+    "ROPE_TRAIN_SEQ_LEN": "ROPE_BASE, the base in force at every length", "EVAL_ONLY": "PHASES=eval ARTIFACT=file",
 }
-# First words of the contest's other techniques: such a name in the environment is meant for a trainer, and not read here.
-FOREIGN = frozenset("TTT SLOT QAT GPTQ SDCLIP LATE CROWN RECUR DEPTH NGRAM MIXER VRL DTG MTP LAWA TRIGRAM PARALLEL POLYAK "
-                    "MUONEQ COMPLEMENT LQER PHASED GLOBAL GATED SPARSE LOOP CASEOPS PRUNE HEDGE".split())
+# First words of the contest's other techniques: such a name is meant for a trainer, and not read here.
+FOREIGN = frozenset("TTT SLOT QAT GPTQ SDCLIP LATE CROWN RECUR DEPTH NGRAM MIXER VRL DTG MTP LAWA TRIGRAM PARALLEL "
+                    "POLYAK MUONEQ COMPLEMENT LQER PHASED GLOBAL GATED SPARSE LOOP CASEOPS PRUNE HEDGE".split())
 
 
 def _show(value):
@@ -337,14 +349,14 @@ def _why_not_env(name, known, strict):
         return f"{name} is not a setting; did you mean {near[0]}? (unset it if it is not meant for this script)"
     if name.partition("_")[0] in FOREIGN and "_" in name:
         return f"{name} is a switch of other contest scripts; this one does not have it"
-    return f"{name} looks like a setting but is none (STRICT_ENV=1)" if strict and name in doubtful_names([name]) else None
+    return f"{name} looks like a setting but is none (STRICT_ENV=1)" if strict and doubtful_names([name]) else None
 
 
 def doubtful_names(env):
     """Names in the environment that are made only of words of our settings, such as MODEL_LR, but are no setting."""
     known = {f.name.upper() for f in fields(Settings)}
     words = {word for name in known for word in name.split("_")}
-    return sorted(name for name in env if name not in known and "_" in name and all(w in words for w in name.split("_")))
+    return sorted(name for name in env if name not in known and "_" in name and words.issuperset(name.split("_")))
 
 
 def _file_pairs(path, complaints):
@@ -379,17 +391,20 @@ class Runtime:
 
     def __init__(self, settings, env=None):
         env = os.environ if env is None else env
-        self.rank, self.world, self.local = (int(env.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        ranks = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        self.rank, self.world, self.local = (int(env.get(name, default)) for name, default in ranks)
         self.choices = []
         cuda = torch.cuda.is_available()
         if settings.device == "cuda" and not cuda:
-            raise BadInput("DEVICE=cuda but torch sees no CUDA device; use DEVICE=cpu, or install a CUDA build of torch and a driver")
+            raise BadInput("DEVICE=cuda but torch sees no CUDA device; use DEVICE=cpu, or a CUDA build of torch")
         use_cuda = cuda and settings.device != "cpu"
         if use_cuda and self.local >= torch.cuda.device_count():
-            raise BadInput(f"local rank {self.local} has no GPU: this machine has {torch.cuda.device_count()}; lower --nproc_per_node")
+            raise BadInput(f"local rank {self.local} has no GPU, of {torch.cuda.device_count()}; lower --nproc_per_node")
         self.device = torch.device("cuda", self.local) if use_cuda else torch.device("cpu")
-        self.choose("device", self.device_name(), f"DEVICE={settings.device}, torch sees {torch.cuda.device_count() if cuda else 'no'} CUDA device(s)")
-        self.dtype = {"auto": torch.bfloat16 if use_cuda else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
+        count = torch.cuda.device_count() if cuda else "no"
+        self.choose("device", self.device_name(), f"DEVICE={settings.device}, torch sees {count} CUDA device(s)")
+        auto_dtype = "bfloat16" if use_cuda else "float32"
+        self.dtype = getattr(torch, auto_dtype if settings.dtype == "auto" else settings.dtype)
         # A CPU without bf16 instructions runs bf16 8-15 times slower than fp32, so it is never chosen for it.
         self.choose("dtype", str(self.dtype).removeprefix("torch."), f"DTYPE={settings.dtype}")
         self.compiled = settings.compile == "on" or (settings.compile == "auto" and use_cuda)
@@ -399,7 +414,7 @@ class Runtime:
             torch.set_float32_matmul_precision("high")
             free, total = torch.cuda.mem_get_info()
             if free < 0.9 * total:
-                self.choose("gpu_memory", f"{free >> 20}MiB_free", f"of {total >> 20} MiB: another process is using this GPU and will slow it down")
+                self.choose("gpu_memory", f"{free >> 20}MiB_free", f"of {total >> 20} MiB: another process is here")
         self.control = None
         if self.world > 1:
             dist.init_process_group("nccl" if use_cuda else "gloo", device_id=self.device if use_cuda else None)
@@ -541,60 +556,12 @@ def _word(value):
 
 def _open_log(path, append):
     if path.exists() and not append:
-        raise BadInput(f"{path} belongs to an earlier run: choose another RUN_ID or OUT_DIR, or go on with it by RESUME=auto")
+        raise BadInput(f"{path} belongs to an earlier run: choose another RUN_ID or OUT_DIR, or RESUME=auto to go on")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return open(path, "a" if append else "w", encoding="utf-8")
     except OSError as error:
         raise BadInput(f"{path} cannot be written ({error.strerror}); choose another OUT_DIR") from None
-
-
-def write_atomic(path, chunks):
-    """Complete under its name, or not there at all: temporary name, fsync, rename. Returns the SHA-256 of what was written."""
-    path = Path(path)
-    part, digest = path.with_name(path.name + ".part"), hashlib.sha256()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-                digest.update(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise BadInput(f"{path} cannot be written ({error.strerror}); nothing under that name was changed") from None
-    return digest.hexdigest()
-
-
-class Interrupt:
-    """Turns SIGTERM and the first Ctrl-C into a flag that the train loop reads between steps; a second Ctrl-C is immediate."""
-
-    def __init__(self):
-        self.signal = 0
-
-    def _note(self, number, frame):
-        if self.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def __enter__(self):
-        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-class Stopped(Exception):
-    """The run ends before its time: what happened, and the exit code."""
-
-    def __init__(self, message, code):
-        super().__init__(message)
-        self.code = code
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -682,12 +649,13 @@ class Table(nn.Module):
 
 def rotary_tables(positions, dims, base):
     """cos and sin (positions, dims/2) of position * base^(-2j/dims), computed in float64."""
-    angle = torch.arange(positions, dtype=torch.float64)[:, None] * base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / max(dims, 1))
+    frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / max(dims, 1))
+    angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
     return angle.cos().float(), angle.sin().float()
 
 
 def rotate(x, cos, sin):
-    """Partial RoPE (#315): the first 2n channels of x (B, T, H, C) turn by minus the angle, first half against second half."""
+    """Partial RoPE (#315): the first 2n channels of x (B, T, H, C) turn by minus the angle, half against half."""
     n = cos.size(-1)
     if n == 0:
         return x
@@ -750,7 +718,7 @@ class BigramHash(nn.Module):
 
 
 class ValueEmbedding(nn.Module):
-    """A second, narrow token table whose projection is added to the values of some layers (#374); computed once a forward."""
+    """A second, narrow token table whose projection is added to the values of some layers (#374)."""
 
     role = "scalar"
 
@@ -775,8 +743,8 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim, self.attend, self.xsa = s.head_dim, attend, layer >= s.num_layers - s.xsa_last_n
         kv_dim = s.num_kv_heads * s.head_dim
-        self.q, self.k, self.v = Linear(s.model_dim, s.model_dim), Linear(s.model_dim, kv_dim), Linear(s.model_dim, kv_dim)
-        self.o = Linear(s.model_dim, s.model_dim, zero=True)
+        self.q, self.o = Linear(s.model_dim, s.model_dim), Linear(s.model_dim, s.model_dim, zero=True)
+        self.k, self.v = Linear(s.model_dim, kv_dim), Linear(s.model_dim, kv_dim)
         self.gain_init, self.q_gain = s.qk_gain_init, nn.Parameter(torch.empty(s.num_heads))
         self.ve_scale = nn.Parameter(torch.empty(())) if s.ve_dim and layer in s.ve_layers else None
 
@@ -825,7 +793,8 @@ class Visit(NamedTuple):
 def layer_plan(num_layers, skips):
     """U-Net: the first half pushes, the second half pops, last in first out; a middle layer left over does neither."""
     half = num_layers // 2 if skips != "none" else 0
-    return [Visit(i, push=i < half, pop=i - num_layers // 2 if 0 <= i - num_layers // 2 < half else None) for i in range(num_layers)]
+    pops = range(num_layers // 2, num_layers // 2 + half)
+    return [Visit(i, push=i < half, pop=pops.index(i) if i in pops else None) for i in range(num_layers)]
 
 
 class Block(nn.Module):
@@ -855,7 +824,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model. hidden -> logits -> forward is the only forward: training, scoring, calibration and adaptation call it.
+    """The model. hidden -> logits -> forward is the only forward: training, scoring and adaptation call it.
 
     GPT(settings) has the initial weights of SEED, equal on every device and rank; init=False leaves them to be loaded.
     `attend` is the attention kernel (room 11), `dtype` that of activations.
@@ -875,7 +844,8 @@ class GPT(nn.Module):
         skips = sum(visit.pop is not None for visit in self.plan)
         self.skip_weights = nn.Parameter(torch.empty(skips, s.model_dim)) if skips else None
         # Buffers built before the first call: a lazily grown cache would recompile the graph.
-        for name, table in zip(("cos", "sin"), rotary_tables(max(s.train_seq_len, s.eval_seq_len), s.rope_dims, s.rope_base)):
+        longest = max(s.train_seq_len, s.eval_seq_len)
+        for name, table in zip(("cos", "sin"), rotary_tables(longest, s.rope_dims, s.rope_base)):
             self.register_buffer(name, table, persistent=False)
         if init:
             generator = torch.Generator().manual_seed(s.seed)
@@ -921,7 +891,7 @@ class GPT(nn.Module):
 
 
 def roles(model):
-    """{parameter name: role}, each parameter once; a module that creates parameters without stating a role is an error."""
+    """{parameter name: role}; a module that creates parameters without stating their role is an error."""
     table = {}
     for prefix, module in model.named_modules():
         for name, _ in module.named_parameters(recurse=False):
@@ -938,7 +908,7 @@ def roles(model):
 
 
 def newton_schulz(update, steps, dtype=torch.float32):
-    """Push the singular values of each matrix of a batch (N, rows, cols) towards 1 (Keller Jordan's Muon, quintic iteration)."""
+    """Push the singular values of each matrix of a batch (N, rows, cols) towards 1 (Keller Jordan's Muon, quintic)."""
     x = update.to(dtype)
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
@@ -964,15 +934,16 @@ def treatments(s):
 
 
 class Bank:
-    """Parameters of equal treatment in one tensor; parameters and gradients are views of it, so the whole bank is updated,
+    """Parameters of equal treatment in one tensor, of which they and their gradients are views: a bank is updated,
 
-    reduced and averaged by single operations. Muon: one bank a shape, (matrices padded to a multiple of ranks, rows, cols),
-    of which each rank orthogonalises its share. Adam: one flat bank a role, each parameter aligned to 256 bytes.
+    reduced and averaged by single operations. Muon: one bank a shape, (matrices padded to a multiple of ranks, rows,
+    cols), of which each rank orthogonalises its share. Adam: one flat bank a role, each parameter aligned to 256 bytes.
     """
 
     def __init__(self, treatment, entries, rt):
         self.kind, self.lr, self.wd = treatment
-        self.names, params, self.shapes = [n for n, _ in entries], [p for _, p in entries], [p.shape for _, p in entries]
+        self.names, params = [name for name, _ in entries], [param for _, param in entries]
+        self.shapes = [param.shape for param in params]
         if self.kind == "muon":
             self.share = -(-len(params) // rt.world)
             whole = (self.share * rt.world, *params[0].shape)
@@ -998,7 +969,7 @@ class MuonAdam:
     """Muon for matrices, AdamW for the rest, on 1..N ranks; it owns all communication, there is no DDP wrapper.
 
     step(): reduce-scatter the matrix banks and all-reduce the flat ones, clip the global gradient, orthogonalise this
-    rank's share and start gathering it, run AdamW meanwhile, apply. State is saved by parameter name for any rank count.
+    rank's share and start gathering it, run AdamW meanwhile, apply. State is saved by parameter name, for any ranks.
     """
 
     def __init__(self, model, s, rt):
@@ -1010,7 +981,7 @@ class MuonAdam:
                 raise KeyError(f"no treatment for role {role} of {name}")
             shape = tuple(params[name].shape) if table[role].kind == "muon" else ()
             groups.setdefault((role, shape), []).append((name, params[name]))
-        order = sorted(groups, key=lambda g: -sum(p.numel() for _, p in groups[g]))  # largest first: its reduction hides the others
+        order = sorted(groups, key=lambda g: -sum(p.numel() for _, p in groups[g]))  # largest first
         self.banks = [Bank(table[role], groups[role, shape], rt) for role, shape in order]
         self.table = {role: (len(names), sum(params[n].numel() for n in names), *table[role]) for role in table
                       if (names := [n for (r, _), group in groups.items() if r == role for n, _ in group])}
@@ -1041,11 +1012,13 @@ class MuonAdam:
         return shares
 
     def _clip(self, grads):
-        """Scale so that the norm of the global gradient is at most GRAD_CLIP_NORM; stays on the device, no host sync."""
+        """Scale the global gradient to a norm of at most GRAD_CLIP_NORM, without the host waiting for the device."""
         if not self.s.grad_clip_norm:
             return
-        square = lambda kind: sum((g.square().sum() for b, g in zip(self.banks, grads) if b.kind == kind), torch.zeros((), device=self.rt.device))
-        norm = (self.rt.sum(square("muon")) + square("adam")).sqrt()
+        square = {"muon": torch.zeros((), device=self.rt.device), "adam": torch.zeros((), device=self.rt.device)}
+        for bank, grad in zip(self.banks, grads):
+            square[bank.kind] += grad.square().sum()
+        norm = (self.rt.sum(square["muon"]) + square["adam"]).sqrt()  # matrices are shared out
         factor = (self.s.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
         for grad in grads:
             grad.mul_(factor)
@@ -1089,7 +1062,8 @@ class MuonAdam:
 
     def named(self, tensors):
         """{parameter name: part} of tensors shaped like the banks."""
-        return {name: view for bank, tensor in zip(self.banks, tensors) for name, view in zip(bank.names, bank.views(tensor))}
+        pairs = zip(self.banks, tensors)
+        return {name: view for bank, tensor in pairs for name, view in zip(bank.names, bank.views(tensor))}
 
     def _whole(self):
         """Optimizer state with every rank's share: a list of per-bank lists shaped like the banks."""
@@ -1208,8 +1182,8 @@ def check_tokens(tokens, vocab_size, path, start):
     """BadInput if a token is outside the vocabulary; `start` is the index in the shard of tokens[0]."""
     if len(tokens) and int(tokens.max()) >= vocab_size:
         at = int(np.argmax(tokens >= vocab_size))
-        raise BadInput(f"{path}: token {int(tokens[at])} at offset {SHARD_HEADER + 2 * (start + at)} is outside VOCAB_SIZE={vocab_size}; "
-                       "these shards belong to another tokenizer")
+        raise BadInput(f"{path}: token {int(tokens[at])} at offset {SHARD_HEADER + 2 * (start + at)} is outside "
+                       f"VOCAB_SIZE={vocab_size}; these shards belong to another tokenizer")
 
 
 def find_shards(folder, split):
@@ -1233,7 +1207,8 @@ def load_tokenizer(s):
         folder / "tokenizer.model", folder.parent.parent / "tokenizers" / f"fineweb_{s.vocab_size}_bpe.model"]
     path = next((p for p in places if p.is_file()), None)
     if path is None:
-        raise BadInput(f"no tokenizer at {' or '.join(map(str, places))}; set TOKENIZER_PATH, or make one with data/prepare.py or data/fineweb.py")
+        raise BadInput(f"no tokenizer at {' or '.join(map(str, places))}; set TOKENIZER_PATH, or make one with "
+                       "data/prepare.py or data/fineweb.py")
     try:
         sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
@@ -1244,7 +1219,7 @@ def load_tokenizer(s):
 
 
 def byte_tables(sp, vocab_size):
-    """The contest's byte rule as tables over the vocabulary: (bytes of the piece, carries a leading space, is a boundary).
+    """The contest's byte rule as tables over the vocabulary: (bytes of the piece, has a leading space, is a boundary).
 
     A leading space costs one byte more unless the token before is a boundary (control, unknown or unused piece).
     """
@@ -1281,7 +1256,8 @@ class TokenStream:
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         sequences = s.train_batch_tokens // s.train_seq_len
         if sequences % rt.world:
-            raise BadInput(f"TRAIN_BATCH_TOKENS={s.train_batch_tokens} is {sequences} sequences, which {rt.world} ranks cannot share evenly")
+            raise BadInput(f"TRAIN_BATCH_TOKENS={s.train_batch_tokens} is {sequences} sequences of TRAIN_SEQ_LEN="
+                           f"{s.train_seq_len}, which {rt.world} ranks cannot share evenly")
         if self.ends[-1] < 2:
             raise BadInput(f"{paths[0]}: the training stream holds fewer than two tokens")
         self.rows = sequences // rt.world
@@ -1306,7 +1282,7 @@ class TokenStream:
         return out
 
     def next(self):
-        """This rank's part of the next batch as micro-batches [(x, y)], each (rows, TRAIN_SEQ_LEN) int64 on the device."""
+        """This rank's part of the next batch: micro-batches [(x, y)], each (rows, TRAIN_SEQ_LEN) int64."""
         length = self.rows * self.s.train_seq_len
         tokens = self.read(self.position + self.rt.rank * length, length + 1)
         self.position += self.s.train_batch_tokens
@@ -1315,7 +1291,8 @@ class TokenStream:
     def synthetic(self, generator):
         """A batch of random tokens in exactly the memory layout of a real one, so that it compiles the same graph."""
         length = self.rows * self.s.train_seq_len
-        return self._micro_batches(torch.randint(self.s.vocab_size, (length + 1,), dtype=torch.int32, generator=generator))
+        shape = (length + 1,)
+        return self._micro_batches(torch.randint(self.s.vocab_size, shape, dtype=torch.int32, generator=generator))
 
     def _micro_batches(self, tokens):
         if self.rt.device.type == "cuda":
@@ -1334,15 +1311,16 @@ class ValStream(NamedTuple):
 
 
 def load_validation(s, rt, sp):
-    """All validation shards in order, with the bytes of each target counted from the ids alone, before any model is asked."""
+    """All validation shards in order, with the bytes of each target counted from the ids alone, before any scoring."""
     paths = find_shards(s.data_path, "val")
     ids = np.concatenate([read_shard(path, s.vocab_size) for path in paths])
     whole = not s.val_tokens or s.val_tokens >= len(ids) - 1
     ids = ids if whole else ids[: s.val_tokens + 1]
     if len(ids) - 1 < s.eval_seq_len:
-        raise BadInput(f"the validation stream has {len(ids) - 1} targets, fewer than one window of EVAL_SEQ_LEN={s.eval_seq_len}")
-    counted = target_bytes(ids, byte_tables(sp, s.vocab_size))
-    return ValStream(torch.from_numpy(ids.astype(np.int32)).to(rt.device), torch.from_numpy(counted).to(rt.device), whole)
+        raise BadInput(f"the validation stream has {len(ids) - 1} targets, fewer than one window of "
+                       f"EVAL_SEQ_LEN={s.eval_seq_len}; shorten it, or prepare more validation text")
+    counted = torch.from_numpy(target_bytes(ids, byte_tables(sp, s.vocab_size)))
+    return ValStream(torch.from_numpy(ids.astype(np.int32)).to(rt.device), counted.to(rt.device), whole)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1354,9 +1332,9 @@ CLIP_PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 
 
 def row_scales(rows, bits, method):
-    """float16 step of each row of (N, M): its largest magnitude over the integer range, or with "gptq_lite" (#414) the clip
+    """float16 step of each row of (N, M): its largest magnitude over the integer range, or with "gptq_lite" (#414) the
 
-    percentile with the least squared error - chosen for every row by itself; the name is the field's, there is no Hessian.
+    clip percentile of least squared error, chosen for every row by itself (the name is the field's: no Hessian).
     """
     top = 2 ** (bits - 1) - 1
     if method == "rtn":
@@ -1409,7 +1387,8 @@ CODECS = {
 
 def codec_of(role, s):
     """(codec, bits, method) that stores the parameters of a role: gains and scales stay float16."""
-    bits, method = {"matrix": (s.matrix_bits, s.matrix_quant), "embed": (s.embed_bits, s.embed_quant)}.get(role, (16, ""))
+    table = {"matrix": (s.matrix_bits, s.matrix_quant), "embed": (s.embed_bits, s.embed_quant)}
+    bits, method = table.get(role, (16, ""))
     return ("float16" if bits == 16 else "int"), bits, method
 
 
@@ -1421,6 +1400,26 @@ def codec_of(role, s):
 
 MAGIC, ARTIFACT_VERSION, PREFIX = b"PGOLF\r\n\x1a", 1, struct.Struct("<8sHIII")
 MAX_HEADER, MAX_RAW = 1 << 22, 1 << 31
+
+
+def write_atomic(path, chunks):
+    """Complete under its name, or not there at all: temporary name, fsync, rename. Returns the SHA-256 of the bytes."""
+    path = Path(path)
+    part, digest = path.with_name(path.name + ".part"), hashlib.sha256()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+                digest.update(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise BadInput(f"{path} cannot be written ({error.strerror}); nothing under that name was changed") from None
+    return digest.hexdigest()
 
 
 def _zstd(data):
@@ -1460,15 +1459,15 @@ COMPRESSORS = {
 
 
 def decompress(name, data, size, where):
-    """Exactly `size` bytes; never produces more than one byte beyond."""
+    """Exactly `size` bytes; never produces much more."""
     try:
         out = COMPRESSORS[name][1](data, size + 1)
     except ImportError as error:
-        raise BadInput(f"{where}: packed with {name}, which needs the package {error.name}: pip install {error.name}") from None
+        raise BadInput(f"{where}: packed with {name}, which needs {error.name}: pip install {error.name}") from None
     except (ValueError, EOFError, MemoryError, zlib.error, lzma.LZMAError) as error:
         raise BadInput(f"{where}: {name} data is corrupt ({str(error)[:80]})") from None
     if len(out) != size:
-        raise BadInput(f"{where}: unpacks to {'more than' if len(out) > size else 'only'} {min(len(out), size)} bytes, expected {size}")
+        raise BadInput(f"{where}: unpacks to {'more' if len(out) > size else 'fewer'} than the expected {size} bytes")
     return out
 
 
@@ -1478,28 +1477,34 @@ def _planes(array):
 
 
 def _unplanes(data, dtype):
-    return np.ascontiguousarray(np.frombuffer(data, np.uint8).reshape(np.dtype(dtype).itemsize, -1).T).view(dtype).ravel()
+    planes = np.frombuffer(data, np.uint8).reshape(np.dtype(dtype).itemsize, -1)
+    return np.ascontiguousarray(planes.T).view(dtype).ravel()
 
 
 def stream_layout(tensors, role_of):
-    """{stream: [(name, part, dtype, count)]} for rows (name, shape, codec, ...): codes by role, scales and halves of all together."""
+    """{stream: [(name, part, dtype, count)]} for rows (name, shape, codec, ...): codes by role, other parts by kind."""
     streams = {}
     for name, shape, codec, *_ in tensors:
         for part, (dtype, count) in CODECS[codec][2].items():
-            streams.setdefault(f"{role_of[name]}.q" if part == "q" else part, []).append((name, part, dtype, count(shape)))
+            stream = f"{role_of[name]}.q" if part == "q" else part
+            streams.setdefault(stream, []).append((name, part, dtype, count(shape)))
     return streams
 
 
+def model_fields():
+    """The settings that define the model, stored in the artifact."""
+    return [f for f in fields(Settings) if f.metadata["room"] == "Model" or f.name == "vocab_size"]
+
+
 def save_artifact(path, model, s, tokenizer_sha256="", log=None):
-    """Quantise, pack and write the model; returns {"bytes", "sha256", "compressor"}. The file is complete or absent."""
-    params, role_of = dict(model.named_parameters()), roles(model)
-    for name, param in params.items():
+    """Quantise, pack and write the model -> {"bytes", "sha256", "compressor"}. The file is complete or absent."""
+    role_of, parts, tensors = roles(model), {}, []
+    for name, param in model.named_parameters():
         if not torch.isfinite(param).all():
             raise Stopped(f"{name} is not finite; no artifact was written", 4)
-    parts, tensors = {}, []
-    for name, param in params.items():
         codec, bits, method = codec_of(role_of[name], s)
-        parts[name] = {k: v.cpu().numpy() for k, v in CODECS[codec][0](param.detach(), bits, method).items()}
+        encoded = CODECS[codec][0](param.detach(), bits, method)
+        parts[name] = {part: tensor.cpu().numpy() for part, tensor in encoded.items()}
         tensors.append((name, tuple(param.shape), codec, bits))
     candidates = list(COMPRESSORS) if s.compressor == "auto" else [s.compressor]
     streams, payload = [], []
@@ -1510,18 +1515,20 @@ def save_artifact(path, model, s, tokenizer_sha256="", log=None):
         streams.append([stream, best, len(raw), len(packed[best]), zlib.crc32(packed[best])])
         payload.append(packed[best])
         if log:
-            log("pack", stream=stream, raw_bytes=len(raw), **{f"{name}_bytes": len(data) for name, data in packed.items()}, chosen=best)
-    model_fields = {f.name: getattr(s, f.name) for f in fields(s) if f.metadata["room"] == "Model" or f.name == "vocab_size"}
-    header = json.dumps({"settings": {k.upper(): _show(v) for k, v in model_fields.items()}, "tokenizer_sha256": tokenizer_sha256,
-                         "tensors": tensors, "streams": streams}, separators=(",", ":")).encode()
+            sizes = {f"{name}_bytes": len(data) for name, data in packed.items()}
+            log("pack", stream=stream, raw_bytes=len(raw), **sizes, chosen=best)
+    settings = {f.name.upper(): _show(getattr(s, f.name)) for f in model_fields()}
+    header = {"settings": settings, "tokenizer_sha256": tokenizer_sha256, "tensors": tensors, "streams": streams}
+    header = json.dumps(header, separators=(",", ":")).encode()
     packed = zlib.compress(header, 9)
     chunks = [PREFIX.pack(MAGIC, ARTIFACT_VERSION, len(packed), len(header), zlib.crc32(packed)), packed, *payload]
     sha256 = write_atomic(path, chunks)
-    return {"bytes": sum(map(len, chunks)), "sha256": sha256, "compressor": "+".join(sorted({row[1] for row in streams}))}
+    used = "+".join(sorted({compressor for _, compressor, *_ in streams}))
+    return {"bytes": sum(map(len, chunks)), "sha256": sha256, "compressor": used}
 
 
-def read_header(path):
-    """(header dict, packed streams by name): everything checked that can be without building a model."""
+def read_artifact(path):
+    """(header, {stream: (compressor, packed bytes, raw size)}): all that can be checked without a model is checked."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -1530,53 +1537,58 @@ def read_header(path):
         raise BadInput(f"{path}: not an artifact of this script (offset 0: found {data[:8]!r}, expected {MAGIC!r})")
     _, version, packed, raw, checksum = PREFIX.unpack_from(data)
     if version != ARTIFACT_VERSION:
-        raise BadInput(f"{path}: artifact version {version} (offset 8), this script reads {ARTIFACT_VERSION}; use the script that wrote it")
-    body = data[PREFIX.size : PREFIX.size + packed]
+        raise BadInput(f"{path}: artifact version {version} (offset 8), this script reads version {ARTIFACT_VERSION}")
+    body, at = data[PREFIX.size : PREFIX.size + packed], PREFIX.size + packed
     if len(body) != packed or zlib.crc32(body) != checksum or raw > MAX_HEADER:
-        raise BadInput(f"{path}: truncated or corrupt header (offset {PREFIX.size}, {len(body)} of {packed} bytes, checksum or size wrong)")
+        raise BadInput(f"{path}: truncated or corrupt header (offset {PREFIX.size}: {len(body)} of {packed} bytes)")
     try:
         header = json.loads(decompress("zlib", body, raw, f"{path}: header"))
-        streams = [(str(n), str(c), int(r), int(p), int(k)) for n, c, r, p, k in header["streams"]]
-        header["tensors"] = [(str(n), tuple(int(d) for d in shape), str(c), int(b)) for n, shape, c, b in header["tensors"]]
+        rows = [(str(n), str(c), int(r), int(p), int(k)) for n, c, r, p, k in header["streams"]]
+        header["tensors"] = [(str(n), tuple(map(int, shape)), str(c), int(b)) for n, shape, c, b in header["tensors"]]
         header["settings"] = {str(k): str(v) for k, v in header["settings"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise BadInput(f"{path}: header is not what this version writes ({type(error).__name__}: {str(error)[:80]})") from None
-    for kind, known, rows in (("codec", CODECS, [(n, c) for n, _, c, _ in header["tensors"]]), ("compressor", COMPRESSORS, [row[:2] for row in streams])):
-        for name, choice in rows:
-            if choice not in known:
-                raise BadInput(f"{path}: {name} has the {kind} {choice!r}, which this script does not know")
-    found, at = {}, PREFIX.size + packed
-    if at + sum(row[3] for row in streams) != len(data) or any(row[3] < 0 or row[2] < 0 for row in streams):
-        raise BadInput(f"{path}: truncated or padded: {len(data)} bytes, expected {at + sum(row[3] for row in streams)}")
-    for name, compressor, size, length, checksum in streams:
+        unknown = {c for _, _, c, _ in header["tensors"]} - set(CODECS) | {c for _, c, *_ in rows} - set(COMPRESSORS)
+        if unknown or set(header["settings"]) != {f.name.upper() for f in model_fields()}:
+            raise ValueError(f"unknown {', '.join(sorted(unknown))}" if unknown else "settings of another version")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+        raise BadInput(f"{path}: unusable header ({type(error).__name__}: {str(error)[:80]})") from None
+    end = at + sum(row[3] for row in rows)
+    if end != len(data) or any(row[2] < 0 or row[3] < 0 for row in rows):
+        raise BadInput(f"{path}: truncated or padded: {len(data)} bytes, expected {end}")
+    streams = {}
+    for name, compressor, size, length, checksum in rows:
         if zlib.crc32(data[at : at + length]) != checksum:
-            raise BadInput(f"{path}: stream {name} is corrupt (checksum of offset {at}..{at + length})")
-        found[name] = (compressor, data[at : at + length], size)
+            raise BadInput(f"{path}: stream {name} is corrupt (checksum of offset {at} to {at + length})")
+        streams[name] = (compressor, data[at : at + length], size)
         at += length
-    return header, found
+    return header, streams
+
+
+def artifact_settings(path, header, given):
+    """What defines the model from the artifact, the rest from `given`, which must not contradict it."""
+    try:
+        shape = [f"{name}={value}" for name, value in header["settings"].items()]
+        stored = Settings.parse([*shape, "TRAIN_SEQ_LEN=2", "TRAIN_BATCH_TOKENS=2"])
+    except BadInput as error:
+        raise BadInput(f"{path}: its settings cannot be used here: {str(error).splitlines()[0]}") from None
+    for f in model_fields():
+        mine, its = getattr(given, f.name), getattr(stored, f.name)
+        if mine not in (f.default, its):
+            raise BadInput(f"{f.name.upper()}={_show(mine)} contradicts {path}, which was made with {_show(its)}")
+    return replace(given, **{f.name: getattr(stored, f.name) for f in model_fields()})
 
 
 def load_artifact(path, settings=None, dtype=torch.float32, attend=None, device="cpu"):
-    """-> (settings, model). What defines the model comes from the file, the rest from `settings`, which must not contradict it."""
-    header, streams = read_header(path)
-    given = settings or Settings()
-    try:
-        stored = Settings.parse([f"{k}={v}" for k, v in header["settings"].items()] + ["TRAIN_SEQ_LEN=2", "TRAIN_BATCH_TOKENS=2"])
-    except BadInput as error:
-        raise BadInput(f"{path}: its settings are not usable here: {str(error).splitlines()[0]}") from None
-    names = {f.name for f in fields(Settings) if f.name.upper() in header["settings"]}
-    for f in fields(Settings):
-        if f.name in names and getattr(given, f.name) not in (f.default, getattr(stored, f.name)):
-            raise BadInput(f"{f.name.upper()}={_show(getattr(given, f.name))} contradicts {path}, which was made with {_show(getattr(stored, f.name))}")
-    s = Settings(**{f.name: getattr(stored if f.name in names else given, f.name) for f in fields(Settings)})
-    with torch.device("meta"):  # names and shapes, no memory: the file must fit them before anything is allocated
+    """-> (settings, model). The file must fit a model of its settings before anything of that size is allocated."""
+    header, streams = read_artifact(path)
+    s = artifact_settings(path, header, settings or Settings())
+    with torch.device("meta"):
         skeleton = GPT(s, init=False)
     shapes, role_of = {n: tuple(p.shape) for n, p in skeleton.named_parameters()}, roles(skeleton)
-    if {name: shape for name, shape, _, _ in header["tensors"]} != shapes:
+    if [row[:2] for row in header["tensors"]] != list(shapes.items()):
         raise BadInput(f"{path}: its tensors are not those of its settings")
     layout = stream_layout(header["tensors"], role_of)
-    sizes = {stream: sum(np.dtype(kind).itemsize * count for _, _, kind, count in rows) for stream, rows in layout.items()}
-    if sizes != {stream: size for stream, (_, _, size) in streams.items()} or sum(sizes.values()) > MAX_RAW:
+    sizes = {name: sum(np.dtype(kind).itemsize * count for _, _, kind, count in rows) for name, rows in layout.items()}
+    if sizes != {name: size for name, (_, _, size) in streams.items()} or sum(sizes.values()) > MAX_RAW:
         raise BadInput(f"{path}: stream sizes do not add up to its tensors")
     parts = {name: {} for name in shapes}
     for stream, rows in layout.items():
@@ -1596,7 +1608,7 @@ def load_artifact(path, settings=None, dtype=torch.float32, attend=None, device=
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 9 Evaluation: the definition of the metric
-# bits per byte = sum of nats / (ln 2 * sum of bytes), both over the same targets, every target of the stream exactly once.
+# bits per byte = sum of nats / (ln 2 * sum of bytes), over the same targets, every target of the stream exactly once.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -1606,13 +1618,13 @@ class Chunk(NamedTuple):
     x: Tensor  # (B, T) inputs
     y: Tensor  # (B, T) targets
     keep: int
-    at: Tensor  # (rows,) stream index of the first scored target; B > rows where the batch was padded to its fixed shape
+    at: Tensor  # (rows,) stream index of the first scored target; B > rows where a batch was padded to its fixed shape
 
 
 def windows(targets, length, stride=0):
-    """[(starts, keep)]: the first window scores all of its targets, each later one its last `stride`, and one final window
+    """[(starts, keep)]: the first window scores all of its targets, each later one its last `stride`, and a final one
 
-    that ends with the stream scores the remainder. Every target once; only that final window is not a multiple of stride.
+    that ends with the stream scores the remainder. Every target once.
     """
     stride = stride or length
     starts = np.arange(0, targets - length + 1, stride)
@@ -1622,7 +1634,7 @@ def windows(targets, length, stride=0):
 
 
 def chunks(stream, length, stride, batch, rt):
-    """This rank's chunks of the validation stream, dealt out in turn; their order and number depend on settings only."""
+    """This rank's chunks of the validation stream, dealt out in turn; what they are depends on settings only."""
     offsets = torch.arange(length + 1, device=rt.device)
     dealt = 0
     for starts, keep in windows(len(stream.bytes), length, stride):
@@ -1644,44 +1656,46 @@ class Score(NamedTuple):
 
 
 def score(predictor, chunks, stream, rt, validity, log=None, check_every=64):
-    """The only scoring loop: predict, add to float64 meters, mark the positions, and only then let the predictor observe.
+    """The only scoring loop: predict, add to float64 meters, mark the positions, and only then let it observe.
 
     Breaks of the rules go to `validity`: a target scored twice or never, a distribution that does not sum to 1.
     """
     length = len(stream.bytes)
     seen = torch.zeros(length, dtype=torch.uint8, device=rt.device)
     meters = torch.zeros(3, dtype=torch.float64, device=rt.device)  # nats, tokens, bytes
-    worst, began = 0.0, time.monotonic()
+    worst, done, began = 0.0, 0, time.monotonic()
     for i, chunk in enumerate(chunks):
         rows = len(chunk.at)
         nll = predictor.nll(chunk.x, chunk.y, chunk.keep)[:rows]
         where = chunk.at[:, None] + torch.arange(chunk.keep, device=rt.device)
-        meters += torch.stack([nll.double().sum(), torch.tensor(float(nll.numel()), device=rt.device).double(), stream.bytes[where].sum().double()])
-        seen.view(-1).index_add_(0, where.flatten(), torch.ones(where.numel(), dtype=torch.uint8, device=rt.device))
+        meters[0] += nll.double().sum()
+        meters[1] += where.numel()
+        meters[2] += stream.bytes[where].sum()
+        seen.index_add_(0, where.flatten(), torch.ones_like(where.flatten(), dtype=torch.uint8))
         if i % check_every == 0:
             worst = max(worst, _distribution_error(predictor, chunk, nll))
         predictor.observe(chunk)
+        done += rows * chunk.keep * rt.world
         if log:
-            log.progress("scoring", min((i + 1) * rt.world * rows * chunk.keep, length), length,
-                         f"{(i + 1) * rt.world * rows * chunk.keep / (time.monotonic() - began):,.0f} tokens/s")
+            log.progress("scoring", done, length, f"{done / (time.monotonic() - began):,.0f} tokens/s")
     nats, tokens, nbytes = rt.sum(meters).tolist()
     twice, never = int((rt.sum(seen) > 1).sum()), int((seen == 0).sum())
     (worst,) = rt.agree(worst)
     validity.need(not twice and not never, f"C4 coverage: {twice} targets scored more than once, {never} never")
-    validity.need(worst < 1e-3, f"C2 normalisation: distributions sum to 1 only within {worst:.1e} (in log) on sampled positions")
+    validity.need(worst < 1e-3, f"C2 normalisation: off by {worst:.1e} in log on sampled positions")
     validity.need(math.isfinite(nats), "the score is not finite")
     return Score(nats / max(tokens, 1), nats / math.log(2) / max(nbytes, 1), int(tokens), int(nbytes))
 
 
 def _distribution_error(predictor, chunk, nll):
-    """How far the chunk's distributions are from summing to 1, or its nll from what they say, in log; on its first row."""
-    row = predictor.predict(chunk.x[:1], keep=chunk.keep)
+    """How far the distributions of a chunk's first row are from summing to 1, or its nll from what they say, in log."""
+    row = predictor.predict(chunk.x, keep=chunk.keep)[:1]
     said = -row.gather(-1, chunk.y[:1, -chunk.keep :, None]).squeeze(-1)
     return max(row.double().logsumexp(-1).abs().max().item(), (said - nll[:1]).abs().max().item())
 
 
 class Validity:
-    """The ledger behind valid (is the number a true code length, conditions C1-C4 of #1017) and eligible (could it be a record)."""
+    """The ledger behind `valid` (a true code length: C1-C4 of #1017) and `eligible` (could be a record)."""
 
     def __init__(self):
         self.reasons, self.eligible_reasons = [], []
@@ -1713,15 +1727,16 @@ class Validity:
         if split == "train":
             self.need(not self.frozen, "training shards were read after the artifact was frozen")
         else:
-            self.need(self.frozen or self._reporting, "C3: validation shards were opened before the artifact was frozen")
+            self.need(self.frozen or self._reporting, "C3: validation shards opened before the artifact was frozen")
 
 
 def prove_bytes(sp, stream, most=1_000_000):
-    """Decode validation documents (up to `most` tokens) and compare their UTF-8 length with the byte table: (documents, wrong)."""
+    """Decode validation documents (up to `most` tokens), compare their length with the table: (documents, wrong)."""
     ids = stream.tokens[: most + 1].cpu().numpy()
     starts = [*np.flatnonzero(ids == BOS).tolist(), len(ids)]
     counted = stream.bytes[: len(ids) - 1].cpu().numpy()
-    pairs = [(a, b) for a, b in zip(starts, starts[1:]) if b < len(ids) or stream.whole and len(ids) == len(stream.tokens)]
+    whole = stream.whole and len(ids) == len(stream.tokens)
+    pairs = [(a, b) for a, b in zip(starts, starts[1:]) if b < len(ids) or whole]
     texts = sp.decode([ids[a + 1 : b].tolist() for a, b in pairs])
     return len(pairs), sum(len(text.encode()) != int(counted[a : b - 1].sum()) for (a, b), text in zip(pairs, texts))
 
@@ -1732,10 +1747,10 @@ def prove_bytes(sp, stream, most=1_000_000):
 
 
 class Predictor:
-    """What is scored. predict() is given inputs and never targets; observe() is called with a chunk after it was scored."""
+    """What is scored. predict() is given inputs and never targets; observe() gets a chunk after it was scored."""
 
     def predict(self, x, docs=None, keep=None):
-        """x (B, T) -> log-probabilities (B, keep, V) of the token after each of the last `keep` positions (default all)."""
+        """x (B, T) -> log-probabilities (B, keep, V) of the token after each of the last `keep` positions (all)."""
         raise NotImplementedError
 
     def nll(self, x, y, keep, docs=None):
@@ -1747,7 +1762,7 @@ class Predictor:
 
 
 class ModelPredictor(Predictor):
-    """The model as it is in the artifact. Only the scored positions meet the head, which saves a tenth of a sliding window."""
+    """The model as it is in the artifact. Only scored positions meet the head: a tenth of a sliding window saved."""
 
     def __init__(self, model, rt):
         self.model, self._hidden = model, rt.compile(model.hidden)
@@ -1771,7 +1786,7 @@ class ModelPredictor(Predictor):
 
 
 def attend_sdpa(q, k, v):
-    """Causal attention, q (B, T, H, C), k and v (B, T, K, C) -> (B, T, H, C); query head j reads key/value head j * K // H."""
+    """Causal attention, q (B, T, H, C), k and v (B, T, K, C) -> (B, T, H, C); query head j reads kv head j * K // H."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
@@ -1817,7 +1832,7 @@ def _why_not(name, s, rt):
 
 
 def pick_attention(s, rt):
-    """The attention function of this run: the first of FA3, cuDNN, flash and math that is here and agrees with the reference.
+    """The attention function of this run: the first of FA3, cuDNN, flash, math that agrees with the reference.
 
     What was passed over, and why, is said in one line; with ATTENTION=name or KERNELS=require a fallback is an error.
     """
@@ -1864,248 +1879,301 @@ def _attention_error(attend, s, rt):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Interrupt:
+    """Turns SIGTERM and Ctrl-C into a flag that the train loop reads between steps; a second Ctrl-C is immediate."""
+
+    def __init__(self):
+        self.signal = 0
+
+    def _note(self, number, frame):
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __enter__(self):
+        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
 class Run:
-    """What the phases of one run share."""
+    """What the phases of one run share; `facts` end in the summary."""
 
-    def __init__(self, s, rt, log, clock, validity, out_dir, attend):
-        self.s, self.rt, self.log, self.clock, self.validity = s, rt, log, clock, validity
-        self.out_dir, self.attend, self.facts = out_dir, attend, {}
+    def __init__(self, s, rt, out_dir, attend):
+        self.s, self.rt, self.out_dir, self.attend = s, rt, out_dir, attend
+        self.log = Log(out_dir, rt.rank == 0, append=bool(s.resume))
+        self.clock, self.validity, self.facts = Clock(rt.sync), Validity(), {}
 
 
-def warm_up(run, model, optimizer, step_loss, stream):
-    """Compile every graph of the run on synthetic tokens through the real step, then undo all of it."""
-    s, rt = run.s, run.rt
-    with run.clock.phase("warmup"):
-        before = [bank.weight.clone() for bank in optimizer.banks]
+class Training:
+    """What a training run changes from step to step: all of it, and nothing else, is in a checkpoint."""
+
+    def __init__(self, run, model):
+        self.run, self.step = run, 0
+        self.optimizer = MuonAdam(model, run.s, run.rt)
+        self.stream = TokenStream(find_shards(run.s.data_path, "train"), run.s, run.rt)
+        self.average = Average(run.s, self.optimizer.banks)
+
+    def warm_up(self, step_loss):
+        """Compile every graph of a step on synthetic tokens through the real step, then undo all of it."""
+        s, rt, banks = self.run.s, self.run.rt, self.optimizer.banks
+        before = [bank.weight.clone() for bank in banks]
         generator = torch.Generator().manual_seed(s.seed)
         for _ in range(s.warmup_steps):
-            optimizer.zero_grad()
+            self.optimizer.zero_grad()
             try:
-                for x, y in stream.synthetic(generator)[:2]:
+                for x, y in self.stream.synthetic(generator)[:2]:
                     step_loss(x, y).backward()
-                optimizer.step(1.0, s.muon_momentum)
+                self.optimizer.step(1.0, s.muon_momentum)
             except RuntimeError as error:
-                if not rt.compiled or "out of memory" in str(error):
+                if not rt.compiled or isinstance(error, torch.OutOfMemoryError):
                     raise
-                raise BadInput(f"torch.compile failed ({type(error).__name__}: {str(error).strip().splitlines()[0][:120]}); COMPILE=off runs without it") from error
-        for bank, weight in zip(optimizer.banks, before):
+                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+                raise BadInput(f"torch.compile failed ({reason}); COMPILE=off runs without it") from error
+        for bank, weight in zip(banks, before):
             bank.weight.copy_(weight)
             for tensor in bank.state:
                 tensor.zero_()
-        optimizer.t = 0
-    run.log("warmup", steps=s.warmup_steps, seconds=round(run.clock["warmup"], 2))
+        self.optimizer.t = 0
+
+    def save(self):
+        """Write a checkpoint, by parameter name, with a SHA-256 at its end; the last two are kept. Collective.
+
+        One that cannot be written (full disk) is a line in the log: the run and the older checkpoints are worth more.
+        """
+        run, weights = self.run, [bank.weight for bank in self.optimizer.banks]
+
+        def by_name(tensors):
+            return {name: part.cpu().clone() for name, part in self.optimizer.named(tensors).items()}
+
+        state = {"step": self.step, "settings": run.s.sha256(), "position": self.stream.position,
+                 "seconds": dict(run.clock.seconds), "weights": by_name(weights), "rng": torch.get_rng_state(),
+                 "optimizer": self.optimizer.state_dict(), "average_count": self.average.count,
+                 "average": by_name(self.average.sums or ())}
+        if run.rt.rank:
+            return
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        data, path = buffer.getvalue(), run.out_dir / f"checkpoint_{self.step:07d}.pt"
+        try:
+            write_atomic(path, [data, hashlib.sha256(data).digest()])
+        except BadInput as error:
+            run.log("checkpoint_failed", step=self.step, reason=str(error))
+            return
+        run.log("checkpoint", step=self.step, file=path.name, bytes=len(data) + 32)
+        for old in checkpoints(run.out_dir)[2:]:
+            old.unlink()
+
+    @torch.no_grad()
+    def load(self, state):
+        if state["settings"] != self.run.s.sha256():
+            raise BadInput("the checkpoint has other settings; repeat those in its train.log, or take another RUN_ID")
+        self.step, self.stream.position, self.average.count = state["step"], state["position"], state["average_count"]
+        weights = [bank.weight for bank in self.optimizer.banks]
+        self.average.sums = [torch.zeros_like(weight) for weight in weights] if state["average"] else None
+        for tensors, key in ((weights, "weights"), (self.average.sums or (), "average")):
+            for name, view in self.optimizer.named(tensors).items():
+                view.copy_(state[key][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.run.clock.seconds.update({k: v for k, v in state["seconds"].items() if k != "setup"})
+        torch.set_rng_state(state["rng"])
 
 
-def checkpoint_paths(out_dir):
+def checkpoints(out_dir):
+    """Checkpoints of a run, newest first."""
     return sorted(Path(out_dir).glob("checkpoint_*.pt"), reverse=True)
 
 
-def save_checkpoint(run, step, optimizer, average, stream):
-    """Everything the rest of the run depends on, by parameter name, with a SHA-256 at the end; the last two are kept.
-
-    A checkpoint that cannot be written (full disk) is a warning: the run and the checkpoints before it are worth more.
-    """
-    state = {"step": step, "settings": run.s.sha256(), "position": stream.position, "seconds": dict(run.clock.seconds),
-             "weights": {n: w.cpu().clone() for n, w in optimizer.named(b.weight for b in optimizer.banks).items()},
-             "optimizer": optimizer.state_dict(), "average_count": average.count, "rng": torch.get_rng_state(),
-             "average": {n: w.cpu().clone() for n, w in optimizer.named(average.sums or ()).items()}}
-    if run.rt.rank:
-        return
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    data, path = buffer.getvalue(), run.out_dir / f"checkpoint_{step:07d}.pt"
-    try:
-        write_atomic(path, [data, hashlib.sha256(data).digest()])
-    except BadInput as error:
-        run.log("checkpoint_failed", step=step, reason=str(error))
-        return
-    run.log("checkpoint", step=step, file=path.name, bytes=len(data) + 32)
-    for old in checkpoint_paths(run.out_dir)[2:]:
-        old.unlink()
-
-
 def read_checkpoint(path):
-    """A whole checkpoint, or BadInput that says what is wrong with the file."""
+    """Bytes of a whole checkpoint, or BadInput that says what is wrong with the file."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
     if len(data) < 32 or hashlib.sha256(data[:-32]).digest() != data[-32:]:
-        raise BadInput(f"{path}: not a whole checkpoint (checksum wrong)")
-    return torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
+        raise BadInput(f"{path}: not a whole checkpoint (its checksum is wrong)")
+    return data[:-32]
 
 
-def resume(run, optimizer, average, stream):
-    """Go on from RESUME; returns the step reached (0: nothing to go on from)."""
-    paths = checkpoint_paths(run.out_dir) if run.s.resume == "auto" else [Path(run.s.resume)] if run.s.resume else []
-    state = None
-    for path in paths:
+def resume(run, training):
+    """Go on from RESUME, if there is something to go on from. Rank 0's disk counts."""
+    paths = checkpoints(run.out_dir) if run.s.resume == "auto" else [Path(run.s.resume)] if run.s.resume else []
+    data = None
+    for path in paths if run.rt.rank == 0 else ():
         try:
-            state = read_checkpoint(path)
+            data = read_checkpoint(path)
             break
         except BadInput as error:
             if run.s.resume != "auto":
                 raise
             run.log("checkpoint_skipped", reason=str(error))
-    if state is None:
-        return 0
-    if state["settings"] != run.s.sha256():
-        raise BadInput(f"{path} was made with other settings; repeat those of its train.log, or start anew with another RUN_ID")
-    with torch.no_grad():
-        for name, view in optimizer.named(b.weight for b in optimizer.banks).items():
-            view.copy_(state["weights"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        average.count, average.sums = state["average_count"], None
-        if state["average"]:
-            average.sums = [torch.zeros_like(b.weight) for b in optimizer.banks]
-            for name, view in optimizer.named(average.sums).items():
-                view.copy_(state["average"][name])
-    stream.position = state["position"]
-    run.clock.seconds.update({k: v for k, v in state["seconds"].items() if k != "setup"})
-    torch.set_rng_state(state["rng"])
-    run.log("resume", step=state["step"], file=path.name, train_seconds=round(state["seconds"].get("train", 0.0), 3))
-    return state["step"]
+    if (data := run.rt.same(data)) is None:
+        return
+    training.load(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
+    run.log("resume", step=training.step, train_seconds=round(run.clock["train"], 3))
 
 
-def validate(run, predictor, stream, stride=0):
+def report_score(run, predictor, stream):
     """Contiguous score of the validation stream as a report that nothing learns from."""
     s, rt = run.s, run.rt
     with run.clock.phase("validate"), run.validity.report():
-        return score(predictor, chunks(stream, s.eval_seq_len, stride, s.eval_batch_seqs, rt), stream, rt, run.validity)
+        parts = chunks(stream, s.eval_seq_len, 0, s.eval_batch_seqs, rt)
+        return score(predictor, parts, stream, rt, run.validity)
 
 
 def train(run, model, val):
     """The training phase: leaves the weights to export in the model."""
-    s, rt, log, clock = run.s, run.rt, run.log, run.clock
-    optimizer = MuonAdam(model, s, rt)
-    for role, (tensors, count, kind, lr, wd) in optimizer.table.items():
+    s, rt, log = run.s, run.rt, run.log
+    training = Training(run, model)
+    for role, (tensors, count, kind, lr, wd) in training.optimizer.table.items():
         log("optimizer", role=role, tensors=tensors, parameters=count, kind=kind, lr=lr, wd=wd)
-    paths = find_shards(s.data_path, "train")
-    stream = TokenStream(paths, s, rt)
-    log("train_loader", f"train_loader:dataset:{Path(s.data_path).name} train_shards:{len(paths)} tokens:{stream.ends[-1]}",
-        dataset=Path(s.data_path).name, train_shards=len(paths), tokens=int(stream.ends[-1]))
-    average, predictor, step_loss = Average(s, optimizer.banks), ModelPredictor(model, rt), rt.compile(model)
+    name, shards, tokens = Path(s.data_path).name, len(training.stream.paths), int(training.stream.ends[-1])
+    log("train_loader", f"train_loader:dataset:{name} train_shards:{shards} tokens:{tokens}",
+        dataset=name, train_shards=shards, tokens=tokens)
+    predictor, step_loss = ModelPredictor(model, rt), rt.compile(model)
     if s.warmup_steps:
-        warm_up(run, model, optimizer, step_loss, stream)
-        if val is not None and rt.compiled:
-            validate(run, predictor, ValStream(torch.zeros_like(val.tokens[: s.eval_seq_len + 1]), val.bytes[: s.eval_seq_len], False))
-    average.start()
-    step = resume(run, optimizer, average, stream)
+        with run.clock.phase("warmup"):
+            training.warm_up(step_loss)
+            if rt.compiled:  # the scoring graph too, on synthetic tokens
+                tokens = torch.zeros_like(val.tokens[: s.eval_seq_len + 1])
+                report_score(run, predictor, ValStream(tokens, val.bytes[: s.eval_seq_len], False))
+        log("warmup", steps=s.warmup_steps, seconds=round(run.clock["warmup"], 2))
+    training.average.start()
+    resume(run, training)
     if rt.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(rt.device)
-    with clock.phase("train"), Interrupt() as interrupt:
-        step, reached = _train_steps(run, step, optimizer, average, stream, step_loss, predictor, val, interrupt)
+    with run.clock.phase("train"), Interrupt() as interrupt:
+        lowest = _train_steps(run, training, step_loss, predictor, val, interrupt)
     if s.checkpoint_every:
-        save_checkpoint(run, step, optimizer, average, stream)
-    _report_never_reached(run, step, reached)
-    if val is not None and s.average != "none":
-        last = validate(run, predictor, val)
-        log("eval", name="last_weights", val_loss=last.loss, val_bpb=last.bpb)
-    if s.average != "none" and not average.apply():
-        log("never_reached", what=f"AVERAGE={s.average}", consequence="the last weights are exported")
-    run.facts.update(steps=step, train_tokens=step * s.train_batch_tokens, epochs=round(stream.epoch, 4),
-                     peak_memory_mib=rt.peak_memory_mib())
-    log("peak_memory", f"peak memory allocated: {rt.peak_memory_mib()} MiB", mib=rt.peak_memory_mib())
-    return predictor
+        training.save()
+    _report_never_reached(run, training.step, lowest)
+    if s.average != "none":
+        if training.average.apply():
+            result = report_score(run, predictor, val)
+            log("eval", name=f"{s.average}_weights", val_loss=result.loss, val_bpb=result.bpb)
+        else:
+            log("never_reached", what=f"AVERAGE={s.average}", consequence="the last weights are exported")
+    peak = rt.peak_memory_mib()
+    run.facts.update(steps=training.step, train_tokens=training.stream.position, peak_memory_mib=peak,
+                     epochs=round(training.stream.epoch, 4))
+    log("peak_memory", f"peak memory allocated: {peak} MiB", mib=peak)
 
 
-def _train_steps(run, step, optimizer, average, stream, step_loss, predictor, val, interrupt):
-    """Steps until the clock or ITERATIONS says stop; returns (steps done, lowest learning-rate scale seen)."""
+def _train_steps(run, training, step_loss, predictor, val, interrupt):
+    """Steps until the clock or ITERATIONS says stop; returns the lowest learning-rate scale that was used."""
     s, rt, log, clock = run.s, run.rt, run.log, run.clock
-    first, lowest, epoch, losses = step, 1.0, int(stream.epoch), deque()
-    began = clock["train"]  # a resumed run carries the seconds of its earlier life
+    losses, lowest, first, began = deque(), 1.0, training.step, None
     while True:
         # Rank 0's clock decides for all; a step is begun only if, at the average pace, it also ends within the budget.
         elapsed, stop = rt.agree(clock["train"] if rt.rank == 0 else 0.0, interrupt.signal)
+        step, began = training.step, elapsed if began is None else began
         pace = (elapsed - began) / max(step - first, 1)
         by_time = elapsed / s.max_wallclock_seconds if s.max_wallclock_seconds else 0.0
         by_step = step / s.iterations if s.iterations else 0.0
         progress = min(max(by_time, by_step), 1.0)
         out_of_time = s.max_wallclock_seconds and elapsed + pace * (1 + len(losses)) > s.max_wallclock_seconds
         done = by_step >= 1 or out_of_time
-        if val is not None and (done or (s.val_loss_every and step % s.val_loss_every == 0 and step > first)):
-            at = clock["train"]
-            result = validate(run, predictor, val)
-            log("val", f"step:{step}/{s.iterations} val_loss:{result.loss:.4f} val_bpb:{result.bpb:.4f} train_time:{1e3 * at:.0f}ms "
-                f"step_avg:{1e3 * at / max(step, 1):.2f}ms", step=step, val_loss=result.loss, val_bpb=result.bpb, train_time_ms=1e3 * at)
-        if done:
-            if out_of_time and by_step < 1:
-                log("stopping_early", f"stopping_early: wallclock_cap train_time:{1e3 * elapsed:.0f}ms step:{step}/{s.iterations}", step=step)
+        if done or (s.val_loss_every and step % s.val_loss_every == 0 and step > first):
+            log_step(run, "val", step, report_score(run, predictor, val))
+        if done or stop:
             break
-        if stop:
-            save_checkpoint(run, step, optimizer, average, stream)
-            raise Stopped(f"interrupted by {signal.Signals(int(stop)).name} after step {step}; go on with RESUME=auto "
-                          f"OUT_DIR={run.out_dir}", 128 + int(stop))
-        # Of a run that ends by the clock, as many steps as fit at this pace; WARMDOWN_ITERS is measured against it.
-        total = step / by_time if by_time > by_step else s.iterations
-        scale, momentum = lr_scale(s, progress, step, total), momentum_at(s, step)
+        # A run that ends by the clock has as many steps as fit at this pace; WARMDOWN_ITERS is measured against it.
+        scale = lr_scale(s, progress, step, step / by_time if by_time > by_step else s.iterations)
         lowest = min(lowest, scale)
-        run.validity.opened("train")
-        micro = stream.next()
-        optimizer.zero_grad()
-        loss = torch.zeros((), device=rt.device)
-        for x, y in micro:
-            part = step_loss(x, y) / len(micro)
-            part.backward()
-            loss += part.detach()
-        optimizer.step(scale, momentum)
-        step += 1
-        average.update(step, progress, scale)
-        losses.append((step, loss))
+        losses.append(_train_step(run, training, step_loss, progress, scale))
         in_flight = rt.throttle()
-        while len(losses) > in_flight:
+        every = s.checkpoint_every and training.step % s.checkpoint_every == 0
+        while len(losses) > (0 if every else in_flight):
             _check_loss(run, *losses.popleft())
-        if step <= 10 or step % s.train_log_every == 0:
-            mean = rt.sum(loss.clone()).item() / rt.world
-            at = clock["train"]
-            log("train", f"step:{step}/{s.iterations} train_loss:{mean:.4f} train_time:{1e3 * at:.0f}ms step_avg:{1e3 * at / step:.2f}ms",
-                step=step, train_loss=mean, train_time_ms=1e3 * at, lr_scale=scale, tokens_per_second=step * s.train_batch_tokens / max(at, 1e-9))
-        log.progress("training", progress if s.max_wallclock_seconds else step, 1.0 if s.max_wallclock_seconds else s.iterations,
-                     f"step {step} {1e3 * pace:.0f} ms/step ETA {max((1 - progress) / max(progress, 1e-9) * elapsed, 0):.0f} s")
-        if int(stream.epoch) > epoch:
-            epoch = int(stream.epoch)
-            log("epoch", number=epoch, step=step, note="the training stream starts again")
-        if s.checkpoint_every and step % s.checkpoint_every == 0:
-            while losses:
-                _check_loss(run, *losses.popleft())
+        if every:
             with clock.phase("checkpoint"):
-                save_checkpoint(run, step, optimizer, average, stream)
+                training.save()
+        log.progress("training", progress, 1.0, f"step {training.step} {1e3 * pace:.0f} ms/step "
+                     f"ETA {elapsed * (1 - progress) / max(progress, 1e-9):.0f} s")
     while losses:
         _check_loss(run, *losses.popleft())
-    return step, lowest
+    if stop and not done:
+        training.save()
+        raise Stopped(f"interrupted by {signal.Signals(int(stop)).name} after step {step}; "
+                      f"go on with RESUME=auto OUT_DIR={run.out_dir}", 128 + int(stop))
+    if by_step < 1:
+        log("stopping_early", f"stopping_early: wallclock_cap train_time:{1e3 * elapsed:.0f}ms "
+            f"step:{step}/{s.iterations}", step=step)
+    return lowest
+
+
+def _train_step(run, training, step_loss, progress, scale):
+    """One optimizer step; returns (its number, this rank's mean loss still on the device)."""
+    s, rt, stream = run.s, run.rt, training.stream
+    run.validity.opened("train")
+    epoch, micro = int(stream.epoch), stream.next()
+    training.optimizer.zero_grad()
+    loss = torch.zeros((), device=rt.device)
+    for x, y in micro:
+        part = step_loss(x, y) / len(micro)
+        part.backward()
+        loss += part.detach()
+    training.optimizer.step(scale, momentum_at(s, training.step))
+    training.step += 1
+    training.average.update(training.step, progress, scale)
+    if training.step <= 10 or training.step % s.train_log_every == 0:
+        log_step(run, "train", training.step, rt.sum(loss.clone()).item() / rt.world, scale)
+    if int(stream.epoch) > epoch:
+        run.log("epoch", number=int(stream.epoch), step=training.step, note="the training stream starts again")
+    return training.step, loss
+
+
+def log_step(run, event, step, result, scale=None):
+    """The contest's line for a training loss or a validation score."""
+    ms, of = 1e3 * run.clock["train"], run.s.iterations
+    times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
+    if event == "val":
+        text = f"step:{step}/{of} val_loss:{result.loss:.4f} val_bpb:{result.bpb:.4f} {times}"
+        run.log(event, text, step=step, val_loss=result.loss, val_bpb=result.bpb, train_time_ms=ms)
+    else:
+        rate = step * run.s.train_batch_tokens / max(ms / 1e3, 1e-9)
+        run.log(event, f"step:{step}/{of} train_loss:{result:.4f} {times}",
+                step=step, train_loss=result, train_time_ms=ms, lr_scale=scale, tokens_per_second=rate)
 
 
 def _check_loss(run, step, loss):
     if not math.isfinite(loss.item()):
-        last = next((p.name for p in checkpoint_paths(run.out_dir)), "none")
+        last = next((path.name for path in checkpoints(run.out_dir)), "none")
         raise Stopped(f"the loss is not finite at step {step}; last good checkpoint: {last}", 4)
 
 
 def _report_never_reached(run, step, lowest):
     """A scheduled event that did not happen is said, not left to be found in the result (#1798)."""
     s = run.s
-    if step < s.muon_momentum_warmup_steps:
-        run.log("never_reached", what=f"MUON_MOMENTUM={s.muon_momentum}", consequence=f"momentum ended at {momentum_at(s, step):.4f}")
-    if (s.warmdown_frac or s.warmdown_iters) and lowest >= 1.0:
-        run.log("never_reached", what="warmdown", consequence="the learning rate never fell")
-    if step < s.lr_warmup_steps:
-        run.log("never_reached", what=f"LR_WARMUP_STEPS={s.lr_warmup_steps}", consequence="the learning rate never reached its peak")
+    events = [("MUON_MOMENTUM", step < s.muon_momentum_warmup_steps, f"it ended at {momentum_at(s, step):.4f}"),
+              ("warmdown", (s.warmdown_frac or s.warmdown_iters) and lowest >= 1, "the learning rate never fell"),
+              ("LR_WARMUP_STEPS", step < s.lr_warmup_steps, "the learning rate never reached its peak")]
+    for what, missed, consequence in events:
+        if missed:
+            run.log("never_reached", what=what, consequence=consequence)
 
 
-def export(run, model, tokenizer_sha256, code_bytes):
-    """Write the artifact; returns its path."""
-    s, path = run.s, run.out_dir / "model.pg"
+def export(run, model, tokenizer_sha256):
+    """Write the artifact, account for every byte of the submission; returns the artifact's path."""
+    s, path, code_bytes = run.s, run.out_dir / "model.pg", Path(__file__).stat().st_size
     with run.clock.phase("export"):
         info = save_artifact(path, model, s, tokenizer_sha256, run.log) if run.rt.rank == 0 else None
     info = run.rt.same(info)
     total = code_bytes + info["bytes"]
-    run.facts.update(code_bytes=code_bytes, model_bytes=info["bytes"], total_bytes=total, artifact_sha256=info["sha256"], compressor=info["compressor"])
+    run.facts.update(code_bytes=code_bytes, model_bytes=info["bytes"], total_bytes=total,
+                     artifact_sha256=info["sha256"], compressor=info["compressor"])
     run.log("artifact", code_bytes=code_bytes, model_bytes=info["bytes"], total_bytes=total, limit_bytes=s.size_limit,
             margin_bytes=s.size_limit - total, sha256=info["sha256"], file=path)
-    run.log("submission_size", f"Total submission size int{s.matrix_bits}+{info['compressor']}: {total} bytes", total_bytes=total)
+    kind = f"int{s.matrix_bits}+{info['compressor']}"
+    run.log("submission_size", f"Total submission size {kind}: {total} bytes", total_bytes=total)
     if total > s.size_limit:
-        raise Stopped(f"code {code_bytes} + artifact {info['bytes']} = {total} bytes exceed the limit {s.size_limit} by {total - s.size_limit}; "
-                      f"{path} was kept", 3)
+        run.validity.need_for_record(False, f"{total} bytes, the limit is {s.size_limit}")
+        summarise(run)
+        raise Stopped(f"code {code_bytes} + artifact {info['bytes']} = {total} bytes, {total - s.size_limit} over "
+                      f"the limit of {s.size_limit}; {path} was kept", 3)
     return path
 
 
@@ -2113,84 +2181,89 @@ def evaluate(run, path):
     """Load the artifact that was written, and nothing else, and score it."""
     s, rt = run.s, run.rt
     with run.clock.phase("eval"):
-        loaded, model = load_artifact(path, s, rt.dtype, run.attend, rt.device)
-        sp, _, tokenizer_sha256 = load_tokenizer(loaded)
-        stored = read_header(path)[0].get("tokenizer_sha256")
+        stored = read_artifact(path)[0]["tokenizer_sha256"]
+        s, model = load_artifact(path, s, rt.dtype, run.attend, rt.device)
+        sp, _, tokenizer_sha256 = load_tokenizer(s)
         if stored and stored != tokenizer_sha256:
-            raise BadInput(f"{path} was trained with another tokenizer (SHA-256 {stored[:12]}..., this one {tokenizer_sha256[:12]}...); set TOKENIZER_PATH")
+            raise BadInput(f"{path} was trained with another tokenizer (SHA-256 {stored[:12]}, this one "
+                           f"{tokenizer_sha256[:12]}); set TOKENIZER_PATH")
         run.validity.opened("val")
-        val = load_validation(loaded, rt, sp)
-        documents, wrong = prove_bytes(sp, val)
-        run.validity.need(not wrong, f"bytes: {wrong} of {documents} decoded validation documents differ from the byte table")
-        run.log("bytes", documents_decoded=documents, wrong=wrong, val_tokens=len(val.bytes), val_bytes=int(val.bytes.sum()),
-                bytes_per_token=round(int(val.bytes.sum()) / len(val.bytes), 6))
-        _check_against_manifest(run, val, int(val.bytes.sum()))
+        val = load_validation(s, rt, sp)
+        _check_bytes(run, sp, val)
         parts = chunks(val, s.eval_seq_len, s.eval_stride, s.eval_batch_seqs, rt)
         result = score(ModelPredictor(model, rt), parts, val, rt, run.validity, run.log)
-    name = f"int{loaded.matrix_bits}_" + ("sliding_window" if s.eval_stride not in (0, s.eval_seq_len) else "contiguous")
-    valid = "no" if run.validity.reasons else "yes"
-    run.log("final", f"final_{name} val_loss:{result.loss:.8f} val_bpb:{result.bpb:.8f} eval_time:{1e3 * run.clock['eval']:.0f}ms valid:{valid}",
+    kind = "sliding_window" if s.eval_stride not in (0, s.eval_seq_len) else "contiguous"
+    name, valid = f"int{s.matrix_bits}_{kind}", "no" if run.validity.reasons else "yes"
+    run.log("final", f"final_{name} val_loss:{result.loss:.8f} val_bpb:{result.bpb:.8f} "
+            f"eval_time:{1e3 * run.clock['eval']:.0f}ms valid:{valid}",
             name=name, val_loss=result.loss, val_bpb=result.bpb, valid=valid)
-    run.facts.update(val_bpb=result.bpb, val_loss=result.loss, val_tokens=result.tokens, val_bytes=result.bytes, predictor=name,
-                     params=sum(p.numel() for p in model.parameters()))
+    run.facts.update(val_bpb=result.bpb, val_loss=result.loss, val_tokens=result.tokens, val_bytes=result.bytes,
+                     predictor=name, params=sum(p.numel() for p in model.parameters()))
     run.validity.need_for_record(val.whole and abs(result.bytes / FINEWEB_VAL_BYTES - 1) < 1e-4,
-                                 f"{result.bytes} validation bytes, not the {FINEWEB_VAL_BYTES} of FineWeb's 50,000 documents")
+                                 f"{result.bytes} validation bytes; FineWeb's 50,000 documents: {FINEWEB_VAL_BYTES}")
 
 
-def _check_against_manifest(run, val, counted):
-    """Whoever made the shards proved their byte count against the text; the whole stream must give the same."""
+def _check_bytes(run, sp, val):
+    """The denominator against decoded documents, and against the totals of whoever made the shards."""
+    documents, wrong = prove_bytes(sp, val)
+    counted = int(val.bytes.sum())
+    run.validity.need(not wrong, f"bytes: {wrong} of {documents} decoded documents differ from the byte table")
+    run.log("bytes", documents_decoded=documents, wrong=wrong, val_tokens=len(val.bytes), val_bytes=counted,
+            bytes_per_token=round(counted / len(val.bytes), 6))
     path = Path(run.s.data_path) / "manifest.json"
     if not path.is_file() or not val.whole:
         return
     try:
-        stated = json.loads(path.read_text())["splits"]["val"]
-        stated = (int(stated["tokens"]) - 1, int(stated["bytes"]))
+        split = json.loads(path.read_text(encoding="utf-8"))["splits"]["val"]
+        stated = int(split["tokens"]) - 1, int(split["bytes"])
     except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path}: not a manifest of data/prepare.py ({type(error).__name__}: {error}); make it again, or delete it") from None
-    run.validity.need((len(val.bytes), counted) == stated, f"bytes: {len(val.bytes)} targets, {counted} bytes; the manifest says {stated[0]}, {stated[1]}")
+        raise BadInput(f"{path}: not a manifest of data/prepare.py ({type(error).__name__}: {error})") from None
+    run.validity.need((len(val.bytes), counted) == stated,
+                      f"bytes: {len(val.bytes)} targets, {counted} bytes; the manifest says {stated[0]}, {stated[1]}")
 
 
 def summarise(run):
     """The last line of log and console: everything a table, a plot or submission.json needs."""
-    s, rt, clock, validity = run.s, run.rt, run.clock, run.validity
-    seconds = {f"{name}_seconds": round(clock.seconds.get(name, 0.0), 3) for name in ("train", "calibrate", "export", "eval", "validate", "warmup")}
-    if "steps" in run.facts:
-        spent = seconds["train_seconds"] + seconds["calibrate_seconds"]
-        validity.need_for_record(0 < spent < 600, f"training took {spent:.1f} s, the limit is 600")
-    else:
-        validity.need_for_record(False, "not trained in this run")
-    validity.need_for_record(seconds["eval_seconds"] < 600, f"evaluation took {seconds['eval_seconds']:.1f} s, the limit is 600")
-    validity.need_for_record(rt.world == 8 and "H100" in rt.device_name(), f"hardware {rt.world} x {rt.device_name()}, not 8 x H100")
-    validity.need_for_record("val_bpb" in run.facts, "not scored in this run")
-    validity.need_for_record(not validity.reasons, "the score is not valid")
-    summary = {**run.facts, "valid": "yes" if not validity.reasons and "val_bpb" in run.facts else "no", "reasons": validity.reasons,
-               "eligible": "no" if validity.eligible_reasons else "yes", "eligible_reasons": validity.eligible_reasons, **seconds,
-               "seed": s.seed, "world_size": rt.world, "device": rt.device_name(), "data": Path(s.data_path).name,
-               "settings": s.text(), "settings_hash": s.sha256(), "run_id": run.out_dir.name}
-    for key in ("code_sha256",):
-        summary[key] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    s, rt, facts, validity = run.s, run.rt, run.facts, run.validity
+    phases = ("train", "calibrate", "export", "eval", "validate", "warmup")
+    seconds = {f"{name}_seconds": round(run.clock.seconds.get(name, 0.0), 3) for name in phases}
+    need, spent = validity.need_for_record, seconds["train_seconds"] + seconds["calibrate_seconds"]
+    need("steps" in facts, "not trained in this run")
+    need(spent < 600, f"training took {spent:.1f} s, the limit is 600")
+    need(seconds["eval_seconds"] < 600, f"evaluation took {seconds['eval_seconds']:.1f} s, the limit is 600")
+    need(rt.world == 8 and "H100" in rt.device_name(), f"hardware {rt.world} x {rt.device_name()}, not 8 x H100")
+    need("val_bpb" in facts, "not scored in this run")
+    need(not validity.reasons, "the score is not valid")
+    summary = {**facts, "valid": "yes" if "val_bpb" in facts and not validity.reasons else "no",
+               "reasons": validity.reasons, "eligible": "no" if validity.eligible_reasons else "yes",
+               "eligible_reasons": validity.eligible_reasons, **seconds, "seed": s.seed, "world_size": rt.world,
+               "device": rt.device_name(), "data": Path(s.data_path).name, "settings": s.text(),
+               "settings_hash": s.sha256(), "run_id": run.out_dir.name,
+               "code_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
     if rt.rank == 0:
-        with contextlib.suppress(BadInput):  # the line below says it all again
-            write_atomic(run.out_dir / "summary.json", [json.dumps(summary, indent=1).encode()])
+        write_atomic(run.out_dir / "summary.json", [json.dumps(summary, indent=1).encode()])
     run.log.line(f"summary {json.dumps(summary)}")
 
 
 def log_header(run, argv):
     """What a reader years later needs: source, commit, versions, device, settings, every automatic choice."""
     log, source = run.log, Path(__file__).read_text(encoding="utf-8")
+    if not log.main:
+        return
 
-    def command(*words):
+    def output(*words):
         try:
-            done = subprocess.run(words, capture_output=True, text=True, timeout=20, cwd=Path(__file__).resolve().parent)
+            folder = Path(__file__).resolve().parent
+            done = subprocess.run(words, capture_output=True, text=True, timeout=20, cwd=folder)
             return done.stdout.strip() if done.returncode == 0 else ""
         except (OSError, subprocess.TimeoutExpired):
             return ""
 
-    if log.main:
-        for text in (source, "=" * 100, f"Running Python {sys.version}", f"Running PyTorch {torch.__version__}", command("nvidia-smi"), "=" * 100):
-            log.line(text, console=False)
-    commit = command("git", "rev-parse", "HEAD") if log.main else ""
-    log("run", out_dir=run.out_dir, commit=commit[:12] or "none", changed_files=len(command("git", "status", "--porcelain").splitlines()) if commit else 0,
+    rule, versions = "=" * 100, f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}"
+    for text in (source, rule, versions, output("nvidia-smi"), rule):
+        log.line(text, console=False)
+    log("run", out_dir=run.out_dir, commit=output("git", "rev-parse", "--short=12", "HEAD") or "none",
+        changed_files=len(output("git", "status", "--porcelain").splitlines()),
         code_sha256=hashlib.sha256(source.encode()).hexdigest()[:16], torch=torch.__version__, numpy=np.__version__,
         threads=torch.get_num_threads(), world_size=run.rt.world, command=shlex.join(argv))
     log("settings", f"settings {run.s.text()}".strip(), settings=run.s.text(), settings_hash=run.s.sha256())
@@ -2201,36 +2274,33 @@ def log_header(run, argv):
 
 
 def run_phases(s, argv):
-    """Settings to summary, in the order in which data flows."""
+    """Settings to summary, in the order in which data flows; inputs are looked at before anything is built."""
+    if s.artifact:
+        s = artifact_settings(s.artifact, read_artifact(s.artifact)[0], s)
+    sp, tokenizer_path, tokenizer_sha256 = load_tokenizer(s)
+    for split in ("train", "val") if s.phases != "eval" else ("val",):
+        find_shards(s.data_path, split)
     rt = Runtime(s)
     try:
-        run_id = rt.same(s.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{s.sha256()[:8]}")
-        out_dir = Path(s.out_dir or Path("logs") / run_id)
         attend = pick_attention(s, rt)
-        sp, tokenizer_path, tokenizer_sha256 = load_tokenizer(s)
-        if s.phases != "eval":
-            find_shards(s.data_path, "train")
-        find_shards(s.data_path, "val")
-        if s.artifact:
-            read_header(s.artifact)
-        log = Log(out_dir, rt.rank == 0, append=bool(s.resume))
-        run = Run(s, rt, log, Clock(rt.sync), Validity(), out_dir, attend)
+        run_id = rt.same(s.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{s.sha256()[:8]}")
+        run = Run(s, rt, Path(s.out_dir or Path("logs") / run_id), attend)
+        log, path = run.log, Path(s.artifact)
         log_header(run, argv)
-        log("tokenizer", f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={tokenizer_path}", path=tokenizer_path.name, sha256=tokenizer_sha256)
-        path = Path(s.artifact)
+        log("tokenizer", f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={tokenizer_path}",
+            path=tokenizer_path, sha256=tokenizer_sha256)
         if s.phases != "eval":
             with run.validity.report():
                 run.validity.opened("val")
                 val = load_validation(s, rt, sp)
-            log("val_loader", f"val_loader:shards pattern={s.data_path}/fineweb_val_*.bin tokens:{len(val.bytes)}", tokens=len(val.bytes))
+            pattern = f"{s.data_path}/fineweb_val_*.bin"
+            log("val_loader", f"val_loader:shards pattern={pattern} tokens:{len(val.bytes)}", tokens=len(val.bytes))
             model = GPT(s, rt.dtype, attend).to(rt.device)
-            log("model_params", f"model_params:{sum(p.numel() for p in model.parameters())}", params=sum(p.numel() for p in model.parameters()))
-            predictor = train(run, model, val)
-            if s.average != "none":
-                result = validate(run, predictor, val)
-                log("eval", name=f"{s.average}_weights", val_loss=result.loss, val_bpb=result.bpb)
-            path = export(run, model, tokenizer_sha256, len(Path(__file__).read_bytes()))
-            del model, predictor  # nothing but the file goes on from here
+            count = sum(p.numel() for p in model.parameters())
+            log("model_params", f"model_params:{count}", params=count)
+            train(run, model, val)
+            path = export(run, model, tokenizer_sha256)
+            del model, val  # nothing but the file goes on from here
         run.validity.freeze()
         if s.phases != "train":
             evaluate(run, path)
@@ -2241,33 +2311,25 @@ def run_phases(s, argv):
 
 def main(argv):
     """Returns the exit code: 0 done, 2 bad input, 3 artifact too large, 4 loss not finite, 128 + signal interrupted."""
-    main_rank = os.environ.get("RANK", "0") == "0"
     if {"--help", "-h"} & set(argv):
         print(Settings.help())
         return 0
+    rank = os.environ.get("RANK", "0")
+    message, code = "", 0
     try:
-        try:
-            settings = Settings.parse(argv, os.environ)
-        except BadInput as error:  # the same on every rank
-            if main_rank:
-                print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
-            return 2
-        run_phases(settings, argv)
-        return 0
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except Stopped as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.code
+        run_phases(Settings.parse(argv, os.environ), argv)
+    except (BadInput, Stopped) as error:
+        message, code = str(error), getattr(error, "code", 2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        return 130
+        message, code = "interrupted", 130
+    for line in message.splitlines():
+        print(f"error: {line}" if rank == "0" else f"error (rank {rank}): {line}", file=sys.stderr, flush=True)
+    return code
 
 
 if __name__ == "__main__":
-    if "LOCAL_RANK" in os.environ:  # under torchrun: the traceback of the rank that failed first is the one that is shown
+    if "LOCAL_RANK" in os.environ:  # under torchrun the traceback of the rank that failed first is the one to show
         from torch.distributed.elastic.multiprocessing.errors import record
 
-        sys.exit(record(main)(sys.argv[1:]))
+        main = record(main)
     sys.exit(main(sys.argv[1:]))
