@@ -399,7 +399,7 @@ class Runtime:
             raise BadInput("DEVICE=cuda but torch sees no CUDA device; use DEVICE=cpu, or a CUDA build of torch")
         use_cuda = cuda and settings.device != "cpu"
         if use_cuda and self.local >= torch.cuda.device_count():
-            raise BadInput(f"local rank {self.local} has no GPU, of {torch.cuda.device_count()}; lower --nproc_per_node")
+            raise BadInput(f"local rank {self.local} has no GPU ({torch.cuda.device_count()}); lower --nproc_per_node")
         self.device = torch.device("cuda", self.local) if use_cuda else torch.device("cpu")
         count = torch.cuda.device_count() if cuda else "no"
         self.choose("device", self.device_name(), f"DEVICE={settings.device}, torch sees {count} CUDA device(s)")
@@ -444,6 +444,12 @@ class Runtime:
             if len(self._events) > depth:
                 self._events.popleft().synchronize()
         return len(self._events)
+
+    def fetch(self, tensor):
+        """A copy on the CPU, whole once throttle() has passed this step: reading it never waits for later work."""
+        if self.device.type == "cpu":
+            return tensor
+        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
     def agree(self, *values):
         """The maximum over ranks of each number, equal on all ranks."""
@@ -1791,11 +1797,9 @@ def attend_sdpa(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
 
-def attend_fa3(q, k, v):
-    """The same by FlashAttention-3 (Hopper)."""
-    from flash_attn_interface import flash_attn_func
-
-    out = flash_attn_func(q, k, v, causal=True)
+def attend_fa3(q, k, v, kernel):
+    """The same by FlashAttention-3 (Hopper); `kernel` is flash_attn_interface.flash_attn_func."""
+    out = kernel(q, k, v, causal=True)
     return out[0] if isinstance(out, tuple) else out
 
 
@@ -1843,8 +1847,8 @@ def pick_attention(s, rt):
         if reason is None:
             if rt.device.type == "cuda":
                 _set_sdpa(*{"fa3": (), "math": ("math", "mem_efficient")}.get(name, (name,)))
-            attend = attend_fa3 if name == "fa3" else attend_sdpa
-            reason = _attention_error(attend, s, rt)
+            attend, reason = _attention_function(name)
+            reason = reason or _attention_error(attend, s, rt)
             if reason is None:
                 rt.choose("attention", name, "; ".join(passed) or f"ATTENTION={s.attention}")
                 break
@@ -1855,6 +1859,17 @@ def pick_attention(s, rt):
         raise BadInput(f"KERNELS=require, but attention would fall back to {name} ({'; '.join(passed)}); "
                        f"KERNELS=auto allows that, ATTENTION={name} asks for it")
     return attend
+
+
+def _attention_function(name):
+    """(the function, None) or (None, why it cannot be imported)."""
+    if name != "fa3":
+        return attend_sdpa, None
+    try:
+        from flash_attn_interface import flash_attn_func
+    except (ImportError, OSError) as error:
+        return None, f"flash_attn_interface cannot be imported ({str(error).splitlines()[0][:80]})"
+    return partial(attend_fa3, kernel=flash_attn_func), None
 
 
 def _attention_error(attend, s, rt):
@@ -1868,7 +1883,7 @@ def _attention_error(attend, s, rt):
         try:
             out = function(*leaves)
             results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
-        except (RuntimeError, ImportError, OSError, TypeError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             return f"fails ({type(error).__name__}: {str(error).splitlines()[0][:80]})"
     worst = max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(*results))
     return None if worst < 2e-2 else f"differs from the reference by {worst:.1e}"
@@ -2106,7 +2121,7 @@ def _train_steps(run, training, step_loss, predictor, val, interrupt):
 
 
 def _train_step(run, training, step_loss, progress, scale):
-    """One optimizer step; returns (its number, this rank's mean loss still on the device)."""
+    """One optimizer step; returns (its number, this rank's mean loss on its way to the CPU)."""
     s, rt, stream = run.s, run.rt, training.stream
     run.validity.opened("train")
     epoch, micro = int(stream.epoch), stream.next()
@@ -2123,7 +2138,7 @@ def _train_step(run, training, step_loss, progress, scale):
         log_step(run, "train", training.step, rt.sum(loss.clone()).item() / rt.world, scale)
     if int(stream.epoch) > epoch:
         run.log("epoch", number=int(stream.epoch), step=training.step, note="the training stream starts again")
-    return training.step, loss
+    return training.step, rt.fetch(loss)
 
 
 def log_step(run, event, step, result, scale=None):
