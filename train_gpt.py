@@ -2080,12 +2080,13 @@ def train(run, model, val):
 def _train_steps(run, training, step_loss, predictor, val, interrupt):
     """Steps until the clock or ITERATIONS says stop; returns the lowest learning-rate scale that was used."""
     s, rt, log, clock = run.s, run.rt, run.log, run.clock
-    losses, lowest, first, began = deque(), 1.0, training.step, None
+    losses, lowest, first, marks = deque(), 1.0, training.step, deque(maxlen=20)
     while True:
-        # Rank 0's clock decides for all; a step is begun only if, at the average pace, it also ends within the budget.
+        # Rank 0's clock decides for all; a step is begun only if, as slow as the slowest of late, it ends in time.
         elapsed, stop = rt.agree(clock["train"] if rt.rank == 0 else 0.0, interrupt.signal)
-        step, began = training.step, elapsed if began is None else began
-        pace = (elapsed - began) / max(step - first, 1)
+        step = training.step
+        marks.append(elapsed)
+        pace = max((b - a for a, b in zip(marks, list(marks)[1:])), default=0.0)
         by_time = elapsed / s.max_wallclock_seconds if s.max_wallclock_seconds else 0.0
         by_step = step / s.iterations if s.iterations else 0.0
         progress = min(max(by_time, by_step), 1.0)
