@@ -49,6 +49,7 @@ from typing import Literal, NamedTuple, get_args, get_origin
 if __name__ == "__main__":
     # Before torch: OpenMP threads that spin while waiting make a shared CPU 5-11x slower, and torch 2.10-2.12 fuse
     # reductions of this architecture badly (+6 ms a step; pytorch PR 179494). Both can be overridden from outside.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends quietly; main() takes over
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
 
@@ -195,13 +196,8 @@ class Settings:
         variables of its own; see doubtful_names). Raises BadInput that lists every complaint, one a line.
         """
         known = {f.name.upper(): f for f in fields(cls)}
-        complaints, values = [], {}
-        env = dict(env or {})
-        strict_env = env.get("STRICT_ENV", "") in ("1", "true") or "STRICT_ENV=1" in args
-        from_env = {k: v for k, v in env.items() if k in known}
-        for name in env:
-            if name not in known and (why := _why_not_env(name, known, strict_env)):
-                complaints.append(f"environment: {why}")
+        complaints, values, wrong = [], {}, set()
+        from_env = {name: value for name, value in (env or {}).items() if name in known}
         from_files, from_args = {}, {}
         for arg in args:
             source = from_files if arg.startswith("@") else from_args
@@ -219,9 +215,13 @@ class Settings:
                 values[known[name].name] = _convert(known[name], text)
             except ValueError as error:
                 complaints.append(f"{name}={text}: {error}")
+                wrong.add(name)
         settings = cls(**values)
-        if len(values) == len(given):  # with a value missing, a conflict could be the default's fault
-            complaints += settings._conflicts(set(values))
+        for name in env or {}:
+            if name not in known and (why := _why_not_env(name, known, settings.strict_env)):
+                complaints.append(f"environment: {why}")
+        # A conflict with a setting whose value is wrong would be about its default, which nobody asked for.
+        complaints += [c for c in settings._conflicts(set(values)) if not any(name in c for name in wrong)]
         if complaints:
             raise BadInput("\n".join(complaints))
         return settings
@@ -264,10 +264,10 @@ class Settings:
             need(importlib.util.find_spec(package), f"COMPRESSOR={s.compressor} needs {package}: pip install {package}")
         return bad
 
-    def text(self, changed_only=True):
-        """The settings as one line of KEY=VALUE that parse accepts; by default only those that were changed."""
-        return " ".join(shlex.quote(f"{f.name.upper()}={_show(getattr(self, f.name))}") for f in fields(self)
-                        if not changed_only or getattr(self, f.name) != f.default)
+    def text(self):
+        """The settings that were changed, as one line of KEY=VALUE that parse accepts."""
+        return " ".join(shlex.quote(f"{f.name.upper()}={_show(getattr(self, f.name))}")
+                        for f in fields(self) if getattr(self, f.name) != f.default)
 
     def sha256(self):
         """Hash of every setting outside the room Run: equal for the runs of one experiment, whatever their seed."""
@@ -290,14 +290,21 @@ class Settings:
 
 # Names of published commands that mean something else here: the answer is what to write instead.
 RENAMED = {
-    "VE_ENABLED": "VE_DIM=0 turns value embeddings off", "SWA_ENABLED": "AVERAGE=swa", "LEAKY_RELU": "LEAKY_SLOPE",
+    "VE_ENABLED": "VE_DIM=0 turns value embeddings off", "SWA_ENABLED": "AVERAGE=swa", "EMA_ENABLED": "AVERAGE=ema",
     "TORCH_COMPILE": "COMPILE", "VAL_BATCH_SIZE": "EVAL_BATCH_SEQS", "LR_FLOOR": "MIN_LR", "NO_COMPILE": "COMPILE=off",
-    "COMPRESS_METHOD": "COMPRESSOR", "SMEAR_GATE_ENABLED": "SMEAR_GATE", "TIE_EMBEDDINGS": "always on",
-    "ROPE_TRAIN_SEQ_LEN": "ROPE_BASE, the base in force at every length", "EVAL_ONLY": "PHASES=eval ARTIFACT=file",
+    "LEAKY_RELU": "LEAKY_SLOPE", "NEGATIVE_SLOPE": "LEAKY_SLOPE", "COMPRESS_METHOD": "COMPRESSOR",
+    "SMEAR_GATE_ENABLED": "SMEAR_GATE", "TIE_EMBEDDINGS": "always on", "EVAL_ONLY": "PHASES=eval ARTIFACT=file",
+    "ROPE_TRAIN_SEQ_LEN": "ROPE_BASE, the base in force at every length",
 }
-# First words of the contest's other techniques: such a name is meant for a trainer, and not read here.
-FOREIGN = frozenset("TTT SLOT QAT GPTQ SDCLIP LATE CROWN RECUR DEPTH NGRAM MIXER VRL DTG MTP LAWA TRIGRAM PARALLEL "
-                    "POLYAK MUONEQ COMPLEMENT LQER PHASED GLOBAL GATED SPARSE LOOP CASEOPS PRUNE HEDGE".split())
+# How the names of the contest's other techniques begin: they are meant for a trainer, and not read here.
+FOREIGN = tuple("""
+    ADAPTIVE_LR ASYM_LOGIT ATTN_CLIP ATTN_OUT_GATE AWQ_LITE BYTE_WEIGHTED CACHE_ALPHA CALIBRATE_TEMP CASEOPS_
+    COMPLEMENT_ CROWN_Q DEPTH_RECUR DTG_ EMBED_CLIP ENABLE_LOOPING EVAL_TEMPERATURE GATED_ATT GLOBAL_TTT GPTQ_ HEAD_LR
+    INT6_LAST LATE_QAT LAWA_ LOOP_START LOOP_END LQER_ MATRIX_CLIP MIXER_ETA MIXER_MIN MLP_CLIP MTP_ MUON_BETA2
+    MUON_ROW MUONEQ NGRAM_ NUM_LOOPS PARALLEL_START PARALLEL_FINAL PARALLEL_RESIDUAL PHASED_TTT POLYAK_ PPM_ALPHA
+    PREQUANT_ PRUNE_PCT QAT_ RECUR_ SDCLIP_ SIGMOID_SKIPS SKIP_GATES SKIP_SLIDING SLOT_ SMEAR_GATE_BOS SOFT_ROUND
+    SPARSE_ATTN SPARSE_GATE TARGET_MB TRAIN_SEQ_SCHEDULE TRIGRAM TTT_ USE_CACHE USE_HEDGE USE_MIXER USE_POLYAK
+    VALUE_RESIDUAL VRL_ WD_TAPER""".split())
 
 
 def _show(value):
@@ -329,8 +336,9 @@ def _convert(f, text):
         value = int(text.replace("_", "")) if kind is int else float(text)
     except ValueError:
         raise ValueError("a whole number" if kind is int else "a number") from None
-    if not math.isfinite(value) or (lo is not None and value < lo) or (hi is not None and value > hi):
-        raise ValueError("between {} and {}".format(lo, hi) if hi is not None else f"at least {lo}")
+    most = (2**63 - 1 if kind is int else 1e30) if hi is None else hi  # what torch can hold
+    if not lo <= value <= most:  # also false for nan
+        raise ValueError(f"between {lo} and {hi}" if hi is not None else f"at least {lo}, and at most {most}")
     return value
 
 
@@ -347,7 +355,7 @@ def _why_not_env(name, known, strict):
         return f"{name} is now {RENAMED[name]}"
     if near := difflib.get_close_matches(name, known, 1, 0.85):
         return f"{name} is not a setting; did you mean {near[0]}? (unset it if it is not meant for this script)"
-    if name.partition("_")[0] in FOREIGN and "_" in name:
+    if name.startswith(FOREIGN):
         return f"{name} is a switch of other contest scripts; this one does not have it"
     return f"{name} looks like a setting but is none (STRICT_ENV=1)" if strict and doubtful_names([name]) else None
 
@@ -528,7 +536,9 @@ class Log:
         if text is None:
             text = " ".join([event] + [f"{key}:{_word(value)}" for key, value in values.items()])
         self.line(text)
-        self._write(1, json.dumps({"event": event, **values}, default=str))
+        # JSON has no nan: an unknown number is null.
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._write(1, json.dumps({"event": event, **known}, default=str))
 
     def line(self, text, console=True):
         self._write(0, text)
@@ -557,11 +567,18 @@ class Log:
 
 def _word(value):
     text = f"{value:.8g}" if isinstance(value, float) else str(value)
-    return text.replace(" ", "_")
+    return "_".join(text.split())
+
+
+def _began(metrics):
+    """Did a run get as far as a result? One that stopped at its input may be repeated in its folder."""
+    with contextlib.suppress(OSError), open(metrics, encoding="utf-8", errors="replace") as lines:
+        return any(line.startswith(('{"event": "train"', '{"event": "final"')) for line in lines)
+    return False
 
 
 def _open_log(path, append):
-    if path.exists() and not append:
+    if path.exists() and not append and _began(path.with_name("metrics.jsonl")):
         raise BadInput(f"{path} belongs to an earlier run: choose another RUN_ID or OUT_DIR, or RESUME=auto to go on")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1206,8 +1223,10 @@ def find_shards(folder, split):
 
 def load_tokenizer(s):
     """(SentencePiece processor, path, SHA-256) for the settings' shards."""
-    import sentencepiece
-
+    try:
+        import sentencepiece
+    except ImportError:
+        raise BadInput("tokenizers need the package sentencepiece: pip install sentencepiece") from None
     folder = Path(s.data_path)
     places = [Path(s.tokenizer_path)] if s.tokenizer_path else [
         folder / "tokenizer.model", folder.parent.parent / "tokenizers" / f"fineweb_{s.vocab_size}_bpe.model"]
@@ -1955,36 +1974,47 @@ class Training:
         self.optimizer.t = 0
 
     def save(self):
-        """Write a checkpoint, by parameter name, with a SHA-256 at its end; the last two are kept. Collective.
+        """Write a checkpoint, outside the training clock, by parameter name; the last two are kept. Collective.
 
         One that cannot be written (full disk) is a line in the log: the run and the older checkpoints are worth more.
+        Returns whether it was written.
         """
+        with self.run.clock.phase("checkpoint"):
+            return self._save()
+
+    def _save(self):
         run, weights = self.run, [bank.weight for bank in self.optimizer.banks]
 
         def by_name(tensors):
             return {name: part.cpu().clone() for name, part in self.optimizer.named(tensors).items()}
 
-        state = {"step": self.step, "settings": run.s.sha256(), "position": self.stream.position,
+        state = {"step": self.step, "settings": self.identity(), "position": self.stream.position,
                  "seconds": dict(run.clock.seconds), "weights": by_name(weights), "rng": torch.get_rng_state(),
                  "optimizer": self.optimizer.state_dict(), "average_count": self.average.count,
                  "average": by_name(self.average.sums or ())}
         if run.rt.rank:
-            return
-        buffer = io.BytesIO()
+            return True
+        buffer = io.BytesIO(CHECKPOINT_MAGIC)
+        buffer.seek(0, io.SEEK_END)
         torch.save(state, buffer)
         data, path = buffer.getvalue(), run.out_dir / f"checkpoint_{self.step:07d}.pt"
         try:
             write_atomic(path, [data, hashlib.sha256(data).digest()])
         except BadInput as error:
             run.log("checkpoint_failed", step=self.step, reason=str(error))
-            return
+            return False
         run.log("checkpoint", step=self.step, file=path.name, bytes=len(data) + 32)
         for old in checkpoints(run.out_dir)[2:]:
             old.unlink()
+        return True
+
+    def identity(self):
+        """What must be equal for a checkpoint to be gone on with."""
+        return f"{self.run.s.sha256()} SEED={self.run.s.seed} {self.run.rt.dtype}"
 
     @torch.no_grad()
     def load(self, state):
-        if state["settings"] != self.run.s.sha256():
+        if state["settings"] != self.identity():
             raise BadInput("the checkpoint has other settings; repeat those in its train.log, or take another RUN_ID")
         self.step, self.stream.position, self.average.count = state["step"], state["position"], state["average_count"]
         weights = [bank.weight for bank in self.optimizer.banks]
@@ -1995,6 +2025,9 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.run.clock.seconds.update({k: v for k, v in state["seconds"].items() if k != "setup"})
         torch.set_rng_state(state["rng"])
+
+
+CHECKPOINT_MAGIC = b"PGOLF checkpoint 1\n"
 
 
 def checkpoints(out_dir):
@@ -2008,9 +2041,9 @@ def read_checkpoint(path):
         data = Path(path).read_bytes()
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-    if len(data) < 32 or hashlib.sha256(data[:-32]).digest() != data[-32:]:
-        raise BadInput(f"{path}: not a whole checkpoint (its checksum is wrong)")
-    return data[:-32]
+    if not data.startswith(CHECKPOINT_MAGIC) or hashlib.sha256(data[:-32]).digest() != data[-32:]:
+        raise BadInput(f"{path}: not a whole checkpoint of this script (its beginning or its checksum is wrong)")
+    return data[len(CHECKPOINT_MAGIC) : -32]
 
 
 def resume(run, training):
@@ -2026,6 +2059,8 @@ def resume(run, training):
                 raise
             run.log("checkpoint_skipped", reason=str(error))
     if (data := run.rt.same(data)) is None:
+        if run.s.resume:
+            run.log("started_anew", reason=f"no whole checkpoint in {run.out_dir}")
         return
     training.load(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
     run.log("resume", step=training.step, train_seconds=round(run.clock["train"], 3))
@@ -2092,9 +2127,11 @@ def _train_steps(run, training, step_loss, predictor, val, interrupt):
         progress = min(max(by_time, by_step), 1.0)
         out_of_time = s.max_wallclock_seconds and elapsed + pace * (1 + len(losses)) > s.max_wallclock_seconds
         done = by_step >= 1 or out_of_time
+        if stop:
+            break
         if done or (s.val_loss_every and step % s.val_loss_every == 0 and step > first):
             log_step(run, "val", step, report_score(run, predictor, val))
-        if done or stop:
+        if done:
             break
         # A run that ends by the clock has as many steps as fit at this pace; WARMDOWN_ITERS is measured against it.
         scale = lr_scale(s, progress, step, step / by_time if by_time > by_step else s.iterations)
@@ -2105,16 +2142,15 @@ def _train_steps(run, training, step_loss, predictor, val, interrupt):
         while len(losses) > (0 if every else in_flight):
             _check_loss(run, *losses.popleft())
         if every:
-            with clock.phase("checkpoint"):
-                training.save()
+            training.save()
         log.progress("training", progress, 1.0, f"step {training.step} {1e3 * pace:.0f} ms/step "
                      f"ETA {elapsed * (1 - progress) / max(progress, 1e-9):.0f} s")
     while losses:
         _check_loss(run, *losses.popleft())
-    if stop and not done:
-        training.save()
-        raise Stopped(f"interrupted by {signal.Signals(int(stop)).name} after step {step}; "
-                      f"go on with RESUME=auto OUT_DIR={run.out_dir}", 128 + int(stop))
+    if stop := int(rt.agree(interrupt.signal)[0]):
+        saved = training.save()
+        then = f"go on with RESUME=auto OUT_DIR={run.out_dir}" if saved else "no checkpoint could be written"
+        raise Stopped(f"interrupted by {signal.Signals(stop).name} after step {step}; {then}", 128 + stop)
     if by_step < 1:
         log("stopping_early", f"stopping_early: wallclock_cap train_time:{1e3 * elapsed:.0f}ms "
             f"step:{step}/{s.iterations}", step=step)
@@ -2125,7 +2161,12 @@ def _train_step(run, training, step_loss, progress, scale):
     """One optimizer step; returns (its number, this rank's mean loss on its way to the CPU)."""
     s, rt, stream = run.s, run.rt, training.stream
     run.validity.opened("train")
-    epoch, micro = int(stream.epoch), stream.next()
+    epoch = int(stream.epoch)
+    try:
+        micro = stream.next()
+    except BadInput:  # a token outside the vocabulary, deep in a shard: what was trained so far is kept
+        training.save()
+        raise
     training.optimizer.zero_grad()
     loss = torch.zeros((), device=rt.device)
     for x, y in micro:
@@ -2156,9 +2197,14 @@ def log_step(run, event, step, result, scale=None):
 
 
 def _check_loss(run, step, loss):
-    if not math.isfinite(loss.item()):
-        last = next((path.name for path in checkpoints(run.out_dir)), "none")
-        raise Stopped(f"the loss is not finite at step {step}; last good checkpoint: {last}", 4)
+    if math.isfinite(loss.item()):
+        return
+    # The loss of a step judges the weights that the step before left: a checkpoint of those is bad, too.
+    bad = [path for path in checkpoints(run.out_dir) if path.name >= f"checkpoint_{step - 1:07d}.pt"]
+    for path in bad if run.rt.rank == 0 else ():
+        path.rename(path.with_suffix(".bad"))
+    last = next((path.name for path in checkpoints(run.out_dir) if path not in bad), "none")
+    raise Stopped(f"the loss is not finite at step {step}; last good checkpoint: {last}", 4)
 
 
 def _report_never_reached(run, step, lowest):
@@ -2256,9 +2302,13 @@ def summarise(run):
                "device": rt.device_name(), "data": Path(s.data_path).name, "settings": s.text(),
                "settings_hash": s.sha256(), "run_id": run.out_dir.name,
                "code_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
-    if rt.rank == 0:
-        write_atomic(run.out_dir / "summary.json", [json.dumps(summary, indent=1).encode()])
-    run.log.line(f"summary {json.dumps(summary)}")
+    summary = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
+    try:
+        if rt.rank == 0:
+            write_atomic(run.out_dir / "summary.json", [json.dumps(summary, indent=1).encode()])
+    except BadInput as error:
+        run.log("warning", note=str(error))
+    run.log("summary", f"summary {json.dumps(summary)}", **summary)
 
 
 def log_header(run, argv):
@@ -2296,7 +2346,7 @@ def run_phases(s, argv):
     sp, tokenizer_path, tokenizer_sha256 = load_tokenizer(s)
     for split in ("train", "val") if s.phases != "eval" else ("val",):
         find_shards(s.data_path, split)
-    rt = Runtime(s)
+    rt, run = Runtime(s), None
     try:
         attend = pick_attention(s, rt)
         run_id = rt.same(s.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{s.sha256()[:8]}")
@@ -2321,6 +2371,10 @@ def run_phases(s, argv):
         if s.phases != "train":
             evaluate(run, path)
         summarise(run)
+    except (BadInput, Stopped) as error:
+        if run:
+            run.log.line(f"ended reason:{_word(str(error))}", console=False)
+        raise
     finally:
         rt.close()
 
@@ -2330,15 +2384,16 @@ def main(argv):
     if {"--help", "-h"} & set(argv):
         print(Settings.help())
         return 0
-    rank = os.environ.get("RANK", "0")
-    message, code = "", 0
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    rank, settings, message, code = os.environ.get("RANK", "0"), None, "", 0
     try:
-        run_phases(Settings.parse(argv, os.environ), argv)
+        settings = Settings.parse(argv, os.environ)
+        run_phases(settings, argv)
     except (BadInput, Stopped) as error:
         message, code = str(error), getattr(error, "code", 2)
     except KeyboardInterrupt:
         message, code = "interrupted", 130
-    for line in message.splitlines():
+    for line in message.splitlines() if settings or rank == "0" else ():  # all ranks have the same wrong settings
         print(f"error: {line}" if rank == "0" else f"error (rank {rank}): {line}", file=sys.stderr, flush=True)
     return code
 
@@ -2348,4 +2403,6 @@ if __name__ == "__main__":
         from torch.distributed.elastic.multiprocessing.errors import record
 
         main = record(main)
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left that a late Ctrl-C could save
+    sys.exit(code)

@@ -1,0 +1,268 @@
+"""Downloads the published FineWeb shards and tokenizer of the contest, verifies every file, writes a manifest.
+
+    python data/fineweb.py --variant sp1024 --train-shards 80        8 billion training tokens and all of validation
+    python data/fineweb.py --variant sp8192 --train-shards 10 --check
+    python data/fineweb.py --variant sp1024 --repo /mnt/mirror       from a folder with the same layout
+
+A file appears under its final name only after its header, length and tokens were checked, and validation only after its
+documents, tokens and bytes are those of the contest. Files that were verified before are not fetched again.
+"""
+
+import argparse
+import contextlib
+import errno
+import os
+import re
+import sys
+from pathlib import Path
+
+import prepare
+from prepare import FINEWEB, MANIFEST, READ, ROOT, BadInput, Bar, Workers, locked, say, sha256, shards, trainer
+
+TOOL = "fineweb 1"
+PUBLISHED = {"sp1024": "willdepueoai/parameter-golf"} | dict.fromkeys(("sp4096", "sp8192"), "kevclark/parameter-golf")
+INSTEAD = "or make shards without a network: python data/prepare.py --source YOUR_TEXT --out DIR, or --source builtin"
+
+
+class Folder:
+    """A repository that is a folder on this machine."""
+
+    def __init__(self, path):
+        self.name, self.path = str(path), Path(path)
+
+    def has(self, relative):
+        return (self.path / relative).is_file()
+
+    def fetch(self, relative):
+        return self.path / relative, False  # copied, not linked: the folder belongs to somebody else
+
+
+class Hub:
+    """A dataset repository on the Hugging Face hub. Every failure becomes one line with what to do instead."""
+
+    def __init__(self, name):
+        self.name = name
+        try:
+            import huggingface_hub
+            import huggingface_hub.errors
+            import huggingface_hub.utils
+        except ImportError:
+            raise BadInput("this needs the package huggingface_hub: pip install huggingface_hub") from None
+        huggingface_hub.utils.logging.set_verbosity_error()
+        if not sys.stderr.isatty():
+            huggingface_hub.utils.disable_progress_bars()
+        self.hub = huggingface_hub
+
+    def _ask(self, question, *args, **more):
+        errors = self.hub.errors
+        try:
+            return question(self.name, *args, repo_type="dataset", **more)
+        except (errors.RepositoryNotFoundError, errors.HFValidationError):
+            raise BadInput(f"--repo {self.name}: no such public dataset repository on the hub") from None
+        except Exception as error:  # network errors have other types in every version of the hub library
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+            raise BadInput(f"cannot reach {self.name} on the hub ({reason}): check the network and repeat the command, "
+                           f"what is complete stays; {INSTEAD}") from None
+
+    def has(self, relative):
+        return self._ask(self.hub.file_exists, relative)  # one short request without retries, so it fails promptly
+
+    def fetch(self, relative):
+        return Path(self._ask(self.hub.hf_hub_download, relative, etag_timeout=10)).resolve(), True
+
+
+def open_repository(name, variant):
+    if name is None:
+        if variant not in PUBLISHED:
+            raise BadInput(f"--variant {variant}: published are {', '.join(PUBLISHED)}; others need --repo")
+        name = PUBLISHED[variant]
+    path = Path(name.removeprefix("file://"))
+    if path.is_dir():
+        return Folder(path)
+    if name.startswith(("file:", "/", ".", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise BadInput(f"--repo {name}: no such folder, and not the name of a hub repository (OWNER/NAME)")
+    return Hub(name)
+
+
+def place(repository, relative, part):
+    """The file of the repository under a temporary name: a link into the hub's cache where possible, else a copy."""
+    source, may_link = repository.fetch(relative)
+    part.unlink(missing_ok=True)
+    if may_link:
+        with contextlib.suppress(OSError):  # another file system
+            return os.link(source, part)
+    bar, done = Bar(part.name.strip(".").removesuffix(".part"), source.stat().st_size), 0
+    with open(source, "rb") as old, open(part, "wb") as new:
+        while piece := old.read(READ):
+            new.write(piece)
+            bar(done := done + len(piece))
+        os.fsync(new.fileno())
+    bar.close()
+
+
+class Download:
+    """One variant: where its files come from, where they go, and what is known about those that are there."""
+
+    def __init__(self, repository, variant, out, known):
+        self.repository, self.vocab_size, self.known = repository, int(variant[2:]), known
+        self.folder = Path(out) / "datasets" / f"fineweb10B_{variant}"
+        self.model = Path(out) / "tokenizers" / f"fineweb_{self.vocab_size}_bpe.model"
+        self.manifest = prepare.read_manifest(self.folder) or dict(tokenizer={}, splits={}, shards=[])
+        self.rows = {row["name"]: row for row in self.manifest["shards"]}
+
+    def remote(self, path):
+        """Where a file lies in the repository: below datasets/ in the contest's, at the root in others."""
+        inside = f"{path.parent.name}/{path.name}" if path == self.model else f"datasets/{path.parent.name}/{path.name}"
+        return next((r for r in (f"datasets/{inside}", inside) if self.repository.has(r)), None)
+
+    def verified(self, path):
+        """True if the manifest knows this very file: a look at size and time, so repeating a command is quick."""
+        row = self.manifest["tokenizer"] if path == self.model else self.rows.get(path.name)
+        return bool(row) and path.is_file() and [path.stat().st_size, path.stat().st_mtime_ns] == row.get("size_time")
+
+    def row(self, path, final):
+        """The manifest's line on a shard; BadInput for a file that is not a whole shard of this vocabulary."""
+        ids = trainer().read_shard(path, self.vocab_size)
+        documents = sum(int((ids[i:i + READ] == prepare.BOS).sum()) for i in range(0, len(ids), READ))
+        return dict(name=final.name, tokens=len(ids), documents=documents, sha256=sha256(path),
+                    size_time=[path.stat().st_size, path.stat().st_mtime_ns])
+
+    def stage(self, path):
+        """The file under a temporary name, or under its own if an interrupted run left it there complete."""
+        if path.is_file() and path != self.model:
+            with contextlib.suppress(trainer().BadInput):
+                self.rows[path.name] = self.row(path, path)
+                return path
+        relative = self.remote(path)
+        if relative is None:
+            raise BadInput(f"{self.repository.name}: holds no {path.name} for {self.folder.name}")
+        part = path.with_name(f".{path.name}.part")
+        place(self.repository, relative, part)
+        try:
+            if path != self.model:
+                self.rows[path.name] = self.row(part, path)
+        except trainer().BadInput as error:
+            part.unlink()
+            why = str(error).removeprefix(f"{part}: ").partition("; ")[0]
+            raise BadInput(f"{self.repository.name}: {relative} is damaged ({why}); mend it there") from None
+        return part
+
+    def validation(self):
+        """Tokenizer and validation shards: they are proven together, then renamed together."""
+        known = [self.folder / name for name in self.rows if "_val_" in name]
+        if known and all(map(self.verified, [self.model, *known])):
+            return
+        wanted = [self.model, self.folder / "fineweb_val_000000.bin"]
+        while self.remote(following := self.folder / f"fineweb_val_{len(wanted) - 1:06d}.bin"):
+            wanted.append(following)
+        parts = [self.stage(path) for path in wanted]
+        try:
+            with open(parts[0], "rb") as file:
+                sp = prepare.check_tokenizer(file.read(), self.vocab_size, f"{self.repository.name}: {self.model.name}")
+            totals = {key: sum(self.rows[path.name][key] for path in wanted[1:]) for key in ("documents", "tokens")}
+            totals["bytes"] = prepare.charged_bytes(trainer(), parts[1:], trainer().byte_tables(sp, self.vocab_size))
+            for check in prepare.fineweb_checks(self.folder, self.vocab_size, totals, self.known):
+                print(check, flush=True)
+                if not check.ok:
+                    raise BadInput(f"{self.repository.name}: not the published validation set ({str(check)[8:]})")
+        except BadInput:
+            for part in parts:
+                part.unlink()
+            raise
+        for part, path in zip(parts, wanted):
+            os.replace(part, path)
+        state = self.model.stat()
+        self.manifest["tokenizer"] = dict(name=f"../../tokenizers/{self.model.name}", sha256=sha256(self.model),
+                                          size_time=[state.st_size, state.st_mtime_ns])
+        self.manifest["splits"]["val"] = totals
+
+    def training(self, count):
+        """The first `count` training shards, each renamed as soon as it is verified."""
+        paths = [self.folder / f"fineweb_train_{i:06d}.bin" for i in range(count)]
+        todo = [path for path in paths if not self.verified(path)]
+        if todo and self.remote(todo[-1]) is None:  # better known before the first of many gigabytes
+            have = next(i for i, path in enumerate(paths) if path in todo and self.remote(path) is None)
+            raise BadInput(f"{self.repository.name}: holds {have} training shards of {self.folder.name}, "
+                           f"--train-shards {count} are too many")
+        for number, path in enumerate(todo, 1):
+            os.replace(self.stage(path), path)
+            say("train", shard=path.name, tokens=self.rows[path.name]["tokens"], ready=count - len(todo) + number)
+
+    def finish(self):
+        """The manifest of everything in the folder that was verified."""
+        here = [path.name for split in ("val", "train") for path in shards(self.folder, split)]
+        rows = [self.rows[name] for name in here if name in self.rows]
+        train = [row for row in rows if "_train_" in row["name"]]
+        self.manifest["splits"]["train"] = {key: sum(row[key] for row in train) for key in ("documents", "tokens")}
+        prepare.write_json(self.folder / MANIFEST, {**self.manifest, "tool": TOOL, "source": self.repository.name,
+                                                    "vocab_size": self.vocab_size, "shards": rows})
+        say("done", out=self.folder, tokenizer=self.model, train_shards=len(train),
+            val_tokens=self.manifest["splits"]["val"]["tokens"], val_bytes=self.manifest["splits"]["val"]["bytes"],
+            train_tokens=self.manifest["splits"]["train"]["tokens"])
+
+
+EXAMPLES = """examples:
+  python data/fineweb.py --variant sp1024 --train-shards 80
+      the contest's data: 50,000 validation documents, 80 shards of 100,000,000 training tokens (16 GB)
+  python data/fineweb.py --variant sp8192 --train-shards 10 --check
+      proves everything afterwards, as data/prepare.py --check does
+  python data/fineweb.py --variant sp1024 --train-shards 1 --repo file:///mnt/mirror
+      from a folder with datasets/fineweb10B_sp1024/ and tokenizers/
+
+Layout: OUT/datasets/fineweb10B_<variant>/fineweb_{val,train}_*.bin and OUT/tokenizers/fineweb_<V>_bpe.model.
+An interrupted download continues with the same command.
+exit codes: 0 complete; 1 --check found a fault, or stopped; 2 something given or published cannot be used"""
+
+
+def parser():
+    p = argparse.ArgumentParser(prog="fineweb.py", description=__doc__.splitlines()[0], epilog=EXAMPLES,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default, kind, metavar, text in (
+            ("variant", "sp1024", str, "SP", "sp1024, sp4096 or sp8192; another sp<V> with --repo (default: sp1024)"),
+            ("train-shards", 80, int, "N", "the first N training shards (default: 80)"),
+            ("out", os.path.relpath(ROOT / "data"), Path, "DIR", "will hold datasets/ and tokenizers/ (default: data)"),
+            ("repo", None, str, "REPO", "another hub repository (OWNER/NAME), a folder, or file:///FOLDER"),
+            ("workers", None, int, "N", "processes of --check (default: all cores)")):
+        p.add_argument(f"--{name}", default=default, type=kind, metavar=metavar, help=text)
+    p.add_argument("--check", action="store_true", help="prove all of it at the end: decode, count, compare")
+    return p
+
+
+def run(args, known):
+    if not re.fullmatch(r"sp\d+", args.variant) or args.train_shards < 0:
+        raise BadInput(f"--variant {args.variant} --train-shards {args.train_shards}: they look like sp1024 and 80")
+    job = Download(open_repository(args.repo, args.variant), args.variant, args.out, known)
+    folders = job.folder, job.model.parent
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(job.folder):
+            job.validation()
+            job.training(args.train_shards)
+            job.finish()
+    finally:
+        for folder in folders:  # nothing came: no empty folder that looks like a data set
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+    if args.check:
+        with contextlib.closing(Workers(args.workers or os.cpu_count())) as workers:
+            return 0 if prepare.check(job.folder, workers, known=known) else 1
+    return 0
+
+
+def main(argv=None, known=FINEWEB):
+    args = parser().parse_args(argv)
+    try:
+        return run(args, known)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (prepare.Stopped, OSError, KeyboardInterrupt) as error:
+        print(f"stopped: {str(error) or 'interrupted'}; the same command continues", file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,535 @@
+"""The artifact: bit-exact through the file, small, complete or absent, and nothing in it can do more than fail."""
+
+import ast
+import hashlib
+import inspect
+import json
+import lzma
+import math
+import pickle
+import random
+import struct
+import sys
+import time
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import reference as ref
+import train_gpt as tg
+
+ALL = ("zstd", "lzma", "brotli", "zlib")
+
+
+def saved(path, s=None, seed=0, **changes):
+    """(settings, model with random weights, what save said) of an artifact at `path`."""
+    s = s or ref.small(**changes)
+    model = ref.randomise(tg.GPT(s, init=False), seed)
+    return s, model, tg.save_artifact(path, model, s, "a" * 64)
+
+
+def parts_of(path):
+    """(header, {stream: packed bytes}) read by the format's description: magic, version, lengths, checksum, header, streams."""
+    data = path.read_bytes()
+    magic, version, packed, raw, checksum = struct.unpack_from("<8sHIII", data)
+    assert magic == b"PGOLF\r\n\x1a" and version == 1
+    body = data[22 : 22 + packed]
+    assert zlib.crc32(body) == checksum
+    text = zlib.decompress(body)
+    assert len(text) == raw
+    header, at, streams = json.loads(text), 22 + packed, {}
+    for name, _, _, length, check in header["streams"]:
+        streams[name] = data[at : at + length]
+        assert zlib.crc32(streams[name]) == check
+        at += length
+    assert at == len(data)
+    return header, streams
+
+
+def seal(path, header, payload, magic=b"PGOLF\r\n\x1a", version=1):
+    """Write a container whose checksums are right, whatever it says."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    body = zlib.compress(text)
+    path.write_bytes(struct.pack("<8sHIII", magic, version, len(body), len(text), zlib.crc32(body)) + body + payload)
+
+
+def in_memory(model, s):
+    """What every tensor becomes by quantising and decoding, without a file; by the specification's table of roles."""
+    out = {}
+    for name, parameter in model.named_parameters():
+        table = name in ("embed.weight", "bigram.table.weight", "value_embed.table.weight")
+        bits = s.embed_bits if table else s.matrix_bits if parameter.ndim == 2 and name.endswith(".weight") else 16
+        if bits == 16:
+            out[name] = parameter.detach().half().float()
+        else:
+            out[name] = tg.decode_int(tg.encode_int(parameter.detach(), bits, s.embed_quant if table else s.matrix_quant), parameter.shape)
+    return out
+
+
+def refused(path, limit=1 << 28, **options):
+    """load_artifact says no in one line, without much memory; returns the line."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(tg.BadInput) as error:
+            tg.load_artifact(path, **options)
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+    return str(error.value)
+
+
+# --- round trip ------------------------------------------------------------------------------------------------------
+
+
+@ref.tries(25)
+@given(ref.models(), st.integers(0, 999), st.sampled_from(["zlib", "zstd"]), st.sampled_from([2, 5, 6, 8, 16]), st.sampled_from([4, 8, 16]),
+       st.sampled_from(["rtn", "gptq_lite"]))
+def test_the_loaded_model_is_the_quantised_one(tmp_path_factory, s, seed, compressor, matrix_bits, embed_bits, method):
+    path = tmp_path_factory.getbasetemp() / "round.pg"
+    s = tg.replace(s, compressor=compressor, matrix_bits=matrix_bits, embed_bits=embed_bits, matrix_quant=method)
+    s, model, info = saved(path, s, seed)
+    loaded_settings, loaded = tg.load_artifact(path, s)
+    assert loaded_settings == s and info["bytes"] == path.stat().st_size
+    want, got = in_memory(model, s), dict(loaded.named_parameters())
+    assert got.keys() == want.keys()
+    for name in want:
+        assert torch.equal(got[name], want[name]) and got[name].dtype == torch.float32, name
+    model.load_state_dict(want)
+    ids = ref.tokens(s.vocab_size, 2, 9)
+    with torch.no_grad():
+        assert torch.equal(model.logits(model.hidden(ids)), loaded.logits(loaded.hidden(ids)))
+
+
+@pytest.mark.parametrize("compressor", [*ALL, "auto"])
+def test_every_code_and_scale_is_in_the_file(tmp_path, compressor):
+    """Unpacked by the format's description: codes by role in parameter order, then all scales, then all halves, as byte planes."""
+    s, model, info = saved(tmp_path / "model.pg", compressor=compressor)
+    header, streams = parts_of(tmp_path / "model.pg")
+    unpack = {"zstd": lambda d: __import__("zstandard").ZstdDecompressor().decompress(d, 1 << 20), "lzma": lzma.decompress,
+              "brotli": lambda d: __import__("brotli").decompress(d), "zlib": zlib.decompress}
+    raw = {name: unpack[chosen](streams[name]) for name, chosen, *_ in header["streams"]}
+    assert {name: len(data) for name, data in raw.items()} == {name: size for name, _, size, *_ in header["streams"]}
+    planes = lambda data: np.frombuffer(data, np.uint8).reshape(2, -1).T.copy().view(np.float16).ravel()
+    values = {name: planes(data) if name in ("scale", "half") else np.frombuffer(data, np.int8) for name, data in raw.items()}
+    at = dict.fromkeys(values, 0)
+
+    def take(stream, count):
+        at[stream] += count
+        return values[stream][at[stream] - count : at[stream]]
+
+    for name, parameter in model.named_parameters():
+        role = tg.roles(model)[name]
+        if role == "scalar":
+            np.testing.assert_array_equal(take("half", parameter.numel()), parameter.detach().half().numpy().ravel())
+            continue
+        parts = tg.encode_int(parameter.detach(), 6 if role == "matrix" else 8, "gptq_lite")
+        np.testing.assert_array_equal(take(f"{role}.q", parameter.numel()), parts["q"].numpy().ravel())
+        np.testing.assert_array_equal(take("scale", len(parameter)), parts["scale"].numpy())
+    assert at == {name: len(v) for name, v in values.items()}
+    used = {chosen for _, chosen, *_ in header["streams"]}
+    assert used == {compressor} or compressor == "auto"
+    assert info["compressor"] == "+".join(sorted(used)) and info["sha256"] == hashlib.sha256((tmp_path / "model.pg").read_bytes()).hexdigest()
+
+
+def test_auto_takes_the_smallest_of_each_stream(tmp_path):
+    s = ref.small(model_dim=32, vocab_size=300, bigram_vocab_size=200)
+    model = ref.randomise(tg.GPT(s, init=False))
+    sizes, events = {}, []
+    for compressor in (*ALL, "auto"):
+        path = tmp_path / f"{compressor}.pg"
+        tg.save_artifact(path, model, tg.replace(s, compressor=compressor), "", lambda event, **values: events.append((compressor, values)))
+        sizes[compressor] = {name: length for name, _, _, length, _ in parts_of(path)[0]["streams"]}
+    for stream, size in sizes["auto"].items():
+        assert size == min(sizes[compressor][stream] for compressor in ALL), stream
+    assert len({min(ALL, key=lambda c: sizes[c][stream]) for stream in sizes["auto"]}) > 0
+    reported = {v["stream"]: v for compressor, v in events if compressor == "auto"}
+    assert reported.keys() == sizes["auto"].keys() and all(v[f"{c}_bytes"] == sizes[c][name] for name, v in reported.items() for c in ALL)
+
+
+def test_compressors_return_what_they_were_given():
+    for name in ALL:
+        for data in (b"", b"\0", bytes(range(256)) * 40, random.Random(0).randbytes(5000), b"\7" * 200_000):
+            packed = tg.COMPRESSORS[name][0](data)
+            assert tg.decompress(name, packed, len(data), "here") == data
+            for size in {0, 1, len(data) // 2, len(data) - 1, len(data) + 1, 10 * len(data)} - {len(data), -1}:
+                with pytest.raises(tg.BadInput, match="here"):
+                    tg.decompress(name, packed, size, "here")
+
+
+def test_the_default_model_packs_in_one_pass(tmp_path, capsys):
+    """27 M normally distributed weights: harder to pack than trained ones, so the size is an upper bound."""
+    s = tg.Settings(compressor="zlib")
+    model = ref.randomise(tg.GPT(s, init=False), spread=0.05)
+    began = time.monotonic()
+    info = tg.save_artifact(tmp_path / "model.pg", model, s)
+    packed = time.monotonic() - began
+    _, loaded = tg.load_artifact(tmp_path / "model.pg")
+    margin = tg.SIZE_LIMIT - info["bytes"] - len(inspect.getsource(tg).encode())
+    with capsys.disabled():
+        count = sum(p.numel() for p in model.parameters())
+        print(f"\n{count} parameters: {info['bytes']} bytes ({8 * info['bytes'] / count:.3f} bits each) in {packed:.1f} s, margin {margin}")
+    assert info["bytes"] == (tmp_path / "model.pg").stat().st_size < count * 0.75
+    for name, weight in in_memory(model, s).items():
+        assert torch.equal(weight, dict(loaded.named_parameters())[name])
+
+
+def test_the_header_holds_what_loading_needs(tmp_path):
+    """Whoever has the file and the script has the model: nothing comes from the reader's settings."""
+    odd = dict(num_layers=5, model_dim=24, num_heads=2, num_kv_heads=1, rope_dims=6, mlp_mult=1.375, leaky_slope=0.3, logit_softcap=12.345678901234567,
+               rope_base=1234.5678901234567, xsa_last_n=3, ln_scale=False, doc_mask="none", bigram_vocab_size=33, bigram_dim=5, ve_dim=3,
+               ve_layers=(0, 2, 4), vocab_size=77, qk_gain_init=0.1 + 0.2)
+    s, model, _ = saved(tmp_path / "model.pg", **odd)
+    header, _ = parts_of(tmp_path / "model.pg")
+    assert header["tokenizer_sha256"] == "a" * 64
+    assert {f.name.upper() for f in tg.fields(tg.Settings) if f.metadata["room"] == "Model"} | {"VOCAB_SIZE"} == set(header["settings"])
+    assert [(name, tuple(shape)) for name, shape, *_ in header["tensors"]] == [(n, tuple(p.shape)) for n, p in model.named_parameters()]
+    bare, loaded = tg.load_artifact(tmp_path / "model.pg")
+    for name, value in odd.items():
+        assert getattr(bare, name) == value, name
+    ids = ref.tokens(77, 2, 9)
+    model.load_state_dict(in_memory(model, s))
+    with torch.no_grad():
+        assert torch.equal(model(ids, ids), loaded(ids, ids))
+
+
+def test_a_contradicting_setting_is_named_with_both_values(tmp_path):
+    saved(tmp_path / "model.pg")
+    line = refused(tmp_path / "model.pg", settings=ref.small(num_layers=2, ve_layers=(1,)))
+    assert "NUM_LAYERS=2" in line and "3" in line
+    assert "LEAKY_SLOPE=0.25" in refused(tmp_path / "model.pg", settings=ref.small(leaky_slope=0.25))
+    loaded, _ = tg.load_artifact(tmp_path / "model.pg", tg.Settings(eval_stride=7, data_path="somewhere"))
+    assert (loaded.eval_stride, loaded.data_path, loaded.num_layers) == (7, "somewhere", 3)
+
+
+def test_the_file_is_complete_or_absent(tmp_path, monkeypatch):
+    path = tmp_path / "model.pg"
+    saved(path)
+    before = path.read_bytes()
+    monkeypatch.setattr(tg.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(tg.BadInput, match="No space left"):
+        saved(path, seed=1)
+    monkeypatch.undo()
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["model.pg"]
+    blocked = tmp_path / "model.pg" / "inside"
+    with pytest.raises(tg.BadInput, match="inside"):
+        saved(blocked)
+
+
+# --- missing packages ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compressor, package", [("zstd", "zstandard"), ("brotli", "brotli")])
+def test_a_missing_package_is_named_before_training_and_at_loading(tmp_path, monkeypatch, compressor, package):
+    saved(tmp_path / "model.pg", compressor=compressor)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert package in refused(tmp_path / "model.pg")
+    hide(monkeypatch, package)
+    for choice in (compressor, "auto"):
+        with pytest.raises(tg.BadInput, match=f"COMPRESSOR={choice}.*{package}"):
+            tg.Settings.parse([f"COMPRESSOR={choice}"])
+
+
+@pytest.mark.parametrize("package", ["zstandard", "brotli"])
+def test_an_artifact_needs_only_the_package_it_was_packed_with(tmp_path, monkeypatch, package):
+    """COMPRESSOR=zlib was allowed without the package, so the run that wrote the file can load it."""
+    s, _, _ = saved(tmp_path / "model.pg", compressor="zlib")
+    monkeypatch.setitem(sys.modules, package, None)
+    hide(monkeypatch, package)
+    tg.load_artifact(tmp_path / "model.pg", s)
+
+
+def hide(monkeypatch, package):
+    find = tg.importlib.util.find_spec
+    monkeypatch.setattr(tg.importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    path = tmp_path_factory.mktemp("good") / "model.pg"
+    s, model, _ = saved(path, num_layers=2, ve_layers=(1,))
+    return path, path.read_bytes(), {n: p.detach().clone() for n, p in tg.load_artifact(path)[1].named_parameters()}
+
+
+def mutate(data, rng):
+    data, at = bytearray(data), rng.randrange(len(data))
+    kind = rng.randrange(6)
+    if kind == 0:
+        data[at] ^= 1 << rng.randrange(8)
+    elif kind == 1:
+        data[at : at + rng.randrange(1, 9)] = rng.randbytes(rng.randrange(0, 9))
+    elif kind == 2:
+        del data[at:]
+    elif kind == 3:
+        data += rng.randbytes(rng.randrange(1, 40))
+    elif kind == 4:
+        other = rng.randrange(len(data))
+        data[at : at + 8], data[other : other + 8] = data[other : other + 8], data[at : at + 8]
+    else:
+        at %= 40  # the fixed part and the beginning of the header
+        data[at] = rng.randrange(256)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("compressor", ALL)
+def test_random_damage_is_refused_in_one_line_or_does_no_harm(tmp_path, compressor):
+    """Also where the compressor has no checksum of its own."""
+    good, bad, rng, harmless = tmp_path / "good.pg", tmp_path / "bad.pg", random.Random(0), 0
+    saved(good, num_layers=2, ve_layers=(1,), compressor=compressor)
+    data, weights = good.read_bytes(), dict(tg.load_artifact(good)[1].named_parameters())
+    for _ in range(300 if compressor == "zlib" else 150):
+        bad.write_bytes(mutate(data, rng))
+        try:
+            loaded = dict(tg.load_artifact(bad)[1].named_parameters())
+        except tg.BadInput as error:
+            assert "\n" not in str(error) and str(bad) in str(error)
+        else:
+            harmless += 1
+            assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+    assert harmless < 10
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 21, 22, 23, 100])
+def test_truncations_are_refused(good, tmp_path, length):
+    (tmp_path / "bad.pg").write_bytes(good[1][:length])
+    refused(tmp_path / "bad.pg")
+    (tmp_path / "bad.pg").write_bytes(good[1][: len(good[1]) - 1 - length])
+    refused(tmp_path / "bad.pg")
+
+
+def test_what_is_no_artifact_is_refused(tmp_path):
+    assert "version 2" in (seal(tmp_path / "a.pg", {}, b"", version=2), refused(tmp_path / "a.pg"))[1]
+    seal(tmp_path / "b.pg", {}, b"", magic=b"PGOLG\r\n\x1a")
+    refused(tmp_path / "b.pg")
+    refused(tmp_path / "missing.pg")
+    refused(tmp_path)
+    (tmp_path / "c.pg").write_bytes(b"\x80\x04\x95" + pickle.dumps({"a": 1}))
+    refused(tmp_path / "c.pg")
+
+
+def test_damage_with_right_checksums_ends_in_bad_input_or_finite_weights(good, tmp_path):
+    """Checksums do not protect against a person: the same damage, sealed again."""
+    path, data, weights = good
+    header, streams = parts_of(path)
+    text, payload, rng, bad = json.dumps(header, separators=(",", ":")).encode(), b"".join(streams.values()), random.Random(1), tmp_path / "bad.pg"
+    for turn in range(300):
+        if turn % 2:
+            seal(bad, mutate(text, rng), payload)
+        else:
+            changed, parts = json.loads(text), dict(streams)
+            row = rng.choice(changed["streams"])
+            parts[row[0]] = mutate(parts[row[0]], rng)
+            row[3:] = len(parts[row[0]]), zlib.crc32(parts[row[0]])
+            seal(bad, changed, b"".join(parts.values()))
+        try:
+            _, model = tg.load_artifact(bad)
+        except tg.BadInput as error:
+            assert "\n" not in str(error) and str(bad) in str(error)
+        else:
+            assert all(torch.isfinite(p).all() for p in model.parameters()) and {n: p.shape for n, p in model.named_parameters()} == {
+                n: w.shape for n, w in weights.items()}
+
+
+HUGE = int("9" * 4300)  # the longest that the JSON reader takes; the sum of two cannot even be printed
+
+
+def hostile():
+    """Headers of a person who wants the reader to crash, hang, run out of memory or load something else."""
+    def change(key, value):
+        def apply(header):
+            header[key] = value(header[key]) if callable(value) else value
+        return apply
+
+    def settings(**values):
+        return lambda header: header["settings"].update(values)
+
+    def row(key, i, column, value):
+        def apply(header):
+            header[key][i] = list(header[key][i])
+            header[key][i][column] = value
+        return apply
+
+    yield from {
+        "empty": lambda header: header.clear(), "no streams": lambda header: header.pop("streams"), "no tensors": lambda header: header.pop("tensors"),
+        "no settings": lambda header: header.pop("settings"), "settings is a list": change("settings", []), "streams is a number": change("streams", 5),
+        "tensors is text": change("tensors", "abcd"), "a stream is text": row("streams", 0, slice(None), "abcde"),
+        "no tensors at all": change("tensors", []), "no streams at all": change("streams", []), "tensor twice": change("tensors", lambda t: t + t[:1]),
+        "stream twice": change("streams", lambda rows: rows + rows[:1]), "unknown stream": row("streams", 0, 0, "other"),
+        "unknown codec": row("tensors", 1, 2, "pickle"), "other codec": row("tensors", 1, 2, "float16"), "unknown compressor": row("streams", 0, 1, "gzip"),
+        "other compressor": row("streams", 0, 1, "lzma"), "brotli instead": row("streams", 0, 1, "brotli"), "zstd instead": row("streams", 0, 1, "zstd"),
+        "negative raw size": row("streams", 0, 2, -1), "negative length": row("streams", 0, 3, -5), "huge raw size": row("streams", 0, 2, 1 << 60),
+        "huge length": row("streams", 0, 3, 1 << 60), "raw size of 4300 digits": row("streams", 0, 2, HUGE),
+        "lengths of 4301 digits together": lambda header: [line.__setitem__(3, HUGE) for line in header["streams"]],
+        "infinite size": row("streams", 0, 2, math.inf), "size not a number": row("streams", 0, 2, math.nan), "infinite length": row("streams", 0, 3, math.inf),
+        "infinite checksum": row("streams", 0, 4, math.inf), "size is null": row("streams", 0, 2, None), "size is a list": row("streams", 0, 2, [1]),
+        "one byte less": lambda header: row("streams", 0, 2, header["streams"][0][2] - 1)(header),
+        "one byte more": lambda header: row("streams", 0, 2, header["streams"][0][2] + 1)(header),
+        "shape transposed": lambda header: row("tensors", 1, 1, header["tensors"][1][1][::-1])(header),
+        "shape huge": row("tensors", 1, 1, [1 << 40, 1 << 40]), "shape negative": row("tensors", 1, 1, [-32, -16]), "shape empty": row("tensors", 1, 1, []),
+        "shape infinite": row("tensors", 1, 1, [math.inf, 16]), "shape text": row("tensors", 1, 1, "ab"), "bits infinite": row("tensors", 1, 3, math.inf),
+        "bits text": row("tensors", 1, 3, "six"), "tensor renamed": row("tensors", 1, 0, "__class__"), "tensors reordered": change("tensors", lambda t: t[::-1]),
+        "a model of 2^40 weights": settings(NUM_LAYERS="256", MODEL_DIM="16384", NUM_HEADS="256", NUM_KV_HEADS="256", MLP_MULT="16"),
+        "vocabulary of 2^16": settings(VOCAB_SIZE="65536"), "table of 2^24 rows": settings(BIGRAM_VOCAB_SIZE=str(2**24), BIGRAM_DIM="16384"),
+        "no layers": settings(NUM_LAYERS="0"), "a billion layers": settings(NUM_LAYERS="1000000000"), "negative width": settings(MODEL_DIM="-512"),
+        "layers not a number": settings(NUM_LAYERS="nan"), "cap infinite": settings(LOGIT_SOFTCAP="inf"), "a value of 10^5 digits": settings(NUM_LAYERS="1" * 10**5),
+        "heads do not divide": settings(NUM_HEADS="3"), "setting unknown": settings(SURPRISE="1"), "setting missing": lambda header: header["settings"].popitem(),
+        "another room's setting": settings(VAL_TOKENS="64"), "the reader's folder": settings(DATA_PATH="elsewhere"), "newline": settings(NUM_LAYERS="3\n4"),
+        "a setting that is a file": lambda header: header["settings"].update({"@" + __file__: ""}),
+        "no tokenizer hash": lambda header: header.pop("tokenizer_sha256"), "tokenizer hash is a number": change("tokenizer_sha256", 12),
+        "tokenizer hash is a list": change("tokenizer_sha256", ["a"]),
+    }.items()
+
+
+@pytest.mark.parametrize("apply", [pytest.param(apply, id=name) for name, apply in hostile()])
+def test_hostile_headers_are_refused(good, tmp_path, apply):
+    header, streams = parts_of(good[0])
+    apply(header)
+    seal(tmp_path / "bad.pg", header, b"".join(streams.values()))
+    refused(tmp_path / "bad.pg", limit=1 << 24)
+
+
+@pytest.mark.parametrize("text", [b"", b"null", b"[]", b"3", b'"x"', b"{", b"\xff\xfe", b"{}" * 100, b"[" * 200_000, b'{"a":' * 100_000, b"\0" * 1000])
+def test_headers_that_are_no_header_are_refused(tmp_path, text):
+    seal(tmp_path / "bad.pg", text, b"")
+    refused(tmp_path / "bad.pg", limit=1 << 26)
+
+
+def bomb(name, megabytes):
+    """A little data that unpacks to a lot of zeros, made piece by piece."""
+    zeros = bytes(1 << 20)
+    if name == "brotli":
+        import brotli
+        packer = brotli.Compressor(quality=4)
+        return b"".join(packer.process(zeros) for _ in range(megabytes)) + packer.finish()
+    if name == "zstd":
+        import zstandard
+        packer = zstandard.ZstdCompressor(level=3).compressobj()
+    else:
+        packer = lzma.LZMACompressor(preset=0) if name == "lzma" else zlib.compressobj(9)
+    return b"".join(packer.compress(zeros) for _ in range(megabytes)) + packer.flush()
+
+
+class Peak:
+    """MiB of memory that a block touched at most beyond what was in use before; 0 where the system does not tell."""
+
+    def read(self, key):
+        try:
+            return next(int(line.split()[1]) >> 10 for line in open("/proc/self/status") if line.startswith(key))
+        except (OSError, StopIteration):
+            return 0
+
+    def __enter__(self):
+        try:
+            open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
+            self.before = self.read("VmRSS")
+        except OSError:
+            self.before = self.read("VmHWM")
+        return self
+
+    def __exit__(self, *_):
+        self.mib = self.read("VmHWM") - self.before
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_bombs_go_off_nowhere(good, tmp_path, name):
+    """256 MiB of zeros in the place of a stream of some hundred bytes: unpacked to the size that the header's shapes allow."""
+    header, streams = parts_of(good[0])
+    first = header["streams"][0]
+    streams[first[0]] = bomb(name, 256)
+    assert len(streams[first[0]]) < 1 << 19
+    first[1], first[3:] = name, [len(streams[first[0]]), zlib.crc32(streams[first[0]])]
+    seal(tmp_path / "bad.pg", header, b"".join(streams.values()))
+    with Peak() as peak:
+        assert first[0] in refused(tmp_path / "bad.pg", limit=1 << 25)
+    assert peak.mib < 64
+
+
+def test_a_bomb_of_a_header_goes_off_nowhere(tmp_path):
+    body = bomb("zlib", 64)
+    for claimed in (64 << 20, 1000, (1 << 22) - 1, 0):
+        (tmp_path / "bad.pg").write_bytes(struct.pack("<8sHIII", b"PGOLF\r\n\x1a", 1, len(body), claimed, zlib.crc32(body)) + body)
+        with Peak() as peak:
+            refused(tmp_path / "bad.pg", limit=1 << 25)
+        assert peak.mib < 32
+
+
+def test_dictionaries_of_gigabytes_are_refused(good, tmp_path):
+    """What a decompressor reserves before its first byte counts as well: the size in an xz block's header, changed to 2 GiB."""
+    header, streams = parts_of(good[0])
+    first = header["streams"][0]
+    data = bytearray(lzma.compress(bytes(first[2]), check=lzma.CHECK_NONE))
+    start, length = 12, 4 * (data[12] + 1)  # of the block header, behind the stream header
+    assert data[start + 2 : start + 4] == b"\x21\x01"  # one filter, LZMA2, with one byte of properties
+    data[start + 4] = 38
+    data[start + length - 4 : start + length] = struct.pack("<I", zlib.crc32(bytes(data[start : start + length - 4])))
+    streams[first[0]] = bytes(data)
+    first[1], first[3:] = "lzma", [len(data), zlib.crc32(bytes(data))]
+    seal(tmp_path / "bad.pg", header, b"".join(streams.values()))
+    assert "lzma" in refused(tmp_path / "bad.pg", limit=(1 << 28) + (1 << 24))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("stream", ["scale", "half"])
+def test_values_that_are_not_finite_are_refused(good, tmp_path, stream, value):
+    header, streams = parts_of(good[0])
+    row = next(row for row in header["streams"] if row[0] == stream)
+    values = np.frombuffer(zlib.decompress(streams[stream]), np.uint8).reshape(2, -1).T.copy().view(np.float16).ravel()
+    values[3] = value
+    streams[stream] = zlib.compress(values.view(np.uint8).reshape(-1, 2).T.tobytes())
+    row[3:] = len(streams[stream]), zlib.crc32(streams[stream])
+    seal(tmp_path / "bad.pg", header, b"".join(streams.values()))
+    assert "finite" in refused(tmp_path / "bad.pg")
+
+
+# --- nothing is executed ---------------------------------------------------------------------------------------------
+
+
+def test_loading_never_unpickles(good, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("loading an artifact must not unpickle")
+
+    for module, names in ((pickle, ("load", "loads", "Unpickler")), (torch, ("load",)), (np, ("load", "fromfile"))):
+        for name in names:
+            monkeypatch.setattr(module, name, never)
+    tg.load_artifact(good[0])
+
+
+def test_nothing_that_loading_calls_can_execute():
+    """The functions of the module that load_artifact reaches, by their syntax trees."""
+    tree = ast.parse(inspect.getsource(tg))
+    bodies = {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    bodies |= {target.id: node for node in tree.body if isinstance(node, ast.Assign) for target in node.targets if isinstance(target, ast.Name)}
+    reached, todo = set(), ["load_artifact", "read_artifact"]
+    while todo:
+        name = todo.pop()
+        if name in bodies and name not in reached:
+            reached.add(name)
+            todo += [node.id for node in ast.walk(bodies[name]) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
+    assert {"decompress", "Settings", "GPT", "CODECS", "COMPRESSORS"} <= reached
+    banned = {"pickle", "eval", "exec", "compile", "marshal", "shelve", "joblib", "__import__", "subprocess", "system", "popen"}
+    for name in reached:
+        for node in ast.walk(bodies[name]):
+            called = node.func if isinstance(node, ast.Call) else None
+            if isinstance(called, ast.Name):
+                assert called.id not in banned, name
+            if isinstance(called, ast.Attribute):
+                assert called.attr not in banned - {"compile"}, name
+                assert not (called.attr == "load" and isinstance(called.value, ast.Name) and called.value.id in ("torch", "np", "pickle")), name
+
+
+def test_the_file_never_imports_pickle_and_loads_only_weights():
+    tree = ast.parse(inspect.getsource(tg))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not imported & {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "load" and getattr(node.func.value, "id", "") == "torch":
+            assert any(k.arg == "weights_only" and getattr(k.value, "value", None) is True for k in node.keywords)

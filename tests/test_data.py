@@ -1,0 +1,342 @@
+"""Shards, the training stream, the tokenizer, and bytes per token against decoding with real SentencePiece models."""
+
+import hashlib
+import json
+import random
+import re
+import struct
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import reference as ref
+import train_gpt as tg
+from conftest import toy_documents, write_shard
+
+
+def shard_bytes(tokens=(1, 2, 3), magic=20240520, version=1, count=None):
+    return struct.pack("<3i", magic, version, len(tokens) if count is None else count).ljust(1024, b"\0") + struct.pack(f"<{len(tokens)}H", *tokens)
+
+
+def rank_of(rank, world):
+    return ref.Ranks(world).members[rank]
+
+
+def stream_of(folder, shards, rt=None, **changes):
+    for old in folder.glob("*.bin"):
+        old.unlink()
+    for i, shard in enumerate(shards):
+        write_shard(folder / f"fineweb_train_{i:06d}.bin", shard)
+    s = ref.small(vocab_size=1000, train_seq_len=changes.pop("train_seq_len", 4), train_batch_tokens=changes.pop("train_batch_tokens", 16),
+                  data_path=folder, **changes)
+    return tg.TokenStream(tg.find_shards(folder, "train"), s, rt or ref.alone())
+
+
+# --- shards ----------------------------------------------------------------------------------------------------------
+
+
+def test_read_shard_gives_the_tokens_read_only(tmp_path):
+    path = tmp_path / "fineweb_train_000000.bin"
+    path.write_bytes(shard_bytes((1, 0, 999, 65535)))
+    tokens = tg.read_shard(path)
+    assert tokens.tolist() == [1, 0, 999, 65535] and tokens.dtype == np.uint16
+    with pytest.raises(ValueError):
+        tokens[0] = 5
+    assert tg.read_shard(path, 65536).tolist() == [1, 0, 999, 65535]
+
+
+NOT_SHARDS = dict(
+    empty=(b"", "magic"), one_byte=(b"\x08", "magic"), eleven_bytes=(shard_bytes()[:11], "magic"),
+    magic=(shard_bytes(magic=20240521), r"offset 0.*20240520.*20240521"), version=(shard_bytes(version=2), r"offset 4.*1.*found 2"),
+    cut=(shard_bytes()[:-1], r"offset 8.*1030.*1029"), padded=(shard_bytes() + b"\0\0", r"offset 8.*1030.*1032"),
+    miscounted=(shard_bytes(count=4), r"1032.*1030"), only_words=(shard_bytes()[:12], "offset 8"), no_tokens=(shard_bytes(()), "no tokens"),
+    negative=(shard_bytes(count=-1), "offset 8"),
+    negative_that_fits=(struct.pack("<3i", 20240520, 1, -500).ljust(24, b"\0"), "offset 8"),  # 24 bytes = 1024 - 2 * 500
+    negative_that_fits_words=(struct.pack("<3i", 20240520, 1, -506), "offset 8"),
+    big_endian=(struct.pack(">3i", 20240520, 1, 3).ljust(1030, b"\0"), "magic"))
+
+
+@pytest.mark.parametrize("data, said", NOT_SHARDS.values(), ids=NOT_SHARDS)
+def test_a_file_that_is_no_shard_is_named_with_offset_expected_and_found(tmp_path, data, said):
+    path = tmp_path / "fineweb_val_000000.bin"
+    path.write_bytes(data)
+    with pytest.raises(tg.BadInput) as error:
+        tg.read_shard(path)
+    message = str(error.value)
+    assert str(path) in message and re.search(said, message) and "\n" not in message
+
+
+def test_an_unreadable_shard_is_named(tmp_path):
+    for path in (tmp_path / "nothing.bin", tmp_path):
+        with pytest.raises(tg.BadInput, match=re.escape(str(path))):
+            tg.read_shard(path)
+
+
+def test_a_token_outside_the_vocabulary_is_named_by_its_byte_offset(tmp_path):
+    path = tmp_path / "fineweb_val_000000.bin"
+    path.write_bytes(shard_bytes((1, 31, 32, 7, 40)))
+    with pytest.raises(tg.BadInput, match=rf"{re.escape(str(path))}.*token 32 at offset 1028.*VOCAB_SIZE=32"):
+        tg.read_shard(path, 32)
+    assert len(tg.read_shard(path, 41)) == 5
+    stream = stream_of(tmp_path, [range(1, 30), (1, 31, 999, 1000, 5)])  # training shards are checked as they are read
+    with pytest.raises(tg.BadInput, match=r"fineweb_train_000001\.bin: token 1000 at offset 1030.*VOCAB_SIZE=1000"):
+        for _ in range(4):
+            stream.next()
+
+
+def test_missing_shards_say_where_and_how_to_make_them(tmp_path):
+    for folder, words in ((tmp_path / "fineweb10B_sp1024", "data/fineweb.py --variant sp1024"), (tmp_path / "mine", "data/prepare.py")):
+        for split in ("train", "val"):
+            with pytest.raises(tg.BadInput) as error:
+                tg.find_shards(folder, split)
+            message = str(error.value)
+            assert f"fineweb_{split}_*.bin" in message and str(folder) in message and words in message and "\n" not in message
+
+
+def test_shards_come_in_the_order_of_their_names(tmp_path):
+    names = [f"fineweb_{split}_{i:06d}.bin" for split in ("val", "train") for i in range(12)]
+    for name in random.Random(1).sample([*names, "other.bin", "fineweb_test_000000.bin"], len(names) + 2):
+        (tmp_path / name).write_bytes(b"")
+    assert [path.name for path in tg.find_shards(tmp_path, "train")] == names[12:]
+    assert [path.name for path in tg.find_shards(str(tmp_path), "val")] == names[:12]
+
+
+# --- the training stream ---------------------------------------------------------------------------------------------
+
+
+@ref.tries(60)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=5).filter(lambda sizes: sum(sizes) > 1), st.sampled_from([1, 2, 4]), st.integers(1, 3),
+       st.integers(2, 5), st.integers(1, 6))
+def test_batches_are_cuts_of_the_endless_stream_whatever_the_ranks(tmp_path_factory, sizes, world, rows, length, batches):
+    """Global batch b holds targets b*N+1 .. (b+1)*N of the shards repeated for ever, in order, split over ranks and micro-batches."""
+    folder, total, batch = tmp_path_factory.getbasetemp(), sum(sizes), 4 * rows * length
+    text, ends = list(range(total)), np.cumsum([0, *sizes])
+    shards = [text[a:b] for a, b in zip(ends, ends[1:])]
+    endless = text * (batch * batches // total + 3)
+    streams = [stream_of(folder, shards, rank_of(rank, world), train_seq_len=length, train_batch_tokens=batch, micro_batch_tokens=2 * length)
+               for rank in range(world)]
+    for b in range(batches):
+        parts = [stream.next() for stream in streams]
+        x, y = (torch.cat([micro[side] for part in parts for micro in part]) for side in (0, 1))
+        assert x.shape == y.shape == (4 * rows, length) and x.dtype == y.dtype == torch.int64
+        assert x.flatten().tolist() == endless[b * batch : (b + 1) * batch]
+        assert y.flatten().tolist() == endless[b * batch + 1 : (b + 1) * batch + 1]
+        for part in parts:
+            assert len({tuple(side.shape) for micro in part for side in micro}) == 1  # equal shapes: one graph
+            assert all(micro[0].shape[0] <= 2 for micro in part)
+        assert all(stream.position == (b + 1) * batch for stream in streams)
+        assert streams[0].epoch == pytest.approx((b + 1) * batch / total)
+
+
+def test_every_target_once_an_epoch(tmp_path):
+    stream = stream_of(tmp_path, [range(17), range(17, 50), range(50, 64)])
+    for _ in range(3):
+        assert sorted(torch.cat([y for _ in range(4) for _, y in stream.next()]).flatten().tolist()) == list(range(64))
+
+
+def test_the_position_is_the_whole_state(tmp_path):
+    first, second = (stream_of(tmp_path, [range(37), range(37, 90)]) for _ in range(2))
+    for _ in range(11):
+        first.next()
+    second.position = first.position
+    for _ in range(5):
+        assert all(torch.equal(a, b) for one, two in zip(first.next(), second.next()) for a, b in zip(one, two))
+
+
+def test_synthetic_batches_have_the_layout_of_real_ones(tmp_path):
+    stream = stream_of(tmp_path, [range(500)], train_seq_len=8, train_batch_tokens=48, micro_batch_tokens=16)
+    position = stream.position
+    real, false = stream.next(), stream.synthetic(torch.Generator().manual_seed(0))
+    assert stream.position == position + 48  # of the real one alone
+    for (x, y), (u, v) in zip(real, false, strict=True):
+        for a, b in ((x, u), (y, v)):
+            assert (a.shape, a.stride(), a.dtype, a.storage_offset()) == (b.shape, b.stride(), b.dtype, b.storage_offset())
+        assert 0 <= u.min() and u.max() < 1000 and torch.equal(x[:, 1:], y[:, :-1]) and torch.equal(u[:, 1:], v[:, :-1])
+
+
+def test_batches_that_ranks_cannot_share_are_refused(tmp_path):
+    with pytest.raises(tg.BadInput, match="TRAIN_BATCH_TOKENS=16.*4 sequences.*3 ranks"):
+        stream_of(tmp_path, [range(100)], rank_of(0, 3))
+    with pytest.raises(tg.BadInput, match="fewer than two tokens"):
+        stream_of(tmp_path, [[5]])
+
+
+@pytest.mark.parametrize("micro, rows", [(4, 1), (11, 2), (12, 3), (16, 4), (23, 4), (24, 6), (44, 6), (48, 12), (1000, 12)])
+def test_micro_batches_are_as_large_as_the_limit_and_equal_parts_allow(tmp_path, micro, rows):
+    stream = stream_of(tmp_path, [range(200)], train_batch_tokens=48, micro_batch_tokens=micro)  # 12 sequences of 4
+    assert [len(x) for x, _ in stream.next()] == [rows] * (12 // rows)
+
+
+# --- the tokenizer ---------------------------------------------------------------------------------------------------
+
+
+def test_the_toy_tokenizer_loads_with_its_hash(toy):
+    s = tg.Settings.parse(toy)
+    sp, path, sha256 = tg.load_tokenizer(s)
+    assert sp.vocab_size() == s.vocab_size == 512 and path.name == "tokenizer.model" and sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    named, _, _ = tg.load_tokenizer(tg.Settings.parse([*toy, "DATA_PATH=elsewhere", f"TOKENIZER_PATH={path}"]))
+    assert named.vocab_size() == 512
+
+
+def test_the_contests_place_for_a_tokenizer_is_found(toy, tmp_path):
+    _, path, _ = tg.load_tokenizer(tg.Settings.parse(toy))
+    folder = tmp_path / "datasets" / "fineweb10B_sp512"
+    folder.mkdir(parents=True)
+    (tmp_path / "tokenizers").mkdir()
+    (tmp_path / "tokenizers" / "fineweb_512_bpe.model").write_bytes(path.read_bytes())
+    assert tg.load_tokenizer(tg.Settings.parse([*toy, f"DATA_PATH={folder}"]))[1].name == "fineweb_512_bpe.model"
+
+
+def test_tokenizer_errors_name_the_path_and_both_sizes(toy, tmp_path):
+    s = tg.Settings.parse([*toy, "VOCAB_SIZE=600"])
+    with pytest.raises(tg.BadInput, match=r"tokenizer\.model has 512 pieces but VOCAB_SIZE=600"):
+        tg.load_tokenizer(s)
+    with pytest.raises(tg.BadInput, match=rf"no tokenizer at {re.escape(str(tmp_path))}"):
+        tg.load_tokenizer(tg.Settings.parse([*toy, f"DATA_PATH={tmp_path}"]))
+    with pytest.raises(tg.BadInput, match="no tokenizer at .*missing.model"):
+        tg.load_tokenizer(tg.Settings.parse([*toy, f"TOKENIZER_PATH={tmp_path / 'missing.model'}"]))
+    for junk in (b"not a model", b"", b"\x0a\xff\xff"):
+        (tmp_path / "junk.model").write_bytes(junk)
+        with pytest.raises(tg.BadInput, match=r"junk\.model") as error:
+            tg.load_tokenizer(tg.Settings.parse([*toy, f"TOKENIZER_PATH={tmp_path / 'junk.model'}"]))
+        assert "\n" not in str(error.value)
+
+
+# --- bytes per token -------------------------------------------------------------------------------------------------
+
+SPECIAL = "été 世界 ﬁ ½ … \U0001f600 tab\tnl\n  spaces  \u00a0\u200b ▁literal е́ é Ａ０１"
+
+
+@pytest.fixture(scope="module", params=["contest", "unigram", "prefix", "no_fallback", "unused"])
+def sp(request, tmp_path_factory):
+    """Tokenizers of several makes: the contest's options, a unigram model, with a dummy prefix, without byte pieces."""
+    import sentencepiece
+
+    options = dict(model_type="bpe", vocab_size=420, byte_fallback=True, add_dummy_prefix=False, character_coverage=0.999, split_digits=True)
+    options |= {"contest": {}, "unigram": dict(model_type="unigram", normalization_rule_name="identity"),
+                "prefix": dict(add_dummy_prefix=True, user_defined_symbols=["<tag>", "▁<both>"], control_symbols=["<ctl>"]),
+                "no_fallback": dict(byte_fallback=False, vocab_size=160), "unused": dict(user_defined_symbols=["<idle>", "<spare>"])}[request.param]
+    prefix = tmp_path_factory.mktemp("sp") / request.param
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter([*toy_documents(40), SPECIAL]), model_prefix=str(prefix), pad_id=0, bos_id=1, eos_id=2,
+                                             unk_id=3, hard_vocab_limit=False, minloglevel=2, num_threads=1, **options)
+    proto = prefix.with_suffix(".model").read_bytes()
+    if request.param == "unused":  # a piece's type is field 3 of its message: 4 user-defined, 5 unused
+        assert proto.count(b"\x18\x04") == 2
+        proto = proto.replace(b"\x18\x04", b"\x18\x05")
+    return sentencepiece.SentencePieceProcessor(model_proto=proto)
+
+
+def slow_bytes(sp, ids):
+    """The rule, target by target, on strings."""
+    out = []
+    for before, token in zip(ids, ids[1:]):
+        piece, special = sp.id_to_piece(int(token)), lambda i: sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
+        if special(int(token)):
+            out.append(0)
+        elif sp.is_byte(int(token)):
+            out.append(1)
+        elif piece.startswith("▁"):
+            out.append(len(piece[1:].encode("utf-8")) + (0 if special(int(before)) else 1))
+        else:
+            out.append(len(piece.encode("utf-8")))
+    return out
+
+
+def test_byte_tables_follow_the_rule_for_every_piece(sp):
+    base, lead, edge = tg.byte_tables(sp, sp.vocab_size() + 7)
+    for i in range(sp.vocab_size()):
+        piece = sp.id_to_piece(i)
+        if i < 4:
+            assert (base[i], lead[i], edge[i]) == (0, False, True), piece
+        elif re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            assert (base[i], lead[i], edge[i]) == (1, False, False), piece
+        elif piece in ("<ctl>", "<idle>", "<spare>"):
+            assert (base[i], lead[i], edge[i]) == (0, False, True)
+        else:
+            assert (base[i], lead[i], edge[i]) == (len(piece.removeprefix("▁").encode()), piece.startswith("▁"), False), piece
+    assert not base[-7:].any() and not lead[-7:].any() and edge[-7:].all()  # ids beyond the model
+    assert {len(t) for t in tg.byte_tables(sp, 50)} == {50}
+
+
+@ref.tries(300)
+@given(st.lists(st.text(st.one_of(st.sampled_from(SPECIAL + "ptkbd gmnrls aeiou,. "), st.characters(exclude_categories=["Cs"])), max_size=40), max_size=4))
+def test_counted_bytes_are_those_of_the_decoded_text(sp, texts):
+    """The contest's proof of the denominator, document by document, and for the whole stream of several."""
+    tables, stream = tg.byte_tables(sp, sp.vocab_size()), []
+    for text in texts:
+        ids = sp.encode(text)
+        counted = tg.target_bytes([ref.BOS, *ids], tables)
+        assert counted.tolist() == slow_bytes(sp, [ref.BOS, *ids])
+        if sp.unk_id() not in ids:
+            assert counted.sum() == len(sp.decode(ids).encode("utf-8"))
+        stream += [ref.BOS, *ids]
+    if stream:
+        assert tg.target_bytes(np.array(stream, np.uint16), tables).tolist() == slow_bytes(sp, stream)
+
+
+@ref.tries(100)
+@given(st.data())
+def test_counted_bytes_follow_the_rule_on_any_ids(sp, data):
+    ids = data.draw(st.lists(st.integers(0, sp.vocab_size() - 1), min_size=1, max_size=60))
+    assert tg.target_bytes(ids, tg.byte_tables(sp, sp.vocab_size())).tolist() == slow_bytes(sp, ids)
+
+
+# --- the validation stream -------------------------------------------------------------------------------------------
+
+
+def test_the_validation_stream_is_every_shard_in_order_with_the_tail(toy, tmp_path):
+    s = tg.Settings.parse(toy)
+    sp, path, _ = tg.load_tokenizer(s)
+    ids = [token for text in toy_documents(7, seed=3) for token in (ref.BOS, *sp.encode(text))]
+    for i, (a, b) in enumerate(((0, 100), (100, 101), (101, len(ids)))):
+        write_shard(tmp_path / f"fineweb_val_{i:06d}.bin", ids[a:b])
+    args = [*toy, f"DATA_PATH={tmp_path}", f"TOKENIZER_PATH={path}"]
+    val = tg.load_validation(tg.Settings.parse(args), ref.alone(), sp)
+    assert val.tokens.tolist() == ids and val.bytes.tolist() == slow_bytes(sp, ids) and val.whole
+    for n, whole in ((100, False), (len(ids) - 2, False), (len(ids) - 1, True), (10**9, True)):
+        cut = tg.load_validation(tg.Settings.parse([*args, f"VAL_TOKENS={n}"]), ref.alone(), sp)
+        assert len(cut.bytes) == min(n, len(ids) - 1) == len(cut.tokens) - 1 and cut.whole == whole
+        assert cut.bytes.tolist() == val.bytes[: len(cut.bytes)].tolist() and cut.tokens.tolist() == ids[: len(cut.tokens)]
+    with pytest.raises(tg.BadInput, match=rf"{len(ids) - 1} targets.*EVAL_SEQ_LEN={len(ids)}"):
+        tg.load_validation(tg.Settings.parse([*args, f"EVAL_SEQ_LEN={len(ids)}"]), ref.alone(), sp)
+    with pytest.raises(tg.BadInput, match="63 targets.*EVAL_SEQ_LEN=64"):
+        tg.load_validation(tg.Settings.parse([*args, "VAL_TOKENS=63"]), ref.alone(), sp)
+    write_shard(tmp_path / "fineweb_val_000003.bin", [600])
+    with pytest.raises(tg.BadInput, match=r"fineweb_val_000003\.bin: token 600 at offset 1024"):
+        tg.load_validation(tg.Settings.parse(args), ref.alone(), sp)
+
+
+def check_bytes(toy, folder, manifest, whole=True):
+    """The validity reasons of the toy's validation stream beside a manifest."""
+    s = tg.Settings.parse(toy)
+    sp, path, _ = tg.load_tokenizer(s)
+    val = tg.load_validation(s, ref.alone(), sp)
+    (folder / "manifest.json").write_bytes(manifest)
+    run = SimpleNamespace(s=tg.Settings.parse([*toy, f"DATA_PATH={folder}"]), validity=tg.Validity(), log=lambda *_, **__: None)
+    tg._check_bytes(run, sp, val._replace(whole=whole))
+    return run.validity.reasons
+
+
+MANIFESTS = dict(empty=b"", no_splits=b"{}", a_list=b"[]", a_number=b'{"splits": 3}', not_text=b"\xff",
+                 words=b'{"splits": {"val": {"tokens": "x", "bytes": 1}}}', infinite=b'{"splits": {"val": {"tokens": 1e999, "bytes": 1}}}',
+                 deep=b"[" * 100_000)
+
+
+@pytest.mark.parametrize("content", MANIFESTS.values(), ids=MANIFESTS)
+def test_a_broken_manifest_is_named(toy, tmp_path, content):
+    with pytest.raises(tg.BadInput, match=r"manifest\.json"):
+        check_bytes(toy, tmp_path, content)
+
+
+def test_a_manifest_that_disagrees_makes_the_score_invalid(toy, tmp_path):
+    s = tg.Settings.parse(toy)
+    sp, *_ = tg.load_tokenizer(s)
+    val = tg.load_validation(s, ref.alone(), sp)
+    tokens, nbytes = len(val.tokens), int(val.bytes.sum())
+    for more_tokens, more_bytes, whole, ok in ((0, 0, True, True), (0, 1, True, False), (1, 0, True, False), (0, 1, False, True)):
+        manifest = json.dumps({"splits": {"val": {"tokens": tokens + more_tokens, "bytes": nbytes + more_bytes}}}).encode()
+        assert (check_bytes(toy, tmp_path, manifest, whole) == []) == ok

@@ -1,0 +1,461 @@
+"""run.sh with stand-ins for trainer, data and pip, so that nothing is downloaded; one test has the real trainer."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import REPO, clean_env
+
+# Records how it was called, then does what BEHAVE says; handles signals as train_gpt.py does.
+TRAINER = """
+import json, os, pathlib, signal, sys, time
+settings = dict(arg.split("=", 1) for arg in sys.argv[1:] if not arg.startswith("@"))
+out = pathlib.Path(settings.get("OUT_DIR") or "logs/" + settings.get("RUN_ID", "none"))
+out.mkdir(parents=True)
+caught = []
+signal.signal(signal.SIGINT, lambda n, f: caught.append(n))
+signal.signal(signal.SIGTERM, lambda n, f: caught.append(n))
+event = {"event": "run", "argv": sys.argv[1:], "pid": os.getpid(), "rank": os.environ.get("RANK"), "cwd": os.getcwd()}
+(out / "metrics.jsonl").write_text(json.dumps(event) + "\\n")
+what, _, value = os.environ.get("BEHAVE", "exit:0").partition(":")
+print("trainer up", flush=True)
+if what == "exit":
+    sys.exit(int(value))
+end = time.time() + 20
+while time.time() < end and (not caught or what == "stubborn"):
+    time.sleep(0.02)
+time.sleep(0.2)
+(out / "caught").write_text(json.dumps(caught))
+print("checkpoint saved", flush=True)
+sys.exit(128 + caught[0])
+"""
+PREPARE = """
+import pathlib, sys
+print("prepare", *sys.argv[1:], flush=True)
+folder = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+folder.mkdir(parents=True, exist_ok=True)
+"""
+REPORT = "import sys; print('report', *sys.argv[1:], flush=True)"
+TORCH = {  # a torch that sees as many GPUs as the variable GPUS says, and a torchrun that tells its arguments
+    "torch/__init__.py": "from torch import cuda",
+    "torch/cuda.py": """
+import os
+device_count = lambda: int(os.environ['GPUS'])
+is_available = lambda: device_count() > 0""",
+    "torch/distributed/__init__.py": "",
+    "torch/distributed/run.py": """
+import os, sys
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+def main():
+    print("torchrun", *sys.argv[1:], "OMP_NUM_THREADS=" + os.environ["OMP_NUM_THREADS"], flush=True)
+    if "FAILS" in os.environ:
+        raise ChildFailedError(int(os.environ["FAILS"]))""",
+    "torch/distributed/elastic/__init__.py": "",
+    "torch/distributed/elastic/multiprocessing/__init__.py": "",
+    "torch/distributed/elastic/multiprocessing/api.py": "class SignalException(Exception): pass",
+    "torch/distributed/elastic/multiprocessing/errors.py": """
+import types
+class ChildFailedError(Exception):
+    def __init__(self, code): super().__init__("the table of torchrun"); self.code = code
+    def get_first_failure(self): return 0, types.SimpleNamespace(exitcode=self.code)""",
+}
+
+
+def script(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A repository with the real run.sh and small.env around stand-ins."""
+    root = tmp_path / "my repository"  # the space is meant
+    (root / "records/track_a/2026-01-02_fast").mkdir(parents=True)
+    shutil.copy(REPO / "run.sh", root)
+    shutil.copy(REPO / "records/small.env", root / "records")
+    (root / "records/track_a/2026-01-02_fast/settings.env").write_text("SEED=3 MODEL_DIM=64\nDATA_PATH=/other\n")
+    (root / "requirements.txt").write_text("# nothing\n")
+    (root / "requirements-dev.txt").write_text("-r requirements.txt\n")
+    for name, text in (("train_gpt.py", TRAINER), ("data/prepare.py", PREPARE), ("tools/report.py", REPORT)):
+        script(root / name, text)
+    return root
+
+
+def variables(**more):
+    return clean_env({"VENV": sys.prefix, "PATH": os.environ["PATH"], **more})
+
+
+def bash(tree, *args, cwd=None, **env):
+    return subprocess.run(["bash", str(tree / "run.sh"), *args], cwd=cwd or tree, env=variables(**env), timeout=60,
+                          text=True, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+
+
+def called(tree):
+    """What the only run was given."""
+    (metrics,) = [*tree.glob("logs/*/metrics.jsonl"), *tree.glob("elsewhere/metrics.jsonl")]
+    return json.loads(metrics.read_text())
+
+
+def one_error(done, *words):
+    """One line on stderr that begins with error: and has these words; exit code 2."""
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    for word in words:
+        assert word in lines[0]
+    return lines[0]
+
+
+# ---- what is run ----------------------------------------------------------------------------------------------------
+
+
+def test_help(tree):
+    for word in ("help", "-h", "--help"):
+        done = bash(tree, word)
+        assert done.returncode == 0
+        assert all(what in done.stdout for what in ("setup", "test", "--small", "KEY=VALUE", "PYTHON"))
+    assert not (tree / "logs").exists()
+
+
+def test_default_on_a_cpu(tree):
+    done = bash(tree, "SEED=7", "NOTE=two words; $HOME")
+    assert done.returncode == 0, done.stderr
+    argv = called(tree)["argv"]
+    assert argv[:3] == ["@records/small.env", "SEED=7", "NOTE=two words; $HOME"]
+    run_id = argv[3].removeprefix("RUN_ID=")
+    assert run_id.endswith("-small") and argv[4:] == []
+    assert "prepare --source builtin --out data/datasets/builtin_sp1024" in done.stdout and "small model" in done.stdout
+    assert done.stdout.splitlines()[-1] == f"report logs/{run_id}"
+
+
+@pytest.mark.parametrize("code", [0, 1, 3, 4])
+def test_exit_code_is_that_of_the_trainer(tree, code):
+    done = bash(tree, BEHAVE=f"exit:{code}")
+    assert done.returncode == code and "report logs/" in done.stdout
+
+
+def test_no_report_where_nothing_ran(tree):
+    done = bash(tree, BEHAVE="exit:2")
+    assert done.returncode == 2 and "report" not in done.stdout
+
+
+@pytest.mark.parametrize("record", [
+    "records/track_a/2026-01-02_fast", "records/track_a/2026-01-02_fast/", "2026-01-02_fast",
+    "records/track_a/2026-01-02_fast/settings.env", "@records/track_a/2026-01-02_fast"])
+def test_a_record(tree, record):
+    assert bash(tree, record, "SEED=9").returncode == 0
+    argv = called(tree)["argv"]
+    assert len(argv) == 3 and argv[0].startswith("@") and "2026-01-02_fast" in argv[0] and argv[1] == "SEED=9"
+    assert argv[2].endswith("-2026-01-02_fast")
+
+
+def test_small_comes_after_the_record(tree):
+    done = bash(tree, "--small", "2026-01-02_fast", "SEED=9")
+    argv = called(tree)["argv"]
+    assert argv[0].startswith("@records/track_a") and argv[1:3] == ["@records/small.env", "SEED=9"]
+    assert argv[3].endswith("-2026-01-02_fast-small") and "prepare" in done.stdout
+
+
+def test_full_size_on_a_cpu_is_said(tree):
+    (tree / "big.env").write_text("SEED=1")
+    assert "too slow for a CPU" in bash(tree, "big.env").stdout
+    assert "too slow" not in bash(tree, "2026-01-02_fast").stdout
+
+
+def test_settings_file_of_another_folder(tree, tmp_path):
+    (tmp_path / "mine.env").write_text(
+        "# DATA_PATH=no\nX_DATA_PATH=no A=1 DATA_PATH=data/datasets/builtin_sp1024 # a note\n")
+    done = bash(tree, "mine.env", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = called(tree)
+    assert run["argv"][0] == f"@{tmp_path}/mine.env" and os.path.samefile(run["cwd"], tree)
+    assert "prepare" in done.stdout  # these settings, too, name the embedded data
+
+
+def test_embedded_data_is_made_only_where_it_is_used(tree):
+    assert "prepare" not in bash(tree, "DATA_PATH=/mine").stdout
+    assert "prepare" not in bash(tree, DATA_PATH="/mine").stdout
+    assert "prepare" not in bash(tree, "2026-01-02_fast").stdout
+    assert "prepare" in bash(tree, "2026-01-02_fast", "DATA_PATH=data/datasets/builtin_sp1024").stdout
+
+
+def test_names_of_runs(tree):
+    assert "report elsewhere" in bash(tree, "OUT_DIR=elsewhere").stdout
+    assert not any(arg.startswith("RUN_ID") for arg in called(tree)["argv"])
+    shutil.rmtree(tree / "elsewhere")
+    assert "report logs/mine" in bash(tree, "RUN_ID=mine").stdout
+    shutil.rmtree(tree / "logs")
+    bash(tree, "RESUME=auto")  # the trainer says that this needs a name
+    assert not any(arg.startswith("RUN_ID") for arg in called(tree)["argv"])
+
+
+def test_two_runs_in_one_second_have_two_names(tree):
+    script(tree / "bin/date", "#!/bin/sh\necho 20260102-030405\n")
+    for _ in range(2):
+        assert bash(tree, PATH=f"{tree}/bin:{os.environ['PATH']}").returncode == 0
+    assert sorted(p.name for p in (tree / "logs").iterdir()) == ["20260102-030405-small", "20260102-030405-small+"]
+
+
+def test_setup(tree):
+    done = bash(tree, "setup")
+    assert done.returncode == 0 and "prepare" in done.stdout and not (tree / "logs").exists()
+    one_error(bash(tree, "setup", "now"), "setup takes no arguments")
+
+
+def test_test_runs_pytest_with_its_arguments(tree):
+    done = bash(tree, "test", "--version")
+    assert done.returncode == 0 and "pytest" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("word, near", [("tset", "test"), ("--smal", "--small"), ("2026-01-02_fats", "2026-01-02_fast"),
+                                        ("records/smal.env", "records/small.env"), ("qqqqqq", "is no command")])
+def test_unknown_word(tree, word, near):
+    one_error(bash(tree, word), word, near)
+
+
+def test_folder_that_is_no_record(tree):
+    one_error(bash(tree, "records"), "no settings.env")
+
+
+# ---- GPUs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpus(tree):
+    """A function like bash(), on a machine with GPUs."""
+    for name, text in TORCH.items():
+        script(tree / "fake" / name, text)
+    script(tree / "bin/nvidia-smi", "#!/bin/sh\necho GPU 0: H100\n")
+
+    def run(count, *args, **env):
+        path = f"{tree}/bin:{os.environ['PATH']}"
+        return bash(tree, *args, GPUS=str(count), PYTHONPATH=f"{tree}/fake", PATH=path, **env)
+
+    return run
+
+
+def test_one_gpu_trains_the_defaults_on_embedded_data(tree, gpus):
+    done = gpus(1, "SEED=7")
+    assert done.returncode == 0, done.stderr
+    assert called(tree)["argv"][:2] == ["DATA_PATH=data/datasets/builtin_sp1024", "SEED=7"]
+    assert "FineWeb is not prepared" in done.stdout and "data/fineweb.py" in done.stdout and "prepare" in done.stdout
+
+
+def test_fineweb_is_used_where_it_is_there(tree, gpus):
+    for split in ("train", "val"):
+        script(tree / f"data/datasets/fineweb10B_sp1024/fineweb_{split}_000000.bin", "")
+    done = gpus(1)
+    assert called(tree)["argv"][0].startswith("RUN_ID=") and "prepare" not in done.stdout
+
+
+def test_every_gpu_through_torchrun(tree, gpus):
+    done = gpus(8, "DATA_PATH=/mine", "SEED=7", OMP_NUM_THREADS="3")
+    line = next(line for line in done.stdout.splitlines() if line.startswith("torchrun"))
+    assert line.startswith("torchrun --standalone --nproc_per_node=8 train_gpt.py DATA_PATH=/mine SEED=7 RUN_ID=")
+    assert line.endswith("OMP_NUM_THREADS=3") and "8 GPU(s), 8 process(es)" in done.stdout
+    assert "--nproc_per_node=4 " in gpus(8, "SEED=7", NPROC="4").stdout
+    one_error(gpus(2, NPROC="4"), "NPROC=4", "2 GPU(s)")
+
+
+@pytest.mark.parametrize("code, expected, table", [(3, 3, False), (1, 1, True), (-9, 137, True)])
+def test_exit_code_through_torchrun(gpus, code, expected, table):
+    done = gpus(2, FAILS=str(code))
+    assert done.returncode == expected and ("the table of torchrun" in done.stderr) == table
+    assert "Traceback" not in done.stderr
+
+
+def test_gpu_that_torch_cannot_use_or_may_not(tree, gpus):
+    done = gpus(0)
+    assert "cannot use it" in done.stdout and called(tree)["argv"][0] == "@records/small.env"
+    shutil.rmtree(tree / "logs")
+    gpus(1, "DEVICE=cpu")
+    assert called(tree)["argv"][:2] == ["@records/small.env", "DEVICE=cpu"]
+    shutil.rmtree(tree / "logs")
+    gpus(1, "--small")
+    assert called(tree)["argv"][0] == "@records/small.env"
+
+
+# ---- the Python environment -----------------------------------------------------------------------------------------
+
+
+def no_python(tree):
+    """A PATH without any Python."""
+    for tool in ("bash", "dirname", "ls", "cat", "date", "sed", "tail", "printenv", "basename", "rm"):
+        script(tree / "bin" / tool, f'#!/bin/sh\nexec {shutil.which(tool)} "$@"\n')
+    return str(tree / "bin")
+
+
+def old_python(path, version="3.8"):
+    return script(path, f"#!/bin/sh\ncase \"$2\" in *exit*) exit 1 ;; *print*) echo {version} ;; esac\n")
+
+
+def test_no_python(tree):
+    one_error(bash(tree, VENV="new", PATH=no_python(tree)), "no python3 found", "PYTHON=")
+
+
+def test_old_python(tree):
+    path = no_python(tree)
+    old_python(tree / "bin/python3")
+    one_error(bash(tree, VENV="new", PATH=path), "Python 3.8", "3.10 or newer")
+    one_error(bash(tree, VENV="new", PYTHON=str(tree / "bin/python3")), "Python 3.8", "3.10 or newer")
+    one_error(bash(tree, VENV="new", PYTHON="/no/such/python"), "not a Python that runs")
+
+
+def test_python_without_venv(tree):
+    python = script(tree / "bin/python",
+                    f'#!/bin/sh\ncase "$2" in *ensurepip*) exit 1 ;; esac\nexec {sys.executable} "$@"\n')
+    one_error(bash(tree, VENV="new", PYTHON=str(python)), "no venv module", "python3-venv")
+
+
+def test_venv_that_is_something_else(tree):
+    script(tree / "mine/thesis.txt", "years of work")
+    one_error(bash(tree, VENV="mine"), "VENV=mine")
+    assert (tree / "mine/thesis.txt").read_text() == "years of work"
+
+
+def fake_environment(tree, pip):
+    """An environment with all packages of this one, whose pip is a shell command."""
+    script(tree / "env/pyvenv.cfg", "")
+    script(tree / "env/bin/python",
+           f'#!/bin/bash\nif [ "$1 $2" = "-m pip" ]; then {pip}; fi\nexec "{sys.executable}" "$@"\n')
+    return "env"
+
+
+def test_another_python_than_that_of_the_environment(tree):
+    other = script(tree / "bin/other", '#!/bin/sh\ncase "$2" in *print*) echo 3.99 ;; esac\n')
+    one_error(bash(tree, VENV=fake_environment(tree, "exit 1"), PYTHON=str(other)), "env has Python", "remove env")
+
+
+def test_pip_fails(tree):
+    (tree / "requirements.txt").write_text('no-such-package==1.0\npytest==0.1; python_version < "3.10"  # never\n')
+    done = bash(tree, VENV=fake_environment(tree, 'echo "ERROR: no network" >&2; exit 1'))
+    assert "installing no-such-package==1.0 (" in done.stdout  # and not pytest: its marker excludes it
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    first, second = done.stderr.splitlines()
+    assert first == "ERROR: no network"
+    assert second.startswith("error: pip could not install requirements.txt") and "env/pip.log" in second
+
+
+def test_pip_ends_well_without_the_package(tree):
+    (tree / "requirements.txt").write_text('pytest==0.1; python_version >= "3.10"\n')
+    one_error(bash(tree, VENV=fake_environment(tree, "exit 0")), "still lacks pytest==0.1")
+
+
+def test_environment_that_is_half_made_is_completed(tree):
+    """An interrupted `python -m venv` leaves an environment without pip."""
+    (tree / "requirements.txt").write_text("no-such-package==1.0\n")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tree / "half")], check=True)
+    done = bash(tree, VENV="half", PIP_NO_INDEX="1")
+    assert done.returncode == 2 and "No module named pip" not in done.stderr
+    assert "no-such-package" in done.stderr.splitlines()[0] and (tree / "half/pip.log").exists()
+
+
+def test_interrupted_pip_is_no_error_of_pip(tree):
+    (tree / "requirements.txt").write_text("no-such-package==1.0\n")
+    env = fake_environment(tree, "exec sleep 20")
+    code, out = interrupt(tree, signal.SIGINT, "installing", VENV=env)
+    assert code == 130 and "interrupted" in out and "error" not in out
+
+
+def test_new_environment(tree):
+    """python -m venv for real (no package is needed, so no network); the second call finds everything there."""
+    done = bash(tree, VENV="", PYTHON=sys.executable)
+    assert done.returncode == 0, done.stderr
+    assert "making the Python environment .venv" in done.stdout and (tree / ".venv/bin/python").exists()
+    begin = time.monotonic()
+    done = bash(tree, VENV="")
+    assert done.returncode == 0 and "making" not in done.stdout
+    assert time.monotonic() - begin < 3  # the whole overhead of run.sh
+    (tree / ".venv/bin/python").unlink()  # as after an upgrade of the system: made again
+    assert "making" in bash(tree, VENV="", PYTHON=sys.executable).stdout
+
+
+# ---- signals --------------------------------------------------------------------------------------------------------
+
+
+def interrupt(tree, signals, wait_for="trainer up", group=False, **env):
+    """Start run.sh, send signals once it printed `wait_for`: (exit code, all output)."""
+    process = subprocess.Popen(["bash", str(tree / "run.sh"), "OUT_DIR=elsewhere"], cwd=tree, env=variables(**env),
+                               text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               start_new_session=True)
+    try:
+        lines = []
+        while not lines or wait_for not in lines[-1]:
+            lines.append(process.stdout.readline())
+            assert lines[-1], lines
+        time.sleep(0.1)
+        for number in signals if isinstance(signals, tuple) else (signals,):
+            (os.killpg if group else os.kill)(process.pid, number)
+            time.sleep(0.1)
+        out, _ = process.communicate(timeout=30)
+        return process.returncode, "".join(lines) + out
+    finally:
+        process.kill()
+
+
+def gone(tree):
+    """Whether the trainer's process has ended."""
+    try:
+        os.kill(called(tree)["pid"], 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("group", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_the_trainer_once(tree, number, group):
+    code, out = interrupt(tree, number, group=group, BEHAVE="wait")
+    assert code == 128 + number and "Traceback" not in out
+    assert json.loads((tree / "elsewhere/caught").read_text()) == [number]
+    assert out.index("checkpoint saved") < out.index("report elsewhere")
+    assert gone(tree)
+
+
+def test_closed_terminal_is_sigterm(tree):
+    code, _ = interrupt(tree, signal.SIGHUP, BEHAVE="wait")
+    assert code == 143 and gone(tree)
+
+
+def test_third_signal_kills(tree):
+    code, out = interrupt(tree, (signal.SIGINT,) * 3, BEHAVE="stubborn")
+    assert code == 137 and "Traceback" not in out and gone(tree)
+
+
+def test_ctrl_c_on_a_terminal(tree):
+    """The real thing: a terminal sends SIGINT to the foreground process group."""
+    import pty
+
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tree)
+        os.execvpe("bash", ["bash", "run.sh", "OUT_DIR=elsewhere"], variables(BEHAVE="wait"))
+    out = b""
+    while b"report elsewhere" not in out:
+        try:
+            part = os.read(terminal, 1000)
+        except OSError:  # the terminal is closed
+            break
+        if b"trainer up" in out + part and b"trainer up" not in out:
+            os.write(terminal, b"\x03")
+        out += part
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130, out
+    assert json.loads((tree / "elsewhere/caught").read_text()) == [signal.SIGINT] and gone(tree)
+
+
+def test_the_real_trainer_is_interrupted_cleanly(tree, toy):
+    """SIGINT while training: a checkpoint, the table, exit code 130, nothing left running."""
+    shutil.copy(REPO / "train_gpt.py", tree)
+    shutil.copy(REPO / "tools/report.py", tree / "tools")
+    env = dict(pair.split("=", 1) for pair in toy)
+    code, out = interrupt(tree, signal.SIGINT, "step:3/", **{**env, "ITERATIONS": "100000"})
+    assert code == 130, out
+    assert "Traceback" not in out and "Run elsewhere: not finished" in out and "RESUME=auto" in out
+    assert list((tree / "elsewhere").glob("checkpoint_*.pt"))

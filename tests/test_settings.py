@@ -1,0 +1,467 @@
+"""Room 1, Settings: what a person types is either what happens or an answer that says what to type instead."""
+
+import ast
+import difflib
+import math
+import re
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from typing import Literal, get_args, get_origin
+
+import pytest
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+
+import train_gpt
+from conftest import REPO, clean_env, run_trainer
+from runs import SCRIPT, call, events, good, refused
+from train_gpt import RENAMED, BadInput, Settings
+
+FIELDS = {f.name.upper(): f for f in fields(Settings)}
+TREE = ast.parse(SCRIPT.read_text())
+
+
+def complaints(*args, env=None):
+    """What parse says against these arguments, a list of lines; empty if it accepts them."""
+    try:
+        Settings.parse(args, env or {})
+    except BadInput as error:
+        return str(error).splitlines()
+    return []
+
+
+def complaint(*args, env=None):
+    """The single complaint about these arguments."""
+    said = complaints(*args, env=env)
+    assert len(said) == 1, said
+    return said[0]
+
+
+# Precedence
+
+
+def test_each_source_overrides_the_one_before(tmp_path):
+    (tmp_path / "one.env").write_text("MATRIX_LR=0.1 SCALAR_LR=0.1 TIED_EMBED_LR=0.1 MUON_WD=0.1\n")
+    (tmp_path / "two.env").write_text("SCALAR_LR=0.2\nTIED_EMBED_LR=0.2\nMUON_WD=0.2\n")
+    args = ["MUON_WD=0.4", f"@{tmp_path}/one.env", f"@{tmp_path}/two.env"]  # an argument wins wherever it stands
+    s = Settings.parse(args, {"TIED_EMBED_LR": "0.3", "MUON_WD": "0.3"})
+    assert (s.adam_wd, s.matrix_lr, s.scalar_lr, s.tied_embed_lr, s.muon_wd) == (Settings().adam_wd, 0.1, 0.2, 0.3, 0.4)
+    assert Settings.parse(args[::-1], {}).scalar_lr == 0.1, "of two files the later one wins"
+
+
+def test_the_real_command_obeys_the_order_and_its_settings_line_can_be_fed_back(toy, tmp_path):
+    (tmp_path / "run.env").write_text("ITERATIONS=9 MATRIX_LR=0.5 SCALAR_LR=0.5\n")
+    args = [*toy, f"@{tmp_path}/run.env", "MATRIX_LR=0.02", "ITERATIONS=1", "PHASES=train", "DEVICE=cpu", f"OUT_DIR={tmp_path}/out"]
+    done = good(run_trainer(args, env={"SCALAR_LR": "0.03", "MATRIX_LR": "0.9"}))
+    line = next(line for line in done.stdout.splitlines() if line.startswith("settings "))
+    again = Settings.parse(shlex.split(line.removeprefix("settings ")))
+    assert (again.iterations, again.matrix_lr, again.scalar_lr) == (1, 0.02, 0.03)
+    assert again == Settings.parse(args, {"SCALAR_LR": "0.03"})
+    (row,) = events(tmp_path / "out", "settings")
+    assert row["settings_hash"] == again.sha256()
+
+
+def test_a_settings_file_may_have_comments_quotes_several_a_line_and_be_a_record_folder(tmp_path):
+    (tmp_path / "settings.env").write_text("# the record\nMATRIX_LR=0.03 SEED=7   # both tuned\n\nRUN_ID='two words'\nVE_LAYERS=1,2\n")
+    for given_as in (tmp_path, tmp_path / "settings.env"):
+        s = Settings.parse([f"@{given_as}"])
+        assert (s.matrix_lr, s.seed, s.run_id, s.ve_layers) == (0.03, 7, "two words", (1, 2))
+
+
+def test_files_are_strict_and_complaints_name_the_line(tmp_path):
+    path = tmp_path / "bad.env"
+    path.write_text("SEED=1\nMATRX_LR=0.1\nSEED=2\nSWA_ENABLED=1\njust words\n")
+    said = complaints(f"@{path}")
+    for number, words in ((2, "MATRIX_LR"), (3, "SEED is set twice"), (4, "SWA_ENABLED is now AVERAGE=swa"), (5, "'just' is not KEY=VALUE")):
+        assert any(line.startswith(f"{path}:{number}: ") and words in line for line in said), (number, said)
+    (tmp_path / "latin.env").write_bytes(b"RUN_ID=\xe9\n")
+    (tmp_path / "quote.env").write_text("RUN_ID='open\n")
+    for name, why in (("absent.env", "No such file"), ("latin.env", "UTF-8"), ("quote.env", "quotation")):
+        assert why in complaint(f"@{tmp_path}/{name}"), name
+
+
+# Names
+
+
+@pytest.mark.parametrize("argument, words", [
+    ("MATRX_LR=1", ("unknown setting MATRX_LR", "MATRIX_LR")),
+    ("matrix_lr=1", ("unknown setting matrix_lr", "MATRIX_LR")),
+    ("LEARNING_RATE=1", ("unknown setting LEARNING_RATE",)),
+    ("QQQQQ=1", ("unknown setting QQQQQ", "--help")),
+    ("=1", ("unknown setting",)),
+    ("MATRIX_LR", ("'MATRIX_LR'", "KEY=VALUE")),
+    ("--matrix_lr=1", ("--matrix_lr",)),
+    ("VE_ENABLED=0", ("VE_ENABLED is now VE_DIM=0",)),
+    ("TTT_NO_SUCH_SWITCH=1", ("unknown setting TTT_NO_SUCH_SWITCH",)),
+])
+def test_an_unknown_argument_is_answered_with_the_nearest_name(argument, words):
+    said = complaint(argument)
+    assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize("name, near", [("MATRIXLR", "MATRIX_LR"), ("MATRIX_LRS", "MATRIX_LR"), ("TRAIN_SEQLEN", "TRAIN_SEQ_LEN"),
+                                        ("VAL_LOSS_EVRY", "VAL_LOSS_EVERY"), ("WARM_UP_STEPS", "WARMUP_STEPS")])
+def test_a_near_miss_in_the_environment_is_an_error(name, near):
+    said = complaint(env={name: "1"})
+    assert name in said and near in said and "environment" in said
+
+
+def test_every_name_with_a_letter_lost_is_caught_in_the_environment():
+    missed = []
+    for name in FIELDS:
+        for i in range(len(name)):
+            typo = name[:i] + name[i + 1:]
+            if len(name) >= 6 and typo not in FIELDS and difflib.SequenceMatcher(None, typo, name).ratio() >= 0.85 and not complaints(env={typo: "1"}):
+                missed.append(typo)
+    assert not missed
+
+
+@pytest.mark.parametrize("answer", RENAMED.items(), ids=lambda pair: pair[0])
+def test_a_renamed_setting_says_what_it_is_now(answer):
+    name, now = answer
+    assert name not in FIELDS
+    for said in (complaint(f"{name}=1"), complaint(env={name: "1"})):
+        assert f"{name} is now {now}" in said
+    for word in re.findall(r"\b[A-Z]+(?:_[A-Z]+)+\b|\b[A-Z_]+(?==)", now):
+        assert word in FIELDS, f"{name} is answered with {word}, which is no setting"
+
+
+# What the five reference systems and the accepted records read from the environment and what changes their result, as far
+# as a shell would not have it for another purpose. Published commands are replayed here: a switch is obeyed or refused.
+PUBLISHED = """ADAPTIVE_LR ADAPTIVE_LR_MAX ASYM_LOGIT_RESCALE ATTN_CLIP_SIGMAS ATTN_OUT_GATE_ENABLED AWQ_LITE BYTE_WEIGHTED_TTT CACHE_ALPHA
+CALIBRATE_TEMP COMPLEMENT_ALPHA COMPRESS_METHOD CROWN_Q_LAMBDA DEPTH_RECURRENCE DEPTH_RECUR_LAYERS DEPTH_RECUR_PASSES DTG_ENABLED EMA_ENABLED
+EMBED_CLIP_SIGMAS EMBED_LR EVAL_ONLY EVAL_TEMPERATURE GATED_ATTENTION GLOBAL_TTT_EPOCHS GPTQ_BLOCK_SIZE GPTQ_CALIB_BATCHES GPTQ_CALIB_SEQS HEAD_LR
+INT6_LAST_N LATE_QAT_THRESHOLD LAWA_ENABLED LAWA_FREQ LAWA_K LEAKY_RELU LOOP_END LOOP_START LQER_RANK LR_FLOOR MATRIX_CLIP_SIGMAS MIXER_ETA
+MIXER_MIN_TOKENS MLP_CLIP_SIGMAS MTP_LOSS_WEIGHT MTP_NUM_HEADS MUONEQ_R MUON_BETA2 MUON_ROW_NORMALIZE NEGATIVE_SLOPE NGRAM_BUCKETS NGRAM_ORDER
+NGRAM_TILT_ENABLED NUM_LOOPS PARALLEL_FINAL_LANE PARALLEL_RESIDUAL_START PARALLEL_START_LAYER PHASED_TTT_PREFIX_DOCS POLYAK_DECAY PPM_ALPHA
+PREQUANT_ONLY PRUNE_PCT QAT_ENABLED RECUR_LAYERS RECUR_START_STEP SDCLIP_ENABLED SDCLIP_K_INT6 SDCLIP_K_INT8 SIGMOID_SKIPS SKIP_GATES_ENABLED
+SKIP_SLIDING SLOT_CAUSAL SLOT_ENABLED SLOT_LBFGS SLOT_LR SLOT_STEPS SMEAR_GATE_BOS_FIX SMEAR_GATE_ENABLED SOFT_ROUND_QAT SPARSE_ATTN_GATE_ENABLED
+SPARSE_GATE_SCALE SWA_ENABLED TARGET_MB TIE_EMBEDDINGS TORCH_COMPILE TRAIN_SEQ_SCHEDULE TRIGRAM_DIM TRIGRAM_VOCAB_SIZE TTT_BATCH_SEQS
+TTT_CHUNK_TOKENS TTT_ENABLED TTT_EPOCHS TTT_FREEZE_BLOCKS TTT_LORA_RANK TTT_LR TTT_ONLY TTT_TEMPERATURE TTT_USE_LORA USE_HEDGE_MIXER USE_MIXER
+USE_POLYAK VALUE_RESIDUAL VAL_BATCH_SIZE VE_ENABLED VRL_ENABLED WD_TAPER_START_FRAC""".split()
+
+
+def test_no_switch_of_a_published_script_is_silently_ignored():
+    ignored = [name for name in PUBLISHED if name not in FIELDS and not complaints(env={name: "1"}) and not train_gpt.doubtful_names([name])]
+    assert not ignored, " ".join(ignored)
+    unknown = [name for name in PUBLISHED if name not in FIELDS and not complaints(f"{name}=1")]
+    assert not unknown
+
+
+@pytest.mark.parametrize("name", ["QAT_ENABLED", "SLOT_LR", "LQER_RANK", "PHASED_TTT_PREFIX_DOCS", "DEPTH_RECUR_PASSES", "PARALLEL_START_LAYER"])
+def test_the_answer_to_a_switch_of_another_script_says_that_it_is_one(name):
+    if name in FIELDS:
+        pytest.skip("this script has it")
+    said = complaint(env={name: "1"})
+    assert name in said and "other contest scripts" in said
+
+
+SHELL = """PATH HOME PWD OLDPWD USER LOGNAME SHELL SHLVL TERM TERM_PROGRAM TERM_PROGRAM_VERSION COLORTERM LANG LANGUAGE LC_ALL LC_CTYPE
+LS_COLORS EDITOR PAGER LESS TZ TMPDIR TEMP DISPLAY HOSTNAME HOSTTYPE MAIL _ PS1 HISTSIZE XDG_RUNTIME_DIR XDG_SESSION_ID XDG_DATA_DIRS
+XDG_CONFIG_HOME DBUS_SESSION_BUS_ADDRESS SSH_CLIENT SSH_CONNECTION SSH_TTY SSH_AUTH_SOCK TMUX TMUX_PANE STY VIRTUAL_ENV VIRTUAL_ENV_PROMPT
+CONDA_DEFAULT_ENV CONDA_PREFIX CONDA_EXE CONDA_SHLVL PYTHONPATH PYTHONHASHSEED PYTHONUNBUFFERED PYTHONDONTWRITEBYTECODE PIP_CACHE_DIR UV_CACHE_DIR
+PYTEST_CURRENT_TEST CUDA_VISIBLE_DEVICES CUDA_DEVICE_ORDER CUDA_HOME CUDA_PATH CUDA_VERSION CUDA_LAUNCH_BLOCKING CUDA_DEVICE_MAX_CONNECTIONS
+NVIDIA_VISIBLE_DEVICES NVIDIA_DRIVER_CAPABILITIES NVIDIA_REQUIRE_CUDA NV_CUDA_LIB_VERSION LD_LIBRARY_PATH LIBRARY_PATH NCCL_DEBUG NCCL_VERSION
+NCCL_IB_DISABLE NCCL_P2P_DISABLE NCCL_SOCKET_IFNAME NCCL_NVLS_ENABLE NCCL_ASYNC_ERROR_HANDLING GLOO_SOCKET_IFNAME TORCH_HOME
+TORCH_NCCL_ASYNC_ERROR_HANDLING TORCH_CUDA_ARCH_LIST TORCH_LOGS TORCHINDUCTOR_CACHE_DIR TORCHINDUCTOR_MIX_ORDER_REDUCTION TORCHELASTIC_RUN_ID
+TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS TORCHELASTIC_USE_AGENT_STORE TORCHELASTIC_ERROR_FILE PYTORCH_ALLOC_CONF
+PYTORCH_CUDA_ALLOC_CONF TRITON_CACHE_DIR RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_NAME
+ROLE_WORLD_SIZE MASTER_ADDR MASTER_PORT NODE_RANK OMP_NUM_THREADS OMP_WAIT_POLICY MKL_NUM_THREADS OPENBLAS_NUM_THREADS KMP_AFFINITY
+HF_HOME HF_TOKEN HF_HUB_OFFLINE HF_DATASETS_CACHE TRANSFORMERS_CACHE TOKENIZERS_PARALLELISM WANDB_API_KEY WANDB_MODE WANDB_PROJECT
+SLURM_JOB_ID SLURM_PROCID SLURM_LOCALID SLURM_NTASKS SLURM_NNODES SLURM_JOB_NODELIST SLURM_ARRAY_TASK_ID SLURM_CPUS_ON_NODE SLURM_GPUS
+OMPI_COMM_WORLD_RANK PMI_RANK SGE_TASK_ID LSB_JOBID PBS_JOBID JOB_ID KUBERNETES_SERVICE_HOST KUBERNETES_PORT POD_NAME
+RUNPOD_POD_ID RUNPOD_GPU_COUNT RUNPOD_API_KEY RUNPOD_PUBLIC_IP RUNPOD_CPU_COUNT AWS_REGION AWS_PROFILE GOOGLE_APPLICATION_CREDENTIALS
+AZUREML_RUN_ID MLFLOW_TRACKING_URI CI GITHUB_ACTIONS GITHUB_RUN_ID GITHUB_SHA GITHUB_WORKSPACE RUNNER_OS BUILD_ID BUILD_NUMBER
+JUPYTER_SERVER_ROOT COLAB_GPU COLAB_RELEASE_TAG VSCODE_PID VSCODE_IPC_HOOK MODULEPATH LOADEDMODULES SYSTEMROOT COMSPEC HTTP_PROXY no_proxy
+GLOBAL_RANK PARALLEL PARALLEL_SEQ PARALLEL_PID PARALLEL_TMP PARALLEL_JOBSLOT""".split()  # the last line: Lightning, GNU parallel
+
+
+@pytest.mark.parametrize("strict", [{}, {"STRICT_ENV": "1"}], ids=["default", "STRICT_ENV=1"])
+def test_an_ordinary_environment_raises_nothing(strict):
+    env = dict.fromkeys(SHELL, "1") | strict
+    assert complaints(env=env) == [] and train_gpt.doubtful_names(env) == []
+
+
+DOUBTFUL = {"MODEL_LR": "1"}
+
+
+def test_a_doubtful_name_in_the_environment_warns_in_the_log(toy, tmp_path):
+    assert complaints(env=DOUBTFUL) == []
+    done = good(call([*toy, "ITERATIONS=1", "PHASES=train", "DEVICE=cpu", f"OUT_DIR={tmp_path}"], env=DOUBTFUL))
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("warning ")]
+    assert "MODEL_LR" in line
+    assert "MODEL_LR" in (tmp_path / "train.log").read_text().rpartition("=" * 100)[2]
+
+
+@pytest.mark.parametrize("args, env", [
+    ((), {"STRICT_ENV": "1"}), ((), {"STRICT_ENV": "true"}), (("STRICT_ENV=1",), {}), (("STRICT_ENV=true",), {}), (("@FILE",), {}),
+    (("STRICT_ENV=1",), {"STRICT_ENV": "0"})])
+def test_strict_env_makes_a_doubtful_name_an_error_wherever_it_is_set(args, env, tmp_path):
+    (tmp_path / "strict.env").write_text("STRICT_ENV=1\n")
+    args = [arg.replace("@FILE", f"@{tmp_path}/strict.env") for arg in args]
+    assert "MODEL_LR" in complaint(*args, env={**DOUBTFUL, **env})
+
+
+def test_strict_env_obeys_the_order_of_precedence_too():
+    assert complaints("STRICT_ENV=0", env={**DOUBTFUL, "STRICT_ENV": "1"}) == []
+
+
+# Values
+
+
+@pytest.mark.parametrize("pair, words", [
+    ("SMEAR_GATE=2", ["0 or 1"]), ("SMEAR_GATE=yes", ["0 or 1"]), ("SMEAR_GATE=", ["0 or 1"]),
+    ("NUM_LAYERS=2.5", ["whole number"]), ("NUM_LAYERS=1e1", ["whole number"]), ("NUM_LAYERS=", ["whole number"]),
+    ("NUM_LAYERS=nan", ["whole number"]), ("NUM_LAYERS=0", ["between 1 and 256"]), ("NUM_LAYERS=257", ["between 1 and 256"]),
+    ("ITERATIONS=-1", ["at least 0"]), ("ITERATIONS=1" + 400 * "0", []),
+    ("MATRIX_LR=fast", ["a number"]), ("MATRIX_LR=", ["a number"]), ("MATRIX_LR=0,025", ["a number"]),
+    ("MATRIX_LR=nan", ["at least 0"]), ("MATRIX_LR=inf", ["at least 0"]), ("MATRIX_LR=-0.1", ["at least 0"]),
+    ("MUON_MOMENTUM=nan", ["between 0 and 0.9999"]), ("MUON_MOMENTUM=1", ["between 0 and 0.9999"]), ("MUON_MOMENTUM=-inf", ["between"]),
+    ("COMPRESSOR=ztsd", ["one of", "zstd", "did you mean zstd?"]), ("COMPRESSOR=7z", ["one of", "brotli"]), ("COMPRESSOR=", ["one of"]),
+    ("AVERAGE=EMA", ["one of", "ema"]), ("VE_LAYERS=9,x", ["9,10"]), ("VE_LAYERS=1,,2", ["9,10"]), ("VE_LAYERS=1.5", ["9,10"]),
+    ("SEED=1" + 30 * "0", []), ("SEED=-1", ["at least 0"]),
+], ids=lambda value: str(value)[:24] if isinstance(value, str) else "")
+def test_a_bad_value_is_named_with_what_would_be_right(pair, words):
+    for said in (complaint(pair), complaint(env=dict([pair.split("=", 1)]))):
+        assert said.startswith(pair[:200] + ":") or pair[:20] in said, said
+        assert all(word in said for word in words), said
+
+
+def test_every_number_is_accepted_at_its_bounds_and_refused_beyond():
+    for name, f in FIELDS.items():
+        lo, hi = f.metadata["lo"], f.metadata["hi"]
+        assert (lo is None) == (f.type not in (int, float)), f"{name}: a number without a lower bound"
+        for bound, beyond in ((lo, -1), (hi, 1)):
+            if bound is None:
+                continue
+            outside = bound + beyond if f.type is int else math.nextafter(bound, beyond * math.inf)
+            assert train_gpt._convert(f, repr(bound)) == bound
+            assert any(line.startswith(f"{name}={outside!r}: ") for line in complaints(f"{name}={outside!r}")), (name, outside)
+
+
+def test_every_setting_has_a_default_of_its_type_within_its_bounds_and_a_sentence():
+    assert complaints(*(f"{name}={train_gpt._show(f.default)}" for name, f in FIELDS.items() if f.default != "")) == []
+    for name, f in FIELDS.items():
+        kind = str if get_origin(f.type) is Literal else tuple if f.type is train_gpt.Layers else f.type
+        assert type(f.default) is kind, name
+        assert get_origin(f.type) is not Literal or f.default in get_args(f.type), name
+        assert f.metadata["doc"].strip(), name
+        assert name == name.upper() and f.name == f.name.lower()
+
+
+CONFLICTS = [
+    ("MODEL_DIM=100", "NUM_HEADS=8"), ("NUM_KV_HEADS=3", "NUM_HEADS=8"), ("ROPE_DIMS=7", "MODEL_DIM/NUM_HEADS=64"), ("ROPE_DIMS=66", "MODEL_DIM/NUM_HEADS=64"),
+    ("MLP_MULT=2.7182", "MODEL_DIM=512"), ("XSA_LAST_N=12", "NUM_LAYERS=11"), ("VE_LAYERS=11", "NUM_LAYERS-1=10"), ("VE_LAYERS=-1", "NUM_LAYERS-1=10"),
+    ("VE_DIM=64 VE_LAYERS=", "VE_LAYERS"), ("TRAIN_BATCH_TOKENS=1000", "TRAIN_SEQ_LEN=2048"), ("MICRO_BATCH_TOKENS=1024", "TRAIN_SEQ_LEN=2048"),
+    ("EVAL_STRIDE=4096", "EVAL_SEQ_LEN=2048"), ("ITERATIONS=0 MAX_WALLCLOCK_SECONDS=0",), ("WARMDOWN_ITERS=100 WARMDOWN_FRAC=0.3",),
+    ("PHASES=eval", "ARTIFACT="), ("ARTIFACT=model.pg", "PHASES=all"), ("BIGRAM_VOCAB_SIZE=1",), ("MATRIX_BITS=9",), ("EMBED_BITS=15",)]
+
+
+@pytest.mark.parametrize("case", CONFLICTS, ids=lambda case: case[0])
+def test_an_impossible_combination_names_both_settings_and_both_values(case):
+    said, words = complaints(*case[0].split()), [word.rstrip("=") for word in " ".join(case).split()]
+    assert any(all(word in line for word in words) for line in said), said
+
+
+def test_resume_auto_needs_to_know_what_to_resume():
+    said = complaint("RESUME=auto")
+    assert "RUN_ID" in said and "OUT_DIR" in said
+    assert not complaints("RESUME=auto", "RUN_ID=x") and not complaints("RESUME=auto", "OUT_DIR=x")
+
+
+def test_either_kind_of_warmdown_can_be_chosen_alone():
+    for args in (["WARMDOWN_ITERS=100"], ["WARMDOWN_FRAC=0.3"], ["WARMDOWN_ITERS=100", "WARMDOWN_FRAC=0"]):
+        assert complaints(*args) == []
+
+
+# All at once
+
+
+def test_every_complaint_is_made_at_once_before_anything_else_happens(tmp_path):
+    (tmp_path / "run.env").write_text("NUMLAYERS=3\n")
+    args = [f"@{tmp_path}/run.env", "COMPRESSOR=ztsd", "BANANA=1", "NUM_LAYERS=2.5", "DATA_PATH=/no/such/place", f"OUT_DIR={tmp_path}/out"]
+    began = time.monotonic()
+    done = run_trainer(args, env={"MATRX_LR": "1", "SWA_ENABLED": "1", "QAT_ENABLED": "1"}, cwd=tmp_path)
+    assert time.monotonic() - began < 5
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and done.stdout == "" and all(line.startswith("error: ") for line in lines), done
+    for words in ("run.env:1", "COMPRESSOR=ztsd", "BANANA", "NUM_LAYERS=2.5", "MATRX_LR", "SWA_ENABLED is now", "QAT_ENABLED"):
+        assert sum(words in line for line in lines) == 1, (words, lines)
+    assert len(lines) == 7 and not (tmp_path / "out").exists() and not (tmp_path / "logs").exists()
+
+
+def test_a_bad_value_does_not_hide_a_conflict_between_other_settings():
+    said = complaints("MATRIX_LR=abc", "NUM_HEADS=7", "EVAL_STRIDE=4096", "BANANA=1")
+    for word in ("MATRIX_LR=abc", "NUM_HEADS=7", "EVAL_STRIDE=4096", "BANANA"):
+        assert any(word in line for line in said), (word, said)
+
+
+def test_a_bad_value_does_not_raise_a_conflict_with_the_default_in_its_place():
+    assert len(complaints("NUM_LAYERS=abc", "VE_LAYERS=15", "XSA_LAST_N=15")) == 1
+
+
+# Round trip
+
+
+def _value(f):
+    """Any valid value of a field by itself."""
+    lo, hi = f.metadata["lo"], f.metadata["hi"]
+    if get_origin(f.type) is Literal:
+        return st.sampled_from(get_args(f.type))
+    if f.type is bool:
+        return st.booleans()
+    if f.type is int:
+        return st.integers(lo, hi if hi is not None else 2**31)
+    if f.type is float:
+        return st.floats(lo, hi if hi is not None else 1e9, allow_nan=False, allow_infinity=False)
+    if f.type is str:
+        return st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=12)
+    return st.lists(st.integers(0, 10), max_size=4).map(tuple)
+
+
+@st.composite
+def valid_settings(draw):
+    """Random settings that parse accepts: a random subset changed, with the known dependencies drawn together."""
+    values = {}
+    if draw(st.booleans()):
+        head, kv, group, layers = 2 * draw(st.integers(1, 64)), draw(st.integers(1, 8)), draw(st.integers(1, 4)), draw(st.integers(1, 40))
+        values = dict(num_heads=kv * group, num_kv_heads=kv, model_dim=max(8, head * kv * group), num_layers=layers, mlp_mult=float(draw(st.integers(1, 16))),
+                      rope_dims=2 * draw(st.integers(0, head // 2)), xsa_last_n=draw(st.integers(0, layers)),
+                      ve_layers=tuple(draw(st.lists(st.integers(0, layers - 1), min_size=1, max_size=3))))
+        length = draw(st.integers(2, 4096))
+        values |= dict(train_seq_len=length, train_batch_tokens=length * draw(st.integers(1, 64)), micro_batch_tokens=draw(st.integers(length, 10 * length)))
+        values["eval_seq_len"] = draw(st.integers(2, 4096))
+        values["eval_stride"] = draw(st.integers(0, values["eval_seq_len"]))
+    for name in draw(st.lists(st.sampled_from(sorted(set(FIELDS) - {name.upper() for name in values})), max_size=12, unique=True)):
+        values[name.lower()] = draw(_value(FIELDS[name]))
+    s = Settings(**values)
+    assume(not complaints(*shlex.split(s.text())))
+    return s
+
+
+slow_generation = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+
+
+@slow_generation
+@given(valid_settings())
+def test_settings_survive_being_written_and_read(tmp_path_factory, s):
+    assert Settings.parse(shlex.split(s.text())) == s
+    path = tmp_path_factory.getbasetemp() / "round.env"
+    path.write_text(s.text() + "\n", encoding="utf-8")
+    assert Settings.parse([f"@{path}"]) == s
+    assert Settings.parse([], dict(pair.split("=", 1) for pair in shlex.split(s.text()))) == s
+    assert len(s.text().splitlines()) <= 1
+
+
+@slow_generation
+@given(valid_settings(), st.data())
+def test_the_hash_ignores_the_room_run_and_nothing_else(s, data):
+    name = data.draw(st.sampled_from(sorted(FIELDS)))
+    other = data.draw(_value(FIELDS[name]))
+    assume(other != getattr(s, name.lower()))
+    changed = Settings(**{f.name: getattr(s, f.name) for f in fields(s)} | {name.lower(): other})
+    assert (changed.sha256() == s.sha256()) == (FIELDS[name].metadata["room"] == "Run")
+
+
+def test_a_value_written_in_another_way_is_the_same_setting():
+    assert Settings.parse(["MLP_MULT=3", "TRAIN_BATCH_TOKENS=786_432", "LN_SCALE=true"]) == Settings()
+
+
+# The help, and what is read where
+
+
+def test_help_lists_every_setting_once_with_its_default_and_needs_nothing(tmp_path):
+    (tmp_path / "train_gpt.py").write_text(SCRIPT.read_text())
+    done = run_trainer(["--help", "BANANA=1"], env={"MATRX_LR": "1"}, script=tmp_path / "train_gpt.py", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    for name, f in FIELDS.items():
+        lines = [line for line in done.stdout.splitlines() if re.match(rf"\s+{name}=", line)]
+        assert len(lines) == 1, name
+        shown = train_gpt._show(f.default) or "(empty)"
+        assert lines[0].split()[0] == f"{name}={shown}" and f.metadata["doc"] in lines[0]
+        assert all(choice in lines[0] for choice in get_args(f.type) if isinstance(choice, str))
+    assert [line for line in done.stdout.splitlines() if line in {f.metadata["room"] for f in FIELDS.values()}] == \
+        list(dict.fromkeys(f.metadata["room"] for f in FIELDS.values())), "each room once, in order"
+    assert [path.name for path in tmp_path.iterdir()] == ["train_gpt.py"]
+
+
+def _settings_class():
+    return next(node for node in TREE.body if isinstance(node, ast.ClassDef) and node.name == "Settings")
+
+
+def test_every_setting_is_read_by_the_program():
+    own = _settings_class()
+    properties = [node for node in own.body if isinstance(node, ast.FunctionDef) and any(getattr(d, "id", "") == "property" for d in node.decorator_list)]
+    outside = [node for top in TREE.body if top is not own for node in ast.walk(top)] + [node for p in properties for node in ast.walk(p)]
+    read = {node.attr for node in outside if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    dead = {f.name for f in fields(Settings)} - read - {"strict_env"}  # that one is about the parsing itself
+    assert not dead, f"settings that change nothing: {sorted(dead)}"
+    assert not {p.name for p in properties} - read, "a derived value that nothing reads"
+
+
+def test_the_environment_is_read_in_few_places():
+    """Settings.parse is given the environment by main; Runtime reads what torchrun sets; the log names what looks like a setting."""
+    places = set()
+
+    def walk(node, inside):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            inside = [*inside, node.name]
+        if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "environb", "putenv"):
+            places.add(".".join(inside) or "the module")
+        for child in ast.iter_child_nodes(node):
+            walk(child, inside)
+
+    walk(TREE, [])
+    assert places <= {"the module", "Runtime.__init__", "main", "log_header"}, places
+    for node in TREE.body:  # at module level only under `if __name__ == "__main__"`
+        if any(isinstance(n, ast.Attribute) and n.attr in ("environ", "getenv") for n in ast.walk(node)) and not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            assert isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
+
+
+IMPORT = """
+import os, sys, signal, builtins
+ABSENT = {"triton", "flash_attn", "flash_attn_interface", "zstandard", "brotli", "sentencepiece"}
+
+class Without:
+    def __init__(self, finder): self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in ABSENT else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+import torch, numpy
+state = lambda: (dict(os.environ), sorted(os.listdir(".")), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)], torch.get_num_threads(),
+                 torch.get_rng_state().tolist(), torch.get_default_dtype(), torch.cuda.is_initialized(), torch.backends.cuda.flash_sdp_enabled(),
+                 torch.get_float32_matmul_precision(), torch.distributed.is_initialized())
+before = state()
+import train_gpt
+assert state() == before, (before, state())
+assert not torch.cuda.is_initialized()
+assert not ABSENT & {name.partition(".")[0] for name in sys.modules}
+model = train_gpt.GPT(train_gpt.Settings.parse("NUM_LAYERS=2 MODEL_DIM=16 NUM_HEADS=2 NUM_KV_HEADS=1 ROPE_DIMS=4 XSA_LAST_N=1 VE_DIM=0 VOCAB_SIZE=64 COMPRESSOR=zlib".split()))
+ids = torch.zeros(1, 8, dtype=torch.long)
+assert torch.isfinite(model(ids, ids))
+for choice, package in (("auto", "zstandard"), ("zstd", "zstandard"), ("brotli", "brotli")):
+    try:
+        train_gpt.Settings.parse([f"COMPRESSOR={choice}"])
+        raise SystemExit(f"COMPRESSOR={choice} was accepted without its package")
+    except train_gpt.BadInput as error:
+        assert f"pip install {package}" in str(error), error
+"""
+
+
+def test_importing_does_nothing_and_needs_only_torch_and_numpy(tmp_path):
+    done = subprocess.run([sys.executable, "-c", IMPORT], env=clean_env({"PYTHONPATH": str(REPO), "MATRX_LR": "1", "RANK": "3"}), cwd=tmp_path,
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "" and done.stderr == "" and not list(tmp_path.iterdir())
+
+
+def test_a_missing_tokenizer_package_is_named_with_the_command_that_installs_it(toy, tmp_path):
+    start = ("import sys; sys.argv[0] = 'train_gpt.py'\nclass No:\n def find_spec(self, name, *_):\n"
+             "  if name == 'sentencepiece': raise ModuleNotFoundError(\"No module named 'sentencepiece'\", name=name)\n"
+             f"sys.meta_path.insert(0, No())\nimport train_gpt\nsys.exit(train_gpt.main({[*toy, 'DEVICE=cpu', f'OUT_DIR={tmp_path}/out']!r}))")
+    done = subprocess.run([sys.executable, "-c", start], env=clean_env({"PYTHONPATH": str(REPO)}), capture_output=True, text=True, timeout=60)
+    refused(done, 2, "sentencepiece", "pip install")

@@ -1,0 +1,407 @@
+"""Room 12, the train loop: what it does in which order, that it can be stopped and gone on with, and what it writes down."""
+
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+
+import pytest
+import torch
+
+import train_gpt
+from conftest import write_shard
+from runs import (RULE, SCRIPT, Started, call, checkpoints, command, events, furthest, good, log_lines, losses, refused, summary, trainer,
+                  weights)
+from train_gpt import Settings, Validity
+
+# The same run
+
+
+@pytest.fixture(scope="module")
+def whole(toy, tmp_path_factory):
+    """A complete run as a command that logs, validates and saves: (folder, finished process)."""
+    folder = tmp_path_factory.mktemp("whole")
+    with Started(trainer(command(toy, folder, "ITERATIONS=12", "CHECKPOINT_EVERY=4", "VAL_LOSS_EVERY=5"))) as run:
+        return folder, good(run.finish())
+
+
+def train(toy, folder, *more):
+    """A run up to the artifact with a checkpoint at its end, and what it gave: losses, last weights, artifact."""
+    good(call(command(toy, folder, "PHASES=train", "CHECKPOINT_EVERY=1000", *more)))
+    return losses(folder), weights(folder), hashlib.sha256((folder / "model.pg").read_bytes()).hexdigest()
+
+
+def same_bits(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_same_settings_give_the_same_bits(toy, whole, tmp_path):
+    folder, _ = whole
+    again, last, artifact = train(toy, tmp_path, "ITERATIONS=12", "TRAIN_LOG_EVERY=3")
+    first = losses(folder)
+    assert again == {step: first[step] for step in again} and len(again) >= 10, "logged more or less often"
+    assert same_bits(last, weights(folder)) and artifact == hashlib.sha256((folder / "model.pg").read_bytes()).hexdigest()
+
+
+def test_another_seed_gives_another_run(toy, whole, tmp_path):
+    other, *_ = train(toy, tmp_path, "SEED=1338", "ITERATIONS=2")
+    first = losses(whole[0])
+    assert all(other[step] != first[step] for step in other)
+
+
+@pytest.fixture(scope="module")
+def short(toy, tmp_path_factory):
+    return train(toy, tmp_path_factory.mktemp("short"))
+
+
+def test_the_warm_up_leaves_no_trace(toy, short, tmp_path):
+    for steps in (0, 2):
+        others, last, artifact = train(toy, tmp_path / str(steps), f"WARMUP_STEPS={steps}")
+        assert others == short[0] and same_bits(last, short[1]) and artifact == short[2], f"WARMUP_STEPS={steps}"
+
+
+@pytest.mark.parametrize("tokens", [64, 130, 256])  # of 512 a step: 8, 4 and 2 micro-batches
+def test_accumulation_changes_nothing_but_rounding(toy, short, tmp_path, tokens):
+    others, last, _ = train(toy, tmp_path, f"MICRO_BATCH_TOKENS={tokens}")
+    assert max(abs(others[step] - short[0][step]) for step in short[0]) < 1e-5
+    assert furthest(last, short[1]) < 1e-4
+
+
+def test_looking_at_the_run_does_not_change_it(toy, short, tmp_path):
+    others, last, artifact = train(toy, tmp_path, "VAL_LOSS_EVERY=1", "CHECKPOINT_EVERY=2", "EVAL_BATCH_SEQS=3")
+    assert others == short[0] and same_bits(last, short[1]) and artifact == short[2]
+
+
+def test_the_evaluation_batch_changes_the_speed_and_never_the_score(toy, whole, tmp_path):
+    folder, done = whole
+    args = ("PHASES=eval", f"ARTIFACT={folder}/model.pg")
+    for batch in (1, 7, 1000):
+        other = summary(good(call(command(toy, tmp_path / str(batch), *args, f"EVAL_BATCH_SEQS={batch}"))))
+        assert other["val_bpb"] == pytest.approx(summary(done)["val_bpb"], rel=1e-6)
+
+
+def test_training_and_scoring_in_two_commands_is_the_same_as_in_one(toy, whole, tmp_path):
+    folder, done = whole
+    trained = good(call(command(toy, tmp_path / "train", "ITERATIONS=12", "PHASES=train")))
+    shutil.copytree(tmp_path / "train", tmp_path / "moved")
+    scored = good(call(command(toy, tmp_path / "eval", "PHASES=eval", f"ARTIFACT={tmp_path}/moved/model.pg")))
+    for key in ("val_bpb", "val_loss", "val_tokens", "val_bytes", "params"):
+        assert summary(scored)[key] == summary(done)[key], key
+    assert "val_bpb" not in summary(trained) and not events(tmp_path / "train", "final")
+    assert "steps" not in summary(scored) and not events(tmp_path / "eval", "train")
+
+
+# Resume
+
+
+@pytest.mark.parametrize("average", [("AVERAGE=ema",), ("AVERAGE=swa", "SWA_EVERY=3", "SWA_START_SCALE=1", "WARMDOWN_FRAC=1")], ids=["ema", "swa"])
+def test_a_run_that_was_killed_twice_ends_with_the_same_bits(toy, tmp_path, average):
+    dice = random.Random(os.environ.get("TEST_SEED"))  # set it to repeat a failure
+    first, second = dice.randint(4, 15), dice.randint(1, 40)  # lines of the console
+    more = ("ITERATIONS=48", "CHECKPOINT_EVERY=2", *average)
+    expected, last, artifact = train(toy, tmp_path / "whole", *more)
+    folder, shots = tmp_path / "killed", []
+    with Started(trainer(command(toy, folder, "PHASES=train", *more))) as run:
+        run.until(f"step:{first}/48 train_loss")
+        run.signal(signal.SIGKILL)
+        assert run.finish().returncode == -signal.SIGKILL
+    shots.append(max(losses(folder)))
+    with Started(trainer(command(toy, folder, "PHASES=train", "RESUME=auto", *more))) as run:
+        run.until("resume step:")
+        run.read(second)
+        run.signal(signal.SIGKILL)
+        assert run.finish().returncode in (-signal.SIGKILL, 0)
+    shots.append(max(losses(folder)))
+    good(call(command(toy, folder, "PHASES=train", "RESUME=auto", *more)))
+    for row, shot in zip(events(folder, "resume"), shots):
+        assert shot - 3 <= row["step"] <= shot, "goes on from the newest checkpoint"
+    assert losses(folder) == expected, f"killed after {shots}"
+    assert same_bits(weights(folder), last), f"killed after {shots}"
+    assert hashlib.sha256((folder / "model.pg").read_bytes()).hexdigest() == artifact, f"killed after {shots}"
+
+
+@pytest.fixture
+def stopped(toy, tmp_path):
+    """A folder with the checkpoints after steps 4 and 6 of a run of 8, and the arguments to go on with."""
+    args = command(toy, tmp_path / "run", "ITERATIONS=8", "CHECKPOINT_EVERY=2", "PHASES=train")
+    good(call(args))
+    shutil.copytree(tmp_path / "run", tmp_path / "rest")
+    (tmp_path / "rest/model.pg").unlink()
+    paths = checkpoints(tmp_path / "rest")
+    assert list(paths) == [6, 8], "the last two are kept"
+    return tmp_path / "rest", [*args, f"OUT_DIR={tmp_path}/rest"], tmp_path / "run"
+
+
+def resumed(args, folder, *more):
+    """Step from which this run went on, after it ended well."""
+    done = good(call([*args, *more]))
+    rows = events(folder, "resume")
+    return (rows[-1]["step"] if rows else None), done
+
+
+def test_a_truncated_checkpoint_is_passed_over_with_a_word(stopped):
+    folder, args, original = stopped
+    path = checkpoints(folder)[8]
+    path.write_bytes(path.read_bytes()[:-1000])
+    step, done = resumed(args, folder, "RESUME=auto")
+    assert step == 6
+    (line,) = [line for line in done.stdout.splitlines() if "checkpoint_0000008.pt" in line and "checksum" in line]
+    assert line.startswith("checkpoint_skipped ")
+    assert same_bits(weights(folder, 8), weights(original, 8))
+
+
+def test_with_no_whole_checkpoint_the_run_starts_anew_and_says_so(stopped):
+    folder, args, original = stopped
+    for path in checkpoints(folder).values():
+        path.write_bytes(b"")
+    step, done = resumed(args, folder, "RESUME=auto")
+    assert step is None and done.stdout.count("checkpoint_skipped ") == 2
+    assert (folder / "model.pg").read_bytes() == (original / "model.pg").read_bytes()
+
+
+def test_a_checkpoint_can_be_named_and_must_then_be_whole(stopped):
+    folder, args, original = stopped
+    six = checkpoints(folder)[6]
+    kept = shutil.copy(six, folder.parent / "kept.pt")
+    step, _ = resumed(args, folder, f"RESUME={kept}")
+    assert step == 6 and (folder / "model.pg").read_bytes() == (original / "model.pg").read_bytes()
+    kept.write_bytes(kept.read_bytes()[:-1])
+    refused(call([*args, f"RESUME={kept}"]), 2, kept, "checksum")
+    refused(call([*args, "RESUME=/no/such/file.pt"]), 2, "/no/such/file.pt", "No such file")
+    foreign = folder.parent / "foreign.pt"
+    for content in (b"not a checkpoint", b""):
+        foreign.write_bytes(content + hashlib.sha256(content).digest())
+        refused(call([*args, f"RESUME={foreign}"]), 2, foreign)
+
+
+@pytest.mark.parametrize("other", ["MATRIX_LR=0.5", "NUM_LAYERS=5", "ITERATIONS=9", "AVERAGE=swa"])
+def test_a_checkpoint_of_other_settings_is_refused(stopped, other):
+    folder, args, _ = stopped
+    refused(call([*args, "RESUME=auto", other]), 2, "other settings")
+
+
+def test_the_seed_in_the_summary_is_that_of_the_weights(stopped):
+    """A checkpoint with the weights of one seed cannot be reported as the run of another."""
+    folder, args, _ = stopped
+    done = call([*args, "RESUME=auto", "SEED=7"])
+    assert done.returncode == 2 or summary(done)["seed"] == Settings().seed
+
+
+def test_resume_in_an_empty_folder_starts_and_a_finished_run_is_only_packed_again(toy, tmp_path):
+    args = command(toy, tmp_path, "ITERATIONS=4", "CHECKPOINT_EVERY=2", "PHASES=train", "RESUME=auto")
+    good(call(args))
+    artifact, trained = (tmp_path / "model.pg").read_bytes(), len(events(tmp_path, "train"))
+    step, _ = resumed(args, tmp_path)
+    assert step == 4 and (tmp_path / "model.pg").read_bytes() == artifact and len(events(tmp_path, "train")) == trained
+
+
+def test_a_used_folder_is_refused_without_resume_and_left_alone(toy, whole):
+    folder, _ = whole
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    refused(call(command(toy, folder)), 2, folder, "RESUME=auto", "OUT_DIR")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+# The schedule and the clock
+
+
+def test_the_learning_rate_and_the_loss_of_each_step_are_as_planned(toy, tmp_path):
+    good(call(command(toy, tmp_path, "ITERATIONS=10", "WARMDOWN_FRAC=0.4", "MIN_LR=0.1", "LR_WARMUP_STEPS=2", "PHASES=train")))
+    scales = [row["lr_scale"] for row in events(tmp_path, "train")]
+    assert scales == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.1 + 0.9 * 0.75, 0.1 + 0.9 * 0.5, 0.1 + 0.9 * 0.25])
+
+
+def test_the_first_loss_is_that_of_a_uniform_guess_and_the_last_is_lower(whole):
+    by_step = losses(whole[0])
+    assert by_step[1] == pytest.approx(math.log(512), abs=0.02)
+    assert by_step[12] < by_step[1] - 0.5
+
+
+def test_the_clock_ends_the_run_within_its_budget_and_at_the_end_of_the_schedule(toy, tmp_path):
+    limit = 3
+    done = good(call(command(toy, tmp_path, f"MAX_WALLCLOCK_SECONDS={limit}", "ITERATIONS=1000000", "WARMDOWN_FRAC=0.3", "VAL_LOSS_EVERY=20")))
+    said, rows = summary(done), events(tmp_path, "train")
+    ends = [row["train_time_ms"] / 1e3 for row in rows]
+    steps = [b - a for a, b in zip(ends, ends[1:])]
+    slow = steps[-1] > max(steps[-16:-1])  # the last step was slower than any of late: a busy machine, not a wrong decision
+    assert 0.8 * limit < said["train_seconds"] <= (ends[-1] + 0.1 if slow else limit)
+    assert rows[-1]["lr_scale"] < 0.3 and rows[3]["lr_scale"] == 1, "the warmdown is on the clock too"
+    (stop,) = events(tmp_path, "stopping_early")
+    assert stop["step"] == said["steps"] == len(rows) and "warmdown" not in [row["what"] for row in events(tmp_path, "never_reached")]
+    assert said["validate_seconds"] > 0 and events(tmp_path, "val")[-1]["train_time_ms"] <= 1e3 * said["train_seconds"] + 1
+
+
+def test_a_run_limited_by_steps_and_by_time_ends_with_the_first_of_them(toy, tmp_path):
+    said = summary(good(call(command(toy, tmp_path, "MAX_WALLCLOCK_SECONDS=600", "ITERATIONS=3", "PHASES=train"))))
+    assert said["steps"] == 3 and not events(tmp_path, "stopping_early")
+
+
+def test_scheduled_events_that_never_happened_are_said(toy, tmp_path):
+    more = ("ITERATIONS=3", "PHASES=train", "MUON_MOMENTUM_WARMUP_STEPS=100", "LR_WARMUP_STEPS=50", "AVERAGE=swa", "SWA_EVERY=50")
+    good(call(command(toy, tmp_path / "never", *more)))
+    missed = " ".join(row["what"] for row in events(tmp_path / "never", "never_reached"))
+    for what in ("MUON_MOMENTUM", "LR_WARMUP_STEPS", "AVERAGE"):
+        assert what in missed, missed
+    good(call(command(toy, tmp_path / "flat", "ITERATIONS=4", "WARMDOWN_FRAC=0.1", "PHASES=train")))
+    assert "warmdown" in [row["what"] for row in events(tmp_path / "flat", "never_reached")]
+
+
+def test_nothing_is_reported_as_missed_when_nothing_was(whole):
+    assert not events(whole[0], "never_reached")
+
+
+def test_the_end_of_the_data_is_announced_and_training_goes_on_from_its_start(toy, tmp_path):
+    data = next(pair.partition("=")[2] for pair in toy if pair.startswith("DATA_PATH="))
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data/fineweb_train_000001.bin").unlink()
+    write_shard(tmp_path / "data/fineweb_train_000000.bin", [1, *(300 + i % 200 for i in range(1299))])
+    done = good(call(command(toy, tmp_path / "out", f"DATA_PATH={tmp_path}/data", "ITERATIONS=6", "PHASES=train")))
+    rows = events(tmp_path / "out", "epoch")
+    assert [(row["number"], row["step"]) for row in rows] == [(1, 3), (2, 6)], "1,300 tokens, 512 a step"
+    assert done.stdout.count("epoch number:") == 2 and summary(done)["epochs"] == pytest.approx(6 * 512 / 1300, abs=1e-3)
+
+
+# The log
+
+CONTEST = [  # forms of the contest's own scripts, kept so that existing parsers work
+    r"settings( .*)?", r"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path=.+", r"val_loader:shards pattern=.+ tokens:\d+",
+    r"train_loader:dataset:\S+ train_shards:\d+ tokens:\d+", r"model_params:\d+",
+    r"step:\d+/\d+ train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms",
+    r"step:\d+/\d+ val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms",
+    r"stopping_early: wallclock_cap train_time:\d+ms step:\d+/\d+", r"peak memory allocated: \d+ MiB.*",
+    r"Total submission size \S+: \d+ bytes", r"final_\w+ val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8} eval_time:\d+ms valid:(yes|no)", r"summary \{.*\}"]
+EVENT = r"[a-z]\w*( [a-z]\w*:\S*)+"
+
+
+def test_every_line_of_the_log_parses(whole):
+    folder, done = whole
+    lines = log_lines(folder)
+    strange = [line for line in lines if not re.fullmatch("|".join([EVENT, *CONTEST]), line)]
+    assert not strange, strange
+    assert done.stdout.splitlines() == lines, "the console shows the same lines"
+    for form in CONTEST[1:]:
+        assert "stopping_early" in form or sum(bool(re.fullmatch(form, line)) for line in lines) >= 1, form
+
+
+def test_the_log_starts_with_the_source_and_the_versions(whole):
+    text = (whole[0] / "train.log").read_text()
+    source = SCRIPT.read_text()
+    assert text.startswith(source + "\n" + RULE + "\n") and f"Running PyTorch {torch.__version__}" in text
+    (run,) = events(whole[0], "run")
+    assert hashlib.sha256(source.encode()).hexdigest().startswith(run["code_sha256"])
+    assert run["torch"] == torch.__version__ and run["world_size"] == 1 and "commit" in run and "ITERATIONS=12" in run["command"]
+
+
+def test_parsers_written_for_the_contest_find_their_numbers(whole):
+    folder, done = whole
+    text, said = (folder / "train.log").read_text().rpartition(RULE)[2], summary(done)
+    steps = {int(n): float(loss) for n, loss in re.findall(r"step:(\d+)/\d+ train_loss:([\d.]+)", text)}
+    assert steps == {step: round(loss, 4) for step, loss in losses(folder).items()} and list(steps) == list(range(1, 13))
+    vals = [(int(n), float(loss), float(bpb)) for n, loss, bpb in re.findall(r"step:(\d+)/\d+ val_loss:([\d.]+) val_bpb:([\d.]+)", text)]
+    assert [step for step, *_ in vals] == [5, 10, 12]
+    assert vals == [(row["step"], round(row["val_loss"], 4), round(row["val_bpb"], 4)) for row in events(folder, "val")]
+    assert [int(n) for n in re.findall(r"Total submission size .*: (\d+) bytes", text)] == [said["total_bytes"]]
+    ((loss, bpb),) = re.findall(r"^final_\w+ val_loss:(\d+\.\d{8}) val_bpb:(\d+\.\d{8})", text, re.M)
+    assert (float(loss), float(bpb)) == (pytest.approx(said["val_loss"], abs=1e-8), pytest.approx(said["val_bpb"], abs=1e-8))
+    times = [int(ms) for ms in re.findall(r"train_time:(\d+)ms", text)]
+    assert times == sorted(times)
+
+
+def test_the_json_events_say_the_same_as_the_log(whole):
+    folder, _ = whole
+    lines = log_lines(folder)
+    assert len(events(folder)) in (len(lines), len(lines) - 1), "one event a line; the summary may be a file of its own"
+    for row in events(folder):
+        same = [line for line in lines if line.startswith(row["event"] + " ")]
+        if row["event"] in ("choice", "optimizer", "artifact", "bytes", "pack", "checkpoint", "eval"):
+            words = [f"{key}:{train_gpt._word(value)}" for key, value in row.items() if key != "event"]
+            assert " ".join([row["event"], *words]) in same
+
+
+SUMMARY = """val_bpb val_loss valid reasons eligible eligible_reasons params steps train_tokens val_tokens val_bytes code_bytes model_bytes total_bytes
+train_seconds calibrate_seconds export_seconds eval_seconds seed world_size device settings_hash code_sha256 artifact_sha256""".split()
+
+
+def test_the_last_line_of_log_and_console_is_the_summary(whole, toy):
+    folder, done = whole
+    last = done.stdout.splitlines()[-1]
+    said = summary(done)
+    assert last.startswith("summary {") and log_lines(folder)[-1] == last
+    assert not set(SUMMARY) - set(said), set(SUMMARY) - set(said)
+    artifact, code = (folder / "model.pg").read_bytes(), SCRIPT.read_bytes()
+    assert (said["code_bytes"], said["model_bytes"], said["total_bytes"]) == (len(code), len(artifact), len(code) + len(artifact))
+    assert (said["artifact_sha256"], said["code_sha256"]) == (hashlib.sha256(artifact).hexdigest(), hashlib.sha256(code).hexdigest())
+    assert (said["steps"], said["train_tokens"], said["world_size"], said["seed"], said["device"]) == (12, 12 * 512, 1, 1337, "cpu")
+    assert said["val_bpb"] == pytest.approx(said["val_loss"] * said["val_tokens"] / said["val_bytes"] / math.log(2))
+    assert said["settings_hash"] == Settings.parse(command(toy, folder, "ITERATIONS=12")).sha256()
+    assert said["valid"] == "yes" and said["reasons"] == []
+    assert said["eligible"] == "no" and any("H100" in why for why in said["eligible_reasons"]) and any("bytes" in why for why in said["eligible_reasons"])
+    assert said["train_seconds"] > 0 and said["eval_seconds"] > 0 and said["export_seconds"] > 0
+    assert said["train_seconds"] * 1e3 == pytest.approx(events(folder, "val")[-1]["train_time_ms"], abs=50)
+
+
+def test_a_score_of_a_part_of_the_stream_is_valid_but_no_record(toy, whole, tmp_path):
+    said = summary(good(call(command(toy, tmp_path, "PHASES=eval", f"ARTIFACT={whole[0]}/model.pg", "VAL_TOKENS=500"))))
+    assert said["val_tokens"] == 500 and said["valid"] == "yes" and said["eligible"] == "no"
+    assert "not trained in this run" in said["eligible_reasons"]
+
+
+# Validity
+
+
+def test_validation_text_may_be_read_for_a_report_or_after_the_freeze_only():
+    ledger = Validity()
+    ledger.opened("train")
+    with ledger.report():
+        assert not torch.is_grad_enabled(), "a report learns nothing"
+        ledger.opened("val")
+    assert torch.is_grad_enabled() and ledger.reasons == []
+    ledger.opened("val")
+    assert len(ledger.reasons) == 1 and "validation" in ledger.reasons[0]
+    ledger = Validity()
+    ledger.freeze()
+    ledger.opened("val")
+    assert ledger.reasons == []
+    ledger.opened("train")
+    ledger.opened("train")
+    assert len(ledger.reasons) == 1 and "training" in ledger.reasons[0]
+
+
+def test_a_report_that_fails_does_not_leave_the_door_open():
+    ledger = Validity()
+    with pytest.raises(KeyError), ledger.report():
+        raise KeyError
+    ledger.opened("val")
+    assert ledger.reasons
+
+
+def test_a_run_reads_the_shards_in_the_allowed_order(toy, tmp_path, monkeypatch):
+    """Whatever opens a shard, by whatever name: no validation shard outside a report before the artifact is complete,
+
+    no training shard after it.
+    """
+    seen, ledger, read = [], [], train_gpt.read_shard
+    monkeypatch.setattr(train_gpt, "read_shard", lambda path, *rest: (seen.append((path.name, (tmp_path / "model.pg").exists(), ledger[0].frozen,
+                                                                                  ledger[0]._reporting)), read(path, *rest))[1])
+    made = Validity.__init__
+    monkeypatch.setattr(Validity, "__init__", lambda self: (made(self), ledger.append(self))[0])
+    good(call(command(toy, tmp_path, "ITERATIONS=2")))
+    assert {name[:13] for name, *_ in seen} == {"fineweb_train", "fineweb_val_0"}
+    for name, packed, frozen, reporting in seen:
+        assert packed == frozen
+        assert not frozen if "train" in name else frozen or reporting, name
+    assert ledger[0].reasons == []
+
+
+def test_an_invalid_run_says_so_in_every_line_that_carries_its_score(toy, tmp_path, monkeypatch):
+    freeze = Validity.freeze
+    monkeypatch.setattr(Validity, "freeze", lambda self: (self.opened("val"), freeze(self))[1])
+    done = good(call(command(toy, tmp_path, "ITERATIONS=1")))
+    said = summary(done)
+    assert said["valid"] == "no" and said["eligible"] == "no" and "C3" in said["reasons"][0]
+    assert all("valid:no" in line for line in done.stdout.splitlines() if line.startswith("final_"))
+    assert json.loads((tmp_path / "summary.json").read_text())["valid"] == "no"
