@@ -1211,7 +1211,7 @@ def check_tokens(tokens, vocab_size, path, start):
 
 def find_shards(folder, split):
     """Sorted shards of a split, in the contest's names."""
-    paths = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
+    paths = sorted(Path(folder).glob(f"fineweb_{split}_[0-9]*.bin"))
     if not paths:
         variant = Path(folder).name.removeprefix("fineweb10B_")
         fix = (f"python data/fineweb.py --variant {variant} --train-shards 80" if "fineweb10B_" in str(folder)
@@ -2252,10 +2252,14 @@ def evaluate(run, path):
         run.validity.opened("val")
         val = load_validation(s, rt, sp)
         _check_bytes(run, sp, val)
+        predictor, sliding = ModelPredictor(model, rt), s.eval_stride not in (0, s.eval_seq_len)
+        if sliding:  # comparable with the scores before quantisation: what packing cost
+            result = report_score(run, predictor, val)
+            run.log("eval", name=f"int{s.matrix_bits}_contiguous", val_loss=result.loss, val_bpb=result.bpb)
         parts = chunks(val, s.eval_seq_len, s.eval_stride, s.eval_batch_seqs, rt)
-        result = score(ModelPredictor(model, rt), parts, val, rt, run.validity, run.log)
-    kind = "sliding_window" if s.eval_stride not in (0, s.eval_seq_len) else "contiguous"
-    name, valid = f"int{s.matrix_bits}_{kind}", "no" if run.validity.reasons else "yes"
+        result = score(predictor, parts, val, rt, run.validity, run.log)
+    name = f"int{s.matrix_bits}_{'sliding_window' if sliding else 'contiguous'}"
+    valid = "no" if run.validity.reasons else "yes"
     run.log("final", f"final_{name} val_loss:{result.loss:.8f} val_bpb:{result.bpb:.8f} "
             f"eval_time:{1e3 * run.clock['eval']:.0f}ms valid:{valid}",
             name=name, val_loss=result.loss, val_bpb=result.bpb, valid=valid)

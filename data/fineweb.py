@@ -243,8 +243,10 @@ def run(args, known):
             job.training(args.train_shards)
             job.finish()
     finally:
-        for folder in folders:  # nothing came: no empty folder that looks like a data set
-            with contextlib.suppress(OSError):
+        for folder in folders:
+            for part in folder.glob(".*.part"):
+                part.unlink()
+            with contextlib.suppress(OSError):  # nothing came: no empty folder that looks like a data set
                 folder.rmdir()
     if args.check:
         with contextlib.closing(Workers(args.workers or os.cpu_count())) as workers:

@@ -225,8 +225,8 @@ def sp(request, tmp_path_factory):
                                              unk_id=3, hard_vocab_limit=False, minloglevel=2, num_threads=1, **options)
     proto = prefix.with_suffix(".model").read_bytes()
     if request.param == "unused":  # a piece's type is field 3 of its message: 4 user-defined, 5 unused
-        assert proto.count(b"\x18\x04") == 2
-        proto = proto.replace(b"\x18\x04", b"\x18\x05")
+        proto, count = re.subn(rb"(<(?:idle|spare)>\x15.{4}\x18)\x04", rb"\1\x05", proto, flags=re.DOTALL)
+        assert count == 2
     return sentencepiece.SentencePieceProcessor(model_proto=proto)
 
 

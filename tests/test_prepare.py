@@ -467,7 +467,7 @@ def test_memory_does_not_grow_with_the_input(base, tmp_path):
         done = subprocess.run([sys.executable, "-c", code, str(SCRIPT.parent), *map(str, args)], capture_output=True, text=True)
         peak.append(int(done.stdout.split()[-1]) / 1024)
     assert path.stat().st_size > 15e6
-    assert peak[1] - peak[0] < 5, f"peak memory {peak} MB"
+    assert peak[1] - peak[0] < 8, f"peak memory {peak} MB"
 
 
 # ---- train and validation do not overlap --------------------------------------------------------------------------------
