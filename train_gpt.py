@@ -942,6 +942,11 @@ def newton_schulz(update, steps, dtype=torch.float32):
     return x.mT if tall else x
 
 
+# torch 2.14 renamed these two, and warns about the old names.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class Treatment(NamedTuple):
     """How the parameters of a role are optimised."""
 
@@ -1025,7 +1030,7 @@ class MuonAdam:
         for bank in self.banks:
             if bank.kind == "muon":
                 shares.append(torch.empty_like(bank.grad[bank.mine]))
-                works.append(dist.reduce_scatter_tensor(shares[-1], bank.grad, async_op=True))
+                works.append(reduce_scatter(shares[-1], bank.grad, async_op=True))
             else:
                 shares.append(bank.grad)
                 works.append(dist.all_reduce(bank.grad, async_op=True))
@@ -1072,7 +1077,7 @@ class MuonAdam:
         if self.rt.world == 1:
             return update, None
         whole = torch.empty(self.rt.world * update.size(0), *update.shape[1:], dtype=update.dtype, device=update.device)
-        return whole, dist.all_gather_into_tensor(whole, update.contiguous(), async_op=True)
+        return whole, all_gather(whole, update.contiguous(), async_op=True)
 
     def _adam(self, bank, grad, lr):
         """AdamW (arXiv 1711.05101) with bias correction, decoupled decay first."""

@@ -37,7 +37,8 @@ def sigmoid(x):
 
 def angles(positions, dims, base):
     """(positions, dims / 2): position times frequency base^(-2j / dims)."""
-    return np.array([[t * base ** (-2 * j / dims) for j in range(dims // 2)] for t in range(positions)]).reshape(positions, -1)
+    return np.array([[t * base ** (-2 * j / dims) for j in range(dims // 2)]
+                     for t in range(positions)]).reshape(positions, -1)
 
 
 def rope(x, t, dims, base):
@@ -54,11 +55,12 @@ def rope(x, t, dims, base):
 def bigram_buckets(ids, rows, doc_mask):
     """The last row is reserved for a token without predecessor."""
     last = rows - 1
-    return [last if t == 0 or (doc_mask and ids[t] == BOS) else ((36313 * ids[t]) ^ (27191 * ids[t - 1])) % last for t in range(len(ids))]
+    return [last if t == 0 or (doc_mask and ids[t] == BOS) else ((36313 * ids[t]) ^ (27191 * ids[t - 1])) % last
+            for t in range(len(ids))]
 
 
 def attention(p, s, i, n, ve):
-    """n: normed inputs by position; ve: value embeddings by position or None -> outputs before the output projection."""
+    """n, ve: normed inputs and value embeddings (or None) by position -> outputs before the output projection."""
     hd, group, T = s.model_dim // s.num_heads, s.num_heads // s.num_kv_heads, len(n)
     w = {z: p[f"blocks.{i}.attn.{z}.weight"] for z in "qkv"}
     q = [(w["q"] @ x).reshape(s.num_heads, hd) for x in n]
@@ -72,7 +74,8 @@ def attention(p, s, i, n, ve):
         for j in range(s.num_heads):
             g = j // group
             query = rope(rms(q[t][j]), t, s.rope_dims, s.rope_base) * gain[j]
-            scores = np.array([query @ rope(rms(k[u][g]), u, s.rope_dims, s.rope_base) for u in range(t + 1)]) / math.sqrt(hd)
+            scores = np.array([query @ rope(rms(k[u][g]), u, s.rope_dims, s.rope_base)
+                               for u in range(t + 1)]) / math.sqrt(hd)
             share = np.exp(scores - scores.max())
             y[t, j] = sum(a * v[u][g] for u, a in enumerate(share / share.sum()))
             if i >= s.num_layers - s.xsa_last_n:
@@ -93,7 +96,8 @@ def forward(p, s, ids):
     if s.smear_gate:
         gate, before = sigmoid(p["smear.gate"]), [np.zeros(s.model_dim), *x]
         x = [x[t].copy() if masked and ids[t] == BOS else (1 - gate) * x[t] + gate * before[t] for t in range(T)]
-    ve = [p["value_embed.scale"] * (p["value_embed.proj.weight"] @ p["value_embed.table.weight"][token]) for token in ids] if s.ve_dim else None
+    ve = [p["value_embed.scale"] * (p["value_embed.proj.weight"] @ p["value_embed.table.weight"][token])
+          for token in ids] if s.ve_dim else None
     x0, x, stack, half = np.array(x), np.array(x), [], s.num_layers // 2
     for i in range(s.num_layers):
         if s.skips == "linear" and i >= half and stack:
@@ -120,8 +124,10 @@ def nats(logits, target):
 
 def parameter_count(s):
     """The general formula of the specification."""
-    d, h, dk, L = s.model_dim, round(s.mlp_mult * s.model_dim), s.num_kv_heads * (s.model_dim // s.num_heads), s.num_layers
-    count = L * (2 * d * d + 2 * dk * d + 2 * h * d + 2 * d + (2 * d if s.resid_mix else 0) + s.num_heads) + s.vocab_size * d
+    d, h, L = s.model_dim, round(s.mlp_mult * s.model_dim), s.num_layers
+    dk = s.num_kv_heads * (d // s.num_heads)
+    count = L * (2 * d * d + 2 * dk * d + 2 * h * d + 2 * d + s.num_heads) + s.vocab_size * d
+    count += L * 2 * d if s.resid_mix else 0
     count += d if s.smear_gate else 0
     count += (L // 2) * d if s.skips == "linear" else 0
     if s.bigram_vocab_size:
@@ -133,7 +139,8 @@ def parameter_count(s):
 
 # --- settings and weights --------------------------------------------------------------------------------------------
 
-SMALL = dict(vocab_size=32, num_layers=3, model_dim=16, num_heads=4, num_kv_heads=2, rope_dims=2, xsa_last_n=1, mlp_mult=2,
+SMALL = dict(vocab_size=32, num_layers=3, model_dim=16, num_heads=4, num_kv_heads=2, rope_dims=2, xsa_last_n=1,
+             mlp_mult=2,
              bigram_vocab_size=16, bigram_dim=4, ve_dim=4, ve_layers=(1, 2), train_seq_len=16, train_batch_tokens=32,
              micro_batch_tokens=32, eval_seq_len=16, eval_stride=4, eval_batch_seqs=3, warmup_steps=0, iterations=10,
              max_wallclock_seconds=0, compressor="zlib")
@@ -141,7 +148,8 @@ SMALL = dict(vocab_size=32, num_layers=3, model_dim=16, num_heads=4, num_kv_head
 
 def parse(values):
     """Settings from field names and values, through the checks that a user's settings pass."""
-    words = {k: ",".join(map(str, v)) if isinstance(v, tuple) else int(v) if isinstance(v, bool) else v for k, v in values.items()}
+    words = {k: ",".join(map(str, v)) if isinstance(v, tuple) else int(v) if isinstance(v, bool) else v
+             for k, v in values.items()}
     return tg.Settings.parse([f"{k.upper()}={v}" for k, v in words.items()])
 
 
@@ -189,11 +197,13 @@ def models(draw):
     layers = draw(st.integers(1, 5))
     ve = tuple(sorted(draw(st.sets(st.integers(0, layers - 1)))))
     return small(
-        num_layers=layers, model_dim=dim, num_heads=kv * group, num_kv_heads=kv, mlp_mult=draw(st.integers(-(-dim // 4), 3 * dim)) / dim,
+        num_layers=layers, model_dim=dim, num_heads=kv * group, num_kv_heads=kv,
+        mlp_mult=draw(st.integers(-(-dim // 4), 3 * dim)) / dim,
         leaky_slope=draw(st.sampled_from([0, 0.5, 1])), logit_softcap=draw(st.sampled_from([0, 2.5, 30])),
         rope_dims=2 * draw(st.integers(0, head // 2)), rope_base=draw(st.sampled_from([10000, 22081.8, 3])),
         xsa_last_n=draw(st.integers(0, layers)), ln_scale=draw(st.booleans()), resid_mix=draw(st.booleans()),
-        skips=draw(st.sampled_from(["none", "linear"])), smear_gate=draw(st.booleans()), doc_mask=draw(st.sampled_from(["none", "inputs"])),
+        skips=draw(st.sampled_from(["none", "linear"])), smear_gate=draw(st.booleans()),
+        doc_mask=draw(st.sampled_from(["none", "inputs"])),
         bigram_vocab_size=draw(st.sampled_from([0, 2, 3, 17])), bigram_dim=draw(st.sampled_from([1, 3, dim])),
         ve_dim=draw(st.integers(1, 4)) if ve else 0, ve_layers=ve, vocab_size=draw(st.integers(8, 40)))
 
@@ -202,7 +212,7 @@ def models(draw):
 
 
 class Ranks:
-    """Stand-ins for Runtime: `world` ranks in this process. Used from one thread a rank (see `together`) they reduce."""
+    """Stand-ins for Runtime: `world` ranks in this process, which reduce when used from a thread each (`together`)."""
 
     def __init__(self, world=1):
         self.world, self.box, self.barrier = world, [None] * world, threading.Barrier(world)

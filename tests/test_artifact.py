@@ -34,7 +34,7 @@ def saved(path, s=None, seed=0, **changes):
 
 
 def parts_of(path):
-    """(header, {stream: packed bytes}) read by the format's description: magic, version, lengths, checksum, header, streams."""
+    """(header, {stream: packed bytes}), by the format: magic, version, lengths, checksum, header, streams."""
     data = path.read_bytes()
     magic, version, packed, raw, checksum = struct.unpack_from("<8sHIII", data)
     assert magic == b"PGOLF\r\n\x1a" and version == 1
@@ -64,10 +64,11 @@ def in_memory(model, s):
     for name, parameter in model.named_parameters():
         table = name in ("embed.weight", "bigram.table.weight", "value_embed.table.weight")
         bits = s.embed_bits if table else s.matrix_bits if parameter.ndim == 2 and name.endswith(".weight") else 16
+        method = s.embed_quant if table else s.matrix_quant
         if bits == 16:
             out[name] = parameter.detach().half().float()
         else:
-            out[name] = tg.decode_int(tg.encode_int(parameter.detach(), bits, s.embed_quant if table else s.matrix_quant), parameter.shape)
+            out[name] = tg.decode_int(tg.encode_int(parameter.detach(), bits, method), parameter.shape)
     return out
 
 
@@ -88,7 +89,8 @@ def refused(path, limit=1 << 28, **options):
 
 
 @ref.tries(25)
-@given(ref.models(), st.integers(0, 999), st.sampled_from(["zlib", "zstd"]), st.sampled_from([2, 5, 6, 8, 16]), st.sampled_from([4, 8, 16]),
+@given(ref.models(), st.integers(0, 999), st.sampled_from(["zlib", "zstd"]), st.sampled_from([2, 5, 6, 8, 16]),
+       st.sampled_from([4, 8, 16]),
        st.sampled_from(["rtn", "gptq_lite"]))
 def test_the_loaded_model_is_the_quantised_one(tmp_path_factory, s, seed, compressor, matrix_bits, embed_bits, method):
     path = tmp_path_factory.getbasetemp() / "round.pg"
@@ -108,15 +110,17 @@ def test_the_loaded_model_is_the_quantised_one(tmp_path_factory, s, seed, compre
 
 @pytest.mark.parametrize("compressor", [*ALL, "auto"])
 def test_every_code_and_scale_is_in_the_file(tmp_path, compressor):
-    """Unpacked by the format's description: codes by role in parameter order, then all scales, then all halves, as byte planes."""
+    """Unpacked by the format's description: codes by role in parameter order, all scales and all halves as planes."""
     s, model, info = saved(tmp_path / "model.pg", compressor=compressor)
     header, streams = parts_of(tmp_path / "model.pg")
-    unpack = {"zstd": lambda d: __import__("zstandard").ZstdDecompressor().decompress(d, 1 << 20), "lzma": lzma.decompress,
+    unpack = {"zstd": lambda d: __import__("zstandard").ZstdDecompressor().decompress(d, 1 << 20),
+              "lzma": lzma.decompress,
               "brotli": lambda d: __import__("brotli").decompress(d), "zlib": zlib.decompress}
     raw = {name: unpack[chosen](streams[name]) for name, chosen, *_ in header["streams"]}
     assert {name: len(data) for name, data in raw.items()} == {name: size for name, _, size, *_ in header["streams"]}
     planes = lambda data: np.frombuffer(data, np.uint8).reshape(2, -1).T.copy().view(np.float16).ravel()
-    values = {name: planes(data) if name in ("scale", "half") else np.frombuffer(data, np.int8) for name, data in raw.items()}
+    values = {name: planes(data) if name in ("scale", "half") else np.frombuffer(data, np.int8)
+              for name, data in raw.items()}
     at = dict.fromkeys(values, 0)
 
     def take(stream, count):
@@ -134,7 +138,8 @@ def test_every_code_and_scale_is_in_the_file(tmp_path, compressor):
     assert at == {name: len(v) for name, v in values.items()}
     used = {chosen for _, chosen, *_ in header["streams"]}
     assert used == {compressor} or compressor == "auto"
-    assert info["compressor"] == "+".join(sorted(used)) and info["sha256"] == hashlib.sha256((tmp_path / "model.pg").read_bytes()).hexdigest()
+    assert info["compressor"] == "+".join(sorted(used))
+    assert info["sha256"] == hashlib.sha256((tmp_path / "model.pg").read_bytes()).hexdigest()
 
 
 def test_auto_takes_the_smallest_of_each_stream(tmp_path):
@@ -143,13 +148,15 @@ def test_auto_takes_the_smallest_of_each_stream(tmp_path):
     sizes, events = {}, []
     for compressor in (*ALL, "auto"):
         path = tmp_path / f"{compressor}.pg"
-        tg.save_artifact(path, model, tg.replace(s, compressor=compressor), "", lambda event, **values: events.append((compressor, values)))
+        tg.save_artifact(path, model, tg.replace(s, compressor=compressor), "",
+                         lambda event, **values: events.append((compressor, values)))
         sizes[compressor] = {name: length for name, _, _, length, _ in parts_of(path)[0]["streams"]}
     for stream, size in sizes["auto"].items():
         assert size == min(sizes[compressor][stream] for compressor in ALL), stream
     assert len({min(ALL, key=lambda c: sizes[c][stream]) for stream in sizes["auto"]}) > 0
     reported = {v["stream"]: v for compressor, v in events if compressor == "auto"}
-    assert reported.keys() == sizes["auto"].keys() and all(v[f"{c}_bytes"] == sizes[c][name] for name, v in reported.items() for c in ALL)
+    assert reported.keys() == sizes["auto"].keys()
+    assert all(v[f"{c}_bytes"] == sizes[c][name] for name, v in reported.items() for c in ALL)
 
 
 def test_compressors_return_what_they_were_given():
@@ -171,9 +178,9 @@ def test_the_default_model_packs_in_one_pass(tmp_path, capsys):
     packed = time.monotonic() - began
     _, loaded = tg.load_artifact(tmp_path / "model.pg")
     margin = tg.SIZE_LIMIT - info["bytes"] - len(inspect.getsource(tg).encode())
+    count, size = sum(p.numel() for p in model.parameters()), info["bytes"]
     with capsys.disabled():
-        count = sum(p.numel() for p in model.parameters())
-        print(f"\n{count} parameters: {info['bytes']} bytes ({8 * info['bytes'] / count:.3f} bits each) in {packed:.1f} s, margin {margin}")
+        print(f"\n{count} parameters: {size} bytes ({8 * size / count:.3f} bits each), {packed:.1f} s, margin {margin}")
     assert info["bytes"] == (tmp_path / "model.pg").stat().st_size < count * 0.75
     for name, weight in in_memory(model, s).items():
         assert torch.equal(weight, dict(loaded.named_parameters())[name])
@@ -181,14 +188,18 @@ def test_the_default_model_packs_in_one_pass(tmp_path, capsys):
 
 def test_the_header_holds_what_loading_needs(tmp_path):
     """Whoever has the file and the script has the model: nothing comes from the reader's settings."""
-    odd = dict(num_layers=5, model_dim=24, num_heads=2, num_kv_heads=1, rope_dims=6, mlp_mult=1.375, leaky_slope=0.3, logit_softcap=12.345678901234567,
-               rope_base=1234.5678901234567, xsa_last_n=3, ln_scale=False, doc_mask="none", bigram_vocab_size=33, bigram_dim=5, ve_dim=3,
+    odd = dict(num_layers=5, model_dim=24, num_heads=2, num_kv_heads=1, rope_dims=6, mlp_mult=1.375, leaky_slope=0.3,
+               logit_softcap=12.345678901234567,
+               rope_base=1234.5678901234567, xsa_last_n=3, ln_scale=False, doc_mask="none", bigram_vocab_size=33,
+               bigram_dim=5, ve_dim=3,
                ve_layers=(0, 2, 4), vocab_size=77, qk_gain_init=0.1 + 0.2)
     s, model, _ = saved(tmp_path / "model.pg", **odd)
     header, _ = parts_of(tmp_path / "model.pg")
     assert header["tokenizer_sha256"] == "a" * 64
-    assert {f.name.upper() for f in tg.fields(tg.Settings) if f.metadata["room"] == "Model"} | {"VOCAB_SIZE"} == set(header["settings"])
-    assert [(name, tuple(shape)) for name, shape, *_ in header["tensors"]] == [(n, tuple(p.shape)) for n, p in model.named_parameters()]
+    assert {f.name.upper() for f in tg.fields(tg.Settings)
+            if f.metadata["room"] == "Model"} | {"VOCAB_SIZE"} == set(header["settings"])
+    shapes = [(name, list(p.shape)) for name, p in model.named_parameters()]
+    assert [(name, shape) for name, shape, *_ in header["tensors"]] == shapes
     bare, loaded = tg.load_artifact(tmp_path / "model.pg")
     for name, value in odd.items():
         assert getattr(bare, name) == value, name
@@ -246,7 +257,8 @@ def test_an_artifact_needs_only_the_package_it_was_packed_with(tmp_path, monkeyp
 
 def hide(monkeypatch, package):
     find = tg.importlib.util.find_spec
-    monkeypatch.setattr(tg.importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
+    shown = lambda name, *rest: None if name == package else find(name, *rest)
+    monkeypatch.setattr(tg.importlib.util, "find_spec", shown)
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
@@ -319,7 +331,8 @@ def test_damage_with_right_checksums_ends_in_bad_input_or_finite_weights(good, t
     """Checksums do not protect against a person: the same damage, sealed again."""
     path, data, weights = good
     header, streams = parts_of(path)
-    text, payload, rng, bad = json.dumps(header, separators=(",", ":")).encode(), b"".join(streams.values()), random.Random(1), tmp_path / "bad.pg"
+    text, payload = json.dumps(header, separators=(",", ":")).encode(), b"".join(streams.values())
+    rng, bad, shapes = random.Random(1), tmp_path / "bad.pg", {name: weight.shape for name, weight in weights.items()}
     for turn in range(300):
         if turn % 2:
             seal(bad, mutate(text, rng), payload)
@@ -334,8 +347,8 @@ def test_damage_with_right_checksums_ends_in_bad_input_or_finite_weights(good, t
         except tg.BadInput as error:
             assert "\n" not in str(error) and str(bad) in str(error)
         else:
-            assert all(torch.isfinite(p).all() for p in model.parameters()) and {n: p.shape for n, p in model.named_parameters()} == {
-                n: w.shape for n, w in weights.items()}
+            assert all(torch.isfinite(p).all() for p in model.parameters())
+            assert {name: p.shape for name, p in model.named_parameters()} == shapes
 
 
 HUGE = int("9" * 4300)  # the longest that the JSON reader takes; the sum of two cannot even be printed
@@ -358,32 +371,51 @@ def hostile():
         return apply
 
     yield from {
-        "empty": lambda header: header.clear(), "no streams": lambda header: header.pop("streams"), "no tensors": lambda header: header.pop("tensors"),
-        "no settings": lambda header: header.pop("settings"), "settings is a list": change("settings", []), "streams is a number": change("streams", 5),
+        "empty": lambda header: header.clear(), "no streams": lambda header: header.pop("streams"),
+        "no tensors": lambda header: header.pop("tensors"),
+        "no settings": lambda header: header.pop("settings"), "settings is a list": change("settings", []),
+        "streams is a number": change("streams", 5),
         "tensors is text": change("tensors", "abcd"), "a stream is text": row("streams", 0, slice(None), "abcde"),
-        "no tensors at all": change("tensors", []), "no streams at all": change("streams", []), "tensor twice": change("tensors", lambda t: t + t[:1]),
-        "stream twice": change("streams", lambda rows: rows + rows[:1]), "unknown stream": row("streams", 0, 0, "other"),
-        "unknown codec": row("tensors", 1, 2, "pickle"), "other codec": row("tensors", 1, 2, "float16"), "unknown compressor": row("streams", 0, 1, "gzip"),
-        "other compressor": row("streams", 0, 1, "lzma"), "brotli instead": row("streams", 0, 1, "brotli"), "zstd instead": row("streams", 0, 1, "zstd"),
-        "negative raw size": row("streams", 0, 2, -1), "negative length": row("streams", 0, 3, -5), "huge raw size": row("streams", 0, 2, 1 << 60),
+        "no tensors at all": change("tensors", []), "no streams at all": change("streams", []),
+        "tensor twice": change("tensors", lambda t: t + t[:1]),
+        "stream twice": change("streams", lambda rows: rows + rows[:1]),
+        "unknown stream": row("streams", 0, 0, "other"),
+        "unknown codec": row("tensors", 1, 2, "pickle"), "other codec": row("tensors", 1, 2, "float16"),
+        "unknown compressor": row("streams", 0, 1, "gzip"),
+        "other compressor": row("streams", 0, 1, "lzma"), "brotli instead": row("streams", 0, 1, "brotli"),
+        "zstd instead": row("streams", 0, 1, "zstd"),
+        "negative raw size": row("streams", 0, 2, -1), "negative length": row("streams", 0, 3, -5),
+        "huge raw size": row("streams", 0, 2, 1 << 60),
         "huge length": row("streams", 0, 3, 1 << 60), "raw size of 4300 digits": row("streams", 0, 2, HUGE),
         "lengths of 4301 digits together": lambda header: [line.__setitem__(3, HUGE) for line in header["streams"]],
-        "infinite size": row("streams", 0, 2, math.inf), "size not a number": row("streams", 0, 2, math.nan), "infinite length": row("streams", 0, 3, math.inf),
-        "infinite checksum": row("streams", 0, 4, math.inf), "size is null": row("streams", 0, 2, None), "size is a list": row("streams", 0, 2, [1]),
+        "infinite size": row("streams", 0, 2, math.inf), "size not a number": row("streams", 0, 2, math.nan),
+        "infinite length": row("streams", 0, 3, math.inf),
+        "infinite checksum": row("streams", 0, 4, math.inf), "size is null": row("streams", 0, 2, None),
+        "size is a list": row("streams", 0, 2, [1]),
         "one byte less": lambda header: row("streams", 0, 2, header["streams"][0][2] - 1)(header),
         "one byte more": lambda header: row("streams", 0, 2, header["streams"][0][2] + 1)(header),
         "shape transposed": lambda header: row("tensors", 1, 1, header["tensors"][1][1][::-1])(header),
-        "shape huge": row("tensors", 1, 1, [1 << 40, 1 << 40]), "shape negative": row("tensors", 1, 1, [-32, -16]), "shape empty": row("tensors", 1, 1, []),
-        "shape infinite": row("tensors", 1, 1, [math.inf, 16]), "shape text": row("tensors", 1, 1, "ab"), "bits infinite": row("tensors", 1, 3, math.inf),
-        "bits text": row("tensors", 1, 3, "six"), "tensor renamed": row("tensors", 1, 0, "__class__"), "tensors reordered": change("tensors", lambda t: t[::-1]),
-        "a model of 2^40 weights": settings(NUM_LAYERS="256", MODEL_DIM="16384", NUM_HEADS="256", NUM_KV_HEADS="256", MLP_MULT="16"),
-        "vocabulary of 2^16": settings(VOCAB_SIZE="65536"), "table of 2^24 rows": settings(BIGRAM_VOCAB_SIZE=str(2**24), BIGRAM_DIM="16384"),
-        "no layers": settings(NUM_LAYERS="0"), "a billion layers": settings(NUM_LAYERS="1000000000"), "negative width": settings(MODEL_DIM="-512"),
-        "layers not a number": settings(NUM_LAYERS="nan"), "cap infinite": settings(LOGIT_SOFTCAP="inf"), "a value of 10^5 digits": settings(NUM_LAYERS="1" * 10**5),
-        "heads do not divide": settings(NUM_HEADS="3"), "setting unknown": settings(SURPRISE="1"), "setting missing": lambda header: header["settings"].popitem(),
-        "another room's setting": settings(VAL_TOKENS="64"), "the reader's folder": settings(DATA_PATH="elsewhere"), "newline": settings(NUM_LAYERS="3\n4"),
+        "shape huge": row("tensors", 1, 1, [1 << 40, 1 << 40]), "shape negative": row("tensors", 1, 1, [-32, -16]),
+        "shape empty": row("tensors", 1, 1, []),
+        "shape infinite": row("tensors", 1, 1, [math.inf, 16]), "shape text": row("tensors", 1, 1, "ab"),
+        "bits infinite": row("tensors", 1, 3, math.inf),
+        "bits text": row("tensors", 1, 3, "six"), "tensor renamed": row("tensors", 1, 0, "__class__"),
+        "tensors reordered": change("tensors", lambda t: t[::-1]),
+        "a model of 2^40 weights": settings(NUM_LAYERS="256", MODEL_DIM="16384", NUM_HEADS="256", NUM_KV_HEADS="256",
+                                            MLP_MULT="16"),
+        "vocabulary of 2^16": settings(VOCAB_SIZE="65536"),
+        "table of 2^24 rows": settings(BIGRAM_VOCAB_SIZE=str(2**24), BIGRAM_DIM="16384"),
+        "no layers": settings(NUM_LAYERS="0"), "a billion layers": settings(NUM_LAYERS="1000000000"),
+        "negative width": settings(MODEL_DIM="-512"),
+        "layers not a number": settings(NUM_LAYERS="nan"), "cap infinite": settings(LOGIT_SOFTCAP="inf"),
+        "a value of 10^5 digits": settings(NUM_LAYERS="1" * 10**5),
+        "heads do not divide": settings(NUM_HEADS="3"), "setting unknown": settings(SURPRISE="1"),
+        "setting missing": lambda header: header["settings"].popitem(),
+        "another room's setting": settings(VAL_TOKENS="64"), "the reader's folder": settings(DATA_PATH="elsewhere"),
+        "newline": settings(NUM_LAYERS="3\n4"),
         "a setting that is a file": lambda header: header["settings"].update({"@" + __file__: ""}),
-        "no tokenizer hash": lambda header: header.pop("tokenizer_sha256"), "tokenizer hash is a number": change("tokenizer_sha256", 12),
+        "no tokenizer hash": lambda header: header.pop("tokenizer_sha256"),
+        "tokenizer hash is a number": change("tokenizer_sha256", 12),
         "tokenizer hash is a list": change("tokenizer_sha256", ["a"]),
     }.items()
 
@@ -396,7 +428,8 @@ def test_hostile_headers_are_refused(good, tmp_path, apply):
     refused(tmp_path / "bad.pg", limit=1 << 24)
 
 
-@pytest.mark.parametrize("text", [b"", b"null", b"[]", b"3", b'"x"', b"{", b"\xff\xfe", b"{}" * 100, b"[" * 200_000, b'{"a":' * 100_000, b"\0" * 1000])
+@pytest.mark.parametrize("text", [b"", b"null", b"[]", b"3", b'"x"', b"{", b"\xff\xfe", b"{}" * 100, b"[" * 200_000,
+                                  b'{"a":' * 100_000, b"\0" * 1000])
 def test_headers_that_are_no_header_are_refused(tmp_path, text):
     seal(tmp_path / "bad.pg", text, b"")
     refused(tmp_path / "bad.pg", limit=1 << 26)
@@ -440,7 +473,7 @@ class Peak:
 
 @pytest.mark.parametrize("name", ALL)
 def test_bombs_go_off_nowhere(good, tmp_path, name):
-    """256 MiB of zeros in the place of a stream of some hundred bytes: unpacked to the size that the header's shapes allow."""
+    """256 MiB of zeros for a stream of some hundred bytes: unpacked to the size that the header's shapes allow."""
     header, streams = parts_of(good[0])
     first = header["streams"][0]
     streams[first[0]] = bomb(name, 256)
@@ -455,25 +488,37 @@ def test_bombs_go_off_nowhere(good, tmp_path, name):
 def test_a_bomb_of_a_header_goes_off_nowhere(tmp_path):
     body = bomb("zlib", 64)
     for claimed in (64 << 20, 1000, (1 << 22) - 1, 0):
-        (tmp_path / "bad.pg").write_bytes(struct.pack("<8sHIII", b"PGOLF\r\n\x1a", 1, len(body), claimed, zlib.crc32(body)) + body)
+        (tmp_path / "bad.pg").write_bytes(struct.pack("<8sHIII", b"PGOLF\r\n\x1a", 1, len(body), claimed,
+                                                      zlib.crc32(body)) + body)
         with Peak() as peak:
             refused(tmp_path / "bad.pg", limit=1 << 25)
         assert peak.mib < 32
 
 
-def test_dictionaries_of_gigabytes_are_refused(good, tmp_path):
-    """What a decompressor reserves before its first byte counts as well: the size in an xz block's header, changed to 2 GiB."""
-    header, streams = parts_of(good[0])
-    first = header["streams"][0]
-    data = bytearray(lzma.compress(bytes(first[2]), check=lzma.CHECK_NONE))
+def greedy_xz(raw):
+    """xz data whose block header asks for a dictionary of 2 GiB."""
+    data = bytearray(lzma.compress(raw, check=lzma.CHECK_NONE))
     start, length = 12, 4 * (data[12] + 1)  # of the block header, behind the stream header
     assert data[start + 2 : start + 4] == b"\x21\x01"  # one filter, LZMA2, with one byte of properties
     data[start + 4] = 38
     data[start + length - 4 : start + length] = struct.pack("<I", zlib.crc32(bytes(data[start : start + length - 4])))
-    streams[first[0]] = bytes(data)
-    first[1], first[3:] = "lzma", [len(data), zlib.crc32(bytes(data))]
+    return bytes(data)
+
+
+def greedy_zstd(raw):
+    """One raw block in a frame that asks for a window of 2 GiB."""
+    return b"\x28\xb5\x2f\xfd\x00" + bytes([21 << 3]) + struct.pack("<I", len(raw) << 3 | 1)[:3] + raw
+
+
+@pytest.mark.parametrize("name, pack", [("lzma", greedy_xz), ("zstd", greedy_zstd)])
+def test_windows_of_gigabytes_are_refused(good, tmp_path, name, pack):
+    """What a decompressor reserves before its first byte counts as well."""
+    header, streams = parts_of(good[0])
+    first = header["streams"][0]
+    streams[first[0]] = pack(zlib.decompress(streams[first[0]]))
+    first[1], first[3:] = name, [len(streams[first[0]]), zlib.crc32(streams[first[0]])]
     seal(tmp_path / "bad.pg", header, b"".join(streams.values()))
-    assert "lzma" in refused(tmp_path / "bad.pg", limit=(1 << 28) + (1 << 24))
+    assert name in refused(tmp_path / "bad.pg", limit=(1 << 28) + (1 << 24))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -506,15 +551,18 @@ def test_nothing_that_loading_calls_can_execute():
     """The functions of the module that load_artifact reaches, by their syntax trees."""
     tree = ast.parse(inspect.getsource(tg))
     bodies = {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    bodies |= {target.id: node for node in tree.body if isinstance(node, ast.Assign) for target in node.targets if isinstance(target, ast.Name)}
+    bodies |= {target.id: node for node in tree.body if isinstance(node, ast.Assign) for target in node.targets
+               if isinstance(target, ast.Name)}
     reached, todo = set(), ["load_artifact", "read_artifact"]
     while todo:
         name = todo.pop()
         if name in bodies and name not in reached:
             reached.add(name)
-            todo += [node.id for node in ast.walk(bodies[name]) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
+            todo += [node.id for node in ast.walk(bodies[name]) if isinstance(node, ast.Name)
+                     and isinstance(node.ctx, ast.Load)]
     assert {"decompress", "Settings", "GPT", "CODECS", "COMPRESSORS"} <= reached
-    banned = {"pickle", "eval", "exec", "compile", "marshal", "shelve", "joblib", "__import__", "subprocess", "system", "popen"}
+    banned = {"pickle", "eval", "exec", "compile", "marshal", "shelve", "joblib", "__import__", "subprocess", "system",
+              "popen"}
     for name in reached:
         for node in ast.walk(bodies[name]):
             called = node.func if isinstance(node, ast.Call) else None
@@ -522,7 +570,8 @@ def test_nothing_that_loading_calls_can_execute():
                 assert called.id not in banned, name
             if isinstance(called, ast.Attribute):
                 assert called.attr not in banned - {"compile"}, name
-                assert not (called.attr == "load" and isinstance(called.value, ast.Name) and called.value.id in ("torch", "np", "pickle")), name
+                assert not (called.attr == "load" and isinstance(called.value, ast.Name)
+                            and called.value.id in ("torch", "np", "pickle")), name
 
 
 def test_the_file_never_imports_pickle_and_loads_only_weights():
@@ -531,5 +580,5 @@ def test_the_file_never_imports_pickle_and_loads_only_weights():
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not imported & {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "load" and getattr(node.func.value, "id", "") == "torch":
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
             assert any(k.arg == "weights_only" and getattr(k.value, "value", None) is True for k in node.keywords)

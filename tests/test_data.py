@@ -19,7 +19,8 @@ from conftest import toy_documents, write_shard
 
 
 def shard_bytes(tokens=(1, 2, 3), magic=20240520, version=1, count=None):
-    return struct.pack("<3i", magic, version, len(tokens) if count is None else count).ljust(1024, b"\0") + struct.pack(f"<{len(tokens)}H", *tokens)
+    head = struct.pack("<3i", magic, version, len(tokens) if count is None else count).ljust(1024, b"\0")
+    return head + struct.pack(f"<{len(tokens)}H", *tokens)
 
 
 def rank_of(rank, world):
@@ -31,7 +32,8 @@ def stream_of(folder, shards, rt=None, **changes):
         old.unlink()
     for i, shard in enumerate(shards):
         write_shard(folder / f"fineweb_train_{i:06d}.bin", shard)
-    s = ref.small(vocab_size=1000, train_seq_len=changes.pop("train_seq_len", 4), train_batch_tokens=changes.pop("train_batch_tokens", 16),
+    s = ref.small(vocab_size=1000, train_seq_len=changes.pop("train_seq_len", 4),
+                  train_batch_tokens=changes.pop("train_batch_tokens", 16),
                   data_path=folder, **changes)
     return tg.TokenStream(tg.find_shards(folder, "train"), s, rt or ref.alone())
 
@@ -51,11 +53,14 @@ def test_read_shard_gives_the_tokens_read_only(tmp_path):
 
 NOT_SHARDS = dict(
     empty=(b"", "magic"), one_byte=(b"\x08", "magic"), eleven_bytes=(shard_bytes()[:11], "magic"),
-    magic=(shard_bytes(magic=20240521), r"offset 0.*20240520.*20240521"), version=(shard_bytes(version=2), r"offset 4.*1.*found 2"),
+    magic=(shard_bytes(magic=20240521), r"offset 0.*20240520.*20240521"),
+    version=(shard_bytes(version=2), r"offset 4.*1.*found 2"),
     cut=(shard_bytes()[:-1], r"offset 8.*1030.*1029"), padded=(shard_bytes() + b"\0\0", r"offset 8.*1030.*1032"),
-    miscounted=(shard_bytes(count=4), r"1032.*1030"), only_words=(shard_bytes()[:12], "offset 8"), no_tokens=(shard_bytes(()), "no tokens"),
+    miscounted=(shard_bytes(count=4), r"1032.*1030"), only_words=(shard_bytes()[:12], "offset 8"),
+    no_tokens=(shard_bytes(()), "no tokens"),
     negative=(shard_bytes(count=-1), "offset 8"),
-    negative_that_fits=(struct.pack("<3i", 20240520, 1, -500).ljust(24, b"\0"), "offset 8"),  # 24 bytes = 1024 - 2 * 500
+    # 24 bytes = 1024 - 2 * 500
+    negative_that_fits=(struct.pack("<3i", 20240520, 1, -500).ljust(24, b"\0"), "offset 8"),
     negative_that_fits_words=(struct.pack("<3i", 20240520, 1, -506), "offset 8"),
     big_endian=(struct.pack(">3i", 20240520, 1, 3).ljust(1030, b"\0"), "magic"))
 
@@ -89,12 +94,14 @@ def test_a_token_outside_the_vocabulary_is_named_by_its_byte_offset(tmp_path):
 
 
 def test_missing_shards_say_where_and_how_to_make_them(tmp_path):
-    for folder, words in ((tmp_path / "fineweb10B_sp1024", "data/fineweb.py --variant sp1024"), (tmp_path / "mine", "data/prepare.py")):
+    for folder, words in ((tmp_path / "fineweb10B_sp1024", "data/fineweb.py --variant sp1024"),
+                          (tmp_path / "mine", "data/prepare.py")):
         for split in ("train", "val"):
             with pytest.raises(tg.BadInput) as error:
                 tg.find_shards(folder, split)
             message = str(error.value)
-            assert f"fineweb_{split}_*.bin" in message and str(folder) in message and words in message and "\n" not in message
+            assert f"fineweb_{split}_*.bin" in message and str(folder) in message and words in message
+            assert "\n" not in message
 
 
 def test_shards_come_in_the_order_of_their_names(tmp_path):
@@ -109,15 +116,18 @@ def test_shards_come_in_the_order_of_their_names(tmp_path):
 
 
 @ref.tries(60)
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=5).filter(lambda sizes: sum(sizes) > 1), st.sampled_from([1, 2, 4]), st.integers(1, 3),
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=5).filter(lambda sizes: sum(sizes) > 1),
+       st.sampled_from([1, 2, 4]), st.integers(1, 3),
        st.integers(2, 5), st.integers(1, 6))
-def test_batches_are_cuts_of_the_endless_stream_whatever_the_ranks(tmp_path_factory, sizes, world, rows, length, batches):
-    """Global batch b holds targets b*N+1 .. (b+1)*N of the shards repeated for ever, in order, split over ranks and micro-batches."""
+def test_batches_are_cuts_of_the_endless_stream_whatever_the_ranks(tmp_path_factory, sizes, world, rows, length,
+                                                                   batches):
+    """Global batch b holds targets b*N+1 .. (b+1)*N of the shards repeated for ever, in the order of the ranks."""
     folder, total, batch = tmp_path_factory.getbasetemp(), sum(sizes), 4 * rows * length
     text, ends = list(range(total)), np.cumsum([0, *sizes])
     shards = [text[a:b] for a, b in zip(ends, ends[1:])]
     endless = text * (batch * batches // total + 3)
-    streams = [stream_of(folder, shards, rank_of(rank, world), train_seq_len=length, train_batch_tokens=batch, micro_batch_tokens=2 * length)
+    streams = [stream_of(folder, shards, rank_of(rank, world), train_seq_len=length, train_batch_tokens=batch,
+                         micro_batch_tokens=2 * length)
                for rank in range(world)]
     for b in range(batches):
         parts = [stream.next() for stream in streams]
@@ -154,7 +164,8 @@ def test_synthetic_batches_have_the_layout_of_real_ones(tmp_path):
     assert stream.position == position + 48  # of the real one alone
     for (x, y), (u, v) in zip(real, false, strict=True):
         for a, b in ((x, u), (y, v)):
-            assert (a.shape, a.stride(), a.dtype, a.storage_offset()) == (b.shape, b.stride(), b.dtype, b.storage_offset())
+            assert (a.shape, a.stride(), a.dtype, a.storage_offset()) == (b.shape, b.stride(), b.dtype,
+                                                                          b.storage_offset())
         assert 0 <= u.min() and u.max() < 1000 and torch.equal(x[:, 1:], y[:, :-1]) and torch.equal(u[:, 1:], v[:, :-1])
 
 
@@ -165,7 +176,8 @@ def test_batches_that_ranks_cannot_share_are_refused(tmp_path):
         stream_of(tmp_path, [[5]])
 
 
-@pytest.mark.parametrize("micro, rows", [(4, 1), (11, 2), (12, 3), (16, 4), (23, 4), (24, 6), (44, 6), (48, 12), (1000, 12)])
+@pytest.mark.parametrize("micro, rows", [(4, 1), (11, 2), (12, 3), (16, 4), (23, 4), (24, 6), (44, 6), (48, 12),
+                                         (1000, 12)])
 def test_micro_batches_are_as_large_as_the_limit_and_equal_parts_allow(tmp_path, micro, rows):
     stream = stream_of(tmp_path, [range(200)], train_batch_tokens=48, micro_batch_tokens=micro)  # 12 sequences of 4
     assert [len(x) for x, _ in stream.next()] == [rows] * (12 // rows)
@@ -177,7 +189,8 @@ def test_micro_batches_are_as_large_as_the_limit_and_equal_parts_allow(tmp_path,
 def test_the_toy_tokenizer_loads_with_its_hash(toy):
     s = tg.Settings.parse(toy)
     sp, path, sha256 = tg.load_tokenizer(s)
-    assert sp.vocab_size() == s.vocab_size == 512 and path.name == "tokenizer.model" and sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert sp.vocab_size() == s.vocab_size == 512 and path.name == "tokenizer.model"
+    assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     named, _, _ = tg.load_tokenizer(tg.Settings.parse([*toy, "DATA_PATH=elsewhere", f"TOKENIZER_PATH={path}"]))
     assert named.vocab_size() == 512
 
@@ -216,16 +229,21 @@ def sp(request, tmp_path_factory):
     """Tokenizers of several makes: the contest's options, a unigram model, with a dummy prefix, without byte pieces."""
     import sentencepiece
 
-    options = dict(model_type="bpe", vocab_size=420, byte_fallback=True, add_dummy_prefix=False, character_coverage=0.999, split_digits=True)
+    options = dict(model_type="bpe", vocab_size=420, byte_fallback=True, add_dummy_prefix=False,
+                   character_coverage=0.999, split_digits=True)
     options |= {"contest": {}, "unigram": dict(model_type="unigram", normalization_rule_name="identity"),
-                "prefix": dict(add_dummy_prefix=True, user_defined_symbols=["<tag>", "▁<both>"], control_symbols=["<ctl>"]),
-                "no_fallback": dict(byte_fallback=False, vocab_size=160), "unused": dict(user_defined_symbols=["<idle>", "<spare>"])}[request.param]
+                "prefix": dict(add_dummy_prefix=True, user_defined_symbols=["<tag>", "▁<both>"],
+                               control_symbols=["<ctl>"]),
+                "no_fallback": dict(byte_fallback=False, vocab_size=160),
+                "unused": dict(user_defined_symbols=["<idle>", "<spare>"])}[request.param]
     prefix = tmp_path_factory.mktemp("sp") / request.param
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter([*toy_documents(40), SPECIAL]), model_prefix=str(prefix), pad_id=0, bos_id=1, eos_id=2,
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter([*toy_documents(40), SPECIAL]),
+                                             model_prefix=str(prefix), pad_id=0, bos_id=1, eos_id=2,
                                              unk_id=3, hard_vocab_limit=False, minloglevel=2, num_threads=1, **options)
     proto = prefix.with_suffix(".model").read_bytes()
     if request.param == "unused":  # a piece's type is field 3 of its message: 4 user-defined, 5 unused
-        proto, count = re.subn(rb"(<(?:idle|spare)>\x15.{4}\x18)\x04", rb"\1\x05", proto, flags=re.DOTALL)
+        proto, count = re.subn(rb"(<(?:idle|spare)>\x15.{4}\x18)\x04", lambda found: found[1] + b"\x05", proto,
+                               flags=re.DOTALL)
         assert count == 2
     return sentencepiece.SentencePieceProcessor(model_proto=proto)
 
@@ -257,13 +275,15 @@ def test_byte_tables_follow_the_rule_for_every_piece(sp):
         elif piece in ("<ctl>", "<idle>", "<spare>"):
             assert (base[i], lead[i], edge[i]) == (0, False, True)
         else:
-            assert (base[i], lead[i], edge[i]) == (len(piece.removeprefix("▁").encode()), piece.startswith("▁"), False), piece
+            length = len(piece.removeprefix("▁").encode())
+            assert (base[i], lead[i], edge[i]) == (length, piece.startswith("▁"), False), piece
     assert not base[-7:].any() and not lead[-7:].any() and edge[-7:].all()  # ids beyond the model
     assert {len(t) for t in tg.byte_tables(sp, 50)} == {50}
 
 
 @ref.tries(300)
-@given(st.lists(st.text(st.one_of(st.sampled_from(SPECIAL + "ptkbd gmnrls aeiou,. "), st.characters(exclude_categories=["Cs"])), max_size=40), max_size=4))
+@given(st.lists(st.text(st.one_of(st.sampled_from(SPECIAL + "ptkbd gmnrls aeiou,. "),
+                                  st.characters(exclude_categories=["Cs"])), max_size=40), max_size=4))
 def test_counted_bytes_are_those_of_the_decoded_text(sp, texts):
     """The contest's proof of the denominator, document by document, and for the whole stream of several."""
     tables, stream = tg.byte_tables(sp, sp.vocab_size()), []
@@ -300,7 +320,8 @@ def test_the_validation_stream_is_every_shard_in_order_with_the_tail(toy, tmp_pa
     for n, whole in ((100, False), (len(ids) - 2, False), (len(ids) - 1, True), (10**9, True)):
         cut = tg.load_validation(tg.Settings.parse([*args, f"VAL_TOKENS={n}"]), ref.alone(), sp)
         assert len(cut.bytes) == min(n, len(ids) - 1) == len(cut.tokens) - 1 and cut.whole == whole
-        assert cut.bytes.tolist() == val.bytes[: len(cut.bytes)].tolist() and cut.tokens.tolist() == ids[: len(cut.tokens)]
+        assert cut.bytes.tolist() == val.bytes[: len(cut.bytes)].tolist()
+        assert cut.tokens.tolist() == ids[: len(cut.tokens)]
     with pytest.raises(tg.BadInput, match=rf"{len(ids) - 1} targets.*EVAL_SEQ_LEN={len(ids)}"):
         tg.load_validation(tg.Settings.parse([*args, f"EVAL_SEQ_LEN={len(ids)}"]), ref.alone(), sp)
     with pytest.raises(tg.BadInput, match="63 targets.*EVAL_SEQ_LEN=64"):
@@ -316,13 +337,15 @@ def check_bytes(toy, folder, manifest, whole=True):
     sp, path, _ = tg.load_tokenizer(s)
     val = tg.load_validation(s, ref.alone(), sp)
     (folder / "manifest.json").write_bytes(manifest)
-    run = SimpleNamespace(s=tg.Settings.parse([*toy, f"DATA_PATH={folder}"]), validity=tg.Validity(), log=lambda *_, **__: None)
+    run = SimpleNamespace(s=tg.Settings.parse([*toy, f"DATA_PATH={folder}"]), validity=tg.Validity(),
+                          log=lambda *_, **__: None)
     tg._check_bytes(run, sp, val._replace(whole=whole))
     return run.validity.reasons
 
 
 MANIFESTS = dict(empty=b"", no_splits=b"{}", a_list=b"[]", a_number=b'{"splits": 3}', not_text=b"\xff",
-                 words=b'{"splits": {"val": {"tokens": "x", "bytes": 1}}}', infinite=b'{"splits": {"val": {"tokens": 1e999, "bytes": 1}}}',
+                 words=b'{"splits": {"val": {"tokens": "x", "bytes": 1}}}',
+                 infinite=b'{"splits": {"val": {"tokens": 1e999, "bytes": 1}}}',
                  deep=b"[" * 100_000)
 
 
@@ -337,6 +360,8 @@ def test_a_manifest_that_disagrees_makes_the_score_invalid(toy, tmp_path):
     sp, *_ = tg.load_tokenizer(s)
     val = tg.load_validation(s, ref.alone(), sp)
     tokens, nbytes = len(val.tokens), int(val.bytes.sum())
-    for more_tokens, more_bytes, whole, ok in ((0, 0, True, True), (0, 1, True, False), (1, 0, True, False), (0, 1, False, True)):
-        manifest = json.dumps({"splits": {"val": {"tokens": tokens + more_tokens, "bytes": nbytes + more_bytes}}}).encode()
+    for more_tokens, more_bytes, whole, ok in ((0, 0, True, True), (0, 1, True, False), (1, 0, True, False),
+                                               (0, 1, False, True)):
+        manifest = json.dumps({"splits": {"val": {"tokens": tokens + more_tokens,
+                                                  "bytes": nbytes + more_bytes}}}).encode()
         assert (check_bytes(toy, tmp_path, manifest, whole) == []) == ok

@@ -1,4 +1,4 @@
-"""The metric: windows, the one score loop against a brute-force float64 scorer, and every broken scorer that it must expose."""
+"""The metric: windows, the one score loop against a brute-force float64 scorer, and broken scorers it must expose."""
 
 import math
 
@@ -17,7 +17,8 @@ CPU = torch.device("cpu")
 def stream_of(n, vocab=32, seed=0, whole=True):
     """n targets with a few bytes each, drawn at random."""
     rng = np.random.default_rng(seed)
-    return tg.ValStream(ref.tokens(vocab, n + 1, seed=seed).int(), torch.from_numpy(rng.integers(0, 9, n).astype(np.int16)), whole)
+    return tg.ValStream(ref.tokens(vocab, n + 1, seed=seed).int(),
+                        torch.from_numpy(rng.integers(0, 9, n).astype(np.int16)), whole)
 
 
 def scored(predictor, stream, length, stride=0, batch=3, rt=None, **options):
@@ -28,7 +29,8 @@ def scored(predictor, stream, length, stride=0, batch=3, rt=None, **options):
 
 
 def small_model(**changes):
-    s = ref.small(num_layers=2, ve_layers=(1,), model_dim=8, num_heads=2, num_kv_heads=1, eval_seq_len=8, train_seq_len=8, **changes)
+    s = ref.small(num_layers=2, ve_layers=(1,), model_dim=8, num_heads=2, num_kv_heads=1, eval_seq_len=8,
+                  train_seq_len=8, **changes)
     return s, ref.randomise(tg.GPT(s), seed=1, spread=0.4)
 
 
@@ -82,15 +84,18 @@ def test_chunks_carry_the_streams_own_tokens_and_ranks_share_them(length, more, 
     stream, stride = stream_of(length + more, vocab=1000), data.draw(st.integers(0, length))
     alone, seen = [], []
     for chunk in tg.chunks(stream, length, stride, batch, ref.alone()):
-        assert chunk.x.shape == chunk.y.shape and chunk.x.shape[1] == length and chunk.x.dtype == torch.int64 and len(chunk.at) == len(chunk.x) <= batch
+        assert chunk.x.shape == chunk.y.shape and chunk.x.shape[1] == length and chunk.x.dtype == torch.int64
+        assert len(chunk.at) == len(chunk.x) <= batch
         for x, y, at in zip(chunk.x, chunk.y, chunk.at.tolist()):
             start = at + chunk.keep - length
-            assert torch.equal(x, stream.tokens[start : start + length].long()) and torch.equal(y, stream.tokens[start + 1 : start + length + 1].long())
+            assert torch.equal(x, stream.tokens[start : start + length].long())
+            assert torch.equal(y, stream.tokens[start + 1 : start + length + 1].long())
             alone += [(start, target) for target in range(at, at + chunk.keep)]
     assert sorted(target for _, target in alone) == list(range(length + more))
     for member in ref.Ranks(world).members:
         for chunk in tg.chunks(stream, length, stride, batch, member):
-            seen += [(at + chunk.keep - length, target) for at in chunk.at.tolist() for target in range(at, at + chunk.keep)]
+            seen += [(at + chunk.keep - length, target) for at in chunk.at.tolist()
+                     for target in range(at, at + chunk.keep)]
     assert sorted(seen) == sorted(alone)
 
 
@@ -101,7 +106,8 @@ def test_compiled_chunks_all_have_one_shape():
     parts = list(tg.chunks(stream, 8, 3, 4, rt))
     assert {tuple(chunk.x.shape) for chunk in parts} == {(4, 8)} and any(len(chunk.at) < 4 for chunk in parts)
     s, model = small_model()
-    assert scored(tg.ModelPredictor(model, rt), stream, 8, 3, 4, rt) == scored(tg.ModelPredictor(model, ref.alone()), stream, 8, 3, 4)
+    predictor = tg.ModelPredictor(model, rt)
+    assert scored(predictor, stream, 8, 3, 4, rt) == scored(predictor, stream, 8, 3, 4)
 
 
 # --- the score -------------------------------------------------------------------------------------------------------
@@ -131,8 +137,8 @@ def test_the_score_does_not_depend_on_batch_or_ranks(more, stride, batch, world,
     s, model = small_model()
     stream = stream_of(8 + more, seed=seed)
     one, _ = scored(tg.ModelPredictor(model, ref.alone()), stream, 8, stride, batch=5)
-    for result, reasons in [scored(tg.ModelPredictor(model, ref.alone()), stream, 8, stride, batch),
-                            *ref.Ranks(world).together(lambda rt: scored(tg.ModelPredictor(model, rt), stream, 8, stride, batch, rt))]:
+    work = lambda rt: scored(tg.ModelPredictor(model, rt), stream, 8, stride, batch, rt)
+    for result, reasons in [work(ref.alone()), *ref.Ranks(world).together(work)]:
         assert reasons == [] and result[2:] == one[2:]
         assert result.loss == pytest.approx(one.loss, rel=1e-6) and result.bpb == pytest.approx(one.bpb, rel=1e-6)
 
@@ -140,11 +146,12 @@ def test_the_score_does_not_depend_on_batch_or_ranks(more, stride, batch, world,
 def test_contiguous_equals_a_stride_of_the_length():
     s, model = small_model()
     stream = stream_of(45)
-    assert scored(tg.ModelPredictor(model, ref.alone()), stream, 8, 0) == scored(tg.ModelPredictor(model, ref.alone()), stream, 8, 8)
+    predictor = tg.ModelPredictor(model, ref.alone())
+    assert scored(predictor, stream, 8, 0) == scored(predictor, stream, 8, 8)
 
 
 def test_more_context_lowers_the_loss_of_a_model_that_uses_it():
-    """Windows that overlap by four or two positions, or not at all, for a text of period five and a model that copies."""
+    """Windows that overlap by four or two positions or not at all; a text of period five, a model that copies."""
 
     class Copy(tg.Predictor):
         """Knows what comes after four inputs, and nothing before."""
@@ -156,7 +163,8 @@ def test_more_context_lowers_the_loss_of_a_model_that_uses_it():
 
     ids = torch.tensor([3, 1, 4, 15, 9] * 12, dtype=torch.int32)
     stream = tg.ValStream(ids, torch.ones(59, dtype=torch.int16), True)
-    assert scored(Copy(), stream, 8, 4)[0].loss < scored(Copy(), stream, 8, 6)[0].loss < scored(Copy(), stream, 8, 0)[0].loss
+    losses = [scored(Copy(), stream, 8, stride)[0].loss for stride in (4, 6, 0)]
+    assert losses[0] < losses[1] < losses[2]
 
 
 def test_sums_are_float64():
@@ -208,11 +216,12 @@ def test_the_fused_nll_is_what_predict_says(keep, softcap):
     torch.testing.assert_close(said.exp().sum(-1), torch.ones(3, keep), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(predictor.predict(x)[:, -keep:], said, rtol=1e-5, atol=1e-6)
     docs = tg.Docs(torch.zeros_like(x, dtype=torch.bool))
-    assert not torch.equal(predictor.predict(x, docs), predictor.predict(x)) and not predictor.nll(x, y, keep, docs).requires_grad
+    assert not torch.equal(predictor.predict(x, docs), predictor.predict(x))
+    assert not predictor.nll(x, y, keep, docs).requires_grad
 
 
 def test_observe_comes_after_scoring_and_learning_is_legal():
-    """An adaptive unigram: scores a chunk by the counts of earlier ones. Valid; and its score is that of the definition."""
+    """An adaptive unigram scores a chunk by the counts of earlier ones: valid, and as the definition says."""
 
     class Counts(tg.Predictor):
         def __init__(self):
@@ -253,7 +262,9 @@ class Broken(tg.Predictor):
         return out
 
     def nll(self, x, y, keep, docs=None):
-        out = super().nll(x, y, keep) - self.bonus if self.nan_in != "predict" else torch.full((len(x), keep), math.log(32))
+        if self.nan_in == "predict":
+            return torch.full((len(x), keep), math.log(32))
+        out = super().nll(x, y, keep) - self.bonus
         if self.nan_in == "nll":
             out[0, 0] = math.nan
         return out
@@ -272,7 +283,7 @@ def test_a_fused_path_that_knows_better_than_its_distribution_is_c2():
 
 
 def test_a_bonus_for_the_right_token_in_a_later_chunk_or_row_is_c2():
-    """Every chunk of a short stream is a sample that a cheat must pass: here it cheats in one chunk only, or in one row only."""
+    """Chunks that are sampled: the first and every `check_every`-th."""
 
     class Sometimes(Broken):
         def __init__(self, chunk, row):
@@ -308,11 +319,15 @@ def test_infinite_nats_are_not_valid():
 
 
 @pytest.mark.parametrize("change", [
-    lambda parts: parts[:-1], lambda parts: parts[1:], lambda parts: parts + parts[:1], lambda parts: parts + parts[-1:] * 2, lambda parts: [],
-    lambda parts: parts[:1] + [parts[1]._replace(at=parts[1].at + 1)] + parts[2:], lambda parts: parts + [parts[0]] * 255,
+    lambda parts: parts[:-1], lambda parts: parts[1:], lambda parts: parts + parts[:1],
+    lambda parts: parts + parts[-1:] * 2, lambda parts: [],
+    lambda parts: parts[:1] + [parts[1]._replace(at=parts[1].at + 1)] + parts[2:],
+    lambda parts: parts + [parts[0]] * 255,
     lambda parts: parts + [parts[0]] * 256, lambda parts: [part for part in parts for _ in range(257)],
-    lambda parts: [part._replace(keep=1, at=part.at + part.keep - 1) for part in parts], lambda parts: parts[:1] * 257 + parts[1:],
-], ids=["last missing", "first missing", "one twice", "last three times", "nothing", "shifted", "256 times", "257 times", "all 257 times", "only the last",
+    lambda parts: [part._replace(keep=1, at=part.at + part.keep - 1) for part in parts],
+    lambda parts: parts[:1] * 257 + parts[1:],
+], ids=["last missing", "first missing", "one twice", "last three times", "nothing", "shifted", "256 times",
+        "257 times", "all 257 times", "only the last",
         "first 257 times"])
 def test_targets_scored_twice_or_never_are_c4(change):
     stream, validity = stream_of(50), tg.Validity()

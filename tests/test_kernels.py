@@ -1,4 +1,4 @@
-"""Attention kernels against loops, and the choice among them: the first that works, every other named, nothing silent."""
+"""Attention kernels against loops, and the choice among them: the first that works, every other one named."""
 
 import math
 from functools import partial
@@ -27,10 +27,12 @@ def loops(q, k, v):
 
 def inputs(batch, length, kv, group, channels, seed=0, size=1.0):
     generator = torch.Generator().manual_seed(seed)
-    return [(size * torch.randn(batch, length, heads, channels, dtype=torch.float64, generator=generator)).requires_grad_() for heads in (kv * group, kv, kv)]
+    draw = lambda heads: torch.randn(batch, length, heads, channels, dtype=torch.float64, generator=generator)
+    return [(size * draw(heads)).requires_grad_() for heads in (kv * group, kv, kv)]
 
 
-shapes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 3), st.integers(1, 3), st.integers(1, 6), st.integers(0, 99),
+shapes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 3), st.integers(1, 3), st.integers(1, 6),
+                   st.integers(0, 99),
                    st.sampled_from([0.1, 1.0, 20.0]))
 
 
@@ -49,7 +51,8 @@ def test_attention_equals_the_loops(attend, shape):
 def test_gradients_of_the_kernel_are_those_of_the_reference(shape):
     leaves = inputs(*shape)
     weight = torch.randn(leaves[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    a, b = (torch.autograd.grad((attend(*leaves) * weight).sum(), leaves) for attend in (tg.attend_sdpa, tg.attend_reference))
+    a, b = (torch.autograd.grad((attend(*leaves) * weight).sum(), leaves)
+            for attend in (tg.attend_sdpa, tg.attend_reference))
     for x, y in zip(a, b):
         torch.testing.assert_close(x, y, rtol=1e-7, atol=1e-9)
 
@@ -81,14 +84,16 @@ def test_a_cpu_takes_math_and_says_why(kernels):
     rt = runtime()
     assert tg.pick_attention(ref.small(kernels=kernels), rt) is tg.attend_sdpa
     (name, choice, reason), = rt.choices
-    assert (name, choice) == ("attention", "math") and all(f"{other}: " in reason for other in ("fa3", "cudnn", "flash")) and "\n" not in reason
+    assert (name, choice) == ("attention", "math")
+    assert all(f"{other}: " in reason for other in ("fa3", "cudnn", "flash")) and "\n" not in reason
 
 
 def test_require_makes_the_fallback_an_error_that_names_it():
     with pytest.raises(tg.BadInput, match="KERNELS=require.*math.*fa3: .*cudnn: .*flash: ") as error:
         tg.pick_attention(ref.small(kernels="require"), runtime())
     assert "\n" not in str(error.value)
-    assert tg.pick_attention(ref.small(kernels="require", attention="math"), runtime()) is tg.attend_sdpa  # asked for: no fallback
+    # asked for: no fallback
+    assert tg.pick_attention(ref.small(kernels="require", attention="math"), runtime()) is tg.attend_sdpa
 
 
 @pytest.mark.parametrize("name", ["fa3", "cudnn", "flash"])
@@ -142,17 +147,26 @@ class CompilationError(Exception):
 
 
 WRONG = {
-    "not causal": reverse, "other head mapping": heads_interleaved, "scaled": lambda q, k, v: 1.1 * tg.attend_reference(q, k, v),
-    "other softmax scale": lambda q, k, v: tg.attend_reference(1.3 * q, k, v), "not a number": lambda q, k, v: tg.attend_reference(q, k, v) * math.nan,
-    "one not a number": lambda q, k, v: torch.where(torch.arange(q.size(1)) == 5, math.nan, tg.attend_reference(q, k, v).transpose(1, 3)).transpose(1, 3),
-    "zeros": lambda q, k, v: 0 * tg.attend_reference(q, k, v), "infinite": lambda q, k, v: tg.attend_reference(q, k, v) / 0.0,
-    "gradient of q": spoilt(lambda g: 1.2 * g, 0), "gradient of k": spoilt(lambda g: -g, 1), "gradient of v": spoilt(lambda g: 0 * g, 2),
-    "gradient of q not a number": spoilt(lambda g: g * math.nan, 0), "gradient of v not a number": spoilt(lambda g: g * math.nan, 2),
+    "not causal": reverse, "other head mapping": heads_interleaved,
+    "scaled": lambda q, k, v: 1.1 * tg.attend_reference(q, k, v),
+    "other softmax scale": lambda q, k, v: tg.attend_reference(1.3 * q, k, v),
+    "not a number": lambda q, k, v: tg.attend_reference(q, k, v) * math.nan,
+    "one not a number": lambda q, k, v: torch.where(torch.arange(q.size(1)) == 5, math.nan,
+                                                    tg.attend_reference(q, k, v).transpose(1, 3)).transpose(1, 3),
+    "zeros": lambda q, k, v: 0 * tg.attend_reference(q, k, v),
+    "infinite": lambda q, k, v: tg.attend_reference(q, k, v) / 0.0,
+    "gradient of q": spoilt(lambda g: 1.2 * g, 0), "gradient of k": spoilt(lambda g: -g, 1),
+    "gradient of v": spoilt(lambda g: 0 * g, 2),
+    "gradient of q not a number": spoilt(lambda g: g * math.nan, 0),
+    "gradient of v not a number": spoilt(lambda g: g * math.nan, 2),
     "no gradient": lambda q, k, v: tg.attend_reference(q, k, v).detach(),
     **{f"raises {type(error).__name__}({error})": raising(error) for error in (
-        RuntimeError("CUDA error: no kernel image is available\nand a second line"), RuntimeError(), ImportError("libcudart.so"), OSError("undefined symbol"),
-        TypeError("unexpected keyword argument"), ValueError("head_dim not supported"), AssertionError(), AssertionError("only fp16"),
-        AttributeError("no attribute varlen"), NotImplementedError(), KeyError("sm_120"), IndexError("out of range"), CompilationError("at 12:7"))},
+        RuntimeError("CUDA error: no kernel image is available\nand a second line"), RuntimeError(),
+        ImportError("libcudart.so"), OSError("undefined symbol"),
+        TypeError("unexpected keyword argument"), ValueError("head_dim not supported"), AssertionError(),
+        AssertionError("only fp16"),
+        AttributeError("no attribute varlen"), NotImplementedError(), KeyError("sm_120"), IndexError("out of range"),
+        CompilationError("at 12:7"))},
 }
 
 
@@ -185,7 +199,8 @@ def test_a_kernel_that_is_right_is_taken(pretend, dtype, heads):
     attend = lambda q, k, v: tg.attend_reference(q, k, v)
     pretend(attend)
     rt = runtime(dtype)
-    assert tg.pick_attention(ref.small(num_heads=heads[0], num_kv_heads=heads[1]), rt) is attend and rt.choices[0][1] == "fa3"
+    assert tg.pick_attention(ref.small(num_heads=heads[0], num_kv_heads=heads[1]), rt) is attend
+    assert rt.choices[0][1] == "fa3"
     assert tg.pick_attention(ref.small(attention="fa3", kernels="require"), runtime(dtype)) is attend
 
 
@@ -204,7 +219,8 @@ def test_flash_attention_3_is_imported_once_and_its_tuple_unpacked(monkeypatch):
     q, k, v = inputs(1, 5, 2, 2, 4)
     torch.testing.assert_close(attend(q, k, v), tg.attend_sdpa(q, k, v))
     assert calls and all(calls)
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=lambda q, k, v, causal: tg.attend_reference(q, k, v)))
+    monkeypatch.setitem(sys.modules, "flash_attn_interface",
+                        SimpleNamespace(flash_attn_func=lambda q, k, v, causal: tg.attend_reference(q, k, v)))
     torch.testing.assert_close(tg.pick_attention(ref.small(), runtime())(q, k, v), tg.attend_sdpa(q, k, v))
 
 
@@ -224,11 +240,13 @@ def test_the_check_leaves_the_random_state_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(num_kv_heads=4), dict(num_kv_heads=1, xsa_last_n=3), dict(rope_dims=0)])
+@pytest.mark.parametrize("changes", [dict(), dict(num_kv_heads=4), dict(num_kv_heads=1, xsa_last_n=3),
+                                     dict(rope_dims=0)])
 def test_the_model_is_the_same_with_the_reference_kernel(changes):
     """The kernel is an argument of the model: every forward and backward goes through it."""
     s = ref.small(**changes)
-    models = [ref.randomise(tg.GPT(s, attend=attend), spread=0.3) for attend in (None, tg.attend_sdpa, tg.attend_reference)]
+    models = [ref.randomise(tg.GPT(s, attend=attend), spread=0.3)
+              for attend in (None, tg.attend_sdpa, tg.attend_reference)]
     ids = ref.tokens(32, 2, 12)
     for model in models:
         model(ids, ids).backward()

