@@ -1726,10 +1726,12 @@ def score(predictor, chunks, stream, rt, validity, log=None, check_every=64):
 
 
 def _distribution_error(predictor, chunk, nll):
-    """How far the distributions of a chunk's first row are from summing to 1, or its nll from what they say, in log."""
-    row = predictor.predict(chunk.x, keep=chunk.keep)[:1]
-    said = -row.gather(-1, chunk.y[:1, -chunk.keep :, None]).squeeze(-1)
-    return torch.stack([row.double().logsumexp(-1).abs().max(), (said - nll[:1]).double().abs().max()]).max().item()
+    """How far a chunk's distributions are from summing to 1, or its nll from what they say, in log."""
+    errors = []
+    for said, y, row in zip(predictor.predict(chunk.x, keep=chunk.keep), chunk.y, nll):
+        target = said.gather(-1, y[-chunk.keep :, None]).squeeze(-1)
+        errors += [said.double().logsumexp(-1).abs().max(), (target + row).double().abs().max()]
+    return torch.stack(errors).max().item()
 
 
 class Validity:

@@ -300,6 +300,7 @@ def test_a_bonus_for_the_right_token_in_a_later_chunk_or_row_is_c2():
     assert scored(Sometimes(0, 0), stream_of(200), 8, batch=4, check_every=1)[1] != []
     assert scored(Sometimes(4, 0), stream_of(200), 8, batch=4, check_every=1)[1] != []
     assert scored(Sometimes(64, 0), stream_of(3000), 8, batch=4)[1] != []
+    assert scored(Sometimes(64, 3), stream_of(3000), 8, batch=4)[1] != []
 
 
 @pytest.mark.parametrize("where", ["nll", "predict"])
