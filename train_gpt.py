@@ -536,9 +536,7 @@ class Log:
         if text is None:
             text = " ".join([event] + [f"{key}:{_word(value)}" for key, value in values.items()])
         self.line(text)
-        # JSON has no nan: an unknown number is null.
-        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._write(1, json.dumps({"event": event, **known}, default=str))
+        self._write(1, to_json({"event": event, **values}))
 
     def line(self, text, console=True):
         self._write(0, text)
@@ -563,6 +561,12 @@ class Log:
         full = int(24 * min(done / total, 1.0))
         print(f"\r\x1b[K{what} [{'#' * full}{'.' * (24 - full)}] {done / total:4.0%} {rate}", end="", flush=True)
         self._bar = True
+
+
+def to_json(values, indent=None):
+    """JSON has no nan: a number that is none becomes null."""
+    known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return json.dumps(known, default=str, indent=indent)
 
 
 def _word(value):
@@ -1954,6 +1958,7 @@ class Run:
 
     def __init__(self, s, rt, out_dir, attend):
         self.s, self.rt, self.out_dir, self.attend = s, rt, out_dir, attend
+        self.source = Path(__file__).read_bytes()  # once: what is counted and hashed is what runs, edited since or not
         self.log = Log(out_dir, rt.rank == 0, append=bool(s.resume))
         self.clock, self.validity, self.facts = Clock(rt.sync), Validity(), {}
 
@@ -2239,7 +2244,7 @@ def _report_never_reached(run, step, lowest):
 
 def export(run, model, tokenizer_sha256):
     """Write the artifact, account for every byte of the submission; returns the artifact's path."""
-    s, path, code_bytes = run.s, run.out_dir / "model.pg", Path(__file__).stat().st_size
+    s, path, code_bytes = run.s, run.out_dir / "model.pg", len(run.source)
     with run.clock.phase("export"):
         info = save_artifact(path, model, s, tokenizer_sha256, run.log) if run.rt.rank == 0 else None
     info = run.rt.same(info)
@@ -2324,19 +2329,18 @@ def summarise(run):
                "eligible_reasons": validity.eligible_reasons, **seconds, "seed": s.seed, "world_size": rt.world,
                "device": rt.device_name(), "data": Path(s.data_path).name, "settings": s.text(),
                "settings_hash": s.sha256(), "run_id": run.out_dir.name,
-               "code_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
-    summary = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
+               "code_sha256": hashlib.sha256(run.source).hexdigest()}
     try:
         if rt.rank == 0:
-            write_atomic(run.out_dir / "summary.json", [json.dumps(summary, indent=1).encode()])
+            write_atomic(run.out_dir / "summary.json", [to_json(summary, indent=1).encode()])
     except BadInput as error:
         run.log("warning", note=str(error))
-    run.log("summary", f"summary {json.dumps(summary)}", **summary)
+    run.log("summary", f"summary {to_json(summary)}", **summary)
 
 
 def log_header(run, argv):
     """What a reader years later needs: source, commit, versions, device, settings, every automatic choice."""
-    log, source = run.log, Path(__file__).read_text(encoding="utf-8")
+    log = run.log
     if not log.main:
         return
 
@@ -2349,11 +2353,11 @@ def log_header(run, argv):
             return ""
 
     rule, versions = "=" * 100, f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}"
-    for text in (source, rule, versions, output("nvidia-smi"), rule):
+    for text in (run.source.decode(), rule, versions, output("nvidia-smi"), rule):
         log.line(text, console=False)
     log("run", out_dir=run.out_dir, commit=output("git", "rev-parse", "--short=12", "HEAD") or "none",
         changed_files=len(output("git", "status", "--porcelain").splitlines()),
-        code_sha256=hashlib.sha256(source.encode()).hexdigest()[:16], torch=torch.__version__, numpy=np.__version__,
+        code_sha256=hashlib.sha256(run.source).hexdigest()[:16], torch=torch.__version__, numpy=np.__version__,
         threads=torch.get_num_threads(), world_size=run.rt.world, command=shlex.join(argv))
     log("settings", f"settings {run.s.text()}".strip(), settings=run.s.text(), settings_hash=run.s.sha256())
     for name, choice, reason in run.rt.choices:
