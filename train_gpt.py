@@ -1441,6 +1441,13 @@ MAGIC, ARTIFACT_VERSION, PREFIX = b"PGOLF\r\n\x1a", 1, struct.Struct("<8sHIII")
 MAX_HEADER, MAX_RAW = 1 << 22, 1 << 29
 
 
+def read_file(path):
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+
+
 def write_atomic(path, chunks):
     """Complete under its name, or not there at all: temporary name, fsync, rename. Returns the SHA-256 of the bytes."""
     path = Path(path)
@@ -1566,12 +1573,12 @@ def save_artifact(path, model, s, tokenizer_sha256="", log=None):
     return {"bytes": sum(map(len, chunks)), "sha256": sha256, "compressor": used}
 
 
-def read_artifact(path):
-    """(header, {stream: (compressor, packed bytes, raw size)}): all that can be checked without a model is checked."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+def read_artifact(path, data=None):
+    """(header, {stream: (compressor, packed bytes, raw size)}): all that can be checked without a model is checked.
+
+    `data`: the file's bytes, where they are at hand.
+    """
+    data = read_file(path) if data is None else data
     if len(data) < PREFIX.size or data[:8] != MAGIC:
         raise BadInput(f"{path}: not an artifact of this script (offset 0: found {data[:8]!r}, expected {MAGIC!r})")
     _, version, packed, raw, checksum = PREFIX.unpack_from(data)
@@ -1617,9 +1624,9 @@ def artifact_settings(path, header, given):
     return replace(given, **{f.name: getattr(stored, f.name) for f in model_fields()})
 
 
-def load_artifact(path, settings=None, dtype=torch.float32, attend=None, device="cpu"):
+def load_artifact(path, settings=None, dtype=torch.float32, attend=None, device="cpu", data=None):
     """-> (settings, model). The file must fit a model of its settings before anything of that size is allocated."""
-    header, streams = read_artifact(path)
+    header, streams = read_artifact(path, data)
     s = artifact_settings(path, header, settings or Settings())
     with torch.device("meta"):
         skeleton = GPT(s, init=False)
@@ -2058,10 +2065,7 @@ def checkpoints(out_dir):
 
 def read_checkpoint(path):
     """Bytes of a whole checkpoint, or BadInput that says what is wrong with the file."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    data = read_file(path)
     if not data.startswith(CHECKPOINT_MAGIC) or hashlib.sha256(data[:-32]).digest() != data[-32:]:
         raise BadInput(f"{path}: not a whole checkpoint of this script (its beginning or its checksum is wrong)")
     return data[len(CHECKPOINT_MAGIC) : -32]
@@ -2267,8 +2271,9 @@ def evaluate(run, path):
     """Load the artifact that was written, and nothing else, and score it."""
     s, rt = run.s, run.rt
     with run.clock.phase("eval"):
-        stored = read_artifact(path)[0]["tokenizer_sha256"]
-        s, model = load_artifact(path, s, rt.dtype, run.attend, rt.device)
+        data = rt.same(read_file(path) if rt.rank == 0 else None)  # over nodes, only rank 0's disk has the file
+        stored = read_artifact(path, data)[0]["tokenizer_sha256"]
+        s, model = load_artifact(path, s, rt.dtype, run.attend, rt.device, data)
         sp, _, tokenizer_sha256 = load_tokenizer(s)
         if stored and stored != tokenizer_sha256:
             raise BadInput(f"{path} was trained with another tokenizer (SHA-256 {stored[:12]}, this one "
