@@ -8,17 +8,17 @@ the lowest bits per byte (BPB) whose code + compressed weights fit in 16,000,000
 
 The rooms of this file, in reading order
      1 Settings     one frozen dataclass: the field is the environment variable
-     2 Runtime      device, dtype, ranks, clocks, log; the only other reader of the environment
-     3 Model parts  norm, Linear, tables, rotary, smear, n-gram hash, value embedding, attention, MLP
-     4 Model        layer plan, Block, GPT, adapters, roles
-     5 Optimizer    orthogonalisation, MuonAdam for 1..N ranks, schedules, weight averages
+     2 Model parts  norm, Linear, tables, rotary, smear, n-gram hash, value embedding, gates, attention, MLP
+     3 Model        skips, lanes, layer plan, Block, GPT, the training objective, roles
+     4 Runtime      settings from outside; device, dtype, ranks; the only other reader of the environment
+     5 Optimizer    orthogonalisation, MuonAdam for 1..N ranks, schedules, complementary weights, weight averages
      6 Data         shard format, token stream, validation stream, bytes per token
      7 Quantisation codecs: encode / decode
      8 Artifact     container, compressors, save, load, size
      9 Evaluation   windows, the one score loop, the validity ledger: the definition of the metric
     10 Predictors   what is scored
     11 Kernels      fused kernels beside their reference, and who was chosen
-    12 Train loop, main
+    12 Clock, log, train loop, main
 
 Axes: B sequences, T positions, D model width, H query heads, K key/value heads, C channels of a head, V vocabulary.
 "#N" is pull request or issue N of openai/parameter-golf.
@@ -28,6 +28,7 @@ import contextlib
 import difflib
 import hashlib
 import importlib.util
+import inspect
 import io
 import json
 import lzma
@@ -41,6 +42,7 @@ import sys
 import time
 import zlib
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -81,10 +83,13 @@ class Stopped(Exception):
 # ---------------------------------------------------------------------------------------------------------------------
 
 Layers = tuple[int, ...]  # "9,10"; an empty value means none
+Betas = tuple[float, ...]  # "0.9,0.95"; empty: BETA1,BETA2
+Stages = tuple[tuple[int, float], ...]  # "1024@0.1,2048@1": a size, and the fraction of the run up to which it holds
 
 
-def opt(room, default, doc, lo=None, hi=None):
-    return field(default=default, metadata=dict(room=room, doc=doc, lo=lo, hi=hi))
+def opt(room, default, doc, lo=None, hi=None, on=""):
+    """`on`: the settings without which this one does nothing, as "ve_dim" or "average=swa|best"; a comma means or."""
+    return field(default=default, metadata=dict(room=room, doc=doc, lo=lo, hi=hi, on=on))
 
 
 _run, _data, _model, _train, _average, _pack, _eval = (partial(opt, room) for room in (
@@ -123,51 +128,109 @@ class Settings:
     mlp_mult: float = _model(3.0, "hidden width of the MLP as a multiple of MODEL_DIM", 0.25, 16)
     leaky_slope: float = _model(0.5, "MLP activation leaky_relu(x, slope)^2; 0 is ReLU^2 (#549)", 0, 1)
     logit_softcap: float = _model(30.0, "logits = cap * tanh(logits / cap); 0: no cap", 0)
-    tied_embed_init_std: float = _model(0.005, "initial standard deviation of the embedding, also the head", 0)
+    tie_embeddings: bool = _model(True, "the token table is also the head; 0: a head of its own, zero at first")
+    embed_dim: int = _model(0, "width of the token table, projected to MODEL_DIM (factorised); 0: MODEL_DIM", 0, 16384)
+    tied_embed_init_std: float = _model(0.005, "initial standard deviation of the token table", 0)
     qk_gain_init: float = _model(1.5, "initial learned gain of the normalised queries, per head", 0)
     rope_dims: int = _model(16, "channels of a head that rotate with position; the rest carry no position", 0, 1024)
     rope_base: float = _model(22081.8, "rotary base at every length: 10000 * 2^(8/7), the NTK rule at 2048", 1)
     xsa_last_n: int = _model(4, "exclusive self-attention on the last N layers (#265)", 0, 256)
+    attn_gate: Literal["none", "head", "dense", "sparse"] = _model("none", "gate on each head (#1667, #1736, #1787)")
+    gate_window: int = _model(12, "channels such gates read", 1, 16384, on="attn_gate=head|sparse,smear_gate=scalar")
+    sparse_attn_gate_scale: float = _model(1.0, "factor inside the sparse gate's sigmoid", 0, on="attn_gate=sparse")
+    value_residual: Literal["none", "vrl", "pair", "sigmoid"] = _model("none", "layer 0's values in later layers")
     ln_scale: bool = _model(True, "scale the normed input of layer i by 1/sqrt(i+1)")
     resid_mix: bool = _model(True, "each block starts from a learned mix of the stream and the first embedding")
-    skips: Literal["none", "linear"] = _model("linear", "U-Net skips from the first to the second half of the layers")
-    smear_gate: bool = _model(True, "learned per-channel mix of each embedding with the previous one")
-    doc_mask: Literal["none", "inputs"] = _model("inputs", "inputs: SmearGate and n-gram hash stop at BOS (#1855)")
+    skips: Literal["none", "linear", "sigmoid", "gated"] = _model("linear", "U-Net skips (sigmoid #1539, gated #1394)")
+    skip_pairs: int = _model(0, "most skips; 0: half the visits of the longest plan", 0, 256,
+                             on="skips=linear|sigmoid|gated")
+    num_loops: int = _model(0, "depth recurrence: further passes over layers LOOP_START..LOOP_END (#1394)", 0, 16)
+    loop_start: int = _model(3, "first layer of the loop", 0, 255, on="num_loops")
+    loop_end: int = _model(5, "last layer of the loop", 0, 255, on="num_loops")
+    loop_order: Literal["range", "layer"] = _model("range", "3,4,3,4 or (#1033) 3,3,4,4", on="num_loops")
+    enable_looping_at: float = _model(0.35, "fraction of the run from which it loops", 0, 0.999, on="num_loops")
+    parallel_residual: Literal["none", "gptj", "lanes", "routed"] = _model(
+        "none", "attention beside MLP: on one stream (#1412), on two lanes (#1539), with learned routing (#1529)")
+    parallel_start_layer: int = _model(7, "from this layer on", 0, 255, on="parallel_residual=gptj|lanes|routed")
+    parallel_final_lane: Literal["mean", "learned"] = _model("mean", "how the two lanes are merged",
+                                                             on="parallel_residual=lanes|routed")
+    smear_gate: Literal["none", "channel", "scalar"] = _model(
+        "channel", "mix of each embedding with the previous one: a gate per channel, or one from 12 features (#1667)")
+    doc_mask: Literal["none", "inputs", "attention"] = _model(
+        "inputs", "what stops at BOS: nothing; SmearGate and n-gram hash (#1855); attention, too (#1530)")
     bigram_vocab_size: int = _model(2048, "rows of the hashed bigram table; 0: off", 0, 2**24)
-    bigram_dim: int = _model(128, "width of the bigram table", 1, 16384)
+    bigram_dim: int = _model(128, "width of the bigram table", 1, 16384, on="bigram_vocab_size")
+    trigram: bool = _model(False, "add the hashed trigram's row of the bigram table (#1539)", on="bigram_vocab_size")
+    trigram_vocab_size: int = _model(0, "rows of a hashed trigram table of its own (#1311); 0: off", 0, 2**24)
+    trigram_dim: int = _model(128, "width of the trigram table", 1, 16384, on="trigram_vocab_size")
     ve_dim: int = _model(128, "width of the value embedding table; 0: off", 0, 16384)
-    ve_layers: Layers = _model((9, 10), "layers whose values get the value embedding")
+    ve_layers: Layers = _model((9, 10), "layers whose values get the value embedding", on="ve_dim")
 
     iterations: int = _train(20000, "stop after N steps; 0: no limit", 0)
     max_wallclock_seconds: float = _train(600.0, "stop before the training clock passes this; 0: no limit", 0)
     train_batch_tokens: int = _train(786432, "tokens of a step over all ranks", 1)
+    train_batch_schedule: Stages = _train((), "such as 196608@0.2,786432@1; replaces TRAIN_BATCH_TOKENS")
     train_seq_len: int = _train(2048, "length of a training sequence", 2, 2**20)
+    train_seq_schedule: Stages = _train((), "such as 1024@0.1,2048@1 (#2014); replaces TRAIN_SEQ_LEN")
+    seq_change_warmup_steps: int = _train(0, "steps over which the learning rate rises again after a stage", 0,
+                                          on="train_seq_schedule,train_batch_schedule")
     micro_batch_tokens: int = _train(98304, "most tokens a rank forwards at once; more are accumulated", 1)
+    loader: Literal["sequential", "coprime", "shuffled", "packed"] = _train(
+        "sequential", "the stream in order; blocks by coprime strides (#1060), shuffled (#1394); documents (#1530)")
     warmup_steps: int = _train(3, "steps on synthetic tokens that compile everything and are undone", 0)
     lr_warmup_steps: int = _train(0, "steps over which the learning rate rises from 0", 0)
     warmdown_frac: float = _train(0.5, "last fraction of the run in which the learning rate falls linearly", 0, 1)
     warmdown_iters: int = _train(0, "the same in (estimated) steps; replaces WARMDOWN_FRAC when > 0", 0)
-    min_lr: float = _train(0.0, "learning rate at the end as a fraction of its peak", 0, 1)
-    matrix_lr: float = _train(0.025, "learning rate of the matrices (Muon)", 0)
+    warmdown_seconds: float = _train(0.0, "the same in seconds; replaces WARMDOWN_FRAC when > 0", 0)
+    min_lr: float = _train(0.0, "floor of the warmdown as a fraction of the peak", 0, 1)
+    matrix_optimizer: Literal["muon", "adamw"] = _train("muon", "of the matrices")
+    matrix_lr: float = _train(0.025, "learning rate of the matrices", 0)
     scalar_lr: float = _train(0.025, "learning rate of gains, gates and scales (AdamW)", 0)
-    tied_embed_lr: float = _train(0.035, "learning rate of the embedding tables (AdamW)", 0)
-    muon_momentum: float = _train(0.99, "momentum of Muon (Nesterov)", 0, 0.9999)
-    muon_momentum_warmup_start: float = _train(0.92, "momentum at the first step", 0, 0.9999)
-    muon_momentum_warmup_steps: int = _train(1500, "steps over which it rises to MUON_MOMENTUM", 0)
-    muon_backend_steps: int = _train(5, "Newton-Schulz iterations", 1, 20)
+    tied_embed_lr: float = _train(0.035, "learning rate of the embedding tables (AdamW)", 0, on="tie_embeddings")
+    embed_lr: float = _train(0.6, "the same without TIE_EMBEDDINGS", 0, on="tie_embeddings=False")
+    head_lr: float = _train(0.008, "learning rate of an untied head and of MTP heads (AdamW)", 0,
+                            on="tie_embeddings=False,mtp_num_heads")
+    muon_momentum: float = _train(0.99, "momentum of Muon (Nesterov)", 0, 0.9999, on="matrix_optimizer=muon")
+    muon_momentum_warmup_start: float = _train(0.92, "momentum at the first step", 0, 0.9999,
+                                               on="matrix_optimizer=muon")
+    muon_momentum_warmup_steps: int = _train(1500, "steps over which it rises to MUON_MOMENTUM", 0,
+                                             on="matrix_optimizer=muon")
+    muon_backend_steps: int = _train(5, "Newton-Schulz iterations", 1, 20, on="matrix_optimizer=muon")
+    newton_schulz: Literal["classic", "polar_express"] = _train("classic", "coefficients of the iterations",
+                                                                on="matrix_optimizer=muon")
+    muon_row_normalize: bool = _train(False, "MuonEq-R: rows of the update to norm 1 before them (#1285)",
+                                      on="matrix_optimizer=muon")
+    normuon: bool = _train(False, "NorMuon: rows scaled by their second moment after them", on="matrix_optimizer=muon")
+    muon_beta2: float = _train(0.95, "decay of NorMuon's second moment", 0, 0.99999, on="normuon")
     muon_wd: float = _train(0.04, "decoupled weight decay of the matrices", 0)
     adam_wd: float = _train(0.04, "decoupled weight decay of gains, gates and scales", 0)
     embed_wd: float = _train(0.04, "decoupled weight decay of the embedding tables", 0)
+    head_wd: float = _train(0.0, "decoupled weight decay of an untied head and of MTP heads", 0,
+                            on="tie_embeddings=False,mtp_num_heads")
+    wd_taper_start_frac: float = _train(0.0, "fraction of the run from which MUON_WD changes (#1729); 0: off", 0, 0.999)
+    wd_taper_final_mult: float = _train(0.5, "multiple of itself at which it ends", 0, 10, on="wd_taper_start_frac")
     beta1: float = _train(0.9, "AdamW, first moment", 0, 0.9999)
     beta2: float = _train(0.95, "AdamW, second moment", 0, 0.99999)
+    matrix_betas: Betas = _train((), "both for the matrices; empty: BETA1,BETA2", on="matrix_optimizer=adamw")
+    embed_betas: Betas = _train((), "both for the embedding tables; empty: BETA1,BETA2")
+    head_betas: Betas = _train((), "both for an untied head and MTP heads", on="tie_embeddings=False,mtp_num_heads")
     adam_eps: float = _train(1e-8, "AdamW, added to the root of the second moment", 1e-20)
     grad_clip_norm: float = _train(0.3, "clip the global gradient (all ranks, all parameters) to this norm; 0: off", 0)
+    complement_alpha: float = _train(0.0, "weigh tokens less that bigram counts predict (#1033); 0: off", 0, 1)
+    mtp_num_heads: int = _train(0, "heads that predict further tokens in training and are not exported; 0: off", 0, 16)
+    mtp_loss_weight: float = _train(0.2, "weight of their mean loss", 0, on="mtp_num_heads")
 
-    average: Literal["none", "ema", "swa"] = _average("ema", "exported: last weights, running mean, snapshots' mean")
-    ema_decay: float = _average(0.997, "decay of the exponential average, per step", 0, 0.999999)
-    ema_start_frac: float = _average(0.0, "fraction of the run at which the average starts", 0, 0.999)
-    swa_every: int = _average(50, "steps between snapshots", 1)
-    swa_start_scale: float = _average(0.2, "snapshots are taken below this fraction of the peak learning rate", 0, 1)
+    average: Literal["none", "ema", "swa", "lawa", "best"] = _average(
+        "ema", "exported: last weights; running mean; mean of all or the last snapshots; best on held-out training")
+    ema_decay: float = _average(0.997, "decay of the exponential average, per step", 0, 0.999999, on="average=ema|best")
+    ema_start_frac: float = _average(0.0, "fraction of the run at which it starts", 0, 0.999, on="average=ema|best")
+    swa_every: int = _average(50, "steps between snapshots", 1, on="average=swa|best")
+    swa_start_scale: float = _average(0.2, "taken below this fraction of the peak learning rate", 0, 1,
+                                      on="average=swa|best")
+    lawa_freq: int = _average(100, "steps between snapshots", 1, on="average=lawa|best")
+    lawa_k: int = _average(10, "snapshots that are averaged, the last ones", 1, 100, on="average=lawa|best")
+    holdout_tokens: int = _average(2**20, "end of the training stream that is not trained on, but chooses the best",
+                                   2, on="average=best")
 
     matrix_bits: int = _pack(6, "bits of a matrix weight: 2 to 8, or 16 for float16", 2, 16)
     matrix_quant: Literal["rtn", "gptq_lite"] = _pack("gptq_lite", "clip rows at the maximum or the best percentile")
@@ -185,8 +248,39 @@ class Settings:
         return self.model_dim // self.num_heads
 
     @property
+    def loops(self):
+        return self.num_loops > 0
+
+    @property
     def mlp_hidden(self):
         return round(self.mlp_mult * self.model_dim)
+
+    @property
+    def stages(self):
+        """[(until, sequence length, tokens of a step)]: the two schedules merged; `until` is a fraction of the run."""
+        lengths = self.train_seq_schedule or ((self.train_seq_len, 1.0),)
+        batches = self.train_batch_schedule or ((self.train_batch_tokens, 1.0),)
+        return [(until, *(next(size for size, end in table if until <= end) for table in (lengths, batches)))
+                for until in sorted({end for _, end in (*lengths, *batches)})]
+
+    @property
+    def longest_row(self):
+        """Most positions of a row that the model meets."""
+        packed = min(self.micro_batch_tokens, max(tokens for *_, tokens in self.stages))
+        return max(packed if self.loader == "packed" else 0, self.eval_seq_len, *(length for _, length, _ in self.stages))
+
+    def idle(self):
+        """{changed setting: what it waits for}: settings without effect, such as VE_LAYERS while VE_DIM=0."""
+        return {f.name.upper(): f.metadata["on"].upper() for f in fields(self)
+                if getattr(self, f.name) != f.default and f.metadata["on"] and not self.holds(f.metadata["on"])}
+
+    def holds(self, rule):
+        """Is one of the conditions of an `on` rule met?"""
+        def met(name, equals, values):
+            value = getattr(self, name)
+            return str(value) in values.split("|") if equals else bool(value)
+
+        return any(met(*part.partition("=")) for part in rule.split(","))
 
     @classmethod
     def parse(cls, args=(), env=None):
@@ -245,15 +339,48 @@ class Settings:
         need(not s.ve_dim or all(0 <= i < s.num_layers for i in s.ve_layers),
              f"VE_LAYERS={','.join(map(str, s.ve_layers))} names a layer outside 0..NUM_LAYERS-1={s.num_layers - 1}")
         need(not s.ve_dim or s.ve_layers, f"VE_DIM={s.ve_dim} but VE_LAYERS is empty; VE_DIM=0 turns them off")
-        need(s.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1 leaves no bucket beside the reserved one; 0 turns it off")
-        need(s.train_batch_tokens % s.train_seq_len == 0,
-             f"TRAIN_BATCH_TOKENS={s.train_batch_tokens} is not a multiple of TRAIN_SEQ_LEN={s.train_seq_len}")
-        need(s.micro_batch_tokens >= s.train_seq_len,
-             f"MICRO_BATCH_TOKENS={s.micro_batch_tokens} is less than one sequence, TRAIN_SEQ_LEN={s.train_seq_len}")
+        for name in ("bigram_vocab_size", "trigram_vocab_size"):
+            need(getattr(s, name) != 1, f"{name.upper()}=1 leaves no bucket beside the reserved one; 0 turns it off")
+        need(s.gate_window <= s.model_dim or not s.holds(s.rule("gate_window")),
+             f"GATE_WINDOW={s.gate_window} exceeds MODEL_DIM={s.model_dim}")
+        need(not s.num_loops or s.loop_start <= s.loop_end < s.num_layers,
+             f"LOOP_START={s.loop_start} LOOP_END={s.loop_end} is no range of layers 0..{s.num_layers - 1}")
+        need(s.parallel_residual == "none" or s.parallel_start_layer < s.num_layers,
+             f"PARALLEL_START_LAYER={s.parallel_start_layer}: there is no such layer (NUM_LAYERS={s.num_layers})")
+        need(s.loader != "packed" or s.doc_mask == "attention",
+             f"LOADER=packed puts many documents in a row: it needs DOC_MASK=attention, not {s.doc_mask}")
+        need(not s.complement_alpha or s.vocab_size <= 16384,
+             f"COMPLEMENT_ALPHA={s.complement_alpha} counts pairs of tokens: VOCAB_SIZE={s.vocab_size} exceeds 16384")
+        for name in ("train_seq_schedule", "train_batch_schedule"):
+            table = getattr(s, name)
+            ends = [end for _, end in table]
+            need(not table or sorted(set(ends)) == ends and ends[0] > 0 and ends[-1] == 1 and
+                 all(size >= (2 if "seq" in name else 1) for size, _ in table),
+                 f"{name.upper()}={_show(table)}: sizes, at fractions of the run that rise to 1")
+        longest = max(length for _, length, _ in s.stages)
+        for _, length, tokens in s.stages:
+            need(length and tokens % length == 0,
+                 f"TRAIN_BATCH_TOKENS={tokens} is not a multiple of TRAIN_SEQ_LEN={length}")
+            need(s.micro_batch_tokens >= length,
+                 f"MICRO_BATCH_TOKENS={s.micro_batch_tokens} is less than one sequence, TRAIN_SEQ_LEN={length}")
+            need(s.loader not in ("coprime", "shuffled") or length and longest % length == 0,
+                 f"LOADER={s.loader} deals out blocks of the longest sequence: {longest} of TRAIN_SEQ_SCHEDULE is no "
+                 f"multiple of {length}")
+        need(s.mtp_num_heads < min(length for _, length, _ in s.stages),
+             f"MTP_NUM_HEADS={s.mtp_num_heads} look beyond the end of TRAIN_SEQ_LEN")
+        for name in ("matrix_betas", "embed_betas", "head_betas"):
+            betas = getattr(s, name)
+            need(not betas or len(betas) == 2 and all(0 <= b < 1 for b in betas),
+                 f"{name.upper()}={_show(betas)}: two numbers from 0 to below 1, such as 0.9,0.99")
         need(s.eval_stride <= s.eval_seq_len, f"EVAL_STRIDE={s.eval_stride} exceeds EVAL_SEQ_LEN={s.eval_seq_len}")
         need(s.iterations or s.max_wallclock_seconds, "ITERATIONS=0 and MAX_WALLCLOCK_SECONDS=0: this run never ends")
-        need(not (s.warmdown_iters and s.warmdown_frac and {"warmdown_iters", "warmdown_frac"} <= given),
-             f"WARMDOWN_ITERS={s.warmdown_iters} and WARMDOWN_FRAC={s.warmdown_frac} say the same; make one of them 0")
+        said = [f"{name.upper()}={_show(getattr(s, name))}" for name in ("warmdown_iters", "warmdown_frac",
+                "warmdown_seconds") if getattr(s, name) and name in given]
+        need(len(said) <= 1, f"{' and '.join(said)} say the same; make all but one of them 0")
+        need(not s.warmdown_seconds or s.max_wallclock_seconds,
+             f"WARMDOWN_SECONDS={s.warmdown_seconds} counts back from MAX_WALLCLOCK_SECONDS, which is 0")
+        need(s.average != "best" or s.holdout_tokens > s.eval_seq_len,
+             f"HOLDOUT_TOKENS={s.holdout_tokens} is less than a window of EVAL_SEQ_LEN={s.eval_seq_len}")
         need(s.resume != "auto" or s.run_id or s.out_dir, "RESUME=auto needs the RUN_ID or OUT_DIR to go on with")
         need((s.phases == "eval") == bool(s.artifact), f"PHASES={s.phases} and ARTIFACT={s.artifact or '(empty)'}: "
              "PHASES=eval needs an ARTIFACT, and nothing else reads one")
@@ -263,6 +390,10 @@ class Settings:
         for package in packages.get(s.compressor, ()):
             need(importlib.util.find_spec(package), f"COMPRESSOR={s.compressor} needs {package}: pip install {package}")
         return bad
+
+    @classmethod
+    def rule(cls, name):
+        return cls.__dataclass_fields__[name].metadata["on"]
 
     def text(self):
         """The settings that were changed, as one line of KEY=VALUE that parse accepts."""
@@ -282,35 +413,630 @@ class Settings:
                 room = f.metadata["room"]
                 lines.append(f"\n{room}")
             choice = get_origin(f.type) is Literal
-            kind = "|".join(get_args(f.type)) if choice else "layers" if f.type is Layers else f.type.__name__
-            name = f"{f.name.upper()}={_show(f.default) or '(empty)'}"
-            lines.append(f"  {name:<42} {f.metadata['doc']}  [{kind}]")
+            kind = "|".join(get_args(f.type)) if choice else LISTS.get(f.type) or f.type.__name__
+            name, on = f"{f.name.upper()}={_show(f.default) or '(empty)'}", f.metadata["on"].replace(",", " or ")
+            lines.append(f"  {name:<42} {f.metadata['doc']}  [{kind}]" + (f" with {on.upper()}" if on else ""))
         return "\n".join(lines)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# 2 Model parts
+# Every module that creates a parameter states its role; optimizer, codec and compression group are tables over roles.
+# Weights are fp32 masters, cast to the activation dtype where they are used; there is no autocast.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Docs(NamedTuple):
+    """Where documents begin. One object for everything that must not look across a boundary."""
+
+    first: Tensor  # (B, T) bool: this token begins a document
+    mask: Tensor | None = None  # (B, 1, T, T) bool: who sees whom, for attention kernels that take a mask
+    cu: Tensor | None = None  # (segments + 1,) int32: their starts in the flattened batch, for those that take lengths
+
+
+def documents(ids, mode, longest=0, varlen=False):
+    """What BOS says about ids (B, T), or None with DOC_MASK=none. With "attention" also who sees whom: documents, cut
+
+    every `longest` tokens (0: not), as lengths for a `varlen` kernel (waits for the device) or as a mask.
+    """
+    if mode == "none":
+        return None
+    first = ids == BOS
+    if mode == "inputs":
+        return Docs(first)
+    at = torch.arange(ids.size(1), device=ids.device).expand_as(ids)
+    since = at - torch.where(first, at, 0).cummax(1).values  # the row's start begins a segment, too
+    cut = (since % longest if longest else since) == 0
+    if varlen:
+        starts = cut.flatten().nonzero().squeeze(1)
+        return Docs(first, cu=F.pad(starts, (0, 1), value=ids.numel()).int())
+    segment = cut.cumsum(1)
+    return Docs(first, mask=(segment[:, :, None] == segment[:, None]).tril()[:, None])
+
+
+class Slot(NamedTuple):
+    """Adapters of one visit to a block: modules added beside its linear layers, or None."""
+
+    q: nn.Module | None = None
+    k: nn.Module | None = None
+    v: nn.Module | None = None
+    o: nn.Module | None = None
+    mlp: nn.Module | None = None
+
+
+class Context(NamedTuple):
+    """What every block sees beside the residual stream."""
+
+    x0: Tensor  # (B, T, D) the stream as it entered the first block
+    rope: tuple[Tensor, Tensor]  # cos, sin: (T, rope_dims / 2)
+    docs: Docs | None
+    ve: Tensor | None  # (B, T, K*C) value embedding
+    first_v: list  # the values of layer 0, once it has made them
+
+
+def norm(x):
+    """RMSNorm over the last axis without a learned weight."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+def through(module, x, *args):
+    """An optional stage: absent modules pass x on."""
+    return x if module is None else module(x, *args)
+
+
+def plus(y, adapter, x):
+    """y with an adapter's contribution computed from x; nothing reaches the graph when there is none."""
+    return y if adapter is None else y + adapter(x)
+
+
+class Linear(nn.Module):
+    """y = x W^T, W (out, in); no bias anywhere. `scale` (out,) multiplies the rows of W instead of the output:
+
+    the same map, but its gradient comes from dW and not from a reduction over all tokens of the batch.
+    """
+
+    def __init__(self, inputs, outputs, zero=False, role="matrix"):
+        super().__init__()
+        self.zero, self.role, self.weight = zero, role, nn.Parameter(torch.empty(outputs, inputs))
+
+    def init(self, generator):
+        nn.init.zeros_(self.weight) if self.zero else nn.init.orthogonal_(self.weight, generator=generator)
+
+    def forward(self, x, scale=None):
+        weight = self.weight if scale is None else scale[:, None] * self.weight
+        return F.linear(x, weight.to(x.dtype))
+
+
+class Table(nn.Module):
+    """Rows looked up by id."""
+
+    role = "embed"
+
+    def __init__(self, rows, width, std):
+        super().__init__()
+        self.std, self.weight = std, nn.Parameter(torch.empty(rows, width))
+
+    def init(self, generator):
+        nn.init.normal_(self.weight, std=self.std, generator=generator) if self.std else nn.init.zeros_(self.weight)
+
+    def forward(self, ids, dtype):
+        return F.embedding(ids, self.weight).to(dtype)
+
+
+def rotary_tables(positions, dims, base):
+    """cos and sin (positions, dims/2) of position * base^(-2j/dims), computed in float64."""
+    frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / max(dims, 1))
+    angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x, cos, sin):
+    """Partial RoPE (#315): the first 2n channels of x (B, T, H, C) turn by minus the angle, half against half."""
+    n = cos.size(-1)
+    if n == 0:
+        return x
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    a, b, rest = x.split((n, n, x.size(-1) - 2 * n), dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+
+
+def exclude_self(y, v):
+    """Exclusive self-attention (#265): y (B, T, H, C) less its component along the token's own value v (B, T, K, C)."""
+    groups = y.unflatten(2, (v.size(2), -1))
+    v = v.unsqueeze(3)
+    share = (groups * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-24)
+    return (groups - share * v).flatten(2, 3)
+
+
+class Smear(nn.Module):
+    """SmearGate: (1 - g) x[t] + g x[t-1] per channel, g = sigmoid(gate); g = 0 where a document begins (#1855)."""
+
+    role = "scalar"
+
+    def __init__(self, dim):
+        super().__init__()
+        self.gate = nn.Parameter(torch.empty(dim))
+
+    def init(self, generator):
+        nn.init.zeros_(self.gate)
+
+    def forward(self, x, docs):
+        gate = self.gate.sigmoid().to(x.dtype)
+        if docs is not None:
+            gate = gate * ~docs.first[..., None]
+        return torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), gate.expand_as(x))
+
+
+class ScalarSmear(nn.Module):
+    """The later SmearGate (#1667): x[t] + lambda sigmoid(w . x[t, :window]) x[t-1], before the first norm."""
+
+    role = "scalar"
+
+    def __init__(self, window):
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.empty(window)), nn.Parameter(torch.empty(()))
+
+    def init(self, generator):
+        nn.init.zeros_(self.weight), nn.init.zeros_(self.scale)
+
+    def forward(self, x, docs):
+        gate = self.scale.to(x.dtype) * (x[..., : len(self.weight)] @ self.weight.to(x.dtype)).sigmoid()
+        if docs is not None:
+            gate = gate * ~docs.first
+        return x + gate[..., None] * F.pad(x[:, :-1], (0, 0, 1, 0))
+
+
+# Factors of this token, the one before, ...; a second row serves where the first has not enough predecessors.
+BIGRAM, SHARED_TRIGRAM = ((36313, 27191),), ((36313, 27191, 51497),)
+TRIGRAM = ((48271, 36313, 27191), (36313, 27191))
+
+
+def ngram_bucket(ids, hashes, buckets, docs):
+    """Hash of each token and its predecessors (B, T): the products, xored, modulo `buckets`. Where a predecessor is
+
+    missing - at the row's start, and with `docs` at a document's - the next of `hashes`, in the end `buckets` itself.
+    """
+    factors, width = hashes[0], ids.size(1)
+    n = min(len(factors) - 1, width)
+    bucket = factors[0] * ids[:, n:]
+    for back in range(1, n + 1):
+        bucket = bucket ^ factors[back] * ids[:, n - back : width - back]
+    bucket = F.pad(bucket % buckets, (n, 0), value=buckets)
+    for back in range(n if docs is not None else 0):
+        bucket = bucket.masked_fill(F.pad(docs.first[:, : width - back], (back, 0)), buckets)
+    if hashes[1:]:
+        bucket = torch.where(bucket == buckets, ngram_bucket(ids, hashes[1:], buckets, docs), bucket)
+    return bucket
+
+
+class NgramHash(nn.Module):
+    """Embedding of the hashed bigram or trigram: a zero table whose last row stands for "no predecessor", projected.
+
+    Several n-grams add rows of the same table (TRIGRAM, #1539).
+    """
+
+    role = "scalar"
+
+    def __init__(self, rows, width, dim, scale, *ngrams):
+        super().__init__()
+        self.buckets, self.ngrams, self.start = rows - 1, ngrams, scale
+        self.table = Table(rows, width, std=0)
+        self.proj = Linear(width, dim) if width != dim else None
+        self.scale = nn.Parameter(torch.empty(()))
+
+    def init(self, generator):
+        nn.init.constant_(self.scale, self.start)
+
+    def forward(self, ids, docs, dtype):
+        rows = sum(self.table(ngram_bucket(ids, n, self.buckets, docs), dtype) for n in self.ngrams)
+        return self.scale.to(dtype) * through(self.proj, rows)
+
+
+class ValueEmbedding(nn.Module):
+    """A second, narrow token table whose projection is added to the values of some layers (#374)."""
+
+    role = "scalar"
+
+    def __init__(self, vocab, width, kv_dim):
+        super().__init__()
+        self.table, self.proj = Table(vocab, width, std=0.01), Linear(width, kv_dim)
+        self.scale = nn.Parameter(torch.empty(()))
+
+    def init(self, generator):
+        nn.init.constant_(self.scale, 0.1)
+
+    def forward(self, ids, dtype):
+        return self.scale.to(dtype) * self.proj(self.table(ids, dtype))
+
+
+class ValueResidual(nn.Module):
+    """The values v of a later layer with those of layer 0, v0: "vrl" v + c v0 (#1033), "pair" a v0 + b v (#1311),
+
+    "sigmoid" v + sigmoid(c) v0 (#1539).
+    """
+
+    role = "scalar"
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.mix = kind, nn.Parameter(torch.empty(2 if kind == "pair" else ()))
+
+    def init(self, generator):
+        nn.init.constant_(self.mix, 0.5 if self.kind == "pair" else 0.0)
+
+    def forward(self, v, v0):
+        mix = self.mix.to(v.dtype)
+        if self.kind == "pair":
+            return mix[0] * v0 + mix[1] * v
+        return v + (mix if self.kind == "vrl" else mix.sigmoid()) * v0
+
+
+class HeadGate(nn.Module):
+    """Factor per head, from the normed input x: "head" 2 sigmoid(W x[:window]) (#1667), "dense" sigmoid(W x) (#1736),
+
+    "sparse" sigmoid(scale W x[:window]) (#1787).
+    """
+
+    role = "gate"
+
+    def __init__(self, s):
+        super().__init__()
+        self.dense, self.top = s.attn_gate == "dense", 2.0 if s.attn_gate == "head" else 1.0
+        self.scale = s.sparse_attn_gate_scale if s.attn_gate == "sparse" else 1.0
+        self.weight = nn.Parameter(torch.empty(s.num_heads, s.model_dim if self.dense else s.gate_window))
+
+    def init(self, generator):
+        nn.init.normal_(self.weight, std=0.01, generator=generator) if self.dense else nn.init.zeros_(self.weight)
+
+    def forward(self, x):
+        """x (B, T, D) -> (B, T, H, 1)."""
+        inner = F.linear(x[..., : self.weight.size(1)], self.weight.to(x.dtype))
+        return (self.top * (self.scale * inner).sigmoid())[..., None]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with QK norm, query gain, partial RoPE, value embedding and residual, XSA and head
+
+    gates. The only one.
+    """
+
+    role = "scalar"
+
+    def __init__(self, s, layer, attend):
+        super().__init__()
+        self.head_dim, self.attend, self.xsa = s.head_dim, attend, layer >= s.num_layers - s.xsa_last_n
+        kv_dim = s.num_kv_heads * s.head_dim
+        self.q, self.o = Linear(s.model_dim, s.model_dim), Linear(s.model_dim, s.model_dim, zero=True)
+        self.k, self.v = Linear(s.model_dim, kv_dim), Linear(s.model_dim, kv_dim)
+        self.gain_init, self.q_gain = s.qk_gain_init, nn.Parameter(torch.empty(s.num_heads))
+        self.ve_scale = nn.Parameter(torch.empty(())) if s.ve_dim and layer in s.ve_layers else None
+        self.residual = ValueResidual(s.value_residual) if s.value_residual != "none" and layer else None
+        self.before_ve = s.value_residual == "vrl"  # what layer 0 hands on
+        self.gate = HeadGate(s) if s.attn_gate != "none" else None
+
+    def init(self, generator):
+        nn.init.constant_(self.q_gain, self.gain_init)
+        if self.ve_scale is not None:
+            nn.init.ones_(self.ve_scale)
+
+    def values(self, x, context, adapter):
+        """(B, T, K*C)."""
+        v = plain = plus(self.v(x), adapter, x)
+        if self.ve_scale is not None:
+            v = v + self.ve_scale.to(x.dtype) * context.ve
+        if not context.first_v:
+            context.first_v.append(plain if self.before_ve else v)
+        return v if self.residual is None else self.residual(v, context.first_v[0])
+
+    def forward(self, x, scale, context, slot):
+        """x (B, T, D) normed -> (B, T, D), its channels multiplied by `scale` (D,)."""
+        q, k, v = plus(self.q(x), slot.q, x), plus(self.k(x), slot.k, x), self.values(x, context, slot.v)
+        q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in (q, k, v))
+        q = rotate(norm(q), *context.rope) * self.q_gain.to(x.dtype)[:, None]
+        y = self.attend(q, rotate(norm(k), *context.rope), v, context.docs)
+        y = exclude_self(y, v) if self.xsa else y
+        y = (y if self.gate is None else y * self.gate(x)).flatten(2)
+        return plus(self.o(y, scale), slot.o, y)
+
+
+class MLP(nn.Module):
+    """down(leaky_relu(up(x), slope)^2)."""
+
+    def __init__(self, s):
+        super().__init__()
+        self.slope = s.leaky_slope
+        self.up, self.down = Linear(s.model_dim, s.mlp_hidden), Linear(s.mlp_hidden, s.model_dim, zero=True)
+
+    def forward(self, x, scale, slot):
+        return plus(self.down(F.leaky_relu(self.up(x), self.slope).square(), scale), slot.mlp, x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3 Model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Skips(nn.Module):
+    """U-Net skips onto the stream x: "linear" x + w kept, "sigmoid" x + sigmoid(w) kept (#1539), "gated"
+
+    g x + (1 - g) w kept, g = sigmoid(gate) (#1394); per channel, one row a pair.
+    """
+
+    role = "scalar"
+
+    def __init__(self, kind, pairs, dim):
+        super().__init__()
+        self.kind, self.weight = kind, nn.Parameter(torch.empty(pairs, dim))
+        self.gate = nn.Parameter(torch.empty(pairs, dim)) if kind == "gated" else None
+
+    def init(self, generator):
+        nn.init.constant_(self.weight, 2.2 if self.kind == "sigmoid" else 1.0)
+        if self.gate is not None:
+            nn.init.zeros_(self.gate)
+
+    def forward(self, x, kept, pair):
+        weight = self.weight[pair].to(x.dtype)
+        if self.gate is None:
+            return x + (weight.sigmoid() if self.kind == "sigmoid" else weight) * kept
+        return torch.lerp(weight * kept, x, self.gate[pair].sigmoid().to(x.dtype).expand_as(x))
+
+
+class Lanes(nn.Module):
+    """Two residual lanes (#1539, #1529): attention writes lane 0, the MLP lane 1; "routed": both write both, with
+
+    learned weights, r lane + p a + q m. Merged at the end by their mean or a learned m lane0 + (1 - m) lane1.
+    Every layer has its row of weights, as published; those below PARALLEL_START_LAYER rest.
+    """
+
+    role = "scalar"
+
+    def __init__(self, s):
+        super().__init__()
+        routed = s.parallel_residual == "routed"
+        self.keep = nn.Parameter(torch.empty(s.num_layers, 2)) if routed else None  # [layer, lane]
+        self.write = nn.Parameter(torch.empty(s.num_layers, 2, 2)) if routed else None  # [layer, attention | MLP, lane]
+        self.merge = nn.Parameter(torch.empty(())) if s.parallel_final_lane == "learned" else None
+
+    def init(self, generator):
+        if self.keep is not None:
+            nn.init.constant_(self.keep, 1.1), nn.init.ones_(self.write)
+        if self.merge is not None:
+            nn.init.constant_(self.merge, 0.5)
+
+    def route(self, lanes, attended, fed, layer):
+        keep, write = self.keep[layer].to(fed.dtype), self.write[layer].to(fed.dtype)
+        return tuple(keep[j] * lanes[j] + write[0, j] * attended + write[1, j] * fed for j in (0, 1))
+
+    def forward(self, lanes):
+        share = 0.5 if self.merge is None else self.merge.to(lanes[0].dtype)
+        return share * lanes[0] + (1 - share) * lanes[1]
+
+
+class Visit(NamedTuple):
+    """One application of a block. The forward is a loop over visits; skips, recurrence and lanes are data."""
+
+    block: int
+    push: bool  # keep the stream after it, for a later skip
+    pop: int | None  # before it, take back the stream kept last, with this skip's weights
+    parallel: bool  # attention and MLP side by side
+
+
+def layer_plan(s, looping):
+    """The visits of one forward. U-Net: of the first half the last `pairs` push, the second half pops, last in first
+
+    out; a loop in range order is unrolled before the halves are taken (#1394), one that repeats each layer keeps the
+    pairs of the plain order, popping before the first pass and pushing after the last (#1033).
+    """
+    passes = s.num_loops if looping else 0
+    loop = range(s.loop_start, s.loop_end + 1)
+    order = list(range(s.num_layers))
+    if s.loop_order == "range" and passes:
+        order[s.loop_end + 1 : s.loop_end + 1] = [*loop] * passes
+    half = len(order) // 2
+    pairs = 0 if s.skips == "none" else min(half, s.skip_pairs or half)
+    start = s.parallel_start_layer if s.parallel_residual != "none" else s.num_layers
+    plan = []
+    for j, i in enumerate(order):
+        parallel = i >= start or s.parallel_residual != "gptj" and any(k >= start for k in order[:j])
+        visit = Visit(i, half - pairs <= j < half, j - half if half <= j < half + pairs else None, parallel)
+        again = passes if s.loop_order == "layer" and i in loop else 0
+        plan += [visit._replace(push=visit.push and not k, pop=visit.pop if k == again else None)
+                 for k in range(again, -1, -1)]
+    return plan
+
+
+class Block(nn.Module):
+    role = "scalar"
+
+    def __init__(self, s, layer, attend):
+        super().__init__()
+        self.layer, self.ln_scale = layer, (layer + 1) ** -0.5 if s.ln_scale else 1.0
+        self.attn, self.mlp = Attention(s, layer, attend), MLP(s)
+        self.attn_scale, self.mlp_scale = nn.Parameter(torch.empty(s.model_dim)), nn.Parameter(torch.empty(s.model_dim))
+        self.resid_mix = nn.Parameter(torch.empty(2, s.model_dim)) if s.resid_mix else None
+
+    def init(self, generator):
+        nn.init.ones_(self.attn_scale), nn.init.ones_(self.mlp_scale)
+        if self.resid_mix is not None:
+            nn.init.ones_(self.resid_mix[0]), nn.init.zeros_(self.resid_mix[1])
+
+    def forward(self, lanes, context, slot, parallel=False, route=None):
+        """Attention reads and writes the first lane, the MLP the last; with one lane that is the ordinary block, or
+
+        with `parallel` GPT-J's. `route` (routed lanes) decides what is kept and written instead, of the unmixed lane.
+        """
+        x = lanes[0]
+        if self.resid_mix is not None:
+            mix = self.resid_mix.to(x.dtype)
+            x = mix[0] * x + mix[1] * context.x0
+        attended = self.attn(norm(x) * self.ln_scale, self.attn_scale, context, slot)
+        if len(lanes) == 1:
+            y = x + attended
+            return (y + self._feed(x if parallel else y, slot),)
+        fed = self._feed(lanes[1], slot)
+        return route(lanes, attended, fed, self.layer) if route else (x + attended, lanes[1] + fed)
+
+    def _feed(self, x, slot):
+        return self.mlp(norm(x) * self.ln_scale, self.mlp_scale, slot)
+
+
+class GPT(nn.Module):
+    """The model. hidden -> logits -> loss is the only forward: training, scoring and adaptation call it.
+
+    GPT(settings) has the initial weights of SEED, equal on every device and rank; init=False leaves them to be loaded.
+    `attend` is the attention kernel (room 11), `dtype` that of activations. It loops, if NUM_LOOPS says so, unless
+    `looping` is set to False; no graph is built anew for that, if warm-up has seen both.
+    """
+
+    def __init__(self, s, dtype=torch.float32, attend=None, init=True):
+        super().__init__()
+        self.dtype, self.softcap, self.doc_mask, self.looping = dtype, s.logit_softcap, s.doc_mask, s.loops
+        attend, width = attend or attend_sdpa, s.embed_dim or s.model_dim
+        self.varlen = getattr(attend, "varlen", False)
+        self.embed = Table(s.vocab_size, width, s.tied_embed_init_std)  # tied: also the head
+        self.embed_proj = Linear(width, s.model_dim) if s.embed_dim else None
+        self.head_proj = Linear(s.model_dim, width) if s.embed_dim else None
+        self.head = None if s.tie_embeddings else Linear(width, s.vocab_size, zero=True, role="head")
+        ngrams = (BIGRAM, SHARED_TRIGRAM) if s.trigram else (BIGRAM,)
+        self.bigram = NgramHash(s.bigram_vocab_size, s.bigram_dim, s.model_dim, 0.05,
+                                *ngrams) if s.bigram_vocab_size else None
+        self.trigram = NgramHash(s.trigram_vocab_size, s.trigram_dim, s.model_dim, 0.03,
+                                 TRIGRAM) if s.trigram_vocab_size else None
+        self.early_smear = ScalarSmear(s.gate_window) if s.smear_gate == "scalar" else None
+        self.smear = Smear(s.model_dim) if s.smear_gate == "channel" else None
+        self.value_embed = ValueEmbedding(s.vocab_size, s.ve_dim, s.num_kv_heads * s.head_dim) if s.ve_dim else None
+        self.blocks = nn.ModuleList(Block(s, i, attend) for i in range(s.num_layers))
+        self.lanes = Lanes(s) if s.parallel_residual in ("lanes", "routed") else None
+        self.plans = layer_plan(s, False), layer_plan(s, True)
+        pairs = max(sum(visit.pop is not None for visit in plan) for plan in self.plans)
+        self.skips = Skips(s.skips, pairs, s.model_dim) if pairs else None
+        # Buffers built before the first call: a lazily grown cache would recompile the graph.
+        for name, table in zip(("cos", "sin"), rotary_tables(s.longest_row, s.rope_dims, s.rope_base)):
+            self.register_buffer(name, table, persistent=False)
+        if init:
+            generator = torch.Generator().manual_seed(s.seed)
+            with torch.no_grad():
+                for module in self.modules():
+                    if hasattr(module, "init"):
+                        module.init(generator)
+
+    @property
+    def plan(self):
+        return self.plans[self.looping]
+
+    def documents(self, ids, longest=0):
+        """Docs of ids (B, T) as this model's DOC_MASK and attention kernel want them."""
+        return documents(ids, self.doc_mask, longest, self.varlen)
+
+    def hidden(self, ids, docs=None, adapters=None):
+        """ids (B, T) -> normed final states (B, T, D). docs defaults to what BOS says, unless DOC_MASK=none."""
+        docs = self.documents(ids) if docs is None else docs
+        x = through(self.embed_proj, self.embed(ids, self.dtype))
+        for table in (self.bigram, self.trigram):
+            x = x if table is None else x + table(ids, docs, self.dtype)
+        x = through(self.smear, norm(through(self.early_smear, x, docs)), docs)
+        ve = self.value_embed(ids, self.dtype) if self.value_embed is not None else None
+        context = Context(x, (self.cos[: ids.size(1)], self.sin[: ids.size(1)]), docs, ve, [])
+        route = self.lanes.route if self.lanes is not None and self.lanes.keep is not None else None
+        lanes, kept = (x,), []
+        for j, visit in enumerate(self.plan):
+            if visit.pop is not None:
+                lanes = (self.skips(lanes[0], kept.pop(), visit.pop), *lanes[1:])
+            if visit.parallel and self.lanes is not None and len(lanes) == 1:
+                lanes = 2 * lanes
+            slot = adapters.slots[j] if adapters is not None else Slot()
+            lanes = self.blocks[visit.block](lanes, context, slot, visit.parallel, route)
+            if visit.push:
+                kept.append(lanes[0])
+        return norm(self.lanes(lanes) if len(lanes) == 2 else lanes[0])
+
+    def logits(self, hidden, adapters=None, head=None):
+        """hidden (..., D) -> float32 logits (..., V), soft-capped; `head`: another head's weight (V, width)."""
+        head = head if head is not None else self.embed.weight if self.head is None else self.head.weight
+        logits = F.linear(through(self.head_proj, hidden), head.to(hidden.dtype))
+        logits = plus(logits, adapters.head if adapters is not None else None, hidden).float()
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+    def loss(self, hidden, targets, adapters=None, head=None, reduction="mean"):
+        """Cross entropy in nats of targets (B, T): the mean over all tokens, or (B, T) with reduction="none"."""
+        logits = self.logits(hidden, adapters, head)
+        loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction)
+        return loss if reduction == "mean" else loss.view_as(targets)
+
+    def forward(self, ids, targets, docs=None, adapters=None, reduction="mean"):
+        return self.loss(self.hidden(ids, docs, adapters), targets, adapters, None, reduction)
+
+
+class Objective(nn.Module):
+    """What training minimises: the model's loss, each token weighted (complementary training), and that of heads which
+
+    predict the tokens after the next (MTP). Those heads live here and not in the model: no artifact ever has them.
+    """
+
+    def __init__(self, model, s):
+        super().__init__()
+        self.model, self.mtp_weight = model, s.mtp_loss_weight
+        width = s.embed_dim or s.model_dim
+        self.mtp = nn.ModuleList(Linear(width, s.vocab_size, zero=True, role="head") for _ in range(s.mtp_num_heads))
+        with torch.no_grad():
+            for head in self.mtp:
+                head.init(None)
+
+    def forward(self, ids, targets, docs=None, weights=None):
+        hidden = self.model.hidden(ids, docs)
+        loss = self.model.loss(hidden, targets) if weights is None else (
+            weights * self.model.loss(hidden, targets, reduction="none")).mean()
+        for ahead, head in enumerate(self.mtp, 1):
+            further = self.model.loss(hidden[:, :-ahead], targets[:, ahead:], head=head.weight)
+            loss = loss + self.mtp_weight / len(self.mtp) * further
+        return loss
+
+
+def roles(model):
+    """{parameter name: role}; a module that creates parameters without stating their role is an error."""
+    table = {}
+    for prefix, module in model.named_modules():
+        for name, _ in module.named_parameters(recurse=False):
+            full = f"{prefix}.{name}" if prefix else name
+            if not isinstance(getattr(module, "role", None), str):
+                raise TypeError(f"{type(module).__name__} creates the parameter {full} but states no role")
+            table[full] = module.role
+    return table
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4 Runtime: settings from outside, then device, dtype and ranks
+# ---------------------------------------------------------------------------------------------------------------------
+
+LISTS = {Layers: "layers", Betas: "two numbers", Stages: "size@fraction, ..."}  # in words, for --help
 # Names of published commands that mean something else here: the answer is what to write instead.
 RENAMED = {
     "VE_ENABLED": "VE_DIM=0 turns value embeddings off", "SWA_ENABLED": "AVERAGE=swa", "EMA_ENABLED": "AVERAGE=ema",
     "TORCH_COMPILE": "COMPILE", "VAL_BATCH_SIZE": "EVAL_BATCH_SEQS", "LR_FLOOR": "MIN_LR", "NO_COMPILE": "COMPILE=off",
     "LEAKY_RELU": "LEAKY_SLOPE", "NEGATIVE_SLOPE": "LEAKY_SLOPE", "COMPRESS_METHOD": "COMPRESSOR",
-    "SMEAR_GATE_ENABLED": "SMEAR_GATE", "TIE_EMBEDDINGS": "always on", "EVAL_ONLY": "PHASES=eval ARTIFACT=file",
-    "ROPE_TRAIN_SEQ_LEN": "ROPE_BASE, the base in force at every length",
+    "SMEAR_GATE_ENABLED": "SMEAR_GATE=scalar", "EVAL_ONLY": "PHASES=eval ARTIFACT=file", "EMBEDDING_DIM": "EMBED_DIM",
+    "ROPE_TRAIN_SEQ_LEN": "ROPE_BASE, the base in force at every length", "VRL_ENABLED": "VALUE_RESIDUAL=vrl",
+    "ATTN_OUT_GATE_ENABLED": "ATTN_GATE=head", "GATED_ATTN_ENABLED": "ATTN_GATE=dense",
+    "GATED_ATTENTION": "ATTN_GATE=dense", "SPARSE_ATTN_GATE_ENABLED": "ATTN_GATE=sparse",
+    "SKIP_GATES_ENABLED": "SKIPS=gated", "SIGMOID_SKIPS": "SKIPS=sigmoid", "SMEAR_GATE_BOS_FIX": "DOC_MASK=inputs",
+    "RECUR_LAYERS": "NUM_LOOPS=1 LOOP_START=first LOOP_END=last", "DEPTH_RECURRENCE": "NUM_LOOPS=1 LOOP_ORDER=layer",
+    "DEPTH_RECUR_LAYERS": "LOOP_START, LOOP_END with LOOP_ORDER=layer", "DEPTH_RECUR_PASSES": "NUM_LOOPS (one less)",
+    "RECUR_START_STEP": "ENABLE_LOOPING_AT, a fraction of the run", "MUONEQ_R": "MUON_ROW_NORMALIZE",
+    "PARALLEL_RESIDUAL_START": "PARALLEL_RESIDUAL=gptj PARALLEL_START_LAYER", "LAWA_ENABLED": "AVERAGE=lawa",
 }
 # How the names of the contest's other techniques begin: they are meant for a trainer, and not read here.
 FOREIGN = tuple("""
-    ADAPTIVE_LR ASYM_LOGIT ATTN_CLIP ATTN_OUT_GATE AWQ_LITE BYTE_WEIGHTED CACHE_ALPHA CALIBRATE_TEMP CASEOPS_
-    COMPLEMENT_ CROWN_Q DEPTH_RECUR DTG_ EMBED_CLIP ENABLE_LOOPING EVAL_TEMPERATURE GATED_ATT GLOBAL_TTT GPTQ_ HEAD_LR
-    INT6_LAST LATE_QAT LAWA_ LOOP_START LOOP_END LQER_ MATRIX_CLIP MIXER_ETA MIXER_MIN MLP_CLIP MTP_ MUON_BETA2
-    MUON_ROW MUONEQ NGRAM_ NUM_LOOPS PARALLEL_START PARALLEL_FINAL PARALLEL_RESIDUAL PHASED_TTT POLYAK_ PPM_ALPHA
-    PREQUANT_ PRUNE_PCT QAT_ RECUR_ SDCLIP_ SIGMOID_SKIPS SKIP_GATES SKIP_SLIDING SLOT_ SMEAR_GATE_BOS SOFT_ROUND
-    SPARSE_ATTN SPARSE_GATE TARGET_MB TRAIN_SEQ_SCHEDULE TRIGRAM TTT_ USE_CACHE USE_HEDGE USE_MIXER USE_POLYAK
-    VALUE_RESIDUAL VRL_ WD_TAPER""".split())
+    ADAPTIVE_LR ASYM_LOGIT ATTN_CLIP AWQ_LITE BYTE_WEIGHTED CACHE_ALPHA CALIBRATE_TEMP CASEOPS_ CROWN_Q DTG_
+    EMBED_CLIP EVAL_TEMPERATURE GLOBAL_TTT GPTQ_ INT6_LAST LATE_QAT LQER_ MATRIX_CLIP MIXER_ETA MIXER_MIN MLP_CLIP
+    NGRAM_ PHASED_TTT POLYAK_ PPM_ALPHA PREQUANT_ PRUNE_PCT QAT_ SDCLIP_ SKIP_SLIDING SLOT_ SOFT_ROUND TARGET_MB TTT_
+    USE_CACHE USE_HEDGE USE_MIXER USE_POLYAK""".split())
 
 
 def _show(value):
     if isinstance(value, bool):
         return str(int(value))
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return ",".join("@".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in value) if isinstance(
+        value, tuple) else str(value)
 
 
 def _convert(f, text):
@@ -325,11 +1051,14 @@ def _convert(f, text):
         if text not in ("0", "1", "true", "false"):
             raise ValueError("0 or 1")
         return text in ("1", "true")
-    if kind is Layers:
+    if kind in LISTS:
+        read, example = {Layers: (int, "layer numbers separated by commas, such as 9,10"),
+                         Betas: (float, "numbers separated by commas, such as 0.9,0.99"),
+                         Stages: (_stage, "size@fraction separated by commas, such as 1024@0.1,2048@1")}[kind]
         try:
-            return tuple(int(part) for part in text.split(",")) if text else ()
+            return tuple(read(part) for part in text.split(",")) if text else ()
         except ValueError:
-            raise ValueError("layer numbers separated by commas, such as 9,10") from None
+            raise ValueError(example) from None
     if kind is str:
         return text
     try:
@@ -340,6 +1069,11 @@ def _convert(f, text):
     if not lo <= value <= most:  # also false for nan
         raise ValueError(f"between {lo} and {hi}" if hi is not None else f"at least {lo}, and at most {most}")
     return value
+
+
+def _stage(text):
+    size, _, until = text.partition("@")
+    return int(size), float(until)
 
 
 def _unknown(name, known):
@@ -353,6 +1087,8 @@ def _why_not_env(name, known, strict):
     """Why an environment variable that is no setting cannot be let pass, or None."""
     if name in RENAMED:
         return f"{name} is now {RENAMED[name]}"
+    if name.startswith(("OMP_", "MKL_", "NCCL_", "CUDA_", "TORCH")):  # OMP_NUM_THREADS is near MTP_NUM_HEADS
+        return None
     if near := difflib.get_close_matches(name, known, 1, 0.85):
         return f"{name} is not a setting; did you mean {near[0]}? (unset it if it is not meant for this script)"
     if name.startswith(FOREIGN):
@@ -387,11 +1123,6 @@ def _file_pairs(path, complaints):
                 complaints.append(f"{path}:{number}: {name} is set twice in this file")
             seen.add(name)
             yield f"{path}:{number}", pair
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 2 Runtime
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Runtime:
@@ -495,455 +1226,50 @@ class Runtime:
             dist.destroy_process_group()
 
 
-class Clock:
-    """The phase ledger: wall seconds per phase, each second charged to the innermost phase only."""
-
-    def __init__(self, sync=lambda: None):
-        self.seconds, self._sync, self._phase, self._since = {}, sync, "setup", time.monotonic()
-
-    def __getitem__(self, phase):
-        """Seconds so far, without waiting for the device."""
-        return self.seconds.get(phase, 0.0) + (time.monotonic() - self._since if phase == self._phase else 0.0)
-
-    def _enter(self, phase):
-        self._sync()
-        now, outer = time.monotonic(), self._phase
-        self.seconds[outer] = self.seconds.get(outer, 0.0) + now - self._since
-        self._phase, self._since = phase, now
-        return outer
-
-    @contextlib.contextmanager
-    def phase(self, name):
-        outer = self._enter(name)
-        try:
-            yield
-        finally:
-            self._enter(outer)
-
-
-class Log:
-    """train.log, metrics.jsonl and the console, written by rank 0, flushed line by line.
-
-    A line is `event key:value ...`; the contest's own forms are given as text. metrics.jsonl gets every event as JSON.
-    """
-
-    def __init__(self, out_dir, main, append=False):
-        self.main, self._files, self._bar = main, [], False
-        if main:
-            self._files = [_open_log(Path(out_dir) / name, append) for name in ("train.log", "metrics.jsonl")]
-
-    def __call__(self, event, text=None, **values):
-        if text is None:
-            text = " ".join([event] + [f"{key}:{_word(value)}" for key, value in values.items()])
-        self.line(text)
-        self._write(1, to_json({"event": event, **values}))
-
-    def line(self, text, console=True):
-        self._write(0, text)
-        if self.main and console:
-            print(("\r\x1b[K" if self._bar else "") + text, flush=True)
-            self._bar = False
-
-    def _write(self, which, text):
-        if not self._files or self._files[which] is None:
-            return
-        try:
-            self._files[which].write(text + "\n")
-            self._files[which].flush()
-        except OSError as error:  # a full disk must not end the training; the console still gets every line
-            self._files[which] = None
-            print(f"warning: log file closed: {error.strerror}", file=sys.stderr, flush=True)
-
-    def progress(self, what, done, total, rate):
-        """A bar on a terminal, nothing elsewhere. `rate` is text."""
-        if not self.main or not sys.stdout.isatty():
-            return
-        full = int(24 * min(done / total, 1.0))
-        print(f"\r\x1b[K{what} [{'#' * full}{'.' * (24 - full)}] {done / total:4.0%} {rate}", end="", flush=True)
-        self._bar = True
-
-
-def to_json(values, indent=None):
-    """JSON has no nan: a number that is none becomes null."""
-    known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-    return json.dumps(known, default=str, indent=indent)
-
-
-def _word(value):
-    text = f"{value:.8g}" if isinstance(value, float) else str(value)
-    return "_".join(text.split())
-
-
-def _began(metrics):
-    """Did a run get as far as a result? One that stopped at its input may be repeated in its folder."""
-    with contextlib.suppress(OSError), open(metrics, encoding="utf-8", errors="replace") as lines:
-        return any(line.startswith(('{"event": "train"', '{"event": "final"')) for line in lines)
-    return False
-
-
-def _open_log(path, append):
-    if path.exists() and not append and _began(path.with_name("metrics.jsonl")):
-        raise BadInput(f"{path} belongs to an earlier run: choose another RUN_ID or OUT_DIR, or RESUME=auto to go on")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return open(path, "a" if append else "w", encoding="utf-8")
-    except OSError as error:
-        raise BadInput(f"{path} cannot be written ({error.strerror}); choose another OUT_DIR") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 3 Model parts
-# Every module that creates a parameter states its role; optimizer, codec and compression group are tables over roles.
-# Weights are fp32 masters, cast to the activation dtype where they are used; there is no autocast.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Docs(NamedTuple):
-    """Where documents begin. One object for everything that must not look across a boundary."""
-
-    first: Tensor  # (B, T) bool: this token begins a document
-
-
-class Slot(NamedTuple):
-    """Adapters of one visit to a block: modules added beside its linear layers, or None."""
-
-    q: nn.Module | None = None
-    k: nn.Module | None = None
-    v: nn.Module | None = None
-    o: nn.Module | None = None
-    mlp: nn.Module | None = None
-
-
-class Context(NamedTuple):
-    """What every block sees beside the residual stream."""
-
-    x0: Tensor  # (B, T, D) the stream as it entered the first block
-    rope: tuple[Tensor, Tensor]  # cos, sin: (T, rope_dims / 2)
-    docs: Docs | None
-    ve: Tensor | None  # (B, T, K*C) value embedding
-
-
-def norm(x):
-    """RMSNorm over the last axis without a learned weight."""
-    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
-
-
-def through(module, x, *args):
-    """An optional stage: absent modules pass x on."""
-    return x if module is None else module(x, *args)
-
-
-def plus(y, adapter, x):
-    """y with an adapter's contribution computed from x; nothing reaches the graph when there is none."""
-    return y if adapter is None else y + adapter(x)
-
-
-class Linear(nn.Module):
-    """y = x W^T, W (out, in); no bias anywhere. `scale` (out,) multiplies the rows of W instead of the output:
-
-    the same map, but its gradient comes from dW and not from a reduction over all tokens of the batch.
-    """
-
-    role = "matrix"
-
-    def __init__(self, inputs, outputs, zero=False):
-        super().__init__()
-        self.zero, self.weight = zero, nn.Parameter(torch.empty(outputs, inputs))
-
-    def init(self, generator):
-        nn.init.zeros_(self.weight) if self.zero else nn.init.orthogonal_(self.weight, generator=generator)
-
-    def forward(self, x, scale=None):
-        weight = self.weight if scale is None else scale[:, None] * self.weight
-        return F.linear(x, weight.to(x.dtype))
-
-
-class Table(nn.Module):
-    """Rows looked up by id."""
-
-    role = "embed"
-
-    def __init__(self, rows, width, std):
-        super().__init__()
-        self.std, self.weight = std, nn.Parameter(torch.empty(rows, width))
-
-    def init(self, generator):
-        nn.init.normal_(self.weight, std=self.std, generator=generator) if self.std else nn.init.zeros_(self.weight)
-
-    def forward(self, ids, dtype):
-        return F.embedding(ids, self.weight).to(dtype)
-
-
-def rotary_tables(positions, dims, base):
-    """cos and sin (positions, dims/2) of position * base^(-2j/dims), computed in float64."""
-    frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / max(dims, 1))
-    angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
-    return angle.cos().float(), angle.sin().float()
-
-
-def rotate(x, cos, sin):
-    """Partial RoPE (#315): the first 2n channels of x (B, T, H, C) turn by minus the angle, half against half."""
-    n = cos.size(-1)
-    if n == 0:
-        return x
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    a, b, rest = x.split((n, n, x.size(-1) - 2 * n), dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
-
-
-def exclude_self(y, v):
-    """Exclusive self-attention (#265): y (B, T, H, C) less its component along the token's own value v (B, T, K, C)."""
-    groups = y.unflatten(2, (v.size(2), -1))
-    v = v.unsqueeze(3)
-    share = (groups * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-24)
-    return (groups - share * v).flatten(2, 3)
-
-
-class Smear(nn.Module):
-    """SmearGate: (1 - g) x[t] + g x[t-1] per channel, g = sigmoid(gate); g = 0 where a document begins (#1855)."""
-
-    role = "scalar"
-
-    def __init__(self, dim):
-        super().__init__()
-        self.gate = nn.Parameter(torch.empty(dim))
-
-    def init(self, generator):
-        nn.init.zeros_(self.gate)
-
-    def forward(self, x, docs):
-        gate = self.gate.sigmoid().to(x.dtype)
-        if docs is not None:
-            gate = gate * ~docs.first[..., None]
-        return torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), gate.expand_as(x))
-
-
-class BigramHash(nn.Module):
-    """Embedding of the hashed pair (previous token, this token). The last row stands for "no previous token":
-
-    the first position of a window, and with `docs` the first token of a document.
-    """
-
-    role = "scalar"
-
-    def __init__(self, rows, width, dim):
-        super().__init__()
-        self.buckets, self.table = rows - 1, Table(rows, width, std=0)
-        self.proj = Linear(width, dim) if width != dim else None
-        self.scale = nn.Parameter(torch.empty(()))
-
-    def init(self, generator):
-        nn.init.constant_(self.scale, 0.05)
-
-    def bucket(self, ids, docs):
-        pair = (36313 * ids[:, 1:] ^ 27191 * ids[:, :-1]) % self.buckets
-        bucket = F.pad(pair, (1, 0), value=self.buckets)
-        return bucket if docs is None else bucket.masked_fill(docs.first, self.buckets)
-
-    def forward(self, ids, docs, dtype):
-        return self.scale.to(dtype) * through(self.proj, self.table(self.bucket(ids, docs), dtype))
-
-
-class ValueEmbedding(nn.Module):
-    """A second, narrow token table whose projection is added to the values of some layers (#374)."""
-
-    role = "scalar"
-
-    def __init__(self, vocab, width, kv_dim):
-        super().__init__()
-        self.table, self.proj = Table(vocab, width, std=0.01), Linear(width, kv_dim)
-        self.scale = nn.Parameter(torch.empty(()))
-
-    def init(self, generator):
-        nn.init.constant_(self.scale, 0.1)
-
-    def forward(self, ids, dtype):
-        return self.scale.to(dtype) * self.proj(self.table(ids, dtype))
-
-
-class Attention(nn.Module):
-    """Causal grouped-query attention with QK norm, query gain, partial RoPE, value embedding and XSA. The only one."""
-
-    role = "scalar"
-
-    def __init__(self, s, layer, attend):
-        super().__init__()
-        self.head_dim, self.attend, self.xsa = s.head_dim, attend, layer >= s.num_layers - s.xsa_last_n
-        kv_dim = s.num_kv_heads * s.head_dim
-        self.q, self.o = Linear(s.model_dim, s.model_dim), Linear(s.model_dim, s.model_dim, zero=True)
-        self.k, self.v = Linear(s.model_dim, kv_dim), Linear(s.model_dim, kv_dim)
-        self.gain_init, self.q_gain = s.qk_gain_init, nn.Parameter(torch.empty(s.num_heads))
-        self.ve_scale = nn.Parameter(torch.empty(())) if s.ve_dim and layer in s.ve_layers else None
-
-    def init(self, generator):
-        nn.init.constant_(self.q_gain, self.gain_init)
-        if self.ve_scale is not None:
-            nn.init.ones_(self.ve_scale)
-
-    def forward(self, x, scale, context, slot):
-        """x (B, T, D) normed -> (B, T, D), its channels multiplied by `scale` (D,)."""
-        q, k, v = plus(self.q(x), slot.q, x), plus(self.k(x), slot.k, x), plus(self.v(x), slot.v, x)
-        if self.ve_scale is not None:
-            v = v + self.ve_scale.to(x.dtype) * context.ve
-        q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in (q, k, v))
-        q = rotate(norm(q), *context.rope) * self.q_gain.to(x.dtype)[:, None]
-        y = self.attend(q, rotate(norm(k), *context.rope), v)
-        y = (exclude_self(y, v) if self.xsa else y).flatten(2)
-        return plus(self.o(y, scale), slot.o, y)
-
-
-class MLP(nn.Module):
-    """down(leaky_relu(up(x), slope)^2)."""
-
-    def __init__(self, s):
-        super().__init__()
-        self.slope = s.leaky_slope
-        self.up, self.down = Linear(s.model_dim, s.mlp_hidden), Linear(s.mlp_hidden, s.model_dim, zero=True)
-
-    def forward(self, x, scale, slot):
-        return plus(self.down(F.leaky_relu(self.up(x), self.slope).square(), scale), slot.mlp, x)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 4 Model
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Visit(NamedTuple):
-    """One application of a block. The forward is a loop over visits; skips, recurrence and lanes are data."""
-
-    block: int
-    push: bool  # keep the stream after it, for a later skip
-    pop: int | None  # before it, add the stream kept last, weighted by this skip weight
-
-
-def layer_plan(num_layers, skips):
-    """U-Net: the first half pushes, the second half pops, last in first out; an odd last layer does neither."""
-    half = num_layers // 2 if skips != "none" else 0
-    pops = range(num_layers // 2, num_layers // 2 + half)
-    return [Visit(i, push=i < half, pop=pops.index(i) if i in pops else None) for i in range(num_layers)]
-
-
-class Block(nn.Module):
-    role = "scalar"
-
-    def __init__(self, s, layer, attend):
-        super().__init__()
-        self.ln_scale = (layer + 1) ** -0.5 if s.ln_scale else 1.0
-        self.attn, self.mlp = Attention(s, layer, attend), MLP(s)
-        self.attn_scale, self.mlp_scale = nn.Parameter(torch.empty(s.model_dim)), nn.Parameter(torch.empty(s.model_dim))
-        self.resid_mix = nn.Parameter(torch.empty(2, s.model_dim)) if s.resid_mix else None
-
-    def init(self, generator):
-        nn.init.ones_(self.attn_scale), nn.init.ones_(self.mlp_scale)
-        if self.resid_mix is not None:
-            nn.init.ones_(self.resid_mix[0]), nn.init.zeros_(self.resid_mix[1])
-
-    def forward(self, lanes, context, slot):
-        """Attention reads and writes the first lane, the MLP the last; with one lane that is the ordinary block."""
-        x = lanes[0]
-        if self.resid_mix is not None:
-            mix = self.resid_mix.to(x.dtype)
-            x = mix[0] * x + mix[1] * context.x0
-        lanes = (x + self.attn(norm(x) * self.ln_scale, self.attn_scale, context, slot), *lanes[1:])
-        x = lanes[-1]
-        return (*lanes[:-1], x + self.mlp(norm(x) * self.ln_scale, self.mlp_scale, slot))
-
-
-class GPT(nn.Module):
-    """The model. hidden -> logits -> forward is the only forward: training, scoring and adaptation call it.
-
-    GPT(settings) has the initial weights of SEED, equal on every device and rank; init=False leaves them to be loaded.
-    `attend` is the attention kernel (room 11), `dtype` that of activations.
-    """
-
-    role = "scalar"
-
-    def __init__(self, s, dtype=torch.float32, attend=None, init=True):
-        super().__init__()
-        self.dtype, self.softcap, self.doc_mask = dtype, s.logit_softcap, s.doc_mask
-        self.embed = Table(s.vocab_size, s.model_dim, s.tied_embed_init_std)  # tied: also the head
-        self.bigram = BigramHash(s.bigram_vocab_size, s.bigram_dim, s.model_dim) if s.bigram_vocab_size else None
-        self.smear = Smear(s.model_dim) if s.smear_gate else None
-        self.value_embed = ValueEmbedding(s.vocab_size, s.ve_dim, s.num_kv_heads * s.head_dim) if s.ve_dim else None
-        self.blocks = nn.ModuleList(Block(s, i, attend or attend_sdpa) for i in range(s.num_layers))
-        self.plan = layer_plan(s.num_layers, s.skips)
-        skips = sum(visit.pop is not None for visit in self.plan)
-        self.skip_weights = nn.Parameter(torch.empty(skips, s.model_dim)) if skips else None
-        # Buffers built before the first call: a lazily grown cache would recompile the graph.
-        longest = max(s.train_seq_len, s.eval_seq_len)
-        for name, table in zip(("cos", "sin"), rotary_tables(longest, s.rope_dims, s.rope_base)):
-            self.register_buffer(name, table, persistent=False)
-        if init:
-            generator = torch.Generator().manual_seed(s.seed)
-            with torch.no_grad():
-                for module in self.modules():
-                    if hasattr(module, "init"):
-                        module.init(generator)
-
-    def init(self, generator):
-        if self.skip_weights is not None:
-            nn.init.ones_(self.skip_weights)
-
-    def hidden(self, ids, docs=None, adapters=None):
-        """ids (B, T) -> normed final states (B, T, D). docs defaults to what BOS says, unless DOC_MASK=none."""
-        if docs is None and self.doc_mask != "none":
-            docs = Docs(ids == BOS)
-        x = self.embed(ids, self.dtype)
-        if self.bigram is not None:
-            x = x + self.bigram(ids, docs, self.dtype)
-        x = through(self.smear, norm(x), docs)
-        ve = self.value_embed(ids, self.dtype) if self.value_embed is not None else None
-        context = Context(x, (self.cos[: ids.size(1)], self.sin[: ids.size(1)]), docs, ve)
-        lanes, kept = (x,), []
-        for j, visit in enumerate(self.plan):
-            if visit.pop is not None:
-                lanes = (lanes[0] + self.skip_weights[visit.pop].to(x.dtype) * kept.pop(), *lanes[1:])
-            lanes = self.blocks[visit.block](lanes, context, adapters.slots[j] if adapters is not None else Slot())
-            if visit.push:
-                kept.append(lanes[0])
-        return norm(sum(lanes) / len(lanes) if len(lanes) > 1 else lanes[0])
-
-    def logits(self, hidden, adapters=None):
-        """hidden (..., D) -> float32 logits (..., V), soft-capped."""
-        logits = F.linear(hidden, self.embed.weight.to(hidden.dtype))
-        logits = plus(logits, adapters.head if adapters is not None else None, hidden).float()
-        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
-
-    def forward(self, ids, targets, docs=None, adapters=None, reduction="mean"):
-        """Cross entropy in nats: ids, targets (B, T) -> mean over all tokens, or (B, T) with reduction="none"."""
-        logits = self.logits(self.hidden(ids, docs, adapters), adapters)
-        loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction)
-        return loss if reduction == "mean" else loss.view_as(targets)
-
-
-def roles(model):
-    """{parameter name: role}; a module that creates parameters without stating their role is an error."""
-    table = {}
-    for prefix, module in model.named_modules():
-        for name, _ in module.named_parameters(recurse=False):
-            full = f"{prefix}.{name}" if prefix else name
-            if not isinstance(getattr(module, "role", None), str):
-                raise TypeError(f"{type(module).__name__} creates the parameter {full} but states no role")
-            table[full] = module.role
-    return table
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 5 Optimizer
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def newton_schulz(update, steps, dtype=torch.float32):
-    """Push the singular values of each matrix of a batch (N, rows, cols) towards 1 (Keller Jordan's Muon, quintic)."""
+# Coefficients a, b, c of X <- a X + (b A + c A A) X, A = X X^T, one row an iteration, the last for all further ones.
+NEWTON_SCHULZ = {
+    "classic": ((3.4445, -4.7750, 2.0315),),  # Keller Jordan's Muon
+    "polar_express": ((8.156554524902461, -22.48329292557795, 15.878769915207462),  # arXiv 2505.16932
+                      (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+                      (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+                      (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+                      (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)),
+}
+
+
+def newton_schulz(update, steps, coefficients="classic", row_normalize=False, dtype=torch.float32):
+    """Push the singular values of each matrix of a batch (N, rows, cols) towards 1; with row_normalize, rows - of the
+
+    update as stored, not of its transpose - have norm 1 before that (MuonEq-R, #1285).
+    """
     x = update.to(dtype)
+    if row_normalize:
+        x = x / x.norm(dim=-1, keepdim=True).clamp_min(1e-7)
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    rows = NEWTON_SCHULZ[coefficients]
+    for i in range(steps):
+        a, b, c = rows[min(i, len(rows) - 1)]
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+def scale_neurons(update, moment, beta2):
+    """NorMuon (arXiv 2510.05491): divide each row by the root of its running mean square `moment` (N, rows, 1), which
+
+    is updated in place. The norm of each matrix is kept, so learning rates mean the same with and without it.
+    """
+    update = update.float()
+    moment.lerp_(update.square().mean(-1, keepdim=True), 1 - beta2)
+    scaled = update / (moment.sqrt() + 1e-10)
+    return scaled * (update.norm(dim=(-2, -1), keepdim=True) / (scaled.norm(dim=(-2, -1), keepdim=True) + 1e-10))
 
 
 # torch 2.14 renamed these two, and warns about the old names.
@@ -957,12 +1283,17 @@ class Treatment(NamedTuple):
     kind: Literal["muon", "adam"]
     lr: float
     wd: float
+    betas: Betas  # AdamW
 
 
 def treatments(s):
-    return {"matrix": Treatment("muon", s.matrix_lr, s.muon_wd),
-            "embed": Treatment("adam", s.tied_embed_lr, s.embed_wd),
-            "scalar": Treatment("adam", s.scalar_lr, s.adam_wd)}
+    betas, embed_lr = (s.beta1, s.beta2), s.tied_embed_lr if s.tie_embeddings else s.embed_lr
+    matrix = "muon" if s.matrix_optimizer == "muon" else "adam"
+    return {"matrix": Treatment(matrix, s.matrix_lr, s.muon_wd, s.matrix_betas or betas),
+            "embed": Treatment("adam", embed_lr, s.embed_wd, s.embed_betas or betas),
+            "head": Treatment("adam", s.head_lr, s.head_wd, s.head_betas or betas),
+            "gate": Treatment("adam", s.scalar_lr, s.adam_wd, betas),
+            "scalar": Treatment("adam", s.scalar_lr, s.adam_wd, betas)}
 
 
 class Bank:
@@ -972,8 +1303,8 @@ class Bank:
     cols), of which each rank orthogonalises its share. Adam: one flat bank a role, each parameter aligned to 256 bytes.
     """
 
-    def __init__(self, treatment, entries, rt):
-        self.kind, self.lr, self.wd = treatment
+    def __init__(self, role, treatment, entries, rt, neurons=False):
+        self.role, (self.kind, self.lr, self.wd, self.betas) = role, treatment
         self.names, params = [name for name, _ in entries], [param for _, param in entries]
         self.shapes = [param.shape for param in params]
         if self.kind == "muon":
@@ -985,7 +1316,9 @@ class Bank:
             whole, self.mine = (self.starts[-1],), slice(None)
         device = params[0].device
         self.weight, self.grad = torch.zeros(whole, device=device), torch.zeros(whole, device=device)
-        self.state = [torch.zeros_like(self.weight[self.mine]) for _ in range(1 if self.kind == "muon" else 2)]
+        share = self.weight[self.mine]
+        self.state = [torch.zeros_like(share)] + ([torch.zeros_like(share)] if self.kind == "adam" else
+                                                  [torch.zeros_like(share[..., :1])] if neurons else [])
         for param, weight, grad in zip(params, self.views(self.weight), self.views(self.grad)):
             weight.copy_(param.data)
             param.data, param.grad = weight, grad
@@ -1002,6 +1335,7 @@ class MuonAdam:
 
     step(): reduce-scatter the matrix banks and all-reduce the flat ones, clip the global gradient, orthogonalise this
     rank's share and start gathering it, run AdamW meanwhile, apply. State is saved by parameter name, for any ranks.
+    Momentum and second moments are fp32, on every number of ranks.
     """
 
     def __init__(self, model, s, rt):
@@ -1014,13 +1348,14 @@ class MuonAdam:
             shape = tuple(params[name].shape) if table[role].kind == "muon" else ()
             groups.setdefault((role, shape), []).append((name, params[name]))
         order = sorted(groups, key=lambda g: -sum(p.numel() for _, p in groups[g]))  # largest first
-        self.banks = [Bank(table[role], groups[role, shape], rt) for role, shape in order]
-        self.table = {role: (len(names), sum(params[n].numel() for n in names), *table[role]) for role in table
+        self.banks = [Bank(role, table[role], groups[role, shape], rt, s.normuon) for role, shape in order]
+        self.table = {role: (len(names), sum(params[n].numel() for n in names), table[role]) for role in table
                       if (names := [n for (r, _), group in groups.items() if r == role for n, _ in group])}
         owned = sorted(name for bank in self.banks for name in bank.names)
         assert owned == sorted(params), "every parameter has exactly one owner"
         dtype = torch.bfloat16 if rt.device.type == "cuda" else torch.float32
-        self.orthogonalise = rt.compile(partial(newton_schulz, steps=s.muon_backend_steps, dtype=dtype))
+        self.orthogonalise = rt.compile(partial(newton_schulz, steps=s.muon_backend_steps, dtype=dtype,
+                                                coefficients=s.newton_schulz, row_normalize=s.muon_row_normalize))
 
     def zero_grad(self):
         for bank in self.banks:
@@ -1056,8 +1391,8 @@ class MuonAdam:
             grad.mul_(factor)
 
     @torch.no_grad()
-    def step(self, lr_scale, momentum):
-        """One update from the accumulated gradients: lr_scale multiplies every learning rate."""
+    def step(self, lr_scale, momentum, wd_scale=1.0):
+        """One update from the accumulated gradients: lr_scale multiplies every learning rate, wd_scale MUON_WD."""
         self.t += 1
         grads = self._reduce()
         self._clip(grads)
@@ -1066,16 +1401,18 @@ class MuonAdam:
             if bank.kind == "muon":
                 buffer = bank.state[0].mul_(momentum).add_(grad)
                 update = self.orthogonalise(grad.add_(buffer, alpha=momentum))
+                if self.s.normuon:
+                    update = scale_neurons(update, bank.state[1], self.s.muon_beta2)
                 pending.append((bank, *self._gather(update)))
         for bank, grad in zip(self.banks, grads):
             if bank.kind == "adam":
-                self._adam(bank, grad, bank.lr * lr_scale)
+                self._adam(bank, grad, bank.lr * lr_scale, bank.wd * (wd_scale if bank.role == "matrix" else 1.0))
         for bank, update, work in pending:
             if work is not None:
                 work.wait()
             lr = bank.lr * lr_scale
             rows, cols = bank.weight.shape[1:]
-            bank.weight.mul_(1 - lr * bank.wd).add_(update, alpha=-lr * max(1.0, rows / cols) ** 0.5)
+            bank.weight.mul_(1 - lr * bank.wd * wd_scale).add_(update, alpha=-lr * max(1.0, rows / cols) ** 0.5)
 
     def _gather(self, update):
         if self.rt.world == 1:
@@ -1083,14 +1420,13 @@ class MuonAdam:
         whole = torch.empty(self.rt.world * update.size(0), *update.shape[1:], dtype=update.dtype, device=update.device)
         return whole, all_gather(whole, update.contiguous(), async_op=True)
 
-    def _adam(self, bank, grad, lr):
+    def _adam(self, bank, grad, lr, wd):
         """AdamW (arXiv 1711.05101) with bias correction, decoupled decay first."""
-        beta1, beta2 = self.s.beta1, self.s.beta2
-        mean, square = bank.state
+        (beta1, beta2), (mean, square) = bank.betas, bank.state
         mean.lerp_(grad, 1 - beta1)
         square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         root = square.sqrt().div_((1 - beta2**self.t) ** 0.5).add_(self.s.adam_eps)
-        bank.weight.mul_(1 - lr * bank.wd).addcdiv_(mean, root, value=-lr / (1 - beta1**self.t))
+        bank.weight.mul_(1 - lr * wd).addcdiv_(mean, root, value=-lr / (1 - beta1**self.t))
 
     def named(self, tensors):
         """{parameter name: part} of tensors shaped like the banks."""
@@ -1119,21 +1455,33 @@ class MuonAdam:
         self.t = state["t"]
         for bank in self.banks:
             for i, share in enumerate(bank.state):
-                whole = torch.zeros_like(bank.weight)
+                whole = share.new_zeros(bank.weight.size(0), *share.shape[1:])
                 for name, view in zip(bank.names, bank.views(whole)):
                     view.copy_(state[name][i])
                 share.copy_(whole[bank.mine])
 
 
-def lr_scale(s, progress, step, total_steps):
-    """Multiplier of every learning rate at progress in [0, 1]: linear warm-up, 1, then linear warmdown to MIN_LR.
+def lr_scale(s, progress, step, total_steps, since_stage=None):
+    """Multiplier of every learning rate at progress in [0, 1]: linear warm-up, 1, a line to 0 that stops at MIN_LR.
 
-    total_steps: of the run, as far as known; only WARMDOWN_ITERS needs it.
+    total_steps: of the run, as far as known; only WARMDOWN_ITERS needs it. since_stage: steps since a stage began.
     """
     warmup = min((step + 1) / s.lr_warmup_steps, 1.0) if s.lr_warmup_steps else 1.0
-    length = min(s.warmdown_iters / max(total_steps, 1), 1.0) if s.warmdown_iters else s.warmdown_frac
+    if since_stage is not None and s.seq_change_warmup_steps:
+        warmup *= min((since_stage + 1) / s.seq_change_warmup_steps, 1.0)
+    length = s.warmdown_frac
+    if s.warmdown_iters:
+        length = min(s.warmdown_iters / max(total_steps, 1), 1.0)
+    elif s.warmdown_seconds:
+        length = min(s.warmdown_seconds / s.max_wallclock_seconds, 1.0)
     down = min((1 - progress) / length, 1.0) if length else 1.0
-    return warmup * (s.min_lr + (1 - s.min_lr) * max(down, 0.0))
+    return warmup * max(down, s.min_lr)
+
+
+def wd_scale(s, progress):
+    """Multiplier of MUON_WD: 1 up to WD_TAPER_START_FRAC, then linear to WD_TAPER_FINAL_MULT (#1729)."""
+    start = s.wd_taper_start_frac
+    return 1 + (s.wd_taper_final_mult - 1) * max(progress - start, 0.0) / (1 - start) if start else 1.0
 
 
 def momentum_at(s, step):
@@ -1142,39 +1490,97 @@ def momentum_at(s, step):
     return s.muon_momentum_warmup_start + (s.muon_momentum - s.muon_momentum_warmup_start) * part
 
 
+class Complement:
+    """Complementary training (#1033): a token that bigram counts predict with p = C[a, b] / (N[a] + 1) weighs
+
+    max(1 - COMPLEMENT_ALPHA p, 0.1), over the mean weight of the step. The counts are of all earlier steps and ranks,
+    so they do not depend on ranks or micro-batches, and int64: float32 stops counting at 2^24.
+    """
+
+    def __init__(self, s, rt):
+        self.alpha, self.vocab, self.rt = s.complement_alpha, s.vocab_size, rt
+        self.pairs = torch.zeros(s.vocab_size**2, dtype=torch.int64, device=rt.device)
+        self.count = torch.zeros(s.vocab_size, dtype=torch.int64, device=rt.device)
+
+    def weights(self, micro):
+        """[(B, T) weights] for a step's [(ids, targets, ...)], of mean 1 over all ranks."""
+        raw = [1 - self.alpha * self.pairs[x * self.vocab + y] / (self.count[x] + 1.0) for x, y, *_ in micro]
+        raw = [w.clamp_min(0.1) for w in raw]
+        mean = self.rt.sum(torch.stack([w.double().sum() for w in raw]).sum()) / (
+            self.rt.world * sum(w.numel() for w in raw))
+        return [(w / mean).float() for w in raw]
+
+    def observe(self, micro):
+        """Count a step that has been trained on."""
+        pairs = torch.cat([(x * self.vocab + y).flatten() for x, y, *_ in micro])
+        if self.rt.world > 1:
+            mine, pairs = pairs, pairs.new_empty(self.rt.world * len(pairs))
+            all_gather(pairs, mine)
+        self.count_pairs(pairs, torch.ones_like(pairs))
+
+    def count_pairs(self, pairs, times):
+        self.pairs.index_add_(0, pairs, times)
+        self.count.index_add_(0, pairs // self.vocab, times)
+
+    def state_dict(self):
+        """Pairs that occurred, and how often; the same on all ranks."""
+        pairs = self.pairs.nonzero().squeeze(1)
+        return {"pairs": pairs.cpu(), "times": self.pairs[pairs].cpu()}
+
+    def load_state_dict(self, state):
+        self.pairs.zero_(), self.count.zero_()
+        self.count_pairs(state["pairs"].to(self.rt.device), state["times"].to(self.rt.device))
+
+
 class Average:
-    """The weights that are exported, kept in fp32: bf16 would swallow the small steps of a slow average (#1699)."""
+    """Candidates for the exported weights, in fp32: bf16 would swallow the small steps of a slow average (#1699).
+
+    `taken` holds per kind a list of snapshots shaped like the banks: for "ema" the running mean, for "swa" the sum of
+    `count` snapshots, for "lawa" the last LAWA_K.
+    """
 
     def __init__(self, s, banks):
-        self.s, self.banks, self.sums, self.count = s, banks, None, 0
-
-    @torch.no_grad()
-    def update(self, step, progress, scale):
-        """After optimizer step number `step` (from 1), which used learning-rate scale `scale`."""
-        weights = [bank.weight for bank in self.banks]
-        if self.s.average == "ema" and progress >= self.s.ema_start_frac:
-            if self.sums is None:
-                self.sums = [w.clone() for w in weights]
-            for mean, weight in zip(self.sums, weights):
-                mean.lerp_(weight, 1 - self.s.ema_decay)
-            self.count += 1
-        if self.s.average == "swa" and scale < self.s.swa_start_scale and step % self.s.swa_every == 0:
-            self.sums = self.sums or [torch.zeros_like(w) for w in weights]
-            for total, weight in zip(self.sums, weights):
-                total.add_(weight)
-            self.count += 1
+        self.s, self.banks, self.taken, self.count = s, banks, {}, 0
+        self.kinds = {"none": (), "best": ("ema", "swa", "lawa")}.get(s.average, (s.average,))
 
     def start(self):
         """Before the first step: an average that runs from the beginning starts at the initial weights."""
-        if self.s.average == "ema" and self.s.ema_start_frac == 0:
-            self.sums = [bank.weight.clone() for bank in self.banks]
+        if "ema" in self.kinds and self.s.ema_start_frac == 0:
+            self.taken["ema"] = [self.copy()]
+
+    def copy(self):
+        return [bank.weight.clone() for bank in self.banks]
 
     @torch.no_grad()
-    def apply(self):
-        """Replace the weights by their average; False if none was ever taken."""
-        for bank, total in zip(self.banks, self.sums or ()):
-            bank.weight.copy_(total if self.s.average == "ema" else total / self.count)
-        return self.sums is not None
+    def update(self, step, progress, scale):
+        """After optimizer step number `step` (from 1), begun at `progress` with learning-rate scale `scale`."""
+        s = self.s
+        if "ema" in self.kinds and progress >= s.ema_start_frac:
+            if "ema" in self.taken:
+                for mean, bank in zip(self.taken["ema"][0], self.banks):
+                    mean.lerp_(bank.weight, 1 - s.ema_decay)
+            else:
+                self.taken["ema"] = [self.copy()]
+        if "swa" in self.kinds and scale < s.swa_start_scale and step % s.swa_every == 0:
+            sums = self.taken.setdefault("swa", [[torch.zeros_like(bank.weight) for bank in self.banks]])[0]
+            for total, bank in zip(sums, self.banks):
+                total.add_(bank.weight)
+            self.count += 1
+        if "lawa" in self.kinds and step % s.lawa_freq == 0:
+            self.taken["lawa"] = [*self.taken.get("lawa", []), self.copy()][-s.lawa_k :]
+
+    def mean(self, kind):
+        """The average of a kind, shaped like the banks, or None if nothing was ever taken."""
+        if kind not in self.taken:
+            return None
+        count = self.count if kind == "swa" else len(self.taken[kind])
+        return [sum(parts) / count for parts in zip(*self.taken[kind])]
+
+    @torch.no_grad()
+    def apply(self, weights):
+        """Replace the weights by these."""
+        for bank, weight in zip(self.banks, weights):
+            bank.weight.copy_(weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1278,29 +1684,89 @@ def target_bytes(ids, tables):
     return base[ids[1:]] + (lead[ids[1:]] & ~edge[ids[:-1]]).astype(np.int16)
 
 
-class TokenStream:
-    """Training batches cut one after the other from the concatenated shards; each target is used once an epoch.
+def shuffled_order(counts, rng, chunk=None):
+    """Every block of every shard once, as (shard, block), in random order (#1394)."""
+    blocks = np.stack([np.repeat(np.arange(len(counts)), counts), np.concatenate([np.arange(n) for n in counts])], 1)
+    return blocks[rng.permutation(len(blocks))]
 
-    The whole state is `position`, so a batch depends on the settings only: any number of ranks sees the same stream.
+
+def coprime_order(counts, rng, chunk):
+    """Every block of every shard once, as (shard, block), in the manner of #1060: a shard is walked by a stride that is
+
+    coprime to its number of blocks; each `chunk` of blocks mixes 8 to 64 shards, drawn with probability proportional
+    to what is left in them to the power of 0.9 to 0.5, the mixture growing over 1,800 chunks.
+    """
+    def stride(n):
+        return next(s for s in rng.permutation(np.arange(1, n)) if math.gcd(int(s), n) == 1) if n > 1 else 1
+
+    walks = [(int(rng.integers(n)) + stride(n) * np.arange(n)) % n for n in counts]
+    counts, used, order = np.array(counts), np.zeros(len(counts), int), []
+    while (left := counts - used).any():
+        part = min(len(order) / 1800, 1.0)
+        weight = left ** (0.9 - 0.4 * part) * (left > 0)
+        mix = min(round(8 + 56 * part), int((left > 0).sum()), chunk)
+        chosen = rng.choice(len(counts), mix, replace=False, p=weight / weight.sum())
+        share = 1 + rng.multinomial(chunk - mix, weight[chosen] / weight[chosen].sum())
+        rows = []
+        for shard, take in zip(chosen, np.minimum(share, left[chosen])):
+            rows.append(np.stack([np.full(take, shard), walks[shard][used[shard] : used[shard] + take]], 1))
+            used[shard] += take
+        order.append(rng.permutation(np.concatenate(rows)))
+    return np.concatenate(order)
+
+
+class TokenStream:
+    """Training batches; each target is used at most once an epoch. LOADER says in which order:
+
+    sequential: cut one after the other from the concatenated shards; packed: the same, a micro-batch as one long row
+    whose documents do not see each other; shuffled, coprime: blocks of the longest training sequence, reordered each
+    epoch. The whole state is `position`, so a batch depends on the settings only: any number of ranks sees the same
+    stream, and a checkpoint is one number. The next batch is read by a thread while this one is trained on.
     """
 
-    def __init__(self, paths, s, rt):
-        self.paths, self.s, self.rt, self.position = paths, s, rt, 0
+    def __init__(self, paths, s, rt, documents=None):
+        self.paths, self.s, self.rt, self.position, self.documents = paths, s, rt, 0, documents
         self.shards = [read_shard(path) for path in paths]
+        self.hold_out(s.holdout_tokens if s.average == "best" else 0)
         self.ends = np.cumsum([len(shard) for shard in self.shards])
-        sequences = s.train_batch_tokens // s.train_seq_len
-        if sequences % rt.world:
-            raise BadInput(f"TRAIN_BATCH_TOKENS={s.train_batch_tokens} is {sequences} sequences of TRAIN_SEQ_LEN="
-                           f"{s.train_seq_len}, which {rt.world} ranks cannot share evenly")
-        if self.ends[-1] < 2:
-            raise BadInput(f"{paths[0]}: the training stream holds fewer than two tokens")
-        self.rows = sequences // rt.world
-        per_micro = max(1, min(self.rows, s.micro_batch_tokens // s.train_seq_len))
-        self.micro_rows = max(n for n in range(1, per_micro + 1) if self.rows % n == 0)  # equal shapes: one graph
+        for _, length, tokens in s.stages:
+            if tokens // length % rt.world:
+                raise BadInput(f"TRAIN_BATCH_TOKENS={tokens} is {tokens // length} sequences of TRAIN_SEQ_LEN="
+                               f"{length}, which {rt.world} ranks cannot share evenly")
+        self.block = max(length for _, length, _ in s.stages)
+        self.counts = [(len(shard) - 1) // self.block for shard in self.shards]
+        if self.ends[-1] < 2 or self.reordered and not sum(self.counts):
+            raise BadInput(f"{paths[0]}: the training stream holds fewer than "
+                           f"{self.block + 1 if self.reordered else 2} tokens")
+        self.total = sum(self.counts) * self.block if self.reordered else int(self.ends[-1])
+        self._orders, self._thread, self._ahead = {}, ThreadPoolExecutor(1, "loader"), (None, None)
+
+    @property
+    def reordered(self):
+        return self.s.loader in ("shuffled", "coprime")
 
     @property
     def epoch(self):
-        return self.position / int(self.ends[-1])
+        return self.position / self.total
+
+    def hold_out(self, count):
+        """Set the end of the stream aside: `held` is not trained on."""
+        held = []
+        while count > 0 and self.shards:
+            shard = self.shards.pop()
+            held.insert(0, shard[max(len(shard) - count, 0) :])
+            count -= len(held[0])
+            if len(shard) > len(held[0]):
+                self.shards.append(shard[: -len(held[0])])
+        if not self.shards:
+            raise BadInput(f"HOLDOUT_TOKENS={self.s.holdout_tokens} leaves nothing to train on")
+        self.held = np.concatenate(held) if held else np.empty(0, np.uint16)
+
+    def rows(self, length, tokens):
+        """(rows of a rank, rows of a micro-batch): equal shapes, so that one graph serves."""
+        rows = tokens // length // self.rt.world
+        most = max(1, min(rows, self.s.micro_batch_tokens // length))
+        return rows, max(n for n in range(1, most + 1) if rows % n == 0)
 
     def read(self, start, count):
         """`count` tokens from `start`, wrapping at the end of the stream."""
@@ -1315,25 +1781,75 @@ class TokenStream:
             filled += len(part)
         return out
 
-    def next(self):
-        """This rank's part of the next batch: micro-batches [(x, y)], each (rows, TRAIN_SEQ_LEN) int64."""
-        length = self.rows * self.s.train_seq_len
-        tokens = self.read(self.position + self.rt.rank * length, length + 1)
-        self.position += self.s.train_batch_tokens
-        return self._micro_batches(torch.from_numpy(tokens.astype(np.int32)))
+    def _starts(self, epoch):
+        """Where the blocks of an epoch start in the concatenated shards, in their order."""
+        if epoch not in self._orders:
+            rng = np.random.default_rng([self.s.seed, epoch])
+            phases = [int(rng.integers((len(shard) - 1) % self.block + 1)) for shard in self.shards]
+            chunk = max(self.s.stages[-1][2] // self.block, 1)
+            shard, block = (shuffled_order if self.s.loader == "shuffled" else coprime_order)(self.counts, rng, chunk).T
+            firsts = np.array([end - len(tokens) for end, tokens in zip(self.ends, self.shards)]) + phases
+            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}  # a batch spans two at most
+            self._orders[epoch] = firsts[shard] + block * self.block
+        return self._orders[epoch]
 
-    def synthetic(self, generator):
+    def sequence(self, position, length):
+        """The `length` + 1 tokens of the training sequence at a position of the stream."""
+        if self.reordered:
+            epoch, at = divmod(position, self.total)
+            position = int(self._starts(epoch)[at // self.block]) + at % self.block
+        return self.read(position, length + 1)
+
+    def next(self, length=None, tokens=None):
+        """This rank's part of the next batch: micro-batches [(x, y, docs)], x and y (rows, length) int64; docs None
+
+        where the model can tell them from x. Without arguments the batch of the first stage.
+        """
+        length, tokens = length or self.s.stages[0][1], tokens or self.s.stages[0][2]
+        # A stage may begin inside a block of the one before.
+        start = -(-self.position // length) * length if self.reordered else self.position
+        (key, future), wanted = self._ahead, (start, length, tokens)
+        ready = future.result() if key == wanted else self._read_batch(*wanted)
+        self.position = start + tokens
+        following = (self.position, length, tokens)
+        self._ahead = following, self._thread.submit(self._read_batch, *following)
+        return self._to_device(*ready)
+
+    def _read_batch(self, start, length, tokens):
+        """On the CPU, pinned where there is a GPU; called by the thread."""
+        rows, micro_rows = self.rows(length, tokens)
+        first = start + self.rt.rank * rows * length
+        if self.s.loader == "packed":
+            span = micro_rows * length
+            batch = np.stack([self.read(first + i * span, span + 1) for i in range(rows // micro_rows)])
+        else:
+            batch = np.stack([self.sequence(first + i * length, length) for i in range(rows)])
+        return self._pinned(torch.from_numpy(batch.astype(np.int32)), length, micro_rows)
+
+    def synthetic(self, generator, length=None, tokens=None):
         """A batch of random tokens in exactly the memory layout of a real one, so that it compiles the same graph."""
-        length = self.rows * self.s.train_seq_len
-        shape = (length + 1,)
-        return self._micro_batches(torch.randint(self.s.vocab_size, shape, dtype=torch.int32, generator=generator))
+        length, tokens = length or self.s.stages[0][1], tokens or self.s.stages[0][2]
+        rows, micro_rows = self.rows(length, tokens)
+        shape = (rows // micro_rows, micro_rows * length + 1) if self.s.loader == "packed" else (rows, length + 1)
+        batch = torch.randint(self.s.vocab_size, shape, dtype=torch.int32, generator=generator)
+        return self._to_device(*self._pinned(batch, length, micro_rows))
 
-    def _micro_batches(self, tokens):
+    def _pinned(self, batch, length, micro_rows):
+        """(tokens of each micro-batch, their docs): lengths for a varlen kernel are counted where nothing waits."""
+        parts = batch.split(1 if self.s.loader == "packed" else micro_rows)
+        docs = [self.documents(part[:, :-1], length) if self.documents else None for part in parts]
         if self.rt.device.type == "cuda":
-            tokens = tokens.pin_memory().to(self.rt.device, non_blocking=True)
-        tokens = tokens.long()
-        x, y = (part.view(self.rows, -1).split(self.micro_rows) for part in (tokens[:-1], tokens[1:]))
-        return list(zip(x, y))
+            parts = [part.pin_memory() for part in parts]
+            docs = [d and Docs(*(z if z is None else z.pin_memory() for z in d)) for d in docs]
+        return parts, docs
+
+    def _to_device(self, parts, docs):
+        parts = [part.to(self.rt.device, non_blocking=True).long() for part in parts]
+        docs = [d and Docs(*(z if z is None else z.to(self.rt.device, non_blocking=True) for z in d)) for d in docs]
+        for d in docs if self.rt.compiled else ():
+            if d and d.cu is not None:
+                torch._dynamo.maybe_mark_dynamic(d.cu, 0)  # one graph for any number of documents
+        return [(part[:, :-1].contiguous(), part[:, 1:].contiguous(), d) for part, d in zip(parts, docs)]
 
 
 class ValStream(NamedTuple):
@@ -1426,7 +1942,8 @@ CODECS = {
 
 def codec_of(role, s):
     """(codec, bits, method) that stores the parameters of a role: gains and scales stay float16."""
-    table = {"matrix": (s.matrix_bits, s.matrix_quant), "embed": (s.embed_bits, s.embed_quant)}
+    embed = (s.embed_bits, s.embed_quant)
+    table = {"matrix": (s.matrix_bits, s.matrix_quant), "embed": embed, "head": embed}
     bits, method = table.get(role, (16, ""))
     return ("float16" if bits == 16 else "int"), bits, method
 
@@ -1564,7 +2081,9 @@ def save_artifact(path, model, s, tokenizer_sha256="", log=None):
             sizes = {f"{name}_bytes": len(data) for name, data in packed.items()}
             log("pack", stream=stream, raw_bytes=len(raw), **sizes, chosen=best)
     settings = {f.name.upper(): _show(getattr(s, f.name)) for f in model_fields()}
-    header = {"settings": settings, "tokenizer_sha256": tokenizer_sha256, "tensors": tensors, "streams": streams}
+    # `looping`: a loop that training never reached stays off.
+    header = {"settings": settings, "looping": model.looping, "tokenizer_sha256": tokenizer_sha256, "tensors": tensors,
+              "streams": streams}
     header = json.dumps(header, separators=(",", ":")).encode()
     packed = zlib.compress(header, 9)
     chunks = [PREFIX.pack(MAGIC, ARTIFACT_VERSION, len(packed), len(header), zlib.crc32(packed)), packed, *payload]
@@ -1594,6 +2113,7 @@ def read_artifact(path, data=None):
         header["settings"] = {str(k): str(v) for k, v in header["settings"].items()}
         unknown = {c for _, _, c, _ in header["tensors"]} - set(CODECS) | {c for _, c, *_ in rows} - set(COMPRESSORS)
         header["tokenizer_sha256"] = bytes.fromhex(header["tokenizer_sha256"]).hex()
+        header["looping"] = bool(header["looping"])
         if unknown or set(header["settings"]) != {f.name.upper() for f in model_fields()}:
             raise ValueError(f"unknown {', '.join(sorted(unknown))}" if unknown else "settings of another version")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
@@ -1650,6 +2170,7 @@ def load_artifact(path, settings=None, dtype=torch.float32, attend=None, device=
         raise BadInput(f"{path}: holds values that are not finite")
     model = GPT(s, dtype, attend, init=False)
     model.load_state_dict(state)
+    model.looping = s.loops and header["looping"]
     return s, model.to(device)
 
 
@@ -1820,6 +2341,9 @@ class ModelPredictor(Predictor):
         self.model, self._hidden = model, rt.compile(model.hidden)
 
     def _logits(self, x, docs, keep):
+        if docs is None and self.model.varlen:  # outside of the graph: how many documents there are is in the data
+            docs = self.model.documents(x)
+            torch._dynamo.maybe_mark_dynamic(docs.cu, 0)
         return self.model.logits(self._hidden(x, docs)[:, -(keep or x.size(1)) :])
 
     @torch.no_grad()
@@ -1837,30 +2361,44 @@ class ModelPredictor(Predictor):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def attend_sdpa(q, k, v):
-    """Causal attention, q (B, T, H, C), k and v (B, T, K, C) -> (B, T, H, C); query head j reads kv head j * K // H."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+def attend_sdpa(q, k, v, docs=None):
+    """Causal attention, q (B, T, H, C), k and v (B, T, K, C) -> (B, T, H, C); query head j reads kv head j * K // H.
+
+    docs with a mask confines it to documents.
+    """
+    q, k, v, mask = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), docs.mask if docs is not None else None
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
+                                          enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
 
-def attend_fa3(q, k, v, kernel):
+def attend_fa3(q, k, v, docs=None, *, kernel):
     """The same by FlashAttention-3 (Hopper); `kernel` is flash_attn_interface.flash_attn_func."""
     out = kernel(q, k, v, causal=True)
     return out[0] if isinstance(out, tuple) else out
 
 
-def attend_reference(q, k, v):
+def attend_varlen(q, k, v, docs, *, kernel, longest):
+    """The same within documents of at most `longest` tokens; `kernel` takes (q, k, v, cu, longest) of (B * T, ., C)."""
+    out = kernel(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), docs.cu, longest)
+    return (out[0] if isinstance(out, tuple) else out).view_as(q)
+
+
+def attend_reference(q, k, v, docs=None):
     """The same, written out."""
     k, v = (z.repeat_interleave(q.size(2) // z.size(2), dim=2) for z in (k, v))
     scores = torch.einsum("bthc,bshc->bhts", q, k) * q.size(-1) ** -0.5
-    future = torch.ones(q.size(1), q.size(1), dtype=torch.bool, device=q.device).triu(1)
-    return torch.einsum("bhts,bshc->bthc", scores.masked_fill(future, -torch.inf).softmax(-1), v)
+    hidden = torch.ones(q.size(1), q.size(1), dtype=torch.bool, device=q.device).triu(1)
+    hidden = hidden if docs is None or docs.mask is None else ~docs.mask
+    return torch.einsum("bhts,bshc->bthc", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
 
 
 def _set_sdpa(*names):
     """Let PyTorch's attention use only these CUDA backends; the slow math one is never a silent last resort."""
     for name in ("cudnn", "flash", "mem_efficient", "math"):
         getattr(torch.backends.cuda, f"enable_{name}_sdp")(name in names)
+
+
+MASKED_ROW = 16384  # longest packed row for which the square of its length is still a mask
 
 
 def _why_not(name, s, rt):
@@ -1874,6 +2412,13 @@ def _why_not(name, s, rt):
             return "package flash_attn_interface is not installed"
     if name in ("cudnn", "flash") and rt.device.type == "cpu":
         return "needs a GPU"
+    if s.doc_mask == "attention":
+        if name == "cudnn":
+            return "takes no document lengths"
+        if name == "flash" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
+            return f"torch {torch.__version__} has no torch.nn.attention.varlen"
+        if name == "math" and s.loader == "packed" and s.longest_row > MASKED_ROW:
+            return f"rows of LOADER=packed have {s.longest_row} tokens, masks at most {MASKED_ROW} (MICRO_BATCH_TOKENS)"
     if name in ("fa3", "cudnn", "flash") and rt.dtype != torch.bfloat16:
         return "needs bfloat16"
     if name == "cudnn" and (torch.backends.cudnn.version() or 0) < 91501:
@@ -1893,7 +2438,7 @@ def pick_attention(s, rt):
         if reason is None:
             if rt.device.type == "cuda":
                 _set_sdpa(*{"fa3": (), "math": ("math", "mem_efficient")}.get(name, (name,)))
-            attend, reason = _attention_function(name)
+            attend, reason = _attention_function(name, s)
             reason = reason or _attention_error(attend, s, rt)
             if reason is None:
                 rt.choose("attention", name, "; ".join(passed) or f"ATTENTION={s.attention}")
@@ -1907,15 +2452,33 @@ def pick_attention(s, rt):
     return attend
 
 
-def _attention_function(name):
-    """(the function, None) or (None, why it cannot be imported)."""
-    if name != "fa3":
+def _attention_function(name, s):
+    """(the function, None) or (None, why it cannot be imported). `varlen` says that it wants Docs with lengths."""
+    masked = s.doc_mask == "attention"
+    if name == "fa3":
+        try:
+            import flash_attn_interface as fa3
+        except (ImportError, OSError) as error:
+            return None, f"flash_attn_interface cannot be imported ({str(error).partition(chr(10))[0][:80]})"
+        if not masked:
+            return partial(attend_fa3, kernel=fa3.flash_attn_func), None
+
+        def kernel(q, k, v, cu, longest):
+            return fa3.flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
+    elif name == "flash" and masked:
+        from torch.nn.attention.varlen import varlen_attn
+        causal = {"window_size": (-1, 0)} if "window_size" in inspect.signature(varlen_attn).parameters else {
+            "is_causal": True}  # its first name
+        grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+        def kernel(q, k, v, cu, longest):
+            return varlen_attn(q, k, v, cu, cu, longest, longest, **causal, **grouped)
+    else:
         return attend_sdpa, None
-    try:
-        from flash_attn_interface import flash_attn_func
-    except (ImportError, OSError) as error:
-        return None, f"flash_attn_interface cannot be imported ({str(error).partition(chr(10))[0][:80]})"
-    return partial(attend_fa3, kernel=flash_attn_func), None
+    longest = max(s.eval_seq_len, *(length for _, length, _ in s.stages))
+    attend = partial(attend_varlen, kernel=kernel, longest=longest)
+    attend.varlen = True
+    return attend, None
 
 
 def _attention_error(attend, s, rt):
@@ -1923,11 +2486,13 @@ def _attention_error(attend, s, rt):
     generator = torch.Generator().manual_seed(0)
     heads = (s.num_heads, s.num_kv_heads, s.num_kv_heads)
     inputs = [torch.randn(2, 128, h, s.head_dim, generator=generator) for h in heads]
+    ids = torch.zeros(2, 128, dtype=torch.int64).index_fill(1, torch.tensor([0, 40, 41]), BOS)
     results = []
     for function, dtype in ((attend, rt.dtype), (attend_reference, torch.float32)):
         leaves = [z.to(rt.device, dtype).requires_grad_() for z in inputs]
+        docs = documents(ids.to(rt.device), s.doc_mask, varlen=getattr(function, "varlen", False))
         try:
-            out = function(*leaves)
+            out = function(*leaves, docs)
             results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
         except Exception as error:  # whatever a foreign kernel can come up with: it is passed over, and that is said
             return f"fails ({type(error).__name__}: {str(error).partition(chr(10))[0][:80]})"
@@ -1936,8 +2501,104 @@ def _attention_error(attend, s, rt):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 12 Train loop, main
+# 12 Clock, log, train loop, main
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """The phase ledger: wall seconds per phase, each second charged to the innermost phase only."""
+
+    def __init__(self, sync=lambda: None):
+        self.seconds, self._sync, self._phase, self._since = {}, sync, "setup", time.monotonic()
+
+    def __getitem__(self, phase):
+        """Seconds so far, without waiting for the device."""
+        return self.seconds.get(phase, 0.0) + (time.monotonic() - self._since if phase == self._phase else 0.0)
+
+    def _enter(self, phase):
+        self._sync()
+        now, outer = time.monotonic(), self._phase
+        self.seconds[outer] = self.seconds.get(outer, 0.0) + now - self._since
+        self._phase, self._since = phase, now
+        return outer
+
+    @contextlib.contextmanager
+    def phase(self, name):
+        outer = self._enter(name)
+        try:
+            yield
+        finally:
+            self._enter(outer)
+
+
+class Log:
+    """train.log, metrics.jsonl and the console, written by rank 0, flushed line by line.
+
+    A line is `event key:value ...`; the contest's own forms are given as text. metrics.jsonl gets every event as JSON.
+    """
+
+    def __init__(self, out_dir, main, append=False):
+        self.main, self._files, self._bar = main, [], False
+        if main:
+            self._files = [_open_log(Path(out_dir) / name, append) for name in ("train.log", "metrics.jsonl")]
+
+    def __call__(self, event, text=None, **values):
+        if text is None:
+            text = " ".join([event] + [f"{key}:{_word(value)}" for key, value in values.items()])
+        self.line(text)
+        self._write(1, to_json({"event": event, **values}))
+
+    def line(self, text, console=True):
+        self._write(0, text)
+        if self.main and console:
+            print(("\r\x1b[K" if self._bar else "") + text, flush=True)
+            self._bar = False
+
+    def _write(self, which, text):
+        if not self._files or self._files[which] is None:
+            return
+        try:
+            self._files[which].write(text + "\n")
+            self._files[which].flush()
+        except OSError as error:  # a full disk must not end the training; the console still gets every line
+            self._files[which] = None
+            print(f"warning: log file closed: {error.strerror}", file=sys.stderr, flush=True)
+
+    def progress(self, what, done, total, rate):
+        """A bar on a terminal, nothing elsewhere. `rate` is text."""
+        if not self.main or not sys.stdout.isatty():
+            return
+        full = int(24 * min(done / total, 1.0))
+        print(f"\r\x1b[K{what} [{'#' * full}{'.' * (24 - full)}] {done / total:4.0%} {rate}", end="", flush=True)
+        self._bar = True
+
+
+def to_json(values, indent=None):
+    """JSON has no nan: a number that is none becomes null."""
+    known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return json.dumps(known, default=str, indent=indent)
+
+
+def _word(value):
+    text = f"{value:.8g}" if isinstance(value, float) else str(value)
+    return "_".join(text.split())
+
+
+def _began(metrics):
+    """Did a run get as far as a result? One that stopped at its input may be repeated in its folder."""
+    with contextlib.suppress(OSError), open(metrics, encoding="utf-8", errors="replace") as lines:
+        return any(line.startswith(('{"event": "train"', '{"event": "final"')) for line in lines)
+    return False
+
+
+def _open_log(path, append):
+    if path.exists() and not append and _began(path.with_name("metrics.jsonl")):
+        raise BadInput(f"{path} belongs to an earlier run: choose another RUN_ID or OUT_DIR, or RESUME=auto to go on")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "a" if append else "w", encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"{path} cannot be written ({error.strerror}); choose another OUT_DIR") from None
 
 
 class Interrupt:
@@ -1974,32 +2635,63 @@ class Training:
     """What a training run changes from step to step: all of it, and nothing else, is in a checkpoint."""
 
     def __init__(self, run, model):
-        self.run, self.step = run, 0
-        self.optimizer = MuonAdam(model, run.s, run.rt)
-        self.stream = TokenStream(find_shards(run.s.data_path, "train"), run.s, run.rt)
-        self.average = Average(run.s, self.optimizer.banks)
+        s, rt = run.s, run.rt
+        self.run, self.model, self.step, self.tokens, self.stage, self.stage_start = run, model, 0, 0, 0, 0
+        self.objective = Objective(model, s).to(rt.device)
+        self.step_loss = rt.compile(self.objective)
+        self.optimizer = MuonAdam(self.objective, s, rt)
+        given = model.documents if model.varlen or s.loader == "packed" else None  # else the graph finds them itself
+        self.stream = TokenStream(find_shards(s.data_path, "train"), s, rt, given)
+        self.average = Average(s, self.optimizer.banks)
+        self.complement = Complement(s, rt) if s.complement_alpha else None
 
-    def warm_up(self, step_loss):
-        """Compile every graph of a step on synthetic tokens through the real step, then undo all of it."""
+    def enter(self, progress):
+        """What progress switches on: the stage of length and batch, and depth recurrence."""
+        s = self.run.s
+        stage = next(i for i, (until, _, _) in enumerate(s.stages) if progress < until or until == 1)
+        if stage != self.stage:
+            self.stage, self.stage_start = stage, self.step
+        self.model.looping = s.loops and progress >= s.enable_looping_at
+
+    def plans(self):
+        """[(stage, looping)] that the run will meet, if it lasts."""
+        s, begin, met = self.run.s, 0.0, []
+        switch = s.enable_looping_at if s.loops else 1.0
+        for stage, (until, _, _) in enumerate(s.stages):
+            met += [(stage, False)] * (begin < switch) + [(stage, True)] * (until > switch)
+            begin = until
+        return met
+
+    def backward(self, micro):
+        """Gradients of a step's micro-batches; this rank's mean loss."""
+        weights = self.complement.weights(micro) if self.complement else [None] * len(micro)
+        total = torch.zeros((), device=self.run.rt.device)
+        for (x, y, docs), weight in zip(micro, weights):
+            loss = self.step_loss(x, y, docs, weight) / len(micro)
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def warm_up(self):
+        """Compile every graph that the run will use on synthetic tokens through the real step, then undo all of it."""
         s, rt, banks = self.run.s, self.run.rt, self.optimizer.banks
-        before = [bank.weight.clone() for bank in banks]
-        generator = torch.Generator().manual_seed(s.seed)
-        for _ in range(s.warmup_steps):
-            self.optimizer.zero_grad()
-            try:
-                for x, y in self.stream.synthetic(generator)[:2]:
-                    step_loss(x, y).backward()
-                self.optimizer.step(1.0, s.muon_momentum)
-            except RuntimeError as error:
-                if not rt.compiled or isinstance(error, torch.OutOfMemoryError):
-                    raise
-                reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
-                raise BadInput(f"torch.compile failed ({reason}); COMPILE=off runs without it") from error
-        for bank, weight in zip(banks, before):
-            bank.weight.copy_(weight)
+        before, generator = self.average.copy(), torch.Generator().manual_seed(s.seed)
+        for stage, self.model.looping in self.plans():
+            for _ in range(s.warmup_steps):
+                self.optimizer.zero_grad()
+                try:
+                    self.backward(self.stream.synthetic(generator, *s.stages[stage][1:])[:2])
+                    self.optimizer.step(1.0, s.muon_momentum)
+                except RuntimeError as error:
+                    if not rt.compiled or isinstance(error, torch.OutOfMemoryError):
+                        raise
+                    reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
+                    raise BadInput(f"torch.compile failed ({reason}); COMPILE=off runs without it") from error
+        self.average.apply(before)
+        for bank in banks:
             for tensor in bank.state:
                 tensor.zero_()
-        self.optimizer.t = 0
+        self.optimizer.t, self.model.looping = 0, s.loops
 
     def save(self):
         """Write a checkpoint, outside the training clock, by parameter name; the last two are kept. Collective.
@@ -2016,10 +2708,12 @@ class Training:
         def by_name(tensors):
             return {name: part.cpu().clone() for name, part in self.optimizer.named(tensors).items()}
 
-        state = {"step": self.step, "settings": self.identity(), "position": self.stream.position,
-                 "seconds": dict(run.clock.seconds), "weights": by_name(weights), "rng": torch.get_rng_state(),
-                 "optimizer": self.optimizer.state_dict(), "average_count": self.average.count,
-                 "average": by_name(self.average.sums or ())}
+        state = {"step": self.step, "tokens": self.tokens, "stage": (self.stage, self.stage_start, self.model.looping),
+                 "settings": self.identity(), "position": self.stream.position, "rng": torch.get_rng_state(),
+                 "seconds": dict(run.clock.seconds), "weights": by_name(weights), "average_count": self.average.count,
+                 "average": {kind: [by_name(one) for one in taken] for kind, taken in self.average.taken.items()},
+                 "complement": self.complement.state_dict() if self.complement else None,
+                 "optimizer": self.optimizer.state_dict()}
         if run.rt.rank:
             return True
         buffer = io.BytesIO(CHECKPOINT_MAGIC)
@@ -2045,11 +2739,18 @@ class Training:
         if state["settings"] != self.identity():
             raise BadInput("the checkpoint has other settings; repeat those in its train.log, or take another RUN_ID")
         self.step, self.stream.position, self.average.count = state["step"], state["position"], state["average_count"]
-        weights = [bank.weight for bank in self.optimizer.banks]
-        self.average.sums = [torch.zeros_like(weight) for weight in weights] if state["average"] else None
-        for tensors, key in ((weights, "weights"), (self.average.sums or (), "average")):
+        self.tokens, (self.stage, self.stage_start, self.model.looping) = state["tokens"], state["stage"]
+
+        def read(tensors, parts):
             for name, view in self.optimizer.named(tensors).items():
-                view.copy_(state[key][name])
+                view.copy_(parts[name])
+            return tensors
+
+        self.average.taken = {kind: [read(self.average.copy(), parts) for parts in taken]
+                              for kind, taken in state["average"].items()}
+        read([bank.weight for bank in self.optimizer.banks], state["weights"])
+        if self.complement:
+            self.complement.load_state_dict(state["complement"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.run.clock.seconds.update({k: v for k, v in state["seconds"].items() if k != "setup"})
         torch.set_rng_state(state["rng"])
@@ -2103,41 +2804,68 @@ def train(run, model, val):
     """The training phase: leaves the weights to export in the model."""
     s, rt, log = run.s, run.rt, run.log
     training = Training(run, model)
-    for role, (tensors, count, kind, lr, wd) in training.optimizer.table.items():
-        log("optimizer", role=role, tensors=tensors, parameters=count, kind=kind, lr=lr, wd=wd)
+    for role, (tensors, count, how) in training.optimizer.table.items():
+        log("optimizer", role=role, tensors=tensors, parameters=count, **how._asdict())
     name, shards, tokens = Path(s.data_path).name, len(training.stream.paths), int(training.stream.ends[-1])
-    log("train_loader", f"train_loader:dataset:{name} train_shards:{shards} tokens:{tokens}",
-        dataset=name, train_shards=shards, tokens=tokens)
-    predictor, step_loss = ModelPredictor(model, rt), rt.compile(model)
+    log("train_loader", f"train_loader:dataset:{name} train_shards:{shards} tokens:{tokens} order:{s.loader}",
+        dataset=name, train_shards=shards, tokens=tokens, order=s.loader, held_out=len(training.stream.held))
+    predictor = ModelPredictor(model, rt)
     if s.warmup_steps:
         with run.clock.phase("warmup"):
-            training.warm_up(step_loss)
-            if rt.compiled:  # the scoring graph too, on synthetic tokens
+            training.warm_up()
+            if rt.compiled:  # the scoring graphs too, on synthetic tokens
                 tokens = torch.zeros_like(val.tokens[: s.eval_seq_len + 1])
-                report_score(run, predictor, ValStream(tokens, val.bytes[: s.eval_seq_len], False))
-        log("warmup", steps=s.warmup_steps, seconds=round(run.clock["warmup"], 2))
+                for model.looping in sorted({looping for _, looping in training.plans()}):  # ends as the run will
+                    report_score(run, predictor, ValStream(tokens, val.bytes[: s.eval_seq_len], False))
+        log("warmup", steps=s.warmup_steps, graphs=len(training.plans()), seconds=round(run.clock["warmup"], 2))
     training.average.start()
     resume(run, training)
     if rt.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(rt.device)
     with run.clock.phase("train"), Interrupt() as interrupt:
-        lowest = _train_steps(run, training, step_loss, predictor, val, interrupt)
+        lowest = _train_steps(run, training, predictor, val, interrupt)
     if s.checkpoint_every:
         training.save()
-    _report_never_reached(run, training.step, lowest)
-    if s.average != "none":
-        if training.average.apply():
-            result = report_score(run, predictor, val)
-            log("eval", name=f"{s.average}_weights", val_loss=result.loss, val_bpb=result.bpb)
-        else:
-            log("never_reached", what=f"AVERAGE={s.average}", consequence="the last weights are exported")
+    _report_never_reached(run, training, lowest)
+    kind, weights = _choose_average(run, training, predictor)
+    if weights is not None:
+        training.average.apply(weights)
+        result = report_score(run, predictor, val)
+        log("eval", name=f"{kind}_weights", val_loss=result.loss, val_bpb=result.bpb)
     peak = rt.peak_memory_mib()
-    run.facts.update(steps=training.step, train_tokens=training.stream.position, peak_memory_mib=peak,
+    run.facts.update(steps=training.step, train_tokens=training.tokens, peak_memory_mib=peak, weights=kind,
                      epochs=round(training.stream.epoch, 4))
     log("peak_memory", f"peak memory allocated: {peak} MiB", mib=peak)
 
 
-def _train_steps(run, training, step_loss, predictor, val, interrupt):
+def _choose_average(run, training, predictor):
+    """(its name, weights to export in place of the last ones, or None). AVERAGE=best is decided by the loss on the
+
+    end of the *training* stream, on the training side of the ledger; validation text has no say.
+    """
+    s, rt, average = run.s, run.rt, training.average
+    candidates = {kind: average.mean(kind) for kind in average.kinds}
+    for kind in [kind for kind, weights in candidates.items() if weights is None]:
+        del candidates[kind]
+        if s.average != "best":
+            run.log("never_reached", what=f"AVERAGE={kind}", consequence="the last weights are exported")
+    if s.average != "best":
+        return next(iter(candidates.items()), ("last", None))
+    run.validity.opened("train")
+    held = torch.from_numpy(training.stream.held.astype(np.int32)).to(rt.device)
+    stream = ValStream(held, torch.ones(len(held) - 1, dtype=torch.int16, device=rt.device), False)
+    losses, candidates = {}, {"last": average.copy(), **candidates}
+    with run.clock.phase("calibrate"), torch.no_grad():
+        for kind, weights in candidates.items():
+            average.apply(weights)
+            parts = chunks(stream, s.eval_seq_len, 0, s.eval_batch_seqs, rt)
+            losses[kind] = score(predictor, parts, stream, rt, Validity()).loss
+    best = min(losses, key=losses.get)
+    run.log("candidates", chosen=best, held_out_tokens=len(held) - 1, **{f"{k}_loss": v for k, v in losses.items()})
+    return best, candidates[best]
+
+
+def _train_steps(run, training, predictor, val, interrupt):
     """Steps until the clock or ITERATIONS says stop; returns the lowest learning-rate scale that was used."""
     s, rt, log, clock = run.s, run.rt, run.log, run.clock
     losses, lowest, first, marks = deque(), 1.0, training.step, deque(maxlen=20)
@@ -2159,9 +2887,11 @@ def _train_steps(run, training, step_loss, predictor, val, interrupt):
         if done:
             break
         # A run that ends by the clock has as many steps as fit at this pace; WARMDOWN_ITERS is measured against it.
-        scale = lr_scale(s, progress, step, step / by_time if by_time > by_step else s.iterations)
+        training.enter(progress)
+        since = step - training.stage_start if training.stage else None
+        scale = lr_scale(s, progress, step, step / by_time if by_time > by_step else s.iterations, since)
         lowest = min(lowest, scale)
-        losses.append(_train_step(run, training, step_loss, progress, scale))
+        losses.append(_train_step(run, training, progress, scale))
         in_flight = rt.throttle()
         every = s.checkpoint_every and training.step % s.checkpoint_every == 0
         if every:
@@ -2185,33 +2915,31 @@ def _train_steps(run, training, step_loss, predictor, val, interrupt):
     return lowest
 
 
-def _train_step(run, training, step_loss, progress, scale):
+def _train_step(run, training, progress, scale):
     """One optimizer step; returns (its number, this rank's mean loss on its way to the CPU)."""
     s, rt, stream = run.s, run.rt, training.stream
     run.validity.opened("train")
-    epoch = int(stream.epoch)
+    epoch, (_, length, tokens) = int(stream.epoch), s.stages[training.stage]
     try:
-        micro = stream.next()
+        micro = stream.next(length, tokens)
     except BadInput:  # a token outside the vocabulary, deep in a shard: what was trained so far is kept
         training.save()
         raise
     training.optimizer.zero_grad()
-    loss = torch.zeros((), device=rt.device)
-    for x, y in micro:
-        part = step_loss(x, y) / len(micro)
-        part.backward()
-        loss += part.detach()
-    training.optimizer.step(scale, momentum_at(s, training.step))
-    training.step += 1
+    loss = training.backward(micro)
+    training.optimizer.step(scale, momentum_at(s, training.step), wd_scale(s, progress))
+    training.step, training.tokens = training.step + 1, training.tokens + tokens
     training.average.update(training.step, progress, scale)
+    if training.complement:
+        training.complement.observe(micro)
     if training.step <= 10 or training.step % s.train_log_every == 0:
-        log_step(run, "train", training.step, rt.sum(loss.clone()).item() / rt.world, scale)
+        log_step(run, "train", training.step, rt.sum(loss.clone()).item() / rt.world, scale, training.tokens)
     if int(stream.epoch) > epoch:
         run.log("epoch", number=int(stream.epoch), step=training.step, note="the training stream starts again")
     return training.step, rt.fetch(loss)
 
 
-def log_step(run, event, step, result, scale=None):
+def log_step(run, event, step, result, scale=None, tokens=0):
     """The contest's line for a training loss or a validation score."""
     ms, of = 1e3 * run.clock["train"], run.s.iterations
     times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
@@ -2219,7 +2947,7 @@ def log_step(run, event, step, result, scale=None):
         text = f"step:{step}/{of} val_loss:{result.loss:.4f} val_bpb:{result.bpb:.4f} {times}"
         run.log(event, text, step=step, val_loss=result.loss, val_bpb=result.bpb, train_time_ms=ms)
     else:
-        rate = step * run.s.train_batch_tokens / max(ms / 1e3, 1e-9)
+        rate = tokens / max(ms / 1e3, 1e-9)
         run.log(event, f"step:{step}/{of} train_loss:{result:.4f} {times}",
                 step=step, train_loss=result, train_time_ms=ms, lr_scale=scale, tokens_per_second=rate)
 
@@ -2235,12 +2963,16 @@ def _check_loss(run, step, loss):
     raise Stopped(f"the loss is not finite at step {step}; last good checkpoint: {last}", 4)
 
 
-def _report_never_reached(run, step, lowest):
+def _report_never_reached(run, training, lowest):
     """A scheduled event that did not happen is said, not left to be found in the result (#1798)."""
-    s = run.s
-    events = [("MUON_MOMENTUM", step < s.muon_momentum_warmup_steps, f"it ended at {momentum_at(s, step):.4f}"),
-              ("warmdown", (s.warmdown_frac or s.warmdown_iters) and lowest >= 1, "the learning rate never fell"),
-              ("LR_WARMUP_STEPS", step < s.lr_warmup_steps, "the learning rate never reached its peak")]
+    s, step, stages = run.s, training.step, run.s.stages
+    falls, muon = s.warmdown_frac or s.warmdown_iters or s.warmdown_seconds, s.matrix_optimizer == "muon"
+    ended = f"it ended at {momentum_at(s, step):.4f}"
+    events = [("MUON_MOMENTUM", muon and step < s.muon_momentum_warmup_steps, ended),
+              ("warmdown", falls and lowest >= 1, "the learning rate never fell"),
+              ("LR_WARMUP_STEPS", step < s.lr_warmup_steps, "the learning rate never reached its peak"),
+              ("ENABLE_LOOPING_AT", s.loops and not training.model.looping, "the exported model does not loop"),
+              ("stage", training.stage + 1 < len(stages), f"it ended in number {training.stage + 1} of {len(stages)}")]
     for what, missed, consequence in events:
         if missed:
             run.log("never_reached", what=what, consequence=consequence)
@@ -2273,6 +3005,7 @@ def evaluate(run, path):
     with run.clock.phase("eval"):
         data = rt.same(read_file(path) if rt.rank == 0 else None)  # over nodes, only rank 0's disk has the file
         stored = read_artifact(path, data)[0]["tokenizer_sha256"]
+        s = replace(s, **{f.name: f.default for f in model_fields()})  # the model is what the file says, alone
         s, model = load_artifact(path, s, rt.dtype, run.attend, rt.device, data)
         sp, _, tokenizer_sha256 = load_tokenizer(s)
         if stored and stored != tokenizer_sha256:
@@ -2367,6 +3100,8 @@ def log_header(run, argv):
     log("settings", f"settings {run.s.text()}".strip(), settings=run.s.text(), settings_hash=run.s.sha256())
     for name, choice, reason in run.rt.choices:
         log("choice", **{name: choice}, reason=reason)
+    for name, rule in run.s.idle().items():
+        log("warning", setting=name, note=f"has no effect without {rule.replace(',', ' or ')}")
     for name in doubtful_names(os.environ):
         log("warning", environment=name, note="looks like a setting but is none; STRICT_ENV=1 makes that an error")
 
