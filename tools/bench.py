@@ -97,12 +97,12 @@ def load_trainer():
 class Session:
     """A training run of train_gpt.py, built and stepped as its train() does it. Only this class calls the trainer.
 
-    Relied on: Settings.parse, .text, .sha256 and the fields replaced in __init__, warmup_steps, train_batch_tokens,
-    vocab_size, num_heads, head_dim; Runtime(s) with .device .dtype .world .choices .compile .sync .throttle .close
-    .device_name .peak_memory_mib; pick_attention(s, rt); Run(s, rt, out_dir, attend); GPT(s, dtype, attend) with
-    .blocks, .plan (the visits of a step, each with .block) and .embed (tied: also the head); roles(module);
-    Training(run, model) with .step .average.start() .warm_up(step_loss); _train_step(run, training, step_loss,
-    progress, scale), which calls step_loss(x, ...) with x (rows, length) for each micro-batch.
+    Relied on: Settings.parse, .text, .sha256, .loops and the fields replaced in __init__, warmup_steps,
+    enable_looping_at, train_batch_tokens, vocab_size, num_heads, head_dim, stages; Runtime(s) with .device .dtype
+    .world .choices .sync .throttle .close .device_name .peak_memory_mib; pick_attention(s, rt); Run(s, rt, out_dir,
+    attend); GPT(s, dtype, attend) with .blocks, .plan (the visits of a step, each with .block), .embed and .head (None:
+    tied); roles(module); Training(run, model) with .step .stage .objective .average.start() .enter(progress) .warm_up()
+    .step_loss(x, y, docs, weights); _train_step(run, training, progress, scale).
     """
 
     @staticmethod
@@ -120,11 +120,13 @@ class Session:
 
         Progress 1 is the end of a run, when all that a schedule switches on is on.
         """
-        return {"off": 1.0}
+        if not s.loops:
+            return {"off": 1.0}
+        return {**({"off": 0.0} if s.enable_looping_at else {}), "on": 1.0}
 
     def __init__(self, args, mode, looping, folder):
         s = self.settings(args)
-        self.trainer, self.progress, self.shapes = load_trainer(), self.looping(s)[looping], []
+        self.trainer, self.progress, self.shapes, self.docs = load_trainer(), self.looping(s)[looping], [], None
         self.s = dataclasses.replace(
             s, data_path=str(folder), compile="on" if mode == "compiled" else "off", phases="all", artifact="",
             resume="", checkpoint_every=0, train_log_every=2**62)
@@ -141,17 +143,18 @@ class Session:
             self.training = trainer.Training(self.run, self.model)
         except trainer.BadInput as error:
             raise BadInput(str(error)) from None
-        self.loss = partial(self._noted, rt.compile(self.model))
+        self.training.step_loss = partial(self._noted, self.training.step_loss)
 
-    def _noted(self, loss, x, *rest):
+    def _noted(self, loss, x, y, docs, weights):
         """The loss of a micro-batch, whose shape is noted: so the tokens of a step are counted, not assumed."""
         self.shapes.append(tuple(x.shape))
-        return loss(x, *rest)
+        self.docs = docs
+        return loss(x, y, docs, weights)
 
     def warm_up(self, steps):
         """Compile as the trainer does, then take some steps more of those that are measured."""
         if self.s.warmup_steps:
-            self.training.warm_up(self.loss)
+            self.training.warm_up()
         self.training.average.start()
         self.training.step = 10  # up to the tenth step the trainer logs every loss, which waits for the device
         for _ in range(steps):
@@ -165,7 +168,8 @@ class Session:
     def step(self):
         """One optimizer step; returns this rank's mean loss on its way to the CPU."""
         self.shapes.clear()
-        _, loss = self.trainer._train_step(self.run, self.training, self.loss, self.progress, 1.0)
+        self.training.enter(self.progress)
+        _, loss = self.trainer._train_step(self.run, self.training, self.progress, 1.0)
         self.rt.throttle()
         return loss
 
@@ -175,12 +179,22 @@ class Session:
         choices = {name: choice for name, choice, _ in rt.choices}
         return {"device": rt.device_name(), "world_size": rt.world, "dtype": str(rt.dtype).removeprefix("torch."),
                 "attention": choices["attention"], "parameters": sum(p.numel() for p in self.model.parameters()),
-                "tokens_per_step": rt.world * sum(rows * length for rows, length in self.shapes), "seq_len": length,
+                "tokens_per_step": rt.world * sum(rows * length for rows, length in self.shapes),
+                "seq_len": self.s.stages[self.training.stage][1],
                 "micro_batches": len(self.shapes), "micro_batch_tokens": rows * length}
 
     def flops(self):
         """FLOP of one token, forward and backward."""
-        return flops_per_token(self.trainer.roles, self.model, self.model.plan, self.s, self.shapes[0][1])
+        training = self.training
+        return flops_per_token(self.trainer.roles, training.objective, training.model, self.s, self.context())
+
+    def context(self):
+        """Length of the sequences in which the tokens of the last micro-batch attend: documents, where masked."""
+        docs, length = self.docs, self.s.stages[self.training.stage][1]
+        if docs is not None and docs.cu is not None:
+            lengths = docs.cu.diff().double()
+            return (lengths.square().sum() / lengths.sum()).item()
+        return length
 
     def close(self):
         if self.rt:
@@ -196,16 +210,16 @@ def matmul_weights(roles, module):
     return sum(p.numel() for name, p in params.items() if p.ndim == 2 and known[name] not in ("embed", "scalar"))
 
 
-def flops_per_token(roles, model, plan, s, length):
+def flops_per_token(roles, objective, model, s, length):
     """FLOP of one token forward and backward, in sequences of `length` tokens; every visit of the plan counts.
 
     Convention: 2 FLOP a weight forward, twice that backward; causal attention counted half, its backward 2.5 times
     its forward (5 matmuls against 2). Element-wise work and the optimizer count nothing.
     """
     inside = [matmul_weights(roles, block) for block in model.blocks]
-    weights = matmul_weights(roles, model) - sum(inside) + sum(inside[visit.block] for visit in plan)
-    weights += model.embed.weight.numel()  # as the head
-    attention = len(plan) * 4 * length * s.num_heads * s.head_dim / 2
+    weights = matmul_weights(roles, objective) - sum(inside) + sum(inside[visit.block] for visit in model.plan)
+    weights += model.embed.weight.numel() if model.head is None else 0  # the head
+    attention = len(model.plan) * 4 * length * s.num_heads * s.head_dim / 2
     return 3 * 2 * weights + 3.5 * attention
 
 
