@@ -92,6 +92,10 @@ def opt(room, default, doc, lo=None, hi=None, on=""):
     return field(default=default, metadata=dict(room=room, doc=doc, lo=lo, hi=hi, on=on))
 
 
+# What many settings wait for.
+GATES, SKIPS = "attn_gate=head|sparse,smear_gate=scalar", "skips=linear|sigmoid|gated"
+MUON, HEADS = "matrix_optimizer=muon", "tie_embeddings=False,mtp_num_heads"
+STAGES, LANES = "train_seq_schedule,train_batch_schedule", "parallel_residual=lanes|routed"
 _run, _data, _model, _train, _average, _pack, _eval = (partial(opt, room) for room in (
     "Run", "Data", "Model", "Training", "Averaging", "Quantisation and packing", "Evaluation"))
 
@@ -136,14 +140,13 @@ class Settings:
     rope_base: float = _model(22081.8, "rotary base at every length: 10000 * 2^(8/7), the NTK rule at 2048", 1)
     xsa_last_n: int = _model(4, "exclusive self-attention on the last N layers (#265)", 0, 256)
     attn_gate: Literal["none", "head", "dense", "sparse"] = _model("none", "gate on each head (#1667, #1736, #1787)")
-    gate_window: int = _model(12, "channels such gates read", 1, 16384, on="attn_gate=head|sparse,smear_gate=scalar")
+    gate_window: int = _model(12, "channels such gates read", 1, 16384, on=GATES)
     sparse_attn_gate_scale: float = _model(1.0, "factor inside the sparse gate's sigmoid", 0, on="attn_gate=sparse")
     value_residual: Literal["none", "vrl", "pair", "sigmoid"] = _model("none", "layer 0's values in later layers")
     ln_scale: bool = _model(True, "scale the normed input of layer i by 1/sqrt(i+1)")
     resid_mix: bool = _model(True, "each block starts from a learned mix of the stream and the first embedding")
     skips: Literal["none", "linear", "sigmoid", "gated"] = _model("linear", "U-Net skips (sigmoid #1539, gated #1394)")
-    skip_pairs: int = _model(0, "most skips; 0: half the visits of the longest plan", 0, 256,
-                             on="skips=linear|sigmoid|gated")
+    skip_pairs: int = _model(0, "most skips; 0: half the visits of the longest plan", 0, 256, on=SKIPS)
     num_loops: int = _model(0, "depth recurrence: further passes over layers LOOP_START..LOOP_END (#1394)", 0, 16)
     loop_start: int = _model(3, "first layer of the loop", 0, 255, on="num_loops")
     loop_end: int = _model(5, "last layer of the loop", 0, 255, on="num_loops")
@@ -151,9 +154,8 @@ class Settings:
     enable_looping_at: float = _model(0.35, "fraction of the run from which it loops", 0, 0.999, on="num_loops")
     parallel_residual: Literal["none", "gptj", "lanes", "routed"] = _model(
         "none", "attention beside MLP: on one stream (#1412), on two lanes (#1539), with learned routing (#1529)")
-    parallel_start_layer: int = _model(7, "from this layer on", 0, 255, on="parallel_residual=gptj|lanes|routed")
-    parallel_final_lane: Literal["mean", "learned"] = _model("mean", "how the two lanes are merged",
-                                                             on="parallel_residual=lanes|routed")
+    parallel_start_layer: int = _model(7, "from this layer on", 0, 255, on=LANES + "|gptj")
+    parallel_final_lane: Literal["mean", "learned"] = _model("mean", "merge of the two lanes", on=LANES)
     smear_gate: Literal["none", "channel", "scalar"] = _model(
         "channel", "mix of each embedding with the previous one: a gate per channel, or one from 12 features (#1667)")
     doc_mask: Literal["none", "inputs", "attention"] = _model(
@@ -172,8 +174,7 @@ class Settings:
     train_batch_schedule: Stages = _train((), "such as 196608@0.2,786432@1; replaces TRAIN_BATCH_TOKENS")
     train_seq_len: int = _train(2048, "length of a training sequence", 2, 2**20)
     train_seq_schedule: Stages = _train((), "such as 1024@0.1,2048@1 (#2014); replaces TRAIN_SEQ_LEN")
-    seq_change_warmup_steps: int = _train(0, "steps over which the learning rate rises again after a stage", 0,
-                                          on="train_seq_schedule,train_batch_schedule")
+    seq_change_warmup_steps: int = _train(0, "steps over which the learning rate rises in a new stage", 0, on=STAGES)
     micro_batch_tokens: int = _train(98304, "most tokens a rank forwards at once; more are accumulated", 1)
     loader: Literal["sequential", "coprime", "shuffled", "packed"] = _train(
         "sequential", "the stream in order; blocks by coprime strides (#1060), shuffled (#1394); documents (#1530)")
@@ -188,32 +189,26 @@ class Settings:
     scalar_lr: float = _train(0.025, "learning rate of gains, gates and scales (AdamW)", 0)
     tied_embed_lr: float = _train(0.035, "learning rate of the embedding tables (AdamW)", 0, on="tie_embeddings")
     embed_lr: float = _train(0.6, "the same without TIE_EMBEDDINGS", 0, on="tie_embeddings=False")
-    head_lr: float = _train(0.008, "learning rate of an untied head and of MTP heads (AdamW)", 0,
-                            on="tie_embeddings=False,mtp_num_heads")
-    muon_momentum: float = _train(0.99, "momentum of Muon (Nesterov)", 0, 0.9999, on="matrix_optimizer=muon")
-    muon_momentum_warmup_start: float = _train(0.92, "momentum at the first step", 0, 0.9999,
-                                               on="matrix_optimizer=muon")
-    muon_momentum_warmup_steps: int = _train(1500, "steps over which it rises to MUON_MOMENTUM", 0,
-                                             on="matrix_optimizer=muon")
-    muon_backend_steps: int = _train(5, "Newton-Schulz iterations", 1, 20, on="matrix_optimizer=muon")
-    newton_schulz: Literal["classic", "polar_express"] = _train("classic", "coefficients of the iterations",
-                                                                on="matrix_optimizer=muon")
-    muon_row_normalize: bool = _train(False, "MuonEq-R: rows of the update to norm 1 before them (#1285)",
-                                      on="matrix_optimizer=muon")
-    normuon: bool = _train(False, "NorMuon: rows scaled by their second moment after them", on="matrix_optimizer=muon")
+    head_lr: float = _train(0.008, "learning rate of an untied head and of MTP heads (AdamW)", 0, on=HEADS)
+    muon_momentum: float = _train(0.99, "momentum of Muon (Nesterov)", 0, 0.9999, on=MUON)
+    muon_momentum_warmup_start: float = _train(0.92, "momentum at the first step", 0, 0.9999, on=MUON)
+    muon_momentum_warmup_steps: int = _train(1500, "steps over which it rises to MUON_MOMENTUM", 0, on=MUON)
+    muon_backend_steps: int = _train(5, "Newton-Schulz iterations", 1, 20, on=MUON)
+    newton_schulz: Literal["classic", "polar_express"] = _train("classic", "coefficients of the iterations", on=MUON)
+    muon_row_normalize: bool = _train(False, "MuonEq-R: rows of the update to norm 1 before them (#1285)", on=MUON)
+    normuon: bool = _train(False, "NorMuon: rows scaled by their second moment after them", on=MUON)
     muon_beta2: float = _train(0.95, "decay of NorMuon's second moment", 0, 0.99999, on="normuon")
     muon_wd: float = _train(0.04, "decoupled weight decay of the matrices", 0)
     adam_wd: float = _train(0.04, "decoupled weight decay of gains, gates and scales", 0)
     embed_wd: float = _train(0.04, "decoupled weight decay of the embedding tables", 0)
-    head_wd: float = _train(0.0, "decoupled weight decay of an untied head and of MTP heads", 0,
-                            on="tie_embeddings=False,mtp_num_heads")
+    head_wd: float = _train(0.0, "decoupled weight decay of an untied head and of MTP heads", 0, on=HEADS)
     wd_taper_start_frac: float = _train(0.0, "fraction of the run from which MUON_WD changes (#1729); 0: off", 0, 0.999)
     wd_taper_final_mult: float = _train(0.5, "multiple of itself at which it ends", 0, 10, on="wd_taper_start_frac")
     beta1: float = _train(0.9, "AdamW, first moment", 0, 0.9999)
     beta2: float = _train(0.95, "AdamW, second moment", 0, 0.99999)
     matrix_betas: Betas = _train((), "both for the matrices; empty: BETA1,BETA2", on="matrix_optimizer=adamw")
     embed_betas: Betas = _train((), "both for the embedding tables; empty: BETA1,BETA2")
-    head_betas: Betas = _train((), "both for an untied head and MTP heads", on="tie_embeddings=False,mtp_num_heads")
+    head_betas: Betas = _train((), "both for an untied head and MTP heads", on=HEADS)
     adam_eps: float = _train(1e-8, "AdamW, added to the root of the second moment", 1e-20)
     grad_clip_norm: float = _train(0.3, "clip the global gradient (all ranks, all parameters) to this norm; 0: off", 0)
     complement_alpha: float = _train(0.0, "weigh tokens less that bigram counts predict (#1033); 0: off", 0, 1)
@@ -267,7 +262,8 @@ class Settings:
     def longest_row(self):
         """Most positions of a row that the model meets."""
         packed = min(self.micro_batch_tokens, max(tokens for *_, tokens in self.stages))
-        return max(packed if self.loader == "packed" else 0, self.eval_seq_len, *(length for _, length, _ in self.stages))
+        lengths = [length for _, length, _ in self.stages]
+        return max(packed if self.loader == "packed" else 0, self.eval_seq_len, *lengths)
 
     def idle(self):
         """{changed setting: what it waits for}: settings without effect, such as VE_LAYERS while VE_DIM=0."""
@@ -1148,6 +1144,7 @@ class Runtime:
         self.choose("dtype", str(self.dtype).removeprefix("torch."), f"DTYPE={settings.dtype}")
         self.compiled = settings.compile == "on" or (settings.compile == "auto" and use_cuda)
         self.choose("compile", "on" if self.compiled else "off", f"COMPILE={settings.compile}")
+        torch._dynamo.config.recompile_limit = 64  # of one function: stages, loops, ways of scoring
         if use_cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
