@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_gpt as tg
 from conftest import BOS, REPO, TOY, clean_env
 
-ROW = ("mode", "looping", "ms_per_step", "ms_min", "ms_max", "cpu_ms_per_step", "cpu_ms_min", "cpu_ms_max",
+ROW = ("mode", "looping", "share", "ms_per_step", "ms_min", "ms_max", "cpu_ms_per_step", "cpu_ms_min", "cpu_ms_max",
        "tokens_per_second", "peak_memory_mib", "mflop_per_token", "tflop_per_step", "tflops_per_device", "mfu",
        "warmup_seconds", "loss", "repeats")
 SHARED = ("command", "settings", "settings_hash", "commit", "changed_files", "steps", "warmup", "repeats", "device",
@@ -195,7 +195,7 @@ def test_mode_that_fails_is_a_row(tmp_path):
     eager, compiled = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert done.returncode == 1
     assert eager["ms_per_step"] > 0 and eager["mfu"] is None and eager["mode"] in done.stdout
-    assert set(compiled) == {"mode", "looping", "error"} and "torch.compile failed" in compiled["error"]
+    assert set(compiled) == {"mode", "looping", "share", "error"} and "torch.compile failed" in compiled["error"]
     assert done.stdout.splitlines()[-1].split()[:3] == ["compiled", "-", "failed:"] and "Traceback" not in done.stdout
 
 
@@ -248,6 +248,16 @@ def test_both_states_of_a_loop_and_packed_documents_are_rows_of_their_own(tmp_pa
     assert done.returncode == 0, done.stderr
     off, on = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert (off["looping"], on["looping"]) == ("off", "on") and on["mflop_per_token"] > off["mflop_per_token"]
+    assert off["share"] == 0.35 and on["share"] == 0.65
+
+
+def test_stages_and_loops_are_states_that_share_the_run():
+    s = settings(" ".join(TOY) + " NUM_LOOPS=1 LOOP_START=1 LOOP_END=2 TRAIN_SEQ_SCHEDULE=16@0.1,32@0.6,64@1")
+    names, where = zip(*bench.Session.states(s).items())
+    assert names == ("off 1", "off 2", "on 2", "on 3")
+    assert [middle for middle, _ in where] == pytest.approx([0.05, 0.225, 0.475, 0.8])
+    assert [share for _, share in where] == pytest.approx([0.1, 0.25, 0.25, 0.4])
+    assert list(bench.Session.states(settings("NUM_LOOPS=1 ENABLE_LOOPING_AT=0"))) == ["on"]
 
 
 def test_several_ranks_want_one_mode(capsys, monkeypatch):

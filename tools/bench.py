@@ -115,18 +115,23 @@ class Session:
             raise BadInput(str(error)) from None
 
     @staticmethod
-    def looping(s):
-        """{state of depth recurrence: progress of a run at which it is in force}; a plan without recurrence is "off".
+    def states(s):
+        """{name: (progress at its middle, share of the run)} of what a run goes through: its stages of sequence length
 
-        Progress 1 is the end of a run, when all that a schedule switches on is on.
+        and batch, depth recurrence off and on. One state alone is "off"; stages are numbered, as in "on 2".
         """
-        if not s.loops:
-            return {"off": 1.0}
-        return {**({"off": 0.0} if s.enable_looping_at else {}), "on": 1.0}
+        ends = [until for until, *_ in s.stages]
+        edges = sorted({0.0, *ends, *([s.enable_looping_at] if s.loops else [])})
+        found = {}
+        for begin, end in zip(edges, edges[1:]):
+            stage = f" {1 + sum(until <= begin for until in ends)}" if len(ends) > 1 else ""
+            looping = "on" if s.loops and begin >= s.enable_looping_at else "off"
+            found[looping + stage] = ((begin + end) / 2, end - begin)
+        return found
 
     def __init__(self, args, mode, looping, folder):
         s = self.settings(args)
-        self.trainer, self.progress, self.shapes, self.docs = load_trainer(), self.looping(s)[looping], [], None
+        self.trainer, self.progress, self.shapes, self.docs = load_trainer(), self.states(s)[looping][0], [], None
         self.s = dataclasses.replace(
             s, data_path=str(folder), compile="on" if mode == "compiled" else "off", phases="all", artifact="",
             resume="", checkpoint_every=0, train_log_every=2**62)
@@ -322,9 +327,9 @@ def spread(series):
     return statistics.median(values), min(values), max(values)
 
 
-def make_row(mode, looping, results, peak_tflops):
+def make_row(mode, looping, share, results, peak_tflops):
     """A row of the table and of the JSON from the results of all repeats."""
-    row = {"mode": mode, "looping": looping}
+    row = {"mode": mode, "looping": looping, "share": share}
     if errors := [result["error"] for result in results if "error" in result]:
         return {**row, "error": errors[0]}
     first, facts = results[0], results[0]["facts"]
@@ -455,7 +460,8 @@ def train_arguments(argv):
         "of records/ (DATA_PATH and OUT_DIR have no effect; in place of COMPILE there is --modes)")
     add("--modes", type=modes, default=list(MODES), help="eager, compiled or eager,compiled (default)")
     add("--looping", choices=("on", "off", "both"), default="both",
-        help="depth recurrence on, off, or whatever states a run goes through (default)")
+        help="depth recurrence on, off, or both where a run has both (default); each stage of TRAIN_SEQ_SCHEDULE and "
+        "TRAIN_BATCH_SCHEDULE is a row")
     add("--steps", type=whole(1), default=20, metavar="N", help="steps measured in each repeat (default: 20)")
     add("--warmup", type=whole(0), default=3, metavar="N", help="steps before them (default: 3)")
     add("--repeats", type=whole(1), default=1, metavar="N", help="processes for each mode (default: 1)")
@@ -466,14 +472,15 @@ def train_arguments(argv):
 
 def train_jobs(args, s, world):
     """(mode, looping) of each row."""
-    known = list(Session.looping(s))
-    if args.looping not in ("both", *known):
-        raise BadInput("--looping on: these settings have no depth recurrence; leave --looping out")
-    states = known if args.looping == "both" else [args.looping]
+    states = [state for state in Session.states(s) if args.looping in ("both", state.split()[0])]
+    if not states:
+        never = "have no depth recurrence" if args.looping == "on" else "loop from the first step"
+        raise BadInput(f"--looping {args.looping}: these settings {never}; leave --looping out")
     jobs = [(mode, state) for state in states for mode in args.modes]
     if world > 1 and len(jobs) * args.repeats > 1:
         raise BadInput("torchrun measures one thing a call: choose with --modes compiled (or eager)"
-                       + " --looping on (or off)" * (len(states) > 1) + " --repeats 1" * (args.repeats > 1))
+                       + " --looping on (or off)" * (len({state.split()[0] for state in states}) > 1)
+                       + " --repeats 1" * (args.repeats > 1))
     return jobs
 
 
@@ -509,9 +516,10 @@ def train(argv):
         raise BadInput(f"--json {args.json} cannot be written; name a file in a folder that exists")
     s, world = Session.settings(args.settings), int(os.environ.get("WORLD_SIZE", 1))
     jobs = train_jobs(args, s, world)
-    recurs = len(Session.looping(s)) > 1
+    states = Session.states(s)
     results = train_results(args, s, jobs, world)
-    rows = [make_row(mode, state if recurs else None, results[mode, state], args.peak_tflops) for mode, state in jobs]
+    rows = [make_row(mode, state if len(states) > 1 else None, states[state][1], results[mode, state],
+                     args.peak_tflops) for mode, state in jobs]
     if os.environ.get("RANK", "0") == "0":
         report = {"command": shlex.join(["tools/bench.py", "train", *argv]), "settings": s.text(),
                   "settings_hash": s.sha256(), **dict(zip(("commit", "changed_files"), commit())),
