@@ -250,9 +250,10 @@ train() {
     count_gpus
     name=default
     [ "${#files[@]}" -eq 0 ] || name=$(basename "${files[0]%/settings.env}" .env)
-    if [ -n "$small" ]; then
-        files+=(records/small.env)
-        [ "$name" = default ] && name=small || name=$name-small
+    if [ -n "$small" ] && [ "${#files[@]}" -gt 0 ]; then
+        files+=(records/shrink.env) name=$name-small
+    elif [ -n "$small" ]; then
+        files=(records/small.env) name=small
     elif [ "${#files[@]}" -eq 0 ] && [ "$gpus" -eq 0 ]; then
         say "no GPU: training the small model of records/small.env on the embedded text"
         files=(records/small.env) name=small
