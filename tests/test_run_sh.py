@@ -75,11 +75,12 @@ def script(path, text):
 
 @pytest.fixture
 def tree(tmp_path):
-    """A repository with the real run.sh and small.env around stand-ins."""
+    """A repository with the real run.sh, small.env and shrink.env around stand-ins."""
     root = tmp_path / "my repository"  # the space is meant
     (root / "records/track_a/2026-01-02_fast").mkdir(parents=True)
     shutil.copy(REPO / "run.sh", root)
-    shutil.copy(REPO / "records/small.env", root / "records")
+    for name in ("small.env", "shrink.env"):
+        shutil.copy(REPO / "records" / name, root / "records")
     (root / "records/track_a/2026-01-02_fast/settings.env").write_text("SEED=3 MODEL_DIM=64\nDATA_PATH=/other\n")
     (root / "requirements.txt").write_text("# nothing\n")
     (root / "requirements-dev.txt").write_text("-r requirements.txt\n")
@@ -159,8 +160,15 @@ def test_a_record(tree, record):
 def test_small_comes_after_the_record(tree):
     done = bash(tree, "--small", "2026-01-02_fast", "SEED=9")
     argv = called(tree)["argv"]
-    assert argv[0].startswith("@records/track_a") and argv[1:3] == ["@records/small.env", "SEED=9"]
+    assert argv[0].startswith("@records/track_a") and argv[1:3] == ["@records/shrink.env", "SEED=9"]
     assert argv[3].endswith("-2026-01-02_fast-small") and "prepare" in done.stdout
+
+
+def test_small_without_a_record_is_the_demo(tree):
+    done = bash(tree, "--small", "SEED=9")
+    argv = called(tree)["argv"]
+    assert argv[:2] == ["@records/small.env", "SEED=9"] and argv[2].endswith("-small") and len(argv) == 3
+    assert "prepare" in done.stdout
 
 
 def test_full_size_on_a_cpu_is_said(tree):
