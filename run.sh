@@ -34,7 +34,10 @@ child=none caught=0 pending=""
 on_signal() { # on_signal NAME CODE
     caught=$((caught + 1))
     case $child in
-    none) exit "$2" ;;
+    none)
+        say "interrupted" >&2
+        exit "$2"
+        ;;
     starting) pending=$1 ;;
     *) if [ "$caught" -ge 3 ]; then kill -KILL -- "-$child"; else kill "-$1" "$child"; fi 2>/dev/null ;;
     esac

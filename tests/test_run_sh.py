@@ -372,6 +372,17 @@ def test_interrupted_pip_is_no_error_of_pip(tree):
     assert code == 130 and "interrupted" in out and "error" not in out
 
 
+def test_interrupted_between_two_steps_is_said(tree):
+    """A signal that comes while run.sh looks for something itself, with no child to pass it to."""
+    (tree / "requirements.txt").write_text("no-such-package==1.0\n")
+    env = fake_environment(tree, "exit 1")
+    python = tree / "env/bin/python"
+    look = 'case "$2" in *\'version("pip")\'*) sleep 1 ;; esac\n'
+    script(python, python.read_text().replace("#!/bin/bash\n", f"#!/bin/bash\n{look}"))
+    code, out = interrupt(tree, signal.SIGINT, "installing", VENV=env)
+    assert code == 130 and "interrupted" in out and "error" not in out
+
+
 def test_new_environment(tree):
     """python -m venv for real (no package is needed, so no network); the second call finds everything there."""
     done = bash(tree, VENV="", PYTHON=sys.executable)
