@@ -1,5 +1,6 @@
 """Attention kernels against loops, and the choice among them: the first that works, every other one named."""
 
+import logging
 import math
 import sys
 from functools import partial
@@ -158,6 +159,56 @@ def test_a_model_with_lengths_is_the_model_with_masks(s, length, longest, seed):
     for b in range(2):
         want = ref.forward(ref.arrays(lengths), s, ids[b].tolist(), longest=longest)[0]
         np.testing.assert_allclose(results[1][0][b].numpy(), want, rtol=1e-7, atol=1e-8)
+
+
+@torch.library.custom_op("test_kernels::segments", mutates_args=())
+def segments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
+    return by_segments(q, k, v, cu, len(q))
+
+
+@torch.library.custom_op("test_kernels::segments_backward", mutates_args=())
+def segments_backward(g: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                      cu: torch.Tensor) -> list[torch.Tensor]:
+    dq, dk, dv = (torch.zeros_like(z) for z in (q, k, v))
+    scale = q.size(-1) ** -0.5
+    for (a, b), j in ((part, j) for part in pairwise(cu.tolist()) for j in range(q.size(1))):
+        i = j * k.size(1) // q.size(1)
+        keys, values, queries, gradient = k[a:b, i], v[a:b, i], q[a:b, j], g[a:b, j]
+        future = torch.ones(b - a, b - a, dtype=torch.bool).triu(1)
+        share = (scale * queries @ keys.T).masked_fill(future, -torch.inf).softmax(-1)
+        scores = scale * share * (gradient @ values.T - (gradient * (share @ values)).sum(-1, keepdim=True))
+        dq[a:b, j] += scores @ keys
+        dk[a:b, i] += scores.T @ queries
+        dv[a:b, i] += share.T @ gradient
+    return [dq, dk, dv]
+
+
+segments.register_fake(lambda q, k, v, cu: torch.empty_like(q))
+segments_backward.register_fake(lambda g, *inputs: [torch.empty_like(z) for z in inputs[:3]])
+segments.register_autograd(lambda ctx, g: (*segments_backward(g, *ctx.saved_tensors), None),
+                           setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+def test_one_graph_serves_any_number_of_documents(monkeypatch):
+    """Rows with lengths, marked as the loader marks them, through a kernel that the compiler cannot look into."""
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
+    s = ref.small(doc_mask="attention", loader="packed", num_layers=2, ve_layers=(1,))
+    attend = varlen(lambda q, k, v, cu, longest: segments(q, k, v, cu))
+    lengths, masked = (ref.randomise(tg.GPT(s, attend=kernel), spread=0.3) for kernel in (attend, None))
+    torch._dynamo.reset()
+    compiled = torch.compile(lengths, fullgraph=True, dynamic=False, backend="aot_eager")
+    before, counts = torch._dynamo.utils.counters["stats"]["unique_graphs"], set()
+    for seed, bos in enumerate((0, 0.1, 0.3, 0.6, 1)):
+        ids = ref.tokens(32, 1, 16, seed=seed, bos=bos)
+        docs = lengths.documents(ids, 16)
+        torch._dynamo.maybe_mark_dynamic(docs.cu, 0)
+        counts.add(len(docs.cu))
+        for model, function, given in ((lengths, compiled, docs), (masked, masked, masked.documents(ids, 16))):
+            model.zero_grad()
+            function(ids, ids, given).backward()
+        for a, b in zip(lengths.parameters(), masked.parameters()):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+    assert len(counts) == 5 and torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
