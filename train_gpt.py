@@ -262,8 +262,12 @@ class Settings:
     def longest_row(self):
         """Most positions of a row that the model meets."""
         packed = min(self.micro_batch_tokens, max(tokens for *_, tokens in self.stages))
-        lengths = [length for _, length, _ in self.stages]
-        return max(packed if self.loader == "packed" else 0, self.eval_seq_len, *lengths)
+        return max(packed if self.loader == "packed" else 0, self.longest_sequence)
+
+    @property
+    def longest_sequence(self):
+        """Most tokens that attention joins: where rows are longer, documents are cut."""
+        return max(self.eval_seq_len, *(length for _, length, _ in self.stages))
 
     def idle(self):
         """{changed setting: what it waits for}: settings without effect, such as VE_LAYERS while VE_DIM=0."""
@@ -2472,8 +2476,7 @@ def _attention_function(name, s):
             return varlen_attn(q, k, v, cu, cu, longest, longest, **causal, **grouped)
     else:
         return attend_sdpa, None
-    longest = max(s.eval_seq_len, *(length for _, length, _ in s.stages))
-    attend = partial(attend_varlen, kernel=kernel, longest=longest)
+    attend = partial(attend_varlen, kernel=kernel, longest=s.longest_sequence)
     attend.varlen = True
     return attend, None
 
@@ -2487,7 +2490,7 @@ def _attention_error(attend, s, rt):
     results = []
     for function, dtype in ((attend, rt.dtype), (attend_reference, torch.float32)):
         leaves = [z.to(rt.device, dtype).requires_grad_() for z in inputs]
-        docs = documents(ids.to(rt.device), s.doc_mask, varlen=getattr(function, "varlen", False))
+        docs = documents(ids.to(rt.device), s.doc_mask, s.longest_sequence, getattr(function, "varlen", False))
         try:
             out = function(*leaves, docs)
             results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
