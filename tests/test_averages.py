@@ -266,3 +266,13 @@ def test_a_checkpoint_holds_every_average(tmp_path):
 def test_a_text_too_short_to_hold_out_is_refused(tmp_path):
     with pytest.raises(tg.BadInput, match="HOLDOUT_TOKENS=1500"):
         trained(ref.small(**text(tmp_path / "data"), average="best", holdout_tokens=1500), tmp_path / "run")
+
+
+def test_a_held_out_token_outside_the_vocabulary_is_named_before_training(tmp_path):
+    """Found only when the candidates are scored, it would cost the whole run."""
+    tokens = walk(1500)
+    tokens[-20] = VOCAB + 3
+    s = ref.small(**text(tmp_path / "data", tokens), average="best", holdout_tokens=HELD)
+    with pytest.raises(tg.BadInput, match=rf"fineweb_train_000001.bin: token {VOCAB + 3} at offset {1024 + 2 * 780}"):
+        trained(s, tmp_path / "run")
+    assert not [row for row in events(tmp_path / "run") if row["event"] == "train"]
