@@ -2580,6 +2580,8 @@ def to_json(values, indent=None):
 
 
 def _word(value):
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(_word, value))
     text = f"{value:.8g}" if isinstance(value, float) else str(value)
     return "_".join(text.split())
 

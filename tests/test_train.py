@@ -315,6 +315,7 @@ def test_the_json_events_say_the_same_as_the_log(whole):
     folder, _ = whole
     lines = log_lines(folder)
     assert len(events(folder)) in (len(lines), len(lines) - 1), "one event a line; the summary may be a file of its own"
+    assert any("betas:0.9,0.95" in line for line in lines), "a list is written as in the settings"
     for row in events(folder):
         same = [line for line in lines if line.startswith(row["event"] + " ")]
         if row["event"] in ("choice", "optimizer", "artifact", "bytes", "pack", "checkpoint", "eval"):
