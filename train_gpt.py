@@ -1699,7 +1699,7 @@ def coprime_order(counts, rng, chunk):
     def stride(n):
         return next(s for s in rng.permutation(np.arange(1, n)) if math.gcd(int(s), n) == 1) if n > 1 else 1
 
-    walks = [(int(rng.integers(n)) + stride(n) * np.arange(n)) % n for n in counts]
+    walks = [(int(rng.integers(n)) + stride(n) * np.arange(n)) % n if n else np.arange(0) for n in counts]
     counts, used, order = np.array(counts), np.zeros(len(counts), int), []
     while (left := counts - used).any():
         part = min(len(order) / 1800, 1.0)
