@@ -1735,9 +1735,11 @@ class TokenStream:
                                f"{length}, which {rt.world} ranks cannot share evenly")
         self.block = max(length for _, length, _ in s.stages)
         self.counts = [(len(shard) - 1) // self.block for shard in self.shards]
-        if self.ends[-1] < 2 or self.reordered and not sum(self.counts):
-            raise BadInput(f"{paths[0]}: the training stream holds fewer than "
-                           f"{self.block + 1 if self.reordered else 2} tokens")
+        if self.ends[-1] < 2:
+            raise BadInput(f"{paths[0]}: the training stream holds fewer than 2 tokens")
+        if self.reordered and not sum(self.counts):
+            raise BadInput(f"{paths[0]}: LOADER={s.loader} deals out blocks, but no shard holds the {self.block + 1} "
+                           "tokens of one; shorten the sequences, or prepare more training text")
         self.total = sum(self.counts) * self.block if self.reordered else int(self.ends[-1])
         self._orders, self._thread, self._ahead = {}, ThreadPoolExecutor(1, "loader"), (None, None)
 

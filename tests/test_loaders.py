@@ -416,7 +416,7 @@ def test_a_bad_token_is_named_when_its_batch_is_due_and_not_before(tmp_path, loa
 
 @pytest.mark.parametrize("loader, sizes, words", [
     ("sequential", [1], "fewer than 2 tokens"), ("packed", [1], "fewer than 2 tokens"),
-    ("coprime", [4, 3], "5 tokens"), ("shuffled", [4, 4], "no shard holds the 5 tokens")])
+    ("coprime", [4, 3], "no shard holds the 5 tokens"), ("shuffled", [4, 4], "no shard holds the 5 tokens")])
 def test_too_little_data_is_an_error_of_one_line(tmp_path, loader, sizes, words):
     paths = write(tmp_path, numbered(*sizes))
     with pytest.raises(tg.BadInput) as error:
