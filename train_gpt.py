@@ -1756,7 +1756,9 @@ class TokenStream:
         held = []
         while count > 0 and self.shards:
             shard = self.shards.pop()
-            held.insert(0, shard[max(len(shard) - count, 0) :])
+            start = max(len(shard) - count, 0)
+            held.insert(0, shard[start:])
+            check_tokens(held[0], self.s.vocab_size, self.paths[len(self.shards)], start)
             count -= len(held[0])
             if len(shard) > len(held[0]):
                 self.shards.append(shard[: -len(held[0])])

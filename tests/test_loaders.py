@@ -381,6 +381,13 @@ def test_the_end_of_the_stream_is_held_out_and_never_trained_on(folder, loader, 
     assert stream.epoch >= 1
 
 
+def test_a_bad_token_in_the_held_out_text_is_named_before_training(tmp_path):
+    paths = write(tmp_path, [range(2, 30), [*range(2, 18), 60, 5, 6], range(2, 8)])
+    s = tg.replace(settings("sequential", average="best", holdout_tokens=12), vocab_size=45)
+    with pytest.raises(tg.BadInput, match=rf"{re.escape(str(paths[1]))}: token 60 at offset {1024 + 2 * 16} .*=45"):
+        stream_of(paths, s)
+
+
 def test_nothing_is_held_out_otherwise(tmp_path):
     stream = stream_of(write(tmp_path, numbered(20, 30)), settings("sequential", average="ema", holdout_tokens=30))
     assert len(stream.held) == 0 and {*sum((flat(stream.next())[0] for _ in range(4)), [])} >= set(range(2, 52))
