@@ -1700,7 +1700,7 @@ def coprime_order(counts, rng, chunk):
     def stride(n):
         return next(s for s in rng.permutation(np.arange(1, n)) if math.gcd(int(s), n) == 1) if n > 1 else 1
 
-    walks = [(int(rng.integers(n)) + stride(n) * np.arange(n)) % n for n in counts]
+    walks = [(int(rng.integers(n)) + stride(n) * np.arange(n)) % n if n else np.arange(0) for n in counts]
     counts, used, order = np.array(counts), np.zeros(len(counts), int), []
     while (left := counts - used).any():
         part = min(len(order) / 1800, 1.0)
@@ -1736,9 +1736,11 @@ class TokenStream:
                                f"{length}, which {rt.world} ranks cannot share evenly")
         self.block = max(length for _, length, _ in s.stages)
         self.counts = [(len(shard) - 1) // self.block for shard in self.shards]
-        if self.ends[-1] < 2 or self.reordered and not sum(self.counts):
-            raise BadInput(f"{paths[0]}: the training stream holds fewer than "
-                           f"{self.block + 1 if self.reordered else 2} tokens")
+        if self.ends[-1] < 2:
+            raise BadInput(f"{paths[0]}: the training stream holds fewer than 2 tokens")
+        if self.reordered and not sum(self.counts):
+            raise BadInput(f"{paths[0]}: LOADER={s.loader} deals out blocks, but no shard holds the {self.block + 1} "
+                           "tokens of one; shorten the sequences, or prepare more training text")
         self.total = sum(self.counts) * self.block if self.reordered else int(self.ends[-1])
         self._orders, self._thread, self._ahead = {}, ThreadPoolExecutor(1, "loader"), (None, None)
 
@@ -1812,7 +1814,7 @@ class TokenStream:
         # A stage may begin inside a block of the one before.
         start = -(-self.position // length) * length if self.reordered else self.position
         (key, future), wanted = self._ahead, (start, length, tokens)
-        ready = future.result() if key == wanted else self._read_batch(*wanted)
+        ready = (future if key == wanted else self._thread.submit(self._read_batch, *wanted)).result()
         self.position = start + tokens
         following = (self.position, length, tokens)
         self._ahead = following, self._thread.submit(self._read_batch, *following)
@@ -2582,6 +2584,8 @@ def to_json(values, indent=None):
 
 
 def _word(value):
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(_word, value))
     text = f"{value:.8g}" if isinstance(value, float) else str(value)
     return "_".join(text.split())
 
