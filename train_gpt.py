@@ -255,7 +255,8 @@ class Settings:
         """[(until, sequence length, tokens of a step)]: the two schedules merged; `until` is a fraction of the run."""
         lengths = self.train_seq_schedule or ((self.train_seq_len, 1.0),)
         batches = self.train_batch_schedule or ((self.train_batch_tokens, 1.0),)
-        return [(until, *(next(size for size, end in table if until <= end) for table in (lengths, batches)))
+        return [(until, *(next((size for size, end in table if until <= end), table[-1][0])
+                          for table in (lengths, batches)))
                 for until in sorted({end for _, end in (*lengths, *batches)})]
 
     @property
@@ -271,7 +272,7 @@ class Settings:
 
     def idle(self):
         """{changed setting: what it waits for}: settings without effect, such as VE_LAYERS while VE_DIM=0."""
-        return {f.name.upper(): f.metadata["on"].upper() for f in fields(self)
+        return {f.name.upper(): _conditions(f.metadata["on"]) for f in fields(self)
                 if getattr(self, f.name) != f.default and f.metadata["on"] and not self.holds(f.metadata["on"])}
 
     def holds(self, rule):
@@ -357,17 +358,18 @@ class Settings:
             need(not table or sorted(set(ends)) == ends and ends[0] > 0 and ends[-1] == 1 and
                  all(size >= (2 if "seq" in name else 1) for size, _ in table),
                  f"{name.upper()}={_show(table)}: sizes, at fractions of the run that rise to 1")
-        longest = max(length for _, length, _ in s.stages)
+        lengths = [length for _, length, _ in s.stages]
+        longest, where = max(lengths), " in a stage" if s.train_seq_schedule or s.train_batch_schedule else ""
         for _, length, tokens in s.stages:
             need(length and tokens % length == 0,
-                 f"TRAIN_BATCH_TOKENS={tokens} is not a multiple of TRAIN_SEQ_LEN={length}")
+                 f"TRAIN_BATCH_TOKENS={tokens} is not a multiple of TRAIN_SEQ_LEN={length}{where}")
             need(s.micro_batch_tokens >= length,
-                 f"MICRO_BATCH_TOKENS={s.micro_batch_tokens} is less than one sequence, TRAIN_SEQ_LEN={length}")
+                 f"MICRO_BATCH_TOKENS={s.micro_batch_tokens} is less than one sequence, TRAIN_SEQ_LEN={length}{where}")
             need(s.loader not in ("coprime", "shuffled") or length and longest % length == 0,
                  f"LOADER={s.loader} deals out blocks of the longest sequence: {longest} of TRAIN_SEQ_SCHEDULE is no "
                  f"multiple of {length}")
-        need(s.mtp_num_heads < min(length for _, length, _ in s.stages),
-             f"MTP_NUM_HEADS={s.mtp_num_heads} look beyond the end of TRAIN_SEQ_LEN")
+        need(s.mtp_num_heads < min(lengths),
+             f"MTP_NUM_HEADS={s.mtp_num_heads} look beyond the end of TRAIN_SEQ_LEN={min(lengths)}{where}")
         for name in ("matrix_betas", "embed_betas", "head_betas"):
             betas = getattr(s, name)
             need(not betas or len(betas) == 2 and all(0 <= b < 1 for b in betas),
@@ -414,8 +416,8 @@ class Settings:
                 lines.append(f"\n{room}")
             choice = get_origin(f.type) is Literal
             kind = "|".join(get_args(f.type)) if choice else LISTS.get(f.type) or f.type.__name__
-            name, on = f"{f.name.upper()}={_show(f.default) or '(empty)'}", f.metadata["on"].replace(",", " or ")
-            lines.append(f"  {name:<42} {f.metadata['doc']}  [{kind}]" + (f" with {on.upper()}" if on else ""))
+            name, on = f"{f.name.upper()}={_show(f.default) or '(empty)'}", f.metadata["on"]
+            lines.append(f"  {name:<42} {f.metadata['doc']}  [{kind}]" + (f" with {_conditions(on)}" if on else ""))
         return "\n".join(lines)
 
 
@@ -1023,13 +1025,17 @@ RENAMED = {
     "DEPTH_RECUR_LAYERS": "LOOP_START, LOOP_END with LOOP_ORDER=layer", "DEPTH_RECUR_PASSES": "NUM_LOOPS (one less)",
     "RECUR_START_STEP": "ENABLE_LOOPING_AT, a fraction of the run", "MUONEQ_R": "MUON_ROW_NORMALIZE",
     "PARALLEL_RESIDUAL_START": "PARALLEL_RESIDUAL=gptj PARALLEL_START_LAYER", "LAWA_ENABLED": "AVERAGE=lawa",
+    "COMPILE_SHAPE_WARMUP": "WARMUP_STEPS, which compiles every stage",
 }
 # How the names of the contest's other techniques begin: they are meant for a trainer, and not read here.
 FOREIGN = tuple("""
-    ADAPTIVE_LR ASYM_LOGIT ATTN_CLIP AWQ_LITE BYTE_WEIGHTED CACHE_ALPHA CALIBRATE_TEMP CASEOPS_ CROWN_Q DTG_
-    EMBED_CLIP EVAL_TEMPERATURE GLOBAL_TTT GPTQ_ INT6_LAST LATE_QAT LQER_ MATRIX_CLIP MIXER_ETA MIXER_MIN MLP_CLIP
-    NGRAM_ PHASED_TTT POLYAK_ PPM_ALPHA PREQUANT_ PRUNE_PCT QAT_ SDCLIP_ SKIP_SLIDING SLOT_ SOFT_ROUND TARGET_MB TTT_
-    USE_CACHE USE_HEDGE USE_MIXER USE_POLYAK""".split())
+    ADAPTIVE_LR ALPHA_BASE ALPHA_CENTER ALPHA_RANGE ASYM_LOGIT ATTN_CLIP AWQ_LITE BYTE_WEIGHTED CACHE_ALPHA
+    CALIBRATE_TEMP CASEOPS_ CROWN_Q DTG_ EMBED_CLIP EVAL_INCLUDE_TAIL EVAL_TEMPERATURE FUSED_CE GATED_ATTN_ GLOBAL_TTT
+    GPTQ_ INT6_LAST LATE_QAT LQER_ MATRIX_CLIP MIXER_ETA MIXER_MIN MLP_CLIP NGRAM_ PHASED_TTT POLYAK_ PPM_ALPHA
+    PREQUANT_ PRUNE_PCT QAT_ QTTT ROPE_YARN SDCLIP_ SKIP_SLIDING SLOT_ SOFT_ROUND SPARSE_ATTN_GATE_INIT TARGET_MB
+    TOKEN_BOOST TOKEN_THRESHOLD TTT_ USE_CACHE USE_HEDGE USE_MIXER USE_POLYAK""".split())
+# How names begin that other programs read or set: OMP_NUM_THREADS is near MTP_NUM_HEADS.
+ELSEWHERE = ("OMP_", "MKL_", "NCCL_", "CUDA_", "TORCH", "PARALLEL_SEQ")
 
 
 def _show(value):
@@ -1071,6 +1077,12 @@ def _convert(f, text):
     return value
 
 
+def _conditions(rule):
+    """An `on` rule as one would type it: AVERAGE=swa|best or VE_DIM."""
+    parts = (part.partition("=") for part in rule.split(","))
+    return " or ".join(name.upper() + equals + {"False": "0"}.get(values, values) for name, equals, values in parts)
+
+
 def _stage(text):
     size, _, until = text.partition("@")
     return int(size), float(until)
@@ -1087,12 +1099,12 @@ def _why_not_env(name, known, strict):
     """Why an environment variable that is no setting cannot be let pass, or None."""
     if name in RENAMED:
         return f"{name} is now {RENAMED[name]}"
-    if name.startswith(("OMP_", "MKL_", "NCCL_", "CUDA_", "TORCH")):  # OMP_NUM_THREADS is near MTP_NUM_HEADS
+    if name.startswith(ELSEWHERE):
         return None
+    if name.startswith(FOREIGN):  # before the near misses: TTT_EVAL_SEQ_LEN is none of EVAL_SEQ_LEN
+        return f"{name} is a switch of other contest scripts; this one does not have it"
     if near := difflib.get_close_matches(name, known, 1, 0.85):
         return f"{name} is not a setting; did you mean {near[0]}? (unset it if it is not meant for this script)"
-    if name.startswith(FOREIGN):
-        return f"{name} is a switch of other contest scripts; this one does not have it"
     return f"{name} looks like a setting but is none (STRICT_ENV=1)" if strict and doubtful_names([name]) else None
 
 
@@ -1100,7 +1112,8 @@ def doubtful_names(env):
     """Names in the environment that are made only of words of our settings, such as MODEL_LR, but are no setting."""
     known = {f.name.upper() for f in fields(Settings)}
     words = {word for name in known for word in name.split("_")}
-    return sorted(name for name in env if name not in known and "_" in name and words.issuperset(name.split("_")))
+    return sorted(name for name in env if name not in known and "_" in name and not name.startswith(ELSEWHERE)
+                  and words.issuperset(name.split("_")))
 
 
 def _file_pairs(path, complaints):
@@ -3107,7 +3120,7 @@ def log_header(run, argv):
     for name, choice, reason in run.rt.choices:
         log("choice", **{name: choice}, reason=reason)
     for name, rule in run.s.idle().items():
-        log("warning", setting=name, note=f"has no effect without {rule.replace(',', ' or ')}")
+        log("warning", setting=name, note=f"has no effect without {rule}")
     for name in doubtful_names(os.environ):
         log("warning", environment=name, note="looks like a setting but is none; STRICT_ENV=1 makes that an error")
 

@@ -24,6 +24,7 @@ import reference as ref
 import train_gpt as tg
 
 ALL = ("zstd", "lzma", "brotli", "zlib")
+MATRICES = (".q.weight", ".k.weight", ".v.weight", ".o.weight", ".up.weight", ".down.weight", "proj.weight")
 
 
 def saved(path, s=None, seed=0, **changes):
@@ -62,8 +63,8 @@ def in_memory(model, s):
     """What every tensor becomes by quantising and decoding, without a file; by the specification's table of roles."""
     out = {}
     for name, parameter in model.named_parameters():
-        table = name in ("embed.weight", "bigram.table.weight", "value_embed.table.weight")
-        bits = s.embed_bits if table else s.matrix_bits if parameter.ndim == 2 and name.endswith(".weight") else 16
+        table = name.endswith("table.weight") or name in ("embed.weight", "head.weight")
+        bits = s.embed_bits if table else s.matrix_bits if name.endswith(MATRICES) else 16
         method = s.embed_quant if table else s.matrix_quant
         if bits == 16:
             out[name] = parameter.detach().half().float()
@@ -111,7 +112,9 @@ def test_the_loaded_model_is_the_quantised_one(tmp_path_factory, s, seed, compre
 @pytest.mark.parametrize("compressor", [*ALL, "auto"])
 def test_every_code_and_scale_is_in_the_file(tmp_path, compressor):
     """Unpacked by the format's description: codes by role in parameter order, all scales and all halves as planes."""
-    s, model, info = saved(tmp_path / "model.pg", compressor=compressor)
+    s, model, info = saved(tmp_path / "model.pg", compressor=compressor, tie_embeddings=False, attn_gate="dense",
+                           trigram_vocab_size=9, embed_dim=8)
+    assert set(tg.roles(model).values()) == {"embed", "head", "matrix", "scalar", "gate"}
     header, streams = parts_of(tmp_path / "model.pg")
     unpack = {"zstd": lambda d: __import__("zstandard").ZstdDecompressor().decompress(d, 1 << 20),
               "lzma": lzma.decompress,
@@ -129,7 +132,7 @@ def test_every_code_and_scale_is_in_the_file(tmp_path, compressor):
 
     for name, parameter in model.named_parameters():
         role = tg.roles(model)[name]
-        if role == "scalar":
+        if role in ("scalar", "gate"):
             np.testing.assert_array_equal(take("half", parameter.numel()), parameter.detach().half().numpy().ravel())
             continue
         parts = tg.encode_int(parameter.detach(), 6 if role == "matrix" else 8, "gptq_lite")
@@ -192,7 +195,11 @@ def test_the_header_holds_what_loading_needs(tmp_path):
                logit_softcap=12.345678901234567,
                rope_base=1234.5678901234567, xsa_last_n=3, ln_scale=False, doc_mask="none", bigram_vocab_size=33,
                bigram_dim=5, ve_dim=3,
-               ve_layers=(0, 2, 4), vocab_size=77, qk_gain_init=0.1 + 0.2)
+               ve_layers=(0, 2, 4), vocab_size=77, qk_gain_init=0.1 + 0.2, attn_gate="sparse", gate_window=7,
+               sparse_attn_gate_scale=0.7, value_residual="pair", skips="gated", skip_pairs=1, num_loops=2,
+               loop_start=1, loop_end=2, loop_order="layer", parallel_residual="routed", parallel_start_layer=3,
+               parallel_final_lane="learned", smear_gate="scalar", trigram=True, trigram_vocab_size=19, trigram_dim=3,
+               embed_dim=10, tie_embeddings=False)
     s, model, _ = saved(tmp_path / "model.pg", **odd)
     header, _ = parts_of(tmp_path / "model.pg")
     assert header["tokenizer_sha256"] == "a" * 64
@@ -207,6 +214,33 @@ def test_the_header_holds_what_loading_needs(tmp_path):
     model.load_state_dict(in_memory(model, s))
     with torch.no_grad():
         assert torch.equal(model(ids, ids), loaded(ids, ids))
+
+
+@pytest.mark.parametrize("looping", [True, False])
+def test_whether_training_reached_the_loop_is_in_the_file(tmp_path, looping):
+    """A model that was trained without its loop is also scored without, whatever NUM_LOOPS says."""
+    s = ref.small(num_loops=1, loop_start=1, loop_end=1)
+    model, ids = ref.randomise(tg.GPT(s, init=False)), ref.tokens(32, 2, 9)
+    model.looping = looping
+    tg.save_artifact(tmp_path / "model.pg", model, s)
+    _, loaded = tg.load_artifact(tmp_path / "model.pg", s)
+    assert loaded.looping is looping and parts_of(tmp_path / "model.pg")[0]["looping"] is looping
+    model.load_state_dict(in_memory(model, s))
+    with torch.no_grad():
+        assert torch.equal(model(ids, ids), loaded(ids, ids))
+        loaded.looping = not looping
+        assert not torch.equal(model(ids, ids), loaded(ids, ids))
+
+
+def test_nothing_of_training_is_in_the_file(tmp_path):
+    """MTP heads belong to the objective; an artifact of a run with them is that of the same weights without."""
+    s = ref.small(mtp_num_heads=2, train_seq_len=16)
+    model = ref.randomise(tg.GPT(s, init=False))
+    objective = tg.Objective(model, s)
+    assert len(list(objective.parameters())) == len(list(model.parameters())) + 2
+    tg.save_artifact(tmp_path / "with.pg", objective.model, s)
+    tg.save_artifact(tmp_path / "without.pg", model, ref.small())
+    assert (tmp_path / "with.pg").read_bytes() == (tmp_path / "without.pg").read_bytes()
 
 
 def test_a_contradicting_setting_is_named_with_both_values(tmp_path):
@@ -361,6 +395,12 @@ def hostile():
             header[key] = value(header[key]) if callable(value) else value
         return apply
 
+    def matrix(column, value):
+        def apply(header):
+            i = next(i for i, line in enumerate(header["tensors"]) if line[0] == "blocks.0.mlp.up.weight")
+            row("tensors", i, column, value(header["tensors"][i][column]) if callable(value) else value)(header)
+        return apply
+
     def settings(**values):
         return lambda header: header["settings"].update(values)
 
@@ -380,7 +420,7 @@ def hostile():
         "tensor twice": change("tensors", lambda t: t + t[:1]),
         "stream twice": change("streams", lambda rows: rows + rows[:1]),
         "unknown stream": row("streams", 0, 0, "other"),
-        "unknown codec": row("tensors", 1, 2, "pickle"), "other codec": row("tensors", 1, 2, "float16"),
+        "unknown codec": matrix(2, "pickle"), "other codec": matrix(2, "float16"),
         "unknown compressor": row("streams", 0, 1, "gzip"),
         "other compressor": row("streams", 0, 1, "lzma"), "brotli instead": row("streams", 0, 1, "brotli"),
         "zstd instead": row("streams", 0, 1, "zstd"),
@@ -394,12 +434,12 @@ def hostile():
         "size is a list": row("streams", 0, 2, [1]),
         "one byte less": lambda header: row("streams", 0, 2, header["streams"][0][2] - 1)(header),
         "one byte more": lambda header: row("streams", 0, 2, header["streams"][0][2] + 1)(header),
-        "shape transposed": lambda header: row("tensors", 1, 1, header["tensors"][1][1][::-1])(header),
-        "shape huge": row("tensors", 1, 1, [1 << 40, 1 << 40]), "shape negative": row("tensors", 1, 1, [-32, -16]),
-        "shape empty": row("tensors", 1, 1, []),
-        "shape infinite": row("tensors", 1, 1, [math.inf, 16]), "shape text": row("tensors", 1, 1, "ab"),
-        "bits infinite": row("tensors", 1, 3, math.inf),
-        "bits text": row("tensors", 1, 3, "six"), "tensor renamed": row("tensors", 1, 0, "__class__"),
+        "shape transposed": matrix(1, lambda shape: shape[::-1]),
+        "shape huge": matrix(1, [1 << 40, 1 << 40]), "shape negative": matrix(1, [-32, -16]),
+        "shape empty": matrix(1, []),
+        "shape infinite": matrix(1, [math.inf, 16]), "shape text": matrix(1, "ab"),
+        "bits infinite": matrix(3, math.inf),
+        "bits text": matrix(3, "six"), "tensor renamed": matrix(0, "__class__"),
         "tensors reordered": change("tensors", lambda t: t[::-1]),
         "a model of 2^40 weights": settings(NUM_LAYERS="256", MODEL_DIM="16384", NUM_HEADS="256", NUM_KV_HEADS="256",
                                             MLP_MULT="16"),
@@ -414,6 +454,11 @@ def hostile():
         "another room's setting": settings(VAL_TOKENS="64"), "the reader's folder": settings(DATA_PATH="elsewhere"),
         "newline": settings(NUM_LAYERS="3\n4"),
         "a setting that is a file": lambda header: header["settings"].update({"@" + __file__: ""}),
+        "no word of looping": lambda header: header.pop("looping"),
+        "a loop over layers that are not there": settings(NUM_LOOPS="1", LOOP_END="9"),
+        "lanes from a layer that is not there": settings(PARALLEL_RESIDUAL="lanes", PARALLEL_START_LAYER="9"),
+        "more loops than anyone waits for": settings(NUM_LOOPS="1000000"),
+        "a head that is not there": settings(TIE_EMBEDDINGS="0"), "another choice": settings(SMEAR_GATE="pickle"),
         "no tokenizer hash": lambda header: header.pop("tokenizer_sha256"),
         "tokenizer hash is a number": change("tokenizer_sha256", 12),
         "tokenizer hash is a list": change("tokenizer_sha256", ["a"]),

@@ -180,7 +180,8 @@ def test_float16_codec():
 def test_codecs_of_the_roles():
     s = ref.small(matrix_bits=5, embed_bits=7, matrix_quant="rtn", embed_quant="gptq_lite")
     assert tg.codec_of("matrix", s) == ("int", 5, "rtn") and tg.codec_of("embed", s) == ("int", 7, "gptq_lite")
-    assert tg.codec_of("scalar", s)[:2] == ("float16", 16)
+    assert tg.codec_of("head", s) == tg.codec_of("embed", s), "an untied head is a table of tokens, too"
+    assert tg.codec_of("scalar", s)[:2] == tg.codec_of("gate", s)[:2] == ("float16", 16)
     half = ref.small(matrix_bits=16, embed_bits=16)
     assert tg.codec_of("matrix", half)[0] == tg.codec_of("embed", half)[0] == "float16"
 

@@ -57,7 +57,7 @@ def test_the_kernel_that_was_chosen_and_those_passed_over_are_one_line(toy, tmp_
 
 def test_an_attention_kernel_that_gives_wrong_results_is_passed_over(monkeypatch):
     rt = Runtime(Settings(device="cpu"), {})
-    monkeypatch.setattr(train_gpt, "attend_sdpa", lambda q, k, v: train_gpt.attend_reference(q, k, v) * 1.1)
+    monkeypatch.setattr(train_gpt, "attend_sdpa", lambda q, k, v, docs=None: 1.1 * train_gpt.attend_reference(q, k, v, docs))
     with pytest.raises(BadInput, match="differs from the reference"):
         train_gpt.pick_attention(Settings(device="cpu"), rt)
 
