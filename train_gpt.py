@@ -23,7 +23,6 @@ The rooms of this file, in reading order
 Axes: B sequences, T positions, D model width, H query heads, K key/value heads, C channels of a head, V vocabulary.
 "#N" is pull request or issue N of openai/parameter-golf.
 """
-
 import contextlib
 import difflib
 import hashlib
@@ -438,7 +437,6 @@ class Docs(NamedTuple):
 
 def documents(ids, mode, longest=0, varlen=False):
     """What BOS says about ids (B, T), or None with DOC_MASK=none. With "attention" also who sees whom: documents, cut
-
     every `longest` tokens (0: not), as lengths for a `varlen` kernel (waits for the device) or as a mask.
     """
     if mode == "none":
@@ -496,7 +494,6 @@ class Linear(nn.Module):
 
     the same map, but its gradient comes from dW and not from a reduction over all tokens of the batch.
     """
-
     def __init__(self, inputs, outputs, zero=False, role="matrix"):
         super().__init__()
         self.zero, self.role, self.weight = zero, role, nn.Parameter(torch.empty(outputs, inputs))
@@ -595,7 +592,6 @@ TRIGRAM = ((48271, 36313, 27191), (36313, 27191))
 
 def ngram_bucket(ids, hashes, buckets, docs):
     """Hash of each token and its predecessors (B, T): the products, xored, modulo `buckets`. Where a predecessor is
-
     missing - at the row's start, and with `docs` at a document's - the next of `hashes`, in the end `buckets` itself.
     """
     factors, width = hashes[0], ids.size(1)
@@ -616,7 +612,6 @@ class NgramHash(nn.Module):
 
     Several n-grams add rows of the same table (TRIGRAM, #1539).
     """
-
     role = "scalar"
 
     def __init__(self, rows, width, dim, scale, *ngrams):
@@ -653,10 +648,8 @@ class ValueEmbedding(nn.Module):
 
 class ValueResidual(nn.Module):
     """The values v of a later layer with those of layer 0, v0: "vrl" v + c v0 (#1033), "pair" a v0 + b v (#1311),
-
     "sigmoid" v + sigmoid(c) v0 (#1539).
     """
-
     role = "scalar"
 
     def __init__(self, kind):
@@ -675,10 +668,8 @@ class ValueResidual(nn.Module):
 
 class HeadGate(nn.Module):
     """Factor per head, from the normed input x: "head" 2 sigmoid(W x[:window]) (#1667), "dense" sigmoid(W x) (#1736),
-
     "sparse" sigmoid(scale W x[:window]) (#1787).
     """
-
     role = "gate"
 
     def __init__(self, s):
@@ -698,10 +689,8 @@ class HeadGate(nn.Module):
 
 class Attention(nn.Module):
     """Causal grouped-query attention with QK norm, query gain, partial RoPE, value embedding and residual, XSA and head
-
     gates. The only one.
     """
-
     role = "scalar"
 
     def __init__(self, s, layer, attend):
@@ -760,10 +749,8 @@ class MLP(nn.Module):
 
 class Skips(nn.Module):
     """U-Net skips onto the stream x: "linear" x + w kept, "sigmoid" x + sigmoid(w) kept (#1539), "gated"
-
     g x + (1 - g) w kept, g = sigmoid(gate) (#1394); per channel, one row a pair.
     """
-
     role = "scalar"
 
     def __init__(self, kind, pairs, dim):
@@ -785,11 +772,9 @@ class Skips(nn.Module):
 
 class Lanes(nn.Module):
     """Two residual lanes (#1539, #1529): attention writes lane 0, the MLP lane 1; "routed": both write both, with
-
     learned weights, r lane + p a + q m. Merged at the end by their mean or a learned m lane0 + (1 - m) lane1.
     Every layer has its row of weights, as published; those below PARALLEL_START_LAYER rest.
     """
-
     role = "scalar"
 
     def __init__(self, s):
@@ -825,7 +810,6 @@ class Visit(NamedTuple):
 
 def layer_plan(s, looping):
     """The visits of one forward. U-Net: of the first half the last `pairs` push, the second half pops, last in first
-
     out; a loop in range order is unrolled before the halves are taken (#1394), one that repeats each layer keeps the
     pairs of the plain order, popping before the first pass and pushing after the last (#1033).
     """
@@ -864,7 +848,6 @@ class Block(nn.Module):
 
     def forward(self, lanes, context, slot, parallel=False, route=None):
         """Attention reads and writes the first lane, the MLP the last; with one lane that is the ordinary block, or
-
         with `parallel` GPT-J's. `route` (routed lanes) decides what is kept and written instead, of the unmixed lane.
         """
         x = lanes[0]
@@ -889,7 +872,6 @@ class GPT(nn.Module):
     `attend` is the attention kernel (room 11), `dtype` that of activations. It loops, if NUM_LOOPS says so, unless
     `looping` is set to False; no graph is built anew for that, if warm-up has seen both.
     """
-
     def __init__(self, s, dtype=torch.float32, attend=None, init=True):
         super().__init__()
         self.dtype, self.softcap, self.doc_mask, self.looping = dtype, s.logit_softcap, s.doc_mask, s.loops
@@ -971,10 +953,8 @@ class GPT(nn.Module):
 
 class Objective(nn.Module):
     """What training minimises: the model's loss, each token weighted (complementary training), and that of heads which
-
     predict the tokens after the next (MTP). Those heads live here and not in the model: no artifact ever has them.
     """
-
     def __init__(self, model, s):
         super().__init__()
         self.model, self.mtp_weight = model, s.mtp_loss_weight
@@ -1258,7 +1238,6 @@ NEWTON_SCHULZ = {
 
 def newton_schulz(update, steps, coefficients="classic", row_normalize=False, dtype=torch.float32):
     """Push the singular values of each matrix of a batch (N, rows, cols) towards 1; with row_normalize, rows - of the
-
     update as stored, not of its transpose - have norm 1 before that (MuonEq-R, #1285).
     """
     x = update.to(dtype)
@@ -1277,7 +1256,6 @@ def newton_schulz(update, steps, coefficients="classic", row_normalize=False, dt
 
 def scale_neurons(update, moment, beta2):
     """NorMuon (arXiv 2510.05491): divide each row by the root of its running mean square `moment` (N, rows, 1), which
-
     is updated in place. The norm of each matrix is kept, so learning rates mean the same with and without it.
     """
     update = update.float()
@@ -1312,11 +1290,9 @@ def treatments(s):
 
 class Bank:
     """Parameters of equal treatment in one tensor, of which they and their gradients are views: a bank is updated,
-
     reduced and averaged by single operations. Muon: one bank a shape, (matrices padded to a multiple of ranks, rows,
     cols), of which each rank orthogonalises its share. Adam: one flat bank a role, each parameter aligned to 256 bytes.
     """
-
     def __init__(self, role, treatment, entries, rt, neurons=False):
         self.role, (self.kind, self.lr, self.wd, self.betas) = role, treatment
         self.names, params = [name for name, _ in entries], [param for _, param in entries]
@@ -1351,7 +1327,6 @@ class MuonAdam:
     rank's share and start gathering it, run AdamW meanwhile, apply. State is saved by parameter name, for any ranks.
     Momentum and second moments are fp32, on every number of ranks.
     """
-
     def __init__(self, model, s, rt):
         self.s, self.rt, self.t = s, rt, 0
         table, params = treatments(s), dict(model.named_parameters())
@@ -1506,11 +1481,9 @@ def momentum_at(s, step):
 
 class Complement:
     """Complementary training (#1033): a token that bigram counts predict with p = C[a, b] / (N[a] + 1) weighs
-
     max(1 - COMPLEMENT_ALPHA p, 0.1), over the mean weight of the step. The counts are of all earlier steps and ranks,
     so they do not depend on ranks or micro-batches, and int64: float32 stops counting at 2^24.
     """
-
     def __init__(self, s, rt):
         self.alpha, self.vocab, self.rt = s.complement_alpha, s.vocab_size, rt
         self.pairs = torch.zeros(s.vocab_size**2, dtype=torch.int64, device=rt.device)
@@ -1552,7 +1525,6 @@ class Average:
     `taken` holds per kind a list of snapshots shaped like the banks: for "ema" the running mean, for "swa" the sum of
     `count` snapshots, for "lawa" the last LAWA_K.
     """
-
     def __init__(self, s, banks):
         self.s, self.banks, self.taken, self.count = s, banks, {}, 0
         self.kinds = {"none": (), "best": ("ema", "swa", "lawa")}.get(s.average, (s.average,))
@@ -1607,7 +1579,6 @@ FINEWEB_VAL_BYTES = 151_080_891  # of the 50,000 validation documents, whatever 
 
 def read_shard(path, vocab_size=None):
     """Tokens of a shard as a read-only uint16 memory map. BadInput for anything that is not the contest's format;
-
     with vocab_size also for a token outside the vocabulary.
     """
     try:
@@ -1706,7 +1677,6 @@ def shuffled_order(counts, rng, chunk=None):
 
 def coprime_order(counts, rng, chunk):
     """Every block of every shard once, as (shard, block), in the manner of #1060: a shard is walked by a stride that is
-
     coprime to its number of blocks; each `chunk` of blocks mixes 8 to 64 shards, drawn with probability proportional
     to what is left in them to the power of 0.9 to 0.5, the mixture growing over 1,800 chunks.
     """
@@ -1737,7 +1707,6 @@ class TokenStream:
     epoch. The whole state is `position`, so a batch depends on the settings only: any number of ranks sees the same
     stream, and a checkpoint is one number. The next batch is read by a thread while this one is trained on.
     """
-
     def __init__(self, paths, s, rt, documents=None):
         self.paths, self.s, self.rt, self.position, self.documents = paths, s, rt, 0, documents
         self.shards = [read_shard(path) for path in paths]
@@ -1820,7 +1789,6 @@ class TokenStream:
 
     def next(self, length=None, tokens=None):
         """This rank's part of the next batch: micro-batches [(x, y, docs)], x and y (rows, length) int64; docs None
-
         where the model can tell them from x. Without arguments the batch of the first stage.
         """
         length, tokens = length or self.s.stages[0][1], tokens or self.s.stages[0][2]
@@ -1901,7 +1869,6 @@ CLIP_PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 
 def row_scales(rows, bits, method):
     """float16 step of each row of (N, M): its largest magnitude over the integer range, or with "gptq_lite" (#414) the
-
     clip percentile of least squared error, chosen for every row by itself (the name is the field's: no Hessian).
     """
     top = 2 ** (bits - 1) - 1
@@ -2209,7 +2176,6 @@ class Chunk(NamedTuple):
 
 def windows(targets, length, stride=0):
     """[(starts, keep)]: the first window scores all of its targets, each later one its last `stride`, and a final one
-
     that ends with the stream scores the remainder. Every target once.
     """
     stride = stride or length
@@ -2553,7 +2519,6 @@ class Log:
 
     A line is `event key:value ...`; the contest's own forms are given as text. metrics.jsonl gets every event as JSON.
     """
-
     def __init__(self, out_dir, main, append=False):
         self.main, self._files, self._bar = main, [], False
         if main:
@@ -2859,7 +2824,6 @@ def train(run, model, val):
 
 def _choose_average(run, training, predictor):
     """(its name, weights to export in place of the last ones, or None). AVERAGE=best is decided by the loss on the
-
     end of the *training* stream, on the training side of the ledger; validation text has no say.
     """
     s, rt, average = run.s, run.rt, training.average
