@@ -347,6 +347,10 @@ class Settings:
              f"LOOP_START={s.loop_start} LOOP_END={s.loop_end} is no range of layers 0..{s.num_layers - 1}")
         need(s.parallel_residual == "none" or s.parallel_start_layer < s.num_layers,
              f"PARALLEL_START_LAYER={s.parallel_start_layer}: there is no such layer (NUM_LAYERS={s.num_layers})")
+        need(s.parallel_residual != "routed" or s.parallel_final_lane != "learned" or s.parallel_start_layer !=
+             s.num_layers - 1 or s.loops and s.loop_end == s.num_layers - 1,
+             f"PARALLEL_FINAL_LANE=learned learns nothing from PARALLEL_START_LAYER={s.parallel_start_layer}: the last "
+             "layer alone leaves two equal lanes; mean is the same")
         need(s.loader != "packed" or s.doc_mask == "attention",
              f"LOADER=packed puts many documents in a row: it needs DOC_MASK=attention, not {s.doc_mask}")
         need(not s.complement_alpha or s.vocab_size <= 16384,
@@ -1716,6 +1720,9 @@ class TokenStream:
             if tokens // length % rt.world:
                 raise BadInput(f"TRAIN_BATCH_TOKENS={tokens} is {tokens // length} sequences of TRAIN_SEQ_LEN="
                                f"{length}, which {rt.world} ranks cannot share evenly")
+            if (share := self.rows(length, tokens))[0] % share[1]:
+                raise BadInput(f"LOADER=packed makes rows of {share[1] * length} tokens, but {rt.world} ranks have "
+                               f"{share[0] * length} each; MICRO_BATCH_TOKENS={share[0] * length} makes them fit")
         self.block = max(length for _, length, _ in s.stages)
         self.counts = [(len(shard) - 1) // self.block for shard in self.shards]
         if self.ends[-1] < 2:
@@ -1752,8 +1759,9 @@ class TokenStream:
     def rows(self, length, tokens):
         """(rows of a rank, rows of a micro-batch): equal shapes, so that one graph serves."""
         rows = tokens // length // self.rt.world
-        most = max(1, min(rows, self.s.micro_batch_tokens // length))
-        return rows, max(n for n in range(1, most + 1) if rows % n == 0)
+        shared = tokens // length if self.s.loader == "packed" else rows  # a packed row is the same for any ranks
+        most = max(1, min(shared, self.s.micro_batch_tokens // length))
+        return rows, max(n for n in range(1, most + 1) if shared % n == 0)
 
     def read(self, start, count):
         """`count` tokens from `start`, wrapping at the end of the stream."""
