@@ -1813,7 +1813,7 @@ class TokenStream:
         # A stage may begin inside a block of the one before.
         start = -(-self.position // length) * length if self.reordered else self.position
         (key, future), wanted = self._ahead, (start, length, tokens)
-        ready = future.result() if key == wanted else self._read_batch(*wanted)
+        ready = (future if key == wanted else self._thread.submit(self._read_batch, *wanted)).result()
         self.position = start + tokens
         following = (self.position, length, tokens)
         self._ahead = following, self._thread.submit(self._read_batch, *following)

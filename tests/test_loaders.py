@@ -209,6 +209,27 @@ def test_shuffled_puts_every_block_anywhere(tmp_path):
     assert abs(square - 121) < 5 * math.sqrt(2 * 121), square  # 11 * 11 degrees of freedom
 
 
+def test_one_thread_at_a_time_reads(tmp_path, monkeypatch):
+    """A change of stage or position while the thread reads ahead: two readers would pull the order from under each
+
+    other's feet at the end of an epoch.
+    """
+    stream = stream_of(write(tmp_path, numbered(200)), settings("coprime", stages=[(2, 8), (4, 16)]))
+    inside, most, read = [], [0], stream.read
+
+    def slow(*args):
+        inside.append(args)
+        most[0] = max(most[0], len(inside))
+        time.sleep(2e-3)
+        inside.pop()
+        return read(*args)
+
+    monkeypatch.setattr(stream, "read", slow)
+    for stage in ((2, 8), (2, 8), (4, 16), (2, 8), (4, 16)):
+        stream.next(*stage)
+    assert most == [1]
+
+
 # --- coprime ---------------------------------------------------------------------------------------------------------
 
 
