@@ -260,7 +260,8 @@ class Settings:
         """[(until, sequence length, tokens of a step)]: the two schedules merged; `until` is a fraction of the run."""
         lengths = self.train_seq_schedule or ((self.train_seq_len, 1.0),)
         batches = self.train_batch_schedule or ((self.train_batch_tokens, 1.0),)
-        return [(until, *(next(size for size, end in table if until <= end) for table in (lengths, batches)))
+        return [(until, *(next((size for size, end in table if until <= end), table[-1][0])
+                          for table in (lengths, batches)))
                 for until in sorted({end for _, end in (*lengths, *batches)})]
 
     @property
