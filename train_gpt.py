@@ -2906,16 +2906,30 @@ def _train_steps(run, training, predictor, val, interrupt):
     return lowest
 
 
+def _next_batch(run, training, length, tokens):
+    """The next batch; or, if a rank meets a token outside the vocabulary deep in a shard, the end of the run on all
+
+    ranks together, for which what was trained so far is kept.
+    """
+    stream, error = training.stream, None
+    position = stream.position
+    try:
+        micro = stream.next(length, tokens)
+    except BadInput as found:
+        error = found
+    if any(run.rt.agree(error is not None)):
+        stream.position = position  # that of the checkpoint, on the ranks that could read, too
+        training.save()
+        raise error or Stopped("another rank cannot read its part of the training data", 2)
+    return micro
+
+
 def _train_step(run, training, progress, scale):
     """One optimizer step; returns (its number, this rank's mean loss on its way to the CPU)."""
     s, rt, stream = run.s, run.rt, training.stream
     run.validity.opened("train")
     epoch, (_, length, tokens) = int(stream.epoch), s.stages[training.stage]
-    try:
-        micro = stream.next(length, tokens)
-    except BadInput:  # a token outside the vocabulary, deep in a shard: what was trained so far is kept
-        training.save()
-        raise
+    micro = _next_batch(run, training, length, tokens)
     training.optimizer.zero_grad()
     loss = training.backward(micro)
     training.optimizer.step(scale, momentum_at(s, training.step), wd_scale(s, progress))

@@ -214,17 +214,17 @@ def test_one_thread_at_a_time_reads(tmp_path, monkeypatch):
 
     other's feet at the end of an epoch.
     """
-    inside, most, read = [], [0], tg.TokenStream.read
+    stream = stream_of(write(tmp_path, numbered(200)), settings("coprime", stages=[(2, 8), (4, 16)]))
+    inside, most, read = [], [0], stream.read
 
-    def slow(self, *args):
+    def slow(*args):
         inside.append(args)
         most[0] = max(most[0], len(inside))
         time.sleep(2e-3)
         inside.pop()
-        return read(self, *args)
+        return read(*args)
 
-    monkeypatch.setattr(tg.TokenStream, "read", slow)
-    stream = stream_of(write(tmp_path, numbered(200)), settings("coprime", stages=[(2, 8), (4, 16)]))
+    monkeypatch.setattr(stream, "read", slow)
     for stage in ((2, 8), (2, 8), (4, 16), (2, 8), (4, 16)):
         stream.next(*stage)
     assert most == [1]
