@@ -34,7 +34,10 @@ child=none caught=0 pending=""
 on_signal() { # on_signal NAME CODE
     caught=$((caught + 1))
     case $child in
-    none) exit "$2" ;;
+    none)
+        say "interrupted" >&2
+        exit "$2"
+        ;;
     starting) pending=$1 ;;
     *) if [ "$caught" -ge 3 ]; then kill -KILL -- "-$child"; else kill "-$1" "$child"; fi 2>/dev/null ;;
     esac
@@ -250,9 +253,10 @@ train() {
     count_gpus
     name=default
     [ "${#files[@]}" -eq 0 ] || name=$(basename "${files[0]%/settings.env}" .env)
-    if [ -n "$small" ]; then
-        files+=(records/small.env)
-        [ "$name" = default ] && name=small || name=$name-small
+    if [ -n "$small" ] && [ "${#files[@]}" -gt 0 ]; then
+        files+=(records/shrink.env) name=$name-small
+    elif [ -n "$small" ]; then
+        files=(records/small.env) name=small
     elif [ "${#files[@]}" -eq 0 ] && [ "$gpus" -eq 0 ]; then
         say "no GPU: training the small model of records/small.env on the embedded text"
         files=(records/small.env) name=small

@@ -23,7 +23,6 @@ The rooms of this file, in reading order
 Axes: B sequences, T positions, D model width, H query heads, K key/value heads, C channels of a head, V vocabulary.
 "#N" is pull request or issue N of openai/parameter-golf.
 """
-
 import contextlib
 import difflib
 import hashlib
@@ -92,12 +91,10 @@ def opt(room, default, doc, lo=None, hi=None, on=""):
     return field(default=default, metadata=dict(room=room, doc=doc, lo=lo, hi=hi, on=on))
 
 
-def _conditions(rule):
-    """An `on` rule as one would type it: AVERAGE=swa|best or VE_DIM."""
-    parts = (part.partition("=") for part in rule.split(","))
-    return " or ".join(name.upper() + equals + {"False": "0"}.get(values, values) for name, equals, values in parts)
-
-
+# What many settings wait for.
+GATES, SKIPS = "attn_gate=head|sparse,smear_gate=scalar", "skips=linear|sigmoid|gated"
+MUON, HEADS = "matrix_optimizer=muon", "tie_embeddings=False,mtp_num_heads"
+STAGES, LANES = "train_seq_schedule,train_batch_schedule", "parallel_residual=lanes|routed"
 _run, _data, _model, _train, _average, _pack, _eval = (partial(opt, room) for room in (
     "Run", "Data", "Model", "Training", "Averaging", "Quantisation and packing", "Evaluation"))
 
@@ -143,14 +140,13 @@ class Settings:
                               on="rope_dims")
     xsa_last_n: int = _model(4, "exclusive self-attention on the last N layers (#265)", 0, 256)
     attn_gate: Literal["none", "head", "dense", "sparse"] = _model("none", "gate on each head (#1667, #1736, #1787)")
-    gate_window: int = _model(12, "channels such gates read", 1, 16384, on="attn_gate=head|sparse,smear_gate=scalar")
+    gate_window: int = _model(12, "channels such gates read", 1, 16384, on=GATES)
     sparse_attn_gate_scale: float = _model(1.0, "factor inside the sparse gate's sigmoid", 0, on="attn_gate=sparse")
     value_residual: Literal["none", "vrl", "pair", "sigmoid"] = _model("none", "layer 0's values in later layers")
     ln_scale: bool = _model(True, "scale the normed input of layer i by 1/sqrt(i+1)")
     resid_mix: bool = _model(True, "each block starts from a learned mix of the stream and the first embedding")
     skips: Literal["none", "linear", "sigmoid", "gated"] = _model("linear", "U-Net skips (sigmoid #1539, gated #1394)")
-    skip_pairs: int = _model(0, "most skips; 0: half the visits of the longest plan", 0, 256,
-                             on="skips=linear|sigmoid|gated")
+    skip_pairs: int = _model(0, "most skips; 0: half the visits of the longest plan", 0, 256, on=SKIPS)
     num_loops: int = _model(0, "depth recurrence: further passes over layers LOOP_START..LOOP_END (#1394)", 0, 16)
     loop_start: int = _model(3, "first layer of the loop", 0, 255, on="num_loops")
     loop_end: int = _model(5, "last layer of the loop", 0, 255, on="num_loops")
@@ -158,9 +154,8 @@ class Settings:
     enable_looping_at: float = _model(0.35, "fraction of the run from which it loops", 0, 0.999, on="num_loops")
     parallel_residual: Literal["none", "gptj", "lanes", "routed"] = _model(
         "none", "attention beside MLP: on one stream (#1412), on two lanes (#1539), with learned routing (#1529)")
-    parallel_start_layer: int = _model(7, "from this layer on", 0, 255, on="parallel_residual=gptj|lanes|routed")
-    parallel_final_lane: Literal["mean", "learned"] = _model("mean", "how the two lanes are merged",
-                                                             on="parallel_residual=lanes|routed")
+    parallel_start_layer: int = _model(7, "from this layer on", 0, 255, on=LANES + "|gptj")
+    parallel_final_lane: Literal["mean", "learned"] = _model("mean", "merge of the two lanes", on=LANES)
     smear_gate: Literal["none", "channel", "scalar"] = _model(
         "channel", "mix of each embedding with the previous one: a gate per channel, or one from 12 features (#1667)")
     doc_mask: Literal["none", "inputs", "attention"] = _model(
@@ -179,8 +174,7 @@ class Settings:
     train_batch_schedule: Stages = _train((), "such as 196608@0.2,786432@1; replaces TRAIN_BATCH_TOKENS")
     train_seq_len: int = _train(2048, "length of a training sequence", 2, 2**20)
     train_seq_schedule: Stages = _train((), "such as 1024@0.1,2048@1 (#2014); replaces TRAIN_SEQ_LEN")
-    seq_change_warmup_steps: int = _train(0, "steps over which the learning rate rises again after a stage", 0,
-                                          on="train_seq_schedule,train_batch_schedule")
+    seq_change_warmup_steps: int = _train(0, "steps over which the learning rate rises in a new stage", 0, on=STAGES)
     micro_batch_tokens: int = _train(98304, "most tokens a rank forwards at once; more are accumulated", 1)
     loader: Literal["sequential", "coprime", "shuffled", "packed"] = _train(
         "sequential", "the stream in order; blocks by coprime strides (#1060), shuffled (#1394); documents (#1530)")
@@ -196,32 +190,26 @@ class Settings:
     scalar_lr: float = _train(0.025, "learning rate of gains, gates and scales (AdamW)", 0)
     tied_embed_lr: float = _train(0.035, "learning rate of the embedding tables (AdamW)", 0, on="tie_embeddings")
     embed_lr: float = _train(0.6, "the same without TIE_EMBEDDINGS", 0, on="tie_embeddings=False")
-    head_lr: float = _train(0.008, "learning rate of an untied head and of MTP heads (AdamW)", 0,
-                            on="tie_embeddings=False,mtp_num_heads")
-    muon_momentum: float = _train(0.99, "momentum of Muon (Nesterov)", 0, 0.9999, on="matrix_optimizer=muon")
-    muon_momentum_warmup_start: float = _train(0.92, "momentum at the first step", 0, 0.9999,
-                                               on="matrix_optimizer=muon")
-    muon_momentum_warmup_steps: int = _train(1500, "steps over which it rises to MUON_MOMENTUM", 0,
-                                             on="matrix_optimizer=muon")
-    muon_backend_steps: int = _train(5, "Newton-Schulz iterations", 1, 20, on="matrix_optimizer=muon")
-    newton_schulz: Literal["classic", "polar_express"] = _train("classic", "coefficients of the iterations",
-                                                                on="matrix_optimizer=muon")
-    muon_row_normalize: bool = _train(False, "MuonEq-R: rows of the update to norm 1 before them (#1285)",
-                                      on="matrix_optimizer=muon")
-    normuon: bool = _train(False, "NorMuon: rows scaled by their second moment after them", on="matrix_optimizer=muon")
+    head_lr: float = _train(0.008, "learning rate of an untied head and of MTP heads (AdamW)", 0, on=HEADS)
+    muon_momentum: float = _train(0.99, "momentum of Muon (Nesterov)", 0, 0.9999, on=MUON)
+    muon_momentum_warmup_start: float = _train(0.92, "momentum at the first step", 0, 0.9999, on=MUON)
+    muon_momentum_warmup_steps: int = _train(1500, "steps over which it rises to MUON_MOMENTUM", 0, on=MUON)
+    muon_backend_steps: int = _train(5, "Newton-Schulz iterations", 1, 20, on=MUON)
+    newton_schulz: Literal["classic", "polar_express"] = _train("classic", "coefficients of the iterations", on=MUON)
+    muon_row_normalize: bool = _train(False, "MuonEq-R: rows of the update to norm 1 before them (#1285)", on=MUON)
+    normuon: bool = _train(False, "NorMuon: rows scaled by their second moment after them", on=MUON)
     muon_beta2: float = _train(0.95, "decay of NorMuon's second moment", 0, 0.99999, on="normuon")
     muon_wd: float = _train(0.04, "decoupled weight decay of the matrices", 0)
     adam_wd: float = _train(0.04, "decoupled weight decay of gains, gates and scales", 0)
     embed_wd: float = _train(0.04, "decoupled weight decay of the embedding tables", 0)
-    head_wd: float = _train(0.0, "decoupled weight decay of an untied head and of MTP heads", 0,
-                            on="tie_embeddings=False,mtp_num_heads")
+    head_wd: float = _train(0.0, "decoupled weight decay of an untied head and of MTP heads", 0, on=HEADS)
     wd_taper_start_frac: float = _train(0.0, "fraction of the run from which MUON_WD changes (#1729); 0: off", 0, 0.999)
     wd_taper_final_mult: float = _train(0.5, "multiple of itself at which it ends", 0, 10, on="wd_taper_start_frac")
     beta1: float = _train(0.9, "AdamW, first moment", 0, 0.9999)
     beta2: float = _train(0.95, "AdamW, second moment", 0, 0.99999)
     matrix_betas: Betas = _train((), "both for the matrices; empty: BETA1,BETA2", on="matrix_optimizer=adamw")
     embed_betas: Betas = _train((), "both for the embedding tables; empty: BETA1,BETA2")
-    head_betas: Betas = _train((), "both for an untied head and MTP heads", on="tie_embeddings=False,mtp_num_heads")
+    head_betas: Betas = _train((), "both for an untied head and MTP heads", on=HEADS)
     adam_eps: float = _train(1e-8, "AdamW, added to the root of the second moment", 1e-20)
     grad_clip_norm: float = _train(0.3, "clip the global gradient (all ranks, all parameters) to this norm; 0: off", 0)
     complement_alpha: float = _train(0.0, "weigh tokens less that bigram counts predict (#1033); 0: off", 0, 1)
@@ -276,7 +264,12 @@ class Settings:
     def longest_row(self):
         """Most positions of a row that the model meets."""
         packed = min(self.micro_batch_tokens, max(tokens for *_, tokens in self.stages))
-        return max(packed if self.loader == "packed" else 0, self.eval_seq_len, *(length for _, length, _ in self.stages))
+        return max(packed if self.loader == "packed" else 0, self.longest_sequence)
+
+    @property
+    def longest_sequence(self):
+        """Most tokens that attention joins: where rows are longer, documents are cut."""
+        return max(self.eval_seq_len, *(length for _, length, _ in self.stages))
 
     def idle(self):
         """{changed setting: what it waits for}: settings without effect, such as VE_LAYERS while VE_DIM=0."""
@@ -356,6 +349,10 @@ class Settings:
              f"LOOP_START={s.loop_start} LOOP_END={s.loop_end} is no range of layers 0..{s.num_layers - 1}")
         need(s.parallel_residual == "none" or s.parallel_start_layer < s.num_layers,
              f"PARALLEL_START_LAYER={s.parallel_start_layer}: there is no such layer (NUM_LAYERS={s.num_layers})")
+        need(s.parallel_residual != "routed" or s.parallel_final_lane != "learned" or s.parallel_start_layer !=
+             s.num_layers - 1 or s.loops and s.loop_end == s.num_layers - 1,
+             f"PARALLEL_FINAL_LANE=learned learns nothing from PARALLEL_START_LAYER={s.parallel_start_layer}: the last "
+             "layer alone leaves two equal lanes; mean is the same")
         need(s.loader != "packed" or s.doc_mask == "attention",
              f"LOADER=packed puts many documents in a row: it needs DOC_MASK=attention, not {s.doc_mask}")
         need(not s.complement_alpha or s.vocab_size <= 16384,
@@ -446,7 +443,6 @@ class Docs(NamedTuple):
 
 def documents(ids, mode, longest=0, varlen=False):
     """What BOS says about ids (B, T), or None with DOC_MASK=none. With "attention" also who sees whom: documents, cut
-
     every `longest` tokens (0: not), as lengths for a `varlen` kernel (waits for the device) or as a mask.
     """
     if mode == "none":
@@ -504,7 +500,6 @@ class Linear(nn.Module):
 
     the same map, but its gradient comes from dW and not from a reduction over all tokens of the batch.
     """
-
     def __init__(self, inputs, outputs, zero=False, role="matrix"):
         super().__init__()
         self.zero, self.role, self.weight = zero, role, nn.Parameter(torch.empty(outputs, inputs))
@@ -603,7 +598,6 @@ TRIGRAM = ((48271, 36313, 27191), (36313, 27191))
 
 def ngram_bucket(ids, hashes, buckets, docs):
     """Hash of each token and its predecessors (B, T): the products, xored, modulo `buckets`. Where a predecessor is
-
     missing - at the row's start, and with `docs` at a document's - the next of `hashes`, in the end `buckets` itself.
     """
     factors, width = hashes[0], ids.size(1)
@@ -624,7 +618,6 @@ class NgramHash(nn.Module):
 
     Several n-grams add rows of the same table (TRIGRAM, #1539).
     """
-
     role = "scalar"
 
     def __init__(self, rows, width, dim, scale, *ngrams):
@@ -661,10 +654,8 @@ class ValueEmbedding(nn.Module):
 
 class ValueResidual(nn.Module):
     """The values v of a later layer with those of layer 0, v0: "vrl" v + c v0 (#1033), "pair" a v0 + b v (#1311),
-
     "sigmoid" v + sigmoid(c) v0 (#1539).
     """
-
     role = "scalar"
 
     def __init__(self, kind):
@@ -683,10 +674,8 @@ class ValueResidual(nn.Module):
 
 class HeadGate(nn.Module):
     """Factor per head, from the normed input x: "head" 2 sigmoid(W x[:window]) (#1667), "dense" sigmoid(W x) (#1736),
-
     "sparse" sigmoid(scale W x[:window]) (#1787).
     """
-
     role = "gate"
 
     def __init__(self, s):
@@ -706,10 +695,8 @@ class HeadGate(nn.Module):
 
 class Attention(nn.Module):
     """Causal grouped-query attention with QK norm, query gain, partial RoPE, value embedding and residual, XSA and head
-
     gates. The only one.
     """
-
     role = "scalar"
 
     def __init__(self, s, layer, attend):
@@ -768,10 +755,8 @@ class MLP(nn.Module):
 
 class Skips(nn.Module):
     """U-Net skips onto the stream x: "linear" x + w kept, "sigmoid" x + sigmoid(w) kept (#1539), "gated"
-
     g x + (1 - g) w kept, g = sigmoid(gate) (#1394); per channel, one row a pair.
     """
-
     role = "scalar"
 
     def __init__(self, kind, pairs, dim):
@@ -793,11 +778,9 @@ class Skips(nn.Module):
 
 class Lanes(nn.Module):
     """Two residual lanes (#1539, #1529): attention writes lane 0, the MLP lane 1; "routed": both write both, with
-
     learned weights, r lane + p a + q m. Merged at the end by their mean or a learned m lane0 + (1 - m) lane1.
     Every layer has its row of weights, as published; those below PARALLEL_START_LAYER rest.
     """
-
     role = "scalar"
 
     def __init__(self, s):
@@ -833,7 +816,6 @@ class Visit(NamedTuple):
 
 def layer_plan(s, looping):
     """The visits of one forward. U-Net: of the first half the last `pairs` push, the second half pops, last in first
-
     out; a loop in range order is unrolled before the halves are taken (#1394), one that repeats each layer keeps the
     pairs of the plain order, popping before the first pass and pushing after the last (#1033).
     """
@@ -872,7 +854,6 @@ class Block(nn.Module):
 
     def forward(self, lanes, context, slot, parallel=False, route=None):
         """Attention reads and writes the first lane, the MLP the last; with one lane that is the ordinary block, or
-
         with `parallel` GPT-J's. `route` (routed lanes) decides what is kept and written instead, of the unmixed lane.
         """
         x = lanes[0]
@@ -897,7 +878,6 @@ class GPT(nn.Module):
     `attend` is the attention kernel (room 11), `dtype` that of activations. It loops, if NUM_LOOPS says so, unless
     `looping` is set to False; no graph is built anew for that, if warm-up has seen both.
     """
-
     def __init__(self, s, dtype=torch.float32, attend=None, init=True):
         super().__init__()
         self.dtype, self.softcap, self.doc_mask, self.looping = dtype, s.logit_softcap, s.doc_mask, s.loops
@@ -979,10 +959,8 @@ class GPT(nn.Module):
 
 class Objective(nn.Module):
     """What training minimises: the model's loss, each token weighted (complementary training), and that of heads which
-
     predict the tokens after the next (MTP). Those heads live here and not in the model: no artifact ever has them.
     """
-
     def __init__(self, model, s):
         super().__init__()
         self.model, self.mtp_weight = model, s.mtp_loss_weight
@@ -1085,6 +1063,12 @@ def _convert(f, text):
     return value
 
 
+def _conditions(rule):
+    """An `on` rule as one would type it: AVERAGE=swa|best or VE_DIM."""
+    parts = (part.partition("=") for part in rule.split(","))
+    return " or ".join(name.upper() + equals + {"False": "0"}.get(values, values) for name, equals, values in parts)
+
+
 def _stage(text):
     size, _, until = text.partition("@")
     return int(size), float(until)
@@ -1163,6 +1147,7 @@ class Runtime:
         self.choose("dtype", str(self.dtype).removeprefix("torch."), f"DTYPE={settings.dtype}")
         self.compiled = settings.compile == "on" or (settings.compile == "auto" and use_cuda)
         self.choose("compile", "on" if self.compiled else "off", f"COMPILE={settings.compile}")
+        torch._dynamo.config.recompile_limit = 64  # of one function: stages, loops, ways of scoring
         if use_cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
@@ -1259,7 +1244,6 @@ NEWTON_SCHULZ = {
 
 def newton_schulz(update, steps, coefficients="classic", row_normalize=False, dtype=torch.float32):
     """Push the singular values of each matrix of a batch (N, rows, cols) towards 1; with row_normalize, rows - of the
-
     update as stored, not of its transpose - have norm 1 before that (MuonEq-R, #1285).
     """
     x = update.to(dtype)
@@ -1278,7 +1262,6 @@ def newton_schulz(update, steps, coefficients="classic", row_normalize=False, dt
 
 def scale_neurons(update, moment, beta2):
     """NorMuon (arXiv 2510.05491): divide each row by the root of its running mean square `moment` (N, rows, 1), which
-
     is updated in place. The norm of each matrix is kept, so learning rates mean the same with and without it.
     """
     update = update.float()
@@ -1313,11 +1296,9 @@ def treatments(s):
 
 class Bank:
     """Parameters of equal treatment in one tensor, of which they and their gradients are views: a bank is updated,
-
     reduced and averaged by single operations. Muon: one bank a shape, (matrices padded to a multiple of ranks, rows,
     cols), of which each rank orthogonalises its share. Adam: one flat bank a role, each parameter aligned to 256 bytes.
     """
-
     def __init__(self, role, treatment, entries, rt, neurons=False):
         self.role, (self.kind, self.lr, self.wd, self.betas) = role, treatment
         self.names, params = [name for name, _ in entries], [param for _, param in entries]
@@ -1352,7 +1333,6 @@ class MuonAdam:
     rank's share and start gathering it, run AdamW meanwhile, apply. State is saved by parameter name, for any ranks.
     Momentum and second moments are fp32, on every number of ranks.
     """
-
     def __init__(self, model, s, rt):
         self.s, self.rt, self.t = s, rt, 0
         table, params = treatments(s), dict(model.named_parameters())
@@ -1507,11 +1487,9 @@ def momentum_at(s, step):
 
 class Complement:
     """Complementary training (#1033): a token that bigram counts predict with p = C[a, b] / (N[a] + 1) weighs
-
     max(1 - COMPLEMENT_ALPHA p, 0.1), over the mean weight of the step. The counts are of all earlier steps and ranks,
     so they do not depend on ranks or micro-batches, and int64: float32 stops counting at 2^24.
     """
-
     def __init__(self, s, rt):
         self.alpha, self.vocab, self.rt = s.complement_alpha, s.vocab_size, rt
         self.pairs = torch.zeros(s.vocab_size**2, dtype=torch.int64, device=rt.device)
@@ -1553,7 +1531,6 @@ class Average:
     `taken` holds per kind a list of snapshots shaped like the banks: for "ema" the running mean, for "swa" the sum of
     `count` snapshots, for "lawa" the last LAWA_K.
     """
-
     def __init__(self, s, banks):
         self.s, self.banks, self.taken, self.count = s, banks, {}, 0
         self.kinds = {"none": (), "best": ("ema", "swa", "lawa")}.get(s.average, (s.average,))
@@ -1608,7 +1585,6 @@ FINEWEB_VAL_BYTES = 151_080_891  # of the 50,000 validation documents, whatever 
 
 def read_shard(path, vocab_size=None):
     """Tokens of a shard as a read-only uint16 memory map. BadInput for anything that is not the contest's format;
-
     with vocab_size also for a token outside the vocabulary.
     """
     try:
@@ -1707,14 +1683,13 @@ def shuffled_order(counts, rng, chunk=None):
 
 def coprime_order(counts, rng, chunk):
     """Every block of every shard once, as (shard, block), in the manner of #1060: a shard is walked by a stride that is
-
     coprime to its number of blocks; each `chunk` of blocks mixes 8 to 64 shards, drawn with probability proportional
     to what is left in them to the power of 0.9 to 0.5, the mixture growing over 1,800 chunks.
     """
     def stride(n):
         return next(s for s in rng.permutation(np.arange(1, n)) if math.gcd(int(s), n) == 1) if n > 1 else 1
 
-    walks = [(int(rng.integers(n)) + stride(n) * np.arange(n)) % n for n in counts]
+    walks = [(int(rng.integers(n)) + stride(n) * np.arange(n)) % n if n else np.arange(0) for n in counts]
     counts, used, order = np.array(counts), np.zeros(len(counts), int), []
     while (left := counts - used).any():
         part = min(len(order) / 1800, 1.0)
@@ -1738,7 +1713,6 @@ class TokenStream:
     epoch. The whole state is `position`, so a batch depends on the settings only: any number of ranks sees the same
     stream, and a checkpoint is one number. The next batch is read by a thread while this one is trained on.
     """
-
     def __init__(self, paths, s, rt, documents=None):
         self.paths, self.s, self.rt, self.position, self.documents = paths, s, rt, 0, documents
         self.shards = [read_shard(path) for path in paths]
@@ -1748,11 +1722,16 @@ class TokenStream:
             if tokens // length % rt.world:
                 raise BadInput(f"TRAIN_BATCH_TOKENS={tokens} is {tokens // length} sequences of TRAIN_SEQ_LEN="
                                f"{length}, which {rt.world} ranks cannot share evenly")
+            if (share := self.rows(length, tokens))[0] % share[1]:
+                raise BadInput(f"LOADER=packed makes rows of {share[1] * length} tokens, but {rt.world} ranks have "
+                               f"{share[0] * length} each; MICRO_BATCH_TOKENS={share[0] * length} makes them fit")
         self.block = max(length for _, length, _ in s.stages)
         self.counts = [(len(shard) - 1) // self.block for shard in self.shards]
-        if self.ends[-1] < 2 or self.reordered and not sum(self.counts):
-            raise BadInput(f"{paths[0]}: the training stream holds fewer than "
-                           f"{self.block + 1 if self.reordered else 2} tokens")
+        if self.ends[-1] < 2:
+            raise BadInput(f"{paths[0]}: the training stream holds fewer than 2 tokens")
+        if self.reordered and not sum(self.counts):
+            raise BadInput(f"{paths[0]}: LOADER={s.loader} deals out blocks, but no shard holds the {self.block + 1} "
+                           "tokens of one; shorten the sequences, or prepare more training text")
         self.total = sum(self.counts) * self.block if self.reordered else int(self.ends[-1])
         self._orders, self._thread, self._ahead = {}, ThreadPoolExecutor(1, "loader"), (None, None)
 
@@ -1769,7 +1748,9 @@ class TokenStream:
         held = []
         while count > 0 and self.shards:
             shard = self.shards.pop()
-            held.insert(0, shard[max(len(shard) - count, 0) :])
+            start = max(len(shard) - count, 0)
+            held.insert(0, shard[start:])
+            check_tokens(held[0], self.s.vocab_size, self.paths[len(self.shards)], start)
             count -= len(held[0])
             if len(shard) > len(held[0]):
                 self.shards.append(shard[: -len(held[0])])
@@ -1780,8 +1761,9 @@ class TokenStream:
     def rows(self, length, tokens):
         """(rows of a rank, rows of a micro-batch): equal shapes, so that one graph serves."""
         rows = tokens // length // self.rt.world
-        most = max(1, min(rows, self.s.micro_batch_tokens // length))
-        return rows, max(n for n in range(1, most + 1) if rows % n == 0)
+        shared = tokens // length if self.s.loader == "packed" else rows  # a packed row is the same for any ranks
+        most = max(1, min(shared, self.s.micro_batch_tokens // length))
+        return rows, max(n for n in range(1, most + 1) if shared % n == 0)
 
     def read(self, start, count):
         """`count` tokens from `start`, wrapping at the end of the stream."""
@@ -1817,14 +1799,13 @@ class TokenStream:
 
     def next(self, length=None, tokens=None):
         """This rank's part of the next batch: micro-batches [(x, y, docs)], x and y (rows, length) int64; docs None
-
         where the model can tell them from x. Without arguments the batch of the first stage.
         """
         length, tokens = length or self.s.stages[0][1], tokens or self.s.stages[0][2]
         # A stage may begin inside a block of the one before.
         start = -(-self.position // length) * length if self.reordered else self.position
         (key, future), wanted = self._ahead, (start, length, tokens)
-        ready = future.result() if key == wanted else self._read_batch(*wanted)
+        ready = (future if key == wanted else self._thread.submit(self._read_batch, *wanted)).result()
         self.position = start + tokens
         following = (self.position, length, tokens)
         self._ahead = following, self._thread.submit(self._read_batch, *following)
@@ -1898,7 +1879,6 @@ CLIP_PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 
 def row_scales(rows, bits, method):
     """float16 step of each row of (N, M): its largest magnitude over the integer range, or with "gptq_lite" (#414) the
-
     clip percentile of least squared error, chosen for every row by itself (the name is the field's: no Hessian).
     """
     top = 2 ** (bits - 1) - 1
@@ -2206,7 +2186,6 @@ class Chunk(NamedTuple):
 
 def windows(targets, length, stride=0):
     """[(starts, keep)]: the first window scores all of its targets, each later one its last `stride`, and a final one
-
     that ends with the stream scores the remainder. Every target once.
     """
     stride = stride or length
@@ -2490,8 +2469,7 @@ def _attention_function(name, s):
             return varlen_attn(q, k, v, cu, cu, longest, longest, **causal, **grouped)
     else:
         return attend_sdpa, None
-    longest = max(s.eval_seq_len, *(length for _, length, _ in s.stages))
-    attend = partial(attend_varlen, kernel=kernel, longest=longest)
+    attend = partial(attend_varlen, kernel=kernel, longest=s.longest_sequence)
     attend.varlen = True
     return attend, None
 
@@ -2505,7 +2483,7 @@ def _attention_error(attend, s, rt):
     results = []
     for function, dtype in ((attend, rt.dtype), (attend_reference, torch.float32)):
         leaves = [z.to(rt.device, dtype).requires_grad_() for z in inputs]
-        docs = documents(ids.to(rt.device), s.doc_mask, varlen=getattr(function, "varlen", False))
+        docs = documents(ids.to(rt.device), s.doc_mask, s.longest_sequence, getattr(function, "varlen", False))
         try:
             out = function(*leaves, docs)
             results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
@@ -2551,7 +2529,6 @@ class Log:
 
     A line is `event key:value ...`; the contest's own forms are given as text. metrics.jsonl gets every event as JSON.
     """
-
     def __init__(self, out_dir, main, append=False):
         self.main, self._files, self._bar = main, [], False
         if main:
@@ -2595,6 +2572,8 @@ def to_json(values, indent=None):
 
 
 def _word(value):
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(_word, value))
     text = f"{value:.8g}" if isinstance(value, float) else str(value)
     return "_".join(text.split())
 
@@ -2855,7 +2834,6 @@ def train(run, model, val):
 
 def _choose_average(run, training, predictor):
     """(its name, weights to export in place of the last ones, or None). AVERAGE=best is decided by the loss on the
-
     end of the *training* stream, on the training side of the ledger; validation text has no say.
     """
     s, rt, average = run.s, run.rt, training.average

@@ -52,68 +52,198 @@ def rope(x, t, dims, base):
     return out
 
 
-def bigram_buckets(ids, rows, doc_mask):
-    """The last row is reserved for a token without predecessor."""
-    last = rows - 1
-    return [last if t == 0 or (doc_mask and ids[t] == BOS) else ((36313 * ids[t]) ^ (27191 * ids[t - 1])) % last
+def document_starts(ids, masked=True, longest=0):
+    """By position, where its segment begins: at the row's start, at BOS, and every `longest` tokens of a document."""
+    starts, at = [], 0
+    for t, token in enumerate(ids):
+        at = t if masked and token == BOS or longest and t - at == longest else at
+        starts.append(at)
+    return starts
+
+
+def hashed(factors, ids, t, buckets):
+    """Products of a token and those before it with their factors, xored."""
+    value = 0
+    for back, factor in enumerate(factors):
+        value ^= factor * ids[t - back]
+    return value % buckets
+
+
+def bigram_buckets(ids, rows, masked):
+    """The last row is reserved for a token without predecessor in its row (or, masked, document)."""
+    starts = document_starts(ids, masked)
+    return [rows - 1 if t == starts[t] else hashed((36313, 27191), ids, t, rows - 1) for t in range(len(ids))]
+
+
+def shared_trigram_buckets(ids, rows, masked):
+    """Of the trigram that shares the bigram's table (#1539): the reserved row unless there are two predecessors."""
+    starts = document_starts(ids, masked)
+    return [rows - 1 if t < starts[t] + 2 else hashed((36313, 27191, 51497), ids, t, rows - 1)
             for t in range(len(ids))]
 
 
-def attention(p, s, i, n, ve):
-    """n, ve: normed inputs and value embeddings (or None) by position -> outputs before the output projection."""
-    hd, group, T = s.model_dim // s.num_heads, s.num_heads // s.num_kv_heads, len(n)
-    w = {z: p[f"blocks.{i}.attn.{z}.weight"] for z in "qkv"}
-    q = [(w["q"] @ x).reshape(s.num_heads, hd) for x in n]
-    k = [(w["k"] @ x).reshape(s.num_kv_heads, hd) for x in n]
-    v = [w["v"] @ x for x in n]
+def trigram_buckets(ids, rows, masked):
+    """Of the trigram with a table of its own (#1311): the bigram where there is only one predecessor."""
+    starts, bigrams = document_starts(ids, masked), bigram_buckets(ids, rows, masked)
+    return [bigrams[t] if t < starts[t] + 2 else hashed((48271, 36313, 27191), ids, t, rows - 1)
+            for t in range(len(ids))]
+
+
+def halves(s, looping):
+    """Encoder and decoder as [(layer, how often in a row)], and how many skips run from one to the other."""
+    times = s.num_loops if looping else 0
+    if s.loop_order == "range":
+        order = [(i, 1) for i in range(s.num_layers)]
+        for _ in range(times):
+            order[s.loop_end + 1 : s.loop_end + 1] = [(i, 1) for i in range(s.loop_start, s.loop_end + 1)]
+    else:
+        order = [(i, 1 + times if s.loop_start <= i <= s.loop_end else 1) for i in range(s.num_layers)]
+    half = len(order) // 2
+    most = 0 if s.skips == "none" else s.skip_pairs if s.skip_pairs else half
+    return order[:half], order[half:], min(half, most)
+
+
+def skip(p, s, pair, x, kept):
+    w = p["skips.weight"][pair]
+    if s.skips == "linear":
+        return x + w * kept
+    if s.skips == "sigmoid":
+        return x + sigmoid(w) * kept
+    g = sigmoid(p["skips.gate"][pair])
+    return g * x + (1 - g) * (w * kept)
+
+
+def head_factor(p, s, i, j, n):
+    """The gate on head j of layer i, from the attention's normed input at that position."""
+    if s.attn_gate == "none":
+        return 1.0
+    w = p[f"blocks.{i}.attn.gate.weight"][j]
+    if s.attn_gate == "dense":
+        return sigmoid(w @ n)
+    inner = w @ n[: s.gate_window]
+    return 2 * sigmoid(inner) if s.attn_gate == "head" else sigmoid(s.sparse_attn_gate_scale * inner)
+
+
+def values(p, s, i, n, ve, first):
+    """Values by position; `first` is where layer 0 leaves those that later layers mix in."""
+    v = [p[f"blocks.{i}.attn.v.weight"] @ x for x in n]
+    if i == 0 and s.value_residual == "vrl" and not first:
+        first += v
     if s.ve_dim and i in s.ve_layers:
         v = [a + p[f"blocks.{i}.attn.ve_scale"] * b for a, b in zip(v, ve)]
-    v = [x.reshape(s.num_kv_heads, hd) for x in v]
+    if i == 0 and not first:
+        first += v
+    if i == 0 or s.value_residual == "none":
+        return v
+    mix = p[f"blocks.{i}.attn.residual.mix"]
+    if s.value_residual == "vrl":
+        return [a + mix * b for a, b in zip(v, first)]
+    if s.value_residual == "sigmoid":
+        return [a + sigmoid(mix) * b for a, b in zip(v, first)]
+    return [mix[0] * b + mix[1] * a for a, b in zip(v, first)]
+
+
+def attention(p, s, i, n, ve, first, starts):
+    """n, ve: normed inputs and value embeddings (or None) by position -> what attention writes, before its scale."""
+    hd, group, T = s.model_dim // s.num_heads, s.num_heads // s.num_kv_heads, len(n)
+    q = [(p[f"blocks.{i}.attn.q.weight"] @ x).reshape(s.num_heads, hd) for x in n]
+    k = [(p[f"blocks.{i}.attn.k.weight"] @ x).reshape(s.num_kv_heads, hd) for x in n]
+    v = [x.reshape(s.num_kv_heads, hd) for x in values(p, s, i, n, ve, first)]
+    turned = [[rope(rms(k[t][g]), t, s.rope_dims, s.rope_base) for g in range(s.num_kv_heads)] for t in range(T)]
     gain, y = p[f"blocks.{i}.attn.q_gain"], np.zeros((T, s.num_heads, hd))
     for t in range(T):
         for j in range(s.num_heads):
             g = j // group
             query = rope(rms(q[t][j]), t, s.rope_dims, s.rope_base) * gain[j]
-            scores = np.array([query @ rope(rms(k[u][g]), u, s.rope_dims, s.rope_base)
-                               for u in range(t + 1)]) / math.sqrt(hd)
+            seen = range(starts[t], t + 1)
+            scores = np.array([query @ turned[u][g] for u in seen]) / math.sqrt(hd)
             share = np.exp(scores - scores.max())
-            y[t, j] = sum(a * v[u][g] for u, a in enumerate(share / share.sum()))
+            y[t, j] = sum(a * v[u][g] for u, a in zip(seen, share / share.sum()))
             if i >= s.num_layers - s.xsa_last_n:
                 unit = v[t][g] / max(np.linalg.norm(v[t][g]), 1e-12)
                 y[t, j] -= (y[t, j] @ unit) * unit
-    return y.reshape(T, -1)
+            y[t, j] *= head_factor(p, s, i, j, n[t])
+    return y.reshape(T, -1) @ p[f"blocks.{i}.attn.o.weight"].T
 
 
-def forward(p, s, ids):
-    """Normed final states (T, D) and logits (T, V) of one sequence of token ids; p: parameters by name, float64."""
-    T, masked = len(ids), s.doc_mask == "inputs"
+def mlp(p, s, i, n):
+    inner = np.array(n) @ p[f"blocks.{i}.mlp.up.weight"].T
+    return np.where(inner > 0, inner, s.leaky_slope * inner) ** 2 @ p[f"blocks.{i}.mlp.down.weight"].T
+
+
+def block(p, s, i, lanes, x0, ve, first, starts):
+    """One application of layer i to one lane or two."""
+    lns = 1 / math.sqrt(i + 1) if s.ln_scale else 1.0
+    mix = p[f"blocks.{i}.resid_mix"] if s.resid_mix else (1.0, 0.0)
+    normed = lambda x: [rms(row) * lns for row in x]
+    u = mix[0] * lanes[0] + mix[1] * x0
+    a = p[f"blocks.{i}.attn_scale"] * attention(p, s, i, normed(u), ve, first, starts)
+    feed = lambda x: p[f"blocks.{i}.mlp_scale"] * mlp(p, s, i, normed(x))
+    if len(lanes) == 1:
+        z = u + a
+        return [z + feed(u if s.parallel_residual == "gptj" and i >= s.parallel_start_layer else z)]
+    m = feed(lanes[1])
+    if s.parallel_residual == "lanes":
+        return [u + a, lanes[1] + m]
+    keep, write = p["lanes.keep"][i], p["lanes.write"][i]
+    return [keep[0] * lanes[0] + write[0][0] * a + write[1][0] * m,
+            keep[1] * lanes[1] + write[0][1] * a + write[1][1] * m]
+
+
+def embedded(p, s, ids):
+    """What enters the first block, by position."""
+    T, masked = len(ids), s.doc_mask != "none"
     x = [p["embed.weight"][token].copy() for token in ids]
-    if s.bigram_vocab_size:
-        for t, bucket in enumerate(bigram_buckets(ids, s.bigram_vocab_size, masked)):
-            row = p["bigram.table.weight"][bucket]
-            x[t] += p["bigram.scale"] * (p["bigram.proj.weight"] @ row if s.bigram_dim != s.model_dim else row)
+    if s.embed_dim:
+        x = [p["embed_proj.weight"] @ row for row in x]
+    tables = [("bigram", s.bigram_vocab_size, s.bigram_dim, [bigram_buckets, shared_trigram_buckets][: 1 + s.trigram]),
+              ("trigram", s.trigram_vocab_size, s.trigram_dim, [trigram_buckets])]
+    for name, rows, width, hashes in tables:
+        found = [buckets(ids, rows, masked) for buckets in hashes] if rows else []
+        for t in range(T if rows else 0):
+            row = sum(p[f"{name}.table.weight"][buckets[t]] for buckets in found)
+            x[t] = x[t] + p[f"{name}.scale"] * (p[f"{name}.proj.weight"] @ row if width != s.model_dim else row)
+    before = [np.zeros(s.model_dim), *x]
+    if s.smear_gate == "scalar":
+        w = p["early_smear.weight"]
+        x = [x[t] if masked and ids[t] == BOS else
+             x[t] + p["early_smear.scale"] * sigmoid(w @ x[t][: s.gate_window]) * before[t] for t in range(T)]
     x = [rms(row) for row in x]
-    if s.smear_gate:
+    if s.smear_gate == "channel":
         gate, before = sigmoid(p["smear.gate"]), [np.zeros(s.model_dim), *x]
         x = [x[t].copy() if masked and ids[t] == BOS else (1 - gate) * x[t] + gate * before[t] for t in range(T)]
+    return np.array(x)
+
+
+def forward(p, s, ids, looping=True, longest=0):
+    """Normed final states (T, D) and logits (T, V) of one sequence of token ids; p: parameters by name, float64."""
+    starts = document_starts(ids, longest=longest) if s.doc_mask == "attention" else [0] * len(ids)
     ve = [p["value_embed.scale"] * (p["value_embed.proj.weight"] @ p["value_embed.table.weight"][token])
           for token in ids] if s.ve_dim else None
-    x0, x, stack, half = np.array(x), np.array(x), [], s.num_layers // 2
-    for i in range(s.num_layers):
-        if s.skips == "linear" and i >= half and stack:
-            x = x + p["skip_weights"][i - half] * stack.pop()
-        lns = 1 / math.sqrt(i + 1) if s.ln_scale else 1.0
-        mix = p[f"blocks.{i}.resid_mix"] if s.resid_mix else (1.0, 0.0)
-        u = mix[0] * x + mix[1] * x0
-        y = attention(p, s, i, [rms(row) * lns for row in u], ve)
-        z = u + p[f"blocks.{i}.attn_scale"] * (y @ p[f"blocks.{i}.attn.o.weight"].T)
-        inner = np.array([rms(row) * lns for row in z]) @ p[f"blocks.{i}.mlp.up.weight"].T
-        act = np.where(inner > 0, inner, s.leaky_slope * inner) ** 2
-        x = z + p[f"blocks.{i}.mlp_scale"] * (act @ p[f"blocks.{i}.mlp.down.weight"].T)
-        if s.skips == "linear" and i < half:
-            stack.append(x)
-    hidden = np.array([rms(row) for row in x])
-    logits = hidden @ p["embed.weight"].T
+    x0, first, stack = embedded(p, s, ids), [], []
+    encoder, decoder, pairs = halves(s, looping)
+    lanes = [x0]
+
+    def run(layer, times):
+        nonlocal lanes
+        if s.parallel_residual in ("lanes", "routed") and layer >= s.parallel_start_layer and len(lanes) == 1:
+            lanes = [lanes[0], lanes[0]]
+        for _ in range(times):
+            lanes = block(p, s, layer, lanes, x0, ve, first, starts)
+
+    for layer, times in encoder:
+        run(layer, times)
+        stack.append(lanes[0])
+    for slot, (layer, times) in enumerate(decoder):
+        if slot < pairs:
+            lanes = [skip(p, s, slot, lanes[0], stack.pop()), *lanes[1:]]
+        run(layer, times)
+    if len(lanes) == 2:
+        m = p["lanes.merge"] if s.parallel_final_lane == "learned" else 0.5
+        lanes = [m * lanes[0] + (1 - m) * lanes[1]]
+    hidden = np.array([rms(row) for row in lanes[0]])
+    narrow = hidden @ p["head_proj.weight"].T if s.embed_dim else hidden
+    logits = narrow @ p["embed.weight" if s.tie_embeddings else "head.weight"].T
     return hidden, s.logit_softcap * np.tanh(logits / s.logit_softcap) if s.logit_softcap else logits
 
 
@@ -124,26 +254,31 @@ def nats(logits, target):
 
 def parameter_count(s):
     """The general formula of the specification."""
-    d, h, L = s.model_dim, round(s.mlp_mult * s.model_dim), s.num_layers
-    dk = s.num_kv_heads * (d // s.num_heads)
-    count = L * (2 * d * d + 2 * dk * d + 2 * h * d + 2 * d + s.num_heads) + s.vocab_size * d
+    d, h, L, V = s.model_dim, round(s.mlp_mult * s.model_dim), s.num_layers, s.vocab_size
+    dk, width = s.num_kv_heads * (d // s.num_heads), s.embed_dim or s.model_dim
+    count = L * (2 * d * d + 2 * dk * d + 2 * h * d + 2 * d + s.num_heads) + V * width
+    count += 2 * width * d if s.embed_dim else 0
+    count += 0 if s.tie_embeddings else V * width
     count += L * 2 * d if s.resid_mix else 0
-    count += d if s.smear_gate else 0
-    count += (L // 2) * d if s.skips == "linear" else 0
-    if s.bigram_vocab_size:
-        count += s.bigram_vocab_size * s.bigram_dim + (s.bigram_dim * d if s.bigram_dim != d else 0) + 1
+    count += {"none": 0, "channel": d, "scalar": s.gate_window + 1}[s.smear_gate]
+    count += halves(s, True)[2] * d * (2 if s.skips == "gated" else 1)
+    count += L * s.num_heads * {"none": 0, "dense": d}.get(s.attn_gate, s.gate_window)
+    count += (L - 1) * {"none": 0, "pair": 2}.get(s.value_residual, 1)
+    if s.parallel_residual in ("lanes", "routed"):
+        count += (6 * L if s.parallel_residual == "routed" else 0) + (s.parallel_final_lane == "learned")
+    for rows, width in ((s.bigram_vocab_size, s.bigram_dim), (s.trigram_vocab_size, s.trigram_dim)):
+        count += rows * width + (width * d if width != d else 0) + 1 if rows else 0
     if s.ve_dim:
-        count += s.vocab_size * s.ve_dim + s.ve_dim * dk + 1 + len(s.ve_layers)
+        count += V * s.ve_dim + s.ve_dim * dk + 1 + len(s.ve_layers)
     return count
 
 
 # --- settings and weights --------------------------------------------------------------------------------------------
 
 SMALL = dict(vocab_size=32, num_layers=3, model_dim=16, num_heads=4, num_kv_heads=2, rope_dims=2, xsa_last_n=1,
-             mlp_mult=2,
-             bigram_vocab_size=16, bigram_dim=4, ve_dim=4, ve_layers=(1, 2), train_seq_len=16, train_batch_tokens=32,
-             micro_batch_tokens=32, eval_seq_len=16, eval_stride=4, eval_batch_seqs=3, warmup_steps=0, iterations=10,
-             max_wallclock_seconds=0, compressor="zlib")
+             mlp_mult=2, bigram_vocab_size=16, bigram_dim=4, ve_dim=4, ve_layers=(1, 2), train_seq_len=16,
+             train_batch_tokens=32, micro_batch_tokens=32, eval_seq_len=16, eval_stride=4, eval_batch_seqs=3,
+             warmup_steps=0, iterations=10, max_wallclock_seconds=0, compressor="zlib")
 
 
 def parse(values):
@@ -188,24 +323,50 @@ def tokens(vocab, *shape, seed=0, bos=0.15):
 
 
 @st.composite
-def models(draw):
-    """Settings of a small model: every switch of the model on and off, odd shapes, the corners of every range."""
+def models(draw, **fixed):
+    """Settings of a small model: every switch of the model in every position, odd shapes, the corners of every range.
+
+    What only acts with another switch is drawn with it. `fixed` settings are not drawn.
+    """
     kv, group, head = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 6))
     dim = kv * group * head
     while dim < 8:
         head, dim = head + 3, kv * group * (head + 3)
     layers = draw(st.integers(1, 5))
     ve = tuple(sorted(draw(st.sets(st.integers(0, layers - 1)))))
-    return small(
+    pick = lambda *values: draw(st.sampled_from(values))
+    chosen = dict(
         num_layers=layers, model_dim=dim, num_heads=kv * group, num_kv_heads=kv,
-        mlp_mult=draw(st.integers(-(-dim // 4), 3 * dim)) / dim,
-        leaky_slope=draw(st.sampled_from([0, 0.5, 1])), logit_softcap=draw(st.sampled_from([0, 2.5, 30])),
-        rope_dims=2 * draw(st.integers(0, head // 2)), rope_base=draw(st.sampled_from([10000, 22081.8, 3])),
+        mlp_mult=draw(st.integers(-(-dim // 4), 3 * dim)) / dim, leaky_slope=pick(0, 0.5, 1),
+        logit_softcap=pick(0, 2.5, 30), tie_embeddings=draw(st.booleans()), embed_dim=pick(0, 3, dim),
+        rope_dims=2 * draw(st.integers(0, head // 2)), rope_base=pick(10000, 22081.8, 3),
         xsa_last_n=draw(st.integers(0, layers)), ln_scale=draw(st.booleans()), resid_mix=draw(st.booleans()),
-        skips=draw(st.sampled_from(["none", "linear"])), smear_gate=draw(st.booleans()),
-        doc_mask=draw(st.sampled_from(["none", "inputs"])),
-        bigram_vocab_size=draw(st.sampled_from([0, 2, 3, 17])), bigram_dim=draw(st.sampled_from([1, 3, dim])),
-        ve_dim=draw(st.integers(1, 4)) if ve else 0, ve_layers=ve, vocab_size=draw(st.integers(8, 40)))
+        attn_gate=pick("none", "head", "dense", "sparse"), value_residual=pick("none", "vrl", "pair", "sigmoid"),
+        skips=pick("none", "linear", "sigmoid", "gated"), num_loops=pick(0, 0, 1, 2),
+        parallel_residual=pick("none", "gptj", "lanes", "routed"), smear_gate=pick("none", "channel", "scalar"),
+        doc_mask=pick("none", "inputs", "attention"), bigram_vocab_size=pick(0, 2, 3, 17),
+        trigram_vocab_size=pick(0, 0, 2, 19), ve_dim=draw(st.integers(1, 4)) if ve else 0, ve_layers=ve,
+        vocab_size=draw(st.integers(8, 40)))
+    chosen.update(fixed)
+    if chosen["attn_gate"] in ("head", "sparse") or chosen["smear_gate"] == "scalar":
+        chosen["gate_window"] = draw(st.integers(1, dim))
+    if chosen["attn_gate"] == "sparse":
+        chosen["sparse_attn_gate_scale"] = pick(0.5, 1, 3)
+    if chosen["skips"] != "none":
+        chosen["skip_pairs"] = pick(0, 0, 1, 2, 9)
+    if chosen["num_loops"]:
+        first = draw(st.integers(0, layers - 1))
+        chosen.update(loop_start=first, loop_end=draw(st.integers(first, layers - 1)),
+                      loop_order=pick("range", "layer"))
+    if chosen["parallel_residual"] != "none":
+        chosen["parallel_start_layer"] = draw(st.integers(0, layers - 1))
+        if chosen["parallel_residual"] != "gptj":
+            chosen["parallel_final_lane"] = pick("mean", "learned")
+    if chosen["bigram_vocab_size"]:
+        chosen.update(bigram_dim=pick(1, 3, dim), trigram=draw(st.booleans()))
+    if chosen["trigram_vocab_size"]:
+        chosen["trigram_dim"] = pick(1, 4, dim)
+    return small(**{**chosen, **fixed})
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------

@@ -75,11 +75,12 @@ def script(path, text):
 
 @pytest.fixture
 def tree(tmp_path):
-    """A repository with the real run.sh and small.env around stand-ins."""
+    """A repository with the real run.sh, small.env and shrink.env around stand-ins."""
     root = tmp_path / "my repository"  # the space is meant
     (root / "records/track_a/2026-01-02_fast").mkdir(parents=True)
     shutil.copy(REPO / "run.sh", root)
-    shutil.copy(REPO / "records/small.env", root / "records")
+    for name in ("small.env", "shrink.env"):
+        shutil.copy(REPO / "records" / name, root / "records")
     (root / "records/track_a/2026-01-02_fast/settings.env").write_text("SEED=3 MODEL_DIM=64\nDATA_PATH=/other\n")
     (root / "requirements.txt").write_text("# nothing\n")
     (root / "requirements-dev.txt").write_text("-r requirements.txt\n")
@@ -159,8 +160,15 @@ def test_a_record(tree, record):
 def test_small_comes_after_the_record(tree):
     done = bash(tree, "--small", "2026-01-02_fast", "SEED=9")
     argv = called(tree)["argv"]
-    assert argv[0].startswith("@records/track_a") and argv[1:3] == ["@records/small.env", "SEED=9"]
+    assert argv[0].startswith("@records/track_a") and argv[1:3] == ["@records/shrink.env", "SEED=9"]
     assert argv[3].endswith("-2026-01-02_fast-small") and "prepare" in done.stdout
+
+
+def test_small_without_a_record_is_the_demo(tree):
+    done = bash(tree, "--small", "SEED=9")
+    argv = called(tree)["argv"]
+    assert argv[:2] == ["@records/small.env", "SEED=9"] and argv[2].endswith("-small") and len(argv) == 3
+    assert "prepare" in done.stdout
 
 
 def test_full_size_on_a_cpu_is_said(tree):
@@ -360,6 +368,17 @@ def test_environment_that_is_half_made_is_completed(tree):
 def test_interrupted_pip_is_no_error_of_pip(tree):
     (tree / "requirements.txt").write_text("no-such-package==1.0\n")
     env = fake_environment(tree, "exec sleep 20")
+    code, out = interrupt(tree, signal.SIGINT, "installing", VENV=env)
+    assert code == 130 and "interrupted" in out and "error" not in out
+
+
+def test_interrupted_between_two_steps_is_said(tree):
+    """A signal that comes while run.sh looks for something itself, with no child to pass it to."""
+    (tree / "requirements.txt").write_text("no-such-package==1.0\n")
+    env = fake_environment(tree, "exit 1")
+    python = tree / "env/bin/python"
+    look = 'case "$2" in *\'version("pip")\'*) sleep 1 ;; esac\n'
+    script(python, python.read_text().replace("#!/bin/bash\n", f"#!/bin/bash\n{look}"))
     code, out = interrupt(tree, signal.SIGINT, "installing", VENV=env)
     assert code == 130 and "interrupted" in out and "error" not in out
 

@@ -1,0 +1,32 @@
+"""tools/bench.py on a GPU: times between events, torch's own memory, and MFU where the device's peak is known."""
+
+import json
+import subprocess
+import sys
+
+import bench
+import pytest
+
+from conftest import REPO, clean_env
+
+# Heads of 64 channels as in the contest's models, which every attention kernel supports; otherwise small.
+SETTINGS = """VOCAB_SIZE=512 NUM_LAYERS=3 MODEL_DIM=256 NUM_HEADS=4 NUM_KV_HEADS=2 XSA_LAST_N=2 VE_LAYERS=1,2 VE_DIM=32
+BIGRAM_VOCAB_SIZE=128 BIGRAM_DIM=64 TRAIN_SEQ_LEN=256 EVAL_SEQ_LEN=256 TRAIN_BATCH_TOKENS=8192 MICRO_BATCH_TOKENS=4096
+DEVICE=cuda""".split()
+
+
+@pytest.mark.slow
+def test_both_modes_are_measured(tmp_path):
+    words = [str(REPO / "tools/bench.py"), "train", *SETTINGS, "--steps", "5", "--json", str(tmp_path / "out.json")]
+    done = subprocess.run([sys.executable, *words], text=True, env=clean_env(), timeout=400, capture_output=True,
+                          stdin=subprocess.DEVNULL, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert (result["dtype"], result["micro_batches"]) == ("bfloat16", 2)
+    peak = bench.peak_flops(result["device"], "bfloat16", None)
+    for row in result["rows"]:
+        assert row["ms_per_step"] > 0 and row["cpu_ms_per_step"] is None and 0 < row["peak_memory_mib"] < 4096
+        expected = peak and row["tflop_per_step"] * 1e12 / (row["ms_per_step"] / 1e3) / peak
+        assert row["mfu"] == (pytest.approx(expected) if peak else None)
+    eager, compiled = result["rows"]
+    assert compiled["loss"] == pytest.approx(eager["loss"], rel=2e-2)

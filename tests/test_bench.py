@@ -1,0 +1,275 @@
+"""tools/bench.py: its FLOPs against sums done by hand and against torch's own counter, its data against the trainer's
+reader, what the table and the JSON say about toy runs, and bad input. Nothing here judges a speed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import bench
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import train_gpt as tg
+from conftest import BOS, REPO, TOY, clean_env
+
+ROW = ("mode", "looping", "share", "ms_per_step", "ms_min", "ms_max", "cpu_ms_per_step", "cpu_ms_min", "cpu_ms_max",
+       "tokens_per_second", "peak_memory_mib", "mflop_per_token", "tflop_per_step", "tflops_per_device", "mfu",
+       "warmup_seconds", "loss", "repeats")
+SHARED = ("command", "settings", "settings_hash", "commit", "changed_files", "steps", "warmup", "repeats", "device",
+          "world_size", "dtype", "attention", "parameters", "tokens_per_step", "seq_len", "micro_batches",
+          "micro_batch_tokens", "torch", "threads", "peak_tflops", "rows")
+
+
+def command(words, env=None, launcher=()):
+    return subprocess.run([sys.executable, *launcher, str(REPO / "tools/bench.py"), *map(str, words)], text=True,
+                          env=clean_env(env), timeout=100, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+
+
+def settings(text=""):
+    return tg.Settings.parse(text.split(), {})
+
+
+def flops(s, length, looping=True):
+    with torch.device("meta"):
+        objective = tg.Objective(tg.GPT(s, init=False), s)
+    objective.model.looping = s.loops and looping
+    return bench.flops_per_token(tg.roles, objective, objective.model, s, length)
+
+
+# ---- FLOPs ----------------------------------------------------------------------------------------------------------
+
+
+def test_default_model_has_the_published_count():
+    """240.2 MFLOP a token, of which 159.4 in matmuls and 80.8 in attention, and 188.9 TFLOP a step."""
+    per_token = flops(settings(), 2048)
+    assert per_token / 1e6 == pytest.approx(240.2, abs=0.05)
+    assert per_token * 786_432 / 1e12 == pytest.approx(188.9, abs=0.05)
+    attention = 3.5 * 4 * 2048 * 512 / 2 * 11
+    assert (per_token - attention) / 1e6 == pytest.approx(159.4, abs=0.05)
+
+
+# (settings, weights that multiply a token: per layer q, k, v, o, up, down; then head, bigram and value projection)
+HAND = [
+    ("NUM_LAYERS=2 MODEL_DIM=64 NUM_HEADS=4 NUM_KV_HEADS=4 MLP_MULT=3 VOCAB_SIZE=100 BIGRAM_VOCAB_SIZE=0 VE_DIM=0",
+     2 * (4 * 64 * 64 + 2 * 64 * 192) + 100 * 64),
+    ("NUM_LAYERS=3 MODEL_DIM=64 NUM_HEADS=8 NUM_KV_HEADS=2 MLP_MULT=4 VOCAB_SIZE=100 BIGRAM_VOCAB_SIZE=0 VE_DIM=0",
+     3 * (2 * 64 * 64 + 2 * 16 * 64 + 2 * 64 * 256) + 100 * 64),
+    ("NUM_LAYERS=1 MODEL_DIM=32 NUM_HEADS=2 NUM_KV_HEADS=1 MLP_MULT=2.5 VOCAB_SIZE=70 BIGRAM_VOCAB_SIZE=9"
+     " BIGRAM_DIM=12 VE_DIM=20 VE_LAYERS=0", 2 * 32 * 32 + 2 * 16 * 32 + 2 * 32 * 80 + 70 * 32 + 12 * 32 + 20 * 16),
+    ("NUM_LAYERS=1 MODEL_DIM=32 NUM_HEADS=2 NUM_KV_HEADS=1 MLP_MULT=2 VOCAB_SIZE=70 BIGRAM_VOCAB_SIZE=9"
+     " BIGRAM_DIM=32 VE_DIM=0", 2 * 32 * 32 + 2 * 16 * 32 + 2 * 32 * 64 + 70 * 32),  # a bigram table without projection
+]
+
+
+def test_the_frontier_with_and_without_its_loop():
+    """296.3 MFLOP a token in 11 visits, 444.1 in 17; the head gates (1,056 weights) were not counted."""
+    s = settings("VOCAB_SIZE=8192 MLP_MULT=4 BIGRAM_VOCAB_SIZE=0 VE_DIM=0 NUM_LOOPS=2")
+    assert flops(s, 2048, looping=False) / 1e6 == pytest.approx(296.3, abs=0.1)  # rounded terms
+    assert flops(s, 2048) / 1e6 == pytest.approx(444.1, abs=0.1)
+
+
+@pytest.mark.parametrize("length", [16, 128])
+@pytest.mark.parametrize("text, weights", HAND)
+def test_flops_by_hand(text, weights, length):
+    s = settings(text + " XSA_LAST_N=0 ROPE_DIMS=4 TRAIN_SEQ_LEN=128 TRAIN_BATCH_TOKENS=128")
+    scores = s.num_layers * (2 * s.model_dim * length + 2 * s.model_dim * length) / 2  # q k^T and p v, half of each
+    assert flops(s, length) == 6 * weights + 3.5 * scores
+
+
+def test_matmuls_are_those_that_torch_counts():
+    s = settings(" ".join(TOY))
+    model, ids = tg.GPT(s), torch.randint(2, 512, (2, 64))
+    with FlopCounterMode(display=False) as counter:
+        tg.Objective(model, s)(ids, ids).backward()
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if op is torch.ops.aten.mm)
+    attention = 3.5 * s.num_layers * 4 * 64 * s.model_dim / 2
+    assert flops(s, 64) - attention == counted / ids.numel()
+
+
+def test_every_visit_of_a_block_counts():
+    s = settings(" ".join(TOY) + " NUM_LOOPS=1 LOOP_START=1 LOOP_END=1")
+    block = 2 * 32 * 32 + 2 * 16 * 32 + 2 * 32 * 96
+    assert flops(s, 64) - flops(s, 64, looping=False) == 6 * block + 3.5 * 4 * 64 * 32 / 2
+
+
+def test_every_head_counts():
+    plain = flops(settings(" ".join(TOY)), 64)
+    assert flops(settings(" ".join(TOY) + " TIE_EMBEDDINGS=0"), 64) == plain
+    assert flops(settings(" ".join(TOY) + " MTP_NUM_HEADS=2"), 64) - plain == 6 * 2 * 512 * 32
+
+
+@pytest.mark.parametrize("device, dtype, given, peak", [
+    ("NVIDIA H100 80GB HBM3", "bfloat16", None, 989e12), ("NVIDIA H200", "bfloat16", None, 989e12),
+    ("NVIDIA A100-SXM4-80GB", "bfloat16", None, 312e12), ("NVIDIA H100 PCIe", "bfloat16", None, 756e12),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16", None, None), ("NVIDIA H100 80GB HBM3", "float32", None, None),
+    ("cpu", "float32", None, None), ("cpu", "float32", 0.5, 0.5e12), ("NVIDIA H200", "bfloat16", 900.0, 900e12)])
+def test_peak_of_a_device(device, dtype, given, peak):
+    assert bench.peak_flops(device, dtype, given) == peak
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+def test_shards_are_the_contests(tmp_path):
+    bench.write_shards(tmp_path, 3_000_000, 1024)
+    paths = tg.find_shards(tmp_path, "train")
+    assert len(paths) == 2
+    tokens = np.concatenate([tg.read_shard(path, 1024) for path in paths])
+    assert len(tokens) >= 3_000_000 and tokens[0] == BOS and tokens.min() == BOS
+    starts = np.flatnonzero(tokens == BOS)
+    assert 900 < len(tokens) / len(starts) < 1020  # tokens of a document
+    assert np.median(np.diff(starts)) < 700 and np.diff(starts).min() >= 2  # skewed, none empty
+    assert len(np.unique(tokens)) == 1023  # every id but 0
+
+
+@pytest.mark.parametrize("vocab_size, tokens", [(8, 40), (65536, 100_000)])
+def test_shards_of_any_vocabulary_are_the_same_again(tmp_path, vocab_size, tokens):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        bench.write_shards(tmp_path / name, tokens, vocab_size)
+        for path in tg.find_shards(tmp_path / name, "train"):
+            assert len(tg.read_shard(path, vocab_size)) == tokens // 2 + 1
+            assert path.read_bytes() == (tmp_path / "a" / path.name).read_bytes()
+
+
+# ---- what a user sees -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def toy_run(tmp_path_factory):
+    """(process, JSON) of both modes, twice each; with compilation off inside torch, because it takes half a minute."""
+    path = tmp_path_factory.mktemp("bench") / "result.json"
+    done = command(["train", *TOY, "MICRO_BATCH_TOKENS=128", "--steps", 3, "--warmup", 1, "--repeats", 2,
+                    "--peak-tflops", "0.05", "--json", path], env={"TORCHDYNAMO_DISABLE": "1"})
+    assert done.returncode == 0, done.stderr
+    return done, json.loads(path.read_text())
+
+
+def test_json_has_every_field(toy_run):
+    done, result = toy_run
+    assert set(result) == set(SHARED) and [row["mode"] for row in result["rows"]] == ["eager", "compiled"]
+    for name, value in (("device", "cpu"), ("world_size", 1), ("dtype", "float32"), ("attention", "math"),
+                        ("tokens_per_step", 512), ("micro_batches", 4), ("micro_batch_tokens", 128), ("seq_len", 64)):
+        assert result[name] == value, name
+    assert result["torch"] == torch.__version__ and result["command"].startswith("tools/bench.py train VOCAB_SIZE=512")
+    assert settings(result["settings"]) == settings(" ".join([*TOY, "MICRO_BATCH_TOKENS=128"]))
+    for row in result["rows"]:
+        assert set(row) == set(ROW) and row["looping"] is None and len(row["repeats"]) == 2
+        assert all(len(repeat["step_ms"]) == len(repeat["step_cpu_ms"]) == 3 for repeat in row["repeats"])
+        assert row["ms_min"] <= row["ms_per_step"] <= row["ms_max"] and row["peak_memory_mib"] > 0
+        assert 3 < row["loss"] < 7 and row["warmup_seconds"] > 0
+
+
+def test_numbers_follow_from_the_times(toy_run):
+    for row in toy_run[1]["rows"]:
+        medians = [sorted(repeat["step_ms"])[1] for repeat in row["repeats"]]
+        assert row["ms_per_step"] == pytest.approx(sum(medians) / 2)
+        assert (row["ms_min"], row["ms_max"]) == (min(medians), max(medians))
+        assert row["tokens_per_second"] == pytest.approx(512 / row["ms_per_step"] * 1e3)
+        assert row["mflop_per_token"] == flops(settings(" ".join(TOY)), 64) / 1e6
+        assert row["tflop_per_step"] == pytest.approx(row["mflop_per_token"] * 512 / 1e6)
+        assert row["mfu"] == pytest.approx(row["tflop_per_step"] / (row["ms_per_step"] / 1e3) / 0.05)
+
+
+def test_table_shows_the_json(toy_run):
+    done, result = toy_run
+    lines = done.stdout.splitlines()
+    names = next(i for i, line in enumerate(lines) if line.startswith("mode "))
+    for line, row in zip(lines[names + 1 :], result["rows"], strict=True):
+        shown = line.split()
+        assert shown[:3] == [row["mode"], "-", f"{row['ms_per_step']:,.2f}"] and shown[-2] == f"{row['mfu']:.1%}"
+        assert shown[5:7] == [f"{row['tokens_per_second']:,.0f}", f"{row['peak_memory_mib']:,}"]
+    assert "4 micro-batch(es) of 128" in done.stdout and "0.05 TFLOP/s a device" in done.stdout
+    order = [line.split()[1].strip(",") for line in done.stderr.splitlines()]
+    assert order == ["eager", "compiled", "eager", "compiled"]
+
+
+def test_mode_that_fails_is_a_row(tmp_path):
+    """Without a C++ compiler nothing can be compiled on a CPU; what was measured is kept."""
+    done = command(["train", *TOY, "NUM_LAYERS=1", "XSA_LAST_N=0", "VE_DIM=0", "--steps", 1, "--warmup", 0, "--json",
+                    tmp_path / "out.json"], env={"CXX": str(tmp_path / "no-compiler")})
+    eager, compiled = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert done.returncode == 1
+    assert eager["ms_per_step"] > 0 and eager["mfu"] is None and eager["mode"] in done.stdout
+    assert set(compiled) == {"mode", "looping", "share", "error"} and "torch.compile failed" in compiled["error"]
+    assert done.stdout.splitlines()[-1].split()[:3] == ["compiled", "-", "failed:"] and "Traceback" not in done.stdout
+
+
+def test_two_ranks(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    done = command(["train", *TOY, "--modes", "eager", "--steps", 2, "--warmup", 0, "--peak-tflops", 1, "--json",
+                    tmp_path / "out.json"], launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert (result["world_size"], result["tokens_per_step"], result["micro_batch_tokens"]) == (2, 512, 256)
+    row = result["rows"][0]
+    assert row["mfu"] == pytest.approx(row["tflop_per_step"] / (row["ms_per_step"] / 1e3) / 2)
+    assert done.stdout.count("tokens/s") == 1  # one rank prints
+
+
+BAD = [
+    ([], "command", "train"), (["fast"], "'fast'", "train"), (["train", "--steps", "0"], "--steps", "at least 1"),
+    (["train", "--steps", "x"], "--steps", "'x'"), (["train", "--modes", "fast"], "--modes", "eager"),
+    (["train", "--modes", "eager,eager"], "--modes", "eager"),
+    (["train", "--peak-tflops", "nan"], "--peak-tflops", "above 0"),
+    (["train", "--warmup", "-1"], "--warmup", "at least 0"), (["train", "--stepz", "3"], "--stepz", "--help"),
+    (["train", "MATRIX_LRR=1"], "MATRIX_LRR", "MATRIX_LR"),
+    (["train", "records/small.env"], "records/small.env", "@file"),
+    (["train", "@nowhere"], "@nowhere", "cannot be read"),
+    (["train", "MODEL_DIM=30", "ROPE_DIMS=0"], "MODEL_DIM=30", "NUM_HEADS=8"),
+    (["train", "--looping", "on"], "--looping on", "no depth recurrence"),
+    (["train", "--json", "/nowhere/out.json"], "/nowhere/out.json", "folder"),
+]
+
+
+@pytest.mark.parametrize("words, cause, fix", BAD)
+def test_bad_input_is_one_line(words, cause, fix, capsys, monkeypatch):
+    for name in set(os.environ) - set(clean_env()):
+        monkeypatch.delenv(name)
+    assert bench.main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and cause in err and fix in err
+
+
+def test_settings_that_no_mode_can_run_are_bad_input():
+    done = command(["train", *TOY, "ATTENTION=fa3", "DEVICE=cpu"])
+    assert done.returncode == 2 and done.stdout == ""
+    assert [line for line in done.stderr.splitlines() if not line.startswith("measuring")] == [
+        "error: ATTENTION=fa3 cannot be used: fa3: needs a Hopper GPU"]
+
+
+def test_both_states_of_a_loop_and_packed_documents_are_rows_of_their_own(tmp_path):
+    done = command(["train", *TOY, "NUM_LOOPS=1", "LOOP_START=1", "LOOP_END=2", "DOC_MASK=attention", "LOADER=packed",
+                    "--modes", "eager", "--steps", 2, "--warmup", 0, "--json", tmp_path / "out.json"])
+    assert done.returncode == 0, done.stderr
+    off, on = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert (off["looping"], on["looping"]) == ("off", "on") and on["mflop_per_token"] > off["mflop_per_token"]
+    assert off["share"] == 0.35 and on["share"] == 0.65
+
+
+def test_stages_and_loops_are_states_that_share_the_run():
+    s = settings(" ".join(TOY) + " NUM_LOOPS=1 LOOP_START=1 LOOP_END=2 TRAIN_SEQ_SCHEDULE=16@0.1,32@0.6,64@1")
+    names, where = zip(*bench.Session.states(s).items())
+    assert names == ("off 1", "off 2", "on 2", "on 3")
+    assert [middle for middle, _ in where] == pytest.approx([0.05, 0.225, 0.475, 0.8])
+    assert [share for _, share in where] == pytest.approx([0.1, 0.25, 0.25, 0.4])
+    assert list(bench.Session.states(settings("NUM_LOOPS=1 ENABLE_LOOPING_AT=0"))) == ["on"]
+
+
+def test_several_ranks_want_one_mode(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert bench.main(["train", *TOY]) == 2
+    assert "--modes compiled (or eager)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, word", [(["--help"], "bench.py train"), (["train", "--help"], "--peak-tflops")])
+def test_help(words, word, capsys):
+    try:
+        assert bench.main(words) == 0
+    except SystemExit as end:
+        assert end.code == 0
+    assert word in capsys.readouterr().out
