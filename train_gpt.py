@@ -136,7 +136,8 @@ class Settings:
     tied_embed_init_std: float = _model(0.005, "initial standard deviation of the token table", 0)
     qk_gain_init: float = _model(1.5, "initial learned gain of the normalised queries, per head", 0)
     rope_dims: int = _model(16, "channels of a head that rotate with position; the rest carry no position", 0, 1024)
-    rope_base: float = _model(22081.8, "rotary base at every length: 10000 * 2^(8/7), the NTK rule at 2048", 1)
+    rope_base: float = _model(22081.8, "rotary base at every length: 10000 * 2^(8/7), the NTK rule at 2048", 1,
+                              on="rope_dims")
     xsa_last_n: int = _model(4, "exclusive self-attention on the last N layers (#265)", 0, 256)
     attn_gate: Literal["none", "head", "dense", "sparse"] = _model("none", "gate on each head (#1667, #1736, #1787)")
     gate_window: int = _model(12, "channels such gates read", 1, 16384, on=GATES)
@@ -182,7 +183,8 @@ class Settings:
     warmdown_frac: float = _train(0.5, "last fraction of the run in which the learning rate falls linearly", 0, 1)
     warmdown_iters: int = _train(0, "the same in (estimated) steps; replaces WARMDOWN_FRAC when > 0", 0)
     warmdown_seconds: float = _train(0.0, "the same in seconds; replaces WARMDOWN_FRAC when > 0", 0)
-    min_lr: float = _train(0.0, "floor of the warmdown as a fraction of the peak", 0, 1)
+    min_lr: float = _train(0.0, "floor of the warmdown as a fraction of the peak", 0, 1,
+                           on="warmdown_frac,warmdown_iters,warmdown_seconds")
     matrix_optimizer: Literal["muon", "adamw"] = _train("muon", "of the matrices")
     matrix_lr: float = _train(0.025, "learning rate of the matrices", 0)
     scalar_lr: float = _train(0.025, "learning rate of gains, gates and scales (AdamW)", 0)
