@@ -175,7 +175,7 @@ class Settings:
     train_seq_len: int = _train(2048, "length of a training sequence", 2, 2**20)
     train_seq_schedule: Stages = _train((), "such as 1024@0.1,2048@1 (#2014); replaces TRAIN_SEQ_LEN")
     seq_change_warmup_steps: int = _train(0, "steps over which the learning rate rises in a new stage", 0, on=STAGES)
-    micro_batch_tokens: int = _train(98304, "most tokens a rank forwards at once, or of a packed row; more accumulate", 1)
+    micro_batch_tokens: int = _train(98304, "most tokens forwarded at once on a rank, or in a packed row", 1)
     loader: Literal["sequential", "coprime", "shuffled", "packed"] = _train(
         "sequential", "the stream in order; blocks by coprime strides (#1060), shuffled (#1394); documents (#1530)")
     warmup_steps: int = _train(3, "steps on synthetic tokens that compile everything and are undone", 0)
