@@ -865,7 +865,9 @@ class Block(nn.Module):
             y = x + attended
             return (y + self._feed(x if parallel else y, slot),)
         fed = self._feed(lanes[1], slot)
-        return route(lanes, attended, fed, self.layer) if route else (x + attended, lanes[1] + fed)
+        if route is not None:
+            return route(lanes, attended, fed, self.layer)
+        return x + attended, lanes[1] + fed
 
     def _feed(self, x, slot):
         return self.mlp(norm(x) * self.ln_scale, self.mlp_scale, slot)
@@ -912,7 +914,7 @@ class GPT(nn.Module):
 
     @property
     def plan(self):
-        return self.plans[self.looping]
+        return self.plans[1] if self.looping else self.plans[0]  # dynamo of torch 2.9 indexes by no bool
 
     def documents(self, ids, longest=0):
         """Docs of ids (B, T) as this model's DOC_MASK and attention kernel want them."""
