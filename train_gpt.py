@@ -175,7 +175,7 @@ class Settings:
     train_seq_len: int = _train(2048, "length of a training sequence", 2, 2**20)
     train_seq_schedule: Stages = _train((), "such as 1024@0.1,2048@1 (#2014); replaces TRAIN_SEQ_LEN")
     seq_change_warmup_steps: int = _train(0, "steps over which the learning rate rises in a new stage", 0, on=STAGES)
-    micro_batch_tokens: int = _train(98304, "most tokens a rank forwards at once; more are accumulated", 1)
+    micro_batch_tokens: int = _train(98304, "most tokens forwarded at once on a rank, or in a packed row", 1)
     loader: Literal["sequential", "coprime", "shuffled", "packed"] = _train(
         "sequential", "the stream in order; blocks by coprime strides (#1060), shuffled (#1394); documents (#1530)")
     warmup_steps: int = _train(3, "steps on synthetic tokens that compile everything and are undone", 0)
@@ -2908,16 +2908,30 @@ def _train_steps(run, training, predictor, val, interrupt):
     return lowest
 
 
+def _next_batch(run, training, length, tokens):
+    """The next batch; or, if a rank meets a token outside the vocabulary deep in a shard, the end of the run on all
+
+    ranks together, for which what was trained so far is kept.
+    """
+    stream, error = training.stream, None
+    position = stream.position
+    try:
+        micro = stream.next(length, tokens)
+    except BadInput as found:
+        error = found
+    if any(run.rt.agree(error is not None)):
+        stream.position = position  # that of the checkpoint, on the ranks that could read, too
+        training.save()
+        raise error or Stopped("another rank cannot read its part of the training data", 2)
+    return micro
+
+
 def _train_step(run, training, progress, scale):
     """One optimizer step; returns (its number, this rank's mean loss on its way to the CPU)."""
     s, rt, stream = run.s, run.rt, training.stream
     run.validity.opened("train")
     epoch, (_, length, tokens) = int(stream.epoch), s.stages[training.stage]
-    try:
-        micro = stream.next(length, tokens)
-    except BadInput:  # a token outside the vocabulary, deep in a shard: what was trained so far is kept
-        training.save()
-        raise
+    micro = _next_batch(run, training, length, tokens)
     training.optimizer.zero_grad()
     loss = training.backward(micro)
     training.optimizer.step(scale, momentum_at(s, training.step), wd_scale(s, progress))

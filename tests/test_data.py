@@ -146,7 +146,8 @@ def test_batches_are_cuts_of_the_endless_stream_whatever_the_ranks(tmp_path_fact
 def test_every_target_once_an_epoch(tmp_path):
     stream = stream_of(tmp_path, [range(17), range(17, 50), range(50, 64)])
     for _ in range(3):
-        assert sorted(torch.cat([y for _ in range(4) for _, y, _ in stream.next()]).flatten().tolist()) == list(range(64))
+        targets = torch.cat([y for _ in range(4) for _, y, _ in stream.next()])
+        assert sorted(targets.flatten().tolist()) == list(range(64))
 
 
 def test_the_position_is_the_whole_state(tmp_path):

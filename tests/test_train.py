@@ -2,21 +2,27 @@
 
 import hashlib
 import json
+import logging
 import math
 import os
 import random
 import re
 import shutil
 import signal
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import train_gpt
+import reference as ref
 from conftest import write_shard
-from runs import (RULE, SCRIPT, Started, call, checkpoints, command, events, furthest, good, log_lines, losses, refused, summary, trainer,
-                  weights)
-from train_gpt import Settings, Validity
+from runs import (RULE, SCRIPT, Started, call, checkpoints, command, events, furthest, good, log_lines, losses,
+                  read_checkpoint, refused, summary, torchrun, trainer, weights)
+from train_gpt import Settings, Training, Validity, load_artifact
 
 # The same run
 
@@ -97,16 +103,67 @@ def test_training_and_scoring_in_two_commands_is_the_same_as_in_one(toy, whole, 
 
 # Resume
 
+KINDS = dict(  # what a run may consist of beside its weights; 8 steps, some of them beyond the end of the data
+    loops=("NUM_LOOPS=1", "LOOP_START=1", "LOOP_END=2", "ENABLE_LOOPING_AT=0.7"),
+    stages=("TRAIN_SEQ_SCHEDULE=32@0.3,64@1", "TRAIN_BATCH_SCHEDULE=256@0.6,512@1", "SEQ_CHANGE_WARMUP_STEPS=3",
+            "WD_TAPER_START_FRAC=0.2"),
+    lawa=("AVERAGE=lawa", "LAWA_FREQ=2", "LAWA_K=3"),
+    best=("AVERAGE=best", "HOLDOUT_TOKENS=300", "SWA_EVERY=2", "SWA_START_SCALE=1", "LAWA_FREQ=3", "LAWA_K=2"),
+    extras=("COMPLEMENT_ALPHA=0.5", "MTP_NUM_HEADS=2", "NORMUON=1"),
+    coprime=("LOADER=coprime", "TRAIN_BATCH_TOKENS=1024"), shuffled=("LOADER=shuffled", "TRAIN_BATCH_TOKENS=1024"),
+    packed=("LOADER=packed", "DOC_MASK=attention", "TRAIN_BATCH_TOKENS=1024", "MICRO_BATCH_TOKENS=256"))
+EVERYTHING = [word for kind in ("loops", "stages", "best", "extras") for word in KINDS[kind]] + ["LOADER=coprime"]
 
-@pytest.mark.parametrize("average", [("AVERAGE=ema",), ("AVERAGE=swa", "SWA_EVERY=3", "SWA_START_SCALE=1", "WARMDOWN_FRAC=1")], ids=["ema", "swa"])
-def test_a_run_that_was_killed_twice_ends_with_the_same_bits(toy, tmp_path, average):
+
+@pytest.mark.parametrize("more", [EVERYTHING, KINDS["packed"]], ids=["everything", "packed"])
+def test_the_warm_up_of_all_that_there_is_leaves_no_trace(toy, tmp_path, more):
+    expected = train(toy, tmp_path / "warm", "ITERATIONS=8", *more, "WARMUP_STEPS=2")
+    others, last, artifact = train(toy, tmp_path / "cold", "ITERATIONS=8", *more, "WARMUP_STEPS=0")
+    assert others == expected[0] and same_bits(last, expected[1]) and artifact == expected[2]
+    assert events(tmp_path / "warm", "candidates") == events(tmp_path / "cold", "candidates")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interrupted_run_ends_with_the_same_bits(toy, tmp_path, monkeypatch, kind):
+    more = ("ITERATIONS=8", "WARMDOWN_FRAC=0.9", *KINDS[kind])
+    expected = train(toy, tmp_path / "whole", *more)
+    step = train_gpt._train_step
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "_train_step", lambda run, training, *rest: (
+            training.step == 5 and signal.raise_signal(signal.SIGTERM), step(run, training, *rest))[1])
+        stopped = call(command(toy, tmp_path / "cut", "PHASES=train", "CHECKPOINT_EVERY=1000", *more))
+    refused(stopped, 128 + signal.SIGTERM, "after step 6", "RESUME=auto")
+    others, last, artifact = train(toy, tmp_path / "cut", *more, "RESUME=auto")
+    (row,) = events(tmp_path / "cut", "resume")
+    assert row["step"] == 6
+    assert others == expected[0] and same_bits(last, expected[1]) and artifact == expected[2]
+    assert events(tmp_path / "whole", "candidates") == events(tmp_path / "cut", "candidates")
+
+
+def test_the_checkpoint_holds_everything(toy, tmp_path):
+    good(call(command(toy, tmp_path, "PHASES=train", "CHECKPOINT_EVERY=7", "ITERATIONS=8", *EVERYTHING)))
+    state = read_checkpoint(checkpoints(tmp_path)[7])
+    s, names = Settings.parse(command(toy, tmp_path, *EVERYTHING)), set(state["weights"])
+    params = {f"model.{name}" for name, _ in train_gpt.GPT(s, init=False).named_parameters()}
+    assert names == params | {"mtp.0.weight", "mtp.1.weight"} and set(state["optimizer"]) == names | {"t"}
+    assert {kind: len(taken) for kind, taken in state["average"].items()} == {"ema": 1, "swa": 1, "lawa": 2}
+    assert all(set(one) == names for taken in state["average"].values() for one in taken)
+    assert (state["step"], state["optimizer"]["t"], state["average_count"]) == (7, 7, 2), "swa: steps 4 and 6"
+    assert state["tokens"] == state["complement"]["times"].sum() == 5 * 256 + 2 * 512
+    assert state["stage"] == (2, 5, True) and state["position"] == 3 * 256 + 2 * 256 + 2 * 512
+    matrices = [name for name in names if name.endswith("attn.q.weight")]
+    assert matrices and all(len(state["optimizer"][name]) == 2 for name in matrices), "momentum and second moment"
+
+
+def test_a_run_that_was_killed_twice_ends_with_the_same_bits(toy, tmp_path):
+    """One that uses everything a checkpoint has to hold."""
     dice = random.Random(os.environ.get("TEST_SEED"))  # set it to repeat a failure
-    first, second = dice.randint(4, 15), dice.randint(1, 40)  # lines of the console
-    more = ("ITERATIONS=48", "CHECKPOINT_EVERY=2", *average)
+    first, second = dice.randint(4, 12), dice.randint(1, 25)  # lines of the console
+    more = ("ITERATIONS=32", "CHECKPOINT_EVERY=2", *EVERYTHING)
     expected, last, artifact = train(toy, tmp_path / "whole", *more)
     folder, shots = tmp_path / "killed", []
     with Started(trainer(command(toy, folder, "PHASES=train", *more))) as run:
-        run.until(f"step:{first}/48 train_loss")
+        run.until(f"step:{first}/32 train_loss")
         run.signal(signal.SIGKILL)
         assert run.finish().returncode == -signal.SIGKILL
     shots.append(max(losses(folder)))
@@ -206,11 +263,177 @@ def test_a_used_folder_is_refused_without_resume_and_left_alone(toy, whole):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+# Stages and depth recurrence
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Each backward pass of a run: phase, step, progress, scale, looping, shapes of the micro-batches, position."""
+    rows, now = [], {}
+    step, backward = train_gpt._train_step, Training.backward
+
+    def train_step(run, training, progress, scale):
+        now.update(progress=progress, scale=scale, stage=training.stage, before=training.stream.position)
+        return step(run, training, progress, scale)
+
+    def spy(self, micro):
+        rows.append(SimpleNamespace(phase=self.run.clock._phase, step=self.step, looping=self.model.looping, **now,
+                                    shapes=[tuple(x.shape) for x, *_ in micro], position=self.stream.position))
+        return backward(self, micro)
+
+    monkeypatch.setattr(train_gpt, "_train_step", train_step)
+    monkeypatch.setattr(Training, "backward", spy)
+    return rows
+
+
+def trained(rows):
+    return [row for row in rows if row.phase == "train"]
+
+
+@pytest.fixture(params=["steps", "clock"])
+def of_ten(request, monkeypatch, watched):
+    """Settings of a run of ten steps, by their number or by a clock on which each takes a second."""
+    if request.param == "steps":
+        return ("ITERATIONS=10",)
+    real = train_gpt.Clock.__getitem__
+    monkeypatch.setattr(train_gpt.Clock, "__getitem__", lambda self, phase: float(len(trained(watched)))
+                        if phase == "train" else real(self, phase))
+    return "ITERATIONS=0", "MAX_WALLCLOCK_SECONDS=10"
+
+
+SCHEDULE = ("TRAIN_SEQ_SCHEDULE=16@0.25,32@0.6,64@1", "TRAIN_BATCH_SCHEDULE=160@0.5,256@1", "MICRO_BATCH_TOKENS=128",
+            "SEQ_CHANGE_WARMUP_STEPS=2", "WARMDOWN_FRAC=0")
+
+
+@pytest.mark.parametrize("loader", ["sequential", "coprime"])
+def test_stages_give_their_shapes_at_their_fractions_of_the_run(toy, tmp_path, watched, of_ten, loader):
+    said = summary(good(call(command(toy, tmp_path, *SCHEDULE, *of_ten, f"LOADER={loader}", "PHASES=train"))))
+    rows = trained(watched)
+    assert [row.progress for row in rows] == pytest.approx([k / 10 for k in range(10)])
+    lengths, tokens = [16] * 3 + [32] * 3 + [64] * 4, [160] * 5 + [256] * 5
+    assert [row.shapes for row in rows] == [
+        2 * [(5, 16)]] * 3 + 2 * [5 * [(1, 32)]] + [2 * [(4, 32)]] + 4 * [2 * [(2, 64)]]
+    begins = [row.position - count for row, count in zip(rows, tokens)]
+    assert begins == [row.before if loader == "sequential" else -(-row.before // length) * length
+                      for row, length in zip(rows, lengths)]
+    assert (begins[6:7] == [1088]) == (loader == "coprime"), "the rest of a block is passed over"
+    assert said["train_tokens"] == sum(tokens) and said["steps"] == 10
+    assert [row.scale for row in rows] == [1, 1, 1, 0.5, 1, 0.5, 0.5, 1, 1, 1], "it rises again at every stage"
+    sizes = [len(train_gpt.read_shard(path)) for path in train_gpt.find_shards(toy[0].partition("=")[2], "train")]
+    total = sum(sizes) if loader == "sequential" else sum((size - 1) // 64 * 64 for size in sizes)
+    assert said["epochs"] == pytest.approx(rows[-1].position / total, abs=1e-4)
+
+
+def test_warm_up_meets_every_graph_that_training_meets(toy, tmp_path, watched):
+    more = ("NUM_LOOPS=1", "LOOP_START=1", "LOOP_END=2", "ENABLE_LOOPING_AT=0.4", "ITERATIONS=10", "PHASES=train")
+    good(call(command(toy, tmp_path, *SCHEDULE, *more)))
+    warm, real = ({(row.shapes[0], row.looping) for row in watched if row.phase == phase}
+                  for phase in ("warmup", "train"))
+    assert warm == real and len(real) == 5
+    (row,) = events(tmp_path, "warmup")
+    assert row["graphs"] == 5
+
+
+FRACTIONS = st.lists(st.integers(1, 9), max_size=3, unique=True).map(
+    lambda ends: [*sorted(end / 10 for end in ends), 1])
+
+
+@ref.tries(200)
+@given(FRACTIONS, FRACTIONS, st.integers(0, 19), st.integers(0, 1))
+def test_the_planned_graphs_are_those_of_any_progress(seq, batch, switch, loops):
+    s = ref.small(train_seq_schedule=tuple(f"{4 * 2**i}@{end}" for i, end in enumerate(seq)), num_loops=loops,
+                  train_batch_schedule=tuple(f"{32 * (i + 1)}@{end}" for i, end in enumerate(batch)),
+                  loop_start=0, loop_end=1, enable_looping_at=switch / 20, micro_batch_tokens=32)
+    met = set()
+    for progress in [k / 40 for k in range(41)]:
+        length = next((i for i, end in enumerate(seq) if progress < end), len(seq) - 1)
+        tokens = next((i for i, end in enumerate(batch) if progress < end), len(batch) - 1)
+        looping = bool(loops) and progress >= switch / 20
+        fake = SimpleNamespace(run=SimpleNamespace(s=s), stage=0, step=7, stage_start=0, model=SimpleNamespace())
+        Training.enter(fake, progress)
+        assert s.stages[fake.stage][1:] == (4 * 2**length, 32 * (tokens + 1)) and fake.model.looping == looping
+        met.add((fake.stage, looping))
+    plans = Training.plans(SimpleNamespace(run=SimpleNamespace(s=s)))
+    assert len(plans) == len(set(plans)) and set(plans) == met
+
+
+@pytest.mark.parametrize("words", [
+    ("TRAIN_SEQ_SCHEDULE=64@0.5",), ("TRAIN_SEQ_SCHEDULE=64@1,128@2",), ("TRAIN_SEQ_SCHEDULE=64@nan,64@1",),
+    ("TRAIN_BATCH_SCHEDULE=512@0.5",), ("TRAIN_SEQ_SCHEDULE=32@0.5,64@0.5,64@1",), ("TRAIN_SEQ_SCHEDULE=64",),
+    ("TRAIN_BATCH_SCHEDULE=512@1,",), ("TRAIN_BATCH_SCHEDULE=1e3@1",), ("TRAIN_SEQ_SCHEDULE=64@0,64@1",),
+    ("TRAIN_SEQ_SCHEDULE=48@1",), ("TRAIN_BATCH_SCHEDULE=500@1",),
+    ("LOADER=coprime", "TRAIN_SEQ_SCHEDULE=24@0.5,64@1", "TRAIN_BATCH_TOKENS=384")], ids=" ".join)
+def test_a_schedule_that_is_none_is_refused_with_one_line(toy, tmp_path, words):
+    said = refused(call(command(toy, tmp_path, *words)), 2)
+    assert re.search("TRAIN_(SEQ|BATCH)_(SCHEDULE|LEN|TOKENS)=?", said)
+
+
+LOOPS = ("NUM_LOOPS=1", "LOOP_START=1", "LOOP_END=2", "SKIPS=none")
+
+
+def test_depth_recurrence_begins_at_its_fraction_of_the_run(toy, tmp_path, watched, of_ten):
+    good(call(command(toy, tmp_path / "loops", *LOOPS, *of_ten, "ENABLE_LOOPING_AT=0.4", "PHASES=train")))
+    assert [row.looping for row in trained(watched)] == [False] * 4 + [True] * 6
+    assert not events(tmp_path / "loops", "never_reached") and load_artifact(tmp_path / "loops/model.pg")[1].looping
+    watched.clear()
+    good(call(command(toy, tmp_path / "plain", "SKIPS=none", *of_ten, "PHASES=train")))
+    with_loops, without = losses(tmp_path / "loops"), losses(tmp_path / "plain")
+    assert [with_loops[k] == without[k] for k in range(1, 11)] == [True] * 4 + [False] * 6, "no sooner, no later"
+
+
+def test_a_loop_that_was_never_reached_stays_off_in_the_artifact(toy, tmp_path):
+    """Also after the finished run was resumed, and when the artifact is scored by itself."""
+    args = [*LOOPS, "ITERATIONS=8", "ENABLE_LOOPING_AT=0.9", "CHECKPOINT_EVERY=8", "RESUME=auto"]
+    first = summary(good(call(command(toy, tmp_path / "run", *args))))
+    (row,) = events(tmp_path / "run", "never_reached")
+    assert row["what"] == "ENABLE_LOOPING_AT" and "does not loop" in row["consequence"]
+    s, model = load_artifact(tmp_path / "run/model.pg")
+    assert s.num_loops == 1 and not model.looping and len(model.plan) == 4
+    plain = summary(good(call(command(toy, tmp_path / "plain", "SKIPS=none", "ITERATIONS=8"))))
+    assert first["val_bpb"] == plain["val_bpb"]
+    alone = summary(good(call(command(toy, tmp_path / "eval", "PHASES=eval", f"ARTIFACT={tmp_path}/run/model.pg"))))
+    again = summary(good(call(command(toy, tmp_path / "run", *args))))
+    assert alone["val_bpb"] == again["val_bpb"] == first["val_bpb"]
+    assert not load_artifact(tmp_path / "run/model.pg")[1].looping
+
+
+COMPILED = ("NUM_LAYERS=1", "XSA_LAST_N=1", "VE_DIM=0", "MODEL_DIM=16", "NUM_HEADS=2", "NUM_KV_HEADS=2", "MLP_MULT=1",
+            "BIGRAM_VOCAB_SIZE=0", "LOADER=packed", "DOC_MASK=attention", "NUM_LOOPS=1", "LOOP_START=0", "LOOP_END=0",
+            "ENABLE_LOOPING_AT=0.5", "TRAIN_SEQ_SCHEDULE=32@0.25,64@1", "TRAIN_BATCH_TOKENS=128", "ITERATIONS=8")
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.skipif(
+    "EXPLORE" not in os.environ, reason="a minute of C++; EXPLORE=1 runs it")])])
+def test_a_compiled_run_is_the_eager_one_and_compiles_nothing_after_warm_up(toy, tmp_path, monkeypatch, backend):
+    """Loops, stages, documents and packed rows, with validations between the steps."""
+    graphs = []
+
+    def count(name, function):
+        monkeypatch.setattr(train_gpt, name, lambda *args: (graphs.append(
+            torch._dynamo.utils.counters["stats"]["unique_graphs"]), function(*args))[1])
+
+    # Compiling traces to a logger that pytest would collect line by line, at twice the price.
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
+    eager = train(toy, tmp_path / "eager", *COMPILED, "VAL_LOSS_EVERY=3")
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    count("resume", train_gpt.resume)  # the end of warm-up
+    count("export", train_gpt.export)  # the end of training
+    compiled = train(toy, tmp_path / "compiled", *COMPILED, "VAL_LOSS_EVERY=3", "COMPILE=on")
+    torch._dynamo.reset()
+    assert max(abs(compiled[0][step] - eager[0][step]) for step in eager[0]) < 1e-4
+    assert furthest(compiled[1], eager[1]) < 1e-3
+    assert [row["val_loss"] for row in events(tmp_path / "compiled", "val")] == pytest.approx(
+        [row["val_loss"] for row in events(tmp_path / "eager", "val")], abs=1e-4)
+    assert graphs[0] == graphs[1] > 4
+
+
 # The schedule and the clock
 
 
 def test_the_learning_rate_and_the_loss_of_each_step_are_as_planned(toy, tmp_path):
-    good(call(command(toy, tmp_path, "ITERATIONS=10", "WARMDOWN_FRAC=0.4", "MIN_LR=0.3", "LR_WARMUP_STEPS=2", "PHASES=train")))
+    more = ("ITERATIONS=10", "WARMDOWN_FRAC=0.4", "MIN_LR=0.3", "LR_WARMUP_STEPS=2", "PHASES=train")
+    good(call(command(toy, tmp_path, *more)))
     scales = [row["lr_scale"] for row in events(tmp_path, "train")]
     assert scales == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.3])
 
@@ -254,15 +477,76 @@ def test_nothing_is_reported_as_missed_when_nothing_was(whole):
     assert not events(whole[0], "never_reached")
 
 
-def test_the_end_of_the_data_is_announced_and_training_goes_on_from_its_start(toy, tmp_path):
+@pytest.mark.parametrize("loader, total, steps", [
+    ("sequential", 1300, [3, 6]), ("packed", 1300, [3, 6]), ("coprime", 1280, [3, 5]), ("shuffled", 1280, [3, 5])])
+def test_the_end_of_the_data_is_announced_and_training_goes_on_from_its_start(toy, tmp_path, loader, total, steps):
+    """1,300 tokens, 512 a step; 20 whole blocks of 64."""
     data = next(pair.partition("=")[2] for pair in toy if pair.startswith("DATA_PATH="))
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "data/fineweb_train_000001.bin").unlink()
     write_shard(tmp_path / "data/fineweb_train_000000.bin", [1, *(300 + i % 200 for i in range(1299))])
-    done = good(call(command(toy, tmp_path / "out", f"DATA_PATH={tmp_path}/data", "ITERATIONS=6", "PHASES=train")))
+    done = good(call(command(toy, tmp_path / "out", f"DATA_PATH={tmp_path}/data", "ITERATIONS=6", "PHASES=train",
+                             f"LOADER={loader}", "DOC_MASK=attention")))
     rows = events(tmp_path / "out", "epoch")
-    assert [(row["number"], row["step"]) for row in rows] == [(1, 3), (2, 6)], "1,300 tokens, 512 a step"
-    assert done.stdout.count("epoch number:") == 2 and summary(done)["epochs"] == pytest.approx(6 * 512 / 1300, abs=1e-3)
+    assert [(row["number"], row["step"]) for row in rows] == list(zip((1, 2), steps))
+    assert done.stdout.count("epoch number:") == 2
+    assert summary(done)["epochs"] == pytest.approx(6 * 512 / total, abs=1e-3)
+
+
+def other_data(toy, folder, change):
+    """The toy's data with other training shards: change(list of tokens of the first one) -> tokens; just this one."""
+    data = next(pair.partition("=")[2] for pair in toy if pair.startswith("DATA_PATH="))
+    shutil.copytree(data, folder)
+    (folder / "fineweb_train_000001.bin").unlink()
+    path = folder / "fineweb_train_000000.bin"
+    write_shard(path, change(train_gpt.read_shard(path).tolist()))
+    return path
+
+
+def bad_at(place, token=700):
+    return lambda tokens: [*tokens[:place], token, *tokens[place + 1 :]]
+
+
+def test_a_bad_token_deep_in_a_shard_ends_the_run_with_a_checkpoint_to_go_on_from(toy, tmp_path):
+    path = other_data(toy, tmp_path / "data", lambda tokens: bad_at(1400)(tokens[:2200]))
+    args = command(toy, tmp_path / "run", f"DATA_PATH={tmp_path}/data", "ITERATIONS=6", "PHASES=train", "RESUME=auto")
+    refused(call(args), 2, path, "token 700", f"offset {1024 + 2 * 1400}", "VOCAB_SIZE=512")
+    assert list(checkpoints(tmp_path / "run")) == [max(losses(tmp_path / "run"))] == [2], "after the last good step"
+    write_shard(path, bad_at(1400, 7)(train_gpt.read_shard(path).tolist()))
+    good(call(args))
+    good(call([*args, f"OUT_DIR={tmp_path}/whole"]))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert (tmp_path / "run/model.pg").read_bytes() == (tmp_path / "whole/model.pg").read_bytes()
+
+
+def test_a_bad_token_that_one_rank_meets_ends_all_ranks_with_a_checkpoint(toy, tmp_path):
+    """In the second half of the third batch: rank 0 has read its own half and must neither train nor wait for ever."""
+    path = other_data(toy, tmp_path / "data", bad_at(1400))
+    args = command(toy, tmp_path / "run", f"DATA_PATH={tmp_path}/data", "ITERATIONS=6", "PHASES=train")
+    with Started(torchrun(args), limit=60) as run:
+        done = run.finish()
+    assert done.returncode > 0 and f"{path}: token 700 at offset {1024 + 2 * 1400}" in done.stderr
+    assert read_checkpoint(checkpoints(tmp_path / "run")[2])["position"] == 1024
+
+
+@pytest.mark.parametrize("more, words", [
+    (("LOADER=shuffled",), "no shard holds the 65 tokens"), (("LOADER=coprime",), "no shard holds the 65 tokens"),
+    (("AVERAGE=best", "HOLDOUT_TOKENS=100"), "HOLDOUT_TOKENS=100 leaves nothing"),
+    (("AVERAGE=best", "HOLDOUT_TOKENS=65"), None)])
+def test_a_stream_that_is_too_short_is_an_error_of_one_line(toy, tmp_path, more, words):
+    other_data(toy, tmp_path / "data", lambda tokens: tokens[:64] if "LOADER" in more[0] else tokens[:100])
+    done = call(command(toy, tmp_path / "run", f"DATA_PATH={tmp_path}/data", "PHASES=train", *more))
+    refused(done, 2, words) if words else good(done)
+
+
+def test_settings_without_effect_are_said(toy, tmp_path, whole):
+    more = ("LOOP_START=1", "SWA_EVERY=3", "VE_DIM=0", "MUON_BETA2=0.9", "AVERAGE=lawa", "LAWA_FREQ=2", "ITERATIONS=2")
+    good(call(command(toy, tmp_path, *more, "PHASES=train")))
+    idle = {"LOOP_START": "NUM_LOOPS", "SWA_EVERY": "AVERAGE=", "VE_LAYERS": "VE_DIM", "MUON_BETA2": "NORMUON",
+            "EMA_DECAY": "AVERAGE="}
+    said = {row["setting"]: row["note"] for row in events(tmp_path, "warning")}
+    assert said.keys() == idle.keys() and all(idle[name] in note for name, note in said.items()), said
+    assert not events(whole[0], "warning")
 
 
 # The log
