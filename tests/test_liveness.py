@@ -156,9 +156,9 @@ def _train(s, backend):
         rt.compiled = True
         rt.compile = functools.partial(torch.compile, dynamic=False, fullgraph=True, backend=backend)
     run = tg.Run.__new__(tg.Run)  # without files
-    run.s, run.rt, run.out_dir, run.attend, run.log = s, rt, Path("nowhere"), tg.attend_sdpa, result
+    run.s, run.rt, run.out_dir, run.attend, run.log = s, rt, Path("nowhere"), tg.pick_attention(s, rt), result
     run.clock, run.validity, run.facts = tg.Clock(), tg.Validity(), {}
-    model, backward = tg.GPT(s, rt.dtype, tg.attend_sdpa), tg.Training.backward
+    model, backward = tg.GPT(s, rt.dtype, run.attend).to(rt.device), tg.Training.backward
 
     def counted(self, micro):
         result.micro.append(len(micro))
@@ -167,7 +167,7 @@ def _train(s, backend):
     with mock.patch.object(tg, "report_score", lambda *_: tg.Score(0.0, 0.0, 0, 0)), \
             mock.patch.object(tg.Training, "backward", counted):
         tg.train(run, model, tg.ValStream(torch.zeros(99, dtype=torch.int32), torch.ones(98), False))
-    result.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    result.weights = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
     return result
 
 

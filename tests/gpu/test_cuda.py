@@ -1,18 +1,20 @@
 """The same properties on a GPU: close to float32 on the CPU, compiled equal to eager, every attention kernel against
-its reference, the optimizer, one whole run, and a warm-up after which nothing is compiled and nothing has changed.
+its reference (with documents, too), every switch of training in a compiled run, the optimizer, the loaders, one whole
+run, and a warm-up after which nothing is compiled and nothing has changed.
 
     python -m pytest tests/gpu          on a machine with CUDA; skipped elsewhere
 """
 
+import io
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import reference as ref
+import test_liveness
 import train_gpt as tg
 from conftest import run_trainer
 
@@ -118,9 +120,14 @@ def test_initial_weights_are_those_of_the_cpu():
 
 
 @pytest.mark.parametrize("changes", [
-    dict(), dict(num_kv_heads=4, xsa_last_n=0, skips="none", smear_gate=False, doc_mask="none", logit_softcap=0,
+    dict(), dict(num_kv_heads=4, xsa_last_n=0, skips="none", smear_gate="none", doc_mask="none", logit_softcap=0,
                  leaky_slope=0),
-    dict(bigram_vocab_size=0, ve_dim=0, ve_layers=(), resid_mix=False, ln_scale=False, rope_dims=0, xsa_last_n=3)])
+    dict(bigram_vocab_size=0, ve_dim=0, ve_layers=(), resid_mix=False, ln_scale=False, rope_dims=0, xsa_last_n=3),
+    dict(attn_gate="sparse", smear_gate="scalar", value_residual="sigmoid", skips="gated", parallel_residual="routed",
+         parallel_start_layer=1, parallel_final_lane="learned", num_loops=1, loop_start=0, loop_end=1, embed_dim=64,
+         trigram_vocab_size=64, trigram=True, tie_embeddings=False),
+    dict(doc_mask="attention", attn_gate="dense", value_residual="pair", skips="sigmoid", parallel_residual="lanes",
+         parallel_start_layer=2, num_loops=1, loop_start=1, loop_end=1, loop_order="layer", attention="math")])
 def test_compiled_equals_eager(changes):
     """Forward and backward of one fused graph; bfloat16 is rounded in other places, so close, not equal."""
     s = middle(**changes)
@@ -159,7 +166,7 @@ def test_compiled_float32_equals_eager_closely():
                                    msg=lambda m: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("switch", [dict(smear_gate=False), dict(xsa_last_n=0), dict(doc_mask="none"),
+@pytest.mark.parametrize("switch", [dict(smear_gate="none"), dict(xsa_last_n=0), dict(doc_mask="none"),
                                     dict(ln_scale=False), dict(leaky_slope=0.1)])
 def test_switches_are_alive_in_the_compiled_graph(switch):
     """The same weights, one switch changed: the compiled loss follows the eager one."""
@@ -224,6 +231,81 @@ def test_attention_kernels_do_not_look_ahead(name):
         k[:, 150:], v[:, 150:] = 3.0, -7.0
         after = attend(q, k, v)
     assert torch.equal(before[:, :150], after[:, :150]) and not torch.equal(before[:, 150:], after[:, 150:])
+
+
+def documents_of(ids, longest):
+    """(for a kernel of lengths, for one of masks) of ids (B, T)."""
+    return tuple(tg.documents(ids.to(DEVICE), "attention", longest, varlen) for varlen in (True, False))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("heads, channels, rows, length, bos", [
+    ((8, 4), 64, 1, 2048, 0.01), ((8, 8), 64, 2, 777, 0.05), ((4, 4), 128, 2, 256, 0.3), ((6, 1), 64, 3, 100, 0.0),
+    ((8, 4), 64, 1, 64, 1.0)])
+def test_attention_kernels_stay_in_documents(name, heads, channels, rows, length, bos):
+    """Lengths or masks, forward and backward, against the reference with a mask; documents are cut at 256 tokens."""
+    s = middle(num_heads=heads[0], num_kv_heads=heads[1], model_dim=heads[0] * channels, doc_mask="attention")
+    rt = runtime(s)
+    attend = kernel(name, s, rt)
+    assert getattr(attend, "varlen", False) == (name in ("fa3", "flash"))
+    lengths, masks = documents_of(ref.tokens(512, rows, length, bos=bos), s.longest_sequence)
+    generator = torch.Generator().manual_seed(0)
+    rounded = [torch.randn(rows, length, h, channels, generator=generator).bfloat16().to(DEVICE)
+               for h in (heads[0], heads[1], heads[1])]
+    weight = torch.randn(rows, length, heads[0], channels, generator=generator).to(DEVICE)
+    results = []
+    for function, dtype, docs in ((attend, torch.bfloat16, lengths if getattr(attend, "varlen", False) else masks),
+                                  (tg.attend_reference, torch.float32, masks)):
+        leaves = [z.to(dtype).requires_grad_() for z in rounded]
+        out = function(*leaves, docs)
+        assert out.shape == rounded[0].shape and out.dtype == dtype
+        results.append([out.float(), *(g.float() for g in torch.autograd.grad((out.float() * weight).sum(), leaves))])
+    for what, a, b in zip(("output", "dq", "dk", "dv"), *results):
+        assert torch.isfinite(a).all(), what
+        if b.norm() > 1e-6 * b.numel() ** 0.5:  # of documents of one token, dq and dk are zero
+            assert ((a - b).norm() / b.norm()).item() < 0.015, what
+        else:
+            assert a.norm() < 1e-2 * a.numel() ** 0.5, what
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_attention_kernels_do_not_look_into_other_documents(name):
+    s = middle(doc_mask="attention")
+    rt = runtime(s)
+    attend = kernel(name, s, rt)
+    ids = torch.full((1, 256), 7)
+    ids[0, [0, 100, 180]] = tg.BOS
+    docs = documents_of(ids, s.longest_sequence)[0 if getattr(attend, "varlen", False) else 1]
+    q, k, v = (torch.randn(1, 256, h, 64, device=DEVICE, dtype=torch.bfloat16) for h in (4, 2, 2))
+    with torch.no_grad():
+        before = attend(q, k, v, docs)
+        k[:, 100:180], v[:, 100:180] = 3.0, -7.0
+        after = attend(q, k, v, docs)
+    assert torch.equal(before[:, :100], after[:, :100]) and torch.equal(before[:, 180:], after[:, 180:])
+    assert not torch.equal(before[:, 101:180], after[:, 101:180])
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_one_graph_serves_any_number_of_documents(name):
+    """Lengths are another tensor in every batch; a graph for each would be compiled for the whole run."""
+    s = middle(num_layers=2, ve_layers=(1,), doc_mask="attention")
+    rt = runtime(s)
+    attend = kernel(name, s, rt)
+    losses, model = [], pair(s, rt.dtype, attend)[1]
+    other = pair(s, torch.float32, tg.attend_reference)[1]
+    function, seen = rt.compile(model), graphs()
+    for i, bos in enumerate((0.02, 0.3, 0.0, 0.1, 1.0)):
+        ids = ref.tokens(512, 2, 257, seed=i, bos=bos).to(DEVICE)
+        x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        docs = model.documents(x, 256)
+        if docs.cu is not None:
+            torch._dynamo.maybe_mark_dynamic(docs.cu, 0)
+        with torch._dynamo.config.patch(error_on_recompile=i > 1):
+            loss = function(x, y, docs)
+        loss.backward()
+        losses.append((loss.item(), other(x, y).item()))
+    assert graphs() - seen <= 2, "one, or one more for a single document"
+    assert max(abs(a - b) for a, b in losses) < 0.01, losses
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -291,12 +373,14 @@ def test_muon_adam_on_the_gpu_is_that_of_the_cpu():
                                            msg=lambda m: f"{name} at {step}: {m}")
 
 
+@pytest.mark.parametrize("coefficients, normalise", [("classic", False), ("classic", True), ("polar_express", False)])
 @pytest.mark.parametrize("rows, cols", [(256, 256), (1536, 512), (512, 1536), (512, 128)])
-def test_newton_schulz_in_bfloat16(rows, cols):
+def test_newton_schulz_in_bfloat16(rows, cols, coefficients, normalise):
     g = torch.randn(3, rows, cols, generator=torch.Generator().manual_seed(0))
-    exact, rounded = tg.newton_schulz(g.double(), 5, torch.float64), tg.newton_schulz(g.to(DEVICE), 5, torch.bfloat16)
+    exact = tg.newton_schulz(g.double(), 5, coefficients, normalise, torch.float64)
+    rounded = tg.newton_schulz(g.to(DEVICE), 5, coefficients, normalise, torch.bfloat16)
     assert torch.isfinite(rounded).all() and ((rounded.double().cpu() - exact).norm() / exact.norm()).item() < 0.05
-    if rows != cols:
+    if rows != cols and coefficients == "classic":
         singular = torch.linalg.svdvals(rounded.float().cpu())
         assert 0.5 < singular.min() and singular.max() < 1.35
 
@@ -305,85 +389,136 @@ def test_newton_schulz_in_bfloat16(rows, cols):
 
 
 @pytest.fixture
-def training(toy, tmp_path):
-    """A run on the GPU before its first step: (run, model, training state, compiled loss, validation stream)."""
-    s = tg.Settings.parse([*toy, f"DEVICE={DEVICE}", "WARMUP_STEPS=2", "MODEL_DIM=128", "NUM_HEADS=2", "NUM_KV_HEADS=1",
-                           "TRAIN_SEQ_LEN=128",
-                           "TRAIN_BATCH_TOKENS=1024", "MICRO_BATCH_TOKENS=256", "EVAL_SEQ_LEN=128", "EVAL_BATCH_SEQS=4",
-                           "ITERATIONS=8",
-                           "COMPRESSOR=zlib", f"OUT_DIR={tmp_path}"])
-    rt = runtime(s)
-    run = tg.Run(s, rt, Path(tmp_path), tg.pick_attention(s, rt))
-    sp, *_ = tg.load_tokenizer(s)
-    run.validity.freeze()
-    val = tg.load_validation(s, rt, sp)
-    run.validity.frozen = False
-    model = tg.GPT(s, rt.dtype, run.attend).to(rt.device)
-    state = tg.Training(run, model)
-    return run, model, state, rt.compile(model), val
+def begin(toy, tmp_path):
+    """begin(words) -> a run on the GPU before its first step: (run, model, training, validation stream)."""
+    def build(*words, folder="run"):
+        s = tg.Settings.parse([*toy, f"DEVICE={DEVICE}", "WARMUP_STEPS=2", "MODEL_DIM=128", "NUM_HEADS=2",
+                               "NUM_KV_HEADS=1", "TRAIN_SEQ_LEN=128", "TRAIN_BATCH_TOKENS=1024",
+                               "MICRO_BATCH_TOKENS=256", "EVAL_SEQ_LEN=128", "EVAL_BATCH_SEQS=4", "ITERATIONS=8",
+                               "COMPRESSOR=zlib", f"OUT_DIR={tmp_path / folder}", *words])
+        rt = tg.Runtime(s, env={})
+        run = tg.Run(s, rt, tmp_path / folder, tg.pick_attention(s, rt))
+        sp, *_ = tg.load_tokenizer(s)
+        with run.validity.report():
+            val = tg.load_validation(s, rt, sp)
+        model = tg.GPT(s, rt.dtype, run.attend).to(rt.device)
+        return run, model, tg.Training(run, model), val
+    return build
 
 
-def one_step(state, step_loss):
+def one_step(state):
     """A step as in the train loop; returns its loss."""
-    micro, total = state.stream.next(), 0.0
+    state.enter(0.5)
+    micro = state.stream.next(*state.run.s.stages[state.stage][1:])
     assert len(micro) > 2
     state.optimizer.zero_grad()
-    for x, y in micro:
-        part = step_loss(x, y) / len(micro)
-        part.backward()
-        total += part.item()
+    total = state.backward(micro).item()
     state.optimizer.step(1.0, 0.9)
     return total
 
 
-def test_the_warm_up_leaves_no_trace(training):
-    run, model, state, step_loss, _ = training
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+def counted(monkeypatch):
+    """Graphs before and after the steps of the train loop, which fail if anything is compiled again."""
+    counts, steps = [], tg._train_steps
+
+    def wrapped(*args):
+        counts.append(graphs())
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            result = steps(*args)
+        counts.append(graphs())
+        return result
+
+    monkeypatch.setattr(tg, "_train_steps", wrapped)
+    return counts
+
+
+def test_the_warm_up_leaves_no_trace(begin):
+    run, model, state, _ = begin("NUM_LOOPS=1", "LOOP_START=1", "LOOP_END=2", "NORMUON=1", "MTP_NUM_HEADS=1")
+    before = {name: tensor.clone() for name, tensor in state.objective.state_dict().items()}
     cuda_rng, cpu_rng = torch.cuda.get_rng_state(), torch.get_rng_state()
-    state.warm_up(step_loss)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    state.warm_up()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.objective.state_dict().items())
     assert state.optimizer.t == 0 and state.stream.position == 0 and state.step == 0
     assert not any(tensor.any() for bank in state.optimizer.banks for tensor in bank.state)
     assert torch.equal(torch.get_rng_state(), cpu_rng) and torch.equal(torch.cuda.get_rng_state(), cuda_rng)
 
 
-def test_nothing_is_compiled_after_the_warm_up(training):
+def test_nothing_is_compiled_after_the_warm_up(begin):
     """Neither by real batches nor by a report in between; a recompilation would cost half a minute of the ten."""
-    run, model, state, step_loss, val = training
+    run, model, state, val = begin()
     predictor = tg.ModelPredictor(model, run.rt)
-    state.warm_up(step_loss)
+    state.warm_up()
     synthetic = tg.ValStream(torch.zeros_like(val.tokens[: run.s.eval_seq_len + 1]), val.bytes[: run.s.eval_seq_len],
                              False)
     tg.report_score(run, predictor, synthetic)
     compiled = graphs()
     assert compiled > 0
     with torch._dynamo.config.patch(error_on_recompile=True):
-        first = one_step(state, step_loss)
+        first = one_step(state)
         report = tg.report_score(run, predictor, val)
-        losses = [one_step(state, step_loss) for _ in range(4)]
+        losses = [one_step(state) for _ in range(4)]
         again = tg.report_score(run, predictor, val)
     assert graphs() == compiled
     assert losses[-1] < first and again.loss < report.loss and not run.validity.reasons
 
 
-def test_the_whole_loop_compiles_only_in_its_warm_up(training, monkeypatch):
-    run, model, state, step_loss, val = training
-    counts, steps = [], tg._train_steps
+STAGES = ("TRAIN_SEQ_SCHEDULE=64@0.3,128@1", "TRAIN_BATCH_SCHEDULE=512@0.6,1024@1")
+LOOP = ("NUM_LOOPS=1", "LOOP_START=1", "LOOP_END=2", "ENABLE_LOOPING_AT=0.5")
+PACKED = ("LOADER=packed", "DOC_MASK=attention", "MICRO_BATCH_TOKENS=512", "TRAIN_BATCH_TOKENS=1024")
 
-    def counted(*args):
-        counts.append(graphs())
-        result = steps(*args)
-        counts.append(graphs())
-        return result
 
-    monkeypatch.setattr(tg, "_train_steps", counted)
+@pytest.mark.parametrize("words", [
+    (), STAGES, LOOP, STAGES + LOOP, PACKED, PACKED + ("ATTENTION=math",), ("DOC_MASK=attention",),
+    LOOP + ("LOADER=coprime", "COMPLEMENT_ALPHA=0.5", "MTP_NUM_HEADS=2", "NORMUON=1", "NEWTON_SCHULZ=polar_express"),
+    ("AVERAGE=best", "HOLDOUT_TOKENS=600", "SWA_EVERY=1", "SWA_START_SCALE=1", "LAWA_FREQ=1", "LOADER=shuffled")],
+    ids=lambda words: "+".join(word.partition("=")[0] for word in words) or "default")
+def test_the_whole_loop_compiles_only_in_its_warm_up(begin, monkeypatch, words):
+    """Through stages, the start of recurrence, batches of any number of documents, and validation between steps."""
+    run, model, state, val = begin("VAL_LOSS_EVERY=3", "TRAIN_LOG_EVERY=1", *words)
+    counts = counted(monkeypatch)
     tg.train(run, model, val)
     assert counts[0] == counts[1] > 0
+    rows = [json.loads(line) for line in (run.out_dir / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["train_loss"] for row in rows if row["event"] == "train"]
+    assert len(losses) == 8 and all(math.isfinite(loss) for loss in losses) and losses[-1] < losses[0]
+    missed = {row["what"] for row in rows if row["event"] == "never_reached"}
+    assert not missed & {"ENABLE_LOOPING_AT", "stage"}
 
 
-def test_two_runs_have_the_same_losses(training):
+@pytest.mark.parametrize("words", [PACKED, PACKED + ("ATTENTION=math",), ("DOC_MASK=attention",)],
+                         ids=["packed", "packed_mask", "masked"])
+def test_documents_on_the_gpu_train_as_on_the_cpu(begin, words):
+    run, model, state, _ = begin(*words)
+    _, _, other, _ = begin(*words, "DEVICE=cpu", folder="cpu")
+
+    def step(one):
+        one.optimizer.zero_grad()
+        loss = one.backward(one.stream.next())
+        one.optimizer.step(0.3, 0.9)
+        return loss.item()
+
+    curves = [[step(one) for _ in range(4)] for one in (state, other)]
+    np.testing.assert_allclose(*curves, atol=0.03)
+
+
+@pytest.mark.parametrize("rows", test_liveness.SHARED, ids=range(len(test_liveness.SHARED)))
+def test_every_switch_of_training_in_a_compiled_run(toy, rows):
+    """All that the liveness tests flip: compiled in bfloat16 here, eagerly in float32 on the CPU, six steps each.
+
+    In bfloat16 on a CPU these runs stay within 0.006 of float32; kernels of another order of summation are given 0.03.
+    """
+    words = test_liveness.written(test_liveness.pairs_of(*rows))
+    cpu = test_liveness.trained(toy, *words)
+    gpu = test_liveness.trained(toy, *words, f"DEVICE={DEVICE}")
+    assert len(gpu.losses) == 6 and gpu.micro == cpu.micro
+    np.testing.assert_allclose(gpu.losses, cpu.losses, atol=0.03)
+    assert gpu.weights.keys() == cpu.weights.keys()
+    assert all(torch.isfinite(weight).all() for weight in gpu.weights.values())
+
+
+def test_two_runs_have_the_same_losses(begin):
     """Kernels that accumulate in any order differ in the last bits; the curve is the same."""
-    run, model, state, step_loss, _ = training
+    run, model, state, _ = begin()
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     curves = []
     for _ in range(2):
@@ -392,15 +527,62 @@ def test_two_runs_have_the_same_losses(training):
         for bank in state.optimizer.banks:
             for tensor in bank.state:
                 tensor.zero_()
-        curves.append([one_step(state, step_loss) for _ in range(5)])
+        curves.append([one_step(state) for _ in range(5)])
     np.testing.assert_allclose(curves[0], curves[1], atol=0.02)
 
 
+def test_the_state_of_a_gpu_run_goes_on_on_the_cpu(begin, monkeypatch):
+    """A checkpoint holds the same numbers wherever it was written: the next steps have the losses of the GPU."""
+    words = ("NORMUON=1", "COMPLEMENT_ALPHA=0.5", "AVERAGE=best", "HOLDOUT_TOKENS=600", "LAWA_FREQ=1", "DTYPE=float32")
+    run, model, state, _ = begin(*words)
+    _, _, other, _ = begin(*words, "DEVICE=cpu", folder="cpu")
+    state.average.start()
+    saved = []
+    monkeypatch.setattr(tg, "write_atomic", lambda path, chunks: saved.append(b"".join(chunks)))
+    for _ in range(3):
+        with run.clock.phase("train"):
+            tg._train_step(run, state, 0.1, 0.3)
+    state._save()
+    data = saved[-1][len(tg.CHECKPOINT_MAGIC) : -32]
+    other.load(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
+    assert other.step == 3 and other.stream.position == state.stream.position
+    for name, kept in state.optimizer.state_dict().items():
+        if name != "t":
+            assert all(torch.equal(a, b) for a, b in zip(kept, other.optimizer.state_dict()[name])), name
+    losses = [tg._train_step(one.run, one, 0.2, 0.3)[1] for one in (state, other)]
+    run.rt.sync()
+    assert losses[0].item() == pytest.approx(losses[1].item(), abs=0.01)
+
+
+@pytest.mark.parametrize("loader", ["sequential", "coprime", "shuffled", "packed"])
+def test_prefetched_batches_are_pinned_and_arrive_whole(begin, loader):
+    """With a GPU that lags behind, so that a copy that nobody waits for would be seen."""
+    words = PACKED if loader == "packed" else (f"LOADER={loader}",)
+    _, _, state, _ = begin(*words)
+    _, _, other, _ = begin(*words, "DEVICE=cpu", folder="cpu")
+    stream, plain = state.stream, other.stream
+    seen = []
+    for _ in range(6):
+        torch.cuda._sleep(20_000_000)
+        seen.append(stream.next())
+        parts, docs = stream._ahead[1].result()
+        assert all(part.is_pinned() and part.dtype == torch.int32 for part in parts), "the next batch waits, pinned"
+        assert all(z is None or z.is_pinned() for d in docs if d for z in d)
+    for batch in seen:
+        for (x, y, docs), (a, b, _) in zip(batch, plain.next(), strict=True):
+            assert x.device.type == DEVICE and x.dtype == torch.int64 and x.is_contiguous() and y.is_contiguous()
+            assert torch.equal(x.cpu(), a) and torch.equal(y.cpu(), b)
+            if docs is not None and docs.cu is not None:
+                begins = (docs.cu[:-1].long().cpu())
+                assert docs.cu.dtype == torch.int32 and docs.cu[-1].item() == x.numel()
+                assert set(np.flatnonzero(a.flatten() == tg.BOS)) <= set(begins.tolist())
+                assert docs.cu.diff().max() <= state.run.s.train_seq_len
+
+
 @pytest.mark.parametrize("every", [1, 3])
-def test_losses_are_read_only_when_the_gpu_has_made_them(training, monkeypatch, every):
+def test_losses_are_read_only_when_the_gpu_has_made_them(begin, monkeypatch, every):
     """With a GPU that lags behind, and pinned memory full of NaN to be read by whoever does not wait."""
-    run, model, state, step_loss, val = training
-    run.s = state.run.s = tg.replace(run.s, checkpoint_every=every, iterations=14, train_log_every=1000)
+    run, model, state, val = begin(f"CHECKPOINT_EVERY={every}", "ITERATIONS=14", "TRAIN_LOG_EVERY=1000")
     poison = [torch.full((), math.nan).pin_memory() for _ in range(64)]
     fetch = run.rt.fetch
 
@@ -411,7 +593,7 @@ def test_losses_are_read_only_when_the_gpu_has_made_them(training, monkeypatch, 
     monkeypatch.setattr(run.rt, "fetch", slow_fetch)
     del poison
     with run.clock.phase("train"), tg.Interrupt() as interrupt:
-        tg._train_steps(run, state, step_loss, tg.ModelPredictor(model, run.rt), val, interrupt)
+        tg._train_steps(run, state, tg.ModelPredictor(model, run.rt), val, interrupt)
     assert state.step == 14 and tg.checkpoints(run.out_dir)
 
 
