@@ -362,6 +362,8 @@ def models(draw, **fixed):
         chosen["parallel_start_layer"] = draw(st.integers(0, layers - 1))
         if chosen["parallel_residual"] != "gptj":
             chosen["parallel_final_lane"] = pick("mean", "learned")
+        if chosen["parallel_residual"] == "routed" and chosen["parallel_start_layer"] == layers - 1:
+            chosen["parallel_final_lane"] = "mean"  # the other is refused: equal lanes teach it nothing
     if chosen["bigram_vocab_size"]:
         chosen.update(bigram_dim=pick(1, 3, dim), trigram=draw(st.booleans()))
     if chosen["trigram_vocab_size"]:

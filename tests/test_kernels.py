@@ -203,9 +203,9 @@ def test_one_graph_serves_any_number_of_documents(monkeypatch):
         docs = lengths.documents(ids, 16)
         torch._dynamo.maybe_mark_dynamic(docs.cu, 0)
         counts.add(len(docs.cu))
-        for model, function, given in ((lengths, compiled, docs), (masked, masked, masked.documents(ids, 16))):
+        for model, function, found in ((lengths, compiled, docs), (masked, masked, masked.documents(ids, 16))):
             model.zero_grad()
-            function(ids, ids, given).backward()
+            function(ids, ids, found).backward()
         for a, b in zip(lengths.parameters(), masked.parameters()):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
     assert len(counts) == 5 and torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1

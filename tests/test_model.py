@@ -733,7 +733,7 @@ RATES = dict(matrix_lr=0.1, scalar_lr=0.1, tied_embed_lr=0.1, embed_lr=0.1, head
 OTHER = dict(model_dim=32, num_heads=4, num_kv_heads=2, num_layers=4, ve_layers=(0, 1), bigram_vocab_size=0, ve_dim=0,
              rope_dims=8, embed_dim=8, trigram_vocab_size=19, loop_end=2, enable_looping_at=0.1)
 # What makes a setting act that waits for another one to be on (not to have one of some values).
-ON = dict(num_loops=1, trigram_vocab_size=19, bigram_vocab_size=16, ve_dim=4)
+ON = dict(num_loops=1, trigram_vocab_size=19, bigram_vocab_size=16, ve_dim=4, rope_dims=4)
 # More skips than one need more visits; routed lanes are equal at first, until a skip reaches the one and not the other.
 MORE = dict(skip_pairs=dict(num_loops=1, enable_looping_at=0), parallel_final_lane=dict(num_layers=4))
 MODEL_FIELDS = [f for f in fields(tg.Settings) if f.metadata["room"] == "Model"]

@@ -382,14 +382,8 @@ def test_every_parameter_has_one_owner_a_gradient_and_moves(s, seed):
 
 
 def never_used(s):
-    """Parameters without effect by the mathematics: of one channel, the norm leaves the sign and XSA leaves nothing;
-
-    routed lanes start equal, and one visit to one layer leaves them so.
-    """
+    """Parameters without effect by the mathematics: of one channel, the norm leaves the sign and XSA leaves nothing."""
     names, last = set(), range(s.num_layers - s.xsa_last_n, s.num_layers)
-    once = s.parallel_start_layer == s.num_layers - 1 and not (s.num_loops and s.loop_end == s.num_layers - 1)
-    if s.parallel_residual == "routed" and once:
-        names.add("model.lanes.merge")
     if s.head_dim == 1:
         names |= {f"model.blocks.{i}.attn.{z}.weight" for i in range(s.num_layers) for z in "qk"}
         for i in last:
