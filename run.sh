@@ -309,6 +309,7 @@ setup)
     ;;
 test)
     environment requirements.txt requirements-dev.txt
+    [ $# -gt 1 ] || set -- test -n 2 --dist loadfile # all of them: a file at a time on each of two cores
     exec "$py" -m pytest "${@:2}"
     ;;
 *) train "$@" ;;
