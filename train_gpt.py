@@ -1149,7 +1149,8 @@ class Runtime:
         self.choose("dtype", str(self.dtype).removeprefix("torch."), f"DTYPE={settings.dtype}")
         self.compiled = settings.compile == "on" or (settings.compile == "auto" and use_cuda)
         self.choose("compile", "on" if self.compiled else "off", f"COMPILE={settings.compile}")
-        torch._dynamo.config.recompile_limit = 64  # of one function: stages, loops, ways of scoring
+        if self.compiled:  # importing the compiler costs a second, and 3 % of each eager step
+            torch._dynamo.config.recompile_limit = 64  # of one function: stages, loops, ways of scoring
         if use_cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
@@ -1793,11 +1794,9 @@ class TokenStream:
         return self._orders[epoch]
 
     def sequence(self, position, length):
-        """The `length` + 1 tokens of the training sequence at a position of the stream."""
-        if self.reordered:
-            epoch, at = divmod(position, self.total)
-            position = int(self._starts(epoch)[at // self.block]) + at % self.block
-        return self.read(position, length + 1)
+        """The `length` + 1 tokens of the training sequence at a position of the reordered stream."""
+        epoch, at = divmod(position, self.total)
+        return self.read(int(self._starts(epoch)[at // self.block]) + at % self.block, length + 1)
 
     def next(self, length=None, tokens=None):
         """This rank's part of the next batch: micro-batches [(x, y, docs)], x and y (rows, length) int64; docs None
@@ -1817,11 +1816,12 @@ class TokenStream:
         """On the CPU, pinned where there is a GPU; called by the thread."""
         rows, micro_rows = self.rows(length, tokens)
         first = start + self.rt.rank * rows * length
-        if self.s.loader == "packed":
-            span = micro_rows * length
-            batch = np.stack([self.read(first + i * span, span + 1) for i in range(rows // micro_rows)])
-        else:
+        if self.reordered:
             batch = np.stack([self.sequence(first + i * length, length) for i in range(rows)])
+        else:
+            width = micro_rows * length if self.s.loader == "packed" else length
+            span = self.read(first, rows * length + 1)
+            batch = np.lib.stride_tricks.sliding_window_view(span, width + 1)[::width]
         return self._pinned(torch.from_numpy(batch.astype(np.int32)), length, micro_rows)
 
     def synthetic(self, generator, length=None, tokens=None):
