@@ -1225,6 +1225,7 @@ class Runtime:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
     def close(self):
+        self.control = None  # a group that is still referred to when Python ends may abort the process
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
