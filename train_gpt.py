@@ -23,6 +23,7 @@ The rooms of this file, in reading order
 Axes: B sequences, T positions, D model width, H query heads, K key/value heads, C channels of a head, V vocabulary.
 "#N" is pull request or issue N of openai/parameter-golf.
 """
+
 import contextlib
 import difflib
 import hashlib
@@ -500,6 +501,7 @@ class Linear(nn.Module):
 
     the same map, but its gradient comes from dW and not from a reduction over all tokens of the batch.
     """
+
     def __init__(self, inputs, outputs, zero=False, role="matrix"):
         super().__init__()
         self.zero, self.role, self.weight = zero, role, nn.Parameter(torch.empty(outputs, inputs))
@@ -618,6 +620,7 @@ class NgramHash(nn.Module):
 
     Several n-grams add rows of the same table (TRIGRAM, #1539).
     """
+
     role = "scalar"
 
     def __init__(self, rows, width, dim, scale, *ngrams):
@@ -656,6 +659,7 @@ class ValueResidual(nn.Module):
     """The values v of a later layer with those of layer 0, v0: "vrl" v + c v0 (#1033), "pair" a v0 + b v (#1311),
     "sigmoid" v + sigmoid(c) v0 (#1539).
     """
+
     role = "scalar"
 
     def __init__(self, kind):
@@ -676,6 +680,7 @@ class HeadGate(nn.Module):
     """Factor per head, from the normed input x: "head" 2 sigmoid(W x[:window]) (#1667), "dense" sigmoid(W x) (#1736),
     "sparse" sigmoid(scale W x[:window]) (#1787).
     """
+
     role = "gate"
 
     def __init__(self, s):
@@ -697,6 +702,7 @@ class Attention(nn.Module):
     """Causal grouped-query attention with QK norm, query gain, partial RoPE, value embedding and residual, XSA and head
     gates. The only one.
     """
+
     role = "scalar"
 
     def __init__(self, s, layer, attend):
@@ -757,6 +763,7 @@ class Skips(nn.Module):
     """U-Net skips onto the stream x: "linear" x + w kept, "sigmoid" x + sigmoid(w) kept (#1539), "gated"
     g x + (1 - g) w kept, g = sigmoid(gate) (#1394); per channel, one row a pair.
     """
+
     role = "scalar"
 
     def __init__(self, kind, pairs, dim):
@@ -781,6 +788,7 @@ class Lanes(nn.Module):
     learned weights, r lane + p a + q m. Merged at the end by their mean or a learned m lane0 + (1 - m) lane1.
     Every layer has its row of weights, as published; those below PARALLEL_START_LAYER rest.
     """
+
     role = "scalar"
 
     def __init__(self, s):
@@ -880,6 +888,7 @@ class GPT(nn.Module):
     `attend` is the attention kernel (room 11), `dtype` that of activations. It loops, if NUM_LOOPS says so, unless
     `looping` is set to False; no graph is built anew for that, if warm-up has seen both.
     """
+
     def __init__(self, s, dtype=torch.float32, attend=None, init=True):
         super().__init__()
         self.dtype, self.softcap, self.doc_mask, self.looping = dtype, s.logit_softcap, s.doc_mask, s.loops
@@ -963,6 +972,7 @@ class Objective(nn.Module):
     """What training minimises: the model's loss, each token weighted (complementary training), and that of heads which
     predict the tokens after the next (MTP). Those heads live here and not in the model: no artifact ever has them.
     """
+
     def __init__(self, model, s):
         super().__init__()
         self.model, self.mtp_weight = model, s.mtp_loss_weight
@@ -1303,6 +1313,7 @@ class Bank:
     reduced and averaged by single operations. Muon: one bank a shape, (matrices padded to a multiple of ranks, rows,
     cols), of which each rank orthogonalises its share. Adam: one flat bank a role, each parameter aligned to 256 bytes.
     """
+
     def __init__(self, role, treatment, entries, rt, neurons=False):
         self.role, (self.kind, self.lr, self.wd, self.betas) = role, treatment
         self.names, params = [name for name, _ in entries], [param for _, param in entries]
@@ -1337,6 +1348,7 @@ class MuonAdam:
     rank's share and start gathering it, run AdamW meanwhile, apply. State is saved by parameter name, for any ranks.
     Momentum and second moments are fp32, on every number of ranks.
     """
+
     def __init__(self, model, s, rt):
         self.s, self.rt, self.t = s, rt, 0
         table, params = treatments(s), dict(model.named_parameters())
@@ -1494,6 +1506,7 @@ class Complement:
     max(1 - COMPLEMENT_ALPHA p, 0.1), over the mean weight of the step. The counts are of all earlier steps and ranks,
     so they do not depend on ranks or micro-batches, and int64: float32 stops counting at 2^24.
     """
+
     def __init__(self, s, rt):
         self.alpha, self.vocab, self.rt = s.complement_alpha, s.vocab_size, rt
         self.pairs = torch.zeros(s.vocab_size**2, dtype=torch.int64, device=rt.device)
@@ -1535,6 +1548,7 @@ class Average:
     `taken` holds per kind a list of snapshots shaped like the banks: for "ema" the running mean, for "swa" the sum of
     `count` snapshots, for "lawa" the last LAWA_K.
     """
+
     def __init__(self, s, banks):
         self.s, self.banks, self.taken, self.count = s, banks, {}, 0
         self.kinds = {"none": (), "best": ("ema", "swa", "lawa")}.get(s.average, (s.average,))
@@ -1717,6 +1731,7 @@ class TokenStream:
     epoch. The whole state is `position`, so a batch depends on the settings only: any number of ranks sees the same
     stream, and a checkpoint is one number. The next batch is read by a thread while this one is trained on.
     """
+
     def __init__(self, paths, s, rt, documents=None):
         self.paths, self.s, self.rt, self.position, self.documents = paths, s, rt, 0, documents
         self.shards = [read_shard(path) for path in paths]
@@ -2464,12 +2479,12 @@ def _attention_function(name, s):
             return fa3.flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
     elif name == "flash" and masked:
         from torch.nn.attention.varlen import varlen_attn
-        causal = {"window_size": (-1, 0)} if "window_size" in inspect.signature(varlen_attn).parameters else {
-            "is_causal": True}  # its first name
-        grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+        takes = inspect.signature(varlen_attn).parameters
+        options = {"window_size": (-1, 0)} if "window_size" in takes else {"is_causal": True}  # its first name
+        options |= {"enable_gqa": True} if "enable_gqa" in takes else {}
 
         def kernel(q, k, v, cu, longest):
-            return varlen_attn(q, k, v, cu, cu, longest, longest, **causal, **grouped)
+            return varlen_attn(q, k, v, cu, cu, longest, longest, **options)
     else:
         return attend_sdpa, None
     attend = partial(attend_varlen, kernel=kernel, longest=s.longest_sequence)
@@ -2532,6 +2547,7 @@ class Log:
 
     A line is `event key:value ...`; the contest's own forms are given as text. metrics.jsonl gets every event as JSON.
     """
+
     def __init__(self, out_dir, main, append=False):
         self.main, self._files, self._bar = main, [], False
         if main:
