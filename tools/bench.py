@@ -33,7 +33,8 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+from common import ROOT, BadInput, exit_code, git
+
 MODES = ("eager", "compiled")
 
 # Peak of one device, FLOP/s in dense bfloat16 without sparsity, from NVIDIA's data sheets of H100, H200 and A100; the
@@ -43,10 +44,6 @@ PEAKS = (("MIG", None), ("H100 PCIe", 756e12), ("H[12]00 NVL", 835e12), ("H[12]0
 # Document lengths like FineWeb's in tokens: log-normal around a mean. The shards wrap when a benchmark needs more.
 DOCUMENT_MEAN, DOCUMENT_SIGMA, MOST_TOKENS = 960, 1.0, 1 << 24
 SHARD_MAGIC, SHARD_VERSION, BOS = 20240520, 1, 1
-
-
-class BadInput(Exception):
-    """What was given cannot be used: each line names a cause and its fix; exit code 2."""
 
 
 # ---- synthetic data -------------------------------------------------------------------------------------------------
@@ -352,13 +349,6 @@ def make_row(mode, looping, share, results, peak_tflops):
 
 def commit():
     """(commit, number of changed files) of the repository; ("none", 0) outside of one."""
-    def git(*words):
-        try:
-            done = subprocess.run(("git", *words), cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
-        return done.stdout.strip() if done.returncode == 0 else ""
-
     return git("rev-parse", "--short=12", "HEAD") or "none", len(git("status", "--porcelain").splitlines())
 
 
@@ -543,22 +533,16 @@ def main(argv):
     if argv[:1] in (["-h"], ["--help"]):
         print(__doc__.strip())
         return 0
-    try:
-        if argv[:1] == ["--job"]:
-            return run_job(argv[1])
-        if argv[:1] == [] or argv[0] not in COMMANDS:
-            found = f"{argv[0]!r} is no command" if argv else "a command is missing"
-            raise BadInput(f"{found}; there is: {', '.join(COMMANDS)}; see bench.py --help")
-        return COMMANDS[argv[0]](argv[1:])
-    except BadInput as error:
-        for line in str(error).splitlines() if os.environ.get("RANK", "0") == "0" else ():
-            print(f"error: {line}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
-    except KeyboardInterrupt:
-        return 130
+    return exit_code(partial(command, argv), quiet=os.environ.get("RANK", "0") != "0")
+
+
+def command(argv):
+    if argv[:1] == ["--job"]:
+        return run_job(argv[1])
+    if argv[:1] == [] or argv[0] not in COMMANDS:
+        found = f"{argv[0]!r} is no command" if argv else "a command is missing"
+        raise BadInput(f"{found}; there is: {', '.join(COMMANDS)}; see bench.py --help")
+    return COMMANDS[argv[0]](argv[1:])
 
 
 if __name__ == "__main__":

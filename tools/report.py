@@ -18,19 +18,17 @@ import os
 import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+from common import ROOT, BadInput, exit_code
+
 DEFAULT = {"DATA_PATH": "data/datasets/fineweb10B_sp1024", "VOCAB_SIZE": "1024", "TOKENIZER_PATH": "",
            "VAL_TOKENS": "0"}  # as in train_gpt.py, which is not imported: that takes seconds
 SHARD_MAGIC, SHARD_HEADER, BOS = 20240520, 1024, 1
 MOST_TEXT = 32_000_000  # bytes given to the compressors: brotli at its best takes about a minute for them
-
-
-class BadInput(Exception):
-    """One line that names the cause; exit code 2."""
 
 
 # ---- what the run wrote ---------------------------------------------------------------------------------------------
@@ -366,22 +364,17 @@ def main(argv):
     parser.add_argument("--plot", metavar="FILE", type=Path, help="write a plot (.png or .svg)")
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
     args = parser.parse_args(argv)
-    try:
-        if args.plot and args.plot.suffix not in (".png", ".svg"):
-            raise BadInput(f"--plot {args.plot}: the name must end in .png or .svg")
-        facts = gather(args.run_dir)
-        print(json.dumps(facts, indent=1) if args.json else "\n".join(table(facts)), flush=True)
-        if args.plot:
-            plot(facts, args.plot)
-        return 0
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
-    except KeyboardInterrupt:
-        return 130
+    return exit_code(partial(report, args))
+
+
+def report(args):
+    if args.plot and args.plot.suffix not in (".png", ".svg"):
+        raise BadInput(f"--plot {args.plot}: the name must end in .png or .svg")
+    facts = gather(args.run_dir)
+    print(json.dumps(facts, indent=1) if args.json else "\n".join(table(facts)), flush=True)
+    if args.plot:
+        plot(facts, args.plot)
+    return 0
 
 
 if __name__ == "__main__":

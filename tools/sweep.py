@@ -41,7 +41,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+from common import ROOT, git
+
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
@@ -635,15 +636,8 @@ def cpu_model():
 
 
 def commit():
-    def git(*words):
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    try:
-        changes = " with changes of train_gpt.py" if git("diff", "HEAD", "--stat", "--", "train_gpt.py") else ""
-        return (git("rev-parse", "--short=12", "HEAD") or "none") + changes
-    except OSError:
-        return "none"
+    changes = " with changes of train_gpt.py" if git("diff", "HEAD", "--stat", "--", "train_gpt.py") else ""
+    return (git("rev-parse", "--short=12", "HEAD") or "none") + changes
 
 
 def machine(settings):
