@@ -230,10 +230,10 @@ THROUGH_RUN_SH = [folder for folder in FOLDERS if PUBLISHED.get(folder.name, [0]
 def test_run_sh_record_small(folder, toy, tmp_path):
     """The newcomer's command on a copy of the repository, with the trainer, the settings and the report as they are."""
     root, out_dir = tmp_path / "repository", tmp_path / "out"
-    (root / "tools").mkdir(parents=True)
-    for name in ("run.sh", "train_gpt.py", "tools/report.py"):
+    for name in ("records", "tools"):
+        shutil.copytree(REPO / name, root / name)
+    for name in ("run.sh", "train_gpt.py"):
         shutil.copy(REPO / name, root / name)
-    shutil.copytree(RECORDS, root / "records")
     (root / "requirements.txt").write_text("# nothing to install\n")
     args = [*TINY, toy[0]]
     command = ["bash", "run.sh", folder.relative_to(REPO).as_posix(), "--small", f"OUT_DIR={out_dir}", *args]

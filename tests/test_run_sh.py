@@ -472,7 +472,7 @@ def test_ctrl_c_on_a_terminal(tree):
 def test_the_real_trainer_is_interrupted_cleanly(tree, toy):
     """SIGINT while training: a checkpoint, the table, exit code 130, nothing left running."""
     shutil.copy(REPO / "train_gpt.py", tree)
-    shutil.copy(REPO / "tools/report.py", tree / "tools")
+    shutil.copytree(REPO / "tools", tree / "tools", dirs_exist_ok=True)
     env = dict(pair.split("=", 1) for pair in toy)
     code, out = interrupt(tree, signal.SIGINT, "step:3/", **{**env, "ITERATIONS": "100000"})
     assert code == 130, out
