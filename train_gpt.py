@@ -88,7 +88,9 @@ Stages = tuple[tuple[int, float], ...]  # "1024@0.1,2048@1": a size, and the fra
 
 
 def opt(room, default, doc, lo=None, hi=None, on=""):
-    """`on`: the settings without which this one does nothing, as "ve_dim" or "average=swa|best"; a comma means or."""
+    """`on`: the settings without which this one does nothing, as "ve_dim" or "average=swa|best"; a comma means or. Where
+    such a setting waits for another itself, this one waits for both.
+    """
     return field(default=default, metadata=dict(room=room, doc=doc, lo=lo, hi=hi, on=on))
 
 
@@ -193,7 +195,8 @@ class Settings:
     embed_lr: float = _train(0.6, "the same without TIE_EMBEDDINGS", 0, on="tie_embeddings=False")
     head_lr: float = _train(0.008, "learning rate of an untied head and of MTP heads (AdamW)", 0, on=HEADS)
     muon_momentum: float = _train(0.99, "momentum of Muon (Nesterov)", 0, 0.9999, on=MUON)
-    muon_momentum_warmup_start: float = _train(0.92, "momentum at the first step", 0, 0.9999, on=MUON)
+    muon_momentum_warmup_start: float = _train(0.92, "momentum at the first step", 0, 0.9999,
+                                               on="muon_momentum_warmup_steps")
     muon_momentum_warmup_steps: int = _train(1500, "steps over which it rises to MUON_MOMENTUM", 0, on=MUON)
     muon_backend_steps: int = _train(5, "Newton-Schulz iterations", 1, 20, on=MUON)
     newton_schulz: Literal["classic", "polar_express"] = _train("classic", "coefficients of the iterations", on=MUON)
@@ -275,15 +278,15 @@ class Settings:
     def idle(self):
         """{changed setting: what it waits for}: settings without effect, such as VE_LAYERS while VE_DIM=0."""
         return {f.name.upper(): _conditions(f.metadata["on"]) for f in fields(self)
-                if getattr(self, f.name) != f.default and f.metadata["on"] and not self.holds(f.metadata["on"])}
+                if getattr(self, f.name) != f.default and not self.holds(f.metadata["on"])}
 
     def holds(self, rule):
-        """Is one of the conditions of an `on` rule met?"""
+        """Is one of the conditions of an `on` rule met, and what that one waits for? An empty rule holds."""
         def met(name, equals, values):
             value = getattr(self, name)
-            return str(value) in values.split("|") if equals else bool(value)
+            return (str(value) in values.split("|") if equals else bool(value)) and self.holds(self.rule(name))
 
-        return any(met(*part.partition("=")) for part in rule.split(","))
+        return not rule or any(met(*part.partition("=")) for part in rule.split(","))
 
     @classmethod
     def parse(cls, args=(), env=None):
@@ -1076,9 +1079,13 @@ def _convert(f, text):
 
 
 def _conditions(rule):
-    """An `on` rule as one would type it: AVERAGE=swa|best or VE_DIM."""
-    parts = (part.partition("=") for part in rule.split(","))
-    return " or ".join(name.upper() + equals + {"False": "0"}.get(values, values) for name, equals, values in parts)
+    """An `on` rule as one would type it: AVERAGE=swa|best, VE_DIM, or NORMUON with MATRIX_OPTIMIZER=muon."""
+    def typed(name, equals, values):
+        further = Settings.rule(name)
+        return name.upper() + equals + {"False": "0"}.get(values, values) + (
+            f" with {_conditions(further)}" if further else "")
+
+    return " or ".join(typed(*part.partition("=")) for part in rule.split(","))
 
 
 def _stage(text):

@@ -408,12 +408,21 @@ def test_a_setting_is_idle_until_one_of_its_conditions_holds(name, rule):
         off[other] = wrong[0]
     (said,) = Settings(**off, **changed).idle().values()
     for condition in said.split(" or "):  # in the words in which it can be typed
-        other, equals, values = condition.partition("=")
+        other, equals, values = condition.partition(" with ")[0].partition("=")
         assert other in FIELDS and (not equals or not any(complaints("TRAIN_SEQ_LEN=2048", f"{other}={value}") for value in values.split("|")))
     assert len(said.split(" or ")) == len(rule.split(",")) and list(Settings(**off, **changed).idle()) == [name]
     assert f.name not in {n.lower() for n in Settings(**off).idle()}, "left at its default it is not worth a word"
     for other, value in met:
         assert name not in Settings(**off | {other: value}, **changed).idle(), (other, value)
+
+
+def test_a_setting_waits_for_what_its_condition_waits_for():
+    changed = dict(muon_beta2=0.9, muon_momentum_warmup_start=0.5, normuon=True)
+    without = Settings(matrix_optimizer="adamw", **changed).idle()
+    assert without == {"MUON_BETA2": "NORMUON with MATRIX_OPTIMIZER=muon", "NORMUON": "MATRIX_OPTIMIZER=muon",
+                       "MUON_MOMENTUM_WARMUP_START": "MUON_MOMENTUM_WARMUP_STEPS with MATRIX_OPTIMIZER=muon"}
+    assert Settings(**changed).idle() == {}
+    assert list(Settings(**changed, muon_momentum_warmup_steps=0).idle()) == ["MUON_MOMENTUM_WARMUP_START"]
 
 
 def test_an_idle_setting_is_a_warning_in_the_log_and_not_an_error(toy, tmp_path):
