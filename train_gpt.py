@@ -500,9 +500,8 @@ def plus(y, adapter, x):
 
 
 class Linear(nn.Module):
-    """y = x W^T, W (out, in); no bias anywhere. `scale` (out,) multiplies the rows of W instead of the output:
-
-    the same map, but its gradient comes from dW and not from a reduction over all tokens of the batch.
+    """y = x W^T, W (out, in); no bias anywhere. `scale` (out,) multiplies the rows of W instead of the output: the
+    same map, but its gradient comes from dW and not from a reduction over all tokens of the batch.
     """
 
     def __init__(self, inputs, outputs, zero=False, role="matrix"):
@@ -2936,7 +2935,6 @@ def _train_steps(run, training, predictor, val, interrupt):
 
 def _next_batch(run, training, length, tokens):
     """The next batch; or, if a rank meets a token outside the vocabulary deep in a shard, the end of the run on all
-
     ranks together, for which what was trained so far is kept.
     """
     stream, error = training.stream, None

@@ -114,7 +114,6 @@ class Session:
     @staticmethod
     def states(s):
         """{name: (progress at its middle, share of the run)} of what a run goes through: its stages of sequence length
-
         and batch, depth recurrence off and on. One state alone is "off"; stages are numbered, as in "on 2".
         """
         ends = [until for until, *_ in s.stages]
