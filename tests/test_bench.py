@@ -223,6 +223,8 @@ BAD = [
     (["train", "MODEL_DIM=30", "ROPE_DIMS=0"], "MODEL_DIM=30", "NUM_HEADS=8"),
     (["train", "--looping", "on"], "--looping on", "no depth recurrence"),
     (["train", "--json", "/nowhere/out.json"], "/nowhere/out.json", "folder"),
+    (["train", "--against", "MATRIX_LRR=1"], "MATRIX_LRR", "MATRIX_LR"),
+    (["train", "NUM_LOOPS=1", "--looping", "on", "--against", "SEED=1"], "--against", "leave out --looping"),
 ]
 
 
@@ -264,6 +266,49 @@ def test_several_ranks_want_one_mode(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert bench.main(["train", *TOY]) == 2
     assert "--modes compiled (or eager)" in capsys.readouterr().err
+    assert bench.main(["train", *TOY, "--against"]) == 2 and "leave out torchrun" in capsys.readouterr().err
+
+
+def test_a_pair_of_runs_in_turn(tmp_path):
+    deep = [*TOY, "NUM_LAYERS=12", "NUM_LOOPS=1", "LOOP_START=1", "LOOP_END=11"]
+    done = command(["train", *deep, "--against", *TOY, "MATRIX_LR=0.5", "--modes", "eager", "--steps", 3, "--repeats", 2,
+                    "--warmup", 1, "--json", tmp_path / "out.json"])
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert settings(result["settings"]).num_layers == 12 and settings(result["against"]).matrix_lr == 0.5
+    (row,) = result["rows"]
+    ratios = np.array([mine / reference for reference, mine in row["pairs"]])
+    assert len(ratios) == 6 and row["ratio"] == np.median(ratios) > 1.5, "three to six times the visits"
+    assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"] and row["against_ms_per_step"] < row["ms_per_step"]
+    assert f"  {row['ratio']:.3f}  ({row['ratio_low']:.3f}-{row['ratio_high']:.3f})" in done.stdout.splitlines()[-1]
+
+
+def test_a_pair_takes_turns_and_weighs_the_states_of_a_run(monkeypatch, tmp_path):
+    took = []
+
+    class Fake:
+        def __init__(self, words, mode, state, folder):
+            self.name, self.trainer, self.backends, self.rt = words[0], self, [], self
+            self.device = torch.device("cpu")
+
+        settings = staticmethod(lambda words: words[0])
+        states = staticmethod(lambda name: {"off": (0.1, 0.25), "on": (0.9, 0.75)} if name == "mine" else {"off": (0, 1)})
+
+        def nothing(self, *args):
+            return {}
+
+        build = warm_up = close = _set_sdpa = facts = nothing
+
+    def time_steps(session, steps):
+        took.append((session.name, session.progress))
+        return [9e9], [{("reference", 0): 10.0, ("mine", 0.1): 8.0, ("mine", 0.9): 16.0}[took[-1]]], 0.0
+
+    monkeypatch.setattr(bench, "Session", Fake)
+    monkeypatch.setattr(bench, "time_steps", time_steps)
+    job = {"settings": ["mine"], "against": ["reference"], "mode": "eager", "folder": str(tmp_path), "warmup": 1, "steps": 2}
+    assert bench.measure(job)["pairs"] == [[10.0, 0.25 * 8 + 0.75 * 16]] * 2
+    turn = [("reference", 0)], [("mine", 0.1), ("mine", 0.9)]
+    assert took == [*turn[0], *turn[1], *turn[1], *turn[0], *turn[0], *turn[1]]
 
 
 @pytest.mark.parametrize("words, word", [(["--help"], "bench.py train"), (["train", "--help"], "--peak-tflops")])

@@ -68,23 +68,21 @@ import argparse, json, sys
 from pathlib import Path
 parser = argparse.ArgumentParser()
 parser.add_argument("words", nargs="+")
+parser.add_argument("--against", nargs="*")
 parser.add_argument("--modes")
 parser.add_argument("--steps", type=int)
 parser.add_argument("--json", type=Path)
 args = parser.parse_intermixed_args()
-given = dict(word.split("=", 1) for word in args.words[1:])
+sides = [dict(word.split("=", 1) for word in words) for words in (args.against, args.words[1:])]
 with open(Path(__file__).with_name("bench_calls"), "a") as calls:
-    calls.write(json.dumps([given, args.modes, args.steps]) + "\\n")
-if given.get("SMEAR_GATE") == "none":
+    calls.write(json.dumps([*sides, args.modes, args.steps]) + "\\n")
+if sides[1].get("SMEAR_GATE") == "none":
     sys.exit("error: no such machine")
-cpu = 10 * int(given.get("NUM_LAYERS", 11)) * (1.004 if "GRAD_CLIP_NORM" in given else 1)
-rows = [{"mode": "eager", "share": 1.0, "ms_per_step": 1.0, "cpu_ms_per_step": cpu},
-        {"mode": "compiled", "share": 1.0, "cpu_ms_per_step": 1.0}]
-if given.get("MLP_MULT") == "2.0":
-    rows[0]["error"] = rows[0].pop("cpu_ms_per_step")
-if "NUM_LOOPS" in given:  # a quarter of the run without, the rest at five times the time
-    rows[:1] = [dict(rows[0], share=0.25), dict(rows[0], share=0.75, cpu_ms_per_step=5 * cpu)]
-args.json.write_text(json.dumps({"rows": rows}))
+pair = [10 * int(given.get("NUM_LAYERS", 11)) * (1.004 if "GRAD_CLIP_NORM" in given else 1) for given in sides]
+row = {"mode": args.modes, "pairs": [pair] * args.steps}
+if sides[1].get("MLP_MULT") == "2.0":
+    row["error"] = row.pop("pairs")
+args.json.write_text(json.dumps({"rows": [row]}))
 """
 
 
@@ -344,7 +342,7 @@ def test_grid_prints_absolute_scores(lab, capsys):
 def test_equal_time(lab, capsys):
     plan = lab.plan("wide : NUM_LAYERS=8\nwider [vs wide] : NUM_LAYERS=10\ncoded : MATRIX_BITS=5\n"
                     "decay : MUON_WD=0.1 EMBED_BITS=6\nclip : GRAD_CLIP_NORM=0\n")
-    code, result = lab.call(plan, "--steps", 100, "--seeds", 4, "--bench-rounds", 2, "--bench-steps", 6)
+    code, result = lab.call(plan, "--steps", 100, "--seeds", 4, "--bench-steps", 6)
     out, rows = capsys.readouterr().out, named(result)
     assert code == 0
     want = {"wide": (2, 50), "wider": (1.25, 80), "coded": (1, 100), "decay": (1, 100), "clip": (1.004, 100)}
@@ -352,43 +350,47 @@ def test_equal_time(lab, capsys):
         assert rows[name]["speed"]["ratio"] == pytest.approx(ratio) and rows[name]["time"]["iterations"] == steps
         assert rows[name]["time"]["change"]["mean"] == pytest.approx(1 / steps - 1 / 100, abs=1e-9), name
     assert all("not measured" in rows[name]["speed"]["how"] for name in ("coded", "decay"))
-    assert rows["wide"]["speed"]["pairs"] == [[40, 80]] * 2
+    assert rows["wide"]["speed"]["pairs"] == [[40, 80]] * 6
     bench = lab.calls("bench_calls")
-    assert len(bench) == 3 * 2 * 2 and all(call[1:] == ["eager", 6] for call in bench)
-    layers = [call[0]["NUM_LAYERS"] for call in bench[:4]]
-    assert layers == ["4", "8", "8", "4"]  # in turn, and the second pair the other way round
+    assert len(bench) == 3 and all(call[2:] == ["eager", 6] for call in bench)
+    assert [tuple(side["NUM_LAYERS"] for side in call[:2]) for call in bench] == [("4", "8"), ("8", "10"), ("4", "4")]
     runs = [call[0] for call in lab.calls()]
     assert len(runs) == 6 + 2  # only wide and wider need another number of steps
-    assert "| wide | `NUM_LAYERS=8` |" in out and "| x 2.000 (2.000 .. 2.000) | 50 |" in out
-    assert "tools/bench.py train" in out and "CPU time of 6 steps" in out and "median ratio of 2" in out
+    assert "| wide | `NUM_LAYERS=8` |" in out and "| x 2.000 ± 0.000 | 50 |" in out
+    assert "tools/bench.py train --against" in out and "median ratio of 6 pairs of CPU time" in out
     # Measurements are kept as runs are.
-    assert lab.call(plan, "--steps", 100, "--seeds", 4, "--bench-rounds", 2, "--bench-steps", 6)[0] == 0
+    assert lab.call(plan, "--steps", 100, "--seeds", 4, "--bench-steps", 6)[0] == 0
     assert not lab.calls("bench_calls") and not lab.calls()
-    assert lab.call(plan, "--steps", 100, "--seeds", 4, "--bench-rounds", 3, "--bench-steps", 6)[0] == 0
-    assert len(lab.calls("bench_calls")) == 3 * 2
+    assert lab.call(plan, "--steps", 100, "--seeds", 4, "--bench-steps", 7)[0] == 0
+    assert len(lab.calls("bench_calls")) == 3
 
 
 def test_equal_time_only(lab):
     plan = lab.plan("wide : NUM_LAYERS=8\nwider [vs wide] : NUM_LAYERS=10\n")
-    code, result = lab.call(plan, "--steps", 100, "--seeds", 4, "--bench-rounds", 1, "--match", "time")
+    code, result = lab.call(plan, "--steps", 100, "--seeds", 4, "--match", "time")
     assert code == 0 and sorted(call[0]["ITERATIONS"] for call in lab.calls()) == ["100", "100", "50", "80"]
     assert [row["name"] for row in result["rows"]] == ["wider", "wide"] and "steps" not in result["rows"][0]
 
 
-def test_states_of_a_run_count_by_their_share_of_it(lab):
-    plan = lab.plan("loop : NUM_LOOPS=1 LOOP_START=1 LOOP_END=2\n")
-    assert lab.call(plan, "--steps", 100, "--seeds", 4, "--bench-rounds", 1, "--match", "time")[0] == 0
-    assert sorted(call[0]["ITERATIONS"] for call in lab.calls()) == ["100", "25"]  # 0.25 * 1 + 0.75 * 5 = 4
+def test_a_measurement_serves_every_data_set(lab):
+    words = lab.plan("wide : NUM_LAYERS=8\n"), "--steps", 100, "--seeds", 4, "--match", "time"
+    other = lab.folder / "other"
+    other.mkdir()
+    for path in lab.folder.glob("*.bin"):
+        (other / path.name).write_bytes(path.read_bytes())
+    assert lab.call(*words)[0] == 0 and len(lab.calls()) == 2 and len(lab.calls("bench_calls")) == 1
+    assert lab.call(*words, "--base", f"DATA_PATH={other}")[0] == 0 and len(lab.calls()) == 2
+    assert not lab.calls("bench_calls")
 
 
 def test_failed_measurements_are_said_and_the_rest_goes_on(lab, capsys):
     plan = lab.plan("no smear : SMEAR_GATE=none\nthin : MLP_MULT=2\nwide : NUM_LAYERS=8\n")
-    code, result = lab.call(plan, "--steps", 100, "--seeds", 4, "--bench-rounds", 1)
+    code, result = lab.call(plan, "--steps", 100, "--seeds", 4)
     rows = named(result)
     assert code == 1 and rows["wide"]["time"]["iterations"] == 50
     assert all(rows[name]["steps"]["change"] and rows[name]["time"]["change"] is None for name in ("no smear", "thin"))
     assert "no such machine (exit code 1)" in rows["no smear"]["notes"][0]
-    assert "no cpu_ms_per_step of mode eager" in rows["thin"]["notes"][0]
+    assert "no pairs of mode eager" in rows["thin"]["notes"][0]
     assert "time per step is unknown: error: no such machine" in capsys.readouterr().out
     lab.bench.unlink()
     code, result = lab.call(lab.plan("new : NUM_LAYERS=6\n"), "--steps", 100, "--seeds", 4)
@@ -554,7 +556,7 @@ def test_real_runs(toy, tmp_path, capsys, monkeypatch):
     plan = tmp_path / "plan.txt"
     plan.write_text("one layer less : NUM_LAYERS=2 VE_LAYERS=1\n")
     words = [str(plan), "--base", f"@{base}", "DEVICE=cpu", "--steps", "2", "--seeds", "3", "--out",
-             str(tmp_path / "out"), "--json", str(tmp_path / "result.json"), "--bench-rounds", "1", "COMPRESSOR=zlib"]
+             str(tmp_path / "out"), "--json", str(tmp_path / "result.json"), "COMPRESSOR=zlib"]
     assert sweep.main(words, bench=bench) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     [row] = result["rows"]

@@ -3,6 +3,7 @@
     python tools/bench.py train                                      the default settings, eager and compiled
     python tools/bench.py train @records/small.env NUM_LAYERS=6      any settings, as train_gpt.py takes them
     python tools/bench.py train --modes compiled --steps 50 --repeats 3 --json step.json
+    python tools/bench.py train @records/small.env NORMUON=1 --against @records/small.env     their steps in turn
     torchrun --standalone --nproc_per_node=8 tools/bench.py train --modes compiled
 
 `python tools/bench.py train --help` has every option. No data set is needed: synthetic shards are written to a
@@ -99,7 +100,7 @@ class Session:
     .world .choices .sync .throttle .close .device_name .peak_memory_mib; pick_attention(s, rt); Run(s, rt, out_dir,
     attend); GPT(s, dtype, attend) with .blocks, .plan (the visits of a step, each with .block), .embed and .head (None:
     tied); roles(module); Training(run, model) with .step .stage .objective .average.start() .enter(progress) .warm_up()
-    .step_loss(x, y, docs, weights); _train_step(run, training, progress, scale).
+    .step_loss(x, y, docs, weights); _train_step(run, training, progress, scale); _set_sdpa(*names).
     """
 
     @staticmethod
@@ -125,9 +126,10 @@ class Session:
             found[looping + stage] = ((begin + end) / 2, end - begin)
         return found
 
-    def __init__(self, args, mode, looping, folder):
+    def __init__(self, args, mode, state, folder):
+        """`state`: the one to begin in, of states()."""
         s = self.settings(args)
-        self.trainer, self.progress, self.shapes, self.docs = load_trainer(), self.states(s)[looping][0], [], None
+        self.trainer, self.progress, self.shapes, self.docs = load_trainer(), self.states(s)[state][0], [], None
         self.s = dataclasses.replace(
             s, data_path=str(folder), compile="on" if mode == "compiled" else "off", phases="all", artifact="",
             resume="", checkpoint_every=0, train_log_every=2**62)
@@ -139,6 +141,7 @@ class Session:
         try:
             self.rt = rt = trainer.Runtime(s)
             attend = trainer.pick_attention(s, rt)
+            self.backends = sdpa_backends()
             self.run = trainer.Run(s, rt, Path(folder) / "run", attend)
             self.model = trainer.GPT(s, rt.dtype, attend).to(rt.device)
             self.training = trainer.Training(self.run, self.model)
@@ -258,20 +261,61 @@ def time_steps(session, steps):
     return wall, cpu, loss.item()
 
 
+def sdpa_backends():
+    """The CUDA backends that PyTorch's attention may use: a choice for the whole process."""
+    import torch
+
+    names = ("cudnn", "flash", "mem_efficient", "math")
+    return [name for name in names if getattr(torch.backends.cuda, f"{name}_sdp_enabled")()]
+
+
+def measure_state(job, stack):
+    """Steps of one state of a run: {"facts", "flops", "step_ms", ...}."""
+    session = Session(job["settings"], job["mode"], job["looping"], job["folder"])
+    stack.callback(session.close)
+    session.build(job["folder"])
+    begin = time.perf_counter()
+    session.warm_up(job["warmup"])
+    warmup = time.perf_counter() - begin
+    wall, cpu, loss = time_steps(session, job["steps"])
+    return {"facts": session.facts(), "flops": session.flops(), "step_ms": wall, "step_cpu_ms": cpu,
+            "warmup_seconds": warmup, "peak_memory_mib": session.rt.peak_memory_mib(),
+            "loss": loss if math.isfinite(loss) else None, **versions()}
+
+
+def measure_pair(job, stack):
+    """Steps of two runs in turn, so that whatever else the machine does meets both: {"facts", "pairs"}, each pair the
+    milliseconds of a step of (reference, row), on a CPU of its CPU time, the states of a run weighted by their shares.
+    """
+    sides = []
+    for number, words in enumerate((job["against"], job["settings"])):
+        states = Session.states(Session.settings(words))
+        session = Session(words, job["mode"], next(iter(states)), job["folder"])
+        stack.callback(session.close)
+        session.build(Path(job["folder"]) / str(number))
+        session.warm_up(0)
+        sides.append((session, list(states.values())))
+
+    def turn(session, states):
+        session.trainer._set_sdpa(*session.backends)
+        total, steps = 0.0, 5 if session.rt.device.type == "cuda" else 1  # a GPU's queue must fill
+        for session.progress, share in states:
+            wall, cpu, _ = time_steps(session, steps)
+            total += share * statistics.median(cpu or wall)
+        return total
+
+    pairs = []
+    for number in range(job["warmup"] + job["steps"]):
+        found = {side: turn(*sides[side]) for side in ((0, 1), (1, 0))[number % 2]}
+        pairs.append([found[0], found[1]])
+    return {"facts": sides[1][0].facts(), "pairs": pairs[job["warmup"] :], **versions()}
+
+
 def measure(job):
-    """Run one job in this process: {"facts", "flops", "step_ms", ...}, or {"error"}, or {"bad_input"} for any mode."""
-    session, folder = None, job["folder"]
+    """Run one job in this process: what it found, or {"error"}, or {"bad_input"} for any mode."""
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # the trainer's log
-            session = Session(job["settings"], job["mode"], job["looping"], folder)
-            session.build(folder)
-            begin = time.perf_counter()
-            session.warm_up(job["warmup"])
-            warmup = time.perf_counter() - begin
-            wall, cpu, loss = time_steps(session, job["steps"])
-            return {"facts": session.facts(), "flops": session.flops(), "step_ms": wall, "step_cpu_ms": cpu,
-                    "warmup_seconds": warmup, "peak_memory_mib": session.rt.peak_memory_mib(),
-                    "loss": loss if math.isfinite(loss) else None, **versions()}
+        with contextlib.ExitStack() as stack, contextlib.redirect_stdout(io.StringIO()):  # the trainer's log
+            return (measure_state if job["against"] is None else measure_pair)(job, stack)
     except BadInput as error:
         return {"bad_input": str(error)}
     except Exception as error:
@@ -281,9 +325,6 @@ def measure(job):
         line = next((line for line in str(error).splitlines() if line.strip()), "")
         line = line.replace("COMPILE=off runs", "--modes eager measures")
         return {"error": line if known else f"{type(error).__name__}: {line}"}
-    finally:
-        if session:
-            session.close()
 
 
 def versions():
@@ -343,6 +384,18 @@ def make_row(mode, looping, share, results, peak_tflops):
                         for result in results]}
 
 
+def make_pair_row(mode, results):
+    """The same for --against; the ratio is the median of the pairs', with the quartiles around it."""
+    if errors := [result["error"] for result in results if "error" in result]:
+        return {"mode": mode, "error": errors[0]}
+    pairs = [pair for result in results for pair in result["pairs"]]
+    ratios = [mine / reference for reference, mine in pairs]
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else 3 * ratios
+    return {"mode": mode, "ms_per_step": statistics.median(mine for _, mine in pairs),
+            "against_ms_per_step": statistics.median(reference for reference, _ in pairs),
+            "ratio": statistics.median(ratios), "ratio_low": low, "ratio_high": high, "pairs": pairs}
+
+
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 
@@ -357,18 +410,26 @@ def header(report):
     changed = f" and {r['changed_files']} changed file(s)" if r["changed_files"] else ""
     yield f"command   {r['command']}"
     yield f"settings  {r['settings'] or '(default)'}"
+    if "against" in r:
+        yield f"against   {r['against'] or '(default)'}"
     if "device" in r:
         yield (f"run       {r['world_size']} x {r['device']}, {r['dtype']}, attention {r['attention']}, "
                f"torch {r['torch']}, {r['threads']} CPU thread(s), commit {r['commit']}{changed}")
         yield (f"step      {r['parameters']:,} parameters, {r['tokens_per_step']:,} tokens in sequences of "
                f"{r['seq_len']:,}: {r['micro_batches']} micro-batch(es) of {r['micro_batch_tokens']:,} a rank")
+    if "device" in r and "against" not in r:
         yield (f"MFU       matmuls and causal attention as a share of {r['peak_tflops']:g} TFLOP/s a device"
                if r["peak_tflops"] else
                f"MFU       no peak is known for {r['dtype']} on this device; --peak-tflops gives one")
     over = f"{r['steps']} steps" if r["repeats"] == 1 else f"{r['repeats']} repeats' medians of {r['steps']} steps"
-    yield f"times     median (least-most) of {over}, after {r['warmup']} warm-up steps"
+    if "against" in r:
+        yield (f"times     medians of {r['steps'] * r['repeats']} pairs of steps in turn, after {r['warmup']}; on a CPU "
+               "its time over all threads")
+    else:
+        yield f"times     median (least-most) of {over}, after {r['warmup']} warm-up steps"
 
 
+PAIR_COLUMNS = ("mode", "against ms/step", "ms/step", "ratio", "(middle half)")
 COLUMNS = ("mode", "looping", "ms/step", "(least-most)", "CPU ms/step", "tokens/s", "peak MiB", "MFLOP/token", "MFU",
            "warm-up s")
 
@@ -377,7 +438,10 @@ def cells(row):
     def show(key, form):
         return "-" if row[key] is None else format(row[key], form)
 
-    names = row["mode"], row["looping"] or "-"
+    if "pairs" in row:
+        return (row["mode"], show("against_ms_per_step", ",.2f"), show("ms_per_step", ",.2f"), show("ratio", ".3f"),
+                f"({row['ratio_low']:.3f}-{row['ratio_high']:.3f})")
+    names = row["mode"], row.get("looping") or "-"
     if "error" in row:
         return names
     return (*names, show("ms_per_step", ",.2f"),
@@ -388,8 +452,9 @@ def cells(row):
 
 def table(rows):
     """Aligned lines; a mode that failed has its error in place of numbers."""
-    lines = [COLUMNS, *map(cells, rows)]
-    widths = [max((len(line[i]) for line in lines if i < len(line)), default=0) for i in range(len(COLUMNS))]
+    columns = COLUMNS if "looping" in rows[0] else PAIR_COLUMNS
+    lines = [columns, *map(cells, rows)]
+    widths = [max((len(line[i]) for line in lines if i < len(line)), default=0) for i in range(len(columns))]
     for line, row in zip(lines, [{}, *rows]):
         left = [f"{cell:<{width}}" for cell, width in zip(line[:2], widths)]
         right = [f"{cell:>{width}}" for cell, width in zip(line[2:], widths[2:])]
@@ -451,6 +516,8 @@ def train_arguments(argv):
     add("--looping", choices=("on", "off", "both"), default="both",
         help="depth recurrence on, off, or both where a run has both (default); each stage of TRAIN_SEQ_SCHEDULE and "
         "TRAIN_BATCH_SCHEDULE is a row")
+    add("--against", nargs="*", metavar="@FILE|KEY=VALUE", help="settings of a reference, whose steps are taken in "
+        "turn with those of the settings, in one process: the ratio of the two is far steadier than either")
     add("--steps", type=whole(1), default=20, metavar="N", help="steps measured in each repeat (default: 20)")
     add("--warmup", type=whole(0), default=3, metavar="N", help="steps before them (default: 3)")
     add("--repeats", type=whole(1), default=1, metavar="N", help="processes for each mode (default: 1)")
@@ -461,6 +528,11 @@ def train_arguments(argv):
 
 def train_jobs(args, s, world):
     """(mode, looping) of each row."""
+    if args.against is not None:
+        if world > 1 or args.looping != "both":
+            raise BadInput("--against compares whole runs in one process: leave out " +
+                           ("torchrun" if world > 1 else "--looping"))
+        return [(mode, "run") for mode in args.modes]
     states = [state for state in Session.states(s) if args.looping in ("both", state.split()[0])]
     if not states:
         never = "have no depth recurrence" if args.looping == "on" else "loop from the first step"
@@ -479,7 +551,9 @@ def train_results(args, s, jobs, world):
     with tempfile.TemporaryDirectory(prefix="bench_") as folder:
         try:
             steps = args.warmup + args.steps + 1
-            write_shards(folder, min(s.train_batch_tokens * steps, MOST_TOKENS), s.vocab_size)
+            both = [s] if args.against is None else [s, Session.settings(args.against)]
+            tokens, vocab_size = max(x.train_batch_tokens for x in both), min(x.vocab_size for x in both)
+            write_shards(folder, min(tokens * steps, MOST_TOKENS), vocab_size)
         except OSError as error:
             raise BadInput(f"{folder}: {error.strerror}; name a folder with more room as TMPDIR") from None
         for repeat in range(args.repeats):
@@ -487,10 +561,11 @@ def train_results(args, s, jobs, world):
                 if any("error" in result for result in results[mode, state]):
                     continue
                 if world == 1:
-                    print(f"measuring {mode}, looping {state}, repeat {repeat + 1} of {args.repeats} ...",
+                    what = f"looping {state}" if args.against is None else "both in turn"
+                    print(f"measuring {mode}, {what}, repeat {repeat + 1} of {args.repeats} ...",
                           file=sys.stderr, flush=True)
-                job = {"settings": args.settings, "mode": mode, "looping": state, "folder": folder,
-                       "steps": args.steps, "warmup": args.warmup}
+                job = {"settings": args.settings, "against": args.against, "mode": mode, "looping": state,
+                       "folder": folder, "steps": args.steps, "warmup": args.warmup}
                 result = measure_apart(job) if world == 1 else measure(job)
                 if "bad_input" in result:
                     raise BadInput(result["bad_input"])
@@ -507,12 +582,15 @@ def train(argv):
     jobs = train_jobs(args, s, world)
     states = Session.states(s)
     results = train_results(args, s, jobs, world)
-    rows = [make_row(mode, state if len(states) > 1 else None, states[state][1], results[mode, state],
+    rows = [make_pair_row(mode, results[mode, state]) if args.against is not None else
+            make_row(mode, state if len(states) > 1 else None, states[state][1], results[mode, state],
                      args.peak_tflops) for mode, state in jobs]
     if os.environ.get("RANK", "0") == "0":
         report = {"command": shlex.join(["tools/bench.py", "train", *argv]), "settings": s.text(),
                   "settings_hash": s.sha256(), **dict(zip(("commit", "changed_files"), commit())),
                   "steps": args.steps, "warmup": args.warmup, "repeats": args.repeats}
+        if args.against is not None:
+            report["against"] = Session.settings(args.against).text()
         if good := [result[0] for result in results.values() if "error" not in result[0]]:
             facts = good[0]["facts"]
             peak = peak_flops(facts["device"], facts["dtype"], args.peak_tflops)

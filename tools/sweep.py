@@ -13,8 +13,8 @@ KEY=A,B words instead of a plan are a grid: all combinations, printed as absolut
 that are lists). Other KEY=VALUE words change the base. Settings in the environment are refused: the command says all.
 
 "Equal steps" gives every run ITERATIONS=N and no wall clock. "Equal time" gives a row the steps that fit into the time
-in which its reference makes N, from the time per step that tools/bench.py measures in alternating pairs; the clock of a
-training run on a shared machine would be noise. Runs live in DIR/runs and are never repeated while settings, seed, data
+in which its reference makes N, from the ratio of their steps that tools/bench.py takes in turn; the clock of a training
+run on a shared machine would be noise. Runs live in DIR/runs and are never repeated while settings, seed, data
 and code stay: after Ctrl-C, or with more rows, seeds or another --match, the same command makes only what is missing.
 
 Exit codes: 0 done, 1 a run or a measurement failed (the table says which), 2 bad input, 130 and 143 interrupted.
@@ -369,7 +369,6 @@ class Stopwatch:
     def __init__(self, bench, out, args, plan, processes):
         self.bench, self.out, self.args, self.plan, self.processes = bench, out, args, plan, processes
         self.cuda = uses_cuda(plan.settings[BASE])
-        self.key = "ms_per_step" if self.cuda else "cpu_ms_per_step"
         self.code = [file_sha256(bench) if bench.is_file() else "", file_sha256(ROOT / "train_gpt.py")]
 
     def mode(self, settings):
@@ -378,50 +377,45 @@ class Stopwatch:
 
     def describe(self):
         kind = "GPU time" if self.cuda else "CPU time"
-        mode = self.mode(self.plan.settings[BASE])
-        return (f"`tools/bench.py train` ({mode}, {kind} of {self.args.bench_steps} steps), "
-                f"reference and row in turn, median ratio of {self.args.bench_rounds}")
+        return (f"`tools/bench.py train --against` ({self.mode(self.plan.settings[BASE])}): steps of reference and row "
+                f"in turn, median ratio of {self.args.bench_steps} pairs of {kind}")
 
     def measure(self, row):
         """The row's Speed."""
         names = self.plan.pace(row), row.name
         # tools/bench.py brings data of its own: one measurement serves all data sets.
-        reference, mine = (replace(self.plan.settings[name], data_path=Settings.data_path) for name in names)
+        reference, mine = (replace(self.plan.settings[name], data_path=Settings.data_path, iterations=self.plan.steps,
+                                   seed=self.plan.seeds[0]) for name in names)
         if changed(reference, mine) <= SAME_WORK:
             return Speed(1.0, "same work, not measured")
         key = digest(reference.text(), mine.text(), self.code, self.cuda, self.args.bench_steps, torch.__version__,
                      self.processes.env["OMP_NUM_THREADS"])
         store = self.out / "times" / f"{key}.json"
-        pairs = json.loads(store.read_text(encoding="utf-8")) if store.exists() else []
-        while len(pairs) < self.args.bench_rounds:
-            order = (0, 1) if len(pairs) % 2 == 0 else (1, 0)  # whoever comes second finds a warmer machine
-            found = {}
-            for which in order:
-                found[which] = self._once((reference, mine)[which], store.with_name(f"{key}-{which}"))
-                if isinstance(found[which], str):
-                    return Speed(None, "failed", pairs, found[which])
-            pairs.append([found[0], found[1]])
-            write_atomic(store, [json.dumps(pairs).encode()])
-        pairs = pairs[:self.args.bench_rounds]
+        if not store.exists():
+            if error := self._pairs(reference, mine, store):
+                return Speed(None, "failed", error=error)
+        pairs = json.loads(store.read_text(encoding="utf-8"))
         return Speed(statistics.median(b / a for a, b in pairs), "measured", pairs)
 
-    def _once(self, settings, name):
-        """Milliseconds per step of one process, or why there are none."""
-        answer, output = name.with_suffix(".bench.json"), name.with_suffix(".txt")
+    def _pairs(self, reference, mine, store):
+        """Write the pairs to `store`, or say why there are none."""
+        answer, output, mode = store.with_suffix(".bench.json"), store.with_suffix(".txt"), self.mode(mine)
         answer.unlink(missing_ok=True)
-        settings, mode = replace(settings, iterations=self.plan.steps, seed=self.plan.seeds[0]), self.mode(settings)
-        words = [sys.executable, str(self.bench), "train", *shlex.split(settings.text()), "--modes", mode,
-                 "--steps", str(self.args.bench_steps), "--json", str(answer)]
+        words = [sys.executable, str(self.bench), "train", *shlex.split(mine.text()), "--against",
+                 *shlex.split(reference.text()), "--modes", mode, "--steps", str(self.args.bench_steps), "--json",
+                 str(answer)]
         code = next(self.processes.run([(words, output)]))[1]
         if code:
             return why(code, output)
         try:
-            # A row for each state of the run (stages, depth recurrence off and on), with its share of the steps.
-            rows = [row for row in json.loads(answer.read_text(encoding="utf-8"))["rows"] if row["mode"] == mode]
-            value = sum(row["share"] * float(row[self.key]) for row in rows) / sum(row["share"] for row in rows)
-        except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
-            return f"{self.bench.name} gave no {self.key} of mode {mode}"
-        return value if 0 < value < math.inf else f"{self.bench.name} gave {self.key} {value}"
+            (row,) = json.loads(answer.read_text(encoding="utf-8"))["rows"]
+            pairs = [(float(a), float(b)) for a, b in row["pairs"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            return f"{self.bench.name} gave no pairs of mode {mode}"
+        if not pairs or not all(0 < ms < math.inf for pair in pairs for ms in pair):
+            return f"{self.bench.name} gave pairs that are no times"
+        write_atomic(store, [json.dumps(pairs).encode()])
+        return ""
 
 
 def changed(one, other):
@@ -701,7 +695,9 @@ def pace(speed):
     ratios = [mine / reference for reference, mine in speed["pairs"]]
     if not ratios:
         return "x 1"
-    return f"x {speed['ratio']:.3f}" + (f" ({min(ratios):.3f} .. {max(ratios):.3f})" if len(ratios) > 1 else "")
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else 3 * ratios
+    # Standard error of a median, from the quartiles as if the ratios were normal: 1.253 sigma / sqrt(n).
+    return f"x {speed['ratio']:.3f} ± {1.253 * (high - low) / 1.349 / len(ratios) ** 0.5:.3f}"
 
 
 def table(result, plan):
@@ -733,8 +729,8 @@ def footer(result, plan):
            f"training tokens ({tokens / data['train_tokens']:.2f} epochs).")
     if "time" in plan.matches:
         yield (f"- Equal time: the steps that fit into the time of {plan.steps:,} steps of the "
-               f"{'base' if plan.grid else 'reference'}. Time per step: {result['timing']}; x 1 where the settings "
-               "(rates, schedules, packing, scoring) cannot change the work of a step.")
+               f"{'base' if plan.grid else 'reference'}. Time per step: {result['timing']}, with its standard "
+               "error; x 1 where the settings (rates, schedules, packing, scoring) cannot change the work of a step.")
     gpu = f"{host['gpu']}, " if host["gpu"] else ""
     yield (f"- Machine: {gpu}{host['cores']} cores of {host['cpu']}, torch {host['torch']}, {result['threads']} "
            f"thread(s) a run, {result['jobs']} run(s) at once; commit {result['commit']}.")
@@ -772,8 +768,8 @@ def arguments(argv):
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the runs (default: logs/sweep-PLAN)")
     parser.add_argument("--table", type=Path, metavar="FILE.md", help="write the table here, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
-    parser.add_argument("--bench-steps", type=natural, default=20, metavar="K", help="steps of a measurement (20)")
-    parser.add_argument("--bench-rounds", type=natural, default=5, metavar="R", help="pairs of measurements (5)")
+    parser.add_argument("--bench-steps", type=natural, default=40, metavar="K",
+                        help="pairs of steps of a measurement (40)")
     return parser.parse_intermixed_args(argv)
 
 
