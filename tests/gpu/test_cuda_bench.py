@@ -15,13 +15,17 @@ BIGRAM_VOCAB_SIZE=128 BIGRAM_DIM=64 TRAIN_SEQ_LEN=256 EVAL_SEQ_LEN=256 TRAIN_BAT
 DEVICE=cuda""".split()
 
 
+def measured(tmp_path, *words):
+    words = [str(REPO / "tools/bench.py"), "train", *SETTINGS, "--steps", "5", "--json", tmp_path / "out.json", *words]
+    done = subprocess.run([sys.executable, *map(str, words)], text=True, env=clean_env(), timeout=400,
+                          capture_output=True, stdin=subprocess.DEVNULL, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((tmp_path / "out.json").read_text())
+
+
 @pytest.mark.slow
 def test_both_modes_are_measured(tmp_path):
-    words = [str(REPO / "tools/bench.py"), "train", *SETTINGS, "--steps", "5", "--json", str(tmp_path / "out.json")]
-    done = subprocess.run([sys.executable, *words], text=True, env=clean_env(), timeout=400, capture_output=True,
-                          stdin=subprocess.DEVNULL, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads((tmp_path / "out.json").read_text())
+    result = measured(tmp_path)
     assert (result["dtype"], result["micro_batches"]) == ("bfloat16", 2)
     peak = bench.peak_flops(result["device"], "bfloat16", None)
     for row in result["rows"]:
@@ -30,3 +34,11 @@ def test_both_modes_are_measured(tmp_path):
         assert row["mfu"] == (pytest.approx(expected) if peak else None)
     eager, compiled = result["rows"]
     assert compiled["loss"] == pytest.approx(eager["loss"], rel=2e-2)
+
+
+def test_two_runs_in_turn_keep_their_kernels(tmp_path):
+    """Each side sets PyTorch's attention kernels for the whole process: that of the other must not fail for it."""
+    result = measured(tmp_path, "--modes", "eager", "--against", *SETTINGS, "ATTENTION=math")
+    (row,) = result["rows"]
+    assert len(row["pairs"]) == 5 and all(ms > 0 for pair in row["pairs"] for ms in pair)
+    assert result["attention"] != "math"
