@@ -282,7 +282,17 @@ def test_differences_are_paired_by_seed(one, other):
 
 @pytest.mark.parametrize("ratio, steps", [(1.25, 160), (0.8, 250), (1.009, 198), (1.0, 200), (1.002, 200), (1e6, 1)])
 def test_steps_in_equal_time(ratio, steps):
-    assert sweep.steps_in_equal_time(200, ratio) == steps
+    assert sweep.steps_in_equal_time(200, sweep.Speed(ratio, "measured", [(1, ratio)] * 9)) == steps
+
+
+def test_a_ratio_within_its_error_of_1_is_equal_time():
+    noise = np.random.default_rng(0).normal(0, 0.1, 4000)
+    medians = [np.median(part) for part in noise.reshape(100, 40)]
+    errors = [sweep.ratio_error([(1, 1 + x) for x in part]) for part in noise.reshape(100, 40)]
+    assert np.mean(errors) == pytest.approx(np.std(medians), rel=0.15) and sweep.ratio_error([(2, 3)]) == 0
+    for ratio, steps in ((1.025, 200), (1.035, 193), (0.975, 200), (0.965, 207)):  # the error is 0.0152
+        pairs = [(1, ratio + x) for x in np.linspace(-0.1, 0.1, 41)]
+        assert sweep.steps_in_equal_time(200, sweep.Speed(ratio, "measured", pairs)) == steps, ratio
 
 
 def test_groups_of_settings_are_settings():

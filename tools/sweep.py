@@ -422,9 +422,19 @@ def changed(one, other):
     return {f.name for f in fields(Settings) if getattr(one, f.name) != getattr(other, f.name)}
 
 
-def steps_in_equal_time(steps, ratio):
-    """Steps that fit into the time of the reference's."""
-    return max(1, round(steps / ratio))
+def ratio_error(pairs):
+    """Standard error of the median of the ratios, from their quartiles as if they were normal: 1.253 sigma / root n."""
+    ratios = [mine / reference for reference, mine in pairs]
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else 3 * ratios
+    return 1.253 * (high - low) / 1.349 / len(ratios) ** 0.5
+
+
+def steps_in_equal_time(steps, speed):
+    """Steps that fit into the time of the reference's: as many, where the ratio cannot be told from 1. A step more or
+    less for a measuring error would change the schedule, and the score by more than most techniques do.
+    """
+    same = speed.pairs and abs(speed.ratio - 1) < 2 * ratio_error(speed.pairs)
+    return steps if same else max(1, round(steps / speed.ratio))
 
 
 def measure_all(plan, stopwatch):
@@ -516,8 +526,8 @@ def want_all(plan, runs, speeds):
         if "steps" in plan.matches or name in references | {BASE}:
             runs.want(name, "steps", plan.steps)
     for row in plan.rows if "time" in plan.matches else ():
-        if (ratio := speeds[row.name].ratio) is not None:
-            runs.want(row.name, "time", steps_in_equal_time(plan.steps, ratio))
+        if (speed := speeds[row.name]).ratio is not None:
+            runs.want(row.name, "time", steps_in_equal_time(plan.steps, speed))
 
 
 def run_all(runs, trainer, jobs, processes):
@@ -692,12 +702,7 @@ def columns(plan, base_runs):
 def pace(speed):
     if speed["ratio"] is None:
         return "-"
-    ratios = [mine / reference for reference, mine in speed["pairs"]]
-    if not ratios:
-        return "x 1"
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else 3 * ratios
-    # Standard error of a median, from the quartiles as if the ratios were normal: 1.253 sigma / sqrt(n).
-    return f"x {speed['ratio']:.3f} ± {1.253 * (high - low) / 1.349 / len(ratios) ** 0.5:.3f}"
+    return f"x {speed['ratio']:.3f} ± {ratio_error(speed['pairs']):.3f}" if speed["pairs"] else "x 1"
 
 
 def table(result, plan):
@@ -730,7 +735,8 @@ def footer(result, plan):
     if "time" in plan.matches:
         yield (f"- Equal time: the steps that fit into the time of {plan.steps:,} steps of the "
                f"{'base' if plan.grid else 'reference'}. Time per step: {result['timing']}, with its standard "
-               "error; x 1 where the settings (rates, schedules, packing, scoring) cannot change the work of a step.")
+               "error; within two of them from 1 the steps are equal. x 1 where the settings (rates, schedules, "
+               "packing, scoring) cannot change the work of a step.")
     gpu = f"{host['gpu']}, " if host["gpu"] else ""
     yield (f"- Machine: {gpu}{host['cores']} cores of {host['cpu']}, torch {host['torch']}, {result['threads']} "
            f"thread(s) a run, {result['jobs']} run(s) at once; commit {result['commit']}.")
