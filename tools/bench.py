@@ -34,7 +34,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import ROOT, BadInput, exit_code, git
+from common import ROOT, BadInput, exit_code, git, quartiles
 
 MODES = ("eager", "compiled")
 
@@ -271,8 +271,8 @@ def sdpa_backends():
 
 def measure_state(job, stack):
     """Steps of one state of a run: {"facts", "flops", "step_ms", ...}."""
-    session = Session(job["settings"], job["mode"], job["looping"], job["folder"])
-    stack.callback(session.close)
+    session = stack.enter_context(contextlib.closing(
+        Session(job["settings"], job["mode"], job["looping"], job["folder"])))
     session.build(job["folder"])
     begin = time.perf_counter()
     session.warm_up(job["warmup"])
@@ -290,8 +290,8 @@ def measure_pair(job, stack):
     sides = []
     for number, words in enumerate((job["against"], job["settings"])):
         states = Session.states(Session.settings(words))
-        session = Session(words, job["mode"], next(iter(states)), job["folder"])
-        stack.callback(session.close)
+        session = stack.enter_context(contextlib.closing(
+            Session(words, job["mode"], next(iter(states)), job["folder"])))
         session.build(Path(job["folder"]) / str(number))
         session.warm_up(0)
         sides.append((session, list(states.values())))
@@ -389,11 +389,10 @@ def make_pair_row(mode, results):
     if errors := [result["error"] for result in results if "error" in result]:
         return {"mode": mode, "error": errors[0]}
     pairs = [pair for result in results for pair in result["pairs"]]
-    ratios = [mine / reference for reference, mine in pairs]
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else 3 * ratios
+    low, ratio, high = quartiles([mine / reference for reference, mine in pairs])
     return {"mode": mode, "ms_per_step": statistics.median(mine for _, mine in pairs),
             "against_ms_per_step": statistics.median(reference for reference, _ in pairs),
-            "ratio": statistics.median(ratios), "ratio_low": low, "ratio_high": high, "pairs": pairs}
+            "ratio": ratio, "ratio_low": low, "ratio_high": high, "pairs": pairs}
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------
@@ -417,16 +416,16 @@ def header(report):
                f"torch {r['torch']}, {r['threads']} CPU thread(s), commit {r['commit']}{changed}")
         yield (f"step      {r['parameters']:,} parameters, {r['tokens_per_step']:,} tokens in sequences of "
                f"{r['seq_len']:,}: {r['micro_batches']} micro-batch(es) of {r['micro_batch_tokens']:,} a rank")
-    if "device" in r and "against" not in r:
+    if "against" in r:
+        yield (f"times     medians of {r['steps'] * r['repeats']} pairs of steps in turn, after {r['warmup']}; on a CPU "
+               "its time over all threads")
+        return
+    if "device" in r:
         yield (f"MFU       matmuls and causal attention as a share of {r['peak_tflops']:g} TFLOP/s a device"
                if r["peak_tflops"] else
                f"MFU       no peak is known for {r['dtype']} on this device; --peak-tflops gives one")
     over = f"{r['steps']} steps" if r["repeats"] == 1 else f"{r['repeats']} repeats' medians of {r['steps']} steps"
-    if "against" in r:
-        yield (f"times     medians of {r['steps'] * r['repeats']} pairs of steps in turn, after {r['warmup']}; on a CPU "
-               "its time over all threads")
-    else:
-        yield f"times     median (least-most) of {over}, after {r['warmup']} warm-up steps"
+    yield f"times     median (least-most) of {over}, after {r['warmup']} warm-up steps"
 
 
 PAIR_COLUMNS = ("mode", "against ms/step", "ms/step", "ratio", "(middle half)")
@@ -439,7 +438,7 @@ def cells(row):
         return "-" if row[key] is None else format(row[key], form)
 
     if "pairs" in row:
-        return (row["mode"], show("against_ms_per_step", ",.2f"), show("ms_per_step", ",.2f"), show("ratio", ".3f"),
+        return (row["mode"], f"{row['against_ms_per_step']:,.2f}", f"{row['ms_per_step']:,.2f}", f"{row['ratio']:.3f}",
                 f"({row['ratio_low']:.3f}-{row['ratio_high']:.3f})")
     names = row["mode"], row.get("looping") or "-"
     if "error" in row:

@@ -1,6 +1,7 @@
-"""What the tools share: how a command of theirs ends, and what git says about the code."""
+"""What the tools share: how a command of theirs ends, what git says about the code, the middle of measured values."""
 
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -34,3 +35,9 @@ def git(*words):
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def quartiles(values):
+    """(lower quartile, median, upper quartile); all the same of a single value."""
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else 3 * values
+    return low, statistics.median(values), high

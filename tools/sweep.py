@@ -41,7 +41,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from common import ROOT, git
+from common import ROOT, git, quartiles
 
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
@@ -424,9 +424,8 @@ def changed(one, other):
 
 def ratio_error(pairs):
     """Standard error of the median of the ratios, from their quartiles as if they were normal: 1.253 sigma / root n."""
-    ratios = [mine / reference for reference, mine in pairs]
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else 3 * ratios
-    return 1.253 * (high - low) / 1.349 / len(ratios) ** 0.5
+    low, _, high = quartiles([mine / reference for reference, mine in pairs])
+    return 1.253 * (high - low) / 1.349 / len(pairs) ** 0.5
 
 
 def steps_in_equal_time(steps, speed):
