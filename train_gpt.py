@@ -44,7 +44,7 @@ import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin
 
@@ -85,11 +85,12 @@ class Stopped(Exception):
 Layers = tuple[int, ...]  # "9,10"; an empty value means none
 Betas = tuple[float, ...]  # "0.9,0.95"; empty: BETA1,BETA2
 Stages = tuple[tuple[int, float], ...]  # "1024@0.1,2048@1": a size, and the fraction of the run up to which it holds
+Widths = tuple[tuple[int, int], ...]  # "0@8,10@8": a layer, and the bits of its matrices
 
 
 def opt(room, default, doc, lo=None, hi=None, on=""):
-    """`on`: the settings without which this one does nothing, as "ve_dim" or "average=swa|best"; a comma means or. Where
-    such a setting waits for another itself, this one waits for both.
+    """`on`: the settings without which this one does nothing, as "ve_dim" or "average=swa|best"; a comma means or, an &
+    (which binds tighter) and. Where such a setting waits for another itself, this one waits for both.
     """
     return field(default=default, metadata=dict(room=room, doc=doc, lo=lo, hi=hi, on=on))
 
@@ -98,6 +99,9 @@ def opt(room, default, doc, lo=None, hi=None, on=""):
 GATES, SKIPS = "attn_gate=head|sparse,smear_gate=scalar", "skips=linear|sigmoid|gated"
 MUON, HEADS = "matrix_optimizer=muon", "tie_embeddings=False,mtp_num_heads"
 STAGES, LANES = "train_seq_schedule,train_batch_schedule", "parallel_residual=lanes|routed"
+FIXED, EMBED_FIXED = "fit=off|prune&matrix_quant=rtn|gptq_lite|gptq", "fit=off|prune&embed_quant=rtn|gptq_lite|gptq"
+SIGMAS, EMBED_SIGMAS = "fit=off|prune&matrix_quant=rtn|gptq", "fit=off|prune&embed_quant=rtn|gptq"
+GPTQ, MOMENTS = "matrix_quant=gptq,embed_quant=gptq", "matrix_quant=gptq,embed_quant=gptq,fit=allocate,lqer_rank"
 _run, _data, _model, _train, _average, _pack, _eval = (partial(opt, room) for room in (
     "Run", "Data", "Model", "Training", "Averaging", "Quantisation and packing", "Evaluation"))
 
@@ -232,11 +236,41 @@ class Settings:
     holdout_tokens: int = _average(2**20, "end of the training stream that is not trained on, but chooses the best",
                                    2, on="average=best")
 
-    matrix_bits: int = _pack(6, "bits of a matrix weight: 2 to 8, or 16 for float16", 2, 16)
-    matrix_quant: Literal["rtn", "gptq_lite"] = _pack("gptq_lite", "clip rows at the maximum or the best percentile")
-    embed_bits: int = _pack(8, "bits of an embedding weight: 2 to 8, or 16", 2, 16)
-    embed_quant: Literal["rtn", "gptq_lite"] = _pack("gptq_lite", "the same choice for embedding tables")
-    compressor: Literal["auto", "zstd", "lzma", "brotli", "zlib"] = _pack("auto", "auto: smallest, per stream")
+    fit: Literal["off", "prune", "allocate"] = _pack(
+        "allocate", "to SIZE_LIMIT: not; zero the cheapest codes; choose every step of the grid by what its error costs")
+    matrix_quant: Literal["rtn", "gptq_lite", "gptq", "ternary"] = _pack(
+        "gptq", "to nearest, clipped at the row's maximum or best percentile; errors fed forward; -1, 0, 1 (BitNet)")
+    matrix_bits: int = _pack(6, "bits of a matrix weight: 2 to 8, or 16 for float16", 2, 16, on=FIXED)
+    attn_bits: int = _pack(0, "the same of q, k, v, o; 0: MATRIX_BITS", 0, 16, on=FIXED)
+    mlp_bits: int = _pack(0, "the same of the MLP; 0: MATRIX_BITS", 0, 16, on=FIXED)
+    layer_bits: Widths = _pack((), "the same of whole layers, such as 0@8,10@8; goes before the others", on=FIXED)
+    matrix_clip_sigmas: float = _pack(0.0, "clip rows at so many standard deviations (SDClip, #1394); 0: as MATRIX_QUANT",
+                                      0, 100, on=SIGMAS)
+    attn_clip_sigmas: float = _pack(0.0, "the same of q, k, v, o; 0: MATRIX_CLIP_SIGMAS", 0, 100, on=SIGMAS)
+    mlp_clip_sigmas: float = _pack(0.0, "the same of the MLP; 0: MATRIX_CLIP_SIGMAS", 0, 100, on=SIGMAS)
+    embed_quant: Literal["rtn", "gptq_lite", "gptq", "ternary"] = _pack("gptq", "MATRIX_QUANT of embedding tables")
+    embed_bits: int = _pack(8, "bits of an embedding weight: 2 to 8, or 16", 2, 16, on=EMBED_FIXED)
+    embed_clip_sigmas: float = _pack(0.0, "MATRIX_CLIP_SIGMAS of embedding tables", 0, 100, on=EMBED_SIGMAS)
+    gate_bits: int = _pack(16, "bits of a gate's weight, by row (#1736): 2 to 8, or 16", 2, 16)
+    prune_pct: float = _pack(0.0, "percent of each quantised tensor, its smallest weights, that become 0 (#967)", 0, 99)
+    gptq_damp: float = _pack(0.01, "share of the mean of a Hessian's diagonal that is added to it", 1e-6, 10, on=MOMENTS)
+    gptq_act_order: bool = _pack(True, "columns by falling diagonal of the Hessian", on=GPTQ)
+    gptq_block_size: int = _pack(128, "columns whose errors are fed forward together (speed only)", 1, 2**16, on=GPTQ)
+    gptq_calibration: Literal["train", "generated"] = _pack(
+        "train", "text of the Hessians: further training text, or what the model writes (#1019)", on=MOMENTS)
+    gptq_calibration_tokens: int = _pack(2**20, "at least so many tokens of it, in whole steps", 1, on=MOMENTS)
+    gptq_temperature: float = _pack(0.8, "of the text that the model writes", 0.01, 10, on="gptq_calibration=generated")
+    gptq_reserve_seconds: float = _pack(0.0, "kept of MAX_WALLCLOCK_SECONDS for that; 0: as it took in warm-up", 0,
+                                        on=MOMENTS)
+    lqer_rank: int = _pack(0, "rank of a low-rank correction of the worst tensors (LQER, #1797); 0: off", 0, 256)
+    lqer_top_k: int = _pack(3, "how many tensors get one", 1, 1000, on="lqer_rank")
+    lqer_group: int = _pack(64, "weights of its second factor that share a step", 1, 2**16, on="lqer_rank")
+    late_qat_threshold: float = _pack(0.0, "train on rounded weights below this fraction of the peak learning rate; 0: off",
+                                      0, 1)
+    qat_rounding: Literal["ste", "soft"] = _pack(
+        "ste", "straight through; or a step that steepens to one (#967)", on="late_qat_threshold")
+    compressor: Literal["auto", "rans", "brotli", "zstd", "lzma", "zlib"] = _pack(
+        "auto", "rans: the codes by our entropy coder, the rest by lzma; auto: smallest, per stream")
     size_limit: int = _pack(SIZE_LIMIT, "most bytes of code + artifact; beyond it: exit code 3", 1, SIZE_LIMIT)
 
     eval_seq_len: int = _eval(2048, "length of an evaluation window", 2, 2**20)
@@ -254,6 +288,17 @@ class Settings:
     @property
     def mlp_hidden(self):
         return round(self.mlp_mult * self.model_dim)
+
+    @property
+    def needs_moments(self):
+        """Is anything about the artifact decided by what the loss feels?"""
+        return self.holds(MOMENTS)
+
+    @property
+    def format(self):
+        """Of the matrices, for names of scores."""
+        return "allocated" if self.fit == "allocate" else ("ternary" if self.matrix_quant == "ternary" else
+                                                           f"int{self.matrix_bits}")
 
     @property
     def stages(self):
@@ -286,7 +331,7 @@ class Settings:
             value = getattr(self, name)
             return (str(value) in values.split("|") if equals else bool(value)) and self.holds(self.rule(name))
 
-        return not rule or any(met(*part.partition("=")) for part in rule.split(","))
+        return not rule or any(all(met(*one.partition("=")) for one in part.split("&")) for part in rule.split(","))
 
     @classmethod
     def parse(cls, args=(), env=None):
@@ -395,8 +440,17 @@ class Settings:
         need(s.resume != "auto" or s.run_id or s.out_dir, "RESUME=auto needs the RUN_ID or OUT_DIR to go on with")
         need((s.phases == "eval") == bool(s.artifact), f"PHASES={s.phases} and ARTIFACT={s.artifact or '(empty)'}: "
              "PHASES=eval needs an ARTIFACT, and nothing else reads one")
-        for name in ("matrix_bits", "embed_bits"):
-            need(getattr(s, name) <= 8 or getattr(s, name) == 16, f"{name.upper()}={getattr(s, name)}: 2 to 8, or 16")
+        widths = [(name.upper(), getattr(s, name)) for name in ("matrix_bits", "attn_bits", "mlp_bits", "embed_bits",
+                                                                "gate_bits")]
+        for name, bits in [*widths, *((f"LAYER_BITS={_show(s.layer_bits)}", bits) for _, bits in s.layer_bits)]:
+            need(2 <= bits <= 8 or bits == 16 or not bits and name in ("ATTN_BITS", "MLP_BITS"),
+                 f"{name if '=' in name else f'{name}={bits}'}: bits are 2 to 8, or 16")
+        layers = [layer for layer, _ in s.layer_bits]
+        need(len(set(layers)) == len(layers) and all(0 <= layer < s.num_layers for layer in layers),
+             f"LAYER_BITS={_show(s.layer_bits)} names a layer twice, or one outside 0..NUM_LAYERS-1={s.num_layers - 1}")
+        for name in ("matrix_quant", "embed_quant"):
+            need(s.fit != "allocate" or getattr(s, name) in ("rtn", "gptq"), f"FIT=allocate chooses the grid, so "
+                 f"{name.upper()} says only how to round to it: rtn or gptq, not {getattr(s, name)}")
         packages = {"auto": ("zstandard", "brotli"), "zstd": ("zstandard",), "brotli": ("brotli",)}
         for package in packages.get(s.compressor, ()):
             need(importlib.util.find_spec(package), f"COMPRESSOR={s.compressor} needs {package}: pip install {package}")
@@ -482,6 +536,7 @@ class Context(NamedTuple):
     docs: Docs | None
     ve: Tensor | None  # (B, T, K*C) value embedding
     first_v: list  # the values of layer 0, once it has made them
+    cache: "Cache | None" = None  # what attention sees beside this text
 
 
 def norm(x):
@@ -499,6 +554,27 @@ def plus(y, adapter, x):
     return y if adapter is None else y + adapter(x)
 
 
+class Grid(nn.Module):
+    """Late QAT: a weight (R, C) as the artifact would hold it, at the exporter's `step` (R, C or 1) and range -top..top.
+
+    "ste": the gradient passes straight through. "soft" (#967): steps that are smooth, and steepen with `sharpness`.
+    """
+
+    def __init__(self, weight, top, soft):
+        super().__init__()
+        self.top, self.soft = top, soft
+        self.register_buffer("step", weight.new_ones(len(weight), 1), persistent=False)
+        self.register_buffer("sharpness", weight.new_ones(()), persistent=False)
+
+    def forward(self, weight):
+        at = weight / self.step
+        if not self.soft:
+            return weight + (at.round().clamp(-self.top, self.top) * self.step - weight).detach()
+        low = at.floor().detach()
+        rise = torch.tanh(self.sharpness * (at - low - 0.5)) / torch.tanh(self.sharpness / 2)
+        return (low + 0.5 + 0.5 * rise).clamp(-self.top, self.top) * self.step
+
+
 class Linear(nn.Module):
     """y = x W^T, W (out, in); no bias anywhere. `scale` (out,) multiplies the rows of W instead of the output: the
     same map, but its gradient comes from dW and not from a reduction over all tokens of the batch.
@@ -507,12 +583,14 @@ class Linear(nn.Module):
     def __init__(self, inputs, outputs, zero=False, role="matrix"):
         super().__init__()
         self.zero, self.role, self.weight = zero, role, nn.Parameter(torch.empty(outputs, inputs))
+        self.grid = None  # Grid, while late QAT is on
 
     def init(self, generator):
         nn.init.zeros_(self.weight) if self.zero else nn.init.orthogonal_(self.weight, generator=generator)
 
     def forward(self, x, scale=None):
-        weight = self.weight if scale is None else scale[:, None] * self.weight
+        weight = through(self.grid, self.weight)
+        weight = weight if scale is None else scale[:, None] * weight
         return F.linear(x, weight.to(x.dtype))
 
 
@@ -523,13 +601,13 @@ class Table(nn.Module):
 
     def __init__(self, rows, width, std):
         super().__init__()
-        self.std, self.weight = std, nn.Parameter(torch.empty(rows, width))
+        self.std, self.weight, self.grid = std, nn.Parameter(torch.empty(rows, width)), None
 
     def init(self, generator):
         nn.init.normal_(self.weight, std=self.std, generator=generator) if self.std else nn.init.zeros_(self.weight)
 
     def forward(self, ids, dtype):
-        return F.embedding(ids, self.weight).to(dtype)
+        return F.embedding(ids, through(self.grid, self.weight)).to(dtype)
 
 
 def rotary_tables(positions, dims, base):
@@ -738,7 +816,8 @@ class Attention(nn.Module):
         q, k, v = plus(self.q(x), slot.q, x), plus(self.k(x), slot.k, x), self.values(x, context, slot.v)
         q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in (q, k, v))
         q = rotate(norm(q), *context.rope) * self.q_gain.to(x.dtype)[:, None]
-        y = self.attend(q, rotate(norm(k), *context.rope), v, context.docs)
+        k = rotate(norm(k), *context.rope)
+        y = self.attend(q, k, v, context.docs) if context.cache is None else context.cache.attend(q, k, v)
         y = exclude_self(y, v) if self.xsa else y
         y = (y if self.gate is None else y * self.gate(x)).flatten(2)
         return plus(self.o(y, scale), slot.o, y)
@@ -883,6 +962,36 @@ class Block(nn.Module):
         return self.mlp(norm(x) * self.ln_scale, self.mlp_scale, slot)
 
 
+class Cache:
+    """Keys and values of the text so far, (B, length) at most: hidden(ids, cache=cache) goes on with the next tokens."""
+
+    def __init__(self, model, rows, length):
+        self.model, self.at, self.visit, self.kept, self.hidden = model, 0, 0, [], None
+        self.ids = torch.empty(rows, length, dtype=torch.int64, device=model.embed.weight.device)
+
+    def extend(self, ids):
+        """Take the next ids (B, T) in; returns them behind the predecessors that the n-gram hash and SmearGate read."""
+        begin, self.at, self.visit = self.at, self.at + ids.size(1), 0
+        self.ids[:, begin : self.at] = ids
+        text, mode = self.ids[:, : self.at], self.model.doc_mask
+        mask = (documents(text, mode).mask if mode == "attention" else
+                torch.ones(1, 1, self.at, self.at, dtype=torch.bool, device=ids.device).tril())
+        self.hidden = ~mask[:, :, None, begin:]  # (B or 1, 1, 1, T, text)
+        return text[:, max(begin - 3, 0) :]
+
+    def attend(self, q, k, v):
+        """Causal attention of the new positions to all, as attend_reference() has it."""
+        if self.visit == len(self.kept):
+            self.kept.append([z.new_empty(len(z), self.ids.size(1), *z.shape[2:]) for z in (k, v)])
+        for z, new in zip(self.kept[self.visit], (k, v)):
+            z[:, self.at - new.size(1) : self.at] = new
+        keys, values = (z[:, : self.at] for z in self.kept[self.visit])
+        self.visit += 1
+        scores = torch.einsum("btkgc,bskc->bkgts", q.unflatten(2, (k.size(2), -1)), keys) * q.size(-1) ** -0.5
+        share = scores.masked_fill(self.hidden, -torch.inf).softmax(-1)
+        return torch.einsum("bkgts,bskc->btkgc", share, values).flatten(2, 3)
+
+
 class GPT(nn.Module):
     """The model. hidden -> logits -> loss is the only forward: training, scoring and adaptation call it.
 
@@ -931,15 +1040,21 @@ class GPT(nn.Module):
         """Docs of ids (B, T) as this model's DOC_MASK and attention kernel want them."""
         return documents(ids, self.doc_mask, longest, self.varlen)
 
-    def hidden(self, ids, docs=None, adapters=None):
-        """ids (B, T) -> normed final states (B, T, D). docs defaults to what BOS says, unless DOC_MASK=none."""
+    def hidden(self, ids, docs=None, adapters=None, cache=None):
+        """ids (B, T) -> normed final states (B, T, D). docs defaults to what BOS says, unless DOC_MASK=none. With a
+        cache, ids go on with the text in it.
+        """
+        begin, new = 0 if cache is None else cache.at, ids.size(1)
+        ids = ids if cache is None else cache.extend(ids)
         docs = self.documents(ids) if docs is None else docs
         x = through(self.embed_proj, self.embed(ids, self.dtype))
         for table in (self.bigram, self.trigram):
             x = x if table is None else x + table(ids, docs, self.dtype)
         x = through(self.smear, norm(through(self.early_smear, x, docs)), docs)
+        x, ids = (x, ids) if cache is None else (x[:, -new:], ids[:, -new:])
         ve = self.value_embed(ids, self.dtype) if self.value_embed is not None else None
-        context = Context(x, (self.cos[: ids.size(1)], self.sin[: ids.size(1)]), docs, ve, [])
+        rope = self.cos[begin : begin + new], self.sin[begin : begin + new]
+        context = Context(x, rope, docs, ve, [], cache)
         route = self.lanes.route if self.lanes is not None and self.lanes.keep is not None else None
         lanes, kept = (x,), []
         for j, visit in enumerate(self.plan):
@@ -955,7 +1070,9 @@ class GPT(nn.Module):
 
     def logits(self, hidden, adapters=None, head=None):
         """hidden (..., D) -> float32 logits (..., V), soft-capped; `head`: another head's weight (V, width)."""
-        head = head if head is not None else self.embed.weight if self.head is None else self.head.weight
+        if head is None:
+            module = self.embed if self.head is None else self.head
+            head = through(module.grid, module.weight)
         logits = F.linear(through(self.head_proj, hidden), head.to(hidden.dtype))
         logits = plus(logits, adapters.head if adapters is not None else None, hidden).float()
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
@@ -1010,7 +1127,7 @@ def roles(model):
 # 4 Runtime: settings from outside, then device, dtype and ranks
 # ---------------------------------------------------------------------------------------------------------------------
 
-LISTS = {Layers: "layers", Betas: "two numbers", Stages: "size@fraction, ..."}  # in words, for --help
+LISTS = {Layers: "layers", Betas: "two numbers", Stages: "size@fraction, ...", Widths: "layer@bits, ..."}  # in words, for --help
 # Names of published commands that mean something else here: the answer is what to write instead.
 RENAMED = {
     "VE_ENABLED": "VE_DIM=0 turns value embeddings off", "SWA_ENABLED": "AVERAGE=swa", "EMA_ENABLED": "AVERAGE=ema",
@@ -1060,7 +1177,8 @@ def _convert(f, text):
     if kind in LISTS:
         read, example = {Layers: (int, "layer numbers separated by commas, such as 9,10"),
                          Betas: (float, "numbers separated by commas, such as 0.9,0.99"),
-                         Stages: (_stage, "size@fraction separated by commas, such as 1024@0.1,2048@1")}[kind]
+                         Stages: (_pair(float), "size@fraction separated by commas, such as 1024@0.1,2048@1"),
+                         Widths: (_pair(int), "layer@bits separated by commas, such as 0@8,10@8")}[kind]
         try:
             return tuple(read(part) for part in text.split(",")) if text else ()
         except ValueError:
@@ -1084,12 +1202,15 @@ def _conditions(rule):
         return name.upper() + equals + {"False": "0"}.get(values, values) + (
             f" with {_conditions(further)}" if further else "")
 
-    return " or ".join(typed(*part.partition("=")) for part in rule.split(","))
+    return " or ".join(" and ".join(typed(*one.partition("=")) for one in part.split("&")) for part in rule.split(","))
 
 
-def _stage(text):
-    size, _, until = text.partition("@")
-    return int(size), float(until)
+def _pair(second):
+    def read(text):
+        a, _, b = text.partition("@")
+        return int(a), second(b)
+
+    return read
 
 
 def _unknown(name, known):
@@ -1478,21 +1599,26 @@ class MuonAdam:
                 share.copy_(whole[bank.mine])
 
 
-def lr_scale(s, progress, step, total_steps, since_stage=None):
+def lr_scale(s, progress, step, total_steps, since_stage=None, seconds=None):
     """Multiplier of every learning rate at progress in [0, 1]: linear warm-up, 1, a line to 0 that stops at MIN_LR.
 
     total_steps: of the run, as far as known; only WARMDOWN_ITERS needs it. since_stage: steps since a stage began.
+    seconds: of the run, where that is not MAX_WALLCLOCK_SECONDS.
     """
     warmup = min((step + 1) / s.lr_warmup_steps, 1.0) if s.lr_warmup_steps else 1.0
     if since_stage is not None and s.seq_change_warmup_steps:
         warmup *= min((since_stage + 1) / s.seq_change_warmup_steps, 1.0)
+    return warmup * warmdown(s, progress, total_steps, seconds)
+
+
+def warmdown(s, progress, total_steps, seconds=None):
+    """The part of lr_scale that falls."""
     length = s.warmdown_frac
     if s.warmdown_iters:
         length = min(s.warmdown_iters / max(total_steps, 1), 1.0)
     elif s.warmdown_seconds:
-        length = min(s.warmdown_seconds / s.max_wallclock_seconds, 1.0)
-    down = min((1 - progress) / length, 1.0) if length else 1.0
-    return warmup * max(down, s.min_lr)
+        length = min(s.warmdown_seconds / (seconds or s.max_wallclock_seconds), 1.0)
+    return max(min((1 - progress) / length, 1.0) if length else 1.0, s.min_lr)
 
 
 def wd_scale(s, progress):
@@ -1894,16 +2020,176 @@ def load_validation(s, rt, sp):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7 Quantisation
+# 7 Quantisation: moments, grids, rounding, codecs
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class Moments(NamedTuple):
+    """What the loss feels of an error E (R, C) in a weight: half the sum over rows r of gain[r] E[r] hessian E[r]^T, in
+    nats a token. The Fisher information as a Kronecker product (K-FAC, arXiv 1503.05671), its second factor diagonal.
+    """
+
+    hessian: Tensor  # (C, C) mean of x x^T, x what the weight is multiplied with, over all visits of its layer
+    gain: Tensor  # (R,) mean squared gradient of the loss of a token at each output
+
+
+class MomentMeter:
+    """Sums for Moments, by hooks on the one forward. Labels are those of the text: sampling them from the model, as
+    theory wants, gave the same artifact to 0.2 % of its bytes.
+    """
+
+    def __init__(self, model):
+        self.model, self.tokens, self.hessian, self.gain = model, 0, {}, {}
+        self._owner, self._last, self._features = {}, (None, None), None  # q, k and v read one tensor: one Hessian
+
+    @contextlib.contextmanager
+    def _watching(self):
+        hooks, trained = [], [p for p in self.model.parameters() if p.requires_grad]
+        for name, module in self.model.named_modules():
+            if isinstance(module, (Linear, Table)):
+                watch = self._linear if isinstance(module, Linear) else self._table
+                hooks.append(module.register_forward_hook(partial(watch, f"{name}.weight")))
+                module.weight.requires_grad_(isinstance(module, Table))  # states need a gradient, matrices do not
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for param in trained:
+                param.requires_grad_(True).grad.zero_() if param.grad is not None else param.requires_grad_(True)
+            self._last, self._features = (None, None), None
+
+    def _add(self, sums, name, value):
+        sums[name] = sums[name].add_(value) if name in sums else value
+
+    def _linear(self, name, module, args, output):
+        x, scale = args[0], args[1] if len(args) > 1 else None
+        if x is not self._last[0]:
+            flat = x.detach().flatten(0, -2).float()
+            self._add(self.hessian, name, flat.mT @ flat)
+            self._last = (x, name)
+        self._owner[name] = self._last[1]
+        if module is self.model.head_proj:
+            self._features = output.detach()
+
+        def backward(gradient):
+            square = gradient.flatten(0, -2).float().square().sum(0)
+            self._add(self.gain, name, square if scale is None else square * scale.detach().float().square())
+
+        output.register_hook(backward)
+
+    def _table(self, name, module, args, output):
+        """A row is felt as often as it is looked up, each time through the gradient at the output."""
+        self._add(self.gain, name, torch.bincount(args[0].flatten(), minlength=module.weight.size(0)).float())
+        self._owner[name] = name
+
+        def backward(gradient):
+            flat = gradient.flatten(0, -2).float()
+            self._add(self.hessian, name, flat.mT @ flat)
+
+        output.register_hook(backward)
+
+    def observe(self, ids, targets):
+        """Add the text ids, targets (B, T): one forward and one backward."""
+        model, self._features = self.model, None
+        with self._watching(), torch.enable_grad():
+            hidden = model.hidden(ids)
+            logits = model.logits(hidden)
+            F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
+            with torch.no_grad():  # the head's gain is known in closed form: p (1 - p) for each logit before its cap
+                p = logits.softmax(-1)
+                slope = 1 - (logits / model.softcap).square() if model.softcap else 1.0
+                features = (hidden if self._features is None else self._features).flatten(0, -2).float()
+                self._add(self.gain, "head", (p * (1 - p) * slope**2).flatten(0, -2).sum(0))
+                self._add(self.hessian, "head", features.mT @ features)
+        self.tokens += targets.numel()
+
+    def moments(self, rt):
+        """{parameter: Moments} over the texts of all ranks. A tied table is looked up and multiplied with: one Hessian
+        for both uses, the mean by weight; the gain of a row is that of both.
+        """
+        tokens = rt.sum(torch.tensor(float(self.tokens), device=rt.device))
+        for sums in (self.hessian, self.gain):
+            for name in sorted(sums):
+                rt.sum(sums[name]).div_(tokens)
+        head = Moments(self.hessian.pop("head"), self.gain.pop("head"))
+        found = {name: Moments(self.hessian[owner], self.gain[name]) for name, owner in self._owner.items()}
+        for name, module in self.model.named_modules():
+            if isinstance(module, Table):  # how often a row is met is a count: half a time more, lest a rare one is lost
+                hessian, count = found[f"{name}.weight"]
+                found[f"{name}.weight"] = Moments(hessian / count.sum().clamp_min(1e-30), count + 0.5 / tokens)
+        if self.model.head is not None:
+            found["head.weight"] = head
+        else:
+            uses = found["embed.weight"], head
+            gains = [use.gain * use.hessian.trace() for use in uses]
+            weights = [gain.sum() / sum(gains).sum() for gain in gains]
+            hessian = sum(w * use.hessian / use.hessian.trace() for w, use in zip(weights, uses))
+            found["embed.weight"] = Moments(hessian, sum(gains))
+        return found
+
+
+def generate(model, rows, length, temperature, seed, world=1, rank=0):
+    """Text (rows / world, length + 1) that the model writes: BOS, then what it draws at a temperature. The numbers that
+    decide are drawn for all rows at once, so the text of a row does not depend on the number of ranks.
+    """
+    generator, device = torch.Generator().manual_seed(seed), model.embed.weight.device
+    ids = torch.full((-(-rows // world), length + 1), BOS, device=device)
+    cache = Cache(model, len(ids), length)
+    with torch.no_grad():
+        for t in range(length):
+            logits = model.logits(model.hidden(ids[:, t : t + 1], cache=cache)[:, -1])
+            chance = torch.rand(len(ids) * world, generator=generator)[rank * len(ids) : (rank + 1) * len(ids)]
+            reached = (logits / temperature).softmax(-1).cumsum(-1)
+            chance = chance.to(device)[:, None] * reached[:, -1:]
+            ids[:, t + 1] = torch.searchsorted(reached, chance, right=True).squeeze(1).clamp_max(logits.size(-1) - 1)
+    return ids
+
+
+class Store(NamedTuple):
+    """How a parameter is stored: float16; "int", integers at a step per row; "grid", integers at a step per row and
+    column that FIT=allocate chooses.
+    """
+
+    codec: Literal["float16", "int", "grid"]
+    bits: int = 16
+    method: str = ""
+    sigmas: float = 0.0
+
+    @property
+    def top(self):
+        """Largest code."""
+        return 127 if self.codec == "grid" else 1 if self.method == "ternary" else 2 ** (self.bits - 1) - 1
+
+
+def storage(model, s):
+    """{parameter: Store}, by role and, for matrices, by layer and kind."""
+    embed, of_layer = (s.embed_bits, s.embed_quant, s.embed_clip_sigmas), dict(s.layer_bits)
+    table = {"matrix": (s.matrix_bits, s.matrix_quant, s.matrix_clip_sigmas), "embed": embed, "head": embed,
+             "gate": (s.gate_bits, "rtn", 0.0)}
+    kinds = {"attn": (s.attn_bits, s.attn_clip_sigmas), "mlp": (s.mlp_bits, s.mlp_clip_sigmas)}
+    stored = {}
+    for name, role in roles(model).items():
+        bits, method, sigmas = table.get(role, (16, "", 0.0))
+        place = name.split(".")  # blocks.LAYER.attn.q.weight
+        if role == "matrix" and place[0] == "blocks":
+            own_bits, own_sigmas = kinds[place[2]]
+            bits, sigmas = of_layer.get(int(place[1]), own_bits or bits), own_sigmas or sigmas
+        if s.fit == "allocate" and role in ("matrix", "embed", "head"):
+            stored[name] = Store("grid", 8, method)
+        else:
+            stored[name] = Store("float16") if bits == 16 and method != "ternary" else Store("int", bits, method, sigmas)
+    return stored
+
 
 SCALE_FLOOR = 2.0**-24  # the smallest float16: keeps an all-zero row decodable without ever clipping a real one
 CLIP_PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 
 
-def row_scales(rows, bits, method):
-    """float16 step of each row of (N, M): its largest magnitude over the integer range, or with "gptq_lite" (#414) the
-    clip percentile of least squared error, chosen for every row by itself (the name is the field's: no Hessian).
+def row_scales(rows, bits, method, sigmas=0.0):
+    """float16 step of each row of (N, M). "rtn": its largest magnitude over the integer range. "gptq_lite" (#414) and
+    "gptq": the clip percentile of least squared error, for every row by itself. `sigmas` goes before both: a multiple
+    of the row's standard deviation over the range (SDClip, #1394). "ternary": its mean magnitude (arXiv 2402.17764).
     """
     top = 2 ** (bits - 1) - 1
 
@@ -1911,6 +2197,10 @@ def row_scales(rows, bits, method):
         step = step.clamp_min(SCALE_FLOOR)
         return torch.where(step < 2**-14, (step / SCALE_FLOOR).ceil() * SCALE_FLOOR, step).half()
 
+    if method == "ternary":
+        return half(rows.abs().mean(1))
+    if sigmas:
+        return half(sigmas * rows.std(1, correction=min(rows.size(1) - 1, 1)) / top)
     if method == "rtn":
         return half(rows.abs().amax(1) / top)
     ordered = rows.abs().sort(dim=1).values
@@ -1919,7 +2209,7 @@ def row_scales(rows, bits, method):
         at = p * (rows.size(1) - 1)  # linear interpolation between order statistics, as quantile() has it
         low, high = ordered[:, math.floor(at)], ordered[:, math.ceil(at)]
         scale = half((low + (high - low) * (at - math.floor(at))) / top)
-        error = (rows - round_to_grid(rows, scale, bits) * scale.float()[:, None]).square().sum(1)
+        error = (rows - round_to_grid(rows, scale.float()[:, None], top) * scale.float()[:, None]).square().sum(1)
         if best is None:
             best_error, best = error, scale
         better = error < best_error
@@ -1927,44 +2217,290 @@ def row_scales(rows, bits, method):
     return best
 
 
-def round_to_grid(rows, scale, bits):
-    """Integers of symmetric `bits` for rows (N, M) at a step per row; the step as stored, so decoding uses the same."""
-    top = 2 ** (bits - 1) - 1
-    return (rows / scale.float()[:, None]).round().clamp(-top, top)
+def round_to_grid(weight, step, top):
+    """Integers from -top to top nearest to weight / step."""
+    return (weight / step).round().clamp(-top, top)
 
 
-def encode_int(weight, bits, method):
-    """(rows, ...) -> {"q": int8 codes, "scale": float16 (rows,)}."""
-    rows = weight.float().reshape(weight.size(0), -1)
-    scale = row_scales(rows, bits, method)
-    return {"q": round_to_grid(rows, scale, bits).to(torch.int8), "scale": scale}
+QUARTERS = np.float32(2.0) ** (np.arange(4, dtype=np.float32) / 4)
+
+
+def quarter_octaves(exponents):
+    """2^(e/4) of int8 exponents, float32, to the bit the same on every machine."""
+    e = exponents.numpy().astype(np.int32)
+    return torch.from_numpy(np.ldexp(QUARTERS[e & 3], e >> 2))
+
+
+def sensitive_grid(weight, moments, pivots, spacing):
+    """Parts of a grid for weight (R, C): step[r, c] = spacing / sqrt(gain[r] pivot[c]), to the nearest quarter octave.
+
+    The pivots (C,) are what an error in a column costs once the columns behind it make up for it as well as they can.
+    Every weight then costs the loss spacing^2 / 24 nats a token, and no bits can be moved to where they save more: the
+    answer of rate-distortion theory ("reverse water-filling"), which fixed bits and clips by the spread of a row miss.
+    """
+    def exponents(felt):
+        return (-2 * (felt / felt.mean().clamp_min(1e-30)).clamp_min(1e-6).log2()).round()
+
+    gain, pivots = moments.gain.float(), pivots.float()
+    unit = spacing / (gain.mean() * pivots.mean()).sqrt().clamp_min(1e-30)
+    row, col = exponents(gain), exponents(pivots).clamp(-60, 60)
+    widest = (weight.abs() / (2 ** (col / 4))).amax(1) / unit  # in units of a row's step: codes end at 127
+    row = torch.maximum(row, (4 * (widest / 126).clamp_min(1e-30).log2()).ceil()).clamp(-120, 120)
+    return {"row": row.to(torch.int8), "col": col.to(torch.int8), "unit": unit.reshape(1)}
+
+
+def factorise(moments, damp, act_order):
+    """(order (C,), U (C, C) float32) for gptq(): columns by falling diagonal of the Hessian, and the upper U with U^T U
+    its damped inverse in that order. U comes from one Cholesky factor of the reversed Hessian and its inverse.
+    """
+    hessian = moments.hessian.double().clone()
+    diagonal = hessian.diagonal()
+    diagonal[diagonal <= 0] = 1.0  # a dead input: whatever its weight, nothing is felt
+    diagonal += damp * diagonal.mean()
+    order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(diagonal),
+                                                                                          device=diagonal.device)
+    lower, failed = torch.linalg.cholesky_ex(hessian[order][:, order].flip(0, 1))
+    if failed or not lower.isfinite().all():
+        raise Stopped("a Hessian is not positive definite; raise GPTQ_DAMP, or GPTQ_CALIBRATION_TOKENS", 4)
+    identity = torch.eye(len(order), dtype=lower.dtype, device=lower.device)
+    return order, torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).float()
+
+
+@torch.no_grad()
+def gptq(weights, steps, top, orders, factors, block):
+    """Codes int8 (N, R, C) of weights (N, R, C) at steps (N, R, C or 1): column by column in `orders` (N, C), each
+    rounding error fed forward into the columns behind it by `factors` (N, C, C), a block at a time (arXiv 2210.17323).
+    """
+    def columns(values):  # (N, C, R): a column is contiguous
+        return values.mT.gather(1, orders[:, :, None].expand(-1, -1, values.size(1)))
+
+    w, wide = columns(weights), steps.size(2) > 1
+    steps = columns(steps) if wide else steps.mT
+    codes = torch.empty_like(w, dtype=torch.int8)
+    for a in range(0, w.size(1), block):
+        b = min(a + block, w.size(1))
+        part, errors = w[:, a:b], torch.empty_like(w[:, a:b])
+        for j in range(b - a):
+            step = steps[:, a + j if wide else 0]
+            code = round_to_grid(part[:, j], step, top)
+            codes[:, a + j] = code
+            torch.div(part[:, j] - code * step, factors[:, a + j, a + j, None], out=errors[:, j])
+            part[:, j + 1 :].addcmul_(factors[:, a + j, a + j + 1 : b, None], errors[:, j : j + 1], value=-1)
+        w[:, b:] -= factors[:, a:b, b:].mT @ errors
+    return torch.empty_like(codes).scatter_(1, orders[:, :, None].expand_as(codes), codes).mT.contiguous()
+
+
+def low_rank(error, gain, rank, group):
+    """Parts of a correction A B of error (R, C), with the steps of LQER (#1797): A (R, rank) from the largest singular
+    vectors, in 2 bits (-2..1, one step); B (rank, C), the best for that A as it is stored, in 4 bits (-8..7, a step per
+    `group` weights). Rows count by their gain.
+    """
+    rows = gain.double().clamp_min(1e-6 * gain.mean().item()).sqrt()[:, None]
+    u, size, _ = torch.linalg.svd(rows * error.double(), full_matrices=False)
+    a = u[:, :rank] / rows * size[:rank]
+    step = (a.abs().amax() / 1.5).clamp_min(SCALE_FLOOR).reshape(1).half()
+    codes = (a / step.double()).round().clamp(-2, 1)
+    stored = rows * codes * step.double()
+    normal = stored.mT @ stored
+    normal.diagonal().add_(1e-9 * normal.trace() + 1e-30)
+    b = torch.linalg.solve(normal, stored.mT @ (rows * error.double())).flatten()
+    padded = F.pad(b, (0, -len(b) % group)).view(-1, group)
+    steps = (padded.abs().amax(1) / 7.5).clamp_min(SCALE_FLOOR).half()
+    b_codes = (padded / steps.double()[:, None]).round().clamp(-8, 7).flatten()[: len(b)]
+    return {"a": codes.to(torch.int8), "a_step": step, "b": b_codes.to(torch.int8).view(rank, -1), "b_step": steps}
 
 
 def decode_int(parts, shape):
     return (parts["q"].float() * parts["scale"].float()[:, None]).view(shape)
 
 
-def encode_float16(weight, bits, method):
-    return {"half": weight.half()}
+def decode_grid(parts, shape):
+    rows, cols = (quarter_octaves(parts[name]) for name in ("row", "col"))
+    return (parts["q"].float() * (parts["unit"] * rows)[:, None] * cols).view(shape)
 
 
 def decode_float16(parts, shape):
     return parts["half"].float().view(shape)
 
 
-# name: (encode, decode, {part: (dtype, size of it for a shape)}). The header stores the name; "int" carries its bits.
+# name: (decode, {part: (dtype, size of it for a shape)}), and what a correction of rank k by groups of g adds to one.
 CODECS = {
-    "int": (encode_int, decode_int, {"q": (np.int8, math.prod), "scale": (np.float16, lambda shape: shape[0])}),
-    "float16": (encode_float16, decode_float16, {"half": (np.float16, math.prod)}),
+    "int": (decode_int, {"q": (np.int8, math.prod), "scale": (np.float16, lambda shape: shape[0])}),
+    "grid": (decode_grid, {"q": (np.int8, math.prod), "row": (np.int8, lambda shape: shape[0]),
+                           "col": (np.int8, lambda shape: math.prod(shape[1:])), "unit": (np.float32, lambda shape: 1)}),
+    "float16": (decode_float16, {"half": (np.float16, math.prod)}),
 }
+CORRECTION = {"a": (np.int8, lambda shape, k, g: shape[0] * k), "a_step": (np.float16, lambda shape, k, g: 1),
+              "b": (np.int8, lambda shape, k, g: k * math.prod(shape[1:])),
+              "b_step": (np.float16, lambda shape, k, g: -(-k * math.prod(shape[1:]) // g))}
 
 
-def codec_of(role, s):
-    """(codec, bits, method) that stores the parameters of a role: gains and scales stay float16."""
-    embed = (s.embed_bits, s.embed_quant)
-    table = {"matrix": (s.matrix_bits, s.matrix_quant), "embed": embed, "head": embed}
-    bits, method = table.get(role, (16, ""))
-    return ("float16" if bits == 16 else "int"), bits, method
+class Encoded(NamedTuple):
+    """A parameter as the artifact holds it."""
+
+    codec: str
+    bits: int
+    rank: int  # of its correction, or 0
+    group: int
+    parts: dict[str, Tensor]
+
+    def decode(self, shape):
+        """float32 weights of a shape."""
+        weight = CODECS[self.codec][0](self.parts, shape)
+        if not self.rank:
+            return weight
+        a = self.parts["a"].float().view(shape[0], self.rank) * self.parts["a_step"].float()
+        steps = self.parts["b_step"].float().repeat_interleave(self.group)[: self.parts["b"].numel()]
+        b = (self.parts["b"].float().flatten() * steps).view(self.rank, -1)
+        for k in range(self.rank):  # summed in one order everywhere
+            weight = weight + a[:, k, None] * b[k]
+        return weight
+
+
+RATE_STEP = 1 / 16
+RATE_OCTAVES = np.arange(-24, 40, RATE_STEP)  # log2 of a spread in units of the step
+
+
+@cache
+def gaussian_entropy():
+    """(log2 of the spread, bits): the entropy of a Gaussian rounded to whole numbers."""
+    octaves, root = np.arange(-4, 7, RATE_STEP), math.sqrt(2)
+    edges = np.arange(-1023.5, 1024)
+    below = [np.array([0.5 * (1 + math.erf(e / 2**o / root)) for e in edges if abs(e) < 10 * 2**o + 1]) for o in octaves]
+    bits = []
+    for p in map(np.diff, below):
+        p = p[p > 0]
+        bits.append(float(-(p * np.log2(p)).sum()))
+    return np.array([-40, *octaves]), np.array([0, *bits])
+
+
+class Quantiser:
+    """The parameters of a model as its settings store them. What does not depend on the spacing of FIT=allocate is done
+    once. `moments` are of calibrate(); settings that need none do without.
+    """
+
+    def __init__(self, model, s, moments=None):
+        self.s, self.stores, self.moments, self.groups = s, storage(model, s), moments, {}
+        self.weights, self._factors, self._spread = {n: p.detach().float() for n, p in model.named_parameters()}, {}, None
+        for name, store in self.stores.items():
+            weight = self.weights[name]
+            if not weight.isfinite().all():
+                raise Stopped(f"{name} is not finite; no artifact was written", 4)
+            if store.codec == "float16":
+                continue
+            if count := int(s.prune_pct / 100 * weight.numel()):
+                self.weights[name] = weight.where(weight.abs() > weight.abs().flatten().kthvalue(count).values, 0.0)
+            self.groups.setdefault((weight.shape, store), []).append(name)
+        self.quantised = sum(self.weights[name].numel() for names in self.groups.values() for name in names)
+
+    def factor(self, name):
+        """factorise() of a parameter's Hessian, once for q, k and v, which share theirs."""
+        if self.moments is None:
+            raise ValueError(f"{name} is to be stored by its Hessian, but there are no moments")
+        key = id(self.moments[name].hessian)
+        if key not in self._factors:
+            self._factors[key] = factorise(self.moments[name], self.s.gptq_damp, self.s.gptq_act_order)
+        return self._factors[key]
+
+    def pivots(self, name):
+        """(C,): what an error in each column costs, once those behind it have made up for what they can."""
+        order, factor = self.factor(name)
+        return torch.empty_like(factor[0]).scatter_(0, order, factor.diagonal().square().reciprocal())
+
+    def rate(self, spacing):
+        """Bytes of the codes at a spacing, were each weight Gaussian with the spread of its row and column."""
+        if self._spread is None:
+            self._spread = np.zeros(len(RATE_OCTAVES))
+            for (_, store), names in self.groups.items():
+                for name in names if store.codec == "grid" else ():
+                    square, gain = self.weights[name].double().square(), self.moments[name].gain.double()
+                    local = square.mean(1, keepdim=True) * square.mean(0) / square.mean().clamp_min(1e-60)
+                    felt = local * gain[:, None] * self.pivots(name).double()  # (spread / step)^2 at a spacing of 1
+                    at = (felt.clamp_min(1e-60).log2() / 2 - RATE_OCTAVES[0]) / RATE_STEP
+                    self._spread += np.bincount(at.round().clamp(0, len(RATE_OCTAVES) - 1).int().flatten().cpu().numpy(),
+                                                minlength=len(RATE_OCTAVES))
+        return float(self._spread @ np.interp(RATE_OCTAVES - math.log2(spacing), *gaussian_entropy())) / 8
+
+    def spacing_for(self, size, factor=1.0, finest=0.0, coarsest=math.inf):
+        """The spacing at which factor * rate() is `size` bytes, by bisection between bounds."""
+        low, high = (math.log(min(max(x, 1e-12), 1e6)) for x in (finest, coarsest))
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if factor * self.rate(math.exp(middle)) > size else (low, middle)
+        return math.exp(high)
+
+    def _grids(self, names, store, spacing):
+        """([parts], steps (N, R, C or 1)) of parameters of one shape: their grids."""
+        weights = torch.stack([self.weights[name] for name in names])
+        if store.codec == "int":
+            scales = row_scales(weights.flatten(0, 1), store.bits, store.method, store.sigmas).view(len(names), -1)
+            return [{"scale": scale} for scale in scales], scales.float()[:, :, None]
+        parts = [_to_cpu(sensitive_grid(self.weights[n], self.moments[n], self.pivots(n), spacing)) for n in names]
+        ones = torch.ones(weights.shape[1:], dtype=torch.int8)
+        return parts, torch.stack([decode_grid({"q": ones, **part}, ones.shape) for part in parts]).to(weights.device)
+
+    def steps(self, spacing=None):
+        """{parameter: its step, (R, 1) or (R, C)}: what weights will be rounded to."""
+        return {name: step for (_, store), names in self.groups.items()
+                for name, step in zip(names, self._grids(names, store, spacing)[1])}
+
+    def encode(self, spacing=None):
+        """{parameter: Encoded}, in the model's order."""
+        done = {}
+        for (_, store), names in self.groups.items():
+            weights = torch.stack([self.weights[name] for name in names])
+            parts, steps = self._grids(names, store, spacing)
+            if store.method == "gptq":
+                orders, factors = (torch.stack(z) for z in zip(*map(self.factor, names)))
+                alive = torch.stack([self.moments[name].hessian.diagonal() > 0 for name in names])[:, None]
+                codes = gptq(weights * alive, steps, store.top, orders, factors, self.s.gptq_block_size)
+            else:
+                codes = round_to_grid(weights, steps, store.top).to(torch.int8)
+            for name, code, part in zip(names, codes, parts):
+                done[name] = Encoded(store.codec, store.bits, 0, 0, _to_cpu({"q": code, **part}))
+        if self.s.lqer_rank:
+            self._correct(done)
+        for name, store in self.stores.items():
+            if store.codec == "float16":
+                done[name] = Encoded("float16", 16, 0, 0, _to_cpu({"half": self.weights[name].half()}))
+        return {name: done[name] for name in self.stores}
+
+    def _correct(self, done):
+        """LQER where the error is felt most. By its plain norm it would always be the largest tensors (#1797)."""
+        rank, group = self.s.lqer_rank, self.s.lqer_group
+        errors, felt = {}, {}
+        for name in done:
+            error, (hessian, gain) = self.weights[name].cpu() - done[name].decode(self.weights[name].shape), self.moments[name]
+            errors[name] = error.to(hessian.device)
+            felt[name] = (gain @ ((errors[name] @ hessian) * errors[name]).sum(1)).item()
+        for name in sorted(felt, key=felt.get)[-self.s.lqer_top_k :]:
+            fitting = min(rank, *errors[name].shape)
+            parts = _to_cpu(low_rank(errors[name], self.moments[name].gain, fitting, group))
+            done[name] = done[name]._replace(rank=fitting, group=group, parts=done[name].parts | parts)
+
+
+def _to_cpu(parts):
+    return {name: part.cpu() for name, part in parts.items()}
+
+
+def without_cheapest(encoded, count):
+    """Encoded tensors with `count` of their codes 1 and -1 set to 0: those of the smallest steps (#1019, #1539)."""
+    places, costs = [], []
+    for name, (codec, *_, parts) in encoded.items():
+        if codec != "int":
+            continue
+        q = parts["q"]
+        at = (q.abs() == 1).flatten().nonzero().squeeze(1)
+        places.append((name, at))
+        costs.append(parts["scale"].float()[at // q.size(1)])
+    cheap = torch.zeros(sum(map(len, costs)), dtype=torch.bool)
+    cheap[torch.cat(costs).argsort(stable=True)[:count]] = True
+    done = dict(encoded)
+    for (name, at), drop in zip(places, cheap.split([len(at) for _, at in places])):
+        q = encoded[name].parts["q"].clone()
+        q.view(-1)[at[drop]] = 0
+        done[name] = encoded[name]._replace(parts=encoded[name].parts | {"q": q})
+    return done
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2063,14 +2599,47 @@ def _unplanes(data, dtype):
     return np.ascontiguousarray(planes.T).view(dtype).ravel()
 
 
-def stream_layout(tensors, role_of):
-    """{stream: [(name, part, dtype, count)]} for rows (name, shape, codec, ...): codes by role, other parts by kind."""
+def stream_layout(tensors):
+    """{stream: [(name, part, dtype, shape)]} for rows (name, shape, codec, bits, rank, group): one stream for each kind
+    of part. In that of the codes equal kinds of matrix (all q, all k, ...) lie together.
+    """
     streams = {}
-    for name, shape, codec, *_ in tensors:
-        for part, (dtype, count) in CODECS[codec][2].items():
-            stream = f"{role_of[name]}.q" if part == "q" else part
-            streams.setdefault(stream, []).append((name, part, dtype, count(shape)))
+    for name, shape, codec, _, rank, group in tensors:
+        for part, (dtype, count) in CODECS[codec][1].items():
+            flat = (shape[0], math.prod(shape[1:])) if part == "q" else (count(shape),)
+            streams.setdefault(part, []).append((name, part, dtype, flat))
+        for part, (dtype, count) in CORRECTION.items() if rank else ():
+            streams.setdefault(part, []).append((name, part, dtype, (count(shape, rank, group),)))
+    if "q" in streams:
+        kinds = [_kind(row[0]) for row in streams["q"]]
+        streams["q"].sort(key=lambda row: kinds.index(_kind(row[0])))
     return streams
+
+
+def _kind(name):
+    return ".".join(word for word in name.split(".") if not word.isdigit())
+
+
+def code_groups(rows):
+    """[(number, rows, columns)]: runs of matrices of one kind and shape among the rows of the stream of codes."""
+    groups = []
+    for name, _, _, shape in rows:
+        key = (_kind(name), *shape)
+        if groups and groups[-1][0] == key:
+            groups[-1][1] += 1
+        else:
+            groups.append([key, 1])
+    return [(count, *shape) for (_, *shape), count in groups]
+
+
+def pack_stream(rows, encoded, compressor):
+    """Bytes of one stream, packed."""
+    arrays = [encoded[name].parts[part].numpy() for name, part, _, _ in rows]
+    if compressor == "rans" and rows[0][1] == "q":
+        flat, groups = np.concatenate([array.ravel() for array in arrays]), code_groups(rows)
+        ends = np.cumsum([math.prod(shape) for shape in groups])
+        return encode_codes([part.reshape(shape) for part, shape in zip(np.split(flat, ends[:-1]), groups)])
+    return COMPRESSORS[compressor][0](_planes(np.concatenate([array.ravel() for array in arrays])))
 
 
 def model_fields():
@@ -2078,37 +2647,97 @@ def model_fields():
     return [f for f in fields(Settings) if f.metadata["room"] == "Model" or f.name == "vocab_size"]
 
 
-def save_artifact(path, model, s, tokenizer_sha256="", log=None):
-    """Quantise, pack and write the model -> {"bytes", "sha256", "compressor"}. The file is complete or absent."""
-    role_of, parts, tensors = roles(model), {}, []
-    for name, param in model.named_parameters():
-        codec, bits, method = codec_of(role_of[name], s)
-        encoded = CODECS[codec][0](param.detach(), bits, method)
-        if not all(torch.isfinite(tensor).all() for tensor in (param, *encoded.values())):
-            raise Stopped(f"{name} is not finite, or too large for float16; no artifact was written", 4)
-        parts[name] = {part: tensor.cpu().numpy() for part, tensor in encoded.items()}
-        tensors.append((name, tuple(param.shape), codec, bits))
-    candidates = list(COMPRESSORS) if s.compressor == "auto" else [s.compressor]
+def pack(encoded, shapes, s, header, log=None):
+    """Chunks of the artifact that holds encoded parameters of some shapes, and the compressors used."""
+    tensors = [(name, shapes[name], *one[:4]) for name, one in encoded.items()]
     streams, payload = [], []
-    for stream, rows in stream_layout(tensors, role_of).items():
-        raw = _planes(np.concatenate([parts[name][part].ravel() for name, part, _, _ in rows]))
-        packed = {name: COMPRESSORS[name][0](raw) for name in candidates}
+    for stream, rows in stream_layout(tensors).items():
+        named = s.compressor if s.compressor != "rans" or stream == "q" else "lzma"
+        candidates = [named] if named != "auto" else ["rans"] * (stream == "q") + list(COMPRESSORS)
+        with ThreadPoolExecutor(len(candidates)) as pool:
+            packed = dict(zip(candidates, pool.map(partial(pack_stream, rows, encoded), candidates)))
         best = min(candidates, key=lambda name: len(packed[name]))
-        streams.append([stream, best, len(raw), len(packed[best]), zlib.crc32(packed[best])])
+        size = sum(np.dtype(dtype).itemsize * math.prod(shape) for _, _, dtype, shape in rows)
+        streams.append([stream, best, size, len(packed[best]), zlib.crc32(packed[best])])
         payload.append(packed[best])
         if log:
             sizes = {f"{name}_bytes": len(data) for name, data in packed.items()}
-            log("pack", stream=stream, raw_bytes=len(raw), **sizes, chosen=best)
-    settings = {f.name.upper(): _show(getattr(s, f.name)) for f in model_fields()}
-    # `looping`: a loop that training never reached stays off.
-    header = {"settings": settings, "looping": model.looping, "tokenizer_sha256": tokenizer_sha256, "tensors": tensors,
-              "streams": streams}
-    header = json.dumps(header, separators=(",", ":")).encode()
+            log("pack", stream=stream, raw_bytes=size, **sizes, chosen=best)
+    header = json.dumps({**header, "tensors": tensors, "streams": streams}, separators=(",", ":")).encode()
     packed = zlib.compress(header, 9)
     chunks = [PREFIX.pack(MAGIC, ARTIFACT_VERSION, len(packed), len(header), zlib.crc32(packed)), packed, *payload]
-    sha256 = write_atomic(path, chunks)
-    used = "+".join(sorted({compressor for _, compressor, *_ in streams}))
-    return {"bytes": sum(map(len, chunks)), "sha256": sha256, "compressor": used}
+    return chunks, "+".join(sorted({compressor for _, compressor, *_ in streams}))
+
+
+def allocate(quantiser, size_of, room, log):
+    """Encoded parameters at the spacing whose artifact fills `room` bytes to within 5,000, or at the finest that means
+    anything. Bytes follow Quantiser.rate() up to a factor, which each try corrects.
+    """
+    finest = math.sqrt(24e-5 / max(quantiser.quantised, 1))  # 1e-5 nats in all
+    bounds, factor, best = [finest, math.inf], 1.0, None  # too many bytes, few enough
+    for attempt in range(1, 11):
+        spacing = quantiser.spacing_for(room - 2500, factor, *bounds)
+        encoded = quantiser.encode(spacing)
+        size = size_of(encoded)
+        log("allocate", attempt=attempt, spacing=spacing, expected_loss=quantiser.quantised * spacing**2 / 24,
+            bytes=size, room_bytes=room)
+        if size <= room or best is None:
+            best = encoded
+        if size <= room and (size >= room - 5000 or spacing <= 1.001 * finest):
+            break
+        bounds[size <= room], factor = spacing, size / quantiser.rate(spacing)
+    return best
+
+
+def prune_to_fit(encoded, size_of, room, log):
+    """Encoded parameters with the fewest of their cheapest codes dropped (without_cheapest) that fit `room` bytes."""
+    low, high = 0, sum(int((one.parts["q"].abs() == 1).sum()) for one in encoded.values() if one.codec == "int")
+    first = size = size_of(encoded)
+    if first <= room:
+        log("prune", dropped=0, bytes=first, room=room)
+        return encoded
+    least, count = size_of(without_cheapest(encoded, high)), high
+    best, sizes = without_cheapest(encoded, high), (first, least)
+    for _ in range(8 if least <= room else 0):
+        count = low + round((high - low) * (sizes[0] - room + 500) / max(sizes[0] - sizes[1], 1))
+        count = min(max(count, low + 1), high)
+        tried = without_cheapest(encoded, count)
+        size = size_of(tried)
+        if size <= room:
+            high, best, sizes = count, tried, (sizes[0], size)
+        else:
+            low, sizes = count, (size, sizes[1])
+        if room - 2000 <= size <= room or high - low <= 1:
+            break
+    log("prune", dropped=high, bytes=sizes[1], room=room)
+    return best
+
+
+def save_artifact(path, model, s, tokenizer_sha256="", log=None, moments=None, room=None):
+    """Quantise, pack and write the model -> {"bytes", "sha256", "compressor"}. The file is complete or absent.
+
+    `moments`: of calibrate(), where the settings need them; `room`: bytes that FIT may fill (default: SIZE_LIMIT).
+    """
+    log, room = log or (lambda *_, **__: None), s.size_limit if room is None else room
+    settings = {f.name.upper(): _show(getattr(s, f.name)) for f in model_fields()}
+    # `looping`: a loop that training never reached stays off.
+    header = {"settings": settings, "looping": model.looping, "tokenizer_sha256": tokenizer_sha256}
+    shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+    quantiser = Quantiser(model, s, moments)
+
+    def size_of(encoded):
+        return sum(map(len, pack(encoded, shapes, s, header)[0]))
+
+    if s.fit == "allocate":
+        encoded = allocate(quantiser, size_of, room, log)
+    else:
+        encoded = quantiser.encode()
+        encoded = prune_to_fit(encoded, size_of, room, log) if s.fit == "prune" else encoded
+    for name, one in encoded.items():
+        if not all(part.isfinite().all() for part in one.parts.values()):
+            raise Stopped(f"{name} is too large for float16; no artifact was written", 4)
+    chunks, used = pack(encoded, shapes, s, header, log)
+    return {"bytes": sum(map(len, chunks)), "sha256": write_atomic(path, chunks), "compressor": used}
 
 
 def read_artifact(path, data=None):
@@ -2128,9 +2757,14 @@ def read_artifact(path, data=None):
     try:
         header = json.loads(decompress("zlib", body, raw, f"{path}: header"))
         rows = [(str(n), str(c), int(r), int(p), int(k)) for n, c, r, p, k in header["streams"]]
-        header["tensors"] = [(str(n), tuple(map(int, shape)), str(c), int(b)) for n, shape, c, b in header["tensors"]]
+        header["tensors"] = [(str(n), tuple(map(int, shape)), str(c), int(bits), int(rank), int(group))
+                             for n, shape, c, bits, rank, group in header["tensors"]]
         header["settings"] = {str(k): str(v) for k, v in header["settings"].items()}
-        unknown = {c for _, _, c, _ in header["tensors"]} - set(CODECS) | {c for _, c, *_ in rows} - set(COMPRESSORS)
+        unknown = {row[2] for row in header["tensors"]} - set(CODECS)
+        unknown |= {c for name, c, *_ in rows if c != "rans" or name != "q"} - set(COMPRESSORS)
+        if any(rank < 0 or rank and (group < 1 or rank > min(shape[0], math.prod(shape[1:])) or codec == "float16")
+               for _, shape, codec, _, rank, group in header["tensors"]):
+            raise ValueError("a correction of impossible rank")
         header["tokenizer_sha256"] = bytes.fromhex(header["tokenizer_sha256"]).hex()
         header["looping"] = bool(header["looping"])
         if unknown or set(header["settings"]) != {f.name.upper() for f in model_fields()}:
@@ -2169,22 +2803,25 @@ def load_artifact(path, settings=None, dtype=torch.float32, attend=None, device=
     s = artifact_settings(path, header, settings or Settings())
     with torch.device("meta"):
         skeleton = GPT(s, init=False)
-    shapes, role_of = {n: tuple(p.shape) for n, p in skeleton.named_parameters()}, roles(skeleton)
+    shapes = {n: tuple(p.shape) for n, p in skeleton.named_parameters()}
     if [row[:2] for row in header["tensors"]] != list(shapes.items()):
         raise BadInput(f"{path}: its tensors are not those of its settings")
-    layout = stream_layout(header["tensors"], role_of)
-    sizes = {name: sum(np.dtype(kind).itemsize * count for _, _, kind, count in rows) for name, rows in layout.items()}
+    layout = stream_layout(header["tensors"])
+    sizes = {stream: sum(np.dtype(kind).itemsize * math.prod(shape) for _, _, kind, shape in rows)
+             for stream, rows in layout.items()}
     if sizes != {name: size for name, (_, _, size) in streams.items()} or sum(sizes.values()) > MAX_RAW:
         raise BadInput(f"{path}: stream sizes do not add up to its tensors")
     parts = {name: {} for name in shapes}
     for stream, rows in layout.items():
-        compressor, data, size = streams[stream]
-        values, at = _unplanes(decompress(compressor, data, size, f"{path}: stream {stream}"), rows[0][2]), 0
-        for name, part, _, count in rows:
-            tensor = torch.from_numpy(values[at : at + count].copy())
-            parts[name][part] = tensor.view(shapes[name][0], -1) if part == "q" else tensor
-            at += count
-    state = {name: CODECS[codec][1](parts[name], shape) for name, shape, codec, _ in header["tensors"]}
+        (compressor, data, size), where, at = streams[stream], f"{path}: stream {stream}", 0
+        if compressor == "rans":
+            values = np.concatenate([group.ravel() for group in decode_codes(data, code_groups(rows), where)])
+        else:
+            values = _unplanes(decompress(compressor, data, size, where), rows[0][2])
+        for name, part, _, shape in rows:
+            parts[name][part] = torch.from_numpy(values[at : at + math.prod(shape)].copy()).view(shape)
+            at += math.prod(shape)
+    state = {name: Encoded(*row, parts[name]).decode(shape) for name, shape, *row in header["tensors"]}
     if not all(torch.isfinite(tensor).all() for tensor in state.values()):
         raise BadInput(f"{path}: holds values that are not finite")
     model = GPT(s, dtype, attend, init=False)
@@ -2650,6 +3287,68 @@ class Run:
         self.clock, self.validity, self.facts = Clock(rt.sync), Validity(), {}
 
 
+CALIBRATION_MICRO_TOKENS = 16384  # forwarded at once: a backward pass that is not compiled takes much memory
+
+
+def calibration_steps(s):
+    """Steps of the training stream that hold GPTQ_CALIBRATION_TOKENS."""
+    return -(-s.gptq_calibration_tokens // s.stages[-1][2])
+
+
+def calibration_rows(s):
+    """Sequences of generated text that do."""
+    return -(-s.gptq_calibration_tokens // s.stages[-1][1])
+
+
+class LateQAT:
+    """Training on weights as the artifact will hold them, from LATE_QAT_THRESHOLD on: on the exporter's own grid. That
+    of scales follows the weights, every 10 steps; that of FIT=allocate is chosen once, after a calibration of its own.
+    """
+
+    def __init__(self, model, s):
+        self.model, self.s, self.begun, self.on = model, s, None, False
+        stores = storage(model, s)
+        self.modules = {f"{name}.weight": module for name, module in model.named_modules()
+                        if isinstance(module, (Linear, Table)) and stores[f"{name}.weight"].codec != "float16"}
+        self.grids = {name: Grid(module.weight, stores[name].top, s.qat_rounding == "soft").to(module.weight.device)
+                      for name, module in self.modules.items()}
+        if s.fit == "allocate":
+            for name, grid in self.grids.items():
+                grid.step = torch.ones_like(self.modules[name].weight.data)
+
+    def switch(self, on):
+        """Round, or do not: two graphs of the same model, both compiled in warm-up."""
+        if on != self.on:
+            for name, module in self.modules.items():
+                module.grid = self.grids[name] if on else None
+            self.on = on
+
+    def enter(self, run, training, progress):
+        """At each step that trains on rounded weights; progress from 0 to 1 sharpens soft rounding (1 to 16)."""
+        if self.begun is None:
+            self.begun = training.step
+            run.log("late_qat", step=training.step, tensors=len(self.grids), rounding=self.s.qat_rounding)
+            if self.s.fit == "allocate":
+                quantiser = Quantiser(self.model, self.s, training.calibrate())
+                self._set(quantiser.steps(quantiser.spacing_for(self.s.size_limit - len(run.source))))
+        if self.s.fit != "allocate" and (training.step - self.begun) % 10 == 0:
+            self._set(Quantiser(self.model, self.s).steps())
+        for grid in self.grids.values() if self.s.qat_rounding == "soft" else ():
+            grid.sharpness.fill_(1 + 15 * progress)
+        self.switch(True)
+
+    def _set(self, steps):
+        for name, grid in self.grids.items():
+            grid.step.copy_(steps[name])
+
+    def state_dict(self):
+        return {"begun": self.begun, "steps": {name: grid.step.cpu() for name, grid in self.grids.items()}}
+
+    def load_state_dict(self, state):
+        self.begun = state["begun"]
+        self._set(state["steps"])
+
+
 class Training:
     """What a training run changes from step to step: all of it, and nothing else, is in a checkpoint."""
 
@@ -2663,21 +3362,31 @@ class Training:
         self.stream = TokenStream(find_shards(s.data_path, "train"), s, rt, given)
         self.average = Average(s, self.optimizer.banks)
         self.complement = Complement(s, rt) if s.complement_alpha else None
+        self.qat = LateQAT(model, s) if s.late_qat_threshold else None
+        self.reserve = 0.0  # seconds of the training clock kept for calibration
 
-    def enter(self, progress):
-        """What progress switches on: the stage of length and batch, and depth recurrence."""
+    def enter(self, progress, falling=1.0):
+        """What progress switches on: the stage of length and batch, depth recurrence, and, once the learning rate has
+        fallen to LATE_QAT_THRESHOLD, training on rounded weights.
+        """
         s = self.run.s
         stage = next(i for i, (until, _, _) in enumerate(s.stages) if progress < until or until == 1)
         if stage != self.stage:
             self.stage, self.stage_start = stage, self.step
         self.model.looping = s.loops and progress >= s.enable_looping_at
+        if self.qat and (self.qat.begun is not None or falling < s.late_qat_threshold):
+            self.qat.enter(self.run, self, 1 - falling / s.late_qat_threshold)
 
     def plans(self):
-        """[(stage, looping)] that the run will meet, if it lasts."""
+        """[(stage, looping, rounded)] that the run will meet, if it lasts."""
         s, begin, met = self.run.s, 0.0, []
         switch = s.enable_looping_at if s.loops else 1.0
+        # Where the warmdown is in steps or seconds, rounding may begin anywhere.
+        late = 1 - s.late_qat_threshold * (1.0 if s.warmdown_iters or s.warmdown_seconds else s.warmdown_frac)
         for stage, (until, _, _) in enumerate(s.stages):
-            met += [(stage, False)] * (begin < switch) + [(stage, True)] * (until > switch)
+            loops = [False] * (begin < switch) + [True] * (until > switch)
+            met += [(stage, loop, False) for loop in loops]
+            met += [(stage, loop, True) for loop in loops if self.qat and (until if loop else min(until, switch)) > late]
             begin = until
         return met
 
@@ -2695,7 +3404,9 @@ class Training:
         """Compile every graph that the run will use on synthetic tokens through the real step, then undo all of it."""
         s, rt, banks = self.run.s, self.run.rt, self.optimizer.banks
         before, generator = self.average.copy(), torch.Generator().manual_seed(s.seed)
-        for stage, self.model.looping in self.plans():
+        for stage, self.model.looping, rounded in self.plans():
+            if self.qat:
+                self.qat.switch(rounded)
             for _ in range(s.warmup_steps):
                 self.optimizer.zero_grad()
                 try:
@@ -2711,6 +3422,51 @@ class Training:
             for tensor in bank.state:
                 tensor.zero_()
         self.optimizer.t, self.model.looping = 0, s.loops
+        if self.qat:
+            self.qat.switch(False)
+
+    def measure_reserve(self):
+        """How long calibration will take, from a second try at it on synthetic tokens; the first is all set-up."""
+        s, rt = self.run.s, self.run.rt
+        generator, (_, length, tokens) = torch.Generator().manual_seed(s.seed), s.stages[-1]
+        for _ in range(2):
+            rt.sync()
+            began, meter = time.monotonic(), MomentMeter(self.model)
+            if s.gptq_calibration == "generated":
+                part = max(length // 32, 1)
+                generate(self.model, calibration_rows(s) // rt.world + 1, part, s.gptq_temperature, s.seed)
+                rt.sync()
+                began -= (time.monotonic() - began) * (length / part - 1)
+            once = time.monotonic()
+            self._meter_step(meter, self.stream.synthetic(generator, length, tokens), length)
+            rt.sync()
+            seconds = once - began + (time.monotonic() - once) * calibration_steps(s)
+        return rt.agree(1.1 * seconds)[0]
+
+    def _meter_step(self, meter, micro, length):
+        for ids, targets, _ in micro:
+            rows = max(CALIBRATION_MICRO_TOKENS // length, 1)
+            for x, y in zip(ids.view(-1, length).split(rows), targets.view(-1, length).split(rows)):
+                meter.observe(x, y)
+
+    def calibrate(self):
+        """{parameter: Moments} of the model as it is, inside the training clock: from the next steps of the training
+        stream, or from text that the model writes itself.
+        """
+        s, rt, run, meter = self.run.s, self.run.rt, self.run, MomentMeter(self.model)
+        _, length, tokens = s.stages[self.stage]
+        with run.clock.phase("calibrate"):
+            if s.gptq_calibration == "generated":
+                text = generate(self.model, calibration_rows(s), length, s.gptq_temperature, s.seed, rt.world, rt.rank)
+                self._meter_step(meter, [(text[:, :-1].contiguous(), text[:, 1:].contiguous(), None)], length)
+            else:
+                run.validity.opened("train")
+                for _ in range(calibration_steps(s)):
+                    self._meter_step(meter, _next_batch(run, self, length, tokens), length)
+            moments = meter.moments(rt)
+        run.log("calibrate", source=s.gptq_calibration, tokens=int(rt.sum(torch.tensor(meter.tokens))),
+                seconds=round(run.clock["calibrate"], 3), reserved_seconds=round(self.reserve, 3))
+        return moments
 
     def save(self):
         """Write a checkpoint, outside the training clock, by parameter name; the last two are kept. Collective.
@@ -2732,6 +3488,7 @@ class Training:
                  "seconds": dict(run.clock.seconds), "weights": by_name(weights), "average_count": self.average.count,
                  "average": {kind: [by_name(one) for one in taken] for kind, taken in self.average.taken.items()},
                  "complement": self.complement.state_dict() if self.complement else None,
+                 "qat": self.qat.state_dict() if self.qat else None, "reserve": self.reserve,
                  "optimizer": self.optimizer.state_dict()}
         if run.rt.rank:
             return True
@@ -2770,6 +3527,9 @@ class Training:
         read([bank.weight for bank in self.optimizer.banks], state["weights"])
         if self.complement:
             self.complement.load_state_dict(state["complement"])
+        if self.qat:
+            self.qat.load_state_dict(state["qat"])
+        self.reserve = state["reserve"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.run.clock.seconds.update({k: v for k, v in state["seconds"].items() if k != "setup"})
         torch.set_rng_state(state["rng"])
@@ -2820,7 +3580,7 @@ def report_score(run, predictor, stream):
 
 
 def train(run, model, val):
-    """The training phase: leaves the weights to export in the model."""
+    """The training phase: leaves the weights to export in the model. Returns their Moments, where settings need them."""
     s, rt, log = run.s, run.rt, run.log
     training = Training(run, model)
     for role, (tensors, count, how) in training.optimizer.table.items():
@@ -2834,9 +3594,14 @@ def train(run, model, val):
             training.warm_up()
             if rt.compiled:  # the scoring graphs too, on synthetic tokens
                 tokens = torch.zeros_like(val.tokens[: s.eval_seq_len + 1])
-                for model.looping in sorted({looping for _, looping in training.plans()}):  # ends as the run will
+                for model.looping in sorted({looping for _, looping, _ in training.plans()}):  # ends as the run will
                     report_score(run, predictor, ValStream(tokens, val.bytes[: s.eval_seq_len], False))
         log("warmup", steps=s.warmup_steps, graphs=len(training.plans()), seconds=round(run.clock["warmup"], 2))
+    if s.needs_moments and s.max_wallclock_seconds:
+        with run.clock.phase("warmup"):
+            times = 1 + bool(s.late_qat_threshold and s.fit == "allocate")
+            training.reserve = s.gptq_reserve_seconds or times * training.measure_reserve()
+        log("reserve", seconds=round(training.reserve, 3))
     training.average.start()
     resume(run, training)
     if rt.device.type == "cuda":
@@ -2855,6 +3620,7 @@ def train(run, model, val):
     run.facts.update(steps=training.step, train_tokens=training.tokens, peak_memory_mib=peak, weights=kind,
                      epochs=round(training.stream.epoch, 4))
     log("peak_memory", f"peak memory allocated: {peak} MiB", mib=peak)
+    return training.calibrate() if s.needs_moments else None
 
 
 def _choose_average(run, training, predictor):
@@ -2887,27 +3653,34 @@ def _train_steps(run, training, predictor, val, interrupt):
     """Steps until the clock or ITERATIONS says stop; returns the lowest learning-rate scale that was used."""
     s, rt, log, clock = run.s, run.rt, run.log, run.clock
     losses, lowest, first, marks = deque(), 1.0, training.step, deque(maxlen=20)
+    limit = max(s.max_wallclock_seconds - training.reserve, 0.0)
+    if s.max_wallclock_seconds and not limit:
+        raise BadInput(f"calibration will take {training.reserve:.1f} s of MAX_WALLCLOCK_SECONDS="
+                       f"{s.max_wallclock_seconds}; lower GPTQ_CALIBRATION_TOKENS={s.gptq_calibration_tokens}")
     while True:
         # Rank 0's clock decides for all; a step is begun only if, as slow as the slowest of late, it ends in time.
         elapsed, stop = rt.agree(clock["train"] if rt.rank == 0 else 0.0, interrupt.signal)
         step = training.step
         marks.append(elapsed)
         pace = max((b - a for a, b in zip(marks, list(marks)[1:])), default=0.0)
-        by_time = elapsed / s.max_wallclock_seconds if s.max_wallclock_seconds else 0.0
+        by_time = elapsed / limit if limit else 0.0
         by_step = step / s.iterations if s.iterations else 0.0
         progress = min(max(by_time, by_step), 1.0)
-        out_of_time = s.max_wallclock_seconds and elapsed + pace * (1 + len(losses)) > s.max_wallclock_seconds
+        out_of_time = limit and elapsed + pace * (1 + len(losses)) > limit
         done = by_step >= 1 or out_of_time
         if stop:
             break
         if done or (s.val_loss_every and step % s.val_loss_every == 0 and step > first):
+            if training.qat:  # what is scored is the weights themselves
+                training.qat.switch(False)
             log_step(run, "val", step, report_score(run, predictor, val))
         if done:
             break
         # A run that ends by the clock has as many steps as fit at this pace; WARMDOWN_ITERS is measured against it.
-        training.enter(progress)
+        steps = step / by_time if by_time > by_step else s.iterations
+        training.enter(progress, warmdown(s, progress, steps, limit))
         since = step - training.stage_start if training.stage else None
-        scale = lr_scale(s, progress, step, step / by_time if by_time > by_step else s.iterations, since)
+        scale = lr_scale(s, progress, step, steps, since, limit)
         lowest = min(lowest, scale)
         losses.append(_train_step(run, training, progress, scale))
         in_flight = rt.throttle()
@@ -2921,6 +3694,8 @@ def _train_steps(run, training, predictor, val, interrupt):
         log.progress("training", progress, 1.0, f"step {training.step} {1e3 * pace:.0f} ms/step "
                      f"ETA {elapsed * (1 - progress) / max(progress, 1e-9):.0f} s")
     rt.sync()
+    if training.qat:
+        training.qat.switch(False)
     while losses:
         _check_loss(run, *losses.popleft())
     if stop := int(rt.agree(interrupt.signal)[0]):
@@ -3002,6 +3777,7 @@ def _report_never_reached(run, training, lowest):
     events = [("MUON_MOMENTUM", muon and step < s.muon_momentum_warmup_steps, ended),
               ("warmdown", falls and lowest >= 1, "the learning rate never fell"),
               ("LR_WARMUP_STEPS", step < s.lr_warmup_steps, "the learning rate never reached its peak"),
+              ("LATE_QAT_THRESHOLD", training.qat and training.qat.begun is None, "no step was on rounded weights"),
               ("ENABLE_LOOPING_AT", s.loops and not training.model.looping, "the exported model does not loop"),
               ("stage", training.stage + 1 < len(stages), f"it ended in number {training.stage + 1} of {len(stages)}")]
     for what, missed, consequence in events:
@@ -3009,18 +3785,19 @@ def _report_never_reached(run, training, lowest):
             run.log("never_reached", what=what, consequence=consequence)
 
 
-def export(run, model, tokenizer_sha256):
+def export(run, model, tokenizer_sha256, moments=None):
     """Write the artifact, account for every byte of the submission; returns the artifact's path."""
     s, path, code_bytes = run.s, run.out_dir / "model.pg", len(run.source)
     with run.clock.phase("export"):
-        info = save_artifact(path, model, s, tokenizer_sha256, run.log) if run.rt.rank == 0 else None
+        info = run.rt.rank == 0 and save_artifact(path, model, s, tokenizer_sha256, run.log, moments,
+                                                  s.size_limit - code_bytes)
     info = run.rt.same(info)
     total = code_bytes + info["bytes"]
     run.facts.update(code_bytes=code_bytes, model_bytes=info["bytes"], total_bytes=total,
                      artifact_sha256=info["sha256"], compressor=info["compressor"])
     run.log("artifact", code_bytes=code_bytes, model_bytes=info["bytes"], total_bytes=total, limit_bytes=s.size_limit,
             margin_bytes=s.size_limit - total, sha256=info["sha256"], file=path)
-    kind = f"int{s.matrix_bits}+{info['compressor']}"
+    kind = f"{s.format}+{info['compressor']}"
     run.log("submission_size", f"Total submission size {kind}: {total} bytes", total_bytes=total)
     if total > s.size_limit:
         run.validity.need_for_record(False, f"{total} bytes, the limit is {s.size_limit}")
@@ -3048,10 +3825,10 @@ def evaluate(run, path):
         predictor, sliding = ModelPredictor(model, rt), s.eval_stride not in (0, s.eval_seq_len)
         if sliding:  # comparable with the scores before quantisation: what packing cost
             result = report_score(run, predictor, val)
-            run.log("eval", name=f"int{s.matrix_bits}_contiguous", val_loss=result.loss, val_bpb=result.bpb)
+            run.log("eval", name=f"{s.format}_contiguous", val_loss=result.loss, val_bpb=result.bpb)
         parts = chunks(val, s.eval_seq_len, s.eval_stride, s.eval_batch_seqs, rt)
         result = score(predictor, parts, val, rt, run.validity, run.log)
-    name = f"int{s.matrix_bits}_{'sliding_window' if sliding else 'contiguous'}"
+    name = f"{s.format}_{'sliding_window' if sliding else 'contiguous'}"
     valid = "no" if run.validity.reasons else "yes"
     run.log("final", f"final_{name} val_loss:{result.loss:.8f} val_bpb:{result.bpb:.8f} "
             f"eval_time:{1e3 * run.clock['eval']:.0f}ms valid:{valid}",
@@ -3162,9 +3939,9 @@ def run_phases(s, argv):
             model = GPT(s, rt.dtype, attend).to(rt.device)
             count = sum(p.numel() for p in model.parameters())
             log("model_params", f"model_params:{count}", params=count)
-            train(run, model, val)
-            path = export(run, model, tokenizer_sha256)
-            del model, val  # nothing but the file goes on from here
+            moments = train(run, model, val)
+            path = export(run, model, tokenizer_sha256, moments)
+            del model, val, moments  # nothing but the file goes on from here
         run.validity.freeze()
         if s.phases != "train":
             evaluate(run, path)

@@ -278,7 +278,8 @@ def parameter_count(s):
 SMALL = dict(vocab_size=32, num_layers=3, model_dim=16, num_heads=4, num_kv_heads=2, rope_dims=2, xsa_last_n=1,
              mlp_mult=2, bigram_vocab_size=16, bigram_dim=4, ve_dim=4, ve_layers=(1, 2), train_seq_len=16,
              train_batch_tokens=32, micro_batch_tokens=32, eval_seq_len=16, eval_stride=4, eval_batch_seqs=3,
-             warmup_steps=0, iterations=10, max_wallclock_seconds=0, compressor="zlib")
+             warmup_steps=0, iterations=10, max_wallclock_seconds=0, compressor="zlib",
+             fit="off", matrix_quant="gptq_lite", embed_quant="gptq_lite")
 
 
 def parse(values):
