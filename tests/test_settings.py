@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import itertools
 import math
 import re
 import resource
@@ -151,7 +152,8 @@ VE_LAYERS VOCAB_SIZE VRL_ENABLED WARMDOWN_FRAC WARMDOWN_ITERS WARMUP_STEPS XSA_L
 RECORDS = """ASYM_LOGIT_RESCALE ATTN_CLIP_SIGMAS ATTN_OUT_GATE_ENABLED AWQ_LITE AWQ_LITE_GROUP_TOP_K CASEOPS_ENABLED
 COMPILE_SHAPE_WARMUP COMPRESSOR EMA_ENABLED EMBEDDING_DIM EMBED_BITS EMBED_CLIP_SIGMAS ENABLE_LOOPING_AT EVAL_INCLUDE_TAIL
 FUSED_CE_ENABLED GATED_ATTN_ENABLED GATED_ATTN_INIT_STD GATED_ATTN_QUANT_GATE GATE_WINDOW GLOBAL_TTT_EPOCHS
-GPTQ_CALIBRATION_BATCHES GPTQ_RESERVE_SECONDS LOOP_END LOOP_START LQER_ENABLED LQER_GAIN_SELECT LQER_RANK MATRIX_BITS
+GPTQ_CALIBRATION_BATCHES GPTQ_RESERVE_SECONDS LOOP_END LOOP_START LQER_ASYM_ENABLED LQER_ASYM_GROUP LQER_ENABLED
+LQER_FACTOR_BITS LQER_GAIN_SELECT LQER_RANK LQER_TOP_K MATRIX_BITS
 MATRIX_CLIP_SIGMAS MIN_LR MLP_CLIP_SIGMAS MUON_ROW_NORMALIZE NEGATIVE_SLOPE NGRAM_HINT_PRECOMPUTE_OUTSIDE NGRAM_TILT_ENABLED
 NUM_LOOPS PARALLEL_FINAL_LANE PARALLEL_RESIDUAL_START PHASED_TTT_NUM_PHASES PHASED_TTT_PREFIX_DOCS PREQUANT_ONLY
 ROPE_TRAIN_SEQ_LEN ROPE_YARN SEQ_CHANGE_WARMUP_STEPS SKIP_GATES_ENABLED SMEAR_GATE_BOS_FIX SMEAR_GATE_ENABLED
@@ -171,7 +173,7 @@ def test_no_switch_of_a_published_script_is_silently_ignored(name):
 
 
 @pytest.mark.parametrize("name", [name for name in (*REFERENCE_SYSTEMS, *RECORDS) if name.startswith((
-    "TTT_", "SLOT_", "GPTQ_", "QAT_", "QTTT", "ALPHA_", "SPARSE_ATTN_GATE_INIT"))])
+    "TTT_", "SLOT_", "AWQ_", "SOFT_ROUND_T", "QTTT", "ALPHA_", "SPARSE_ATTN_GATE_INIT"))])
 def test_a_switch_of_another_script_is_not_taken_for_a_misspelt_setting(name):
     assert "other contest scripts" in complaint(env={name: "1"})
 
@@ -245,6 +247,8 @@ def test_strict_env_obeys_the_order_of_precedence_too():
     ("COMPRESSOR=ztsd", ["one of", "zstd", "did you mean zstd?"]), ("COMPRESSOR=7z", ["one of", "brotli"]), ("COMPRESSOR=", ["one of"]),
     ("AVERAGE=EMA", ["one of", "ema"]), ("VE_LAYERS=9,x", ["9,10"]), ("VE_LAYERS=1,,2", ["9,10"]), ("VE_LAYERS=1.5", ["9,10"]),
     ("SEED=1" + 30 * "0", []), ("SEED=-1", ["at least 0"]),
+    ("LAYER_BITS=8", ["layer@bits", "0@8,10@8"]), ("LAYER_BITS=0@", ["layer@bits"]), ("LAYER_BITS=0@6.5", ["layer@bits"]),
+    ("FIT=1", ["one of off, prune, allocate"]), ("MATRIX_QUANT=gptq-lite", ["one of", "did you mean gptq_lite?"]),
 ], ids=lambda value: str(value)[:24] if isinstance(value, str) else "")
 def test_a_bad_value_is_named_with_what_would_be_right(pair, words):
     for said in (complaint(pair), complaint(env=dict([pair.split("=", 1)]))):
@@ -285,7 +289,8 @@ CONFLICTS = [
     ("MATRIX_BETAS=-0.1,0.9",), ("WARMDOWN_SECONDS=9.0 WARMDOWN_FRAC=0.3",), ("WARMDOWN_SECONDS=9.0 WARMDOWN_ITERS=30",),
     ("MTP_NUM_HEADS=4 TRAIN_SEQ_LEN=4",), ("TRAIN_SEQ_SCHEDULE=1024@0.5,2048@0.5",), ("TRAIN_SEQ_SCHEDULE=1024@0.5,2048@0.9",),
     ("TRAIN_SEQ_SCHEDULE=1024@0.5,2048@0.4,512@1.0",), ("TRAIN_SEQ_SCHEDULE=1024@0.0,2048@1.0",), ("TRAIN_SEQ_SCHEDULE=1@1.0",),
-    ("TRAIN_BATCH_SCHEDULE=2048@0.5,4096@2.0",), ("TRAIN_BATCH_SCHEDULE=0@0.5,4096@1.0",), ("TRAIN_SEQ_SCHEDULE=-8@0.5,2048@1.0",)]
+    ("ATTN_BITS=9",), ("MLP_BITS=1",), ("GATE_BITS=12",), ("LAYER_BITS=10@9",), ("LAYER_BITS=3@0",), ("LAYER_BITS=11@8", "NUM_LAYERS-1=10"),
+    ("LAYER_BITS=-1@8", "NUM_LAYERS-1=10"), ("LAYER_BITS=2@8,2@4", "twice"), ("TRAIN_BATCH_SCHEDULE=2048@0.5,4096@2.0",), ("TRAIN_BATCH_SCHEDULE=0@0.5,4096@1.0",), ("TRAIN_SEQ_SCHEDULE=-8@0.5,2048@1.0",)]
 # (arguments, words of the answer) where the answer is about a derived value, or the switch itself is not worth repeating.
 DERIVED_CONFLICTS = [
     ("LOADER=packed DOC_MASK=none", "LOADER=packed DOC_MASK=attention none"), ("GATE_WINDOW=513 SMEAR_GATE=scalar", "GATE_WINDOW=513 MODEL_DIM=512"), ("GATE_WINDOW=513 ATTN_GATE=head", "GATE_WINDOW=513 MODEL_DIM=512"),
@@ -300,7 +305,8 @@ DERIVED_CONFLICTS = [
     ("LOADER=shuffled TRAIN_SEQ_SCHEDULE=1536@0.5,2048@1", "LOADER=shuffled TRAIN_SEQ_SCHEDULE 1536 2048"),
     ("LOADER=coprime TRAIN_SEQ_SCHEDULE=1536@0.5,2048@1", "LOADER=coprime TRAIN_SEQ_SCHEDULE 1536 2048"),
     ("WARMDOWN_SECONDS=9 MAX_WALLCLOCK_SECONDS=0", "WARMDOWN_SECONDS=9.0 MAX_WALLCLOCK_SECONDS 0"),
-    ("AVERAGE=best HOLDOUT_TOKENS=2048", "HOLDOUT_TOKENS=2048 EVAL_SEQ_LEN=2048")]
+    ("AVERAGE=best HOLDOUT_TOKENS=2048", "HOLDOUT_TOKENS=2048 EVAL_SEQ_LEN=2048"),
+    *((f"{name}={method}", f"FIT=allocate {name} {method}") for name in ("MATRIX_QUANT", "EMBED_QUANT") for method in ("gptq_lite", "ternary"))]
 
 
 @pytest.mark.parametrize("args, words", DERIVED_CONFLICTS, ids=lambda text: text.replace(" ", "+"))
@@ -380,40 +386,59 @@ def other_value(f):
     if f.type is bool:
         return not f.default
     if get_origin(f.type) is tuple:
-        return {train_gpt.Layers: (1,), train_gpt.Betas: (0.5, 0.5), train_gpt.Stages: ((64, 1.0),)}[f.type]
+        return {train_gpt.Layers: (1,), train_gpt.Betas: (0.5, 0.5), train_gpt.Stages: ((64, 1.0),), train_gpt.Widths: ((0, 4),)}[f.type]
     return f.metadata["lo"] if f.default != f.metadata["lo"] else f.metadata["hi"] or f.default + 1
+
+
+def parts_of(rule):
+    """[[(field, its values, or none for anything but 0)]]: a comma means or, an & and."""
+    split = lambda one: (one.partition("=")[0], [value for value in one.partition("=")[2].split("|") if value])
+    return [[split(one) for one in part.split("&")] for part in rule.split(",")]
 
 
 @pytest.mark.parametrize("name, rule", RULES.items(), ids=lambda value: value)
 def test_a_rule_names_settings_and_values_that_exist(name, rule):
-    for condition in rule.split(","):
-        other, equals, values = condition.partition("=")
+    for other, values in sum(parts_of(rule), []):
         f = FIELDS[other.upper()]
         allowed = {str(choice) for choice in get_args(f.type)} if get_origin(f.type) is Literal else {"True", "False"}
-        assert not equals or set(values.split("|")) <= allowed, condition
+        assert not values or set(values) < allowed, (other, values)
         assert f.name != name.lower()
+
+
+def wrong_value(other, values):
+    kind = FIELDS[other.upper()]
+    return next(choice for choice in get_args(kind.type) or (True, False) if str(choice) not in values) if values else type(kind.default)()
+
+
+def right_values(other, values):
+    kind = FIELDS[other.upper()]
+    return [next(choice for choice in (True, False, *values) if str(choice) == value) for value in values] or \
+        [kind.default or other_value(kind)]
+
+
+def said_of(rule):
+    """How many alternatives the words for a rule have, those that its own conditions wait for included."""
+    return sum(max(said_of(RULES[other.upper()]) if other.upper() in RULES else 1 for other, _ in part) for part in parts_of(rule))
 
 
 @pytest.mark.parametrize("name, rule", RULES.items(), ids=lambda value: value)
 def test_a_setting_is_idle_until_one_of_its_conditions_holds(name, rule):
     f = FIELDS[name]
-    changed = {f.name: other_value(f)}
-    off, met = {}, []
-    for condition in rule.split(","):
-        other, equals, values = condition.partition("=")
-        kind = FIELDS[other.upper()]
-        met += [(other, next(choice for choice in (True, False, *values.split("|")) if str(choice) == value)) for value in
-                values.split("|")] if equals else [(other, other_value(kind) if not kind.default else kind.default)]
-        wrong = [choice for choice in get_args(kind.type) or (True, False) if str(choice) not in values.split("|")] if equals else [type(kind.default)()]
-        off[other] = wrong[0]
+    changed, parts = {f.name: other_value(f)}, parts_of(rule)
+    off = {other: wrong_value(other, values) for part in parts for other, values in part}
     (said,) = Settings(**off, **changed).idle().values()
-    for condition in said.split(" or "):  # in the words in which it can be typed
-        other, equals, values = condition.partition(" with ")[0].partition("=")
-        assert other in FIELDS and (not equals or not any(complaints("TRAIN_SEQ_LEN=2048", f"{other}={value}") for value in values.split("|")))
-    assert len(said.split(" or ")) == len(rule.split(",")) and list(Settings(**off, **changed).idle()) == [name]
+    for condition in re.split(" or | and | with ", said):  # in the words in which it can be typed
+        other, equals, values = condition.partition("=")
+        assert other in FIELDS and (not equals or not any(other in line and "one of" in line for value in values.split("|")
+                                                          for line in complaints(f"{other}={value}")))
+    assert len(said.split(" or ")) == said_of(rule) and list(Settings(**off, **changed).idle()) == [name]
     assert f.name not in {n.lower() for n in Settings(**off).idle()}, "left at its default it is not worth a word"
-    for other, value in met:
-        assert name not in Settings(**off | {other: value}, **changed).idle(), (other, value)
+    for part in parts:
+        for met in itertools.product(*(right_values(*one) for one in part)):
+            on = dict(zip((other for other, _ in part), met))
+            assert name not in Settings(**off | on, **changed).idle(), on
+            for other in on if len(on) > 1 else ():
+                assert name in Settings(**off | on | {other: off[other]}, **changed).idle(), f"{other} is one of several conditions"
 
 
 def test_a_setting_waits_for_what_its_condition_waits_for():
@@ -477,6 +502,8 @@ def _value(f):
     if f.type is train_gpt.Stages:
         return st.lists(st.tuples(st.integers(2, 4096), st.floats(0.01, 0.99)), max_size=2, unique_by=lambda stage: stage[1]).flatmap(
             lambda table: st.sampled_from([(), (*sorted(table, key=lambda stage: stage[1]), (2048, 1.0))]))
+    if f.type is train_gpt.Widths:
+        return st.lists(st.tuples(st.integers(0, 10), st.integers(2, 8)), max_size=3, unique_by=lambda pair: pair[0]).map(tuple)
     if f.type is train_gpt.Betas:
         return st.one_of(st.just(()), st.tuples(*2 * [st.floats(0, 0.999)]))
     return st.lists(st.integers(0, 10), max_size=4).map(tuple)
