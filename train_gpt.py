@@ -100,8 +100,8 @@ GATES, SKIPS = "attn_gate=head|sparse,smear_gate=scalar", "skips=linear|sigmoid|
 MUON, HEADS = "matrix_optimizer=muon", "tie_embeddings=False,mtp_num_heads"
 STAGES, LANES = "train_seq_schedule,train_batch_schedule", "parallel_residual=lanes|routed"
 FIXED, EMBED_FIXED = "fit=off|prune&matrix_quant=rtn|gptq_lite|gptq", "fit=off|prune&embed_quant=rtn|gptq_lite|gptq"
-SIGMAS, EMBED_SIGMAS = "fit=off|prune&matrix_quant=rtn|gptq", "fit=off|prune&embed_quant=rtn|gptq"
-GPTQ, MOMENTS = "matrix_quant=gptq,embed_quant=gptq", "matrix_quant=gptq,embed_quant=gptq,fit=allocate,lqer_rank"
+GPTQ, FACTORS = "matrix_quant=gptq,embed_quant=gptq", "matrix_quant=gptq,embed_quant=gptq,fit=allocate"
+MOMENTS = FACTORS + ",lqer_rank"
 _run, _data, _model, _train, _average, _pack, _eval = (partial(opt, room) for room in (
     "Run", "Data", "Model", "Training", "Averaging", "Quantisation and packing", "Evaluation"))
 
@@ -245,16 +245,16 @@ class Settings:
     mlp_bits: int = _pack(0, "the same of the MLP; 0: MATRIX_BITS", 0, 16, on=FIXED)
     layer_bits: Widths = _pack((), "the same of whole layers, such as 0@8,10@8; goes before the others", on=FIXED)
     matrix_clip_sigmas: float = _pack(0.0, "clip rows at so many standard deviations (SDClip, #1394); 0: as MATRIX_QUANT",
-                                      0, 100, on=SIGMAS)
-    attn_clip_sigmas: float = _pack(0.0, "the same of q, k, v, o; 0: MATRIX_CLIP_SIGMAS", 0, 100, on=SIGMAS)
-    mlp_clip_sigmas: float = _pack(0.0, "the same of the MLP; 0: MATRIX_CLIP_SIGMAS", 0, 100, on=SIGMAS)
+                                      0, 100, on=FIXED)
+    attn_clip_sigmas: float = _pack(0.0, "the same of q, k, v, o; 0: MATRIX_CLIP_SIGMAS", 0, 100, on=FIXED)
+    mlp_clip_sigmas: float = _pack(0.0, "the same of the MLP; 0: MATRIX_CLIP_SIGMAS", 0, 100, on=FIXED)
     embed_quant: Literal["rtn", "gptq_lite", "gptq", "ternary"] = _pack("gptq", "MATRIX_QUANT of embedding tables")
     embed_bits: int = _pack(8, "bits of an embedding weight: 2 to 8, or 16", 2, 16, on=EMBED_FIXED)
-    embed_clip_sigmas: float = _pack(0.0, "MATRIX_CLIP_SIGMAS of embedding tables", 0, 100, on=EMBED_SIGMAS)
-    gate_bits: int = _pack(16, "bits of a gate's weight, by row (#1736): 2 to 8, or 16", 2, 16)
+    embed_clip_sigmas: float = _pack(0.0, "MATRIX_CLIP_SIGMAS of embedding tables", 0, 100, on=EMBED_FIXED)
+    gate_bits: int = _pack(16, "bits of a gate's weight, by row (#1736): 2 to 8, or 16", 2, 16, on="attn_gate=head|dense|sparse")
     prune_pct: float = _pack(0.0, "percent of each quantised tensor, its smallest weights, that become 0 (#967)", 0, 99)
-    gptq_damp: float = _pack(0.01, "share of the mean of a Hessian's diagonal that is added to it", 1e-6, 10, on=MOMENTS)
-    gptq_act_order: bool = _pack(True, "columns by falling diagonal of the Hessian", on=GPTQ)
+    gptq_damp: float = _pack(0.01, "share of the mean of a Hessian's diagonal that is added to it", 1e-6, 10, on=FACTORS)
+    gptq_act_order: bool = _pack(True, "columns by falling diagonal of the Hessian", on=FACTORS)
     gptq_block_size: int = _pack(128, "columns whose errors are fed forward together (speed only)", 1, 2**16, on=GPTQ)
     gptq_calibration: Literal["train", "generated"] = _pack(
         "train", "text of the Hessians: further training text, or what the model writes (#1019)", on=MOMENTS)
@@ -2139,17 +2139,17 @@ class MomentMeter:
 
 def generate(model, rows, length, temperature, seed, world=1, rank=0):
     """Text (rows / world, length + 1) that the model writes: BOS, then what it draws at a temperature. The numbers that
-    decide are drawn for all rows at once, so the text of a row does not depend on the number of ranks.
+    decide are drawn for all rows, one after the other, so the text of a row does not depend on the number of ranks.
     """
     generator, device = torch.Generator().manual_seed(seed), model.embed.weight.device
     ids = torch.full((-(-rows // world), length + 1), BOS, device=device)
-    cache = Cache(model, len(ids), length)
+    cache, chances = Cache(model, len(ids), length), torch.rand(len(ids) * world, length, generator=generator)
+    chances = chances[rank * len(ids) : (rank + 1) * len(ids)].to(device)
     with torch.no_grad():
         for t in range(length):
             logits = model.logits(model.hidden(ids[:, t : t + 1], cache=cache)[:, -1])
-            chance = torch.rand(len(ids) * world, generator=generator)[rank * len(ids) : (rank + 1) * len(ids)]
             reached = (logits / temperature).softmax(-1).cumsum(-1)
-            chance = chance.to(device)[:, None] * reached[:, -1:]
+            chance = chances[:, t : t + 1] * reached[:, -1:]
             ids[:, t + 1] = torch.searchsorted(reached, chance, right=True).squeeze(1).clamp_max(logits.size(-1) - 1)
     return ids
 
@@ -2477,7 +2477,7 @@ class Quantiser:
         """LQER where the error is felt most. By its plain norm it would always be the largest tensors (#1797)."""
         rank, group = self.s.lqer_rank, self.s.lqer_group
         errors, felt = {}, {}
-        for name in done:
+        for name in filter(self.moments.get, done):  # gates have none
             error, (hessian, gain) = self.weights[name].cpu() - done[name].decode(self.weights[name].shape), self.moments[name]
             errors[name] = error.to(hessian.device)
             felt[name] = (gain @ ((errors[name] @ hessian) * errors[name]).sum(1)).item()
@@ -3472,7 +3472,7 @@ class Training:
                 for _ in range(calibration_steps(s)):
                     self._meter_step(meter, _next_batch(run, self, length, tokens), length)
             moments = meter.moments(rt)
-        run.log("calibrate", source=s.gptq_calibration, tokens=int(rt.sum(torch.tensor(meter.tokens))),
+        run.log("calibrate", source=s.gptq_calibration, tokens=int(rt.sum(torch.tensor(meter.tokens, device=rt.device))),
                 seconds=round(run.clock["calibrate"], 3), reserved_seconds=round(self.reserve, 3))
         return moments
 
