@@ -2230,7 +2230,7 @@ def round_to_grid(weight, step, top):
     return (weight / step).round().clamp(-top, top)
 
 
-QUARTERS = np.float32(2.0) ** (np.arange(4, dtype=np.float32) / 4)
+QUARTERS = (2.0 ** (np.arange(4) / 4)).astype(np.float32)  # rounded once: float32 powers differ between machines
 
 
 def quarter_octaves(exponents):
