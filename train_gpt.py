@@ -263,7 +263,7 @@ class Settings:
     gptq_reserve_seconds: float = _pack(0.0, "kept of MAX_WALLCLOCK_SECONDS for that; 0: as it took in warm-up", 0,
                                         on=MOMENTS)
     lqer_rank: int = _pack(0, "rank of a low-rank correction of the worst tensors (LQER, #1797); 0: off", 0, 256)
-    lqer_top_k: int = _pack(3, "how many tensors get one", 1, 1000, on="lqer_rank")
+    lqer_top_k: int = _pack(3, "how many tensors get one, if it helps", 1, 1000, on="lqer_rank")
     lqer_group: int = _pack(64, "weights of its second factor that share a step", 1, 2**16, on="lqer_rank")
     late_qat_threshold: float = _pack(0.0, "train on rounded weights below this fraction of the peak learning rate; 0: off",
                                       0, 1)
@@ -2298,13 +2298,14 @@ def gptq(weights, steps, top, orders, factors, block):
     return torch.empty_like(codes).scatter_(1, orders[:, :, None].expand_as(codes), codes).mT.contiguous()
 
 
-def low_rank(error, gain, rank, group):
-    """Parts of a correction A B of error (R, C), with the steps of LQER (#1797): A (R, rank) from the largest singular
-    vectors, in 2 bits (-2..1, one step); B (rank, C), the best for that A as it is stored, in 4 bits (-8..7, a step per
-    `group` weights). Rows count by their gain.
+def low_rank(error, hessian, gain, rank, group):
+    """Parts of a correction A B of error (R, C), with the steps of LQER (#1797): A (R, rank) from the singular vectors
+    that are felt most, in 2 bits (-2..1, one step); B (rank, C), the best for that A as it is stored, in 4 bits (-8..7,
+    a step per `group` weights).
     """
-    rows = gain.double().clamp_min(1e-6 * gain.mean().item()).sqrt()[:, None]
-    u, size, _ = torch.linalg.svd(rows * error.double(), full_matrices=False)
+    rows, felt = gain.double().clamp_min(1e-6 * gain.mean().item()).sqrt()[:, None], hessian.double().clone()
+    felt.diagonal().add_(1e-3 * felt.diagonal().mean() + 1e-30)
+    u, size, _ = torch.linalg.svd(rows * error.double() @ torch.linalg.cholesky(felt), full_matrices=False)
     a = u[:, :rank] / rows * size[:rank]
     step = (a.abs().amax() / 1.5).clamp_min(SCALE_FLOOR).reshape(1).half()
     codes = (a / step.double()).round().clamp(-2, 1)
@@ -2474,17 +2475,22 @@ class Quantiser:
         return {name: done[name] for name in self.stores}
 
     def _correct(self, done):
-        """LQER where the error is felt most. By its plain norm it would always be the largest tensors (#1797)."""
-        rank, group = self.s.lqer_rank, self.s.lqer_group
-        errors, felt = {}, {}
-        for name in filter(self.moments.get, done):  # gates have none
-            error, (hessian, gain) = self.weights[name].cpu() - done[name].decode(self.weights[name].shape), self.moments[name]
-            errors[name] = error.to(hessian.device)
-            felt[name] = (gain @ ((errors[name] @ hessian) * errors[name]).sum(1)).item()
-        for name in sorted(felt, key=felt.get)[-self.s.lqer_top_k :]:
-            fitting = min(rank, *errors[name].shape)
-            parts = _to_cpu(low_rank(errors[name], self.moments[name].gain, fitting, group))
-            done[name] = done[name]._replace(rank=fitting, group=group, parts=done[name].parts | parts)
+        """LQER where the error is felt most, if it is felt less for it. By its plain norm it would always be the largest
+        tensors (#1797).
+        """
+        def felt(name, one):
+            hessian, gain = self.moments[name]
+            error = (self.weights[name].cpu() - one.decode(self.weights[name].shape)).to(hessian.device)
+            return (gain @ ((error @ hessian) * error).sum(1)).item(), error
+
+        found = {name: felt(name, done[name]) for name in filter(self.moments.get, done)}  # gates have no moments
+        for name in sorted(found, key=lambda name: found[name][0])[-self.s.lqer_top_k :]:
+            before, error = found[name]
+            fitting, group = min(self.s.lqer_rank, *error.shape), self.s.lqer_group
+            parts = _to_cpu(low_rank(error, *self.moments[name], fitting, group))
+            one = done[name]._replace(rank=fitting, group=group, parts=done[name].parts | parts)
+            if felt(name, one)[0] < before:
+                done[name] = one
 
 
 def _to_cpu(parts):
@@ -2770,9 +2776,10 @@ def read_artifact(path, data=None):
         header["settings"] = {str(k): str(v) for k, v in header["settings"].items()}
         unknown = {row[2] for row in header["tensors"]} - set(CODECS)
         unknown |= {c for name, c, *_ in rows if c != "rans" or name != "q"} - set(COMPRESSORS)
-        if any(rank < 0 or rank and (group < 1 or rank > min(shape[0], math.prod(shape[1:])) or codec == "float16")
+        if any(rank < 0 or (rank or codec != "float16") and len(shape) < 2 or rank and (
+                   group < 1 or rank > min(shape[0], math.prod(shape[1:])) or codec == "float16")
                for _, shape, codec, _, rank, group in header["tensors"]):
-            raise ValueError("a correction of impossible rank")
+            raise ValueError("a codec or correction of an impossible shape")
         header["tokenizer_sha256"] = bytes.fromhex(header["tokenizer_sha256"]).hex()
         header["looping"] = bool(header["looping"])
         if unknown or set(header["settings"]) != {f.name.upper() for f in model_fields()}:
