@@ -13,6 +13,7 @@ import sys
 import time
 import tracemalloc
 import zlib
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -69,8 +70,16 @@ def in_memory(model, s):
         if bits == 16:
             out[name] = parameter.detach().half().float()
         else:
-            out[name] = tg.decode_int(tg.encode_int(parameter.detach(), bits, method), parameter.shape)
+            codes, scale = integers(parameter.detach(), bits, method)
+            out[name] = codes * scale.float()[:, None]
     return out
+
+
+def integers(weight, bits, method):
+    """(codes, scales): what they should be is the matter of test_quantisation.py."""
+    scale = tg.row_scales(weight, bits, method)
+    top = 2 ** (bits - 1) - 1
+    return (weight / scale.float()[:, None]).round().clamp(-top, top), scale
 
 
 def refused(path, limit=1 << 28, **options):
@@ -109,9 +118,33 @@ def test_the_loaded_model_is_the_quantised_one(tmp_path_factory, s, seed, compre
         assert torch.equal(model.logits(model.hidden(ids)), loaded.logits(loaded.hidden(ids)))
 
 
+@ref.tries(15)
+@given(ref.models(), st.integers(0, 999), st.sampled_from(["off", "prune", "allocate"]), st.sampled_from([0, 1, 3]), st.booleans())
+def test_grids_and_corrections_are_the_same_out_of_the_file(tmp_path_factory, s, seed, fit, rank, mixed):
+    """Bit for bit what the quantiser decodes in memory: every codec, with and without a correction, several widths."""
+    path = tmp_path_factory.getbasetemp() / "grids.pg"
+    s = tg.replace(s, fit=fit, matrix_quant="gptq", embed_quant="rtn", lqer_rank=rank, lqer_top_k=2, lqer_group=5, matrix_bits=4,
+                   embed_bits=6, gate_bits=5 if mixed else 16, layer_bits=((0, 3),) if mixed else ())
+    model, moments = ref.randomise(tg.GPT(s, init=False), seed, 0.2), {}
+    for name, module in model.named_modules():
+        if isinstance(module, (tg.Linear, tg.Table)):
+            x = torch.randn(40, module.weight.size(1), generator=torch.Generator().manual_seed(seed))
+            moments[f"{name}.weight"] = tg.Moments(x.T @ x / 40, torch.rand(len(module.weight)))
+    seen = []
+    pack = tg.pack
+    with mock.patch.object(tg, "pack", lambda done, *rest: (seen.append(done), pack(done, *rest))[1]):
+        info = tg.save_artifact(path, model, s, moments=moments, room=9_000)
+    loaded = dict(tg.load_artifact(path, s)[1].named_parameters())
+    assert info["bytes"] == path.stat().st_size and sum(one.rank > 0 for one in seen[-1].values()) <= 2 * (rank > 0)
+    for name, one in seen[-1].items():
+        assert torch.equal(loaded[name], one.decode(loaded[name].shape)), name
+
+
 @pytest.mark.parametrize("compressor", [*ALL, "auto"])
 def test_every_code_and_scale_is_in_the_file(tmp_path, compressor):
-    """Unpacked by the format's description: codes by role in parameter order, all scales and all halves as planes."""
+    """Unpacked by the format's description: the codes of each kind of matrix together, kinds in the order in which they
+    come, all scales and all halves in parameter order and as planes.
+    """
     s, model, info = saved(tmp_path / "model.pg", compressor=compressor, tie_embeddings=False, attn_gate="dense",
                            trigram_vocab_size=9, embed_dim=8)
     assert set(tg.roles(model).values()) == {"embed", "head", "matrix", "scalar", "gate"}
@@ -130,14 +163,16 @@ def test_every_code_and_scale_is_in_the_file(tmp_path, compressor):
         at[stream] += count
         return values[stream][at[stream] - count : at[stream]]
 
+    table, kinds = tg.roles(model), {}
     for name, parameter in model.named_parameters():
-        role = tg.roles(model)[name]
-        if role in ("scalar", "gate"):
+        if table[name] in ("scalar", "gate"):
             np.testing.assert_array_equal(take("half", parameter.numel()), parameter.detach().half().numpy().ravel())
             continue
-        parts = tg.encode_int(parameter.detach(), 6 if role == "matrix" else 8, "gptq_lite")
-        np.testing.assert_array_equal(take(f"{role}.q", parameter.numel()), parts["q"].numpy().ravel())
-        np.testing.assert_array_equal(take("scale", len(parameter)), parts["scale"].numpy())
+        codes, scale = integers(parameter.detach(), 6 if table[name] == "matrix" else 8, "gptq_lite")
+        kinds.setdefault("".join(c for c in name if not c.isdigit()), []).append(codes.numpy().ravel())
+        np.testing.assert_array_equal(take("scale", len(parameter)), scale.numpy())
+    for rows in kinds.values():
+        np.testing.assert_array_equal(take("q", sum(map(len, rows))), np.concatenate(rows))
     assert at == {name: len(v) for name, v in values.items()}
     used = {chosen for _, chosen, *_ in header["streams"]}
     assert used == {compressor} or compressor == "auto"
@@ -174,7 +209,7 @@ def test_compressors_return_what_they_were_given():
 
 def test_the_default_model_packs_in_one_pass(tmp_path, capsys):
     """27 M normally distributed weights: harder to pack than trained ones, so the size is an upper bound."""
-    s = tg.Settings(compressor="zlib")
+    s = tg.Settings(compressor="zlib", fit="off", matrix_quant="gptq_lite", embed_quant="gptq_lite")
     model = ref.randomise(tg.GPT(s, init=False), spread=0.05)
     began = time.monotonic()
     info = tg.save_artifact(tmp_path / "model.pg", model, s)
@@ -420,7 +455,15 @@ def hostile():
         "tensor twice": change("tensors", lambda t: t + t[:1]),
         "stream twice": change("streams", lambda rows: rows + rows[:1]),
         "unknown stream": row("streams", 0, 0, "other"),
-        "unknown codec": matrix(2, "pickle"), "other codec": matrix(2, "float16"),
+        "unknown codec": matrix(2, "pickle"), "other codec": matrix(2, "float16"), "grid instead": matrix(2, "grid"),
+        "corrected, but there is no correction": matrix(slice(4, 6), [2, 64]), "rank negative": matrix(4, -1),
+        "rank without a group": matrix(slice(4, 6), [2, 0]), "group negative": matrix(slice(4, 6), [2, -3]),
+        "rank huge": matrix(slice(4, 6), [1 << 60, 1]), "rank of 4300 digits": matrix(slice(4, 6), [HUGE, 1]),
+        "rank infinite": matrix(4, math.inf), "rank of halves": lambda header: next(
+            line for line in header["tensors"] if line[2] == "float16").__setitem__(slice(4, 6), [1, 1]),
+        **{f"{codec} of {size} axes, rank {rank}": lambda header, codec=codec, size=size, rank=rank: next(
+            line for line in header["tensors"] if len(line[1]) == size).__setitem__(slice(2, 6), [codec, 8, rank, 1])
+           for codec in ("int", "grid") for size in (0, 1) for rank in (0, 1)},
         "unknown compressor": row("streams", 0, 1, "gzip"),
         "other compressor": row("streams", 0, 1, "lzma"), "brotli instead": row("streams", 0, 1, "brotli"),
         "zstd instead": row("streams", 0, 1, "zstd"),
