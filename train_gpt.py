@@ -583,7 +583,7 @@ class Linear(nn.Module):
     def __init__(self, inputs, outputs, zero=False, role="matrix"):
         super().__init__()
         self.zero, self.role, self.weight = zero, role, nn.Parameter(torch.empty(outputs, inputs))
-        self.grid = None  # Grid, while late QAT is on
+        self.register_module("grid", None)  # Grid, while late QAT is on; a plain attribute would be traced a third time
 
     def init(self, generator):
         nn.init.zeros_(self.weight) if self.zero else nn.init.orthogonal_(self.weight, generator=generator)
@@ -601,7 +601,8 @@ class Table(nn.Module):
 
     def __init__(self, rows, width, std):
         super().__init__()
-        self.std, self.weight, self.grid = std, nn.Parameter(torch.empty(rows, width)), None
+        self.std, self.weight = std, nn.Parameter(torch.empty(rows, width))
+        self.register_module("grid", None)
 
     def init(self, generator):
         nn.init.normal_(self.weight, std=self.std, generator=generator) if self.std else nn.init.zeros_(self.weight)
