@@ -2187,7 +2187,8 @@ def storage(model, s):
         if s.fit == "allocate" and role in ("matrix", "embed", "head"):
             stored[name] = Store("grid", 8, method)
         else:
-            stored[name] = Store("float16") if bits == 16 and method != "ternary" else Store("int", bits, method, sigmas)
+            bits = 2 if method == "ternary" else bits
+            stored[name] = Store("float16") if bits == 16 else Store("int", bits, method, sigmas)
     return stored
 
 
