@@ -1,12 +1,14 @@
 """No switch is dead: the table of settings itself says what is tried, so a new one without a case fails here.
 
-Every field of the rooms Model, Training and Averaging is changed in a real training of six steps, eager and compiled.
-Its case says where that has to show: in the losses, in the exported weights alone, in the choice of weights, or
-elsewhere for what is only about speed and limits. Where a field waits for another one (`on`), its cases meet every
+Every field of the rooms Model, Training and Averaging is changed in a real training of six steps, eager and compiled;
+every field of Quantisation and packing in an artifact of such a training, calibrated as its settings say. Its case says
+where that has to show: in the losses, in the exported weights alone, in the choice of weights, in what the artifact
+holds, or elsewhere for what is only about speed and limits. Where a field waits for another one (`on`), its cases meet every
 condition; without any of them the run must be bit for bit the one without the field, and Settings.idle() must name it.
 """
 
 import functools
+import tempfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin
@@ -18,18 +20,19 @@ import torch
 import train_gpt as tg
 from train_gpt import Settings
 
-ROOMS = ("Model", "Training", "Averaging")
+PACKING = "Quantisation and packing"
+ROOMS = ("Model", "Training", "Averaging", PACKING)
 FIELDS = {f.name: f for f in fields(Settings) if f.metadata["room"] in ROOMS}
 BASE = """DEVICE=cpu COMPRESSOR=zlib FIT=off MATRIX_QUANT=gptq_lite EMBED_QUANT=gptq_lite WARMUP_STEPS=0 ITERATIONS=6 NUM_LAYERS=2 XSA_LAST_N=1 VE_LAYERS=1 TRAIN_SEQ_LEN=32
 EVAL_SEQ_LEN=32 EVAL_STRIDE=0 TRAIN_BATCH_TOKENS=256 MICRO_BATCH_TOKENS=128 PARALLEL_START_LAYER=1 LOOP_START=0
 LOOP_END=1
-SWA_EVERY=1 SWA_START_SCALE=1 LAWA_FREQ=1 LAWA_K=2 HOLDOUT_TOKENS=300""".split()
+SWA_EVERY=1 SWA_START_SCALE=1 LAWA_FREQ=1 LAWA_K=2 HOLDOUT_TOKENS=300 GPTQ_CALIBRATION_TOKENS=512""".split()
 
 
 class Case(NamedTuple):
     value: str
     beside: str = ""  # the settings beside it, in the run it is compared with, too
-    shows: Literal["loss", "weights", "choice"] = "loss"
+    shows: Literal["loss", "weights", "choice", "artifact"] = "loss"
 
 
 def each(values, beside="", shows="loss"):
@@ -44,6 +47,13 @@ WINDOWED = "ATTN_GATE=head", "ATTN_GATE=sparse", "SMEAR_GATE=scalar"
 UNTIED = "TIE_EMBEDDINGS=0", "MTP_NUM_HEADS=1"
 LANES = "PARALLEL_RESIDUAL=lanes", "PARALLEL_RESIDUAL=routed"
 STAGES = "TRAIN_SEQ_SCHEDULE=16@0.3,32@1", "TRAIN_BATCH_SCHEDULE=128@0.3,256@1"
+FIXED = "", "FIT=prune MATRIX_QUANT=rtn SIZE_LIMIT=30000", "MATRIX_QUANT=gptq"
+EMBED_FIXED = "", "FIT=prune EMBED_QUANT=rtn SIZE_LIMIT=30000", "EMBED_QUANT=gptq"
+ALLOCATE = "FIT=allocate MATRIX_QUANT=rtn EMBED_QUANT=rtn SIZE_LIMIT=25000"
+FACTORS = "MATRIX_QUANT=gptq", "EMBED_QUANT=gptq", ALLOCATE
+MOMENTS = *FACTORS, "LQER_RANK=2 MATRIX_BITS=3"
+GATED = "ATTN_GATE=head", "ATTN_GATE=dense", "ATTN_GATE=sparse"
+packs = functools.partial(beside, shows="artifact")
 
 CASES = {
     "num_layers": each("3"), "model_dim": each("48"), "num_heads": each("2"), "num_kv_heads": each("1 4"),
@@ -91,12 +101,30 @@ CASES = {
     "lawa_freq": each("2", "AVERAGE=lawa", "weights") + each("2", "AVERAGE=best", "choice"),
     "lawa_k": each("3", "AVERAGE=lawa", "weights") + each("3", "AVERAGE=best", "choice"),
     "holdout_tokens": each("900", "AVERAGE=best", "choice"),
+
+    "fit": packs("prune", "SIZE_LIMIT=20000") + packs("allocate", "MATRIX_QUANT=gptq EMBED_QUANT=rtn"),
+    "matrix_quant": each("rtn gptq ternary", "", "artifact") + packs("gptq", ALLOCATE),
+    "embed_quant": each("rtn gptq ternary", "", "artifact") + packs("gptq", ALLOCATE),
+    "matrix_bits": packs("4", *FIXED) + packs("16", ""), "attn_bits": packs("4", *FIXED), "mlp_bits": packs("7", *FIXED),
+    "layer_bits": packs("0@8,1@3", *FIXED), "matrix_clip_sigmas": packs("2.5", *FIXED),
+    "attn_clip_sigmas": packs("2.5", *FIXED), "mlp_clip_sigmas": packs("2.5", *FIXED),
+    "embed_bits": packs("5", *EMBED_FIXED) + packs("16", ""), "embed_clip_sigmas": packs("2.5", *EMBED_FIXED),
+    "gate_bits": packs("4", *GATED), "prune_pct": packs("20", "", "MATRIX_QUANT=gptq", ALLOCATE),
+    "gptq_damp": packs("0.5", *FACTORS), "gptq_act_order": packs("0", *FACTORS),
+    "gptq_calibration": packs("generated", *MOMENTS), "gptq_calibration_tokens": packs("1024", *MOMENTS),
+    "gptq_temperature": packs("5", "GPTQ_CALIBRATION=generated MATRIX_QUANT=gptq"), "lqer_rank": packs("2", "MATRIX_BITS=3"),
+    "lqer_top_k": packs("1", "LQER_RANK=2 MATRIX_BITS=3"), "lqer_group": packs("8", "LQER_RANK=2 MATRIX_BITS=3"),
+    "late_qat_threshold": each("0.9", "WARMDOWN_FRAC=0.9"), "qat_rounding": each("soft", "LATE_QAT_THRESHOLD=0.9 WARMDOWN_FRAC=0.9"),
+    "size_limit": packs("20000", "FIT=prune", ALLOCATE),
 }
 ELSEWHERE = {  # the fields that must not change what is learned, each with the test that says what they do change
     "iterations": "test_iterations_and_the_clock_end_the_run",
     "max_wallclock_seconds": "test_iterations_and_the_clock_end_the_run",
     "micro_batch_tokens": "test_micro_batches_are_smaller_and_more",
     "warmup_steps": "test_warm_up_steps_are_made_and_undone",
+    "gptq_block_size": "test_the_block_size_changes_no_weight",
+    "gptq_reserve_seconds": "test_the_reserve_ends_training_earlier_and_changes_nothing_else",
+    "compressor": "test_the_compressor_changes_the_bytes_and_no_weight",
 }
 ROWS = [(name, case) for name, cases in CASES.items() for case in cases]
 NAMES = [f"{name}={case.value}{'+' if case.beside else ''}{case.beside}" for name, case in ROWS]
@@ -134,6 +162,7 @@ class Trained:
         return self.of("candidates")
 
     def same(self, other):
+        """Bit for bit, as far as either goes."""
         return self.losses == other.losses and self.weights.keys() == other.weights.keys() and all(
             torch.equal(tensor, other.weights[name]) for name, tensor in self.weights.items())
 
@@ -150,14 +179,21 @@ def trained(toy, *changes, backend=None):
     return CACHE[key]
 
 
+def _run(s, result):
+    """A run without files, whose log is `result`."""
+    run, rt = tg.Run.__new__(tg.Run), tg.Runtime(s, {})
+    run.s, run.rt, run.out_dir, run.attend, run.log, run.source = s, rt, Path("nowhere"), tg.pick_attention(s, rt), result, b""
+    run.clock, run.validity, run.facts = tg.Clock(), tg.Validity(), {}
+    return run
+
+
 def _train(s, backend):
-    rt, result = tg.Runtime(s, {}), Trained(s)
+    result = Trained(s)
+    run = _run(s, result)
+    rt = run.rt
     if backend:
         rt.compiled = True
         rt.compile = functools.partial(torch.compile, dynamic=False, fullgraph=True, backend=backend)
-    run = tg.Run.__new__(tg.Run)  # without files
-    run.s, run.rt, run.out_dir, run.attend, run.log = s, rt, Path("nowhere"), tg.pick_attention(s, rt), result
-    run.clock, run.validity, run.facts = tg.Clock(), tg.Validity(), {}
     model, backward = tg.GPT(s, rt.dtype, run.attend).to(rt.device), tg.Training.backward
 
     def counted(self, micro):
@@ -169,6 +205,35 @@ def _train(s, backend):
         tg.train(run, model, tg.ValStream(torch.zeros(99, dtype=torch.int32), torch.ones(98), False))
     result.weights = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
     return result
+
+
+def packed(toy, *changes):
+    """(bytes, weights) of an artifact with these settings. What only packs shares one training."""
+    pairs = [pair for text in changes for pair in text.split()]
+    s = Settings.parse(list({pair.partition("=")[0]: pair for text in (*toy, *BASE, *pairs) for pair in text.split()}.values()))
+    rounds = s.late_qat_threshold > 0
+    trains = [pair for pair in pairs if rounds or FIELDS[pair.partition("=")[0].lower()].metadata["room"] != PACKING]
+    key = "packed", s
+    if key not in CACHE:
+        run, weights = _run(s, Trained(s)), trained(toy, *trains).weights
+        model = tg.GPT(s, attend=run.attend)
+        model.load_state_dict(weights)
+        moments = _moments(run, model) if s.needs_moments else None
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.pg"
+            tg.save_artifact(path, model, s, moments=moments)
+            loaded = tg.load_artifact(path, s)[1]
+            CACHE[key] = Trained(s, weights={name: p.detach() for name, p in loaded.named_parameters()}), path.read_bytes()
+    return CACHE[key]
+
+
+def _moments(run, model):
+    """Of calibrate(), which few of the settings say anything about."""
+    s = run.s
+    key = "moments", s.gptq_calibration, s.gptq_calibration_tokens, s.gptq_temperature, s.attn_gate, s.late_qat_threshold
+    if key not in CACHE:
+        CACHE[key] = tg.Training(run, model).calibrate()
+    return CACHE[key]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -196,9 +261,16 @@ def flip(name, case):
 
 def alive(toy, name, case):
     """The switch changes what its case says, and nothing that comes before."""
-    plain, changed = trained(toy, case.beside), trained(toy, *flip(name, case))
+    if case.shows == "artifact":
+        (plain, _), (changed, _) = packed(toy, case.beside), packed(toy, *flip(name, case))
+    else:
+        plain, changed = trained(toy, case.beside), trained(toy, *flip(name, case))
     assert getattr(plain.s, name) != getattr(changed.s, name), "the case changes nothing to begin with"
     assert name.upper() not in changed.s.idle(), changed.s.idle()
+    if case.shows == "artifact":
+        apart = max((changed.weights[n] - w).abs().max().item() for n, w in plain.weights.items())
+        assert apart > 1e-5, f"the weights of the artifact differ by {apart}"
+        return
     assert len(plain.losses) == len(changed.losses) == 6
     far = max(abs(a - b) for a, b in zip(plain.losses, changed.losses))
     if case.shows == "loss":
@@ -224,7 +296,7 @@ REPLACE = [{"train_batch_tokens", "train_batch_schedule"}, {"train_seq_len", "tr
            "muon_momentum_warmup_steps"}, {"wd_taper_start_frac", "muon_wd", "wd_taper_final_mult"}]
 IN_THE_GRAPH = {name for name, f in FIELDS.items() if f.metadata["room"] == "Model"} | {
     "matrix_optimizer", "muon_backend_steps", "newton_schulz", "muon_row_normalize", "loader", "complement_alpha",
-    "mtp_num_heads", "mtp_loss_weight"}
+    "mtp_num_heads", "mtp_loss_weight", "late_qat_threshold", "qat_rounding"}
 
 
 def pairs_of(*rows):
@@ -245,7 +317,7 @@ def pairs_of(*rows):
 def shared_runs():
     """[rows] that can be tried in one run, each value once."""
     runs = []
-    for row in {(name, case.value): (name, case) for name, case in reversed(ROWS)}.values():
+    for row in {(name, case.value): (name, case) for name, case in reversed(ROWS) if case.shows != "artifact"}.values():
         runs.append(next((rows for rows in runs if fits(pairs_of(*rows, row), [*rows, row])), None) or [])
         runs[-1].append(row)
         runs = [rows for i, rows in enumerate(runs) if not any(rows is other for other in runs[:i])]
@@ -297,6 +369,8 @@ def test_every_field_of_training_has_a_case():
 def test_every_choice_is_tried():
     base = Settings.parse(BASE)
     for name, f in FIELDS.items():
+        if name in ELSEWHERE:
+            continue
         if get_origin(f.type) is Literal:
             tried = {case.value for case in CASES[name]} | {getattr(base, name)}
             assert tried == set(get_args(f.type)), name
@@ -304,46 +378,57 @@ def test_every_choice_is_tried():
             assert {tg._convert(f, case.value) for case in CASES[name]} == {not f.default}, name
 
 
-def alternatives(rule):
-    """[(field, value or None for anything but 0)] that an `on` rule names."""
-    for condition in rule.split(","):
+def conditions(part):
+    """[(field, value or None for anything but 0)] of one part of an `on` rule, whose conditions are joined by &."""
+    for condition in part.split("&"):
         name, equals, values = condition.partition("=")
         yield from ((name, value) for value in values.split("|")) if equals else [(name, None)]
 
 
-@pytest.mark.parametrize("name", [name for name, f in FIELDS.items() if f.metadata["on"]])
+WAITING = [name for name, f in FIELDS.items() if f.metadata["on"]]
+
+
+@pytest.mark.parametrize("name", [name for name in WAITING if name not in ELSEWHERE])
 def test_every_condition_that_wakes_a_setting_is_tried(name):
-    runs = [Settings.parse([*BASE, *case.beside.split()]) for case in CASES[name]]
-    for other, value in alternatives(FIELDS[name].metadata["on"]):
-        met = [s for s in runs if (str(getattr(s, other)) == value if value else getattr(s, other))]
-        alone = [s for s in met if sum(s.holds(f"{o}={v}" if v else o) for o, v in
-                                       alternatives(FIELDS[name].metadata["on"])) == 1]
-        assert alone, f"no case wakes {name} by {other}={value} alone"
+    runs, parts = [Settings.parse([*BASE, *case.beside.split()]) for case in CASES[name]], FIELDS[name].metadata["on"].split(",")
+    for part in parts:
+        for other, value in conditions(part):
+            met = [s for s in runs if s.holds(part) and (value is None or str(getattr(s, other)) == value)]
+            alone = [s for s in met if sum(map(s.holds, parts)) == 1]
+            assert alone, f"no case wakes {name} by {other}={value} alone"
 
 
 OFF = {"none": "none", bool: "0", int: "0", float: "0", tuple: ""}
 
 
 def unmet(name):
-    """Settings under which none of a field's conditions holds."""
-    pairs = []
-    for condition in FIELDS[name].metadata["on"].split(","):
-        other, equals, values = condition.partition("=")
-        f, values = FIELDS[other], values.split("|")
-        if not equals:
-            pairs.append(f"{other.upper()}={OFF[get_origin(f.type) or f.type]}")
-        elif f.type is bool:
-            pairs.append(f"{other.upper()}={int('True' not in values)}")
-        else:
-            pairs.append(f"{other.upper()}={next(v for v in get_args(f.type) if v not in values)}")
-    return " ".join(pairs)
+    """Settings under each of which none of a field's conditions holds: of those joined by & one is not met."""
+    parts = [part.split("&") for part in FIELDS[name].metadata["on"].split(",")]
+    for which in range(max(map(len, parts))):
+        pairs = []
+        for part in parts:
+            other, equals, values = part[min(which, len(part) - 1)].partition("=")
+            f, values = FIELDS[other], values.split("|")
+            if not equals:
+                pairs.append(f"{other.upper()}={OFF[get_origin(f.type) or f.type]}")
+            elif f.type is bool:
+                pairs.append(f"{other.upper()}={int('True' not in values)}")
+            else:
+                pairs.append(f"{other.upper()}={next(v for v in get_args(f.type) if v not in values)}")
+        if "FIT=allocate" in pairs:
+            pairs += [f"{kind}_QUANT=gptq" for kind in ("MATRIX", "EMBED")]
+        yield " ".join(pairs)
 
 
-@pytest.mark.parametrize("name", [name for name, f in FIELDS.items() if f.metadata["on"]])
-def test_a_setting_whose_condition_is_not_met_is_named_and_changes_not_one_bit(toy, name):
+@pytest.mark.parametrize("name, off", [(name, off) for name in WAITING if name != "gptq_reserve_seconds" for off in unmet(name)])
+def test_a_setting_whose_condition_is_not_met_is_named_and_changes_not_one_bit(toy, name, off):
     """So what `on` says is the truth: no less (the cases above) and no more than these conditions."""
-    value = f"{name.upper()}={CASES[name][0].value}"
-    plain, idle = trained(toy, unmet(name)), trained(toy, unmet(name), value)
+    value = f"{name.upper()}={CASES[name][0].value if name in CASES else 7}"
+    if FIELDS[name].metadata["room"] == PACKING:
+        (plain, before), (idle, after) = packed(toy, off), packed(toy, off, value)
+        assert before == after
+    else:
+        plain, idle = trained(toy, off), trained(toy, off, value)
     assert getattr(plain.s, name) != getattr(idle.s, name)
     assert name.upper() in idle.s.idle() and idle.same(plain)
 
@@ -362,6 +447,29 @@ def test_micro_batches_are_smaller_and_more(toy, tokens, parts):
     plain, changed = trained(toy), trained(toy, f"MICRO_BATCH_TOKENS={tokens}")
     assert set(plain.micro) == {2} and set(changed.micro) == {parts}
     assert changed.losses == pytest.approx(plain.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("beside", FACTORS)
+def test_the_block_size_changes_no_weight(toy, beside):
+    (plain, before), (changed, after) = packed(toy, beside), packed(toy, beside, "GPTQ_BLOCK_SIZE=7")
+    near = [(changed.weights[n] != w).float().mean().item() for n, w in plain.weights.items()]
+    assert max(near) < 0.02, "but for what is next to a tie"
+    assert ("GPTQ_BLOCK_SIZE" in changed.s.idle()) == (beside == ALLOCATE) and (before == after or beside != ALLOCATE)
+
+
+def test_the_reserve_ends_training_earlier_and_changes_nothing_else(toy, monkeypatch):
+    """Kept of the clock: a run of 600 seconds that keeps 599.99999999 for its calibration makes no step; one second, all."""
+    steps = [len(trained(toy, "MATRIX_QUANT=gptq MAX_WALLCLOCK_SECONDS=600", f"GPTQ_RESERVE_SECONDS={seconds}").micro)
+             for seconds in (1, 599.99999999)]
+    assert steps == [6, 0]
+    idle = trained(toy, "MAX_WALLCLOCK_SECONDS=600 GPTQ_RESERVE_SECONDS=599.99999999")
+    assert idle.same(trained(toy, "MAX_WALLCLOCK_SECONDS=600")) and "GPTQ_RESERVE_SECONDS" in idle.s.idle()
+
+
+@pytest.mark.parametrize("beside", ["", ALLOCATE.replace("25000", "10000000")])
+def test_the_compressor_changes_the_bytes_and_no_weight(toy, beside):
+    found = [packed(toy, beside, f"COMPRESSOR={name}") for name in ("zlib", "lzma", "zstd", "brotli")]
+    assert all(one.same(found[0][0]) for one, _ in found) and len({data for _, data in found}) == 4
 
 
 @pytest.mark.parametrize("changes", ["", "NUM_LOOPS=1", "NORMUON=1 MTP_NUM_HEADS=1 COMPLEMENT_ALPHA=0.5",
@@ -389,6 +497,11 @@ DEAD = {
     "lawa_k": ("Average.apply", lambda self, weights: None),
     "grad_clip_norm": ("MuonAdam._clip", lambda self, grads: None),
     "loader": ("TokenStream.sequence", lambda self, position, length: self.read(position, length + 1)),
+    "late_qat_threshold": ("LateQAT.switch", lambda self, on: None),
+    "qat_rounding": ("Grid.forward", lambda self, weight: weight),
+    "lqer_rank": ("Quantiser._correct", lambda self, done: None),
+    "size_limit": ("allocate", lambda quantiser, *_: quantiser.encode(1e-3)),
+    "gptq_act_order": ("factorise", lambda moments, damp, act_order, true=tg.factorise: true(moments, damp, True)),
 }
 
 
