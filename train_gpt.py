@@ -2461,6 +2461,8 @@ class Quantiser:
         for (_, store), names in self.groups.items():
             weights = torch.stack([self.weights[name] for name in names])
             parts, steps = self._grids(names, store, spacing)
+            if self.s.prune_pct:  # zero whatever GPTQ feeds into them: it would undo the pruning (#967)
+                steps = steps.where(weights != 0, 1e30)
             if store.method == "gptq":
                 orders, factors = (torch.stack(z) for z in zip(*map(self.factor, names)))
                 alive = torch.stack([self.moments[name].hessian.diagonal() > 0 for name in names])[:, None]
@@ -3672,8 +3674,9 @@ def _train_steps(run, training, predictor, val, interrupt):
     losses, lowest, first, marks = deque(), 1.0, training.step, deque(maxlen=20)
     limit = max(s.max_wallclock_seconds - training.reserve, 0.0)
     if s.max_wallclock_seconds and not limit:
+        lower = "gptq_reserve_seconds" if s.gptq_reserve_seconds else "gptq_calibration_tokens"
         raise BadInput(f"calibration will take {training.reserve:.1f} s of MAX_WALLCLOCK_SECONDS="
-                       f"{s.max_wallclock_seconds}; lower GPTQ_CALIBRATION_TOKENS={s.gptq_calibration_tokens}")
+                       f"{s.max_wallclock_seconds}; lower {lower.upper()}={getattr(s, lower)}")
     while True:
         # Rank 0's clock decides for all; a step is begun only if, as slow as the slowest of late, it ends in time.
         elapsed, stop = rt.agree(clock["train"] if rt.rank == 0 else 0.0, interrupt.signal)
