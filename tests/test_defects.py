@@ -22,7 +22,8 @@ from runs import call, command, events, good, log_lines, summary
 from training import text, trained
 
 LATER = "not built: "
-TTT, QAT, GPTQ = LATER + "test-time training", LATER + "quantisation-aware training", LATER + "Hessian quantisation"
+TTT = LATER + "test-time training"
+QAT = "test_the_compiled_graph_rounds_and_was_compiled_in_warm_up test_it_begins_when_the_learning_rate_has_fallen_so_far"
 NGRAM, SLOT, RANS = LATER + "n-gram mixtures", LATER + "adaptation of a window", LATER + "an entropy coder of its own"
 FREEZE = LATER + "freezing of blocks"
 
@@ -33,7 +34,7 @@ TABLE = {
     "9.1.2": "test_the_size_that_is_stated_is_that_on_the_disk "
              "test_an_artifact_over_the_limit_is_kept_and_ends_with_code_3",
     "9.1.3": "test_a_run_over_either_time_limit_is_no_record",
-    "9.1.4": QAT,
+    "9.1.4": QAT + " test_what_is_validated_is_not_rounded",
     "9.1.5": "test_swa_is_what_is_exported test_muon_beta2_is_read test_every_field_of_training_has_a_case",
     "9.1.6": TTT,
     "9.1.7": "test_windows_score_every_target_once_with_context test_targets_scored_twice_or_never_are_c4",
@@ -43,7 +44,7 @@ TABLE = {
     "9.1.10": "test_the_token_before_a_document_is_not_smeared_into_it "
               "test_rotary_frequencies_are_those_of_every_length test_zero_and_tiny_rows_decode",
     "9.2.1": "test_the_average_starts_at_its_fraction_of_the_clock",
-    "9.2.2": QAT,
+    "9.2.2": QAT + " test_the_rounded_forward_is_that_of_the_decoded_artifact",
     "9.2.3": "test_no_switch_of_a_published_script_is_silently_ignored",
     "9.2.4": "test_the_warm_up_gives_the_optimizer_back_as_it_was test_warm_up_steps_are_made_and_undone",
     "9.2.5": "test_two_ranks_make_the_weights_of_one test_the_clip_is_that_of_the_global_gradient",
@@ -56,11 +57,13 @@ TABLE = {
     "9.2.10": FREEZE,
     "9.3.1": "test_validation_before_the_freeze_is_c3_except_for_reports "
              "test_a_run_reads_the_shards_in_the_allowed_order",
-    "9.3.2": "test_a_run_over_either_time_limit_is_no_record test_each_second_is_charged_to_the_innermost_phase_only",
+    "9.3.2": "test_a_run_over_either_time_limit_is_no_record test_each_second_is_charged_to_the_innermost_phase_only "
+             "test_calibration_is_part_of_the_budget test_the_schedule_ends_where_calibration_begins",
     "9.3.3": FREEZE,
     "9.3.4": TTT,
-    "9.3.5": GPTQ,
-    "9.3.6": GPTQ,
+    "9.3.5": "test_moments_are_those_of_every_position_and_visit test_the_cache_goes_on_as_the_whole_text_would "
+             "test_the_text_does_not_depend_on_the_number_of_ranks",
+    "9.3.6": "test_gptq_is_optimal_brain_surgery test_pivots_are_conditional_variances",
     "9.3.7": "test_the_real_command_obeys_the_order_and_its_settings_line_can_be_fed_back "
              "test_labels_say_what_was_done",
     "9.3.8": SLOT,
@@ -76,9 +79,10 @@ TABLE = {
     "9.4.2": FREEZE,
     "9.4.3": NGRAM,
     "9.4.4": LATER + "a temperature",
-    "9.4.5": GPTQ,
-    "9.4.6": QAT,
-    "9.4.7": LATER + "pruning",
+    "9.4.5": "test_gptq_is_optimal_brain_surgery "
+             "test_a_hessian_without_an_inverse_is_one_line_that_says_what_to_raise",
+    "9.4.6": QAT + " test_a_grid_rounds_as_the_exporter_does_and_hands_gradients_on",
+    "9.4.7": "test_gptq_does_not_refill_what_was_pruned test_the_smallest_weights_become_zero",
     "9.4.8": "test_a_bad_value_is_named_with_what_would_be_right "
              "test_an_impossible_kernel_that_was_asked_for_is_an_error",
     "9.4.9": "test_labels_say_what_was_done",
@@ -88,7 +92,7 @@ TABLE = {
              "test_the_black_box_sum_tells_legal_predictors_from_the_rest",
     "9.5.2": "test_a_bonus_for_the_right_token_in_a_later_chunk_or_row_is_c2",
     "9.5.3": NGRAM,
-    "9.5.4": QAT,
+    "9.5.4": QAT + " test_rounding_costs_less_after_it",
     "9.5.5": "test_complementary_weights_keep_the_size_of_the_loss_and_forget_nothing "
              "test_complementary_weights_count_the_text_of_all_ranks",
     "9.5.6": FREEZE,
@@ -175,6 +179,14 @@ def test_the_warmdown_is_a_straight_line(clocked, tmp_path):
     """9.2.8: it was called a cosine. Of the clock, not of the steps."""
     trained(by_the_clock(tmp_path / "text", warmdown_frac=0.5, min_lr=0.3), tmp_path)
     np.testing.assert_allclose([scale for *_, (_, _, scale) in clocked], [1] * 6 + [0.8, 0.6, 0.4, 0.3], rtol=1e-6)
+
+
+def test_the_schedule_ends_where_calibration_begins(clocked, tmp_path):
+    """9.3.2: two minutes of it after the clock had stopped. Here the learning rate falls to what is left before it."""
+    _, rows = trained(by_the_clock(tmp_path / "text", warmdown_frac=0.5, matrix_quant="gptq", gptq_calibration_tokens=64,
+                                   gptq_reserve_seconds=4.0), tmp_path)
+    np.testing.assert_allclose([scale for *_, (_, _, scale) in clocked], [1] * 4 + [2 / 3, 1 / 3], rtol=1e-6)
+    assert [row["reserved_seconds"] for row in rows if row["event"] == "calibrate"] == [4]
 
 
 LOOP = dict(num_loops=1, loop_start=1, loop_end=1, enable_looping_at=0.35)

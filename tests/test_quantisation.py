@@ -312,6 +312,18 @@ def test_the_smallest_weights_become_zero(percent, method):
             assert torch.equal(one.parts["q"], plain["q"]), "scales are those of what is left"
 
 
+def test_gptq_does_not_refill_what_was_pruned(learned):
+    """9.4.7: the errors fed forward made most of the zeros something else again. Here they go around them."""
+    s, model, weights, moments, _ = learned
+    for fit in ("off", "allocate"):
+        s = tg.replace(s, fit=fit, prune_pct=40.0, matrix_quant="gptq", embed_quant="gptq")
+        done = tg.Quantiser(model, s, moments).encode(1e-4)
+        for name, error in errors_of(done, weights, moments).items():
+            smallest = weights[name].abs().flatten().argsort()[: int(0.4 * weights[name].numel())]
+            assert not done[name].parts["q"].flatten()[smallest].any(), name
+            assert done[name].parts["q"].any() and error.isfinite().all()
+
+
 # --- GPTQ -------------------------------------------------------------------------------------------------------------
 
 

@@ -459,6 +459,44 @@ def test_the_clock_ends_the_run_within_its_budget_and_at_the_end_of_the_schedule
     assert said["validate_seconds"] > 0 and events(tmp_path, "val")[-1]["train_time_ms"] <= 1e3 * said["train_seconds"] + 1
 
 
+CALIBRATED = ("MATRIX_QUANT=gptq", "GPTQ_CALIBRATION_TOKENS=16384", "ITERATIONS=1000000", "EVAL_STRIDE=0", "WARMDOWN_FRAC=0.3")
+
+
+@pytest.mark.parametrize("source", ["train", "generated"])
+def test_calibration_is_part_of_the_budget(toy, tmp_path, source):
+    """What it takes is measured in warm-up and kept of the clock: training and calibration together end in time."""
+    limit = 4
+    done = good(call(command(toy, tmp_path, *CALIBRATED, f"MAX_WALLCLOCK_SECONDS={limit}", f"GPTQ_CALIBRATION={source}")))
+    said, (reserve,), (calibrated,) = summary(done), events(tmp_path, "reserve"), events(tmp_path, "calibrate")
+    assert calibrated["tokens"] >= 16384 and calibrated["source"] == source and calibrated["reserved_seconds"] == reserve["seconds"]
+    assert said["calibrate_seconds"] == pytest.approx(calibrated["seconds"], abs=0.01) and said["calibrate_seconds"] > 0
+    assert 0 < reserve["seconds"] < limit and said["train_seconds"] <= limit - reserve["seconds"] + 0.5
+    assert said["train_seconds"] + said["calibrate_seconds"] <= limit * 1.25, "but for what else this machine does meanwhile"
+    assert said["steps"] > 3 and said["valid"] == "yes" and not said["reasons"], "training text, read before the freeze"
+
+
+def test_a_reserve_that_is_given_is_kept_and_not_measured(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(Training, "measure_reserve", lambda self: pytest.fail("it was given"))
+    done = good(call(command(toy, tmp_path, *CALIBRATED, "GPTQ_CALIBRATION_TOKENS=512", "MAX_WALLCLOCK_SECONDS=100",
+                             "GPTQ_RESERVE_SECONDS=98.5", "PHASES=train")))
+    said, (reserve,) = summary(done), events(tmp_path, "reserve")
+    assert reserve["seconds"] == 98.5 and said["train_seconds"] <= 2.5
+
+
+@pytest.mark.parametrize("words", [("GPTQ_RESERVE_SECONDS=100",), ("GPTQ_CALIBRATION_TOKENS=1000000000",)])
+def test_a_calibration_that_would_take_all_of_the_budget_is_refused(toy, tmp_path, words):
+    refused(call(command(toy, tmp_path, *CALIBRATED, "MAX_WALLCLOCK_SECONDS=10", *words)), 2, "MAX_WALLCLOCK_SECONDS=10",
+            *words)
+    assert not (tmp_path / "model.pg").exists()
+
+
+def test_without_a_limit_or_a_need_nothing_is_measured(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(Training, "measure_reserve", lambda self: pytest.fail("nothing to keep it of"))
+    good(call(command(toy, tmp_path / "steps", "MATRIX_QUANT=gptq", "GPTQ_CALIBRATION_TOKENS=512", "PHASES=train")))
+    good(call(command(toy, tmp_path / "rtn", "MAX_WALLCLOCK_SECONDS=60", "MATRIX_QUANT=rtn", "PHASES=train")))
+    assert len(events(tmp_path / "steps", "calibrate")) == 1 and not events(tmp_path / "rtn", "calibrate")
+
+
 def test_a_run_limited_by_steps_and_by_time_ends_with_the_first_of_them(toy, tmp_path):
     said = summary(good(call(command(toy, tmp_path, "MAX_WALLCLOCK_SECONDS=600", "ITERATIONS=3", "PHASES=train"))))
     assert said["steps"] == 3 and not events(tmp_path, "stopping_early")
