@@ -2403,7 +2403,9 @@ class Quantiser:
         return self._factors[key]
 
     def pivots(self, name):
-        """(C,): what an error in each column costs, once those behind it have made up for what they can."""
+        """(C,): what an error in each column costs, after those behind it, with GPTQ, made up for what they can."""
+        if self.stores[name].method == "rtn":
+            return self.moments[name].hessian.diagonal().clamp_min(1e-30)
         order, factor = self.factor(name)
         return torch.empty_like(factor[0]).scatter_(0, order, factor.diagonal().square().reciprocal())
 
@@ -3306,7 +3308,7 @@ class LateQAT:
     """
 
     def __init__(self, model, s):
-        self.model, self.s, self.begun, self.on = model, s, None, False
+        self.model, self.s, self.begun, self.on, self.moments = model, s, None, False, None
         stores = storage(model, s)
         self.modules = {f"{name}.weight": module for name, module in model.named_modules()
                         if isinstance(module, (Linear, Table)) and stores[f"{name}.weight"].codec != "float16"}
@@ -3329,7 +3331,8 @@ class LateQAT:
             self.begun = training.step
             run.log("late_qat", step=training.step, tensors=len(self.grids), rounding=self.s.qat_rounding)
             if self.s.fit == "allocate":
-                quantiser = Quantiser(self.model, self.s, training.calibrate())
+                self.moments = training.calibrate()  # the export's, too: another grid would undo what was learned
+                quantiser = Quantiser(self.model, self.s, self.moments)
                 self._set(quantiser.steps(quantiser.spacing_for(self.s.size_limit - len(run.source))))
         if self.s.fit != "allocate" and (training.step - self.begun) % 10 == 0:
             self._set(Quantiser(self.model, self.s).steps())
@@ -3342,11 +3345,16 @@ class LateQAT:
             grid.step.copy_(steps[name])
 
     def state_dict(self):
-        return {"begun": self.begun, "steps": {name: grid.step.cpu() for name, grid in self.grids.items()}}
+        moments = self.moments and {name: (*map(Tensor.cpu, one),) for name, one in self.moments.items()}
+        return {"begun": self.begun, "steps": {name: grid.step.cpu() for name, grid in self.grids.items()},
+                "moments": moments}
 
     def load_state_dict(self, state):
         self.begun = state["begun"]
         self._set(state["steps"])
+        if state["moments"]:
+            device = self.model.embed.weight.device
+            self.moments = {name: Moments(*(z.to(device) for z in one)) for name, one in state["moments"].items()}
 
 
 class Training:
@@ -3599,8 +3607,7 @@ def train(run, model, val):
         log("warmup", steps=s.warmup_steps, graphs=len(training.plans()), seconds=round(run.clock["warmup"], 2))
     if s.needs_moments and s.max_wallclock_seconds:
         with run.clock.phase("warmup"):
-            times = 1 + bool(s.late_qat_threshold and s.fit == "allocate")
-            training.reserve = s.gptq_reserve_seconds or times * training.measure_reserve()
+            training.reserve = s.gptq_reserve_seconds or training.measure_reserve()
         log("reserve", seconds=round(training.reserve, 3))
     training.average.start()
     resume(run, training)
@@ -3620,7 +3627,8 @@ def train(run, model, val):
     run.facts.update(steps=training.step, train_tokens=training.tokens, peak_memory_mib=peak, weights=kind,
                      epochs=round(training.stream.epoch, 4))
     log("peak_memory", f"peak memory allocated: {peak} MiB", mib=peak)
-    return training.calibrate() if s.needs_moments else None
+    learned = training.qat and training.qat.moments
+    return learned or (training.calibrate() if s.needs_moments else None)
 
 
 def _choose_average(run, training, predictor):
