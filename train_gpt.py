@@ -252,7 +252,7 @@ class Settings:
     embed_bits: int = _pack(8, "bits of an embedding weight: 2 to 8, or 16", 2, 16, on=EMBED_FIXED)
     embed_clip_sigmas: float = _pack(0.0, "MATRIX_CLIP_SIGMAS of embedding tables", 0, 100, on=EMBED_SIGMAS)
     gate_bits: int = _pack(16, "bits of a gate's weight, by row (#1736): 2 to 8, or 16", 2, 16)
-    prune_pct: float = _pack(0.0, "percent of each quantised tensor, its smallest weights, that become 0 (#967)", 0, 99)
+    prune_pct: float = _pack(0.0, "share of each quantised tensor, its smallest weights, that become 0 (#967)", 0, 0.99)
     gptq_damp: float = _pack(0.01, "share of the mean of a Hessian's diagonal that is added to it", 1e-6, 10, on=MOMENTS)
     gptq_act_order: bool = _pack(True, "columns by falling diagonal of the Hessian", on=GPTQ)
     gptq_block_size: int = _pack(128, "columns whose errors are fed forward together (speed only)", 1, 2**16, on=GPTQ)
@@ -264,7 +264,7 @@ class Settings:
                                         on=MOMENTS)
     lqer_rank: int = _pack(0, "rank of a low-rank correction of the worst tensors (LQER, #1797); 0: off", 0, 256)
     lqer_top_k: int = _pack(3, "how many tensors get one", 1, 1000, on="lqer_rank")
-    lqer_group: int = _pack(64, "weights of its second factor that share a step", 1, 2**16, on="lqer_rank")
+    lqer_asym_group: int = _pack(64, "weights of its second factor that share a step", 1, 2**16, on="lqer_rank")
     late_qat_threshold: float = _pack(0.0, "train on rounded weights below this fraction of the peak learning rate; 0: off",
                                       0, 1)
     qat_rounding: Literal["ste", "soft"] = _pack(
@@ -2388,7 +2388,7 @@ class Quantiser:
                 raise Stopped(f"{name} is not finite; no artifact was written", 4)
             if store.codec == "float16":
                 continue
-            if count := int(s.prune_pct / 100 * weight.numel()):
+            if count := int(s.prune_pct * weight.numel()):
                 self.weights[name] = weight.where(weight.abs() > weight.abs().flatten().kthvalue(count).values, 0.0)
             self.groups.setdefault((weight.shape, store), []).append(name)
         self.quantised = sum(self.weights[name].numel() for names in self.groups.values() for name in names)
@@ -2469,7 +2469,7 @@ class Quantiser:
 
     def _correct(self, done):
         """LQER where the error is felt most. By its plain norm it would always be the largest tensors (#1797)."""
-        rank, group = self.s.lqer_rank, self.s.lqer_group
+        rank, group = self.s.lqer_rank, self.s.lqer_asym_group
         errors, felt = {}, {}
         for name in done:
             error, (hessian, gain) = self.weights[name].cpu() - done[name].decode(self.weights[name].shape), self.moments[name]
@@ -3472,7 +3472,7 @@ class Training:
                 for _ in range(calibration_steps(s)):
                     self._meter_step(meter, _next_batch(run, self, length, tokens), length)
             moments = meter.moments(rt)
-        run.log("calibrate", source=s.gptq_calibration, tokens=int(rt.sum(torch.tensor(meter.tokens))),
+        run.log("calibrate", source=s.gptq_calibration, tokens=int(rt.sum(torch.tensor(meter.tokens, device=rt.device))),
                 seconds=round(run.clock["calibrate"], 3), reserved_seconds=round(self.reserve, 3))
         return moments
 
