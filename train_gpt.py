@@ -2852,10 +2852,22 @@ def model_fields():
     return [f for f in fields(Settings) if f.metadata["room"] == "Model" or f.name == "vocab_size"]
 
 
-def pack(encoded, shapes, s, header, log=None):
-    """Chunks of the artifact that holds encoded parameters of some shapes, and the compressors used."""
+class Packed(NamedTuple):
+    """An artifact, before it is written."""
+
+    encoded: dict[str, Encoded]
+    chunks: list[bytes]
+    streams: list[dict]  # what each compressor made of each stream
+
+    @property
+    def size(self):
+        return sum(map(len, self.chunks))
+
+
+def pack(encoded, shapes, s, header):
+    """The artifact of encoded parameters of some shapes -> Packed."""
     tensors = [(name, shapes[name], *one[:4]) for name, one in encoded.items()]
-    streams, payload = [], []
+    streams, payload, report = [], [], []
     for stream, rows in stream_layout(tensors).items():
         named = s.compressor if s.compressor != "rans" or stream == "q" else "lzma"
         candidates = [named] if named != "auto" else ["rans"] * (stream == "q") + list(COMPRESSORS)
@@ -2865,56 +2877,54 @@ def pack(encoded, shapes, s, header, log=None):
         size = sum(np.dtype(dtype).itemsize * math.prod(shape) for _, _, dtype, shape in rows)
         streams.append([stream, best, size, len(packed[best]), zlib.crc32(packed[best])])
         payload.append(packed[best])
-        if log:
-            sizes = {f"{name}_bytes": len(data) for name, data in packed.items()}
-            log("pack", stream=stream, raw_bytes=size, **sizes, chosen=best)
+        sizes = {f"{name}_bytes": len(data) for name, data in packed.items()}
+        report.append({"stream": stream, "raw_bytes": size, **sizes, "chosen": best})
     header = json.dumps({**header, "tensors": tensors, "streams": streams}, separators=(",", ":")).encode()
     packed = zlib.compress(header, 9)
     chunks = [PREFIX.pack(MAGIC, ARTIFACT_VERSION, len(packed), len(header), zlib.crc32(packed)), packed, *payload]
-    return chunks, "+".join(sorted({compressor for _, compressor, *_ in streams}))
+    return Packed(encoded, chunks, report)
 
 
-def allocate(quantiser, size_of, room, log):
-    """Encoded parameters at the spacing whose artifact fills `room` bytes to within 5,000, or at the finest that means
-    anything. Bytes follow Quantiser.rate() up to a factor, which each try corrects.
+def allocate(quantiser, packed_of, room, log):
+    """The artifact (Packed) at the spacing that fills `room` bytes to within 5,000, or at the finest that means anything.
+    Bytes follow Quantiser.rate() up to a factor, which each try corrects.
     """
     finest = math.sqrt(24e-5 / max(quantiser.quantised, 1))  # 1e-5 nats in all
     bounds, factor, best = [finest, math.inf], 1.0, None  # too many bytes, few enough
     for attempt in range(1, 11):
         spacing = quantiser.spacing_for(room - 2500, factor, *bounds)
-        encoded = quantiser.encode(spacing)
-        size = size_of(encoded)
+        packed = packed_of(quantiser.encode(spacing))
         log("allocate", attempt=attempt, spacing=spacing, expected_loss=quantiser.quantised * spacing**2 / 24,
-            bytes=size, room_bytes=room)
-        if size <= room or best is None:
-            best = encoded
-        if size <= room and (size >= room - 5000 or spacing <= 1.001 * finest):
+            bytes=packed.size, room_bytes=room)
+        if packed.size <= room or best is None:
+            best = packed
+        if packed.size <= room and (packed.size >= room - 5000 or spacing <= 1.001 * finest):
             break
-        bounds[size <= room], factor = spacing, size / quantiser.rate(spacing)
+        bounds[packed.size <= room], factor = spacing, packed.size / quantiser.rate(spacing)
     return best
 
 
-def prune_to_fit(encoded, size_of, room, log):
-    """Encoded parameters with the fewest of their cheapest codes dropped (without_cheapest) that fit `room` bytes."""
+def prune_to_fit(encoded, packed_of, room, log):
+    """The artifact (Packed) with few of its cheapest codes dropped (without_cheapest) that fits `room` bytes; with all of
+    them, if even that is too large.
+    """
+    first = packed_of(encoded)
+    if first.size <= room:
+        log("prune", dropped=0, bytes=first.size, room_bytes=room)
+        return first
     low, high = 0, sum(int((one.parts["q"].abs() == 1).sum()) for one in encoded.values() if one.codec == "int")
-    first = size = size_of(encoded)
-    if first <= room:
-        log("prune", dropped=0, bytes=first, room=room)
-        return encoded
-    least, count = size_of(without_cheapest(encoded, high)), high
-    best, sizes = without_cheapest(encoded, high), (first, least)
-    for _ in range(8 if least <= room else 0):
-        count = low + round((high - low) * (sizes[0] - room + 500) / max(sizes[0] - sizes[1], 1))
-        count = min(max(count, low + 1), high)
-        tried = without_cheapest(encoded, count)
-        size = size_of(tried)
-        if size <= room:
-            high, best, sizes = count, tried, (sizes[0], size)
-        else:
-            low, sizes = count, (size, sizes[1])
-        if room - 2000 <= size <= room or high - low <= 1:
+    best, over = packed_of(without_cheapest(encoded, high)), first.size  # sizes at high and low
+    for _ in range(8 if best.size <= room else 0):
+        if best.size >= room - 2000 or high - low <= 1:
             break
-    log("prune", dropped=high, bytes=sizes[1], room=room)
+        count = low + round((high - low) * (over - room + 500) / (over - best.size))
+        count = min(max(count, low + 1), high - 1)
+        tried = packed_of(without_cheapest(encoded, count))
+        if tried.size <= room:
+            high, best = count, tried
+        else:
+            low, over = count, tried.size
+    log("prune", dropped=high, bytes=best.size, room_bytes=room)
     return best
 
 
@@ -2930,19 +2940,22 @@ def save_artifact(path, model, s, tokenizer_sha256="", log=None, moments=None, r
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
     quantiser = Quantiser(model, s, moments)
 
-    def size_of(encoded):
-        return sum(map(len, pack(encoded, shapes, s, header)[0]))
+    def packed_of(encoded):
+        for name, one in encoded.items():
+            if not all(part.isfinite().all() for part in one.parts.values()):
+                raise Stopped(f"{name} is too large for float16; no artifact was written", 4)
+        return pack(encoded, shapes, s, header)
 
     if s.fit == "allocate":
-        encoded = allocate(quantiser, size_of, room, log)
+        packed = allocate(quantiser, packed_of, room, log)
+    elif s.fit == "prune":
+        packed = prune_to_fit(quantiser.encode(), packed_of, room, log)
     else:
-        encoded = quantiser.encode()
-        encoded = prune_to_fit(encoded, size_of, room, log) if s.fit == "prune" else encoded
-    for name, one in encoded.items():
-        if not all(part.isfinite().all() for part in one.parts.values()):
-            raise Stopped(f"{name} is too large for float16; no artifact was written", 4)
-    chunks, used = pack(encoded, shapes, s, header, log)
-    return {"bytes": sum(map(len, chunks)), "sha256": write_atomic(path, chunks), "compressor": used}
+        packed = packed_of(quantiser.encode())
+    for row in packed.streams:
+        log("pack", **row)
+    used = "+".join(sorted({row["chosen"] for row in packed.streams}))
+    return {"bytes": packed.size, "sha256": write_atomic(path, packed.chunks), "compressor": used}
 
 
 def read_artifact(path, data=None):
