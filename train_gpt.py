@@ -270,7 +270,7 @@ class Settings:
     qat_rounding: Literal["ste", "soft"] = _pack(
         "ste", "straight through; or a step that steepens to one (#967)", on="late_qat_threshold")
     compressor: Literal["auto", "rans", "brotli", "zstd", "lzma", "zlib"] = _pack(
-        "auto", "rans: the codes by our entropy coder, the rest by lzma; auto: smallest, per stream")
+        "rans", "rans: the codes by our entropy coder, the rest by lzma; auto: the smallest of all, per stream")
     size_limit: int = _pack(SIZE_LIMIT, "most bytes of code + artifact; beyond it: exit code 3", 1, SIZE_LIMIT)
 
     eval_seq_len: int = _eval(2048, "length of an evaluation window", 2, 2**20)
@@ -2944,14 +2944,16 @@ def save_artifact(path, model, s, tokenizer_sha256="", log=None, moments=None, r
         for name, one in encoded.items():
             if not all(part.isfinite().all() for part in one.parts.values()):
                 raise Stopped(f"{name} is too large for float16; no artifact was written", 4)
-        return pack(encoded, shapes, s, header)
+        return pack(encoded, shapes, quick, header)
 
+    quick = replace(s, compressor="rans") if s.compressor == "auto" else s  # tries need not wait for every compressor
     if s.fit == "allocate":
         packed = allocate(quantiser, packed_of, room, log)
     elif s.fit == "prune":
         packed = prune_to_fit(quantiser.encode(), packed_of, room, log)
     else:
         packed = packed_of(quantiser.encode())
+    packed = packed if quick is s else pack(packed.encoded, shapes, s, header)
     for row in packed.streams:
         log("pack", **row)
     used = "+".join(sorted({row["chosen"] for row in packed.streams}))
