@@ -36,8 +36,8 @@ LIMIT = 16_000_000
 WRAPPER = """
 import MODULE, hashlib, linecache, os, tempfile
 packed = open(__file__, "rb").read().split(b"\\n#")[1]
-source = MODULE.decompress(DECODED)
-path = name = hashlib.sha256(source).hexdigest()[:16] + ".py"
+s = MODULE.decompress(DECODED)
+p = name = hashlib.sha256(s).hexdigest()[:16] + ".py"
 try:
     folder = f"{tempfile.gettempdir()}/train_gpt-{os.getuid()}"
     os.makedirs(folder, 0o700, exist_ok=True)
@@ -45,14 +45,14 @@ try:
     if found.st_uid != os.getuid() or found.st_mode & 0o170077 != 0o040000:
         folder = tempfile.mkdtemp()
     with tempfile.NamedTemporaryFile(dir=folder, delete=False) as part:
-        part.write(source)
+        part.write(s)
     os.replace(part.name, f"{folder}/{name}")
-    path = f"{folder}/{name}"
+    p = f"{folder}/{name}"
 except OSError:
     pass
-linecache.cache[path] = len(source), None, [line + "\\n" for line in source.decode().split("\\n")], path
-exec(compile(source, path, "exec"))
+linecache.cache[p] = len(s), None, [line + "\\n" for line in s.decode().split("\\n")], p
 """
+RUN = "exec(compile(s,p,'exec'))"  # apart, since where it stands the minifier renames nothing
 FIRST = {True: "#", False: "#coding:L1 "}  # by --text; Latin-1 gives every byte a meaning
 MAKER = "made by tools/submit.py pack"
 
@@ -136,8 +136,8 @@ def packed(source, module, text):
     data, decoded = (base64.b85encode(payload), "base64.b85decode(packed)") if text else as_comment(payload)
     wrapper = WRAPPER.replace("MODULE", module).replace("DECODED", decoded)
     wrapper = wrapper.replace("import ", "import base64, ", 1) if text else wrapper
-    wrapper = minifier().minify(wrapper, rename_globals=True, hoist_literals=False)
-    return f"{FIRST[text]}{MAKER}\n{wrapper}\n#".encode() + data
+    wrapper = minifier().minify(wrapper, rename_globals=True, preserve_globals=["s", "p"], hoist_literals=False)
+    return f"{FIRST[text]}{MAKER}\n{wrapper}\n{RUN}\n#".encode() + data
 
 
 def pack(argv):
