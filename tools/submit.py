@@ -22,6 +22,7 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 from common import ROOT, BadInput, exit_code
 
@@ -62,7 +63,7 @@ MAKER = "made by tools/submit.py pack"
 
 def minifier():
     try:
-        import python_minifier
+        import python_minifier.f_string
     except ImportError:
         raise BadInput("python-minifier is not installed: pip install -r requirements-dev.txt") from None
     return python_minifier
@@ -84,9 +85,13 @@ def minified(source, path):
     keep = python_minifier.RemoveAnnotationsOptions(
         remove_variable_annotations=False, remove_return_annotations=False, remove_argument_annotations=False,
         remove_class_attribute_annotations=False)
-    small = python_minifier.minify(
-        source, remove_literal_statements=True, remove_annotations=keep, preserve_locals=sorted(parameters),
-        rename_globals=False, hoist_literals=False)
+    # A Python >= 3.12 would write f-strings that 3.10 and 3.11 cannot read.
+    f_string = python_minifier.f_string.OuterFString
+    begin = f_string.__init__
+    with mock.patch.object(f_string, "__init__", lambda self, node, pep701: begin(self, node, pep701=False)):
+        small = python_minifier.minify(
+            source, remove_literal_statements=True, remove_annotations=keep, preserve_locals=sorted(parameters),
+            rename_globals=False, hoist_literals=False)
     if doc := ast.get_docstring(tree, clean=False):  # of the module: --help prints its beginning
         small = f"{doc.partition(HELP_ENDS)[0]!r}\n{small}"
     return small.encode()
