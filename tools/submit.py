@@ -124,12 +124,15 @@ def as_comment(data):
     A comment holds any byte but NUL and the ends of a line. Each block of a fixed length is its key, then its bytes
     exclusive-or the key, which is one that makes none of the three; the length is the greatest for which there are keys.
     """
-    bad = bytes((0, 10, 13))
+    allowed = set(range(256)) - {0, 10, 13}
     for size in range(600, 1, -1):  # up to 85 there is always a key
-        blocks = [data[i : i + size - 1] for i in range(0, len(data), size - 1)]
-        keys = [next((key for key in range(256) if key not in bad and not {b ^ key for b in bad} & set(block)), None)
-                for block in blocks]
-        if None not in keys:
+        blocks, keys = [data[i : i + size - 1] for i in range(0, len(data), size - 1)], []
+        for block in map(set, blocks):
+            free = allowed - block - {byte ^ 10 for byte in block} - {byte ^ 13 for byte in block}
+            if not free:
+                break
+            keys.append(min(free))
+        else:
             break
     out = b"".join(bytes([key, *(byte ^ key for byte in block)]) for key, block in zip(keys, blocks))
     return out, f"bytes(byte ^ packed[i // {size} * {size}] for i, byte in enumerate(packed) if i % {size})"
