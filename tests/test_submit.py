@@ -20,7 +20,7 @@ from runs import RULE, SCRIPT, call, command, good, losses, summary
 
 UNPACKED = f"train_gpt-{os.getuid()}"
 SAME = ("steps", "train_tokens", "model_bytes", "artifact_sha256", "val_bpb", "val_loss", "val_tokens", "val_bytes",
-        "params", "settings", "settings_hash", "seed", "valid", "reasons")
+        "params", "settings_hash", "seed", "valid", "reasons")
 
 
 def pack(script, out, *more):

@@ -72,16 +72,17 @@ def minifier():
 def minified(source, path):
     """The same program without comments, docstrings and long local names.
 
-    Kept: annotations, which dataclass, NamedTuple, Triton and custom operators read; the names of globals, which messages,
-    tracebacks and importers use; and every parameter by its name: python-minifier would copy it into a shorter one, which
-    holds tensors for longer than the script means to, and which Triton does not take for a constant.
+    Kept: annotations, which dataclass, NamedTuple, Triton and custom operators read; the names of globals, functions and
+    classes, which messages, tracebacks and importers use; and every parameter by its name: python-minifier would copy it
+    into a shorter one, which holds tensors for longer than the script means to, and which Triton takes for no constant.
     """
     python_minifier = minifier()
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError) as error:
         raise BadInput(f"{path}:{getattr(error, 'lineno', None) or 1}: not Python ({error.args[0]})") from None
-    parameters = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)} - {"self", "cls"}
+    names = {getattr(node, "arg", None) or node.name for node in ast.walk(tree)
+             if isinstance(node, (ast.arg, ast.FunctionDef, ast.ClassDef))} - {"self", "cls"}
     keep = python_minifier.RemoveAnnotationsOptions(
         remove_variable_annotations=False, remove_return_annotations=False, remove_argument_annotations=False,
         remove_class_attribute_annotations=False)
@@ -90,7 +91,7 @@ def minified(source, path):
     begin = f_string.__init__
     with mock.patch.object(f_string, "__init__", lambda self, node, pep701: begin(self, node, pep701=False)):
         small = python_minifier.minify(
-            source, remove_literal_statements=True, remove_annotations=keep, preserve_locals=sorted(parameters),
+            source, remove_literal_statements=True, remove_annotations=keep, preserve_locals=sorted(names),
             rename_globals=False, hoist_literals=False)
     if doc := ast.get_docstring(tree, clean=False):  # of the module: --help prints its beginning
         small = f"{doc.partition(HELP_ENDS)[0]!r}\n{small}"
