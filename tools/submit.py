@@ -30,9 +30,10 @@ HELP_ENDS = "\nThe rooms"  # of a docstring: --help shows what comes before
 SMALL = 2_000  # bytes that are not worth an import
 LIMIT = 16_000_000
 
-# What the packed file does before the script begins. What is run, and what inspect, Triton and torch.compile read, comes
-# from memory. The file in the temporary folder is for everything that insists on one: written by every process, so never
-# trusted; complete or absent; in a folder of one's own, else in a new one; and not needed, should the disk be full.
+# What the packed file does before the script begins. What runs comes from memory, and so does the source that inspect,
+# Triton and tracebacks read, until something clears linecache, as the compiler may; then they find the file in the
+# temporary folder. Every process writes that file, so what was there is never trusted; it is complete or absent; in a
+# folder that only its user can write, else in a new one; and not needed to run, should the disk be full.
 # __file__ remains the packed file, so what counts the code counts that; tracebacks and the log show the unpacked source.
 WRAPPER = """
 import MODULE, hashlib, linecache, os, tempfile
