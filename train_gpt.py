@@ -31,6 +31,7 @@ import importlib.util
 import inspect
 import io
 import json
+import linecache
 import lzma
 import math
 import os
@@ -4125,7 +4126,8 @@ def log_header(run, argv):
             return ""
 
     rule, versions = "=" * 100, f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}"
-    for text in (run.source.decode(), rule, versions, output("nvidia-smi"), rule):
+    running = "".join(linecache.getlines(log_header.__code__.co_filename))  # not __file__, which may be packed
+    for text in (running, rule, versions, output("nvidia-smi"), rule):
         log.line(text, console=False)
     log("run", out_dir=run.out_dir, commit=output("git", "rev-parse", "--short=12", "HEAD") or "none",
         changed_files=len(output("git", "status", "--porcelain").splitlines()),
