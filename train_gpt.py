@@ -3664,10 +3664,10 @@ class Training:
                 generate(self.model, calibration_rows(s) // rt.world + 1, part, s.gptq_temperature, s.seed)
                 rt.sync()
                 began -= (time.monotonic() - began) * (length / part - 1)
-            once = time.monotonic()
-            self._meter_step(meter, self.stream.synthetic(generator, length, tokens), length)
+            once, micro = time.monotonic(), self.stream.synthetic(generator, length, tokens)
+            self._meter_step(meter, micro[:1], length)
             rt.sync()
-            seconds = once - began + (time.monotonic() - once) * calibration_steps(s)
+            seconds = once - began + (time.monotonic() - once) * len(micro) * calibration_steps(s)
         return rt.agree(1.1 * seconds)[0]
 
     def _meter_step(self, meter, micro, length):
