@@ -13,7 +13,7 @@ The rooms of this file, in reading order
      4 Runtime      settings from outside; device, dtype, ranks; the only other reader of the environment
      5 Optimizer    orthogonalisation, MuonAdam for 1..N ranks, schedules, complementary weights, weight averages
      6 Data         shard format, token stream, validation stream, bytes per token
-     7 Quantisation codecs: encode / decode
+     7 Quantisation codecs: encode / decode; the entropy coder of integer codes
      8 Artifact     container, compressors, save, load, size
      9 Evaluation   windows, the one score loop, the validity ledger: the definition of the metric
     10 Predictors   what is scored
@@ -1975,7 +1975,7 @@ def codec_of(role, s):
 
 PRECISION, BUCKETS = 13, 48  # a bucket's frequencies sum to 2^PRECISION; bucket k expects magnitudes of 2^(k/4 - 5)
 STATE_LOW = 1 << 16  # a lane's state is never below between codes; it gives or takes 16 bits at a time
-ESCAPE = 128  # -128 as a byte, which is no code: the code itself, too rare for a frequency, is stored elsewhere as a byte
+ESCAPE = 128  # -128 as a byte, which is no code: the true one, too rare to have a frequency, is stored as it is
 
 
 @cache
