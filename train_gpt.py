@@ -13,7 +13,7 @@ The rooms of this file, in reading order
      4 Runtime      settings from outside; device, dtype, ranks; the only other reader of the environment
      5 Optimizer    orthogonalisation, MuonAdam for 1..N ranks, schedules, complementary weights, weight averages
      6 Data         shard format, token stream, validation stream, bytes per token
-     7 Quantisation codecs: encode / decode
+     7 Quantisation codecs: encode / decode; the entropy coder of integer codes
      8 Artifact     container, compressors, save, load, size
      9 Evaluation   windows, the one score loop, the validity ledger: the definition of the metric
     10 Predictors   what is scored
@@ -31,6 +31,7 @@ import importlib.util
 import inspect
 import io
 import json
+import linecache
 import lzma
 import math
 import os
@@ -44,7 +45,7 @@ import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from functools import cache, partial
+from functools import cache, partial, reduce
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin
 
@@ -100,8 +101,7 @@ GATES, SKIPS = "attn_gate=head|sparse,smear_gate=scalar", "skips=linear|sigmoid|
 MUON, HEADS = "matrix_optimizer=muon", "tie_embeddings=False,mtp_num_heads"
 STAGES, LANES = "train_seq_schedule,train_batch_schedule", "parallel_residual=lanes|routed"
 FIXED, EMBED_FIXED = "fit=off|prune&matrix_quant=rtn|gptq_lite|gptq", "fit=off|prune&embed_quant=rtn|gptq_lite|gptq"
-GPTQ, FACTORS = "matrix_quant=gptq,embed_quant=gptq", "matrix_quant=gptq,embed_quant=gptq,fit=allocate"
-MOMENTS = FACTORS + ",lqer_rank"
+GPTQ, MOMENTS = "matrix_quant=gptq,embed_quant=gptq", "matrix_quant=gptq,embed_quant=gptq,fit=allocate,lqer_rank"
 _run, _data, _model, _train, _average, _pack, _eval = (partial(opt, room) for room in (
     "Run", "Data", "Model", "Training", "Averaging", "Quantisation and packing", "Evaluation"))
 
@@ -251,10 +251,11 @@ class Settings:
     embed_quant: Literal["rtn", "gptq_lite", "gptq", "ternary"] = _pack("gptq", "MATRIX_QUANT of embedding tables")
     embed_bits: int = _pack(8, "bits of an embedding weight: 2 to 8, or 16", 2, 16, on=EMBED_FIXED)
     embed_clip_sigmas: float = _pack(0.0, "MATRIX_CLIP_SIGMAS of embedding tables", 0, 100, on=EMBED_FIXED)
-    gate_bits: int = _pack(16, "bits of a gate's weight, by row (#1736): 2 to 8, or 16", 2, 16, on="attn_gate=head|dense|sparse")
-    prune_pct: float = _pack(0.0, "percent of each quantised tensor, its smallest weights, that become 0 (#967)", 0, 99)
-    gptq_damp: float = _pack(0.01, "share of the mean of a Hessian's diagonal that is added to it", 1e-6, 10, on=FACTORS)
-    gptq_act_order: bool = _pack(True, "columns by falling diagonal of the Hessian", on=FACTORS)
+    gate_bits: int = _pack(16, "bits of a gate's weight, by row (#1736): 2 to 8, or 16", 2, 16,
+                           on="attn_gate=head|dense|sparse")
+    prune_pct: float = _pack(0.0, "share of each quantised tensor, its smallest weights, that become 0 (#967)", 0, 0.99)
+    gptq_damp: float = _pack(0.01, "share of the mean of a Hessian's diagonal that is added to it", 1e-6, 10, on=GPTQ)
+    gptq_act_order: bool = _pack(True, "columns by falling diagonal of the Hessian", on=GPTQ)
     gptq_block_size: int = _pack(128, "columns whose errors are fed forward together (speed only)", 1, 2**16, on=GPTQ)
     gptq_calibration: Literal["train", "generated"] = _pack(
         "train", "text of the Hessians: further training text, or what the model writes (#1019)", on=MOMENTS)
@@ -264,13 +265,13 @@ class Settings:
                                         on=MOMENTS)
     lqer_rank: int = _pack(0, "rank of a low-rank correction of the worst tensors (LQER, #1797); 0: off", 0, 256)
     lqer_top_k: int = _pack(3, "how many tensors get one, if it helps", 1, 1000, on="lqer_rank")
-    lqer_group: int = _pack(64, "weights of its second factor that share a step", 1, 2**16, on="lqer_rank")
+    lqer_asym_group: int = _pack(64, "weights of its second factor that share a step", 1, 2**16, on="lqer_rank")
     late_qat_threshold: float = _pack(0.0, "train on rounded weights below this fraction of the peak learning rate; 0: off",
                                       0, 1)
     qat_rounding: Literal["ste", "soft"] = _pack(
         "ste", "straight through; or a step that steepens to one (#967)", on="late_qat_threshold")
     compressor: Literal["auto", "rans", "brotli", "zstd", "lzma", "zlib"] = _pack(
-        "auto", "rans: the codes by our entropy coder, the rest by lzma; auto: smallest, per stream")
+        "rans", "rans: the codes by our entropy coder, the rest by lzma; auto: the smallest of all, per stream")
     size_limit: int = _pack(SIZE_LIMIT, "most bytes of code + artifact; beyond it: exit code 3", 1, SIZE_LIMIT)
 
     eval_seq_len: int = _eval(2048, "length of an evaluation window", 2, 2**20)
@@ -1150,7 +1151,7 @@ RENAMED = {
     "GPTQ_CALIBRATION_BATCHES": "GPTQ_CALIBRATION_TOKENS, of all ranks together",
     "GPTQ_CALIB_BATCHES": "GPTQ_CALIBRATION_TOKENS, of all ranks together",
     "GPTQ_CALIB_SEQS": "GPTQ_CALIBRATION_TOKENS with GPTQ_CALIBRATION=generated", "LQER_ENABLED": "LQER_RANK=4",
-    "LQER_ASYM_ENABLED": "LQER_RANK, whose factors always have 2 and 4 bits", "LQER_ASYM_GROUP": "LQER_GROUP",
+    "LQER_ASYM_ENABLED": "LQER_RANK, whose factors always have 2 and 4 bits",
     "LQER_FACTOR_BITS": "LQER_RANK, whose factors always have 2 and 4 bits",
     "LQER_GAIN_SELECT": "LQER_TOP_K, which always goes by what the loss feels",
 }
@@ -2399,7 +2400,7 @@ class Quantiser:
                 raise Stopped(f"{name} is not finite; no artifact was written", 4)
             if store.codec == "float16":
                 continue
-            if count := int(s.prune_pct / 100 * weight.numel()):
+            if count := int(s.prune_pct * weight.numel()):
                 self.weights[name] = weight.where(weight.abs() > weight.abs().flatten().kthvalue(count).values, 0.0)
             self.groups.setdefault((weight.shape, store), []).append(name)
         self.quantised = sum(self.weights[name].numel() for names in self.groups.values() for name in names)
@@ -2414,7 +2415,9 @@ class Quantiser:
         return self._factors[key]
 
     def pivots(self, name):
-        """(C,): what an error in each column costs, once those behind it have made up for what they can."""
+        """(C,): what an error in each column costs, after those behind it, with GPTQ, made up for what they can."""
+        if self.stores[name].method == "rtn":
+            return self.moments[name].hessian.diagonal().clamp_min(1e-30)
         order, factor = self.factor(name)
         return torch.empty_like(factor[0]).scatter_(0, order, factor.diagonal().square().reciprocal())
 
@@ -2484,13 +2487,13 @@ class Quantiser:
         """
         def felt(name, one):
             hessian, gain = self.moments[name]
-            error = (self.weights[name].cpu() - one.decode(self.weights[name].shape)).to(hessian.device)
+            error = self.weights[name] - one.decode(self.weights[name].shape).to(hessian.device)
             return (gain @ ((error @ hessian) * error).sum(1)).item(), error
 
-        found = {name: felt(name, done[name]) for name in filter(self.moments.get, done)}  # gates have no moments
+        found = {name: felt(name, done[name]) for name in filter(self.moments.get, done)}  # a gate has none
         for name in sorted(found, key=lambda name: found[name][0])[-self.s.lqer_top_k :]:
             before, error = found[name]
-            fitting, group = min(self.s.lqer_rank, *error.shape), self.s.lqer_group
+            fitting, group = min(self.s.lqer_rank, *error.shape), self.s.lqer_asym_group
             parts = _to_cpu(low_rank(error, *self.moments[name], fitting, group))
             one = done[name]._replace(rank=fitting, group=group, parts=done[name].parts | parts)
             if felt(name, one)[0] < before:
@@ -2519,6 +2522,211 @@ def without_cheapest(encoded, count):
         q.view(-1)[at[drop]] = 0
         done[name] = encoded[name]._replace(parts=encoded[name].parts | {"q": q})
     return done
+
+
+# The entropy coder of integer codes: interleaved rANS (Duda 2013, Giesen 2014), one stream over all matrices.
+# A code has the frequencies of its bucket, the magnitude expected of it: the mean of its column so far times how much
+# larger than expected its row has been so far. Both sides learn them on the way: nothing but codes is stored.
+# Rows that are like the one above, as of tokens never seen, are coded as differences from it.
+# What the decoder depends on is integers throughout: a last bit that differs between machines would end the stream.
+
+PRECISION, BUCKETS = 13, 48  # a bucket's frequencies sum to 2^PRECISION; bucket k expects magnitudes of 2^(k/4 - 5)
+STATE_LOW = 1 << 16  # a lane's state is never below between codes; it gives or takes 16 bits at a time
+ESCAPE = 128  # -128 as a byte, which is no code: the true one, too rare to have a frequency, is stored as it is
+
+
+@cache
+def _logs():
+    """floor(16 log2(x + 1)) for x < 2^15."""
+    return np.array([((x + 1) ** 16).bit_length() - 1 for x in range(1 << 15)])
+
+
+@cache
+def _prior():
+    """About 20 codes for each bucket to begin with, in 1/4096 (BUCKETS, 256): nearly normal."""
+    rows = []
+    for k in range(BUCKETS):
+        wide = 20 * math.isqrt(1 << k + 2) + 4096  # (1 + v^2 / (20 m^2 + 2))^-8 at a mean magnitude m = 2^(k/4 - 5)
+        bell = [(wide << 16) ** 8 // (wide + 2048 * v * v) ** 8 for v in range(ESCAPE)]
+        half = [80_000 * x // (2 * sum(bell) - bell[0]) + 1 for x in bell]
+        rows.append([*half, 1600, *half[:0:-1]])
+    return np.array(rows)
+
+
+def code_frequencies(counts):
+    """Counts of code bytes (BUCKETS, 256) -> integers that sum to 2^PRECISION in each bucket; 0: use ESCAPE."""
+    weights = counts << 2
+    weights[1:] += counts[:-1]  # neighbours learn from each other
+    weights[:-1] += counts[1:]
+    ends = ((weights << 10) + _prior()).cumsum(1)
+    frequencies = np.diff(ends * ((1 << PRECISION) - 1) // ends[:, -1:], axis=1, prepend=0)
+    frequencies[:, ESCAPE] += 1
+    return frequencies
+
+
+def walk_codes(groups, coder):
+    """Visit all codes of groups (N, R, C), as both sides do. The coder's code() stores, or fills in, codes (N, pieces,
+    width) as differences from base, given their buckets; its learn() takes new frequencies.
+
+    The N matrices of a kind go side by side, and of each the pieces of `height` rows: `width` columns of one row of all
+    pieces are about one code a lane. Whatever predicts a code is here, from codes of earlier visits.
+    """
+    logs, counts = _logs(), np.zeros((BUCKETS, 256), np.int64)
+    coder.learn(code_frequencies(counts))
+    for group in groups:
+        N, R, C = group.shape
+        area = max(1, coder.lanes // N)
+        height = -(-R // max(1, min(R // 128, math.isqrt(area * R // C))))
+        width = min(C, max(1, area // -(-R // height)))
+        counts = (counts << 7) // counts.sum(1, keepdims=True).clip(128)  # of earlier kinds: worth 128 codes a bucket
+        columns, above = np.zeros((N, 1, C), np.int64), np.zeros((N, -(-R // height), C), np.int8)
+        visits, fresh, known, seen = [], 0, 0, 0
+        for t in range(height):
+            rows = group[:, t::height]
+            above = above[:, : rows.shape[1]]
+            # Magnitudes in 1/256, binary logarithms in 1/16; as if 64 codes of 1/2, 4 rows of the mean and 8 columns of
+            # what is expected had come before the first.
+            mean = (columns.sum(2, keepdims=True) * 256 + 8192) // (seen * C + 64)
+            expected = (columns * 256 + 4 * mean) // (seen + 4)
+            before = np.maximum(expected.cumsum(2) - expected + 8 * mean, 1)
+            level = logs[expected] - 48
+            size = change = np.repeat(8 * mean, rows.shape[1], 1)  # sums of |row| and |row - above| so far
+            for c in range(0, C, width):
+                at = np.s_[:, :, c : c + width]
+                codes, near, base = rows[at], above[at], 0
+                bucket = level[at] + logs[np.minimum((size << 8) // before[:, :, c : c + 1], len(logs) - 1)] - 128
+                alike = 4 * change < 3 * size
+                if alike.any():
+                    base = near * alike
+                    bucket = np.where(alike, logs[np.minimum(change // (c + 8), len(logs) - 1)] - 48, bucket)
+                bucket = np.minimum(np.maximum(bucket >> 2, 0), BUCKETS - 1)
+                coder.code(bucket, codes, base)
+                visits.append((bucket << 8 | (codes - base).view(np.uint8)).ravel())
+                size = size + (np.abs(codes).sum(2, keepdims=True, dtype=np.int64) << 8)
+                change = change + (np.abs(np.subtract(codes, near, dtype=np.int16)).sum(2, keepdims=True) << 8)
+                fresh += codes.size
+                if fresh >= max(1024, known // 4) or (t == height - 1 and c + width >= C):
+                    counts += np.bincount(np.concatenate(visits), minlength=counts.size).reshape(counts.shape)
+                    coder.learn(code_frequencies(counts))
+                    visits, known, fresh = [], known + fresh, 0
+            above, seen = rows, seen + rows.shape[1]
+            columns += np.abs(rows).sum(1, keepdims=True, dtype=np.int64)
+
+
+def _checksum(groups):
+    """Of the codes, not of the bytes that hold them: proves that this machine decodes as the other one encoded."""
+    return reduce(lambda crc, group: zlib.crc32(np.ascontiguousarray(group), crc), groups, 0)
+
+
+def _lanes(shapes):
+    """Each costs 3 bytes and saves time."""
+    return 8 + math.isqrt(sum(map(math.prod, shapes))) // 12
+
+
+class CodeWriter:
+    """Notes what walk_codes() visits, as frequency << 16 | start of it among the slots of the bucket: rANS encodes from
+    the last code to the first, so that decoding goes forwards.
+    """
+
+    def __init__(self, lanes):
+        self.lanes, self.steps, self.escaped = lanes, [], []
+
+    def learn(self, frequencies):
+        self.table = (frequencies << 16 | frequencies.cumsum(1) - frequencies).astype(np.uint32).ravel()
+
+    def code(self, buckets, codes, base):
+        rows, symbols = buckets.ravel() << 8, (codes - base).view(np.uint8).ravel()
+        entries = self.table.take(rows | symbols)
+        escaped = (entries < 1 << 16) | (symbols == ESCAPE)
+        if escaped.any():
+            entries[escaped] = self.table[rows[escaped] | ESCAPE]
+            self.escaped.append(codes.ravel()[escaped].tobytes())
+        self.steps += [entries[i : i + self.lanes] for i in range(0, len(entries), self.lanes)]
+
+    def finish(self, checksum):
+        state, words = np.full(self.lanes, STATE_LOW, np.uint32), []
+        for entries in reversed(self.steps):
+            x, frequency = state[: len(entries)], entries >> 16
+            full = np.flatnonzero(x >> 32 - PRECISION >= frequency)
+            words.append(x[full].astype("<u2"))
+            x[full] >>= 16
+            x += x // frequency * ((1 << PRECISION) - frequency) + (entries & 0xFFFF)
+        escaped = b"".join(self.escaped)
+        return b"".join([struct.pack("<II", checksum, len(escaped)), state.astype("<u4"), escaped, *reversed(words)])
+
+
+class CodeReader:
+    """Fills in what walk_codes() visits, from the bytes of a CodeWriter; refuses what no CodeWriter wrote."""
+
+    def __init__(self, data, lanes, where):
+        head = 8 + 4 * lanes
+        self.lanes, self.where, self.at, self.escapes = lanes, where, 0, 0
+        self.check(len(data) >= head, "too short")
+        self.checksum, escaped = struct.unpack_from("<II", data)
+        end = head + escaped
+        self.check(len(data) >= end and (len(data) - end) % 2 == 0, "too short")
+        self.state = np.frombuffer(data, "<u4", lanes, 8).astype(np.uint32)
+        self.escaped = np.frombuffer(data[head:end], np.int8)
+        self.words = np.frombuffer(data[end:], "<u2").astype(np.uint32)
+        self.bytes = np.tile(np.arange(256, dtype=np.uint8), BUCKETS)
+        self.slots = np.tile(np.arange(1 << PRECISION, dtype=np.uint32), BUCKETS)
+
+    def check(self, condition, what):
+        if not condition:
+            raise BadInput(f"{self.where}: coded weights are corrupt ({what})")
+
+    def learn(self, frequencies):
+        f = frequencies.ravel().astype(np.uint32)
+        self.symbols = np.repeat(self.bytes, f)
+        starts = (frequencies.cumsum(1) - frequencies).ravel().astype(np.uint32)
+        self.entries = np.repeat((f << 16) - starts, f) + self.slots  # frequency << 16 | slot - start
+
+    def code(self, buckets, codes, base):
+        slots, symbols = buckets.ravel() << PRECISION, np.empty(codes.size, np.uint8)
+        for i in range(0, codes.size, self.lanes):
+            x = self.state[: codes.size - i]
+            at = (x & (1 << PRECISION) - 1) + slots[i : i + self.lanes]
+            symbols[i : i + self.lanes] = self.symbols.take(at)
+            entries = self.entries.take(at)
+            x >>= PRECISION
+            x *= entries >> 16
+            x += entries & 0xFFFF
+            low = np.flatnonzero(x < STATE_LOW)
+            words = self.words[self.at : self.at + len(low)]
+            self.check(len(words) == len(low), "too short")
+            x[low] = x[low] << 16 | words
+            self.at += len(low)
+        escaped = symbols.reshape(codes.shape) == ESCAPE
+        codes[...] = symbols.view(np.int8).reshape(codes.shape) + base
+        if escaped.any():
+            count = np.count_nonzero(escaped)
+            values = self.escaped[self.escapes : self.escapes + count]
+            self.check(len(values) == count, "too few escapes")
+            codes[escaped] = values
+            self.escapes += count
+        self.check(codes.min() > -128, "a code of -128")
+
+    def finish(self, checksum):
+        self.check(self.at == len(self.words) and self.escapes == len(self.escaped), "too long")
+        self.check((self.state == STATE_LOW).all() and checksum == self.checksum, "checksum")
+
+
+def encode_codes(groups):
+    """int8 arrays (N, R, C), N matrices of a kind each, of codes -127..127 -> bytes."""
+    if any(group.min() == -128 for group in groups):
+        raise ValueError("-128 is no code")
+    writer = CodeWriter(_lanes([group.shape for group in groups]))
+    walk_codes(groups, writer)
+    return writer.finish(_checksum(groups))
+
+
+def decode_codes(data, shapes, where):
+    """The arrays (N, R, C) of these shapes that encode_codes() was given; `where` begins the message if it fails."""
+    groups = [np.empty(shape, np.int8) for shape in shapes]
+    reader = CodeReader(data, _lanes(shapes), where)
+    walk_codes(groups, reader)
+    reader.finish(_checksum(groups))
+    return groups
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2665,10 +2873,22 @@ def model_fields():
     return [f for f in fields(Settings) if f.metadata["room"] == "Model" or f.name == "vocab_size"]
 
 
-def pack(encoded, shapes, s, header, log=None):
-    """Chunks of the artifact that holds encoded parameters of some shapes, and the compressors used."""
+class Packed(NamedTuple):
+    """An artifact, before it is written."""
+
+    encoded: dict[str, Encoded]
+    chunks: list[bytes]
+    streams: list[dict]  # what each compressor made of each stream
+
+    @property
+    def size(self):
+        return sum(map(len, self.chunks))
+
+
+def pack(encoded, shapes, s, header):
+    """The artifact of encoded parameters of some shapes -> Packed."""
     tensors = [(name, shapes[name], *one[:4]) for name, one in encoded.items()]
-    streams, payload = [], []
+    streams, payload, report = [], [], []
     for stream, rows in stream_layout(tensors).items():
         named = s.compressor if s.compressor != "rans" or stream == "q" else "lzma"
         candidates = [named] if named != "auto" else ["rans"] * (stream == "q") + list(COMPRESSORS)
@@ -2678,56 +2898,54 @@ def pack(encoded, shapes, s, header, log=None):
         size = sum(np.dtype(dtype).itemsize * math.prod(shape) for _, _, dtype, shape in rows)
         streams.append([stream, best, size, len(packed[best]), zlib.crc32(packed[best])])
         payload.append(packed[best])
-        if log:
-            sizes = {f"{name}_bytes": len(data) for name, data in packed.items()}
-            log("pack", stream=stream, raw_bytes=size, **sizes, chosen=best)
+        sizes = {f"{name}_bytes": len(data) for name, data in packed.items()}
+        report.append({"stream": stream, "raw_bytes": size, **sizes, "chosen": best})
     header = json.dumps({**header, "tensors": tensors, "streams": streams}, separators=(",", ":")).encode()
     packed = zlib.compress(header, 9)
     chunks = [PREFIX.pack(MAGIC, ARTIFACT_VERSION, len(packed), len(header), zlib.crc32(packed)), packed, *payload]
-    return chunks, "+".join(sorted({compressor for _, compressor, *_ in streams}))
+    return Packed(encoded, chunks, report)
 
 
-def allocate(quantiser, size_of, room, log):
-    """Encoded parameters at the spacing whose artifact fills `room` bytes to within 5,000, or at the finest that means
-    anything. Bytes follow Quantiser.rate() up to a factor, which each try corrects.
+def allocate(quantiser, packed_of, room, log):
+    """The artifact (Packed) at the spacing that fills `room` bytes to within 5,000, or at the finest that means anything.
+    Bytes follow Quantiser.rate() up to a factor, which each try corrects.
     """
     finest = math.sqrt(24e-5 / max(quantiser.quantised, 1))  # 1e-5 nats in all
     bounds, factor, best = [finest, math.inf], 1.0, None  # too many bytes, few enough
     for attempt in range(1, 11):
         spacing = quantiser.spacing_for(room - 2500, factor, *bounds)
-        encoded = quantiser.encode(spacing)
-        size = size_of(encoded)
+        packed = packed_of(quantiser.encode(spacing))
         log("allocate", attempt=attempt, spacing=spacing, expected_loss=quantiser.quantised * spacing**2 / 24,
-            bytes=size, room_bytes=room)
-        if size <= room or best is None:
-            best = encoded
-        if size <= room and (size >= room - 5000 or spacing <= 1.001 * finest):
+            bytes=packed.size, room_bytes=room)
+        if packed.size <= room or best is None:
+            best = packed
+        if packed.size <= room and (packed.size >= room - 5000 or spacing <= 1.001 * finest):
             break
-        bounds[size <= room], factor = spacing, size / quantiser.rate(spacing)
+        bounds[packed.size <= room], factor = spacing, packed.size / quantiser.rate(spacing)
     return best
 
 
-def prune_to_fit(encoded, size_of, room, log):
-    """Encoded parameters with the fewest of their cheapest codes dropped (without_cheapest) that fit `room` bytes."""
+def prune_to_fit(encoded, packed_of, room, log):
+    """The artifact (Packed) with few of its cheapest codes dropped (without_cheapest) that fits `room` bytes; with all of
+    them, if even that is too large.
+    """
+    first = packed_of(encoded)
+    if first.size <= room:
+        log("prune", dropped=0, bytes=first.size, room_bytes=room)
+        return first
     low, high = 0, sum(int((one.parts["q"].abs() == 1).sum()) for one in encoded.values() if one.codec == "int")
-    first = size = size_of(encoded)
-    if first <= room:
-        log("prune", dropped=0, bytes=first, room=room)
-        return encoded
-    least, count = size_of(without_cheapest(encoded, high)), high
-    best, sizes = without_cheapest(encoded, high), (first, least)
-    for _ in range(8 if least <= room else 0):
-        count = low + round((high - low) * (sizes[0] - room + 500) / max(sizes[0] - sizes[1], 1))
-        count = min(max(count, low + 1), high)
-        tried = without_cheapest(encoded, count)
-        size = size_of(tried)
-        if size <= room:
-            high, best, sizes = count, tried, (sizes[0], size)
-        else:
-            low, sizes = count, (size, sizes[1])
-        if room - 2000 <= size <= room or high - low <= 1:
+    best, over = packed_of(without_cheapest(encoded, high)), first.size  # sizes at high and low
+    for _ in range(8 if best.size <= room else 0):
+        if best.size >= room - 2000 or high - low <= 1:
             break
-    log("prune", dropped=high, bytes=sizes[1], room=room)
+        count = low + round((high - low) * (over - room + 500) / (over - best.size))
+        count = min(max(count, low + 1), high - 1)
+        tried = packed_of(without_cheapest(encoded, count))
+        if tried.size <= room:
+            high, best = count, tried
+        else:
+            low, over = count, tried.size
+    log("prune", dropped=high, bytes=best.size, room_bytes=room)
     return best
 
 
@@ -2743,19 +2961,24 @@ def save_artifact(path, model, s, tokenizer_sha256="", log=None, moments=None, r
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
     quantiser = Quantiser(model, s, moments)
 
-    def size_of(encoded):
-        return sum(map(len, pack(encoded, shapes, s, header)[0]))
+    def packed_of(encoded):
+        for name, one in encoded.items():
+            if not all(part.isfinite().all() for part in one.parts.values()):
+                raise Stopped(f"{name} is too large for float16; no artifact was written", 4)
+        return pack(encoded, shapes, quick, header)
 
+    quick = replace(s, compressor="rans") if s.compressor == "auto" else s  # tries need not wait for every compressor
     if s.fit == "allocate":
-        encoded = allocate(quantiser, size_of, room, log)
+        packed = allocate(quantiser, packed_of, room, log)
+    elif s.fit == "prune":
+        packed = prune_to_fit(quantiser.encode(), packed_of, room, log)
     else:
-        encoded = quantiser.encode()
-        encoded = prune_to_fit(encoded, size_of, room, log) if s.fit == "prune" else encoded
-    for name, one in encoded.items():
-        if not all(part.isfinite().all() for part in one.parts.values()):
-            raise Stopped(f"{name} is too large for float16; no artifact was written", 4)
-    chunks, used = pack(encoded, shapes, s, header, log)
-    return {"bytes": sum(map(len, chunks)), "sha256": write_atomic(path, chunks), "compressor": used}
+        packed = packed_of(quantiser.encode())
+    packed = packed if quick is s else pack(packed.encoded, shapes, s, header)
+    for row in packed.streams:
+        log("pack", **row)
+    used = "+".join(sorted({row["chosen"] for row in packed.streams}))
+    return {"bytes": packed.size, "sha256": write_atomic(path, packed.chunks), "compressor": used}
 
 
 def read_artifact(path, data=None):
@@ -3325,7 +3548,7 @@ class LateQAT:
     """
 
     def __init__(self, model, s):
-        self.model, self.s, self.begun, self.on = model, s, None, False
+        self.model, self.s, self.begun, self.on, self.moments = model, s, None, False, None
         stores = storage(model, s)
         self.modules = {f"{name}.weight": module for name, module in model.named_modules()
                         if isinstance(module, (Linear, Table)) and stores[f"{name}.weight"].codec != "float16"}
@@ -3348,7 +3571,8 @@ class LateQAT:
             self.begun = training.step
             run.log("late_qat", step=training.step, tensors=len(self.grids), rounding=self.s.qat_rounding)
             if self.s.fit == "allocate":
-                quantiser = Quantiser(self.model, self.s, training.calibrate())
+                self.moments = training.calibrate()  # the export's, too: another grid would undo what was learned
+                quantiser = Quantiser(self.model, self.s, self.moments)
                 self._set(quantiser.steps(quantiser.spacing_for(self.s.size_limit - len(run.source))))
         if self.s.fit != "allocate" and (training.step - self.begun) % 10 == 0:
             self._set(Quantiser(self.model, self.s).steps())
@@ -3361,11 +3585,16 @@ class LateQAT:
             grid.step.copy_(steps[name])
 
     def state_dict(self):
-        return {"begun": self.begun, "steps": {name: grid.step.cpu() for name, grid in self.grids.items()}}
+        moments = self.moments and {name: (*map(Tensor.cpu, one),) for name, one in self.moments.items()}
+        return {"begun": self.begun, "steps": {name: grid.step.cpu() for name, grid in self.grids.items()},
+                "moments": moments}
 
     def load_state_dict(self, state):
         self.begun = state["begun"]
         self._set(state["steps"])
+        if state["moments"]:
+            device = self.model.embed.weight.device
+            self.moments = {name: Moments(*(z.to(device) for z in one)) for name, one in state["moments"].items()}
 
 
 class Training:
@@ -3456,10 +3685,10 @@ class Training:
                 generate(self.model, calibration_rows(s) // rt.world + 1, part, s.gptq_temperature, s.seed)
                 rt.sync()
                 began -= (time.monotonic() - began) * (length / part - 1)
-            once = time.monotonic()
-            self._meter_step(meter, self.stream.synthetic(generator, length, tokens), length)
+            once, micro = time.monotonic(), self.stream.synthetic(generator, length, tokens)
+            self._meter_step(meter, micro[:1], length)
             rt.sync()
-            seconds = once - began + (time.monotonic() - once) * calibration_steps(s)
+            seconds = once - began + (time.monotonic() - once) * len(micro) * calibration_steps(s)
         return rt.agree(1.1 * seconds)[0]
 
     def _meter_step(self, meter, micro, length):
@@ -3618,8 +3847,7 @@ def train(run, model, val):
         log("warmup", steps=s.warmup_steps, graphs=len(training.plans()), seconds=round(run.clock["warmup"], 2))
     if s.needs_moments and s.max_wallclock_seconds:
         with run.clock.phase("warmup"):
-            times = 1 + bool(s.late_qat_threshold and s.fit == "allocate")
-            training.reserve = s.gptq_reserve_seconds or times * training.measure_reserve()
+            training.reserve = s.gptq_reserve_seconds or training.measure_reserve()
         log("reserve", seconds=round(training.reserve, 3))
     training.average.start()
     resume(run, training)
@@ -3639,7 +3867,8 @@ def train(run, model, val):
     run.facts.update(steps=training.step, train_tokens=training.tokens, peak_memory_mib=peak, weights=kind,
                      epochs=round(training.stream.epoch, 4))
     log("peak_memory", f"peak memory allocated: {peak} MiB", mib=peak)
-    return training.calibrate() if s.needs_moments else None
+    learned = training.qat and training.qat.moments
+    return learned or (training.calibrate() if s.needs_moments else None)
 
 
 def _choose_average(run, training, predictor):
@@ -3919,7 +4148,8 @@ def log_header(run, argv):
             return ""
 
     rule, versions = "=" * 100, f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}"
-    for text in (run.source.decode(), rule, versions, output("nvidia-smi"), rule):
+    running = "".join(linecache.getlines(log_header.__code__.co_filename))  # not __file__, which may be packed
+    for text in (running, rule, versions, output("nvidia-smi"), rule):
         log.line(text, console=False)
     log("run", out_dir=run.out_dir, commit=output("git", "rev-parse", "--short=12", "HEAD") or "none",
         changed_files=len(output("git", "status", "--porcelain").splitlines()),

@@ -123,7 +123,7 @@ def test_the_loaded_model_is_the_quantised_one(tmp_path_factory, s, seed, compre
 def test_grids_and_corrections_are_the_same_out_of_the_file(tmp_path_factory, s, seed, fit, rank, mixed):
     """Bit for bit what the quantiser decodes in memory: every codec, with and without a correction, several widths."""
     path = tmp_path_factory.getbasetemp() / "grids.pg"
-    s = tg.replace(s, fit=fit, matrix_quant="gptq", embed_quant="rtn", lqer_rank=rank, lqer_top_k=2, lqer_group=5, matrix_bits=4,
+    s = tg.replace(s, fit=fit, matrix_quant="gptq", embed_quant="rtn", lqer_rank=rank, lqer_top_k=2, lqer_asym_group=5, matrix_bits=4,
                    embed_bits=6, gate_bits=5 if mixed else 16, layer_bits=((0, 3),) if mixed else ())
     model, moments = ref.randomise(tg.GPT(s, init=False), seed, 0.2), {}
     for name, module in model.named_modules():

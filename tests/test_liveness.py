@@ -50,8 +50,8 @@ STAGES = "TRAIN_SEQ_SCHEDULE=16@0.3,32@1", "TRAIN_BATCH_SCHEDULE=128@0.3,256@1"
 FIXED = "", "FIT=prune MATRIX_QUANT=rtn SIZE_LIMIT=30000", "MATRIX_QUANT=gptq"
 EMBED_FIXED = "", "FIT=prune EMBED_QUANT=rtn SIZE_LIMIT=30000", "EMBED_QUANT=gptq"
 ALLOCATE = "FIT=allocate MATRIX_QUANT=rtn EMBED_QUANT=rtn SIZE_LIMIT=25000"
-FACTORS = "MATRIX_QUANT=gptq", "EMBED_QUANT=gptq", ALLOCATE
-MOMENTS = *FACTORS, "LQER_RANK=2 MATRIX_BITS=3"
+FACTORS = "MATRIX_QUANT=gptq", "EMBED_QUANT=gptq"
+MOMENTS = *FACTORS, ALLOCATE, "LQER_RANK=2 MATRIX_BITS=3"
 GATED = "ATTN_GATE=head", "ATTN_GATE=dense", "ATTN_GATE=sparse"
 packs = functools.partial(beside, shows="artifact")
 
@@ -109,11 +109,11 @@ CASES = {
     "layer_bits": packs("0@8,1@3", *FIXED), "matrix_clip_sigmas": packs("2.5", *FIXED),
     "attn_clip_sigmas": packs("2.5", *FIXED), "mlp_clip_sigmas": packs("2.5", *FIXED),
     "embed_bits": packs("5", *EMBED_FIXED) + packs("16", ""), "embed_clip_sigmas": packs("2.5", *EMBED_FIXED),
-    "gate_bits": packs("4", *GATED), "prune_pct": packs("20", "", "MATRIX_QUANT=gptq", ALLOCATE),
+    "gate_bits": packs("4", *GATED), "prune_pct": packs("0.2", "", "MATRIX_QUANT=gptq", ALLOCATE),
     "gptq_damp": packs("0.5", *FACTORS), "gptq_act_order": packs("0", *FACTORS),
     "gptq_calibration": packs("generated", *MOMENTS), "gptq_calibration_tokens": packs("1024", *MOMENTS),
     "gptq_temperature": packs("5", "GPTQ_CALIBRATION=generated MATRIX_QUANT=gptq"), "lqer_rank": packs("2", "MATRIX_BITS=3"),
-    "lqer_top_k": packs("1", "LQER_RANK=2 MATRIX_BITS=3"), "lqer_group": packs("8", "LQER_RANK=2 MATRIX_BITS=3"),
+    "lqer_top_k": packs("1", "LQER_RANK=2 MATRIX_BITS=3"), "lqer_asym_group": packs("8", "LQER_RANK=2 MATRIX_BITS=3"),
     "late_qat_threshold": each("0.9", "WARMDOWN_FRAC=0.9"), "qat_rounding": each("soft", "LATE_QAT_THRESHOLD=0.9 WARMDOWN_FRAC=0.9"),
     "size_limit": packs("20000", "FIT=prune", ALLOCATE),
 }
@@ -449,7 +449,7 @@ def test_micro_batches_are_smaller_and_more(toy, tokens, parts):
     assert changed.losses == pytest.approx(plain.losses, rel=1e-5)
 
 
-@pytest.mark.parametrize("beside", FACTORS)
+@pytest.mark.parametrize("beside", [*FACTORS, ALLOCATE])
 def test_the_block_size_changes_no_weight(toy, beside):
     (plain, before), (changed, after) = packed(toy, beside), packed(toy, beside, "GPTQ_BLOCK_SIZE=7")
     near = [(changed.weights[n] != w).float().mean().item() for n, w in plain.weights.items()]
@@ -468,8 +468,8 @@ def test_the_reserve_ends_training_earlier_and_changes_nothing_else(toy, monkeyp
 
 @pytest.mark.parametrize("beside", ["", ALLOCATE.replace("25000", "10000000")])
 def test_the_compressor_changes_the_bytes_and_no_weight(toy, beside):
-    found = [packed(toy, beside, f"COMPRESSOR={name}") for name in ("zlib", "lzma", "zstd", "brotli")]
-    assert all(one.same(found[0][0]) for one, _ in found) and len({data for _, data in found}) == 4
+    found = [packed(toy, beside, f"COMPRESSOR={name}") for name in ("zlib", "lzma", "zstd", "brotli", "rans")]
+    assert all(one.same(found[0][0]) for one, _ in found) and len({data for _, data in found}) == 5
 
 
 @pytest.mark.parametrize("changes", ["", "NUM_LOOPS=1", "NORMUON=1 MTP_NUM_HEADS=1 COMPLEMENT_ALPHA=0.5",
