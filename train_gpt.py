@@ -2503,6 +2503,199 @@ def without_cheapest(encoded, count):
     return done
 
 
+# The entropy coder of integer codes: interleaved rANS (Duda, Giesen), one stream over all matrices. A code is coded with
+# the frequencies of its bucket: its expected magnitude, which is the mean of its column so far times how much larger than
+# expected its row has been so far. The frequencies are learned on the way, by both sides alike, so nothing but codes is
+# stored; a row like the one above is coded as the difference from it. What the decoder derives is integer arithmetic
+# throughout: floating point may differ between machines in the last bit, and one bit would be the end of the stream.
+
+PRECISION, BUCKETS = 13, 48  # a bucket's frequencies sum to 2^PRECISION; bucket k expects magnitudes of 2^(k/4 - 5)
+STATE_LOW, ESCAPE = 1 << 16, 128  # a lane's state is never below, and gives or takes 16 bits; -128 as a byte: no code
+
+
+@cache
+def _logs():
+    """floor(16 log2(x + 1)) for x < 2^15."""
+    return np.array([((x + 1) ** 16).bit_length() - 1 for x in range(1 << 15)])
+
+
+@cache
+def _prior():
+    """About 20 codes of each bucket, before it has seen any, in 1/4096 (BUCKETS, 256): nearly normal, with some tail."""
+    rows = []
+    for k in range(BUCKETS):
+        wide = 20 * math.isqrt(1 << k + 2) + 4096  # (1 + v^2 / (20 m^2 + 2))^-8 at a mean magnitude m = 2^(k/4 - 5)
+        bell = [(wide << 16) ** 8 // (wide + 2048 * v * v) ** 8 for v in range(ESCAPE)]
+        half = [80_000 * x // (2 * sum(bell) - bell[0]) + 800 // (v + 1) ** 2 + 4 for v, x in enumerate(bell)]
+        rows.append([*half, 1600, *half[:0:-1]])
+    return np.array(rows)
+
+
+def code_frequencies(counts):
+    """Counts of code bytes (BUCKETS, 256) -> integers whose sum is 2^PRECISION in each bucket; 0 means by ESCAPE."""
+    weights = counts << 2
+    weights[1:] += counts[:-1]  # buckets that are next to each other learn from each other
+    weights[:-1] += counts[1:]
+    ends = ((weights << 10) + _prior()).cumsum(1)
+    frequencies = np.diff(ends * ((1 << PRECISION) - 1) // ends[:, -1:], axis=1, prepend=0)
+    frequencies[:, ESCAPE] += 1
+    return frequencies
+
+
+def walk_codes(groups, coder):
+    """Visit all codes of groups (N, R, C) as both sides do: N matrices of a kind side by side, each in pieces of `height`
+    rows side by side, so that `width` columns of one row of all pieces are about one code a lane. The coder's code() reads
+    or fills codes (N, pieces, width) of known buckets as differences from base; its learn() takes new frequencies.
+    """
+    logs, counts = _logs(), np.zeros((BUCKETS, 256), np.int64)
+    coder.learn(code_frequencies(counts))
+    for group in groups:
+        N, R, C = group.shape
+        area = max(1, coder.lanes // N)
+        height = -(-R // max(1, min(R // 128, math.isqrt(area * R // C))))
+        width = min(C, max(1, area // -(-R // height)))
+        counts = (counts << 7) // counts.sum(1, keepdims=True).clip(128)  # of earlier kinds: worth 128 codes a bucket
+        columns, above = np.zeros((N, 1, C), np.int64), np.zeros((N, -(-R // height), C), np.int8)
+        seen, fresh, known = 0, 0, 0
+        for t in range(height):
+            rows = group[:, t::height]
+            above = above[:, : rows.shape[1]]
+            # Magnitudes in 1/256, their logarithms in 1/16. 64 codes of 1/2, 4 rows of the mean and 8 columns of it come
+            # before the first.
+            mean = (columns.sum(2, keepdims=True) * 256 + 8192) // (seen * C + 64)
+            expected = (columns * 256 + 4 * mean) // (seen + 4)
+            before = (expected.cumsum(2) - expected + 8 * mean).clip(1)
+            level = logs[expected] - 48
+            size = change = np.repeat(8 * mean, rows.shape[1], 1)  # sums of magnitudes of the row, and of it minus above
+            buckets, symbols = np.empty(rows.shape, np.int64), np.empty(rows.shape, np.uint8)
+            for c in range(0, C, width):
+                at = np.s_[:, :, c : c + width]
+                codes, near, base = rows[at], above[at], 0
+                bucket = level[at] + logs[((size << 8) // before[:, :, c : c + 1]).clip(max=len(logs) - 1)] - 128
+                alike = 2 * change < size
+                if alike.any():
+                    base = near * alike
+                    bucket = np.where(alike, logs[(change // (c + 8)).clip(max=len(logs) - 1)] - 48, bucket)
+                buckets[at] = bucket = (bucket >> 2).clip(0, BUCKETS - 1)
+                coder.code(bucket, codes, base)
+                symbols[at] = codes - base
+                size = size + (np.abs(codes).sum(2, keepdims=True, dtype=np.int64) << 8)
+                change = change + (np.abs(np.subtract(codes, near, dtype=np.int16)).sum(2, keepdims=True) << 8)
+            above, seen, fresh = rows, seen + rows.shape[1], fresh + rows.size
+            columns += np.abs(rows).sum(1, keepdims=True, dtype=np.int64)
+            counts += np.bincount((buckets << 8 | symbols).ravel(), minlength=counts.size).reshape(counts.shape)
+            if fresh >= max(256, known // 4):
+                coder.learn(code_frequencies(counts))
+                known, fresh = known + fresh, 0
+
+
+def _lanes(shapes):
+    """A lane costs 3 bytes of the file and saves time."""
+    return min(2048, 1 + sum(map(math.prod, shapes)) // 16384)
+
+
+class CodeWriter:
+    """Notes what walk_codes visits; rANS then goes from the last code to the first, so that reading goes forwards."""
+
+    def __init__(self, lanes):
+        self.lanes, self.steps, self.escaped = lanes, [], []
+
+    def learn(self, frequencies):
+        self.table = (frequencies << 16 | frequencies.cumsum(1) - frequencies).astype(np.uint32).ravel()
+
+    def code(self, buckets, codes, base):
+        rows, symbols = buckets.ravel() << 8, (codes - base).view(np.uint8).ravel()
+        entries = self.table.take(rows | symbols)
+        escaped = (entries < 1 << 16) | (symbols == ESCAPE)
+        if escaped.any():
+            entries[escaped] = self.table[rows[escaped] | ESCAPE]
+            self.escaped.append(codes.ravel()[escaped].tobytes())
+        self.steps += [entries[i : i + self.lanes] for i in range(0, len(entries), self.lanes)]
+
+    def finish(self):
+        state, words = np.full(self.lanes, STATE_LOW, np.uint32), []
+        for entries in reversed(self.steps):
+            x, frequency = state[: len(entries)], entries >> 16
+            full = np.flatnonzero(x >> 32 - PRECISION >= frequency)
+            words.append(x[full].astype("<u2"))
+            x[full] >>= 16
+            x += x // frequency * ((1 << PRECISION) - frequency) + (entries & 0xFFFF)
+        escaped = b"".join(self.escaped)
+        return b"".join([struct.pack("<I", len(escaped)), state.astype("<u4"), escaped, *reversed(words)])
+
+
+class CodeReader:
+    """Fills the codes that walk_codes visits from the bytes of a CodeWriter."""
+
+    def __init__(self, data, lanes, where):
+        head = 4 + 4 * lanes
+        self.lanes, self.where, self.at, self.escapes = lanes, where, 0, 0
+        self.check(len(data) >= head, "too short")
+        end = head + int.from_bytes(data[:4], "little")
+        self.check(len(data) >= end and (len(data) - end) % 2 == 0, "too short")
+        self.state = np.frombuffer(data, "<u4", lanes, 4).astype(np.uint32)
+        self.escaped = np.frombuffer(data[head:end], np.int8)
+        self.words = np.frombuffer(data[end:], "<u2").astype(np.uint32)
+
+    def check(self, condition, what):
+        if not condition:
+            raise BadInput(f"{self.where}: coded weights are corrupt ({what})")
+
+    def learn(self, frequencies):
+        f = frequencies.ravel().astype(np.uint32)
+        self.symbols = np.repeat(np.tile(np.arange(256, dtype=np.uint8), BUCKETS), f)
+        starts = (frequencies.cumsum(1) - frequencies).ravel().astype(np.uint32)
+        slots = np.tile(np.arange(1 << PRECISION, dtype=np.uint32), BUCKETS)
+        self.entries = np.repeat((f << 16) - starts, f) + slots  # frequency << 16 | slot - start
+
+    def code(self, buckets, codes, base):
+        slots, symbols = buckets.ravel() << PRECISION, np.empty(codes.size, np.uint8)
+        for i in range(0, codes.size, self.lanes):
+            x = self.state[: codes.size - i]
+            at = (x & (1 << PRECISION) - 1) + slots[i : i + self.lanes]
+            symbols[i : i + self.lanes] = self.symbols.take(at)
+            entries = self.entries.take(at)
+            x >>= PRECISION
+            x *= entries >> 16
+            x += entries & 0xFFFF
+            low = np.flatnonzero(x < STATE_LOW)
+            words = self.words[self.at : self.at + len(low)]
+            self.check(len(words) == len(low), "too short")
+            x[low] = x[low] << 16 | words
+            self.at += len(low)
+        escaped = symbols.reshape(codes.shape) == ESCAPE
+        codes[...] = symbols.view(np.int8).reshape(codes.shape) + base
+        if escaped.any():
+            count = np.count_nonzero(escaped)
+            values = self.escaped[self.escapes : self.escapes + count]
+            self.check(len(values) == count, "too few escapes")
+            codes[escaped] = values
+            self.escapes += count
+        self.check(codes.min() > -128, "a code of -128")
+
+    def finish(self):
+        self.check(self.at == len(self.words) and self.escapes == len(self.escaped), "too long")
+        self.check((self.state == STATE_LOW).all(), "final state")
+
+
+def encode_codes(groups):
+    """int8 arrays (N, R, C), N matrices of a kind each, of codes -127..127 -> bytes."""
+    if any(group.min() == -128 for group in groups):
+        raise ValueError("-128 is no code")
+    writer = CodeWriter(_lanes([group.shape for group in groups]))
+    walk_codes(groups, writer)
+    return writer.finish()
+
+
+def decode_codes(data, shapes, where):
+    """The arrays (N, R, C) of these shapes that encode_codes() was given; `where` begins the message if it cannot be."""
+    groups = [np.empty(shape, np.int8) for shape in shapes]
+    reader = CodeReader(data, _lanes(shapes), where)
+    walk_codes(groups, reader)
+    reader.finish()
+    return groups
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 8 Artifact
 # magic | version, packed and raw header length, header checksum | header (zlib, JSON) | streams.
