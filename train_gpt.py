@@ -31,6 +31,7 @@ import importlib.util
 import inspect
 import io
 import json
+import linecache
 import lzma
 import math
 import os
@@ -44,7 +45,7 @@ import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from functools import cache, partial
+from functools import cache, partial, reduce
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin
 
@@ -252,7 +253,7 @@ class Settings:
     embed_bits: int = _pack(8, "bits of an embedding weight: 2 to 8, or 16", 2, 16, on=EMBED_FIXED)
     embed_clip_sigmas: float = _pack(0.0, "MATRIX_CLIP_SIGMAS of embedding tables", 0, 100, on=EMBED_SIGMAS)
     gate_bits: int = _pack(16, "bits of a gate's weight, by row (#1736): 2 to 8, or 16", 2, 16)
-    prune_pct: float = _pack(0.0, "percent of each quantised tensor, its smallest weights, that become 0 (#967)", 0, 99)
+    prune_pct: float = _pack(0.0, "share of each quantised tensor, its smallest weights, that become 0 (#967)", 0, 0.99)
     gptq_damp: float = _pack(0.01, "share of the mean of a Hessian's diagonal that is added to it", 1e-6, 10, on=MOMENTS)
     gptq_act_order: bool = _pack(True, "columns by falling diagonal of the Hessian", on=GPTQ)
     gptq_block_size: int = _pack(128, "columns whose errors are fed forward together (speed only)", 1, 2**16, on=GPTQ)
@@ -264,13 +265,13 @@ class Settings:
                                         on=MOMENTS)
     lqer_rank: int = _pack(0, "rank of a low-rank correction of the worst tensors (LQER, #1797); 0: off", 0, 256)
     lqer_top_k: int = _pack(3, "how many tensors get one", 1, 1000, on="lqer_rank")
-    lqer_group: int = _pack(64, "weights of its second factor that share a step", 1, 2**16, on="lqer_rank")
+    lqer_asym_group: int = _pack(64, "weights of its second factor that share a step", 1, 2**16, on="lqer_rank")
     late_qat_threshold: float = _pack(0.0, "train on rounded weights below this fraction of the peak learning rate; 0: off",
                                       0, 1)
     qat_rounding: Literal["ste", "soft"] = _pack(
         "ste", "straight through; or a step that steepens to one (#967)", on="late_qat_threshold")
     compressor: Literal["auto", "rans", "brotli", "zstd", "lzma", "zlib"] = _pack(
-        "auto", "rans: the codes by our entropy coder, the rest by lzma; auto: smallest, per stream")
+        "rans", "rans: the codes by our entropy coder, the rest by lzma; auto: the smallest of all, per stream")
     size_limit: int = _pack(SIZE_LIMIT, "most bytes of code + artifact; beyond it: exit code 3", 1, SIZE_LIMIT)
 
     eval_seq_len: int = _eval(2048, "length of an evaluation window", 2, 2**20)
@@ -2388,7 +2389,7 @@ class Quantiser:
                 raise Stopped(f"{name} is not finite; no artifact was written", 4)
             if store.codec == "float16":
                 continue
-            if count := int(s.prune_pct / 100 * weight.numel()):
+            if count := int(s.prune_pct * weight.numel()):
                 self.weights[name] = weight.where(weight.abs() > weight.abs().flatten().kthvalue(count).values, 0.0)
             self.groups.setdefault((weight.shape, store), []).append(name)
         self.quantised = sum(self.weights[name].numel() for names in self.groups.values() for name in names)
@@ -2403,7 +2404,9 @@ class Quantiser:
         return self._factors[key]
 
     def pivots(self, name):
-        """(C,): what an error in each column costs, once those behind it have made up for what they can."""
+        """(C,): what an error in each column costs, after those behind it, with GPTQ, made up for what they can."""
+        if self.stores[name].method == "rtn":
+            return self.moments[name].hessian.diagonal().clamp_min(1e-30)
         order, factor = self.factor(name)
         return torch.empty_like(factor[0]).scatter_(0, order, factor.diagonal().square().reciprocal())
 
@@ -2467,7 +2470,7 @@ class Quantiser:
 
     def _correct(self, done):
         """LQER where the error is felt most. By its plain norm it would always be the largest tensors (#1797)."""
-        rank, group = self.s.lqer_rank, self.s.lqer_group
+        rank, group = self.s.lqer_rank, self.s.lqer_asym_group
         errors, felt = {}, {}
         for name in done:
             error, (hessian, gain) = self.weights[name].cpu() - done[name].decode(self.weights[name].shape), self.moments[name]
@@ -2503,11 +2506,11 @@ def without_cheapest(encoded, count):
     return done
 
 
-# The entropy coder of integer codes: interleaved rANS (Duda, Giesen), one stream over all matrices. A code is coded with
-# the frequencies of its bucket: its expected magnitude, which is the mean of its column so far times how much larger than
-# expected its row has been so far. The frequencies are learned on the way, by both sides alike, so nothing but codes is
-# stored; a row like the one above is coded as the difference from it. What the decoder derives is integer arithmetic
-# throughout: floating point may differ between machines in the last bit, and one bit would be the end of the stream.
+# The entropy coder of integer codes: interleaved rANS (Duda 2013, Giesen 2014), one stream over all matrices.
+# A code has the frequencies of its bucket, the magnitude expected of it: the mean of its column so far times how much
+# larger than expected its row has been so far. Both sides learn them on the way: nothing but codes is stored.
+# Rows that are like the one above, as of tokens never seen, are coded as differences from it.
+# What the decoder depends on is integers throughout: a last bit that differs between machines would end the stream.
 
 PRECISION, BUCKETS = 13, 48  # a bucket's frequencies sum to 2^PRECISION; bucket k expects magnitudes of 2^(k/4 - 5)
 STATE_LOW, ESCAPE = 1 << 16, 128  # a lane's state is never below, and gives or takes 16 bits; -128 as a byte: no code
@@ -2521,12 +2524,12 @@ def _logs():
 
 @cache
 def _prior():
-    """About 20 codes of each bucket, before it has seen any, in 1/4096 (BUCKETS, 256): nearly normal, with some tail."""
+    """About 20 codes for each bucket to begin with, in 1/4096 (BUCKETS, 256): nearly normal."""
     rows = []
     for k in range(BUCKETS):
         wide = 20 * math.isqrt(1 << k + 2) + 4096  # (1 + v^2 / (20 m^2 + 2))^-8 at a mean magnitude m = 2^(k/4 - 5)
         bell = [(wide << 16) ** 8 // (wide + 2048 * v * v) ** 8 for v in range(ESCAPE)]
-        half = [80_000 * x // (2 * sum(bell) - bell[0]) + 800 // (v + 1) ** 2 + 4 for v, x in enumerate(bell)]
+        half = [80_000 * x // (2 * sum(bell) - bell[0]) + 1 for x in bell]
         rows.append([*half, 1600, *half[:0:-1]])
     return np.array(rows)
 
@@ -2543,12 +2546,15 @@ def code_frequencies(counts):
 
 
 def walk_codes(groups, coder):
-    """Visit all codes of groups (N, R, C) as both sides do: N matrices of a kind side by side, each in pieces of `height`
-    rows side by side, so that `width` columns of one row of all pieces are about one code a lane. The coder's code() reads
-    or fills codes (N, pieces, width) of known buckets as differences from base; its learn() takes new frequencies.
+    """Visit all codes of groups (N, R, C), as both sides do. The coder's code() stores, or fills in, codes (N, pieces,
+    width) as differences from base, given their buckets; its learn() takes new frequencies.
+
+    The N matrices of a kind go side by side, and of each the pieces of `height` rows: `width` columns of one row of all
+    pieces are about one code a lane. Whatever predicts a code is here, from codes of earlier visits.
     """
     logs, counts = _logs(), np.zeros((BUCKETS, 256), np.int64)
     coder.learn(code_frequencies(counts))
+    visits, fresh = [], 0
     for group in groups:
         N, R, C = group.shape
         area = max(1, coder.lanes // N)
@@ -2556,42 +2562,47 @@ def walk_codes(groups, coder):
         width = min(C, max(1, area // -(-R // height)))
         counts = (counts << 7) // counts.sum(1, keepdims=True).clip(128)  # of earlier kinds: worth 128 codes a bucket
         columns, above = np.zeros((N, 1, C), np.int64), np.zeros((N, -(-R // height), C), np.int8)
-        seen, fresh, known = 0, 0, 0
+        seen, known = 0, 0
         for t in range(height):
             rows = group[:, t::height]
             above = above[:, : rows.shape[1]]
-            # Magnitudes in 1/256, their logarithms in 1/16. 64 codes of 1/2, 4 rows of the mean and 8 columns of it come
-            # before the first.
+            # Magnitudes in 1/256, binary logarithms in 1/16; as if 64 codes of 1/2, 4 rows of the mean and 8 columns of
+            # what is expected had come before the first.
             mean = (columns.sum(2, keepdims=True) * 256 + 8192) // (seen * C + 64)
             expected = (columns * 256 + 4 * mean) // (seen + 4)
-            before = (expected.cumsum(2) - expected + 8 * mean).clip(1)
+            before = np.maximum(expected.cumsum(2) - expected + 8 * mean, 1)
             level = logs[expected] - 48
-            size = change = np.repeat(8 * mean, rows.shape[1], 1)  # sums of magnitudes of the row, and of it minus above
-            buckets, symbols = np.empty(rows.shape, np.int64), np.empty(rows.shape, np.uint8)
+            size = change = np.repeat(8 * mean, rows.shape[1], 1)  # sums of |row| and |row - above| so far
             for c in range(0, C, width):
                 at = np.s_[:, :, c : c + width]
                 codes, near, base = rows[at], above[at], 0
-                bucket = level[at] + logs[((size << 8) // before[:, :, c : c + 1]).clip(max=len(logs) - 1)] - 128
-                alike = 2 * change < size
+                bucket = level[at] + logs[np.minimum((size << 8) // before[:, :, c : c + 1], len(logs) - 1)] - 128
+                alike = 4 * change < 3 * size
                 if alike.any():
                     base = near * alike
-                    bucket = np.where(alike, logs[(change // (c + 8)).clip(max=len(logs) - 1)] - 48, bucket)
-                buckets[at] = bucket = (bucket >> 2).clip(0, BUCKETS - 1)
+                    bucket = np.where(alike, logs[np.minimum(change // (c + 8), len(logs) - 1)] - 48, bucket)
+                bucket = np.minimum(np.maximum(bucket >> 2, 0), BUCKETS - 1)
                 coder.code(bucket, codes, base)
-                symbols[at] = codes - base
+                visits.append((bucket << 8 | (codes - base).view(np.uint8)).ravel())
                 size = size + (np.abs(codes).sum(2, keepdims=True, dtype=np.int64) << 8)
                 change = change + (np.abs(np.subtract(codes, near, dtype=np.int16)).sum(2, keepdims=True) << 8)
-            above, seen, fresh = rows, seen + rows.shape[1], fresh + rows.size
+                fresh += codes.size
+                if fresh >= max(1024, known // 4):
+                    counts += np.bincount(np.concatenate(visits), minlength=counts.size).reshape(counts.shape)
+                    coder.learn(code_frequencies(counts))
+                    visits, known, fresh = [], known + fresh, 0
+            above, seen = rows, seen + rows.shape[1]
             columns += np.abs(rows).sum(1, keepdims=True, dtype=np.int64)
-            counts += np.bincount((buckets << 8 | symbols).ravel(), minlength=counts.size).reshape(counts.shape)
-            if fresh >= max(256, known // 4):
-                coder.learn(code_frequencies(counts))
-                known, fresh = known + fresh, 0
+
+
+def _checksum(groups):
+    """Of the codes, not of the bytes that hold them: proves that this machine decodes as the other one encoded."""
+    return reduce(lambda crc, group: zlib.crc32(np.ascontiguousarray(group), crc), groups, 0)
 
 
 def _lanes(shapes):
-    """A lane costs 3 bytes of the file and saves time."""
-    return min(2048, 1 + sum(map(math.prod, shapes)) // 16384)
+    """Each costs 3 bytes and saves time."""
+    return 8 + math.isqrt(sum(map(math.prod, shapes))) // 12
 
 
 class CodeWriter:
@@ -2612,7 +2623,7 @@ class CodeWriter:
             self.escaped.append(codes.ravel()[escaped].tobytes())
         self.steps += [entries[i : i + self.lanes] for i in range(0, len(entries), self.lanes)]
 
-    def finish(self):
+    def finish(self, checksum):
         state, words = np.full(self.lanes, STATE_LOW, np.uint32), []
         for entries in reversed(self.steps):
             x, frequency = state[: len(entries)], entries >> 16
@@ -2621,21 +2632,24 @@ class CodeWriter:
             x[full] >>= 16
             x += x // frequency * ((1 << PRECISION) - frequency) + (entries & 0xFFFF)
         escaped = b"".join(self.escaped)
-        return b"".join([struct.pack("<I", len(escaped)), state.astype("<u4"), escaped, *reversed(words)])
+        return b"".join([struct.pack("<II", checksum, len(escaped)), state.astype("<u4"), escaped, *reversed(words)])
 
 
 class CodeReader:
     """Fills the codes that walk_codes visits from the bytes of a CodeWriter."""
 
     def __init__(self, data, lanes, where):
-        head = 4 + 4 * lanes
+        head = 8 + 4 * lanes
         self.lanes, self.where, self.at, self.escapes = lanes, where, 0, 0
         self.check(len(data) >= head, "too short")
-        end = head + int.from_bytes(data[:4], "little")
+        self.checksum, escaped = struct.unpack_from("<II", data)
+        end = head + escaped
         self.check(len(data) >= end and (len(data) - end) % 2 == 0, "too short")
-        self.state = np.frombuffer(data, "<u4", lanes, 4).astype(np.uint32)
+        self.state = np.frombuffer(data, "<u4", lanes, 8).astype(np.uint32)
         self.escaped = np.frombuffer(data[head:end], np.int8)
         self.words = np.frombuffer(data[end:], "<u2").astype(np.uint32)
+        self.bytes = np.tile(np.arange(256, dtype=np.uint8), BUCKETS)
+        self.slots = np.tile(np.arange(1 << PRECISION, dtype=np.uint32), BUCKETS)
 
     def check(self, condition, what):
         if not condition:
@@ -2643,10 +2657,9 @@ class CodeReader:
 
     def learn(self, frequencies):
         f = frequencies.ravel().astype(np.uint32)
-        self.symbols = np.repeat(np.tile(np.arange(256, dtype=np.uint8), BUCKETS), f)
+        self.symbols = np.repeat(self.bytes, f)
         starts = (frequencies.cumsum(1) - frequencies).ravel().astype(np.uint32)
-        slots = np.tile(np.arange(1 << PRECISION, dtype=np.uint32), BUCKETS)
-        self.entries = np.repeat((f << 16) - starts, f) + slots  # frequency << 16 | slot - start
+        self.entries = np.repeat((f << 16) - starts, f) + self.slots  # frequency << 16 | slot - start
 
     def code(self, buckets, codes, base):
         slots, symbols = buckets.ravel() << PRECISION, np.empty(codes.size, np.uint8)
@@ -2673,9 +2686,9 @@ class CodeReader:
             self.escapes += count
         self.check(codes.min() > -128, "a code of -128")
 
-    def finish(self):
+    def finish(self, checksum):
         self.check(self.at == len(self.words) and self.escapes == len(self.escaped), "too long")
-        self.check((self.state == STATE_LOW).all(), "final state")
+        self.check((self.state == STATE_LOW).all() and checksum == self.checksum, "checksum")
 
 
 def encode_codes(groups):
@@ -2684,15 +2697,15 @@ def encode_codes(groups):
         raise ValueError("-128 is no code")
     writer = CodeWriter(_lanes([group.shape for group in groups]))
     walk_codes(groups, writer)
-    return writer.finish()
+    return writer.finish(_checksum(groups))
 
 
 def decode_codes(data, shapes, where):
-    """The arrays (N, R, C) of these shapes that encode_codes() was given; `where` begins the message if it cannot be."""
+    """The arrays (N, R, C) of these shapes that encode_codes() was given; `where` begins the message if it fails."""
     groups = [np.empty(shape, np.int8) for shape in shapes]
     reader = CodeReader(data, _lanes(shapes), where)
     walk_codes(groups, reader)
-    reader.finish()
+    reader.finish(_checksum(groups))
     return groups
 
 
@@ -2840,10 +2853,22 @@ def model_fields():
     return [f for f in fields(Settings) if f.metadata["room"] == "Model" or f.name == "vocab_size"]
 
 
-def pack(encoded, shapes, s, header, log=None):
-    """Chunks of the artifact that holds encoded parameters of some shapes, and the compressors used."""
+class Packed(NamedTuple):
+    """An artifact, before it is written."""
+
+    encoded: dict[str, Encoded]
+    chunks: list[bytes]
+    streams: list[dict]  # what each compressor made of each stream
+
+    @property
+    def size(self):
+        return sum(map(len, self.chunks))
+
+
+def pack(encoded, shapes, s, header):
+    """The artifact of encoded parameters of some shapes -> Packed."""
     tensors = [(name, shapes[name], *one[:4]) for name, one in encoded.items()]
-    streams, payload = [], []
+    streams, payload, report = [], [], []
     for stream, rows in stream_layout(tensors).items():
         named = s.compressor if s.compressor != "rans" or stream == "q" else "lzma"
         candidates = [named] if named != "auto" else ["rans"] * (stream == "q") + list(COMPRESSORS)
@@ -2853,56 +2878,54 @@ def pack(encoded, shapes, s, header, log=None):
         size = sum(np.dtype(dtype).itemsize * math.prod(shape) for _, _, dtype, shape in rows)
         streams.append([stream, best, size, len(packed[best]), zlib.crc32(packed[best])])
         payload.append(packed[best])
-        if log:
-            sizes = {f"{name}_bytes": len(data) for name, data in packed.items()}
-            log("pack", stream=stream, raw_bytes=size, **sizes, chosen=best)
+        sizes = {f"{name}_bytes": len(data) for name, data in packed.items()}
+        report.append({"stream": stream, "raw_bytes": size, **sizes, "chosen": best})
     header = json.dumps({**header, "tensors": tensors, "streams": streams}, separators=(",", ":")).encode()
     packed = zlib.compress(header, 9)
     chunks = [PREFIX.pack(MAGIC, ARTIFACT_VERSION, len(packed), len(header), zlib.crc32(packed)), packed, *payload]
-    return chunks, "+".join(sorted({compressor for _, compressor, *_ in streams}))
+    return Packed(encoded, chunks, report)
 
 
-def allocate(quantiser, size_of, room, log):
-    """Encoded parameters at the spacing whose artifact fills `room` bytes to within 5,000, or at the finest that means
-    anything. Bytes follow Quantiser.rate() up to a factor, which each try corrects.
+def allocate(quantiser, packed_of, room, log):
+    """The artifact (Packed) at the spacing that fills `room` bytes to within 5,000, or at the finest that means anything.
+    Bytes follow Quantiser.rate() up to a factor, which each try corrects.
     """
     finest = math.sqrt(24e-5 / max(quantiser.quantised, 1))  # 1e-5 nats in all
     bounds, factor, best = [finest, math.inf], 1.0, None  # too many bytes, few enough
     for attempt in range(1, 11):
         spacing = quantiser.spacing_for(room - 2500, factor, *bounds)
-        encoded = quantiser.encode(spacing)
-        size = size_of(encoded)
+        packed = packed_of(quantiser.encode(spacing))
         log("allocate", attempt=attempt, spacing=spacing, expected_loss=quantiser.quantised * spacing**2 / 24,
-            bytes=size, room_bytes=room)
-        if size <= room or best is None:
-            best = encoded
-        if size <= room and (size >= room - 5000 or spacing <= 1.001 * finest):
+            bytes=packed.size, room_bytes=room)
+        if packed.size <= room or best is None:
+            best = packed
+        if packed.size <= room and (packed.size >= room - 5000 or spacing <= 1.001 * finest):
             break
-        bounds[size <= room], factor = spacing, size / quantiser.rate(spacing)
+        bounds[packed.size <= room], factor = spacing, packed.size / quantiser.rate(spacing)
     return best
 
 
-def prune_to_fit(encoded, size_of, room, log):
-    """Encoded parameters with the fewest of their cheapest codes dropped (without_cheapest) that fit `room` bytes."""
+def prune_to_fit(encoded, packed_of, room, log):
+    """The artifact (Packed) with few of its cheapest codes dropped (without_cheapest) that fits `room` bytes; with all of
+    them, if even that is too large.
+    """
+    first = packed_of(encoded)
+    if first.size <= room:
+        log("prune", dropped=0, bytes=first.size, room_bytes=room)
+        return first
     low, high = 0, sum(int((one.parts["q"].abs() == 1).sum()) for one in encoded.values() if one.codec == "int")
-    first = size = size_of(encoded)
-    if first <= room:
-        log("prune", dropped=0, bytes=first, room=room)
-        return encoded
-    least, count = size_of(without_cheapest(encoded, high)), high
-    best, sizes = without_cheapest(encoded, high), (first, least)
-    for _ in range(8 if least <= room else 0):
-        count = low + round((high - low) * (sizes[0] - room + 500) / max(sizes[0] - sizes[1], 1))
-        count = min(max(count, low + 1), high)
-        tried = without_cheapest(encoded, count)
-        size = size_of(tried)
-        if size <= room:
-            high, best, sizes = count, tried, (sizes[0], size)
-        else:
-            low, sizes = count, (size, sizes[1])
-        if room - 2000 <= size <= room or high - low <= 1:
+    best, over = packed_of(without_cheapest(encoded, high)), first.size  # sizes at high and low
+    for _ in range(8 if best.size <= room else 0):
+        if best.size >= room - 2000 or high - low <= 1:
             break
-    log("prune", dropped=high, bytes=sizes[1], room=room)
+        count = low + round((high - low) * (over - room + 500) / (over - best.size))
+        count = min(max(count, low + 1), high - 1)
+        tried = packed_of(without_cheapest(encoded, count))
+        if tried.size <= room:
+            high, best = count, tried
+        else:
+            low, over = count, tried.size
+    log("prune", dropped=high, bytes=best.size, room_bytes=room)
     return best
 
 
@@ -2918,19 +2941,24 @@ def save_artifact(path, model, s, tokenizer_sha256="", log=None, moments=None, r
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
     quantiser = Quantiser(model, s, moments)
 
-    def size_of(encoded):
-        return sum(map(len, pack(encoded, shapes, s, header)[0]))
+    def packed_of(encoded):
+        for name, one in encoded.items():
+            if not all(part.isfinite().all() for part in one.parts.values()):
+                raise Stopped(f"{name} is too large for float16; no artifact was written", 4)
+        return pack(encoded, shapes, quick, header)
 
+    quick = replace(s, compressor="rans") if s.compressor == "auto" else s  # tries need not wait for every compressor
     if s.fit == "allocate":
-        encoded = allocate(quantiser, size_of, room, log)
+        packed = allocate(quantiser, packed_of, room, log)
+    elif s.fit == "prune":
+        packed = prune_to_fit(quantiser.encode(), packed_of, room, log)
     else:
-        encoded = quantiser.encode()
-        encoded = prune_to_fit(encoded, size_of, room, log) if s.fit == "prune" else encoded
-    for name, one in encoded.items():
-        if not all(part.isfinite().all() for part in one.parts.values()):
-            raise Stopped(f"{name} is too large for float16; no artifact was written", 4)
-    chunks, used = pack(encoded, shapes, s, header, log)
-    return {"bytes": sum(map(len, chunks)), "sha256": write_atomic(path, chunks), "compressor": used}
+        packed = packed_of(quantiser.encode())
+    packed = packed if quick is s else pack(packed.encoded, shapes, s, header)
+    for row in packed.streams:
+        log("pack", **row)
+    used = "+".join(sorted({row["chosen"] for row in packed.streams}))
+    return {"bytes": packed.size, "sha256": write_atomic(path, packed.chunks), "compressor": used}
 
 
 def read_artifact(path, data=None):
@@ -3499,7 +3527,7 @@ class LateQAT:
     """
 
     def __init__(self, model, s):
-        self.model, self.s, self.begun, self.on = model, s, None, False
+        self.model, self.s, self.begun, self.on, self.moments = model, s, None, False, None
         stores = storage(model, s)
         self.modules = {f"{name}.weight": module for name, module in model.named_modules()
                         if isinstance(module, (Linear, Table)) and stores[f"{name}.weight"].codec != "float16"}
@@ -3522,7 +3550,8 @@ class LateQAT:
             self.begun = training.step
             run.log("late_qat", step=training.step, tensors=len(self.grids), rounding=self.s.qat_rounding)
             if self.s.fit == "allocate":
-                quantiser = Quantiser(self.model, self.s, training.calibrate())
+                self.moments = training.calibrate()  # the export's, too: another grid would undo what was learned
+                quantiser = Quantiser(self.model, self.s, self.moments)
                 self._set(quantiser.steps(quantiser.spacing_for(self.s.size_limit - len(run.source))))
         if self.s.fit != "allocate" and (training.step - self.begun) % 10 == 0:
             self._set(Quantiser(self.model, self.s).steps())
@@ -3535,11 +3564,16 @@ class LateQAT:
             grid.step.copy_(steps[name])
 
     def state_dict(self):
-        return {"begun": self.begun, "steps": {name: grid.step.cpu() for name, grid in self.grids.items()}}
+        moments = self.moments and {name: (*map(Tensor.cpu, one),) for name, one in self.moments.items()}
+        return {"begun": self.begun, "steps": {name: grid.step.cpu() for name, grid in self.grids.items()},
+                "moments": moments}
 
     def load_state_dict(self, state):
         self.begun = state["begun"]
         self._set(state["steps"])
+        if state["moments"]:
+            device = self.model.embed.weight.device
+            self.moments = {name: Moments(*(z.to(device) for z in one)) for name, one in state["moments"].items()}
 
 
 class Training:
@@ -3630,10 +3664,10 @@ class Training:
                 generate(self.model, calibration_rows(s) // rt.world + 1, part, s.gptq_temperature, s.seed)
                 rt.sync()
                 began -= (time.monotonic() - began) * (length / part - 1)
-            once = time.monotonic()
-            self._meter_step(meter, self.stream.synthetic(generator, length, tokens), length)
+            once, micro = time.monotonic(), self.stream.synthetic(generator, length, tokens)
+            self._meter_step(meter, micro[:1], length)
             rt.sync()
-            seconds = once - began + (time.monotonic() - once) * calibration_steps(s)
+            seconds = once - began + (time.monotonic() - once) * len(micro) * calibration_steps(s)
         return rt.agree(1.1 * seconds)[0]
 
     def _meter_step(self, meter, micro, length):
@@ -3657,7 +3691,7 @@ class Training:
                 for _ in range(calibration_steps(s)):
                     self._meter_step(meter, _next_batch(run, self, length, tokens), length)
             moments = meter.moments(rt)
-        run.log("calibrate", source=s.gptq_calibration, tokens=int(rt.sum(torch.tensor(meter.tokens))),
+        run.log("calibrate", source=s.gptq_calibration, tokens=int(rt.sum(torch.tensor(meter.tokens, device=rt.device))),
                 seconds=round(run.clock["calibrate"], 3), reserved_seconds=round(self.reserve, 3))
         return moments
 
@@ -3792,8 +3826,7 @@ def train(run, model, val):
         log("warmup", steps=s.warmup_steps, graphs=len(training.plans()), seconds=round(run.clock["warmup"], 2))
     if s.needs_moments and s.max_wallclock_seconds:
         with run.clock.phase("warmup"):
-            times = 1 + bool(s.late_qat_threshold and s.fit == "allocate")
-            training.reserve = s.gptq_reserve_seconds or times * training.measure_reserve()
+            training.reserve = s.gptq_reserve_seconds or training.measure_reserve()
         log("reserve", seconds=round(training.reserve, 3))
     training.average.start()
     resume(run, training)
@@ -3813,7 +3846,8 @@ def train(run, model, val):
     run.facts.update(steps=training.step, train_tokens=training.tokens, peak_memory_mib=peak, weights=kind,
                      epochs=round(training.stream.epoch, 4))
     log("peak_memory", f"peak memory allocated: {peak} MiB", mib=peak)
-    return training.calibrate() if s.needs_moments else None
+    learned = training.qat and training.qat.moments
+    return learned or (training.calibrate() if s.needs_moments else None)
 
 
 def _choose_average(run, training, predictor):
@@ -4092,7 +4126,8 @@ def log_header(run, argv):
             return ""
 
     rule, versions = "=" * 100, f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}"
-    for text in (run.source.decode(), rule, versions, output("nvidia-smi"), rule):
+    running = "".join(linecache.getlines(log_header.__code__.co_filename))  # not __file__, which may be packed
+    for text in (running, rule, versions, output("nvidia-smi"), rule):
         log.line(text, console=False)
     log("run", out_dir=run.out_dir, commit=output("git", "rev-parse", "--short=12", "HEAD") or "none",
         changed_files=len(output("git", "status", "--porcelain").splitlines()),

@@ -1,0 +1,232 @@
+"""Make what is submitted.
+
+    python tools/submit.py pack [--script train_gpt.py] [--out FILE] [--compressor auto|lzma|brotli] [--text]
+
+`pack` writes the script minified, compressed and self-extracting: one .py file that python and torchrun run as they run
+the readable one, with the same settings, losses and score. Its lines say what each step saves. The file that is written
+is what the trainer counts and hashes as its code, and the minified source is what the trainer puts into its log.
+
+    --out         default logs/packed/train_gpt.py (the name of the script)
+    --compressor  auto: lzma, which Python has, unless brotli, which the packed file then has to import, saves over 2,000
+                  bytes
+    --text        ASCII (base85) in place of bytes in a Latin-1 comment: a quarter larger, for what accepts only text
+"""
+
+import argparse
+import ast
+import base64
+import hashlib
+import lzma
+import os
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+from common import ROOT, BadInput, exit_code
+
+HELP_ENDS = "\nThe rooms"  # of a docstring: --help shows what comes before
+SMALL = 2_000  # bytes that are not worth an import
+LIMIT = 16_000_000
+
+# What the packed file does before the script begins. What runs comes from memory, and so does the source that inspect,
+# Triton and tracebacks read, until something clears linecache, as the compiler may; then they find the file in the
+# temporary folder. Every process writes that file, so what was there is never trusted; it is complete or absent; in a
+# folder that only its user can write, else in a new one; and not needed to run, should the disk be full.
+# __file__ remains the packed file, so what counts the code counts that; tracebacks and the log show the unpacked source.
+WRAPPER = """
+import MODULE, hashlib, linecache, os, tempfile
+packed = open(__file__, "rb").read().split(b"\\n#")[1]
+s = MODULE.decompress(DECODED)
+p = name = hashlib.sha256(s).hexdigest()[:16] + ".py"
+try:
+    folder = f"{tempfile.gettempdir()}/train_gpt-{os.getuid()}"
+    os.makedirs(folder, 0o700, exist_ok=True)
+    found = os.lstat(folder)
+    if found.st_uid != os.getuid() or found.st_mode & 0o170077 != 0o040000:
+        folder = tempfile.mkdtemp()
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as part:
+        part.write(s)
+    os.replace(part.name, f"{folder}/{name}")
+    p = f"{folder}/{name}"
+except OSError:
+    pass
+linecache.cache[p] = len(s), None, [line + "\\n" for line in s.decode().split("\\n")], p
+"""
+RUN = "exec(compile(s,p,'exec'))"  # apart, since where it stands the minifier renames nothing
+FIRST = {True: "#", False: "#coding:L1 "}  # by --text; Latin-1 gives every byte a meaning
+MAKER = "made by tools/submit.py pack"
+
+
+# ---- minify ---------------------------------------------------------------------------------------------------------
+
+
+def minifier():
+    try:
+        import python_minifier.f_string
+    except ImportError:
+        raise BadInput("python-minifier is not installed: pip install -r requirements-dev.txt") from None
+    return python_minifier
+
+
+def minified(source, path):
+    """The same program without comments, docstrings and long local names.
+
+    Kept: annotations, which dataclass, NamedTuple, Triton and custom operators read; the names of globals, functions and
+    classes, which messages, tracebacks and importers use; and every parameter by its name: python-minifier would copy it
+    into a shorter one, which holds tensors for longer than the script means to, and which Triton takes for no constant.
+    """
+    python_minifier = minifier()
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError) as error:
+        raise BadInput(f"{path}:{getattr(error, 'lineno', None) or 1}: not Python ({error.args[0]})") from None
+    names = {getattr(node, "arg", None) or node.name for node in ast.walk(tree)
+             if isinstance(node, (ast.arg, ast.FunctionDef, ast.ClassDef))} - {"self", "cls"}
+    keep = python_minifier.RemoveAnnotationsOptions(
+        remove_variable_annotations=False, remove_return_annotations=False, remove_argument_annotations=False,
+        remove_class_attribute_annotations=False)
+    # A Python >= 3.12 would write f-strings that 3.10 and 3.11 cannot read.
+    f_string = python_minifier.f_string.OuterFString
+    begin = f_string.__init__
+    with mock.patch.object(f_string, "__init__", lambda self, node, pep701: begin(self, node, pep701=False)):
+        small = python_minifier.minify(
+            source, remove_literal_statements=True, remove_annotations=keep, preserve_locals=sorted(names),
+            rename_globals=False, hoist_literals=False)
+    if doc := ast.get_docstring(tree, clean=False):  # of the module: --help prints its beginning
+        small = f"{doc.partition(HELP_ENDS)[0]!r}\n{small}"
+    return small.encode()
+
+
+# ---- pack -----------------------------------------------------------------------------------------------------------
+
+
+def compress_lzma(data):
+    """The smallest .xz stream of what the filter's parameters give; it ends in a checksum."""
+    filters = ({"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "nice_len": 273, "lc": lc, "lp": 0, "pb": 0}
+               for lc in range(5))
+    return min((lzma.compress(data, check=lzma.CHECK_CRC32, filters=[one]) for one in filters), key=len)
+
+
+def compress_brotli(data):
+    try:
+        import brotli
+    except ImportError:
+        raise BadInput("brotli is not installed: pip install -r requirements.txt") from None
+    return min((brotli.compress(data, mode=mode, lgwin=24) for mode in (brotli.MODE_GENERIC, brotli.MODE_TEXT)), key=len)
+
+
+COMPRESSORS = {"lzma": compress_lzma, "brotli": compress_brotli}
+
+
+def as_comment(data):
+    """(data as bytes that a comment may hold, the expression that undoes it).
+
+    A comment holds any byte but NUL and the ends of a line. Each block of a fixed length is its key, then its bytes
+    exclusive-or the key, which is one that makes none of the three; the length is the greatest for which there are keys.
+    """
+    allowed = set(range(256)) - {0, 10, 13}
+    for size in range(600, 1, -1):  # up to 85 there is always a key
+        blocks, keys = [data[i : i + size - 1] for i in range(0, len(data), size - 1)], []
+        for block in map(set, blocks):
+            free = allowed - block - {byte ^ 10 for byte in block} - {byte ^ 13 for byte in block}
+            if not free:
+                break
+            keys.append(min(free))
+        else:
+            break
+    out = b"".join(bytes([key, *(byte ^ key for byte in block)]) for key, block in zip(keys, blocks))
+    return out, f"bytes(byte ^ packed[i // {size} * {size}] for i, byte in enumerate(packed) if i % {size})"
+
+
+def packed(source, module, text):
+    """The self-extracting file: wrapper, then the compressed source as a comment on the last line."""
+    payload = COMPRESSORS[module](source)
+    data, decoded = (base64.b85encode(payload), "base64.b85decode(packed)") if text else as_comment(payload)
+    wrapper = WRAPPER.replace("MODULE", module).replace("DECODED", decoded)
+    wrapper = wrapper.replace("import ", "import base64, ", 1) if text else wrapper
+    wrapper = minifier().minify(wrapper, rename_globals=True, preserve_globals=["s", "p"], hoist_literals=False)
+    return f"{FIRST[text]}{MAKER}\n{wrapper}\n{RUN}\n#".encode() + data
+
+
+def pack(argv):
+    parser = argparse.ArgumentParser(prog="submit.py pack", description="Make a script small and self-extracting.")
+    parser.add_argument("--script", metavar="FILE", type=Path, default=ROOT / "train_gpt.py")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="default: logs/packed/ and the name of the script")
+    parser.add_argument("--compressor", choices=["auto", *COMPRESSORS], default="auto")
+    parser.add_argument("--text", action="store_true", help="ASCII only")
+    args = parser.parse_args(argv)
+    out = args.out or ROOT / "logs/packed" / args.script.name
+    source = read(args.script)
+    if out.suffix != ".py":
+        raise BadInput(f"--out {out}: the name must end in .py")
+    if out.exists() and out.samefile(args.script):
+        raise BadInput(f"--out {out} is the script itself")
+    small = minified(source, args.script)
+    say("minified", script=args.script, raw_bytes=len(source), minified_bytes=len(small),
+        sha256=hashlib.sha256(small).hexdigest()[:16])
+    files = {}
+    for name in COMPRESSORS:
+        files[name] = packed(small, name, args.text)
+        say("packed", compressor=name, encoding="base85" if args.text else "bytes", packed_bytes=len(files[name]))
+    chosen = args.compressor
+    if chosen == "auto":
+        chosen = "brotli" if len(files["lzma"]) - len(files["brotli"]) > SMALL else "lzma"
+    write(out, files[chosen])
+    say("written", file=out, compressor=chosen, bytes=len(files[chosen]), saved_bytes=len(source) - len(files[chosen]),
+        of_limit=f"{len(files[chosen]) / LIMIT:.4%}", sha256=hashlib.sha256(files[chosen]).hexdigest())
+    return 0
+
+
+def read(path):
+    try:
+        source = path.read_bytes()
+        first = source.decode().partition("\n")[0]
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise BadInput(f"{path}: cannot be read ({why})") from None
+    if first.endswith(MAKER):
+        raise BadInput(f"{path}: packed already; give the readable script")
+    return source
+
+
+def write(path, data):
+    """The file complete, or as it was."""
+    part = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+            part = Path(file.name)
+            file.write(data)
+        part.chmod(0o644)
+        os.replace(part, path)
+    except OSError as error:
+        if part:
+            part.unlink(missing_ok=True)
+        raise BadInput(f"{path} cannot be written ({error.strerror})") from None
+
+
+def say(event, **values):
+    print(event, *(f"{key}:{'_'.join(str(value).split())}" for key, value in values.items()), flush=True)
+
+
+COMMANDS = {"pack": pack}
+
+
+def main(argv):
+    if {"-h", "--help"} & set(argv[:1]):
+        print(__doc__.strip())
+        return 0
+    return exit_code(partial(command, argv))
+
+
+def command(argv):
+    if argv[:1] == [] or argv[0] not in COMMANDS:
+        found = f"{argv[0]!r} is no command" if argv else "a command is missing"
+        raise BadInput(f"{found}; there is: {', '.join(COMMANDS)}; see submit.py --help")
+    return COMMANDS[argv[0]](argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
