@@ -13,7 +13,7 @@ The rooms of this file, in reading order
      4 Runtime      settings from outside; device, dtype, ranks; the only other reader of the environment
      5 Optimizer    orthogonalisation, MuonAdam for 1..N ranks, schedules, complementary weights, weight averages
      6 Data         shard format, token stream, validation stream, bytes per token
-     7 Quantisation codecs: encode / decode
+     7 Quantisation codecs: encode / decode; the entropy coder of integer codes
      8 Artifact     container, compressors, save, load, size
      9 Evaluation   windows, the one score loop, the validity ledger: the definition of the metric
     10 Predictors   what is scored
@@ -2513,7 +2513,8 @@ def without_cheapest(encoded, count):
 # What the decoder depends on is integers throughout: a last bit that differs between machines would end the stream.
 
 PRECISION, BUCKETS = 13, 48  # a bucket's frequencies sum to 2^PRECISION; bucket k expects magnitudes of 2^(k/4 - 5)
-STATE_LOW, ESCAPE = 1 << 16, 128  # a lane's state is never below, and gives or takes 16 bits; -128 as a byte: no code
+STATE_LOW = 1 << 16  # a lane's state is never below between codes; it gives or takes 16 bits at a time
+ESCAPE = 128  # -128 as a byte, which is no code: the true one, too rare to have a frequency, is stored as it is
 
 
 @cache
@@ -2535,9 +2536,9 @@ def _prior():
 
 
 def code_frequencies(counts):
-    """Counts of code bytes (BUCKETS, 256) -> integers whose sum is 2^PRECISION in each bucket; 0 means by ESCAPE."""
+    """Counts of code bytes (BUCKETS, 256) -> integers that sum to 2^PRECISION in each bucket; 0: use ESCAPE."""
     weights = counts << 2
-    weights[1:] += counts[:-1]  # buckets that are next to each other learn from each other
+    weights[1:] += counts[:-1]  # neighbours learn from each other
     weights[:-1] += counts[1:]
     ends = ((weights << 10) + _prior()).cumsum(1)
     frequencies = np.diff(ends * ((1 << PRECISION) - 1) // ends[:, -1:], axis=1, prepend=0)
@@ -2554,7 +2555,6 @@ def walk_codes(groups, coder):
     """
     logs, counts = _logs(), np.zeros((BUCKETS, 256), np.int64)
     coder.learn(code_frequencies(counts))
-    visits, fresh = [], 0
     for group in groups:
         N, R, C = group.shape
         area = max(1, coder.lanes // N)
@@ -2562,7 +2562,7 @@ def walk_codes(groups, coder):
         width = min(C, max(1, area // -(-R // height)))
         counts = (counts << 7) // counts.sum(1, keepdims=True).clip(128)  # of earlier kinds: worth 128 codes a bucket
         columns, above = np.zeros((N, 1, C), np.int64), np.zeros((N, -(-R // height), C), np.int8)
-        seen, known = 0, 0
+        visits, fresh, known, seen = [], 0, 0, 0
         for t in range(height):
             rows = group[:, t::height]
             above = above[:, : rows.shape[1]]
@@ -2587,7 +2587,7 @@ def walk_codes(groups, coder):
                 size = size + (np.abs(codes).sum(2, keepdims=True, dtype=np.int64) << 8)
                 change = change + (np.abs(np.subtract(codes, near, dtype=np.int16)).sum(2, keepdims=True) << 8)
                 fresh += codes.size
-                if fresh >= max(1024, known // 4):
+                if fresh >= max(1024, known // 4) or (t == height - 1 and c + width >= C):
                     counts += np.bincount(np.concatenate(visits), minlength=counts.size).reshape(counts.shape)
                     coder.learn(code_frequencies(counts))
                     visits, known, fresh = [], known + fresh, 0
@@ -2606,7 +2606,9 @@ def _lanes(shapes):
 
 
 class CodeWriter:
-    """Notes what walk_codes visits; rANS then goes from the last code to the first, so that reading goes forwards."""
+    """Notes what walk_codes() visits, as frequency << 16 | start of it among the slots of the bucket: rANS encodes from
+    the last code to the first, so that decoding goes forwards.
+    """
 
     def __init__(self, lanes):
         self.lanes, self.steps, self.escaped = lanes, [], []
@@ -2636,7 +2638,7 @@ class CodeWriter:
 
 
 class CodeReader:
-    """Fills the codes that walk_codes visits from the bytes of a CodeWriter."""
+    """Fills in what walk_codes() visits, from the bytes of a CodeWriter; refuses what no CodeWriter wrote."""
 
     def __init__(self, data, lanes, where):
         head = 8 + 4 * lanes
