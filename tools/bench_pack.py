@@ -73,7 +73,8 @@ class Subject:
     Relied on: Settings.parse, .text and the fields of packing; read_artifact, artifact_settings, load_artifact; Runtime,
     pick_attention; find_shards, TokenStream(paths, s, rt, documents).next(); MomentMeter(model) with .observe(x, y)
     .tokens .moments(rt); Quantiser(model, s, moments) with .encode(spacing) .spacing_for(bytes) .quantised and ._factors
-    (shared between settings: most of its time); pack(); load_tokenizer, load_validation, ModelPredictor, chunks, score.
+    (shared between settings: most of its time); pack().chunks; load_tokenizer, load_validation, ModelPredictor, chunks,
+    score. The containers rely on Encoded, stream_layout, pack_stream, code_groups, decode_codes, decompress, COMPRESSORS.
     """
 
     def __init__(self, path, words):
@@ -243,7 +244,7 @@ class Row(NamedTuple):
 
 def own_chunks(trainer, row, compressor):
     """The artifact of train_gpt.py."""
-    chunks, _ = trainer.pack(row.encoded, row.shapes, trainer.Settings(compressor=compressor), row.header)
+    chunks = trainer.pack(row.encoded, row.shapes, trainer.Settings(compressor=compressor), row.header).chunks
     streams = trainer.stream_layout(tensor_rows(row))
     return list(zip(("header", "header", *streams), chunks, strict=True))
 
@@ -367,13 +368,13 @@ def by_kind(encoded):
 
 def lrzip_chunks(trainer, row):
     """#1855: ZPAQ on the codes of each kind of matrix, column by column (without its sorting of rows), brotli on the rest.
-    -T: what LZ4 cannot shrink is not left as it is.
+    -T: what LZ4 cannot shrink is not left as it is; -p 1: the same bytes on any number of cores.
     """
     rest = pickled(row.encoded, skip=("q",))
     groups = [b"".join(row.encoded[name].parts["q"].mT.contiguous().numpy().tobytes() for name in names)
               for names in by_kind(row.encoded).values()]
     return [("size", len(rest).to_bytes(4, "little")), ("rest", trainer.COMPRESSORS["brotli"][0](rest)),
-            *(("q", lrzip(data, "-z", "-L", "9", "-T")) for data in groups)]
+            *(("q", lrzip(data, "-z", "-L", "9", "-T", "-p", "1")) for data in groups)]
 
 
 def lrzip_weights(trainer, row, chunks):
