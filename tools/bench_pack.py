@@ -6,7 +6,7 @@
     python tools/bench.py pack model.pg DATA_PATH=... --rows none --score --budget 15900000 --also QAT=logs/qat/model.pg
 
 The weights are those of an artifact that holds them as float16, which PHASES=train FIT=off MATRIX_BITS=16 EMBED_BITS=16
-MATRIX_QUANT=rtn EMBED_QUANT=rtn makes. The settings name the data (DATA_PATH, TRAIN_SEQ_LEN, EVAL_SEQ_LEN): training text
+MATRIX_QUANT=rtn EMBED_QUANT=rtn makes (if it is over SIZE_LIMIT, the file is kept). The settings name the data (DATA_PATH, TRAIN_SEQ_LEN, EVAL_SEQ_LEN): training text
 for the moments by which GPTQ and FIT=allocate go, and validation text for the loss. `bench.py pack --help` has the options.
 """
 
@@ -553,10 +553,10 @@ def quality(subject, names, size, also):
         return {"method": name, "bits_per_weight": 8 * row["bytes"] / subject.parameters, "loss": raw.loss + row["gap"],
                 "bpb": raw.bpb + row["gap"] * per_nat, "gap_bpb": row["gap"] * per_nat, **row}
 
-    yield finish("raw weights, float16", {"bytes": subject.bytes, "gap": 0.0})
+    yield finish("raw weights", {"bytes": subject.bytes, "gap": 0.0})
     for name in names:
         progress(f"scoring {name} at {size:,} bytes")
-        yield finish(name, quality_row(subject, name, size, raw))
+        yield finish(name, {"settings": METHODS[name], **quality_row(subject, name, size, raw)})
     for name, path in also:
         progress(f"scoring {name}")
         found, scored = subject.score_artifact(path)
@@ -645,7 +645,8 @@ def document(report):
         yield from markdown(SIZE_COLUMNS, (size_line(row, facts[row["row"]]) for row in report["sizes"]))
     if report["quality"]:
         yield (f"\n### Quality at equal bytes\n\n{report['val_tokens']:,} validation tokens in windows of "
-               f"{report['eval_seq_len']:,}. Between two widths log(gap) is taken as a straight line in bytes.\n")
+               f"{report['eval_seq_len']:,}. Methods that have only widths (of matrices; tables are int8): between two of "
+               "them log(gap) is taken as a straight line in bytes. Predicted: a step^2/24 for each weight.\n")
         yield from markdown(QUALITY_COLUMNS, map(quality_line, report["quality"]))
 
 
