@@ -36,8 +36,8 @@ from pathlib import Path
 import numpy as np
 
 import bench_pack
-from common import (BadInput, Parser, check_json, commit, exit_code, load_trainer, measure_apart, positive, quartiles, whole,
-                    write_json)
+from common import (BadInput, Parser, check_json, commit, exit_code, load_trainer, measure_apart, positive, quartiles,
+                    whole, write_json)
 
 MODES = ("eager", "compiled")
 

@@ -1,4 +1,4 @@
-"""What each way of storing a model costs: bytes, time and memory of codecs and compressors, and, at equal bytes, the loss.
+"""What each way of storing a model costs: bytes, time and memory of codecs and compressors; at equal bytes, the loss.
 
     python tools/bench.py pack logs/raw/model.pg @records/small.env                    sizes of every row
     python tools/bench.py pack logs/raw/model.pg @records/small.env --score --json pack.json
@@ -6,8 +6,9 @@
     python tools/bench.py pack model.pg DATA_PATH=... --rows none --score --budget 15900000 --also QAT=logs/qat/model.pg
 
 The weights are those of an artifact that holds them as float16, which PHASES=train FIT=off MATRIX_BITS=16 EMBED_BITS=16
-MATRIX_QUANT=rtn EMBED_QUANT=rtn makes (if it is over SIZE_LIMIT, the file is kept). The settings name the data (DATA_PATH, TRAIN_SEQ_LEN, EVAL_SEQ_LEN): training text
-for the moments by which GPTQ and FIT=allocate go, and validation text for the loss. `bench.py pack --help` has the options.
+MATRIX_QUANT=rtn EMBED_QUANT=rtn makes (if it is over SIZE_LIMIT, the file is kept). The settings name the data
+(DATA_PATH, TRAIN_SEQ_LEN, EVAL_SEQ_LEN): training text for the moments by which GPTQ and FIT=allocate go, and validation
+text for the loss. `bench.py pack --help` has the options.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ import numpy as np
 
 from common import BadInput, Parser, check_json, commit, load_trainer, measure_apart, whole, write_json
 
-# How weights are stored, as settings of train_gpt.py: METHODS still have a width or a knob to choose, ROWS have it chosen.
+# How weights are stored, as settings of train_gpt.py: METHODS have a width or a knob still to choose, ROWS have it chosen.
 METHODS = {
     "RTN": "FIT=off MATRIX_QUANT=rtn EMBED_QUANT=rtn EMBED_BITS=8",
     "GPTQ-lite": "FIT=off MATRIX_QUANT=gptq_lite EMBED_QUANT=gptq_lite EMBED_BITS=8",
@@ -67,14 +68,15 @@ TOLERANCE = 0.0005  # of a size that is to be equal
 
 
 class Subject:
-    """The weights under test and everything that is decided about them. Outside of the containers, only this class calls
-    the trainer.
+    """The weights under test and everything that is decided about them. Outside of the containers, only this class and
+    collect_moments() call the trainer.
 
-    Relied on: Settings.parse, .text and the fields of packing; read_artifact, artifact_settings, load_artifact; Runtime,
-    pick_attention; find_shards, TokenStream(paths, s, rt, documents).next(); MomentMeter(model) with .observe(x, y)
-    .tokens .moments(rt); Quantiser(model, s, moments) with .encode(spacing) .spacing_for(bytes) .quantised and ._factors
-    (shared between settings: most of its time); pack().chunks; load_tokenizer, load_validation, ModelPredictor, chunks,
-    score. The containers rely on Encoded, stream_layout, pack_stream, code_groups, decode_codes, decompress, COMPRESSORS.
+    Relied on: Settings.parse, .text and the fields of packing; read_artifact, artifact_settings, load_artifact,
+    model_fields; Runtime, pick_attention; find_shards, TokenStream(paths, s, rt).next(); MomentMeter(model) with
+    .observe(x, y) .tokens .moments(rt); Quantiser(model, s, moments) with .encode(spacing) .spacing_for(bytes) .quantised
+    and ._factors (shared between settings: most of its time); pack().chunks; load_tokenizer, load_validation,
+    ModelPredictor, chunks, score, Validity. The containers: Encoded, stream_layout, pack_stream, code_groups,
+    decode_codes, decompress, _unplanes, COMPRESSORS.
     """
 
     def __init__(self, path, words):
@@ -226,7 +228,9 @@ def between(low, high, size):
     share = (size - low["bytes"]) / (high["bytes"] - low["bytes"])
 
     def mix(a, b):
-        return math.exp((1 - share) * math.log(a) + share * math.log(b)) if min(a, b) > 0 else (1 - share) * a + share * b
+        if min(a, b) > 0:
+            return math.exp((1 - share) * math.log(a) + share * math.log(b))
+        return (1 - share) * a + share * b
 
     return {"bytes": size, **{key: mix(low[key], high[key]) for key in ("gap", "felt_error")}}
 
@@ -272,7 +276,8 @@ def layout_chunks(trainer, row, compressor, kinds, columns):
     blank = {name: one._replace(parts={part: value * 0 for part, value in one.parts.items()})
              for name, one in row.encoded.items()}
     header = own_chunks(trainer, row._replace(encoded=blank), "zlib")[:2]
-    return header + [(stream, trainer.pack_stream(rows, encoded, compressor)) for stream, rows in apart(trainer, row, kinds)]
+    return header + [(stream, trainer.pack_stream(rows, encoded, compressor))
+                     for stream, rows in apart(trainer, row, kinds)]
 
 
 def turned(one, back=False):
@@ -348,7 +353,8 @@ def reference_chunks(trainer, row, compressor, stride):
 
 def reference_weights(trainer, row, chunks, compressor, stride):
     (_, size), (_, data) = chunks
-    return unpickled(row, unshuffled(trainer.decompress(compressor, data, int.from_bytes(size, "little"), "all"), stride))
+    data = trainer.decompress(compressor, data, int.from_bytes(size, "little"), "all")
+    return unpickled(row, unshuffled(data, stride))
 
 
 def lrzip(data, *options):
@@ -367,7 +373,7 @@ def by_kind(encoded):
 
 
 def lrzip_chunks(trainer, row):
-    """#1855: ZPAQ on the codes of each kind of matrix, column by column (without its sorting of rows), brotli on the rest.
+    """#1855: ZPAQ on the codes of each kind of matrix, column by column, brotli on the rest; without its sorting of rows.
     -T: what LZ4 cannot shrink is not left as it is; -p 1: the same bytes on any number of cores.
     """
     rest = pickled(row.encoded, skip=("q",))
@@ -397,7 +403,8 @@ def containers():
              for name in ("rans", *GENERIC)}
     for name, (kinds, columns) in itertools.product(GENERIC, ((False, True), (True, False), (True, True))):
         how = {"compressor": name, "kinds": kinds, "columns": columns}
-        found[name + " kinds" * kinds + " columns" * columns] = partial(layout_chunks, **how), partial(layout_weights, **how)
+        found[name + " kinds" * kinds + " columns" * columns] = (partial(layout_chunks, **how),
+                                                                 partial(layout_weights, **how))
     for name, stride in itertools.product(("zstd", "lzma", "brotli"), (1, 2, 4)):
         how = {"compressor": name, "stride": stride}
         found[f"torch.save {name}" + (f" shuffle {stride}" if stride > 1 else "")] = (
@@ -603,9 +610,10 @@ def size_line(row, facts):
     def over(key):
         return show(row["code_bytes"] / facts[key] - 1 if row["code_bytes"] and facts[key] else None, "+.2%")
 
-    return (row["row"], row["compressor"], show(row["bytes"]), show(row["bits_per_weight"], ".3f"), show(row["code_bytes"]),
-            over("tensor_entropy_bytes"), over("row_entropy_bytes"), show(row["pack_seconds"], ",.2f"),
-            show(row["unpack_seconds"], ",.2f"), show(max(row["pack_memory_mib"], row["unpack_memory_mib"])))
+    return (row["row"], row["compressor"], show(row["bytes"]), show(row["bits_per_weight"], ".3f"),
+            show(row["code_bytes"]), over("tensor_entropy_bytes"), over("row_entropy_bytes"),
+            show(row["pack_seconds"], ",.2f"), show(row["unpack_seconds"], ",.2f"),
+            show(max(row["pack_memory_mib"], row["unpack_memory_mib"])))
 
 
 def quality_line(row):
@@ -627,8 +635,8 @@ def header(report):
     changed = f" and {r['changed_files']} changed file(s)" if r["changed_files"] else ""
     yield f"command   {r['command']}"
     yield f"settings  {r['settings'] or '(default)'}"
-    yield (f"weights   {r['artifact']}: {r['parameters']:,} parameters, {r['artifact_bytes']:,} bytes; on {r['device']}, torch "
-           f"{r['torch']}, {r['threads']} CPU thread(s), commit {r['commit']}{changed}")
+    yield (f"weights   {r['artifact']}: {r['parameters']:,} parameters, {r['artifact_bytes']:,} bytes; on {r['device']}, "
+           f"torch {r['torch']}, {r['threads']} CPU thread(s), commit {r['commit']}{changed}")
     yield f"moments   of {r['calibration_tokens']:,} training tokens, in {r['calibration_seconds']:,.1f} s"
     if r["budget_bytes"]:
         yield f"budget    {r['budget_bytes']:,} bytes by {ONE_COMPRESSOR}, {r['budget_from']}"
@@ -639,14 +647,16 @@ def document(report):
     yield from header(report)
     if report["codes"]:
         facts = {row["row"]: row for row in report["codes"]}
-        yield "\n### Codes\n\nSquared error relative to the weights' squares; felt error: half the sum of gain E H E^T.\n"
+        yield "\n### Codes\n\nSquared error: of the weights' squares; felt error: half the sum of gain E H E^T.\n"
         yield from markdown(CODE_COLUMNS, map(code_line, report["codes"]))
-        yield "\n### Sizes\n\nSeconds are CPU time; peak memory is that of a process of its own, Python and torch included.\n"
+        before = max((row.get("memory_before_mib", 0) for row in report["sizes"]), default=0)
+        yield ("\n### Sizes\n\nSeconds are CPU time; peak memory is that of a process of its own, of which Python, torch and "
+               f"the codes are {before:,.0f} MiB before anything is packed.\n")
         yield from markdown(SIZE_COLUMNS, (size_line(row, facts[row["row"]]) for row in report["sizes"]))
     if report["quality"]:
         yield (f"\n### Quality at equal bytes\n\n{report['val_tokens']:,} validation tokens in windows of "
-               f"{report['eval_seq_len']:,}. Methods that have only widths (of matrices; tables are int8): between two of "
-               "them log(gap) is taken as a straight line in bytes. Predicted: a step^2/24 for each weight.\n")
+               f"{report['eval_seq_len']:,}. Methods that have only widths (of matrices; tables are int8): between two "
+               "of them log(gap) is taken as a straight line in bytes. Predicted: spacing^2/24 a weight.\n")
         yield from markdown(QUALITY_COLUMNS, map(quality_line, report["quality"]))
 
 
@@ -675,19 +685,20 @@ def named(text):
 
 def pack_arguments(argv):
     parser = Parser(prog="bench.py pack", allow_abbrev=False, description="""Store the weights of a float16 artifact in
-        every way there is: the bytes, the error, the entropy of the codes, the time and memory of packing and unpacking;
-        with --score the loss of each method at equal bytes.""", epilog=f"""Rows: {'; '.join(ROWS)}. Compressors, the first
-        {len(PLAIN)} by default and all of them for the row {REFERENCE}: {'; '.join(CONTAINERS)}. "columns": the codes
-        of a matrix column by column; "kinds": a stream of codes for each kind of matrix; "torch.save": the containers of
-        the contest's records; "lrzip": that of #1855, where the program is installed. Methods of --score: {'; '.join(METHODS)}.
-        """)
+        every way there is: the bytes, the error, the entropy of the codes, time and memory of packing and unpacking;
+        with --score the loss of each method at equal bytes.""", epilog=f"""Rows: {'; '.join(ROWS)}. Compressors, the
+        first {len(PLAIN)} by default and all of them for the row {REFERENCE}: {'; '.join(CONTAINERS)}. "columns": the
+        codes of a matrix column by column; "kinds": a stream of codes for each kind of matrix; "torch.save": the
+        containers of the contest's records; "lrzip": that of #1855, where the program is installed. Methods of --score:
+        {'; '.join(METHODS)}.""")
     add = parser.add_argument
     add("artifact", metavar="ARTIFACT", help="artifact whose weights are float16")
     add("settings", nargs="*", metavar="@FILE|KEY=VALUE", help="settings of train_gpt.py: DATA_PATH, TRAIN_SEQ_LEN, "
         "EVAL_SEQ_LEN, GPTQ_DAMP, ...")
     add("--rows", type=names_of("--rows", ROWS, none=True), default=list(ROWS), metavar="NAME,...",
         help="rows of the tables of codes and sizes (default: all), or none")
-    add("--compressors", type=names_of("--compressors", [*CONTAINERS, "all"]), metavar="NAME,...", help="of every row; or all")
+    add("--compressors", type=names_of("--compressors", [*CONTAINERS, "all"]), metavar="NAME,...",
+        help="of every row; or all")
     add("--calibration-tokens", type=whole(1), default=65536, metavar="N", help="of the moments (default: 65536)")
     add("--budget", type=whole(1), metavar="BYTES", help=f"of what fits any size (default: those of {REFERENCE})")
     add("--score", action="store_true", help="score each method at the budget")
