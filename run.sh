@@ -255,6 +255,8 @@ train() {
     [ "${#files[@]}" -eq 0 ] || name=$(basename "${files[0]%/settings.env}" .env)
     if [ -n "$small" ] && [ "${#files[@]}" -gt 0 ]; then
         files+=(records/shrink.env) name=$name-small
+        # Not in the file: without GPTQ it would be a setting that does nothing.
+        [ "$(setting MATRIX_QUANT gptq)" != gptq ] || pairs=(GPTQ_CALIBRATION_TOKENS=32768 ${pairs[@]+"${pairs[@]}"})
     elif [ -n "$small" ]; then
         files=(records/small.env) name=small
     elif [ "${#files[@]}" -eq 0 ] && [ "$gpus" -eq 0 ]; then

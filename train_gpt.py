@@ -2472,9 +2472,9 @@ class Quantiser:
         """LQER where the error is felt most. By its plain norm it would always be the largest tensors (#1797)."""
         rank, group = self.s.lqer_rank, self.s.lqer_asym_group
         errors, felt = {}, {}
-        for name in done:
-            error, (hessian, gain) = self.weights[name].cpu() - done[name].decode(self.weights[name].shape), self.moments[name]
-            errors[name] = error.to(hessian.device)
+        for name in done.keys() & self.moments.keys():  # a gate has none
+            hessian, gain = self.moments[name]
+            errors[name] = self.weights[name] - done[name].decode(self.weights[name].shape).to(hessian.device)
             felt[name] = (gain @ ((errors[name] @ hessian) * errors[name]).sum(1)).item()
         for name in sorted(felt, key=felt.get)[-self.s.lqer_top_k :]:
             fitting = min(rank, *errors[name].shape)

@@ -27,47 +27,56 @@ BODY = dict(num_layers=11, model_dim=512, num_heads=8, num_kv_heads=4, leaky_slo
             matrix_optimizer="muon", muon_momentum=0.99, muon_momentum_warmup_start=0.92,
             muon_momentum_warmup_steps=1500, normuon=False, beta1=0.9, beta2=0.95, adam_eps=1e-8, grad_clip_norm=0.3,
             average="ema", ema_start_frac=0, min_lr=0, matrix_bits=6, embed_bits=8, eval_seq_len=2048, eval_stride=64,
-            val_loss_every=4000, train_log_every=500)
+            val_loss_every=4000, train_log_every=500, fit="off", late_qat_threshold=0, gate_bits=16,
+            lqer_rank=0, prune_pct=0)
 EARLY = dict(BODY, vocab_size=1024, mlp_mult=3, qk_gain_init=1.5, rope_base=10_000 * 2 ** (8 / 7), xsa_last_n=4,
              bigram_vocab_size=2048, bigram_dim=128, trigram=False, smear_gate="channel", doc_mask="inputs",
              ve_dim=128, ve_layers=(9, 10), attn_gate="none", skips="linear", num_loops=0, parallel_residual="none",
              loader="sequential", matrix_lr=0.025, muon_wd=0.04, muon_backend_steps=5, newton_schulz="classic",
              muon_row_normalize=False, tied_embed_lr=0.035, embed_wd=0.04, scalar_lr=0.025, adam_wd=0.04,
              warmdown_iters=3500, max_wallclock_seconds=600, ema_decay=0.997, matrix_quant="gptq_lite",
-             embed_quant="gptq_lite")
+             embed_quant="rtn", embed_clip_sigmas=0)
 LATE = dict(BODY, vocab_size=8192, mlp_mult=4, xsa_last_n=11, bigram_vocab_size=0, loop_start=3, loop_end=5,
             loop_order="range", muon_wd=0.095, muon_row_normalize=True, tied_embed_lr=0.03, scalar_lr=0.02,
-            adam_wd=0.02, ema_decay=0.9965)
+            adam_wd=0.02, ema_decay=0.9965, max_wallclock_seconds=600, matrix_quant="gptq", matrix_clip_sigmas=12.85,
+            gptq_damp=0.01)
+PACKED = dict(embed_quant="gptq", gptq_calibration="train")
 LOOPS = dict(ve_dim=0, skips="gated", num_loops=2, enable_looping_at=0.35, rope_base=10_000, muon_backend_steps=5,
              embed_wd=0.085)
 
 # folder: (pull request, parameters, published BPB, is that score valid, settings)
 PUBLISHED = {
-    "2026-03-23_11L-CosineTTT": (518, 26_993_756, "1.0622", False, EARLY),
+    "2026-03-23_11L-CosineTTT": (518, 26_993_756, "1.0622", False, dict(EARLY, compressor="zstd")),
     "2026-04-03_11L_LeakyReLU2_EMA_LZMA_Int6": (1311, 26_993_756, "1.1303", True, dict(
-        EARLY, lr_warmup_steps=50, iterations=12_000, eval_stride=16, val_loss_every=2000, train_log_every=200)),
+        EARLY, lr_warmup_steps=50, iterations=12_000, eval_stride=16, val_loss_every=2000, train_log_every=200,
+        compressor="lzma")),
     "2026-03-28_ComplementaryBackoff_NgramMixer": (1033, 26_993_766, "0.4311", False, dict(
-        EARLY, value_residual="vrl", complement_alpha=0.5)),
+        EARLY, value_residual="vrl", complement_alpha=0.5, compressor="lzma")),
     "2026-03-27_SGD_TTT_HedgeMixer_PerLayerLR_1.0450": (967, 33_317_980, "1.0450", False, dict(
         EARLY, num_kv_heads=8, mlp_mult=3.5, xsa_last_n=11, bigram_vocab_size=6144, max_wallclock_seconds=582,
-        matrix_bits=5)),
+        matrix_bits=5, matrix_quant="gptq", matrix_clip_sigmas=0, prune_pct=0.03, gptq_calibration="train",
+        gptq_calibration_tokens=128 * 2048, gptq_damp=0.01, compressor="zstd")),
     "2026-04-11_SP8192_PreQuantTTT_CompiledTTT": (1539, 36_311_132, "1.0587", False, dict(
         LATE, qk_gain_init=5.25, rope_base=10_000 * 2 ** (8 / 7), smear_gate="channel", doc_mask="inputs", ve_dim=44,
         ve_layers=(9, 10), attn_gate="none", skips="linear", skip_pairs=5, num_loops=1,
         enable_looping_at=3000 * 0.1002 / 600,  # it loops from step 3,000, with 100.2 ms a step before
         parallel_residual="lanes", parallel_start_layer=7, parallel_final_lane="learned", loader="sequential",
         matrix_lr=0.022, muon_backend_steps=4, newton_schulz="polar_express", embed_wd=0.095, warmdown_frac=0.72,
-        max_wallclock_seconds=600)),
+        embed_quant="rtn", embed_clip_sigmas=20, gptq_calibration="generated", gptq_calibration_tokens=32 * 2048,
+        gptq_temperature=0.8, gptq_damp=0.02, fit="prune", size_limit=int(15.22 * 2**20), compressor="brotli")),
     "2026-04-09_SP8192_3LayerRecur_ParResid_QK525_LegalTTT": (1493, 35_944_536, "1.0810", True, dict(
         LATE, **LOOPS, qk_gain_init=5.25, smear_gate="none", doc_mask="none", attn_gate="none",
         parallel_residual="gptj", parallel_start_layer=7, loader="shuffled", matrix_lr=0.022, newton_schulz="classic",
-        warmdown_frac=0.72, max_wallclock_seconds=600 - 12)),
+        warmdown_frac=0.72, gptq_reserve_seconds=12, **PACKED, embed_clip_sigmas=20,
+        gptq_calibration_tokens=64 * 98_304, compressor="brotli")),
     "2026-04-27_SP8192_LQER_SparseGate_BOSSmearFix_9HpStack_1.0611": (1855, 35_945_671, "1.0611", True, dict(
         {name: value for name, value in LATE.items() if name != "train_log_every"}, **LOOPS, qk_gain_init=5.0,
         smear_gate="scalar", gate_window=12, doc_mask="attention", attn_gate="sparse", sparse_attn_gate_scale=0.5,
         parallel_residual="routed", parallel_start_layer=8, parallel_final_lane="mean", loader="packed",
         micro_batch_tokens=98_304, matrix_lr=0.026, muon_momentum=0.97, newton_schulz="polar_express", beta2=0.99,
-        warmdown_frac=0.85, min_lr=0.1, max_wallclock_seconds=600 - 0.5, embed_bits=7, val_loss_every=0)),
+        warmdown_frac=0.85, min_lr=0.1, gptq_reserve_seconds=0.5, embed_bits=7, val_loss_every=0, **PACKED,
+        attn_clip_sigmas=13, mlp_clip_sigmas=11.5, embed_clip_sigmas=14, gate_bits=8, lqer_rank=4, lqer_top_k=3,
+        lqer_asym_group=64, gptq_calibration_tokens=16 * 98_304, compressor="rans")),
 }
 ACCEPTED = {1493, 1855}
 
@@ -171,11 +180,16 @@ SHRINK = RECORDS / "shrink.env"
 SIZES = {"data_path", "vocab_size", "model_dim", "rope_dims", "train_seq_len", "eval_seq_len", "eval_stride",
          "train_batch_tokens", "micro_batch_tokens", "max_wallclock_seconds", "iterations", "warmup_steps",
          "warmdown_iters", "warmdown_seconds", "muon_momentum", "muon_momentum_warmup_steps", "ema_decay",
-         "train_log_every", "val_loss_every"}
+         "train_log_every", "val_loss_every", "gptq_reserve_seconds"}
 # Seconds instead of minutes, on the data of the tests; three steps are enough for every loop to set in.
 TINY = """VOCAB_SIZE=512 MODEL_DIM=32 TRAIN_SEQ_LEN=64 EVAL_SEQ_LEN=64 EVAL_STRIDE=32 TRAIN_BATCH_TOKENS=256
 VAL_TOKENS=2000 MICRO_BATCH_TOKENS=128 ITERATIONS=3 MAX_WALLCLOCK_SECONDS=0 MUON_MOMENTUM_WARMUP_STEPS=2
 LR_WARMUP_STEPS=0 COMPRESSOR=zlib DEVICE=cpu""".split()
+
+
+def tiny(folder):
+    """TINY, and as little text for GPTQ where a record has it."""
+    return [*TINY, *(["GPTQ_CALIBRATION_TOKENS=512"] if settings(folder).needs_moments else [])]
 
 
 def test_shrink_changes_sizes_only():
@@ -235,7 +249,7 @@ def test_run_sh_record_small(folder, toy, tmp_path):
     for name in ("run.sh", "train_gpt.py"):
         shutil.copy(REPO / name, root / name)
     (root / "requirements.txt").write_text("# nothing to install\n")
-    args = [*TINY, toy[0]]
+    args = [*tiny(folder), toy[0]]
     command = ["bash", "run.sh", folder.relative_to(REPO).as_posix(), "--small", f"OUT_DIR={out_dir}", *args]
     done = subprocess.run(command, cwd=root, env=clean_env({"VENV": sys.prefix}), stdin=subprocess.DEVNULL, timeout=300,
                           capture_output=True, text=True, check=False)
@@ -246,6 +260,6 @@ def test_run_sh_record_small(folder, toy, tmp_path):
 
 @over([folder for folder in FOLDERS if folder not in THROUGH_RUN_SH])
 def test_every_other_record_small(folder, toy, tmp_path):
-    args = [*TINY, toy[0]]
+    args = [*tiny(folder), toy[0]]
     good(call([f"@{folder}", f"@{SHRINK}", *args, f"OUT_DIR={tmp_path}"]))
     check_small_run(folder, tmp_path, args)

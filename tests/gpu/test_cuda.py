@@ -26,7 +26,7 @@ MIDDLE = dict(vocab_size=512, num_layers=3, model_dim=256, num_heads=4, num_kv_h
               bigram_dim=64, ve_dim=32, ve_layers=(1, 2), train_seq_len=256, train_batch_tokens=1024,
               micro_batch_tokens=512, eval_seq_len=256,
               eval_stride=64, eval_batch_seqs=4, warmup_steps=2, iterations=10, max_wallclock_seconds=0,
-              compressor="zlib", device=DEVICE)
+              compressor="zlib", device=DEVICE, fit="off", matrix_quant="gptq_lite", embed_quant="gptq_lite")
 
 
 def middle(**changes):
@@ -661,6 +661,81 @@ def test_the_artifact_of_a_gpu_model_is_that_of_its_cpu_copy(tmp_path):
     x, y = (ids.to(DEVICE) for ids in ids_of(s, 1, 64))
     with torch.no_grad():
         assert torch.isfinite(there(x, y))
+
+
+# --- moments and quantisation ----------------------------------------------------------------------------------------
+
+
+def moments_of(model, s, rt, rows=8):
+    meter = tg.MomentMeter(model)
+    x, y = ids_of(s, rows, 256)
+    meter.observe(x.to(rt.device), y.to(rt.device))
+    return meter.moments(rt)
+
+
+@pytest.mark.parametrize("switches", [{}, dict(doc_mask="attention", num_loops=1, loop_start=1, loop_end=2)])
+def test_moments_in_bfloat16_are_those_of_float32(switches):
+    s = middle(**switches)
+    rt = runtime(s)
+    cpu, gpu = pair(s, rt.dtype, tg.pick_attention(s, rt))
+    wanted, found = moments_of(cpu, s, ref.alone()), moments_of(gpu, s, rt)
+    assert wanted.keys() == found.keys()
+    for name in wanted:
+        for a, b in zip(wanted[name], found[name]):
+            assert b.device.type == DEVICE and cosine(a, b) > 0.98, name
+            assert b.double().sum().item() == pytest.approx(a.double().sum().item(), rel=0.2), name
+    assert all(p.requires_grad for p in gpu.parameters())
+
+
+@pytest.mark.parametrize("switches", [dict(fit="allocate"), dict(matrix_clip_sigmas=12.85, lqer_rank=2),
+                                      dict(fit="prune", size_limit=120_000)])
+def test_gptq_on_the_gpu_is_as_good_as_on_the_cpu(switches, tmp_path):
+    """Ties and the order of sums may decide a code otherwise, and later columns then make up for it."""
+    s = middle(matrix_quant="gptq", embed_quant="gptq", **switches)
+    cpu, gpu = pair(s, torch.float32)
+    moments = moments_of(cpu, s, ref.alone())
+    there = {name: tg.Moments(*(z.to(DEVICE) for z in one)) for name, one in moments.items()}
+    room = 300_000 if s.fit == "allocate" else s.size_limit
+    sizes = [tg.save_artifact(tmp_path / name, model, s, "", None, known, room)["bytes"]
+             for name, model, known in (("cpu.pg", cpu, moments), ("gpu.pg", gpu, there))]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
+    felt = []
+    for name in ("cpu.pg", "gpu.pg"):
+        stored, total = dict(tg.load_artifact(tmp_path / name)[1].named_parameters()), 0.0
+        for key, (hessian, gain) in moments.items():
+            error = (dict(cpu.named_parameters())[key] - stored[key]).detach().double()
+            total += (gain.double() @ ((error @ hessian.double()) * error).sum(1)).item()
+        felt.append(total)
+    assert felt[1] == pytest.approx(felt[0], rel=0.05)
+
+
+def test_text_that_the_model_writes_on_the_gpu():
+    s = middle()
+    rt = runtime(s)
+    _, gpu = pair(s, rt.dtype, tg.pick_attention(s, rt))
+    text = tg.generate(gpu, 4, 64, 1.0, 0)
+    assert text.shape == (4, 65) and text.device.type == DEVICE and (text[:, 0] == tg.BOS).all()
+    assert (text >= 0).all() and (text < s.vocab_size).all() and len(text[:, 1:].unique()) > 20
+    with torch.no_grad():
+        cache = tg.Cache(gpu, 4, 64)
+        steps = torch.cat([gpu.hidden(text[:, t : t + 1], cache=cache) for t in range(64)], 1)
+        assert cosine(steps, gpu.hidden(text[:, :64])) > 0.999
+
+
+def test_late_qat_changes_a_compiled_run_and_compiles_nothing_in_it(toy, tmp_path):
+    """Losses part at the step at which it begins; the 2-bit grid is too coarse to go unnoticed."""
+    losses = {}
+    for threshold in ("0", "0.5"):
+        done = run_trainer([*toy, f"DEVICE={DEVICE}", "COMPRESSOR=zlib", "ITERATIONS=12", "TRAIN_LOG_EVERY=1", "WARMDOWN_FRAC=1",
+                            "MATRIX_BITS=2", "EMBED_BITS=3", f"LATE_QAT_THRESHOLD={threshold}", f"OUT_DIR={tmp_path / threshold}"],
+                           env={"TORCH_LOGS": "recompiles"}, timeout=900)
+        assert summary_of(done)["valid"] == "yes"
+        events = [json.loads(line) for line in (tmp_path / threshold / "metrics.jsonl").read_text().splitlines()]
+        losses[threshold] = [event["train_loss"] for event in events if event["event"] == "train"]
+    begun = next(event["step"] for event in events if event["event"] == "late_qat")
+    assert 5 <= begun <= 7
+    assert losses["0"][:begun] == pytest.approx(losses["0.5"][:begun], rel=1e-3)
+    assert max(abs(a - b) for a, b in zip(losses["0"][begun:], losses["0.5"][begun:])) > 0.01
 
 
 # --- the whole run ---------------------------------------------------------------------------------------------------
