@@ -293,7 +293,10 @@ class Settings:
     @property
     def needs_moments(self):
         """Is anything about the artifact decided by what the loss feels?"""
-        return self.holds(MOMENTS)
+        widths = [self.matrix_bits, self.attn_bits, self.mlp_bits, *(bits for _, bits in self.layer_bits)]
+        rounded = self.matrix_quant == "gptq" and not {*widths} <= {0, 16} or (
+            self.embed_quant == "gptq" and self.embed_bits != 16)
+        return self.fit == "allocate" or self.lqer_rank > 0 or rounded
 
     @property
     def format(self):
@@ -2399,7 +2402,7 @@ class Quantiser:
 
     def __init__(self, model, s, moments=None):
         self.s, self.stores, self.moments, self.groups = s, storage(model, s), moments, {}
-        self.weights, self._factors, self._spread = {n: p.detach().float() for n, p in model.named_parameters()}, {}, None
+        self.weights, self.factors, self._spread = {n: p.detach().float() for n, p in model.named_parameters()}, {}, None
         for name, store in self.stores.items():
             weight = self.weights[name]
             if not weight.isfinite().all():
@@ -2416,9 +2419,9 @@ class Quantiser:
         if self.moments is None:
             raise ValueError(f"{name} is to be stored by its Hessian, but there are no moments")
         key = id(self.moments[name].hessian)
-        if key not in self._factors:
-            self._factors[key] = factorise(self.moments[name], self.s.gptq_damp, self.s.gptq_act_order)
-        return self._factors[key]
+        if key not in self.factors:
+            self.factors[key] = factorise(self.moments[name], self.s.gptq_damp, self.s.gptq_act_order)
+        return self.factors[key]
 
     def pivots(self, name):
         """(C,): what an error in each column costs, after those behind it, with GPTQ, made up for what they can."""

@@ -403,7 +403,7 @@ def test_pivots_are_conditional_variances(cols, act_order, seed):
     damped = hessian + 0.05 * np.mean(np.diag(hessian)) * np.eye(cols)
     order = sorted(range(cols), key=lambda j: -damped[j, j]) if act_order else list(range(cols))
     quantiser = tg.Quantiser.__new__(tg.Quantiser)
-    quantiser.s, quantiser._factors = tg.replace(ref.small(), gptq_damp=0.05, gptq_act_order=act_order), {}
+    quantiser.s, quantiser.factors = tg.replace(ref.small(), gptq_damp=0.05, gptq_act_order=act_order), {}
     quantiser.moments = {"w": tg.Moments(torch.from_numpy(hessian).float(), torch.ones(1))}
     quantiser.stores = {"w": tg.Store("grid", 8, "rtn")}
     np.testing.assert_allclose(quantiser.pivots("w").numpy(), np.diag(hessian), rtol=1e-5)  # nothing makes up for anything

@@ -6,7 +6,7 @@
     python tools/bench.py pack model.pg DATA_PATH=... --rows none --score --budget 15900000 --also QAT=logs/qat/model.pg
 
 The weights are those of an artifact that holds them as float16, which PHASES=train FIT=off MATRIX_BITS=16 EMBED_BITS=16
-MATRIX_QUANT=rtn EMBED_QUANT=rtn makes (if it is over SIZE_LIMIT, the file is kept). The settings name the data
+makes (if it is over SIZE_LIMIT, the file is kept). The settings name the data
 (DATA_PATH, TRAIN_SEQ_LEN, EVAL_SEQ_LEN): training text for the moments by which GPTQ and FIT=allocate go, and validation
 text for the loss. `bench.py pack --help` has the options.
 """
@@ -74,7 +74,7 @@ class Subject:
     Relied on: Settings.parse, .text and the fields of packing; read_artifact, artifact_settings, load_artifact,
     model_fields; Runtime, pick_attention; find_shards, TokenStream(paths, s, rt).next(); MomentMeter(model) with
     .observe(x, y) .tokens .moments(rt); Quantiser(model, s, moments) with .encode(spacing) .spacing_for(bytes) .quantised
-    and ._factors (shared between settings: most of its time); pack().chunks; load_tokenizer, load_validation,
+    and .factors (shared between settings: most of its time); pack().chunks; load_tokenizer, load_validation,
     ModelPredictor, chunks, score, Validity. The containers: Encoded, stream_layout, pack_stream, code_groups,
     decode_codes, decompress, _unplanes, COMPRESSORS.
     """
@@ -108,7 +108,7 @@ class Subject:
 
     def quantiser(self, s):
         quantiser = self.trainer.Quantiser(self.model, s, self.moments)
-        quantiser._factors = self.factors
+        quantiser.factors = self.factors
         return quantiser
 
     def row(self, encoded):
