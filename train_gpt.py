@@ -2169,7 +2169,7 @@ class Store(NamedTuple):
     @property
     def top(self):
         """Largest code."""
-        return 127 if self.codec == "grid" else 1 if self.method == "ternary" else 2 ** (self.bits - 1) - 1
+        return WIDEST if self.codec == "grid" else 1 if self.method == "ternary" else 2 ** (self.bits - 1) - 1
 
 
 def storage(model, s):
@@ -2242,6 +2242,9 @@ def quarter_octaves(exponents):
     return torch.from_numpy(np.ldexp(QUARTERS[e & 3], e >> 2))
 
 
+WIDEST = 127 + 127 * 127  # code of a grid: q + 127 over, both of one byte. Few weights are over 0, and cost little
+
+
 def sensitive_grid(weight, moments, pivots, spacing):
     """Parts of a grid for weight (R, C): step[r, c] = spacing / sqrt(gain[r] pivot[c]), to the nearest quarter octave.
 
@@ -2255,8 +2258,8 @@ def sensitive_grid(weight, moments, pivots, spacing):
     gain, pivots = moments.gain.float(), pivots.float()
     unit = spacing / (gain.mean() * pivots.mean()).sqrt().clamp_min(1e-30)
     row, col = exponents(gain), exponents(pivots).clamp(-60, 60)
-    widest = (weight.abs() / (2 ** (col / 4))).amax(1) / unit  # in units of a row's step: codes end at 127
-    row = torch.maximum(row, (4 * (widest / 126).clamp_min(1e-30).log2()).ceil()).clamp(-120, 120)
+    widest = (weight.abs() / (2 ** (col / 4))).amax(1) / unit  # in units of a row's step
+    row = torch.maximum(row, (4 * (widest / WIDEST).clamp_min(1e-30).log2()).ceil()).clamp(-120, 120)
     return {"row": row.to(torch.int8), "col": col.to(torch.int8), "unit": unit.reshape(1)}
 
 
@@ -2279,7 +2282,7 @@ def factorise(moments, damp, act_order):
 
 @torch.no_grad()
 def gptq(weights, steps, top, orders, factors, block):
-    """Codes int8 (N, R, C) of weights (N, R, C) at steps (N, R, C or 1): column by column in `orders` (N, C), each
+    """Codes int16 (N, R, C) of weights (N, R, C) at steps (N, R, C or 1): column by column in `orders` (N, C), each
     rounding error fed forward into the columns behind it by `factors` (N, C, C), a block at a time (arXiv 2210.17323).
     """
     def columns(values):  # (N, C, R): a column is contiguous
@@ -2287,7 +2290,7 @@ def gptq(weights, steps, top, orders, factors, block):
 
     w, wide = columns(weights), steps.size(2) > 1
     steps = columns(steps) if wide else steps.mT
-    codes = torch.empty_like(w, dtype=torch.int8)
+    codes = torch.empty_like(w, dtype=torch.int16)
     for a in range(0, w.size(1), block):
         b = min(a + block, w.size(1))
         part, errors = w[:, a:b], torch.empty_like(w[:, a:b])
@@ -2328,7 +2331,8 @@ def decode_int(parts, shape):
 
 def decode_grid(parts, shape):
     rows, cols = (quarter_octaves(parts[name]) for name in ("row", "col"))
-    return (parts["q"].float() * (parts["unit"] * rows)[:, None] * cols).view(shape)
+    codes = parts["q"].float() + (127 * parts["over"].float() if "over" in parts else 0)
+    return (codes * (parts["unit"] * rows)[:, None] * cols).view(shape)
 
 
 def decode_float16(parts, shape):
@@ -2336,10 +2340,12 @@ def decode_float16(parts, shape):
 
 
 # name: (decode, {part: (dtype, size of it for a shape)}), and what a correction of rank k by groups of g adds to one.
+GRID = {"q": (np.int8, math.prod), "row": (np.int8, lambda shape: shape[0]),
+        "col": (np.int8, lambda shape: math.prod(shape[1:])), "unit": (np.float32, lambda shape: 1)}
 CODECS = {
     "int": (decode_int, {"q": (np.int8, math.prod), "scale": (np.float16, lambda shape: shape[0])}),
-    "grid": (decode_grid, {"q": (np.int8, math.prod), "row": (np.int8, lambda shape: shape[0]),
-                           "col": (np.int8, lambda shape: math.prod(shape[1:])), "unit": (np.float32, lambda shape: 1)}),
+    "grid": (decode_grid, GRID),
+    "wide": (decode_grid, GRID | {"over": (np.int8, math.prod)}),
     "float16": (decode_float16, {"half": (np.float16, math.prod)}),
 }
 CORRECTION = {"a": (np.int8, lambda shape, k, g: shape[0] * k), "a_step": (np.float16, lambda shape, k, g: 1),
@@ -2451,7 +2457,7 @@ class Quantiser:
             return [{"scale": scale} for scale in scales], scales.float()[:, :, None]
         parts = [_to_cpu(sensitive_grid(self.weights[n], self.moments[n], self.pivots(n), spacing)) for n in names]
         ones = torch.ones(weights.shape[1:], dtype=torch.int8)
-        return parts, torch.stack([decode_grid({"q": ones, **part}, ones.shape) for part in parts]).to(weights.device)
+        return parts, torch.stack([decode_grid({**part, "q": ones}, ones.shape) for part in parts]).to(weights.device)
 
     def steps(self, spacing=None):
         """{parameter: its step, (R, 1) or (R, C)}: what weights will be rounded to."""
@@ -2471,9 +2477,12 @@ class Quantiser:
                 alive = torch.stack([self.moments[name].hessian.diagonal() > 0 for name in names])[:, None]
                 codes = gptq(weights * alive, steps, store.top, orders, factors, self.s.gptq_block_size)
             else:
-                codes = round_to_grid(weights, steps, store.top).to(torch.int8)
+                codes = round_to_grid(weights, steps, store.top).to(torch.int16)
             for name, code, part in zip(names, codes, parts):
-                done[name] = Encoded(store.codec, store.bits, 0, 0, _to_cpu({"q": code, **part}))
+                over = code.sign() * ((code.abs() - 1).clamp_min(0) // 127)
+                part = part | {"q": (code - 127 * over).to(torch.int8)}
+                wide = {"over": over.to(torch.int8)} if over.any() else {}
+                done[name] = Encoded("wide" if wide else store.codec, store.bits, 0, 0, _to_cpu(part | wide))
         if self.s.lqer_rank:
             self._correct(done)
         for name, store in self.stores.items():
@@ -2825,6 +2834,9 @@ def _unplanes(data, dtype):
     return np.ascontiguousarray(planes.T).view(dtype).ravel()
 
 
+CODED = ("q", "over")  # streams of integer matrices, which COMPRESSOR=rans codes
+
+
 def stream_layout(tensors):
     """{stream: [(name, part, dtype, shape)]} for rows (name, shape, codec, bits, rank, group): one stream for each kind
     of part. In that of the codes equal kinds of matrix (all q, all k, ...) lie together.
@@ -2832,13 +2844,13 @@ def stream_layout(tensors):
     streams = {}
     for name, shape, codec, _, rank, group in tensors:
         for part, (dtype, count) in CODECS[codec][1].items():
-            flat = (shape[0], math.prod(shape[1:])) if part == "q" else (count(shape),)
+            flat = (shape[0], math.prod(shape[1:])) if part in CODED else (count(shape),)
             streams.setdefault(part, []).append((name, part, dtype, flat))
         for part, (dtype, count) in CORRECTION.items() if rank else ():
             streams.setdefault(part, []).append((name, part, dtype, (count(shape, rank, group),)))
-    if "q" in streams:
-        kinds = [_kind(row[0]) for row in streams["q"]]
-        streams["q"].sort(key=lambda row: kinds.index(_kind(row[0])))
+    for rows in (streams[part] for part in CODED if part in streams):
+        kinds = [_kind(row[0]) for row in rows]
+        rows.sort(key=lambda row: kinds.index(_kind(row[0])))
     return streams
 
 
@@ -2861,7 +2873,7 @@ def code_groups(rows):
 def pack_stream(rows, encoded, compressor):
     """Bytes of one stream, packed."""
     arrays = [encoded[name].parts[part].numpy() for name, part, _, _ in rows]
-    if compressor == "rans" and rows[0][1] == "q":
+    if compressor == "rans":
         flat, groups = np.concatenate([array.ravel() for array in arrays]), code_groups(rows)
         ends = np.cumsum([math.prod(shape) for shape in groups])
         return encode_codes([part.reshape(shape) for part, shape in zip(np.split(flat, ends[:-1]), groups)])
@@ -2890,8 +2902,8 @@ def pack(encoded, shapes, s, header):
     tensors = [(name, shapes[name], *one[:4]) for name, one in encoded.items()]
     streams, payload, report = [], [], []
     for stream, rows in stream_layout(tensors).items():
-        named = s.compressor if s.compressor != "rans" or stream == "q" else "lzma"
-        candidates = [named] if named != "auto" else ["rans"] * (stream == "q") + list(COMPRESSORS)
+        named = s.compressor if s.compressor != "rans" or stream in CODED else "lzma"
+        candidates = [named] if named != "auto" else ["rans"] * (stream in CODED) + list(COMPRESSORS)
         with ThreadPoolExecutor(len(candidates)) as pool:
             packed = dict(zip(candidates, pool.map(partial(pack_stream, rows, encoded), candidates)))
         best = min(candidates, key=lambda name: len(packed[name]))
@@ -3002,7 +3014,7 @@ def read_artifact(path, data=None):
                              for n, shape, c, bits, rank, group in header["tensors"]]
         header["settings"] = {str(k): str(v) for k, v in header["settings"].items()}
         unknown = {row[2] for row in header["tensors"]} - set(CODECS)
-        unknown |= {c for name, c, *_ in rows if c != "rans" or name != "q"} - set(COMPRESSORS)
+        unknown |= {c for name, c, *_ in rows if c != "rans" or name not in CODED} - set(COMPRESSORS)
         if any(rank < 0 or (rank or codec != "float16") and len(shape) < 2 or rank and (
                    group < 1 or rank > min(shape[0], math.prod(shape[1:])) or codec == "float16")
                for _, shape, codec, _, rank, group in header["tensors"]):

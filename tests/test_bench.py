@@ -1,13 +1,18 @@
 """tools/bench.py: its FLOPs against sums done by hand and against torch's own counter, its data against the trainer's
-reader, what the table and the JSON say about toy runs, and bad input. Nothing here judges a speed.
+reader, what the table and the JSON say about toy runs, and bad input; for `pack` (bench_pack.py) that every container
+gives back what it was given, the entropies against sums done by hand, equal bytes. Nothing here judges a speed.
 """
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import bench
+import bench_pack
 import numpy as np
 import pytest
 import torch
@@ -15,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as tg
 from conftest import BOS, REPO, TOY, clean_env
+from runs import call, good
 
 ROW = ("mode", "looping", "share", "ms_per_step", "ms_min", "ms_max", "cpu_ms_per_step", "cpu_ms_min", "cpu_ms_max",
        "tokens_per_second", "peak_memory_mib", "mflop_per_token", "tflop_per_step", "tflops_per_device", "mfu",
@@ -311,10 +317,235 @@ def test_a_pair_takes_turns_and_weighs_the_states_of_a_run(monkeypatch, tmp_path
     assert took == [*turn[0], *turn[1], *turn[1], *turn[0], *turn[0], *turn[1]]
 
 
-@pytest.mark.parametrize("words, word", [(["--help"], "bench.py train"), (["train", "--help"], "--peak-tflops")])
+@pytest.mark.parametrize("words, word", [(["--help"], "bench.py train"), (["train", "--help"], "--peak-tflops"),
+                                         (["pack", "--help"], "allocated GPTQ")])
 def test_help(words, word, capsys):
     try:
         assert bench.main(words) == 0
     except SystemExit as end:
         assert end.code == 0
     assert word in capsys.readouterr().out
+
+
+# ---- pack -----------------------------------------------------------------------------------------------------------
+
+RAW = ("FIT=off", "MATRIX_BITS=16", "EMBED_BITS=16", "MATRIX_QUANT=rtn", "EMBED_QUANT=rtn", "PHASES=train", "DEVICE=cpu")
+
+
+@pytest.fixture(scope="module")
+def raw(toy, tmp_path_factory):
+    """(a float16 artifact, the words that name its data)."""
+    folder = tmp_path_factory.mktemp("raw")
+    good(call([*toy, *RAW, f"OUT_DIR={folder}"]))
+    return str(folder / "model.pg"), [toy[0], "TRAIN_SEQ_LEN=64", "TRAIN_BATCH_TOKENS=512", "EVAL_SEQ_LEN=64", "EVAL_STRIDE=0"]
+
+
+@pytest.fixture(scope="module")
+def subject(raw):
+    path, words = raw
+    with pytest.MonkeyPatch.context() as patch:
+        for name in set(os.environ) - set(clean_env()):
+            patch.delenv(name)
+        subject = bench_pack.Subject(path, words)
+    assert subject.calibrate(1000)[0] == 1024
+    return subject
+
+
+@pytest.fixture(scope="module")
+def packed(raw, tmp_path_factory):
+    """(console, JSON) of a run with both parts; containers in this process, and sizes by zlib, which costs no time."""
+    path, words = raw
+    out = tmp_path_factory.mktemp("packed") / "pack.json"
+    rows, compressors = "float16,RTN int4,GPTQ + SDClip,allocated GPTQ", "zstd,zlib,zlib kinds columns,lrzip kinds columns"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in set(os.environ) - set(clean_env()):
+            patch.delenv(name)
+        patch.setattr(bench_pack, "measure_apart", bench.measure)
+        patch.setattr(bench_pack, "ONE_COMPRESSOR", "zlib")
+        patch.setattr(bench_pack.shutil, "which", lambda name: None)
+        printed = []
+        patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
+        assert bench.main(["pack", path, *words, "--rows", rows, "--compressors", compressors, "--score", "--val-tokens",
+                           "1024", "--calibration-tokens", "1024", "--also", f"again={path}", "--json", str(out)]) == 0
+    return "\n".join(printed), json.loads(out.read_text())
+
+
+def test_pack_as_a_command(raw, tmp_path):
+    path, words = raw
+    done = command(["pack", path, *words, "--rows", "ternary", "--compressors", "zlib", "--calibration-tokens", 64, "--json",
+                    tmp_path / "out.json"])
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "out.json").read_text())["sizes"]
+    assert 50 < row["pack_memory_mib"] and row["memory_before_mib"] <= row["pack_memory_mib"] <= row["unpack_memory_mib"]
+    assert f"| ternary | zlib | {row['bytes']:,} |" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_pack_reports_what_it_measured(packed, raw):
+    console, result = packed
+    assert (result["artifact_bytes"], result["calibration_tokens"]) == (os.path.getsize(raw[0]), 1024)
+    assert [row["row"] for row in result["codes"]] == ["float16", "RTN int4", "GPTQ + SDClip", "allocated GPTQ"]
+    exact, coarse, sdclip, allocated = result["codes"]
+    assert exact["squared_error"] == exact["felt_error"] == 0 and exact["tensor_entropy_bytes"] is None
+    assert sdclip["felt_error"] > allocated["felt_error"] > 0 and coarse["squared_error"] > 0
+    sizes = {(row["row"], row["compressor"]): row for row in result["sizes"]}
+    assert len(sizes) == 16 and all("skipped" in row for (_, name), row in sizes.items() if name.startswith("lrzip"))
+    for row in coarse, sdclip, allocated:
+        assert row["codes"] == coarse["codes"]
+        zstd, zlib = (sizes[row["row"], name] for name in ("zstd", "zlib"))
+        assert 0.9 * row["tensor_entropy_bytes"] < zlib["code_bytes"] < zlib["bytes"]
+        assert zstd["bits_per_weight"] == pytest.approx(8 * zstd["bytes"] / result["parameters"])
+        assert f"| {row['row']} | zstd | {zstd['bytes']:,} |" in console
+    assert "lrzip is not installed" in console
+
+
+def test_pack_compares_at_equal_bytes(packed):
+    console, result = packed
+    size = result["budget_bytes"]
+    assert size == next(row["bytes"] for row in result["sizes"] if (row["row"], row["compressor"]) == ("GPTQ + SDClip", "zlib"))
+    raw, *rows, again = result["quality"]
+    assert [row["method"] for row in rows] == list(bench_pack.METHODS)
+    assert (raw["gap"], again["gap"], again["loss"], again["bytes"]) == (0, 0, raw["loss"], raw["bytes"])
+    at_size = [row for row in rows if "skipped" not in row]
+    assert {row["method"] for row in rows if row not in at_size} <= {"RTN", "GPTQ-lite", "GPTQ + percentile"}
+    assert all("2 to 8 bits" in row["skipped"] for row in rows if row not in at_size), "toy weights need no int3"
+    for row in at_size:
+        assert row["bytes"] == pytest.approx(size, rel=0.002), row["method"]
+        assert row["loss"] == pytest.approx(raw["loss"] + row["gap"])
+        assert row["bpb"] / row["loss"] == pytest.approx(raw["bpb"] / raw["loss"])
+        assert ("predicted_gap" in row) == row["method"].startswith("allocated")
+    by_name = {row["method"]: row for row in at_size}
+    assert by_name["allocated GPTQ"]["predicted_gap"] == pytest.approx(by_name["allocated GPTQ"]["felt_error"], rel=0.5)
+    assert f"| {by_name['GPTQ + SDClip']['loss']:.5f} |" in console and "k = 12.85" in console
+
+
+def test_widths_are_interpolated(subject, monkeypatch):
+    monkeypatch.setattr(bench_pack, "ONE_COMPRESSOR", "zlib")
+    subject.s = subject.settings("VAL_TOKENS=640")
+    subject.load_text()
+    raw = subject.score(subject.model)
+    row = bench_pack.quality_row(subject, "RTN", 56_000, raw)
+    low, high = row["ends"]
+    assert low["bytes"] <= row["bytes"] == 56_000 <= high["bytes"] and row["value"][1] == row["value"][0] + 1
+    assert high["felt_error"] < row["felt_error"] < low["felt_error"]
+    assert all(torch.equal(p, subject.raw[name]) for name, p in subject.model.named_parameters()), "not put back"
+    assert "nearest" in bench_pack.quality_row(subject, "GPTQ + SDClip", 1000, raw)["skipped"]
+
+
+@pytest.fixture(scope="module")
+def stored(subject, tmp_path_factory):
+    """[(row, its encoded parameters, file for measure_container)]: steps by row with corrections, steps by row and column."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_pack, "ONE_COMPRESSOR", "zlib")
+        for row in ("GPTQ + SDClip + LQER", "allocated RTN"):
+            encoded, _ = bench_pack.encode_row(subject, row, lambda: 35_000)
+            path = tmp_path_factory.mktemp("stored") / "row.pt"
+            torch.save(subject.row({name: tuple(one) for name, one in encoded.items()})._asdict(), path)
+            found.append((row, encoded, str(path)))
+    return found
+
+
+@pytest.mark.parametrize("name", bench_pack.CONTAINERS)
+def test_every_container_gives_back_the_weights(subject, stored, name):
+    if name.startswith("lrzip") and not shutil.which("lrzip"):
+        pytest.skip("needs lrzip")
+    for row, encoded, path in stored:
+        found = bench.measure({"row": path, "container": name})
+        assert "error" not in found and found["bytes"] > 10_000
+        if name in ("zlib", "rans"):  # the bytes are those of the trainer's file
+            s = subject.settings(f"{bench_pack.ROWS[row]} COMPRESSOR={name}")
+            assert found["bytes"] == tg.pack(encoded, subject.shapes, s, subject.row(encoded).header).size
+
+
+def test_container_that_loses_something_is_an_error(stored, monkeypatch):
+    turned = bench_pack.turned
+    monkeypatch.setattr(bench_pack, "turned", lambda one, back=False: one if back else turned(one))
+    for name, lost in (("zlib kinds", False), ("zlib columns", True)):
+        assert ("error" in bench.measure({"row": stored[0][2], "container": name})) == lost
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 5, 8, 1001])
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_shuffle_is_a_permutation(stride, length):
+    data = np.random.default_rng(length).bytes(length)
+    moved = bench_pack.shuffled(data, stride)
+    assert bench_pack.unshuffled(moved, stride) == data and Counter(moved) == Counter(data)
+    assert moved[: -(-length // stride)] == data[::stride]
+
+
+@pytest.mark.parametrize("spread, top", [(0.3, 1), (1.0, 7), (2.5, 31), (20.0, 127)])
+def test_entropies_by_hand(spread, top):
+    rng = np.random.default_rng(1)
+    q = (spread * rng.lognormal(0, 0.5, (12, 1)) * rng.standard_normal((12, 400))).round().clip(-top, top).astype(np.int8)
+    shares = [count / q.size for count in Counter(q.ravel().tolist()).values()]
+    assert bench_pack.tensor_entropy(q) == pytest.approx(-q.size * sum(p * math.log2(p) for p in shares) / 8)
+
+    def bits(row, sigma):
+        def below(edge):
+            return math.erfc(-edge / sigma / math.sqrt(2)) / 2
+
+        return -sum(count * math.log2(max(below(0.5 - abs(v)) - below(-0.5 - abs(v)), 1e-300))
+                    for v, count in Counter(row.tolist()).items())
+
+    by_hand = sum(min(bits(row, 0.05 * 1.02**k) for k in range(420)) for row in q) / 8
+    assert bench_pack.row_entropy(q) == pytest.approx(by_hand, rel=2e-3)
+
+
+def test_codes_that_are_all_zero_need_nothing():
+    q = np.zeros((3, 50), np.int8)
+    assert bench_pack.tensor_entropy(q) == 0 and bench_pack.row_entropy(q) == pytest.approx(0, abs=1e-6)
+
+
+def test_solve_meets_a_size():
+    def falling(x):
+        return round(1e6 / (1 + 2**x)), x
+
+    for size in (100_000, 500_000, 900_000):
+        x, found, thing = bench_pack.solve(falling, 0.0, size, -1e5)
+        assert found == pytest.approx(size, rel=bench_pack.TOLERANCE) and thing == x
+    x, found, _ = bench_pack.solve(falling, 0.0, 2_000_000, -1e5)
+    assert found == pytest.approx(1e6, rel=1e-3), "the nearest, if the size is out of reach"
+
+
+def test_between_two_widths():
+    low, high = {"bytes": 100, "gap": 0.4, "felt_error": 0.8}, {"bytes": 200, "gap": 0.1, "felt_error": 0.2}
+    assert bench_pack.between(low, high, 150) == pytest.approx({"bytes": 150, "gap": 0.2, "felt_error": 0.4})
+    assert bench_pack.between(low, high | {"gap": -0.1}, 150)["gap"] == pytest.approx(0.15), "no logarithm of a gain"
+
+
+def test_every_row_is_settings():
+    for text in bench_pack.ROWS.values():
+        assert not settings(text).idle()
+    for name, text in bench_pack.METHODS.items():
+        assert bench_pack.knob(settings(text)) in ("bits", "sigmas", "spacing"), name
+
+
+PACK_BAD = [
+    (["pack"], "ARTIFACT", "--help"), (["pack", "{path}", "--rows", "int9"], "'int9'", "RTN int4"),
+    (["pack", "{path}", "--compressors", "rar"], "'rar'", "brotli"), (["pack", "{path}", "--methods", "x"], "'x'", "GPTQ-lite"),
+    (["pack", "/nowhere/model.pg"], "/nowhere/model.pg", "cannot be read"),
+    (["pack", "{path}", "DATA_PATH=/nowhere"], "/nowhere", "data/prepare.py"),
+    (["pack", "{path}", "DATA_PATH=/nowhere", "--score"], "/nowhere", "TOKENIZER_PATH"),
+    (["pack", "{path}", "MATRIX_BIT=6"], "MATRIX_BIT", "MATRIX_BITS"),
+    (["pack", "{path}", "LEAKY_SLOPE=0.25"], "LEAKY_SLOPE=0.25", "contradicts"),
+    (["pack", "{path}", "--also", "nothing"], "--also", "NAME=ARTIFACT"),
+    (["pack", "{path}", "--budget", "0"], "--budget", "at least 1"),
+    (["pack", "{path}", "--json", "/nowhere/out.json"], "/nowhere/out.json", "folder"),
+]
+
+
+@pytest.mark.parametrize("words, cause, fix", PACK_BAD)
+def test_bad_input_of_pack_is_one_line(raw, words, cause, fix, capsys, monkeypatch):
+    for name in set(os.environ) - set(clean_env()):
+        monkeypatch.delenv(name)
+    assert bench.main([word.format(path=raw[0]) for word in words]) == 2
+    out, err = capsys.readouterr()
+    err = "".join(line for line in err.splitlines(keepends=True) if not line.endswith(" ...\n"))
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and cause in err and fix in err
+
+
+def test_artifact_that_was_quantised_is_refused(toy, tmp_path, capsys):
+    good(call([*toy, "PHASES=train", "COMPRESSOR=zlib", f"OUT_DIR={tmp_path}"]))
+    assert bench.main(["pack", str(tmp_path / "model.pg"), toy[0]]) == 2
+    err = capsys.readouterr().err
+    assert "is not float16 but int" in err and "MATRIX_BITS=16" in err and err.count("\n") == 1

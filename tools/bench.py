@@ -1,13 +1,16 @@
-"""How fast the trainer is on this machine: milliseconds, tokens per second, memory and share of the device's peak.
+"""How fast the trainer is on this machine: milliseconds, tokens per second, memory and share of the device's peak; and
+what each way of storing a model costs in bytes and in loss.
 
     python tools/bench.py train                                      the default settings, eager and compiled
     python tools/bench.py train @records/small.env NUM_LAYERS=6      any settings, as train_gpt.py takes them
     python tools/bench.py train --modes compiled --steps 50 --repeats 3 --json step.json
     python tools/bench.py train @records/small.env NORMUON=1 --against @records/small.env     their steps in turn
     torchrun --standalone --nproc_per_node=8 tools/bench.py train --modes compiled
+    python tools/bench.py pack model.pg DATA_PATH=... --score        codecs and compressors on the weights of a float16
+                                                                     artifact (bench_pack.py)
 
-`python tools/bench.py train --help` has every option. No data set is needed: synthetic shards are written to a
-temporary folder and read by the trainer's own loader.
+`python tools/bench.py train --help` and `pack --help` have every option. train needs no data set: synthetic shards are
+written to a temporary folder and read by the trainer's own loader.
 
 Exit codes: 0 done, 1 a mode failed (its row says why, the others are kept), 2 bad input, 130 and 143 interrupted.
 """
@@ -15,7 +18,6 @@ Exit codes: 0 done, 1 a mode failed (its row says why, the others are kept), 2 b
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
 import io
 import json
 import math
@@ -24,7 +26,6 @@ import re
 import shlex
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,7 +35,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common import ROOT, BadInput, exit_code, git, quartiles
+import bench_pack
+from common import (BadInput, Parser, check_json, commit, exit_code, load_trainer, measure_apart, positive, quartiles,
+                    whole, write_json)
 
 MODES = ("eager", "compiled")
 
@@ -79,17 +82,6 @@ def write_shards(folder, tokens, vocab_size):
 
 
 # ---- the trainer ----------------------------------------------------------------------------------------------------
-
-
-def load_trainer():
-    """train_gpt.py of this repository as a module, in the environment that it makes for itself as a script."""
-    if "train_gpt" not in sys.modules:
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
-        spec = importlib.util.spec_from_file_location("train_gpt", ROOT / "train_gpt.py")
-        sys.modules["train_gpt"] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules["train_gpt"]
 
 
 class Session:
@@ -315,6 +307,8 @@ def measure(job):
     """Run one job in this process: what it found, or {"error"}, or {"bad_input"} for any mode."""
     try:
         with contextlib.ExitStack() as stack, contextlib.redirect_stdout(io.StringIO()):  # the trainer's log
+            if "container" in job:
+                return bench_pack.measure_container(job)
             return (measure_state if job["against"] is None else measure_pair)(job, stack)
     except BadInput as error:
         return {"bad_input": str(error)}
@@ -331,24 +325,6 @@ def versions():
     import torch
 
     return {"torch": torch.__version__, "threads": torch.get_num_threads()}
-
-
-def measure_apart(job):
-    """measure(job) in a process of its own, so that neither memory nor compiled code comes from another mode."""
-    folder = Path(job["folder"])
-    result = folder / "result.json"
-    result.unlink(missing_ok=True)
-    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    # A cache for each mode: the first repeat compiles from nothing, the later ones do not again.
-    env = {"TORCHINDUCTOR_CACHE_DIR": str(folder / f"cache_{job['mode']}_{job['looping']}"), **os.environ}
-    code = subprocess.run([sys.executable, __file__, "--job", str(folder)], env=env, stdin=subprocess.DEVNULL,
-                          check=False).returncode
-    if code == 130:
-        raise KeyboardInterrupt
-    if not result.exists():
-        reason = f"{signal.Signals(-code).name}; out of memory?" if code < 0 else f"exit code {code}"
-        return {"error": f"the process ended without a result ({reason})"}
-    return json.loads(result.read_text(encoding="utf-8"))
 
 
 def run_job(folder):
@@ -396,11 +372,6 @@ def make_pair_row(mode, results):
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------
-
-
-def commit():
-    """(commit, number of changed files) of the repository; ("none", 0) outside of one."""
-    return git("rev-parse", "--short=12", "HEAD") or "none", len(git("status", "--porcelain").splitlines())
 
 
 def header(report):
@@ -460,36 +431,7 @@ def table(rows):
         yield "  ".join([*left, *right, *([f"failed: {row['error']}"] if "error" in row else [])])
 
 
-def write_json(path, report):
-    try:
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise BadInput(f"--json {path} cannot be written ({error.strerror}); choose another file") from None
-
-
 # ---- the command train ----------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise BadInput(f"{message}; see {self.prog} --help")
-
-
-def whole(least):
-    """A converter to whole numbers from `least`."""
-    def convert(text):
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return int(text)
-
-    return convert
-
-
-def positive(text):
-    with contextlib.suppress(ValueError):
-        if 0 < (value := float(text)) < math.inf:
-            return value
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
 
 
 def modes(text):
@@ -565,7 +507,9 @@ def train_results(args, s, jobs, world):
                           file=sys.stderr, flush=True)
                 job = {"settings": args.settings, "against": args.against, "mode": mode, "looping": state,
                        "folder": folder, "steps": args.steps, "warmup": args.warmup}
-                result = measure_apart(job) if world == 1 else measure(job)
+                # A cache for each mode: the first repeat compiles from nothing, the later ones do not again.
+                cache = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache_{mode}_{state}"}
+                result = measure_apart(job, cache) if world == 1 else measure(job)
                 if "bad_input" in result:
                     raise BadInput(result["bad_input"])
                 results[mode, state].append(result)
@@ -575,8 +519,7 @@ def train_results(args, s, jobs, world):
 def train(argv):
     """`bench.py train`; returns the exit code."""
     args = train_arguments(argv)
-    if args.json and (args.json.is_dir() or not os.access(args.json.absolute().parent, os.W_OK)):
-        raise BadInput(f"--json {args.json} cannot be written; name a file in a folder that exists")
+    check_json(args.json)
     s, world = Session.settings(args.settings), int(os.environ.get("WORLD_SIZE", 1))
     jobs = train_jobs(args, s, world)
     states = Session.states(s)
@@ -602,7 +545,7 @@ def train(argv):
     return int(any("error" in row for row in rows))
 
 
-COMMANDS = {"train": train}
+COMMANDS = {"train": train, "pack": bench_pack.pack}
 
 
 def main(argv):

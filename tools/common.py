@@ -1,6 +1,12 @@
-"""What the tools share: how a command of theirs ends, what git says about the code, the middle of measured values."""
+"""What the tools share: how a command of theirs begins and ends, measuring in a process apart, what git says."""
 
+import argparse
+import contextlib
+import importlib.util
+import json
+import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -28,6 +34,28 @@ def exit_code(work, quiet=False):
         return 130
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(f"{message}; see {self.prog} --help")
+
+
+def whole(least):
+    """A converter to whole numbers from `least`."""
+    def convert(text):
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return convert
+
+
+def positive(text):
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+
+
 def git(*words):
     """What git prints in the repository; "" where there is none, or no git."""
     try:
@@ -35,6 +63,53 @@ def git(*words):
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def commit():
+    """(commit, number of changed files) of the repository; ("none", 0) outside of one."""
+    return git("rev-parse", "--short=12", "HEAD") or "none", len(git("status", "--porcelain").splitlines())
+
+
+def load_trainer():
+    """train_gpt.py of this repository as a module, in the environment that it makes for itself as a script."""
+    if "train_gpt" not in sys.modules:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
+        spec = importlib.util.spec_from_file_location("train_gpt", ROOT / "train_gpt.py")
+        sys.modules["train_gpt"] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules["train_gpt"]
+
+
+def measure_apart(job, env=None):
+    """The job in a process of its own, so that neither memory nor compiled code comes from another one; `env`: what its
+    environment has where ours does not.
+    """
+    folder = Path(job["folder"])
+    result = folder / "result.json"
+    result.unlink(missing_ok=True)
+    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    words = [sys.executable, str(ROOT / "tools/bench.py"), "--job", str(folder)]
+    code = subprocess.run(words, env={**(env or {}), **os.environ}, stdin=subprocess.DEVNULL, check=False).returncode
+    if code == 130:
+        raise KeyboardInterrupt
+    if not result.exists():
+        reason = f"{signal.Signals(-code).name}; out of memory?" if code < 0 else f"exit code {code}"
+        return {"error": f"the process ended without a result ({reason})"}
+    return json.loads(result.read_text(encoding="utf-8"))
+
+
+def check_json(path):
+    """BadInput before anything is measured, if --json cannot be written."""
+    if path and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
+        raise BadInput(f"--json {path} cannot be written; name a file in a folder that exists")
+
+
+def write_json(path, report):
+    try:
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"--json {path} cannot be written ({error.strerror}); choose another file") from None
 
 
 def quartiles(values):

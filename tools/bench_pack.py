@@ -1,0 +1,765 @@
+"""What each way of storing a model costs: bytes, time and memory of codecs and compressors; at equal bytes, the loss.
+
+    python tools/bench.py pack logs/raw/model.pg @records/small.env                    sizes of every row
+    python tools/bench.py pack logs/raw/model.pg @records/small.env --score --json pack.json
+    python tools/bench.py pack model.pg DATA_PATH=... --rows "RTN int6,allocated GPTQ" --compressors rans,brotli
+    python tools/bench.py pack model.pg DATA_PATH=... --rows none --score --budget 15900000 --also QAT=logs/qat/model.pg
+
+The weights are those of an artifact that holds them as float16, which PHASES=train FIT=off MATRIX_BITS=16 EMBED_BITS=16
+MATRIX_QUANT=rtn EMBED_QUANT=rtn makes (if it is over SIZE_LIMIT, the file is kept). The settings name the data
+(DATA_PATH, TRAIN_SEQ_LEN, EVAL_SEQ_LEN): training text for the moments by which GPTQ and FIT=allocate go, and validation
+text for the loss. `bench.py pack --help` has the options.
+"""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import math
+import os
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from common import BadInput, Parser, check_json, commit, load_trainer, measure_apart, whole, write_json
+
+# How weights are stored, as settings of train_gpt.py: METHODS have a width or a knob still to choose, ROWS have it chosen.
+METHODS = {
+    "RTN": "FIT=off MATRIX_QUANT=rtn EMBED_QUANT=rtn EMBED_BITS=8",
+    "GPTQ-lite": "FIT=off MATRIX_QUANT=gptq_lite EMBED_QUANT=gptq_lite EMBED_BITS=8",
+    "GPTQ + percentile": "FIT=off MATRIX_QUANT=gptq EMBED_QUANT=gptq EMBED_BITS=8",
+    "GPTQ + SDClip": "FIT=off MATRIX_QUANT=gptq MATRIX_BITS=6 MATRIX_CLIP_SIGMAS=12.85 "
+                     "EMBED_QUANT=gptq EMBED_BITS=8 EMBED_CLIP_SIGMAS=20",
+    "GPTQ + SDClip + LQER": "FIT=off MATRIX_QUANT=gptq MATRIX_BITS=6 MATRIX_CLIP_SIGMAS=12.85 "
+                            "EMBED_QUANT=gptq EMBED_BITS=8 EMBED_CLIP_SIGMAS=20 LQER_RANK=4 LQER_TOP_K=3",
+    "allocated RTN": "FIT=allocate MATRIX_QUANT=rtn EMBED_QUANT=rtn",
+    "allocated GPTQ": "FIT=allocate MATRIX_QUANT=gptq EMBED_QUANT=gptq",
+    "allocated GPTQ + LQER": "FIT=allocate MATRIX_QUANT=gptq EMBED_QUANT=gptq LQER_RANK=4 LQER_TOP_K=3",
+}
+WIDTHS = range(2, 9)
+REFERENCE = "GPTQ + SDClip"  # #1394; its bytes are the budget where none is given
+ROWS = {
+    "float16": "FIT=off MATRIX_QUANT=rtn MATRIX_BITS=16 EMBED_QUANT=rtn EMBED_BITS=16",
+    "ternary": "FIT=off MATRIX_QUANT=ternary EMBED_QUANT=rtn EMBED_BITS=8",
+    **{f"{name} int{bits}": f"{METHODS[name]} MATRIX_BITS={bits}"
+       for name in ("RTN", "GPTQ-lite") for bits in range(4, 9)},
+    "GPTQ + percentile int6": METHODS["GPTQ + percentile"] + " MATRIX_BITS=6",
+    REFERENCE: METHODS[REFERENCE],
+    "GPTQ + SDClip embeddings int7": METHODS[REFERENCE].replace("EMBED_BITS=8 EMBED_CLIP_SIGMAS=20",
+                                                               "EMBED_BITS=7 EMBED_CLIP_SIGMAS=15"),
+    **{name: METHODS[name] for name in ("GPTQ + SDClip + LQER", "allocated RTN", "allocated GPTQ",
+                                        "allocated GPTQ + LQER")},
+}
+GENERIC = ("brotli", "zstd", "lzma", "zlib")
+ONE_COMPRESSOR = "rans"  # of sizes that are to be equal
+TOLERANCE = 0.0005  # of a size that is to be equal
+
+
+# ---- the trainer ----------------------------------------------------------------------------------------------------
+
+
+class Subject:
+    """The weights under test and everything that is decided about them. Outside of the containers, only this class and
+    collect_moments() call the trainer.
+
+    Relied on: Settings.parse, .text and the fields of packing; read_artifact, artifact_settings, load_artifact,
+    model_fields; Runtime, pick_attention; find_shards, TokenStream(paths, s, rt).next(); MomentMeter(model) with
+    .observe(x, y) .tokens .moments(rt); Quantiser(model, s, moments) with .encode(spacing) .spacing_for(bytes) .quantised
+    and ._factors (shared between settings: most of its time); pack().chunks; load_tokenizer, load_validation,
+    ModelPredictor, chunks, score, Validity. The containers: Encoded, stream_layout, pack_stream, code_groups,
+    decode_codes, decompress, _unplanes, COMPRESSORS.
+    """
+
+    def __init__(self, path, words):
+        self.trainer, self.path, self.words, self.moments = load_trainer(), path, words, None
+        trainer = self.trainer
+        self.header, self.bytes = trainer.read_artifact(path)[0], Path(path).stat().st_size
+        self.s = self.settings()
+        if wrong := next((row for row in self.header["tensors"] if row[2] != "float16"), None):
+            raise BadInput(f"{path}: {wrong[0]} is not float16 but {wrong[2]}; make the artifact with FIT=off "
+                           "MATRIX_BITS=16 EMBED_BITS=16")
+        self.rt = trainer.Runtime(self.s)
+        self.attend = trainer.pick_attention(self.s, self.rt)
+        self.model = trainer.load_artifact(path, self.s, self.rt.dtype, self.attend, self.rt.device)[1]
+        self.raw = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.shapes = {name: tuple(p.shape) for name, p in self.raw.items()}
+        self.parameters = sum(p.numel() for p in self.raw.values())
+        self.factors, self.val = {}, None
+
+    def settings(self, text=""):
+        """Those of the command line, then of a row, with the artifact's model."""
+        s = self.trainer.Settings.parse([*self.words, *text.split()], os.environ)
+        return self.trainer.artifact_settings(self.path, self.header, s)
+
+    def calibrate(self, tokens):
+        """Moments from so many tokens of the training stream; returns (tokens, seconds)."""
+        began = time.perf_counter()
+        self.moments, counted = collect_moments(self.trainer, self.model, self.s, self.rt, tokens)
+        return counted, time.perf_counter() - began
+
+    def quantiser(self, s):
+        quantiser = self.trainer.Quantiser(self.model, s, self.moments)
+        quantiser._factors = self.factors
+        return quantiser
+
+    def row(self, encoded):
+        return Row(encoded, self.shapes, {key: self.header[key] for key in ("settings", "looping", "tokenizer_sha256")})
+
+    def size(self, encoded):
+        """Bytes of the artifact that holds them."""
+        return sum(len(data) for _, data in own_chunks(self.trainer, self.row(encoded), ONE_COMPRESSOR))
+
+    def errors(self, encoded):
+        """(relative squared error, felt error in nats a token) of everything that has moments."""
+        square = total = felt = 0.0
+        for name, (hessian, gain) in self.moments.items():
+            error = self.raw[name].float() - encoded[name].decode(self.shapes[name]).to(self.rt.device)
+            square += error.double().square().sum().item()
+            total += self.raw[name].double().square().sum().item()
+            felt += 0.5 * (gain.double() @ ((error @ hessian.float()) * error).double().sum(1)).item()
+        return square / total, felt
+
+    def load_text(self):
+        """The validation text; the tokenizer must be the artifact's."""
+        sp, _, digest = self.trainer.load_tokenizer(self.s)
+        if self.header["tokenizer_sha256"] not in ("", digest):
+            raise BadInput(f"{self.path} was trained with another tokenizer; set DATA_PATH or TOKENIZER_PATH")
+        self.val = self.trainer.load_validation(self.s, self.rt, sp)
+
+    def score(self, model):
+        """Score of a model on the validation text, in windows of EVAL_SEQ_LEN side by side."""
+        trainer, s, validity = self.trainer, self.s, self.trainer.Validity()
+        parts = trainer.chunks(self.val, s.eval_seq_len, 0, s.eval_batch_seqs, self.rt)
+        found = trainer.score(trainer.ModelPredictor(model, self.rt), parts, self.val, self.rt, validity)
+        if validity.reasons:
+            raise BadInput(f"the score is not valid: {validity.reasons[0]}")
+        return found
+
+    def score_encoded(self, encoded):
+        self.model.load_state_dict({name: one.decode(self.shapes[name]) for name, one in encoded.items()})
+        try:
+            return self.score(self.model)
+        finally:
+            self.model.load_state_dict(self.raw)
+
+    def score_artifact(self, path):
+        """(bytes, Score) of another artifact of this vocabulary."""
+        header = self.trainer.read_artifact(path)[0]
+        if header["tokenizer_sha256"] != self.header["tokenizer_sha256"]:
+            raise BadInput(f"{path} was trained with another tokenizer than {self.path}")
+        defaults = {f.name: f.default for f in self.trainer.model_fields()}
+        s = self.trainer.artifact_settings(path, header, dataclasses.replace(self.s, **defaults))
+        attend = self.trainer.pick_attention(s, self.rt)
+        model = self.trainer.load_artifact(path, s, self.rt.dtype, attend, self.rt.device)[1]
+        return Path(path).stat().st_size, self.score(model)
+
+
+def collect_moments(trainer, model, s, rt, tokens):
+    """({parameter: Moments} of a model, tokens): from the beginning of the training stream in its longest sequences."""
+    length = s.stages[-1][1]
+    rows = max(min(-(-tokens // length), trainer.CALIBRATION_MICRO_TOKENS // length), 1)
+    s = dataclasses.replace(s, train_seq_schedule=(), train_batch_schedule=(), train_seq_len=length, average="none",
+                            train_batch_tokens=rows * length, micro_batch_tokens=rows * length,
+                            loader="sequential" if s.loader == "packed" else s.loader)
+    stream, meter = trainer.TokenStream(trainer.find_shards(s.data_path, "train"), s, rt), trainer.MomentMeter(model)
+    while meter.tokens < tokens:
+        for x, y, _ in stream.next():
+            meter.observe(x, y)
+    return meter.moments(rt), meter.tokens
+
+
+# ---- choosing a knob ------------------------------------------------------------------------------------------------
+
+
+def solve(try_at, x, size, per_octave):
+    """What try_at(x) -> (bytes, thing) gives nearest to `size` bytes: (x, bytes, thing), by secant steps in x, a log2.
+    `per_octave`: the first guess of how bytes follow x, which must be negative.
+    """
+    best, before, slope = None, None, per_octave
+    for _ in range(10):
+        found, thing = try_at(x)
+        if best is None or abs(found - size) < abs(best[1] - size):
+            best = x, found, thing
+        if abs(found - size) <= max(TOLERANCE * size, 8):
+            break
+        if before and before[0] != x and (found - before[1]) / (x - before[0]) < 0.1 * per_octave:
+            slope = (found - before[1]) / (x - before[0])
+        before = x, found
+        x += min(max((size - found) / slope, -2), 2)
+    return best
+
+
+def knob(s):
+    return "spacing" if s.fit == "allocate" else "sigmas" if s.matrix_clip_sigmas else "bits"
+
+
+def at_size(subject, s, size):
+    """(bytes, encoded, knob's value) of settings whose knob is continuous, at so many bytes."""
+    first = subject.quantiser(s)
+
+    def by_spacing(x):
+        encoded = first.encode(2**x)
+        return subject.size(encoded), (encoded, 2**x)
+
+    def by_sigmas(x):
+        sigmas = {name: min(getattr(s, name) * 2**x, 100.0) for name in (
+            "matrix_clip_sigmas", "attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas")}
+        encoded = subject.quantiser(dataclasses.replace(s, **sigmas)).encode()
+        return subject.size(encoded), (encoded, sigmas["matrix_clip_sigmas"])
+
+    if knob(s) == "spacing":
+        _, found, (encoded, value) = solve(by_spacing, math.log2(first.spacing_for(size)), size, -first.quantised / 8)
+    else:
+        _, found, (encoded, value) = solve(by_sigmas, 0.0, size, -first.quantised / 8)
+    return found, encoded, value
+
+
+def between(low, high, size):
+    """{"bytes", "loss gap", ...} of two such, between which `size` lies: straight lines in log where both gaps are."""
+    share = (size - low["bytes"]) / (high["bytes"] - low["bytes"])
+
+    def mix(a, b):
+        if min(a, b) > 0:
+            return math.exp((1 - share) * math.log(a) + share * math.log(b))
+        return (1 - share) * a + share * b
+
+    return {"bytes": size, **{key: mix(low[key], high[key]) for key in ("gap", "felt_error")}}
+
+
+# ---- containers -----------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """What a container holds."""
+
+    encoded: dict
+    shapes: dict
+    header: dict
+
+
+def own_chunks(trainer, row, compressor):
+    """The artifact of train_gpt.py."""
+    chunks = trainer.pack(row.encoded, row.shapes, trainer.Settings(compressor=compressor), row.header).chunks
+    streams = trainer.stream_layout(tensor_rows(row))
+    return list(zip(("header", "header", *streams), chunks, strict=True))
+
+
+def tensor_rows(row):
+    return [(name, row.shapes[name], *one[:4]) for name, one in row.encoded.items()]
+
+
+def apart(trainer, row, kinds):
+    """[(stream, its rows)] as the artifact has them, or with a stream of codes for each kind of matrix."""
+    for stream, rows in trainer.stream_layout(tensor_rows(row)).items():
+        split = kinds and stream == "q"
+        for _, part in itertools.groupby(rows, lambda one: kind(one[0]) if split else None):
+            yield stream, list(part)
+
+
+def kind(name):
+    """blocks.3.attn.q.weight -> blocks.attn.q.weight."""
+    return ".".join(word for word in name.split(".") if not word.isdigit())
+
+
+def layout_chunks(trainer, row, compressor, kinds, columns):
+    """The same streams in another layout: the codes of each matrix column by column, or a stream for each kind."""
+    encoded = {name: turned(one) if columns else one for name, one in row.encoded.items()}
+    blank = {name: one._replace(parts={part: value * 0 for part, value in one.parts.items()})
+             for name, one in row.encoded.items()}
+    header = own_chunks(trainer, row._replace(encoded=blank), "zlib")[:2]
+    return header + [(stream, trainer.pack_stream(rows, encoded, compressor))
+                     for stream, rows in apart(trainer, row, kinds)]
+
+
+def turned(one, back=False):
+    if "q" not in one.parts:
+        return one
+    q = one.parts["q"]
+    order = q.view(q.size(1), q.size(0)) if back else q
+    return one._replace(parts=one.parts | {"q": order.mT.contiguous().view(q.shape)})
+
+
+def layout_weights(trainer, row, chunks, compressor, kinds=False, columns=False):
+    """Weights of an artifact in any layout."""
+    import torch
+
+    parts = {name: {} for name in row.shapes}
+    for (stream, rows), (_, data) in zip(apart(trainer, row, kinds), chunks[2:], strict=True):
+        if compressor == "rans" and stream == "q":
+            groups = trainer.decode_codes(data, trainer.code_groups(rows), stream)
+            values = np.concatenate([group.ravel() for group in groups])
+        else:
+            size = sum(np.dtype(dtype).itemsize * math.prod(shape) for _, _, dtype, shape in rows)
+            raw = trainer.decompress("lzma" if compressor == "rans" else compressor, data, size, stream)
+            values = trainer._unplanes(raw, rows[0][2])
+        ends = np.cumsum([math.prod(shape) for *_, shape in rows])
+        for (name, part, _, shape), array in zip(rows, np.split(values, ends[:-1])):
+            parts[name][part] = torch.from_numpy(array.copy()).view(shape)
+    done = {name: one._replace(parts=parts[name]) for name, one in row.encoded.items()}
+    return weights(row, {name: turned(one, back=True) if columns else one for name, one in done.items()})
+
+
+def weights(row, encoded):
+    return {name: one.decode(row.shapes[name]) for name, one in encoded.items()}
+
+
+def pickled(encoded, skip=()):
+    """What the reference systems store: torch.save of {"w": {name.q, name.scale, ...}, "m": {name: how}}."""
+    import torch
+
+    stored = {f"{name}.{part}": value for name, one in encoded.items() for part, value in one.parts.items()
+              if part not in skip}
+    how = {name: "passthrough" if one.codec == "float16" else list(one[:4]) for name, one in encoded.items()}
+    buffer = io.BytesIO()
+    torch.save({"w": stored, "m": how}, buffer)
+    return buffer.getvalue()
+
+
+def unpickled(row, data, more=()):
+    import torch
+
+    stored = torch.load(io.BytesIO(data), weights_only=True)["w"] | dict(more)
+    return weights(row, {name: one._replace(parts={part: stored[f"{name}.{part}"] for part in one.parts})
+                         for name, one in row.encoded.items()})
+
+
+def shuffled(data, stride):
+    """Every stride-th byte, then those behind them, ...: bytes of one significance lie together (#1089)."""
+    return b"".join(data[i::stride] for i in range(stride))
+
+
+def unshuffled(data, stride):
+    out = np.empty(len(data), np.uint8)
+    for i, part in enumerate(np.array_split(np.frombuffer(data, np.uint8), np.cumsum(
+            [-(-(len(data) - i) // stride) for i in range(stride)])[:-1])):
+        out[i::stride] = part
+    return out.tobytes()
+
+
+def reference_chunks(trainer, row, compressor, stride):
+    data = pickled(row.encoded)
+    return [("size", len(data).to_bytes(4, "little")),
+            ("all", trainer.COMPRESSORS[compressor][0](shuffled(data, stride)))]
+
+
+def reference_weights(trainer, row, chunks, compressor, stride):
+    (_, size), (_, data) = chunks
+    data = trainer.decompress(compressor, data, int.from_bytes(size, "little"), "all")
+    return unpickled(row, unshuffled(data, stride))
+
+
+def lrzip(data, *options):
+    with tempfile.TemporaryDirectory(prefix="bench_") as folder:
+        source, target = Path(folder, "in.lrz"), Path(folder, "out")
+        source.write_bytes(data)
+        subprocess.run(["lrzip", "-q", "-f", *options, "-o", target, source], check=True, capture_output=True,
+                       stdin=subprocess.DEVNULL)
+        return target.read_bytes()
+
+
+def by_kind(encoded):
+    """{kind: names}"""
+    names = sorted((name for name, one in encoded.items() if "q" in one.parts), key=kind)
+    return {key: list(group) for key, group in itertools.groupby(names, kind)}
+
+
+def lrzip_chunks(trainer, row):
+    """#1855: ZPAQ on the codes of each kind of matrix, column by column, brotli on the rest; without its sorting of rows.
+    -T: what LZ4 cannot shrink is not left as it is; -p 1: the same bytes on any number of cores.
+    """
+    rest = pickled(row.encoded, skip=("q",))
+    groups = [b"".join(row.encoded[name].parts["q"].mT.contiguous().numpy().tobytes() for name in names)
+              for names in by_kind(row.encoded).values()]
+    return [("size", len(rest).to_bytes(4, "little")), ("rest", trainer.COMPRESSORS["brotli"][0](rest)),
+            *(("q", lrzip(data, "-z", "-L", "9", "-T", "-p", "1")) for data in groups)]
+
+
+def lrzip_weights(trainer, row, chunks):
+    import torch
+
+    (_, size), (_, rest), *groups = chunks
+    codes = {}
+    for names, (_, data) in zip(by_kind(row.encoded).values(), groups, strict=True):
+        values, at = torch.frombuffer(bytearray(lrzip(data, "-d")), dtype=torch.int8), 0
+        for name in names:
+            rows, columns = row.encoded[name].parts["q"].shape
+            codes[f"{name}.q"] = values[at : at + rows * columns].view(columns, rows).mT.contiguous()
+            at += rows * columns
+    return unpickled(row, trainer.decompress("brotli", rest, int.from_bytes(size, "little"), "rest"), codes)
+
+
+def containers():
+    """{name: (pack(trainer, row) -> [(part, bytes)], unpack(trainer, row, those) -> {name: weight})}."""
+    found = {name: (partial(own_chunks, compressor=name), partial(layout_weights, compressor=name))
+             for name in ("rans", *GENERIC)}
+    for name, (kinds, columns) in itertools.product(GENERIC, ((False, True), (True, False), (True, True))):
+        how = {"compressor": name, "kinds": kinds, "columns": columns}
+        found[name + " kinds" * kinds + " columns" * columns] = (partial(layout_chunks, **how),
+                                                                 partial(layout_weights, **how))
+    for name, stride in itertools.product(("zstd", "lzma", "brotli"), (1, 2, 4)):
+        how = {"compressor": name, "stride": stride}
+        found[f"torch.save {name}" + (f" shuffle {stride}" if stride > 1 else "")] = (
+            partial(reference_chunks, **how), partial(reference_weights, **how))
+    found["lrzip kinds columns"] = lrzip_chunks, lrzip_weights
+    return found
+
+
+CONTAINERS = containers()
+PLAIN = ("rans", *GENERIC)
+
+
+def usage():
+    """(CPU seconds, peak MiB) of this process and of those it waited for, one of which ran at a time."""
+    mine, others = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    peak = mine.ru_maxrss
+    with contextlib.suppress(OSError):  # on Linux that would begin with the peak of whoever started the process
+        peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM:"))
+    return (sum(one.ru_utime + one.ru_stime for one in (mine, others)),
+            (peak + others.ru_maxrss) / (1 << (20 if sys.platform == "darwin" else 10)))
+
+
+def measure_container(job):
+    """Pack and unpack a stored row in this process."""
+    import torch
+
+    trainer, (pack_it, unpack_it) = load_trainer(), CONTAINERS[job["container"]]
+    stored = torch.load(job["row"], weights_only=True)
+    row = Row(**stored | {"encoded": {name: trainer.Encoded(*one) for name, one in stored["encoded"].items()}})
+    marks = [(*usage(), time.perf_counter())]
+    chunks = pack_it(trainer, row)
+    marks.append((*usage(), time.perf_counter()))
+    back = unpack_it(trainer, row, chunks)
+    marks.append((*usage(), time.perf_counter()))
+    if not all(torch.equal(back[name], weight) for name, weight in weights(row, row.encoded).items()):
+        return {"error": "what was unpacked is not what was packed"}
+    (cpu0, before, wall0), (cpu1, packing, wall1), (cpu2, unpacking, wall2) = marks
+    codes = [len(data) for part, data in chunks if part == "q"]
+    return {"bytes": sum(len(data) for _, data in chunks), "code_bytes": sum(codes) if codes else None,
+            "pack_seconds": cpu1 - cpu0, "unpack_seconds": cpu2 - cpu1, "pack_wall_seconds": wall1 - wall0,
+            "unpack_wall_seconds": wall2 - wall1, "memory_before_mib": before, "pack_memory_mib": packing,
+            "unpack_memory_mib": unpacking}
+
+
+# ---- entropy --------------------------------------------------------------------------------------------------------
+
+
+def tensor_entropy(q):
+    """Bytes of codes (R, C) at the entropy of their own frequencies, which are not counted."""
+    counts = np.bincount(q.ravel().astype(np.int64) + 128)
+    counts = counts[counts > 0]
+    return float(-(counts * np.log2(counts / counts.sum())).sum()) / 8
+
+
+def row_entropy(q):
+    """Bytes of codes (R, C) under a Gaussian rounded to whole numbers, whose spread is for each row the best of a grid.
+
+    The spreads are not counted.
+    """
+    import torch
+
+    spreads = torch.exp2(torch.arange(-32, 57, dtype=torch.float64) / 8)
+    edges = (torch.arange(129, dtype=torch.float64) - 0.5)[:, None] / spreads
+    tail = torch.special.log_ndtr(-edges)  # log of the share above each edge
+    cost = -(tail[:-1] + torch.log1p(-torch.exp(tail[1:] - tail[:-1])))  # of a magnitude, with its sign
+    cost[0] = -torch.log1p(-2 * torch.exp(tail[1]))
+    rows = np.abs(q.astype(np.int64)) + 128 * np.arange(len(q))[:, None]
+    counts = torch.from_numpy(np.bincount(rows.ravel(), minlength=128 * len(q)).reshape(-1, 128)).double()
+    return float((counts @ cost).amin(1).sum()) / math.log(2) / 8
+
+
+# ---- sizes ----------------------------------------------------------------------------------------------------------
+
+
+def encode_row(subject, name, size):
+    """(encoded, spacing) of a row; FIT=allocate, which has no size of its own, fills `size()` bytes."""
+    s = subject.settings(ROWS[name])
+    if knob(s) == "spacing":
+        return at_size(subject, s, size())[1:]
+    return subject.quantiser(s).encode(), None
+
+
+def code_facts(subject, name, encoded, spacing):
+    codes = [one.parts["q"].numpy() for one in encoded.values() if "q" in one.parts]
+    square, felt = subject.errors(encoded)
+    return {"row": name, "settings": ROWS[name], "spacing": spacing, "codes": sum(q.size for q in codes),
+            "squared_error": square, "felt_error": felt,
+            "tensor_entropy_bytes": sum(map(tensor_entropy, codes)) if codes else None,
+            "row_entropy_bytes": sum(map(row_entropy, codes)) if codes else None}
+
+
+def measure_row(subject, row, encoded, names, folder):
+    """A dictionary for each compressor, one after the other."""
+    import torch
+
+    path = Path(folder) / "row.pt"
+    torch.save(subject.row({name: tuple(one) for name, one in encoded.items()})._asdict(), path)
+    for name in names:
+        result = {"row": row, "compressor": name}
+        if name.startswith("lrzip") and not shutil.which("lrzip"):
+            yield result | {"skipped": "lrzip is not installed"}
+            continue
+        progress(f"measuring {row} with {name}")
+        result |= measure_apart({"folder": str(folder), "row": str(path), "container": name})
+        if "bytes" in result:
+            result["bits_per_weight"] = 8 * result["bytes"] / subject.parameters
+        yield result
+
+
+# ---- quality --------------------------------------------------------------------------------------------------------
+
+
+def quality_row(subject, name, size, raw):
+    """What a method costs at `size` bytes."""
+    s = subject.settings(METHODS[name])
+
+    def result(encoded, found):
+        scored = subject.score_encoded(encoded)
+        return {"bytes": found, "gap": scored.loss - raw.loss, "felt_error": subject.errors(encoded)[1]}
+
+    if knob(s) != "bits":
+        found, encoded, value = at_size(subject, s, size)
+        if abs(found - size) > 0.01 * size:
+            return {"skipped": f"it cannot take {size:,} bytes; {found:,} bytes are the nearest that was tried"}
+        row = {"knob": knob(s), "value": value, **result(encoded, found)}
+        if knob(s) == "spacing":
+            row["predicted_gap"] = subject.quantiser(s).quantised * value**2 / 24
+        return row
+    sizes, bits = {}, 5
+    while not (bits in sizes and bits + 1 in sizes):
+        for width in (bits, bits + 1):
+            if width not in sizes:
+                encoded = subject.quantiser(dataclasses.replace(s, matrix_bits=width)).encode()
+                sizes[width] = subject.size(encoded), encoded
+        shift = -1 if sizes[bits][0] > size else 1 if sizes[bits + 1][0] < size else 0
+        if bits + shift not in WIDTHS or bits + 1 + shift not in WIDTHS:
+            least, most = (sizes[width][0] for width in (min(sizes), max(sizes)))
+            return {"skipped": f"{size:,} bytes are outside of what {WIDTHS[0]} to {WIDTHS[-1]} bits take "
+                               f"({least:,} to {most:,} bytes tried)"}
+        bits += shift
+    ends = [result(sizes[width][1], sizes[width][0]) for width in (bits, bits + 1)]
+    return {"knob": "bits", "value": [bits, bits + 1], "ends": ends, **between(*ends, size)}
+
+
+def quality(subject, names, size, also):
+    """A dictionary for each method at `size` bytes, the raw weights before them, other artifacts behind them."""
+    raw = subject.score(subject.model)
+    per_nat = raw.bpb / raw.loss  # bits per byte of a nat a token, on this text
+
+    def finish(name, row):
+        if "gap" not in row:
+            return {"method": name, **row}
+        return {"method": name, "bits_per_weight": 8 * row["bytes"] / subject.parameters, "loss": raw.loss + row["gap"],
+                "bpb": raw.bpb + row["gap"] * per_nat, "gap_bpb": row["gap"] * per_nat, **row}
+
+    yield finish("raw weights", {"bytes": subject.bytes, "gap": 0.0})
+    for name in names:
+        progress(f"scoring {name} at {size:,} bytes")
+        yield finish(name, {"settings": METHODS[name], **quality_row(subject, name, size, raw)})
+    for name, path in also:
+        progress(f"scoring {name}")
+        found, scored = subject.score_artifact(path)
+        yield finish(name, {"bytes": found, "gap": scored.loss - raw.loss, "also": str(path)})
+
+
+def progress(text):
+    print(f"{text} ...", file=sys.stderr, flush=True)
+
+
+# ---- the report -----------------------------------------------------------------------------------------------------
+
+
+def show(value, form=",.0f"):
+    return "-" if value is None else format(value, form)
+
+
+def markdown(columns, lines):
+    """A Markdown table, its columns of numbers to the right."""
+    yield "| " + " | ".join(columns) + " |"
+    yield "|" + "|".join("---" if column in TEXT else "---:" for column in columns) + "|"
+    for cells in lines:
+        yield "| " + " | ".join([*cells, *[""] * (len(columns) - len(cells))]) + " |"
+
+
+TEXT = ("weights as", "compressor", "settings", "method", "how the size was met")
+CODE_COLUMNS = ("weights as", "squared error", "felt error, nats", "codes", "entropy by tensor, bytes",
+                "by row's Gaussian, bytes", "settings")
+SIZE_COLUMNS = ("weights as", "compressor", "bytes", "bits/weight", "codes, bytes", "over entropy by tensor",
+                "over row's Gaussian", "pack, CPU s", "unpack, CPU s", "peak MiB")
+QUALITY_COLUMNS = ("method", "bytes", "bits/weight", "loss", "BPB", "gap, nats", "gap, BPB", "felt error, nats",
+                   "predicted gap, nats", "how the size was met")
+
+
+def code_line(row):
+    return (row["row"], show(row["squared_error"], ".3e"), show(row["felt_error"], ".5f"), show(row["codes"]),
+            show(row["tensor_entropy_bytes"]), show(row["row_entropy_bytes"]), f"`{row['settings']}`")
+
+
+def size_line(row, facts):
+    if "bytes" not in row:
+        return row["row"], row["compressor"], f"failed: {row['error']}" if "error" in row else row["skipped"]
+
+    def over(key):
+        return show(row["code_bytes"] / facts[key] - 1 if row["code_bytes"] and facts[key] else None, "+.2%")
+
+    return (row["row"], row["compressor"], show(row["bytes"]), show(row["bits_per_weight"], ".3f"),
+            show(row["code_bytes"]), over("tensor_entropy_bytes"), over("row_entropy_bytes"),
+            show(row["pack_seconds"], ",.2f"), show(row["unpack_seconds"], ",.2f"),
+            show(max(row["pack_memory_mib"], row["unpack_memory_mib"])))
+
+
+def quality_line(row):
+    if "gap" not in row:
+        return row["method"], row["skipped"]
+    if (way := row.get("knob")) == "bits":
+        how = "between int{} and int{}".format(*row["value"])
+    elif way:
+        how = f"{'k = ' if way == 'sigmas' else 'spacing '}{row['value']:.4g}"
+    else:
+        how = "as it is"
+    return (row["method"], show(row["bytes"]), show(row["bits_per_weight"], ".3f"), show(row["loss"], ".5f"),
+            show(row["bpb"], ".5f"), show(row["gap"], "+.5f"), show(row["gap_bpb"], "+.5f"),
+            show(row.get("felt_error"), ".5f"), show(row.get("predicted_gap"), ".5f"), how)
+
+
+def header(report):
+    r = report
+    changed = f" and {r['changed_files']} changed file(s)" if r["changed_files"] else ""
+    yield f"command   {r['command']}"
+    yield f"settings  {r['settings'] or '(default)'}"
+    yield (f"weights   {r['artifact']}: {r['parameters']:,} parameters, {r['artifact_bytes']:,} bytes; on {r['device']}, "
+           f"torch {r['torch']}, {r['threads']} CPU thread(s), commit {r['commit']}{changed}")
+    yield f"moments   of {r['calibration_tokens']:,} training tokens, in {r['calibration_seconds']:,.1f} s"
+    if r["budget_bytes"]:
+        yield f"budget    {r['budget_bytes']:,} bytes by {ONE_COMPRESSOR}, {r['budget_from']}"
+
+
+def document(report):
+    """Lines of the report."""
+    yield from header(report)
+    if report["codes"]:
+        facts = {row["row"]: row for row in report["codes"]}
+        yield "\n### Codes\n\nSquared error: of the weights' squares; felt error: half the sum of gain E H E^T.\n"
+        yield from markdown(CODE_COLUMNS, map(code_line, report["codes"]))
+        before = max((row.get("memory_before_mib", 0) for row in report["sizes"]), default=0)
+        yield ("\n### Sizes\n\nSeconds are CPU time; peak memory is that of a process of its own, of which Python, torch and "
+               f"the codes are {before:,.0f} MiB before anything is packed.\n")
+        yield from markdown(SIZE_COLUMNS, (size_line(row, facts[row["row"]]) for row in report["sizes"]))
+    if report["quality"]:
+        yield (f"\n### Quality at equal bytes\n\n{report['val_tokens']:,} validation tokens in windows of "
+               f"{report['eval_seq_len']:,}. Methods that have only widths (of matrices; tables are int8): between two "
+               "of them log(gap) is taken as a straight line in bytes. Predicted: spacing^2/24 a weight.\n")
+        yield from markdown(QUALITY_COLUMNS, map(quality_line, report["quality"]))
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def names_of(what, known, none=False):
+    """A converter of NAME,NAME,... to names that are known."""
+    def convert(text):
+        if none and text == "none":
+            return []
+        names = [name.strip() for name in text.split(",")]
+        if wrong := [name for name in names if name not in known]:
+            raise BadInput(f"{what}: {wrong[0]!r} is unknown; there is: {', '.join(known)}")
+        return names
+
+    return convert
+
+
+def named(text):
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise BadInput(f"--also {text}: not NAME=ARTIFACT")
+    return name, path
+
+
+def pack_arguments(argv):
+    parser = Parser(prog="bench.py pack", allow_abbrev=False, description="""Store the weights of a float16 artifact in
+        every way there is: the bytes, the error, the entropy of the codes, time and memory of packing and unpacking;
+        with --score the loss of each method at equal bytes.""", epilog=f"""Rows: {'; '.join(ROWS)}. Compressors, the
+        first {len(PLAIN)} by default and all of them for the row {REFERENCE}: {'; '.join(CONTAINERS)}. "columns": the
+        codes of a matrix column by column; "kinds": a stream of codes for each kind of matrix; "torch.save": the
+        containers of the contest's records; "lrzip": that of #1855, where the program is installed. Methods of --score:
+        {'; '.join(METHODS)}.""")
+    add = parser.add_argument
+    add("artifact", metavar="ARTIFACT", help="artifact whose weights are float16")
+    add("settings", nargs="*", metavar="@FILE|KEY=VALUE", help="settings of train_gpt.py: DATA_PATH, TRAIN_SEQ_LEN, "
+        "EVAL_SEQ_LEN, GPTQ_DAMP, ...")
+    add("--rows", type=names_of("--rows", ROWS, none=True), default=list(ROWS), metavar="NAME,...",
+        help="rows of the tables of codes and sizes (default: all), or none")
+    add("--compressors", type=names_of("--compressors", [*CONTAINERS, "all"]), metavar="NAME,...",
+        help="of every row; or all")
+    add("--calibration-tokens", type=whole(1), default=65536, metavar="N", help="of the moments (default: 65536)")
+    add("--budget", type=whole(1), metavar="BYTES", help=f"of what fits any size (default: those of {REFERENCE})")
+    add("--score", action="store_true", help="score each method at the budget")
+    add("--methods", type=names_of("--methods", METHODS), default=list(METHODS), metavar="NAME,...",
+        help="what --score scores (default: all)")
+    add("--val-tokens", type=whole(1), default=65536, metavar="N", help="validation tokens (default: 65536)")
+    add("--also", type=named, action="append", default=[], metavar="NAME=ARTIFACT", help="another artifact to score")
+    add("--json", type=Path, metavar="FILE", help="write the result as JSON, anew after each measurement")
+    return parser.parse_intermixed_args(argv)
+
+
+def pack(argv):
+    """`bench.py pack`; returns the exit code."""
+    args = pack_arguments(argv)
+    check_json(args.json)
+    trainer = load_trainer()
+    try:
+        return run(args, argv)
+    except (trainer.BadInput, trainer.Stopped) as error:
+        raise BadInput(str(error)) from None
+
+
+def run(args, argv):
+    import torch
+
+    subject = Subject(args.artifact, args.settings)
+    subject.s = dataclasses.replace(subject.s, val_tokens=args.val_tokens)
+    if args.score:
+        subject.load_text()
+    progress("collecting moments")
+    tokens, seconds = subject.calibrate(args.calibration_tokens)
+    report = {"command": shlex.join(["tools/bench.py", "pack", *argv]), "settings": subject.s.text(),
+              **dict(zip(("commit", "changed_files"), commit())), "artifact": args.artifact,
+              "artifact_bytes": subject.bytes, "parameters": subject.parameters, "device": subject.rt.device_name(),
+              "torch": torch.__version__, "threads": torch.get_num_threads(), "calibration_tokens": tokens,
+              "calibration_seconds": seconds, "budget_bytes": args.budget, "budget_from": "as given", "codes": [],
+              "sizes": [], "quality": [], "val_tokens": args.val_tokens, "eval_seq_len": subject.s.eval_seq_len}
+
+    def budget():
+        if report["budget_bytes"] is None:
+            s = subject.settings(ROWS[REFERENCE])
+            report["budget_bytes"] = subject.size(subject.quantiser(s).encode())
+            report["budget_from"] = f"those of {REFERENCE}"
+        return report["budget_bytes"]
+
+    def add(part, row):
+        report[part].append(row)
+        if args.json:
+            write_json(args.json, report)
+
+    with tempfile.TemporaryDirectory(prefix="bench_") as folder:
+        for name in args.rows:
+            progress(f"encoding {name}")
+            encoded, spacing = encode_row(subject, name, budget)
+            add("codes", code_facts(subject, name, encoded, spacing))
+            given = args.compressors or (["all"] if name == REFERENCE else PLAIN)
+            for row in measure_row(subject, name, encoded, CONTAINERS if "all" in given else given, folder):
+                add("sizes", row)
+    if args.score:
+        report["val_tokens"] = len(subject.val.bytes)
+        for row in quality(subject, args.methods, budget(), args.also):
+            add("quality", row)
+    print("\n".join(document(report)), flush=True)
+    return int(any("error" in row for row in report["sizes"]))
