@@ -766,7 +766,7 @@ def losses(s, backend=None, steps=3):
     rt, model = ref.alone(), tg.GPT(s)
     objective = tg.Objective(model, s)
     optimizer = tg.MuonAdam(objective, s, rt)
-    training = SimpleNamespace(run=SimpleNamespace(s=s), model=model, stage=0, stage_start=0, step=0)
+    training = SimpleNamespace(run=SimpleNamespace(s=s), model=model, stage=0, stage_start=0, step=0, qat=None)
     loss_of = torch.compile(objective, fullgraph=True, dynamic=False, backend=backend) if backend else objective
     out = []
     for step in range(steps):

@@ -651,9 +651,9 @@ def bigger(fit="allocate", seed=0, **changes):
     return s, model, moments
 
 
-def sizes(s, model):
+def packer(s, model):
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return lambda done: sum(map(len, tg.pack(done, shapes, s, {})[0]))
+    return lambda done: tg.pack(done, shapes, s, {})
 
 
 def silent(*_, **__):
@@ -686,9 +686,9 @@ def test_a_room_that_nothing_fits_is_not_hidden(tmp_path):
 def test_at_equal_bytes_the_grid_is_felt_less_than_rows_clipped_by_their_spread():
     """What FIT=allocate is for: against SDClip with GPTQ at 6 and 8 bits, of the same size."""
     s, model, moments = bigger()
-    weights, size = dict(model.named_parameters()), sizes(s, model)
+    weights, pack = dict(model.named_parameters()), packer(s, model)
     fixed = tg.replace(s, fit="off", matrix_bits=6, matrix_clip_sigmas=12.85, embed_bits=8, embed_clip_sigmas=20.0)
-    clipped = tg.Quantiser(model, fixed, moments).encode()
+    clipped, size = tg.Quantiser(model, fixed, moments).encode(), lambda done: pack(done).size
     quantiser, low, high = tg.Quantiser(model, s, moments), 1e-6, 10.0
     for _ in range(12):  # the finest spacing that is no larger
         middle = math.sqrt(low * high)
@@ -717,10 +717,11 @@ def test_no_other_grid_of_the_same_kind_is_felt_less():
 @pytest.mark.parametrize("share", [0.999, 0.97, 0.9])
 def test_pruning_drops_the_cheapest_ones_until_it_fits(share):
     s, model, moments = bigger("prune", matrix_quant="rtn", embed_quant="rtn", matrix_bits=4, embed_bits=4)
-    done, size, rows = tg.Quantiser(model, s).encode(), sizes(s, model), []
-    room = int(share * size(done))
-    fitted = tg.prune_to_fit(done, size, room, lambda event, **v: rows.append(v))
-    assert size(fitted) <= room and (size(fitted) >= room - 2000)
+    done, pack, rows = tg.Quantiser(model, s).encode(), packer(s, model), []
+    room = int(share * pack(done).size)
+    packed = tg.prune_to_fit(done, pack, room, lambda event, **v: rows.append(v))
+    assert room - 2000 <= packed.size == sum(map(len, packed.chunks)) <= room and packed.size == rows[-1]["bytes"]
+    fitted = packed.encoded
     dropped, kept = [], []
     for name, one in done.items():
         before = one.parts.get("q")
@@ -733,14 +734,14 @@ def test_pruning_drops_the_cheapest_ones_until_it_fits(share):
         scale = one.parts["scale"].float()[:, None].expand_as(before)
         dropped += scale[changed].tolist()
         kept += scale[(after.abs() == 1)].tolist()
-    assert len(dropped) == rows[-1]["dropped"] > 0 and max(dropped) <= min(kept), "those of the smallest steps"
+    assert len(dropped) == rows[-1]["dropped"] > 0 and max(dropped) <= min(kept, default=math.inf), "those of the smallest steps"
 
 
 def test_nothing_is_pruned_where_it_fits_and_all_that_can_be_where_it_cannot():
     s, model, _ = bigger("prune", matrix_quant="rtn", embed_quant="rtn", vocab_size=64)
-    done, size = tg.Quantiser(model, s).encode(), sizes(s, model)
-    assert tg.prune_to_fit(done, size, size(done), silent) is done
-    hopeless = tg.prune_to_fit(done, size, 500, silent)
+    done, pack = tg.Quantiser(model, s).encode(), packer(s, model)
+    assert tg.prune_to_fit(done, pack, pack(done).size, silent).encoded is done
+    hopeless = tg.prune_to_fit(done, pack, 500, silent).encoded
     assert not any((one.parts["q"].abs() == 1).any() for one in hopeless.values() if one.codec == "int")
 
 

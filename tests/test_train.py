@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import signal
+import time
 from functools import partial
 from types import SimpleNamespace
 
@@ -339,22 +340,26 @@ FRACTIONS = st.lists(st.integers(1, 9), max_size=3, unique=True).map(
 
 
 @ref.tries(200)
-@given(FRACTIONS, FRACTIONS, st.integers(0, 19), st.integers(0, 1))
-def test_the_planned_graphs_are_those_of_any_progress(seq, batch, switch, loops):
+@given(FRACTIONS, FRACTIONS, st.integers(0, 19), st.integers(0, 1), st.sampled_from([0.0, 0.3, 1.0]))
+def test_the_planned_graphs_are_those_of_any_progress(seq, batch, switch, loops, late):
     s = ref.small(train_seq_schedule=tuple(f"{4 * 2**i}@{end}" for i, end in enumerate(seq)), num_loops=loops,
                   train_batch_schedule=tuple(f"{32 * (i + 1)}@{end}" for i, end in enumerate(batch)),
-                  loop_start=0, loop_end=1, enable_looping_at=switch / 20, micro_batch_tokens=32)
-    met = set()
+                  loop_start=0, loop_end=1, enable_looping_at=switch / 20, micro_batch_tokens=32, warmdown_frac=0.6,
+                  late_qat_threshold=late)
+    met, qat = set(), SimpleNamespace(begun=None, enter=lambda run, training, sharp: setattr(qat, "begun", 7)) if late else None
     for progress in [k / 40 for k in range(41)]:
         length = next((i for i, end in enumerate(seq) if progress < end), len(seq) - 1)
         tokens = next((i for i, end in enumerate(batch) if progress < end), len(batch) - 1)
         looping = bool(loops) and progress >= switch / 20
-        fake = SimpleNamespace(run=SimpleNamespace(s=s), stage=0, step=7, stage_start=0, model=SimpleNamespace())
-        Training.enter(fake, progress)
+        fake = SimpleNamespace(run=SimpleNamespace(s=s), stage=0, step=7, stage_start=0, model=SimpleNamespace(), qat=qat)
+        Training.enter(fake, progress, min((1 - progress) / 0.6, 1))
+        rounded = progress > 1 - 0.6 * late + 1e-9
+        assert bool(late and qat.begun) == rounded
         assert s.stages[fake.stage][1:] == (4 * 2**length, 32 * (tokens + 1)) and fake.model.looping == looping
-        met.add((fake.stage, looping))
-    plans = Training.plans(SimpleNamespace(run=SimpleNamespace(s=s)))
-    assert len(plans) == len(set(plans)) and set(plans) == met
+        met.add((fake.stage, looping, rounded))
+    plans = Training.plans(SimpleNamespace(run=SimpleNamespace(s=s), qat=qat))
+    assert len(plans) == len(set(plans)) and met <= set(plans)
+    assert all(not rounded and (stage, loop, True) in met for stage, loop, rounded in set(plans) - met), "but for what is rounded all along"
 
 
 @pytest.mark.parametrize("words", [
@@ -459,19 +464,22 @@ def test_the_clock_ends_the_run_within_its_budget_and_at_the_end_of_the_schedule
     assert said["validate_seconds"] > 0 and events(tmp_path, "val")[-1]["train_time_ms"] <= 1e3 * said["train_seconds"] + 1
 
 
-CALIBRATED = ("MATRIX_QUANT=gptq", "GPTQ_CALIBRATION_TOKENS=16384", "ITERATIONS=1000000", "EVAL_STRIDE=0", "WARMDOWN_FRAC=0.3")
+CALIBRATED = ("MATRIX_QUANT=gptq", "GPTQ_CALIBRATION_TOKENS=4096", "ITERATIONS=1000000", "EVAL_STRIDE=0", "WARMDOWN_FRAC=0.3")
 
 
 @pytest.mark.parametrize("source", ["train", "generated"])
-def test_calibration_is_part_of_the_budget(toy, tmp_path, source):
-    """What it takes is measured in warm-up and kept of the clock: training and calibration together end in time."""
+def test_calibration_is_part_of_the_budget(toy, tmp_path, monkeypatch, source):
+    """What it takes is measured in warm-up and kept of the clock: training and calibration together end in time. Seconds
+    of the processor, which other work on this machine does not lengthen.
+    """
+    monkeypatch.setattr(train_gpt, "time", SimpleNamespace(monotonic=time.process_time, strftime=time.strftime))
     limit = 4
     done = good(call(command(toy, tmp_path, *CALIBRATED, f"MAX_WALLCLOCK_SECONDS={limit}", f"GPTQ_CALIBRATION={source}")))
     said, (reserve,), (calibrated,) = summary(done), events(tmp_path, "reserve"), events(tmp_path, "calibrate")
-    assert calibrated["tokens"] >= 16384 and calibrated["source"] == source and calibrated["reserved_seconds"] == reserve["seconds"]
+    assert calibrated["tokens"] >= 4096 and calibrated["source"] == source and calibrated["reserved_seconds"] == reserve["seconds"]
     assert said["calibrate_seconds"] == pytest.approx(calibrated["seconds"], abs=0.01) and said["calibrate_seconds"] > 0
     assert 0 < reserve["seconds"] < limit and said["train_seconds"] <= limit - reserve["seconds"] + 0.5
-    assert said["train_seconds"] + said["calibrate_seconds"] <= limit * 1.25, "but for what else this machine does meanwhile"
+    assert said["train_seconds"] + said["calibrate_seconds"] <= limit * 1.1
     assert said["steps"] > 3 and said["valid"] == "yes" and not said["reasons"], "training text, read before the freeze"
 
 
