@@ -360,13 +360,14 @@ def mutate(data, rng):
     return bytes(data)
 
 
-@pytest.mark.parametrize("compressor", ALL)
+# Ten thousand damaged files: here, sealed again below, and as bare codes in test_coder.py.
+@pytest.mark.parametrize("compressor", [*ALL, "rans"])
 def test_random_damage_is_refused_in_one_line_or_does_no_harm(tmp_path, compressor):
     """Also where the compressor has no checksum of its own."""
     good, bad, rng, harmless = tmp_path / "good.pg", tmp_path / "bad.pg", random.Random(0), 0
     saved(good, num_layers=2, ve_layers=(1,), compressor=compressor)
     data, weights = good.read_bytes(), dict(tg.load_artifact(good)[1].named_parameters())
-    for _ in range(300 if compressor == "zlib" else 150):
+    for _ in range(1600):
         bad.write_bytes(mutate(data, rng))
         try:
             loaded = dict(tg.load_artifact(bad)[1].named_parameters())
@@ -375,7 +376,7 @@ def test_random_damage_is_refused_in_one_line_or_does_no_harm(tmp_path, compress
         else:
             harmless += 1
             assert all(torch.equal(loaded[name], weights[name]) for name in weights)
-    assert harmless < 10
+    assert harmless < 40
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 21, 22, 23, 100])
@@ -396,13 +397,15 @@ def test_what_is_no_artifact_is_refused(tmp_path):
     refused(tmp_path / "c.pg")
 
 
-def test_damage_with_right_checksums_ends_in_bad_input_or_finite_weights(good, tmp_path):
+@pytest.mark.parametrize("compressor", ["zlib", "brotli", "rans"])
+def test_damage_with_right_checksums_ends_in_bad_input_or_finite_weights(tmp_path, compressor):
     """Checksums do not protect against a person: the same damage, sealed again."""
-    path, data, weights = good
-    header, streams = parts_of(path)
+    path = tmp_path / "good.pg"
+    saved(path, num_layers=2, ve_layers=(1,), compressor=compressor)
+    weights, (header, streams) = dict(tg.load_artifact(path)[1].named_parameters()), parts_of(path)
     text, payload = json.dumps(header, separators=(",", ":")).encode(), b"".join(streams.values())
     rng, bad, shapes = random.Random(1), tmp_path / "bad.pg", {name: weight.shape for name, weight in weights.items()}
-    for turn in range(300):
+    for turn in range(150 if compressor == "rans" else 700):
         if turn % 2:
             seal(bad, mutate(text, rng), payload)
         else:
