@@ -500,7 +500,7 @@ DEAD = {
     "late_qat_threshold": ("LateQAT.switch", lambda self, on: None),
     "qat_rounding": ("Grid.forward", lambda self, weight: weight),
     "lqer_rank": ("Quantiser._correct", lambda self, done: None),
-    "size_limit": ("allocate", lambda quantiser, *_: quantiser.encode(1e-3)),
+    "size_limit": ("allocate", lambda quantiser, packed_of, *_: packed_of(quantiser.encode(1e-3))),
     "gptq_act_order": ("factorise", lambda moments, damp, act_order, true=tg.factorise: true(moments, damp, True)),
 }
 

@@ -370,7 +370,7 @@ def test_gptq_is_optimal_brain_surgery(rows, cols, damp, act_order, block, wide,
     chosen, factor = tg.factorise(moments, damp, act_order)
     alive = moments.hessian.diagonal() > 0
     found = tg.gptq((torch.from_numpy(w) * alive)[None], torch.from_numpy(steps)[None], 7, chosen[None], factor[None], block)
-    assert found.dtype == torch.int8 and chosen.tolist() == order
+    assert found.dtype == torch.int16 and chosen.tolist() == order
     for row, want, margin in zip(found[0].numpy(), codes, margins):
         wrong = [j for j in order if row[j] != want[j]]
         assert not wrong or margin[wrong[0]] < 1e-3, "only what is next to a tie may be rounded the other way"
@@ -631,11 +631,34 @@ def test_steps_follow_what_a_weight_costs(rows, cols, spacing, seed):
     assert {name: part.dtype for name, part in parts.items()} == {"row": torch.int8, "col": torch.int8, "unit": torch.float32}
     step = tg.decode_grid({"q": torch.ones(rows, cols, dtype=torch.int8), **parts}, (rows, cols)).double().numpy()
     codes = np.rint(w.double().numpy() / step)
-    assert np.abs(codes).max() <= 127
+    assert np.abs(codes).max() <= 16256
     octaves = np.log2(step * np.sqrt(np.outer(gain, pivots)) / spacing)
     for row, at in zip(codes, octaves):
         assert np.ptp(at) <= 0.26, "a row is widened as a whole"
-        assert at.min() >= -0.26 and (at.max() <= 0.26 or np.abs(row).max() >= 127 / 2**0.6), "and only where codes would not fit"
+        assert at.min() >= -0.26 and (at.max() <= 0.26 or np.abs(row).max() >= 16256 / 2**0.6), "and only where codes would not fit"
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_codes_beyond_a_byte_come_back(tmp_path, method):
+    """A grid has codes to 127 + 127 * 127: a byte, and another of what is over, only where a tensor needs it."""
+    s, model, moments = bigger(vocab_size=64, matrix_quant=method, embed_quant=method)
+    for spacing, wide in ((1e3, False), (1e-5, True)):
+        quantiser = tg.Quantiser(model, s, moments)
+        done, steps = quantiser.encode(spacing), quantiser.steps(spacing)
+        assert any(one.codec == "wide" for one in done.values()) == wide
+        for name, step in steps.items():
+            parts = done[name].parts
+            assert ("over" in parts) == (done[name].codec == "wide") and all(parts[n].dtype == torch.int8 for n in parts.keys() & {"q", "over"})
+            codes = parts["q"].int() + 127 * parts.get("over", torch.zeros(1)).int()
+            torch.testing.assert_close(done[name].decode(step.shape), codes * step, rtol=1e-6, atol=0)
+            if method == "rtn":
+                assert torch.equal(codes, (quantiser.weights[name] / step).round().int())
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tg, "allocate", lambda quantiser, packed_of, *_: (seen.append(quantiser.encode(1e-5)), packed_of(seen[0]))[1])
+        tg.save_artifact(tmp_path / "model.pg", model, s, moments=moments)
+    loaded = dict(tg.load_artifact(tmp_path / "model.pg", s)[1].named_parameters())
+    assert all(torch.equal(loaded[name], one.decode(loaded[name].shape)) for name, one in seen[0].items())
 
 
 def bigger(fit="allocate", seed=0, **changes):
