@@ -121,7 +121,7 @@ class Subject:
     def errors(self, encoded):
         """(relative squared error, felt error in nats a token) of everything that has moments."""
         square = total = felt = 0.0
-        for name, (hessian, gain) in self.moments.items():
+        for name, (hessian, gain, _) in self.moments.items():
             error = self.raw[name].float() - encoded[name].decode(self.shapes[name]).to(self.rt.device)
             square += error.double().square().sum().item()
             total += self.raw[name].double().square().sum().item()
