@@ -260,7 +260,7 @@ def tensor_rows(row):
 def apart(trainer, row, kinds):
     """[(stream, its rows)] as the artifact has them, or with a stream of codes for each kind of matrix."""
     for stream, rows in trainer.stream_layout(tensor_rows(row)).items():
-        split = kinds and stream == "q"
+        split = kinds and stream in trainer.CODED
         for _, part in itertools.groupby(rows, lambda one: kind(one[0]) if split else None):
             yield stream, list(part)
 
@@ -294,7 +294,7 @@ def layout_weights(trainer, row, chunks, compressor, kinds=False, columns=False)
 
     parts = {name: {} for name in row.shapes}
     for (stream, rows), (_, data) in zip(apart(trainer, row, kinds), chunks[2:], strict=True):
-        if compressor == "rans" and stream == "q":
+        if compressor == "rans" and stream in trainer.CODED:
             groups = trainer.decode_codes(data, trainer.code_groups(rows), stream)
             values = np.concatenate([group.ravel() for group in groups])
         else:
@@ -442,7 +442,7 @@ def measure_container(job):
     if not all(torch.equal(back[name], weight) for name, weight in weights(row, row.encoded).items()):
         return {"error": "what was unpacked is not what was packed"}
     (cpu0, before, wall0), (cpu1, packing, wall1), (cpu2, unpacking, wall2) = marks
-    codes = [len(data) for part, data in chunks if part == "q"]
+    codes = [len(data) for part, data in chunks if part in trainer.CODED]
     return {"bytes": sum(len(data) for _, data in chunks), "code_bytes": sum(codes) if codes else None,
             "pack_seconds": cpu1 - cpu0, "unpack_seconds": cpu2 - cpu1, "pack_wall_seconds": wall1 - wall0,
             "unpack_wall_seconds": wall2 - wall1, "memory_before_mib": before, "pack_memory_mib": packing,
@@ -488,9 +488,9 @@ def encode_row(subject, name, size):
 
 
 def code_facts(subject, name, encoded, spacing):
-    codes = [one.parts["q"].numpy() for one in encoded.values() if "q" in one.parts]
+    codes = [one.parts[part].numpy() for one in encoded.values() for part in subject.trainer.CODED if part in one.parts]
     square, felt = subject.errors(encoded)
-    return {"row": name, "settings": ROWS[name], "spacing": spacing, "codes": sum(q.size for q in codes),
+    return {"row": name, "settings": ROWS[name], "spacing": spacing, "codes": sum(one.parts["q"].numel() for one in encoded.values() if "q" in one.parts),
             "squared_error": square, "felt_error": felt,
             "tensor_entropy_bytes": sum(map(tensor_entropy, codes)) if codes else None,
             "row_entropy_bytes": sum(map(row_entropy, codes)) if codes else None}
