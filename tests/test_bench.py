@@ -427,6 +427,7 @@ def test_widths_are_interpolated(subject, monkeypatch):
     low, high = row["ends"]
     assert low["bytes"] <= row["bytes"] == 56_000 <= high["bytes"] and row["value"][1] == row["value"][0] + 1
     assert high["felt_error"] < row["felt_error"] < low["felt_error"]
+    assert 0 < high["divergence"] < row["divergence"] < low["divergence"]
     assert all(torch.equal(p, subject.raw[name]) for name, p in subject.model.named_parameters()), "not put back"
     assert "nearest" in bench_pack.quality_row(subject, "GPTQ + SDClip", 1000, raw)["skipped"]
 
