@@ -160,8 +160,11 @@ def test_a_record(tree, record):
 def test_small_comes_after_the_record(tree):
     done = bash(tree, "--small", "2026-01-02_fast", "SEED=9")
     argv = called(tree)["argv"]
-    assert argv[0].startswith("@records/track_a") and argv[1:3] == ["@records/shrink.env", "SEED=9"]
-    assert argv[3].endswith("-2026-01-02_fast-small") and "prepare" in done.stdout
+    assert argv[0].startswith("@records/track_a") and argv[1] == "@records/shrink.env"
+    assert argv[2:4] == ["GPTQ_CALIBRATION_TOKENS=32768", "SEED=9"]
+    assert argv[4].endswith("-2026-01-02_fast-small") and "prepare" in done.stdout
+    assert bash(tree, "--small", "2026-01-02_fast", "MATRIX_QUANT=rtn").returncode == 0
+    assert "GPTQ_CALIBRATION_TOKENS=32768" not in called(tree)["argv"], "a setting that would do nothing"
 
 
 def test_small_without_a_record_is_the_demo(tree):
