@@ -2042,8 +2042,8 @@ class Moments(NamedTuple):
     nats a token. The Fisher information as a Kronecker product (K-FAC, arXiv 1503.05671), its second factor diagonal.
     """
 
-    hessian: Tensor  # (C, C) mean of x x^T, x what the weight is multiplied with, over all visits of its layer
-    gain: Tensor  # (R,) mean squared gradient of the loss of a token at each output
+    hessian: Tensor  # (C, C) mean of x x^T, x what the weight is multiplied with, over tokens and visits of its layer
+    gain: Tensor  # (R,) squared gradient of the loss of a token at each output, summed over visits
     logits: float = 0.0  # of a head: variance that a logit gets by E[r] hessian E[r]^T = 1
 
 
@@ -2053,7 +2053,7 @@ class MomentMeter:
     """
 
     def __init__(self, model):
-        self.model, self.tokens, self.hessian, self.gain = model, 0, {}, {}
+        self.model, self.tokens, self.hessian, self.gain, self.inputs = model, 0, {}, {}, {}
         self._owner, self._last, self._features = {}, (None, None), None  # q, k and v read one tensor: one Hessian
 
     @contextlib.contextmanager
@@ -2081,6 +2081,7 @@ class MomentMeter:
         if x is not self._last[0]:
             flat = x.detach().flatten(0, -2).float()
             self._add(self.hessian, name, flat.mT @ flat)
+            self.inputs[name] = self.inputs.get(name, 0) + len(flat)
             self._last = (x, name)
         self._owner[name] = self._last[1]
         if module is self.model.head_proj:
@@ -2126,6 +2127,8 @@ class MomentMeter:
         for sums in (self.hessian, self.gain):
             for name in sorted(sums):
                 rt.sum(sums[name]).div_(tokens)
+        for name, inputs in self.inputs.items():  # the errors of visits are taken as unrelated
+            self.hessian[name].div_(inputs / self.tokens)
         head = Moments(self.hessian.pop("head"), self.gain.pop("head"), 1.0)
         found = {name: Moments(self.hessian[owner], self.gain[name]) for name, owner in self._owner.items()}
         for name, module in self.model.named_modules():

@@ -461,7 +461,7 @@ def by_hand(model, ids, targets):
     found = {}
     for name, rows in uses.items():
         pairs = [(x.flatten(0, -2), next(slopes).flatten(0, -2)) for x, _ in rows]
-        found[name] = sum(x.T @ x for x, _ in pairs) / count, sum((g**2).sum(0) for _, g in pairs) / count
+        found[name] = sum(x.T @ x for x, _ in pairs) / count / len(rows), sum((g**2).sum(0) for _, g in pairs) / count
     for name, rows in tables.items():
         looked = torch.zeros(len(dict(copied.named_parameters())[name]), dtype=torch.float64)
         total = 0
@@ -636,6 +636,40 @@ def test_steps_follow_what_a_weight_costs(rows, cols, spacing, seed):
     for row, at in zip(codes, octaves):
         assert np.ptp(at) <= 0.26, "a row is widened as a whole"
         assert at.min() >= -0.26 and (at.max() <= 0.26 or np.abs(row).max() >= 16256 / 2**0.6), "and only where codes would not fit"
+
+
+@ref.tries(30)
+@given(st.floats(1e-4, 1.0), st.integers(0, 10**6))
+def test_rounding_moves_no_logit_much(spacing, seed):
+    """However little the loss feels of a token: the variance of its logit, measured on random inputs, stays below 0.1,
+    and rows that need nothing are left as they were.
+    """
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(4000, 24)) @ np.diag(np.exp(rng.normal(size=24)))
+    w = torch.from_numpy(rng.normal(size=(40, 24))).float()
+    gain = torch.from_numpy(10.0 ** rng.uniform(-12, 3, 40)).float()
+    hessian = torch.from_numpy(x.T @ x / len(x)).float()
+    errors, steps = {}, {}
+    for logits in (0.0, 1.0):
+        parts = tg.sensitive_grid(w, tg.Moments(hessian, gain, logits), hessian.diagonal(), spacing)
+        steps[logits] = tg.decode_grid({"q": torch.ones(40, 24, dtype=torch.int8), **parts}, (40, 24)).double().numpy()
+        noise = steps[logits] * rng.uniform(-0.5, 0.5, size=(40, 24))
+        errors[logits] = (x @ noise.T).var(0)
+    assert errors[1.0].max() < 0.1 * 3  # one draw of the noise; its expectation is at most 0.1, a quarter octave aside
+    bound = gain.double().numpy() < 24 * spacing**2 / 1.2
+    assert (np.abs(np.log2(steps[1.0] / steps[0.0])).max(1)[~bound] <= 0.51).all()
+    assert (steps[1.0][bound] <= steps[0.0][bound] * 1.3).all()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_the_head_knows_of_logits(tied):
+    model = ref.double(ref.small(tie_embeddings=tied), spread=0.3)
+    meter, text = tg.MomentMeter(model), a_text()
+    meter.observe(*text)
+    moments = meter.moments(ref.alone())
+    features = model.hidden(text[0]).flatten(0, 1)
+    want = {"embed.weight": (features**2).sum(1).mean().item()} if tied else {"head.weight": 1.0}
+    assert {name: one.logits for name, one in moments.items() if one.logits} == pytest.approx(want)
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
