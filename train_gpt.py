@@ -370,95 +370,10 @@ class Settings:
             if name not in known and (why := _why_not_env(name, known, settings.strict_env)):
                 complaints.append(f"environment: {why}")
         # A conflict with a setting whose value is wrong would be about its default, which nobody asked for.
-        complaints += [c for c in settings._conflicts(set(values)) if not any(name in c for name in wrong)]
+        complaints += [c for c in _conflicts(settings, set(values)) if not any(name in c for name in wrong)]
         if complaints:
             raise BadInput("\n".join(complaints))
         return settings
-
-    def _conflicts(self, given):
-        """Impossible combinations, each naming both settings and their values."""
-        s, bad = self, []
-
-        def need(ok, text):
-            if not ok:
-                bad.append(text)
-
-        need(s.model_dim % s.num_heads == 0, f"MODEL_DIM={s.model_dim} is not a multiple of NUM_HEADS={s.num_heads}")
-        need(s.num_heads % s.num_kv_heads == 0,
-             f"NUM_HEADS={s.num_heads} is not a multiple of NUM_KV_HEADS={s.num_kv_heads}")
-        need(s.rope_dims % 2 == 0 and s.rope_dims <= s.head_dim,
-             f"ROPE_DIMS={s.rope_dims} must be even and at most MODEL_DIM/NUM_HEADS={s.head_dim}")
-        need(abs(s.mlp_mult * s.model_dim - s.mlp_hidden) < 1e-6,
-             f"MLP_MULT={s.mlp_mult} times MODEL_DIM={s.model_dim} is not a whole number")
-        need(s.xsa_last_n <= s.num_layers, f"XSA_LAST_N={s.xsa_last_n} exceeds NUM_LAYERS={s.num_layers}")
-        need(not s.ve_dim or all(0 <= i < s.num_layers for i in s.ve_layers),
-             f"VE_LAYERS={','.join(map(str, s.ve_layers))} names a layer outside 0..NUM_LAYERS-1={s.num_layers - 1}")
-        need(not s.ve_dim or s.ve_layers, f"VE_DIM={s.ve_dim} but VE_LAYERS is empty; VE_DIM=0 turns them off")
-        for name in ("bigram_vocab_size", "trigram_vocab_size"):
-            need(getattr(s, name) != 1, f"{name.upper()}=1 leaves no bucket beside the reserved one; 0 turns it off")
-        need(s.gate_window <= s.model_dim or not s.holds(s.rule("gate_window")),
-             f"GATE_WINDOW={s.gate_window} exceeds MODEL_DIM={s.model_dim}")
-        need(not s.num_loops or s.loop_start <= s.loop_end < s.num_layers,
-             f"LOOP_START={s.loop_start} LOOP_END={s.loop_end} is no range of layers 0..{s.num_layers - 1}")
-        need(s.parallel_residual == "none" or s.parallel_start_layer < s.num_layers,
-             f"PARALLEL_START_LAYER={s.parallel_start_layer}: there is no such layer (NUM_LAYERS={s.num_layers})")
-        need(s.parallel_residual != "routed" or s.parallel_final_lane != "learned" or s.parallel_start_layer !=
-             s.num_layers - 1 or s.loops and s.loop_end == s.num_layers - 1,
-             f"PARALLEL_FINAL_LANE=learned learns nothing from PARALLEL_START_LAYER={s.parallel_start_layer}: the last "
-             "layer alone leaves two equal lanes; mean is the same")
-        need(s.loader != "packed" or s.doc_mask == "attention",
-             f"LOADER=packed puts many documents in a row: it needs DOC_MASK=attention, not {s.doc_mask}")
-        need(not s.complement_alpha or s.vocab_size <= 16384,
-             f"COMPLEMENT_ALPHA={s.complement_alpha} counts pairs of tokens: VOCAB_SIZE={s.vocab_size} exceeds 16384")
-        for name in ("train_seq_schedule", "train_batch_schedule"):
-            table = getattr(s, name)
-            ends = [end for _, end in table]
-            need(not table or sorted(set(ends)) == ends and ends[0] > 0 and ends[-1] == 1 and
-                 all(size >= (2 if "seq" in name else 1) for size, _ in table),
-                 f"{name.upper()}={_show(table)}: sizes, at fractions of the run that rise to 1")
-        lengths = [length for _, length, _ in s.stages]
-        longest, where = max(lengths), " in a stage" if s.train_seq_schedule or s.train_batch_schedule else ""
-        for _, length, tokens in s.stages:
-            need(length and tokens % length == 0,
-                 f"TRAIN_BATCH_TOKENS={tokens} is not a multiple of TRAIN_SEQ_LEN={length}{where}")
-            need(s.micro_batch_tokens >= length,
-                 f"MICRO_BATCH_TOKENS={s.micro_batch_tokens} is less than one sequence, TRAIN_SEQ_LEN={length}{where}")
-            need(s.loader not in ("coprime", "shuffled") or length and longest % length == 0,
-                 f"LOADER={s.loader} deals out blocks of the longest sequence: {longest} of TRAIN_SEQ_SCHEDULE is no "
-                 f"multiple of {length}")
-        need(s.mtp_num_heads < min(lengths),
-             f"MTP_NUM_HEADS={s.mtp_num_heads} look beyond the end of TRAIN_SEQ_LEN={min(lengths)}{where}")
-        for name in ("matrix_betas", "embed_betas", "head_betas"):
-            betas = getattr(s, name)
-            need(not betas or len(betas) == 2 and all(0 <= b < 1 for b in betas),
-                 f"{name.upper()}={_show(betas)}: two numbers from 0 to below 1, such as 0.9,0.99")
-        need(s.eval_stride <= s.eval_seq_len, f"EVAL_STRIDE={s.eval_stride} exceeds EVAL_SEQ_LEN={s.eval_seq_len}")
-        need(s.iterations or s.max_wallclock_seconds, "ITERATIONS=0 and MAX_WALLCLOCK_SECONDS=0: this run never ends")
-        said = [f"{name.upper()}={_show(getattr(s, name))}" for name in ("warmdown_iters", "warmdown_frac",
-                "warmdown_seconds") if getattr(s, name) and name in given]
-        need(len(said) <= 1, f"{' and '.join(said)} say the same; make all but one of them 0")
-        need(not s.warmdown_seconds or s.max_wallclock_seconds,
-             f"WARMDOWN_SECONDS={s.warmdown_seconds} counts back from MAX_WALLCLOCK_SECONDS, which is 0")
-        need(s.average != "best" or s.holdout_tokens > s.eval_seq_len,
-             f"HOLDOUT_TOKENS={s.holdout_tokens} is less than a window of EVAL_SEQ_LEN={s.eval_seq_len}")
-        need(s.resume != "auto" or s.run_id or s.out_dir, "RESUME=auto needs the RUN_ID or OUT_DIR to go on with")
-        need((s.phases == "eval") == bool(s.artifact), f"PHASES={s.phases} and ARTIFACT={s.artifact or '(empty)'}: "
-             "PHASES=eval needs an ARTIFACT, and nothing else reads one")
-        widths = [(name.upper(), getattr(s, name)) for name in ("matrix_bits", "attn_bits", "mlp_bits", "embed_bits",
-                                                                "gate_bits")]
-        for name, bits in [*widths, *((f"LAYER_BITS={_show(s.layer_bits)}", bits) for _, bits in s.layer_bits)]:
-            need(2 <= bits <= 8 or bits == 16 or not bits and name in ("ATTN_BITS", "MLP_BITS"),
-                 f"{name if '=' in name else f'{name}={bits}'}: bits are 2 to 8, or 16")
-        layers = [layer for layer, _ in s.layer_bits]
-        need(len(set(layers)) == len(layers) and all(0 <= layer < s.num_layers for layer in layers),
-             f"LAYER_BITS={_show(s.layer_bits)} names a layer twice, or one outside 0..NUM_LAYERS-1={s.num_layers - 1}")
-        for name in ("matrix_quant", "embed_quant"):
-            need(s.fit != "allocate" or getattr(s, name) in ("rtn", "gptq"), f"FIT=allocate chooses the grid, so "
-                 f"{name.upper()} says only how to round to it: rtn or gptq, not {getattr(s, name)}")
-        packages = {"auto": ("zstandard", "brotli"), "zstd": ("zstandard",), "brotli": ("brotli",)}
-        for package in packages.get(s.compressor, ()):
-            need(importlib.util.find_spec(package), f"COMPRESSOR={s.compressor} needs {package}: pip install {package}")
-        return bad
 
     @classmethod
     def rule(cls, name):
@@ -967,36 +882,6 @@ class Block(nn.Module):
         return self.mlp(norm(x) * self.ln_scale, self.mlp_scale, slot)
 
 
-class Cache:
-    """Keys and values of the text so far, (B, length) at most: hidden(ids, cache=cache) goes on with the next tokens."""
-
-    def __init__(self, model, rows, length):
-        self.model, self.at, self.visit, self.kept, self.hidden = model, 0, 0, [], None
-        self.ids = torch.empty(rows, length, dtype=torch.int64, device=model.embed.weight.device)
-
-    def extend(self, ids):
-        """Take the next ids (B, T) in; returns them behind the predecessors that the n-gram hash and SmearGate read."""
-        begin, self.at, self.visit = self.at, self.at + ids.size(1), 0
-        self.ids[:, begin : self.at] = ids
-        text, mode = self.ids[:, : self.at], self.model.doc_mask
-        mask = (documents(text, mode).mask if mode == "attention" else
-                torch.ones(1, 1, self.at, self.at, dtype=torch.bool, device=ids.device).tril())
-        self.hidden = ~mask[:, :, None, begin:]  # (B or 1, 1, 1, T, text)
-        return text[:, max(begin - 3, 0) :]
-
-    def attend(self, q, k, v):
-        """Causal attention of the new positions to all, as attend_reference() has it."""
-        if self.visit == len(self.kept):
-            self.kept.append([z.new_empty(len(z), self.ids.size(1), *z.shape[2:]) for z in (k, v)])
-        for z, new in zip(self.kept[self.visit], (k, v)):
-            z[:, self.at - new.size(1) : self.at] = new
-        keys, values = (z[:, : self.at] for z in self.kept[self.visit])
-        self.visit += 1
-        scores = torch.einsum("btkgc,bskc->bkgts", q.unflatten(2, (k.size(2), -1)), keys) * q.size(-1) ** -0.5
-        share = scores.masked_fill(self.hidden, -torch.inf).softmax(-1)
-        return torch.einsum("bkgts,bskc->btkgc", share, values).flatten(2, 3)
-
-
 class GPT(nn.Module):
     """The model. hidden -> logits -> loss is the only forward: training, scoring and adaptation call it.
 
@@ -1092,6 +977,36 @@ class GPT(nn.Module):
         return self.loss(self.hidden(ids, docs, adapters), targets, adapters, None, reduction)
 
 
+class Cache:
+    """Keys and values of the text so far, (B, length) at most: hidden(ids, cache=cache) goes on with the next tokens."""
+
+    def __init__(self, model, rows, length):
+        self.model, self.at, self.visit, self.kept, self.hidden = model, 0, 0, [], None
+        self.ids = torch.empty(rows, length, dtype=torch.int64, device=model.embed.weight.device)
+
+    def extend(self, ids):
+        """Take the next ids (B, T) in; returns them behind the predecessors that the n-gram hash and SmearGate read."""
+        begin, self.at, self.visit = self.at, self.at + ids.size(1), 0
+        self.ids[:, begin : self.at] = ids
+        text, mode = self.ids[:, : self.at], self.model.doc_mask
+        mask = (documents(text, mode).mask if mode == "attention" else
+                torch.ones(1, 1, self.at, self.at, dtype=torch.bool, device=ids.device).tril())
+        self.hidden = ~mask[:, :, None, begin:]  # (B or 1, 1, 1, T, text)
+        return text[:, max(begin - 3, 0) :]
+
+    def attend(self, q, k, v):
+        """Causal attention of the new positions to all, as attend_reference() has it."""
+        if self.visit == len(self.kept):
+            self.kept.append([z.new_empty(len(z), self.ids.size(1), *z.shape[2:]) for z in (k, v)])
+        for z, new in zip(self.kept[self.visit], (k, v)):
+            z[:, self.at - new.size(1) : self.at] = new
+        keys, values = (z[:, : self.at] for z in self.kept[self.visit])
+        self.visit += 1
+        scores = torch.einsum("btkgc,bskc->bkgts", q.unflatten(2, (k.size(2), -1)), keys) * q.size(-1) ** -0.5
+        share = scores.masked_fill(self.hidden, -torch.inf).softmax(-1)
+        return torch.einsum("bkgts,bskc->btkgc", share, values).flatten(2, 3)
+
+
 class Objective(nn.Module):
     """What training minimises: the model's loss, each token weighted (complementary training), and that of heads which
     predict the tokens after the next (MTP). Those heads live here and not in the model: no artifact ever has them.
@@ -1166,6 +1081,97 @@ FOREIGN = tuple("""
     SPARSE_ATTN_GATE_INIT TOKEN_BOOST TOKEN_THRESHOLD TTT_ USE_CACHE USE_HEDGE USE_MIXER USE_POLYAK""".split())
 # How names begin that other programs read or set: OMP_NUM_THREADS is near MTP_NUM_HEADS, torchrun sets GROUP_RANK.
 ELSEWHERE = ("OMP_", "MKL_", "NCCL_", "CUDA_", "TORCH", "PARALLEL_SEQ", "GROUP_RANK")
+
+
+def _conflicts(s, given):
+    """Impossible combinations, each naming both settings and their values."""
+    bad = []
+
+    def need(ok, text):
+        if not ok:
+            bad.append(text)
+
+    need(s.model_dim % s.num_heads == 0, f"MODEL_DIM={s.model_dim} is not a multiple of NUM_HEADS={s.num_heads}")
+    need(s.num_heads % s.num_kv_heads == 0,
+         f"NUM_HEADS={s.num_heads} is not a multiple of NUM_KV_HEADS={s.num_kv_heads}")
+    need(s.rope_dims % 2 == 0 and s.rope_dims <= s.head_dim,
+         f"ROPE_DIMS={s.rope_dims} must be even and at most MODEL_DIM/NUM_HEADS={s.head_dim}")
+    need(abs(s.mlp_mult * s.model_dim - s.mlp_hidden) < 1e-6,
+         f"MLP_MULT={s.mlp_mult} times MODEL_DIM={s.model_dim} is not a whole number")
+    need(s.xsa_last_n <= s.num_layers, f"XSA_LAST_N={s.xsa_last_n} exceeds NUM_LAYERS={s.num_layers}")
+    need(not s.ve_dim or all(0 <= i < s.num_layers for i in s.ve_layers),
+         f"VE_LAYERS={','.join(map(str, s.ve_layers))} names a layer outside 0..NUM_LAYERS-1={s.num_layers - 1}")
+    need(not s.ve_dim or s.ve_layers, f"VE_DIM={s.ve_dim} but VE_LAYERS is empty; VE_DIM=0 turns them off")
+    for name in ("bigram_vocab_size", "trigram_vocab_size"):
+        need(getattr(s, name) != 1, f"{name.upper()}=1 leaves no bucket beside the reserved one; 0 turns it off")
+    need(s.gate_window <= s.model_dim or not s.holds(s.rule("gate_window")),
+         f"GATE_WINDOW={s.gate_window} exceeds MODEL_DIM={s.model_dim}")
+    need(not s.num_loops or s.loop_start <= s.loop_end < s.num_layers,
+         f"LOOP_START={s.loop_start} LOOP_END={s.loop_end} is no range of layers 0..{s.num_layers - 1}")
+    need(s.parallel_residual == "none" or s.parallel_start_layer < s.num_layers,
+         f"PARALLEL_START_LAYER={s.parallel_start_layer}: there is no such layer (NUM_LAYERS={s.num_layers})")
+    need(s.parallel_residual != "routed" or s.parallel_final_lane != "learned" or s.parallel_start_layer !=
+         s.num_layers - 1 or s.loops and s.loop_end == s.num_layers - 1,
+         f"PARALLEL_FINAL_LANE=learned learns nothing from PARALLEL_START_LAYER={s.parallel_start_layer}: the last "
+         "layer alone leaves two equal lanes; mean is the same")
+    need(s.loader != "packed" or s.doc_mask == "attention",
+         f"LOADER=packed puts many documents in a row: it needs DOC_MASK=attention, not {s.doc_mask}")
+    need(not s.complement_alpha or s.vocab_size <= 16384,
+         f"COMPLEMENT_ALPHA={s.complement_alpha} counts pairs of tokens: VOCAB_SIZE={s.vocab_size} exceeds 16384")
+    for name in ("train_seq_schedule", "train_batch_schedule"):
+        table = getattr(s, name)
+        ends = [end for _, end in table]
+        need(not table or sorted(set(ends)) == ends and ends[0] > 0 and ends[-1] == 1 and
+             all(size >= (2 if "seq" in name else 1) for size, _ in table),
+             f"{name.upper()}={_show(table)}: sizes, at fractions of the run that rise to 1")
+    lengths = [length for _, length, _ in s.stages]
+    longest, where = max(lengths), " in a stage" if s.train_seq_schedule or s.train_batch_schedule else ""
+    for _, length, tokens in s.stages:
+        need(length and tokens % length == 0,
+             f"TRAIN_BATCH_TOKENS={tokens} is not a multiple of TRAIN_SEQ_LEN={length}{where}")
+        need(s.micro_batch_tokens >= length,
+             f"MICRO_BATCH_TOKENS={s.micro_batch_tokens} is less than one sequence, TRAIN_SEQ_LEN={length}{where}")
+        need(s.loader not in ("coprime", "shuffled") or length and longest % length == 0,
+             f"LOADER={s.loader} deals out blocks of the longest sequence: {longest} of TRAIN_SEQ_SCHEDULE is no "
+             f"multiple of {length}")
+    need(s.mtp_num_heads < min(lengths),
+         f"MTP_NUM_HEADS={s.mtp_num_heads} look beyond the end of TRAIN_SEQ_LEN={min(lengths)}{where}")
+    for name in ("matrix_betas", "embed_betas", "head_betas"):
+        betas = getattr(s, name)
+        need(not betas or len(betas) == 2 and all(0 <= b < 1 for b in betas),
+             f"{name.upper()}={_show(betas)}: two numbers from 0 to below 1, such as 0.9,0.99")
+    need(s.eval_stride <= s.eval_seq_len, f"EVAL_STRIDE={s.eval_stride} exceeds EVAL_SEQ_LEN={s.eval_seq_len}")
+    need(s.iterations or s.max_wallclock_seconds, "ITERATIONS=0 and MAX_WALLCLOCK_SECONDS=0: this run never ends")
+    said = [f"{name.upper()}={_show(getattr(s, name))}" for name in ("warmdown_iters", "warmdown_frac",
+            "warmdown_seconds") if getattr(s, name) and name in given]
+    need(len(said) <= 1, f"{' and '.join(said)} say the same; make all but one of them 0")
+    need(not s.warmdown_seconds or s.max_wallclock_seconds,
+         f"WARMDOWN_SECONDS={s.warmdown_seconds} counts back from MAX_WALLCLOCK_SECONDS, which is 0")
+    need(s.average != "best" or s.holdout_tokens > s.eval_seq_len,
+         f"HOLDOUT_TOKENS={s.holdout_tokens} is less than a window of EVAL_SEQ_LEN={s.eval_seq_len}")
+    need(s.resume != "auto" or s.run_id or s.out_dir, "RESUME=auto needs the RUN_ID or OUT_DIR to go on with")
+    need((s.phases == "eval") == bool(s.artifact), f"PHASES={s.phases} and ARTIFACT={s.artifact or '(empty)'}: "
+         "PHASES=eval needs an ARTIFACT, and nothing else reads one")
+    _packing_conflicts(s, need)
+    return bad
+
+
+def _packing_conflicts(s, need):
+    """The part of _conflicts that is about quantisation and packing."""
+    widths = [(name.upper(), getattr(s, name)) for name in ("matrix_bits", "attn_bits", "mlp_bits", "embed_bits",
+                                                            "gate_bits")]
+    for name, bits in [*widths, *((f"LAYER_BITS={_show(s.layer_bits)}", bits) for _, bits in s.layer_bits)]:
+        need(2 <= bits <= 8 or bits == 16 or not bits and name in ("ATTN_BITS", "MLP_BITS"),
+             f"{name if '=' in name else f'{name}={bits}'}: bits are 2 to 8, or 16")
+    layers = [layer for layer, _ in s.layer_bits]
+    need(len(set(layers)) == len(layers) and all(0 <= layer < s.num_layers for layer in layers),
+         f"LAYER_BITS={_show(s.layer_bits)} names a layer twice, or one outside 0..NUM_LAYERS-1={s.num_layers - 1}")
+    for name in ("matrix_quant", "embed_quant"):
+        need(s.fit != "allocate" or getattr(s, name) in ("rtn", "gptq"), f"FIT=allocate chooses the grid, so "
+             f"{name.upper()} says only how to round to it: rtn or gptq, not {getattr(s, name)}")
+    packages = {"auto": ("zstandard", "brotli"), "zstd": ("zstandard",), "brotli": ("brotli",)}
+    for package in packages.get(s.compressor, ()):
+        need(importlib.util.find_spec(package), f"COMPRESSOR={s.compressor} needs {package}: pip install {package}")
 
 
 def _show(value):
@@ -2045,6 +2051,9 @@ class Moments(NamedTuple):
     hessian: Tensor  # (C, C) mean of x x^T, x what the weight is multiplied with, over tokens and visits of its layer
     gain: Tensor  # (R,) squared gradient of the loss of a token at each output, summed over visits
     logits: float = 0.0  # of a head: variance that a logit gets by E[r] hessian E[r]^T = 1
+
+    def to(self, device):
+        return self._replace(hessian=self.hessian.to(device), gain=self.gain.to(device))
 
 
 class MomentMeter:
@@ -3608,7 +3617,7 @@ class LateQAT:
             grid.step.copy_(steps[name])
 
     def state_dict(self):
-        moments = self.moments and {name: (h.cpu(), g.cpu(), z) for name, (h, g, z) in self.moments.items()}
+        moments = self.moments and {name: (*one.to("cpu"),) for name, one in self.moments.items()}
         return {"begun": self.begun, "steps": {name: grid.step.cpu() for name, grid in self.grids.items()},
                 "moments": moments}
 
@@ -3617,7 +3626,7 @@ class LateQAT:
         self._set(state["steps"])
         if state["moments"]:
             device = self.model.embed.weight.device
-            self.moments = {name: Moments(one[0].to(device), one[1].to(device), one[2]) for name, one in state["moments"].items()}
+            self.moments = {name: Moments(*one).to(device) for name, one in state["moments"].items()}
 
 
 class Training:

@@ -19,7 +19,7 @@ import reference as ref
 import train_gpt as tg
 from conftest import REPO, write_shard
 from runs import call, command, events, good, log_lines, summary
-from training import text, trained
+from training import captured_whole, text, trained
 
 LATER = "not built: "
 TTT = LATER + "test-time training"
@@ -224,18 +224,7 @@ def test_no_graph_is_captured_inside_the_clock(monkeypatch, tmp_path, changes):
     """9.3.11: half a minute of compilation in the middle of the ten. Captured whole, with no code generated."""
     s = ref.small(**{**text(tmp_path / "text"), "iterations": 6, "warmup_steps": 1, "compile": "on",
                      "val_loss_every": 2, "num_layers": 2, "ve_layers": (1,), **changes})
-    compiler, steps, counts = torch.compile, tg._train_steps, []
-    monkeypatch.setattr(tg.torch, "compile", lambda function, **words: compiler(function, **words, backend="eager"))
-
-    def graphs(*args):
-        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            result = steps(*args)
-        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        return result
-
-    monkeypatch.setattr(tg, "_train_steps", graphs)
-    torch._dynamo.reset()
+    counts = captured_whole(monkeypatch)
     _, rows = trained(s, tmp_path)
     torch._dynamo.reset()
     assert counts[0] == counts[1] > 0 and sum(row["event"] == "train" for row in rows) == 6

@@ -12,7 +12,7 @@ import torch
 import reference as ref
 import train_gpt as tg
 from runs import events
-from training import begun, text, trained, validation, walk
+from training import begun, captured_whole, text, trained, validation, walk
 
 LATE = dict(iterations=12, average="none", late_qat_threshold=0.5, matrix_bits=3, embed_bits=4, val_loss_every=0)
 
@@ -139,18 +139,7 @@ def test_the_compiled_graph_rounds_and_was_compiled_in_warm_up(tmp_path, monkeyp
     s = tg.replace(late(tmp_path, iterations=8, num_layers=1, ve_dim=0, bigram_vocab_size=0, smear_gate="none"), **changes)
     eager = trained(s, tmp_path / "eager")[1]
     without = losses(trained(tg.replace(s, late_qat_threshold=0.0), tmp_path / "without")[1])
-    compiler, steps, counts = torch.compile, tg._train_steps, []
-    monkeypatch.setattr(tg.torch, "compile", lambda function, **words: compiler(function, **words, backend="eager"))
-
-    def graphs(*args):
-        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            result = steps(*args)
-        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        return result
-
-    monkeypatch.setattr(tg, "_train_steps", graphs)
-    torch._dynamo.reset()
+    counts = captured_whole(monkeypatch)
     rows = trained(tg.replace(s, compile="on", warmup_steps=1), tmp_path / "compiled")[1]
     torch._dynamo.reset()
     assert counts[0] == counts[1] > 0

@@ -263,7 +263,7 @@ def width(s, name):
 @pytest.mark.parametrize("method", ["rtn", "gptq_lite"])
 def test_widths_and_clips_are_those_of_kind_and_layer(changes, method):
     s = tg.replace(ref.small(), **changes, matrix_quant=method, embed_quant=method)
-    assert not s.idle() and not s._conflicts(set())
+    assert not s.idle() and not tg._conflicts(s, set())
     weights, done = encoded(s)
     assert list(done) == list(weights), "in the model's order"
     for name, one in done.items():

@@ -57,6 +57,25 @@ def trained(s, out_dir, val=None):
     return {name: p.detach().clone() for name, p in model.named_parameters()}, events(out_dir)
 
 
+def captured_whole(monkeypatch):
+    """Let the next compiled run be traced with no code generated, and end where it is traced again while the clock runs.
+    Returns a list that will hold the number of graphs before the steps and behind them.
+    """
+    compiler, steps, counts = torch.compile, tg._train_steps, []
+    monkeypatch.setattr(tg.torch, "compile", lambda function, **words: compiler(function, **words, backend="eager"))
+
+    def graphs(*args):
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            result = steps(*args)
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return result
+
+    monkeypatch.setattr(tg, "_train_steps", graphs)
+    torch._dynamo.reset()
+    return counts
+
+
 def scales(rows):
     """Learning-rate scale of each step in the log, which holds at least the first ten."""
     return [row["lr_scale"] for row in rows if row["event"] == "train"]

@@ -77,7 +77,7 @@ class Subject:
     .observe(x, y) .tokens .moments(rt); Quantiser(model, s, moments) with .encode(spacing) .spacing_for(bytes) .quantised
     and .factors (shared between settings: most of its time); pack().chunks; load_tokenizer, load_validation,
     ModelPredictor, chunks, score, Validity. The containers: Encoded, stream_layout, pack_stream, code_groups,
-    decode_codes, decompress, _unplanes, COMPRESSORS.
+    decode_codes, decompress, _unplanes, _kind, COMPRESSORS.
     """
 
     def __init__(self, path, words):
@@ -277,13 +277,8 @@ def apart(trainer, row, kinds):
     """[(stream, its rows)] as the artifact has them, or with a stream of codes for each kind of matrix."""
     for stream, rows in trainer.stream_layout(tensor_rows(row)).items():
         split = kinds and stream in trainer.CODED
-        for _, part in itertools.groupby(rows, lambda one: kind(one[0]) if split else None):
+        for _, part in itertools.groupby(rows, lambda one: trainer._kind(one[0]) if split else None):
             yield stream, list(part)
-
-
-def kind(name):
-    """blocks.3.attn.q.weight -> blocks.attn.q.weight."""
-    return ".".join(word for word in name.split(".") if not word.isdigit())
 
 
 def layout_chunks(trainer, row, compressor, kinds, columns):
@@ -382,10 +377,10 @@ def lrzip(data, *options):
         return target.read_bytes()
 
 
-def by_kind(encoded):
+def by_kind(trainer, encoded):
     """{kind: names}"""
-    names = sorted((name for name, one in encoded.items() if "q" in one.parts), key=kind)
-    return {key: list(group) for key, group in itertools.groupby(names, kind)}
+    names = sorted((name for name, one in encoded.items() if "q" in one.parts), key=trainer._kind)
+    return {key: list(group) for key, group in itertools.groupby(names, trainer._kind)}
 
 
 def lrzip_chunks(trainer, row):
@@ -394,7 +389,7 @@ def lrzip_chunks(trainer, row):
     """
     rest = pickled(row.encoded, skip=("q",))
     groups = [b"".join(row.encoded[name].parts["q"].mT.contiguous().numpy().tobytes() for name in names)
-              for names in by_kind(row.encoded).values()]
+              for names in by_kind(trainer, row.encoded).values()]
     return [("size", len(rest).to_bytes(4, "little")), ("rest", trainer.COMPRESSORS["brotli"][0](rest)),
             *(("q", lrzip(data, "-z", "-L", "9", "-T", "-p", "1")) for data in groups)]
 
@@ -404,7 +399,7 @@ def lrzip_weights(trainer, row, chunks):
 
     (_, size), (_, rest), *groups = chunks
     codes = {}
-    for names, (_, data) in zip(by_kind(row.encoded).values(), groups, strict=True):
+    for names, (_, data) in zip(by_kind(trainer, row.encoded).values(), groups, strict=True):
         values, at = torch.frombuffer(bytearray(lrzip(data, "-d")), dtype=torch.int8), 0
         for name in names:
             rows, columns = row.encoded[name].parts["q"].shape
