@@ -43,6 +43,7 @@ import sys
 import time
 import zlib
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial, reduce
@@ -438,13 +439,23 @@ def documents(ids, mode, longest=0, varlen=False):
 
 
 class Slot(NamedTuple):
-    """Adapters of one visit to a block: modules added beside its linear layers, or None."""
+    """Adapters of one visit to a block: functions whose result is added beside its linear layers, or None."""
 
-    q: nn.Module | None = None
-    k: nn.Module | None = None
-    v: nn.Module | None = None
-    o: nn.Module | None = None
-    mlp: nn.Module | None = None
+    q: Callable | None = None
+    k: Callable | None = None
+    v: Callable | None = None
+    o: Callable | None = None
+    mlp: Callable | None = None
+
+
+class Past(NamedTuple):
+    """What a forward sees of the text before its tokens, as Cache kept it."""
+
+    ids: Tensor  # (B, 3 at most) the last tokens, which SmearGate and the n-gram hashes read
+    rope: tuple[Tensor, Tensor]  # of the new tokens' positions
+    seen: Tensor  # (B or 1, T, S + T) bool: who sees whom of the S kept keys and the T new ones
+    kept: list  # [(k, v)] of each visit, (B, S, K, C); k rotated
+    new: list  # those of the new tokens, filled by the forward
 
 
 class Context(NamedTuple):
@@ -455,7 +466,7 @@ class Context(NamedTuple):
     docs: Docs | None
     ve: Tensor | None  # (B, T, K*C) value embedding
     first_v: list  # the values of layer 0, once it has made them
-    cache: "Cache | None" = None  # what attention sees beside this text
+    past: Past | None = None
 
 
 def norm(x):
@@ -531,10 +542,10 @@ class Table(nn.Module):
 
 
 def rotary_tables(positions, dims, base):
-    """cos and sin (positions, dims/2) of position * base^(-2j/dims), computed in float64."""
-    frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / max(dims, 1))
-    angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
-    return angle.cos().float(), angle.sin().float()
+    """cos and sin (T, dims/2) of position * base^(-2j/dims) for positions (T,), in float64."""
+    frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64, device=positions.device) / max(dims, 1))
+    angle = positions.double()[:, None] * frequency
+    return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
@@ -737,7 +748,7 @@ class Attention(nn.Module):
         q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in (q, k, v))
         q = rotate(norm(q), *context.rope) * self.q_gain.to(x.dtype)[:, None]
         k = rotate(norm(k), *context.rope)
-        y = self.attend(q, k, v, context.docs) if context.cache is None else context.cache.attend(q, k, v)
+        y = self.attend(q, k, v, context.docs) if context.past is None else attend_past(q, k, v, context.past)
         y = exclude_self(y, v) if self.xsa else y
         y = (y if self.gate is None else y * self.gate(x)).flatten(2)
         return plus(self.o(y, scale), slot.o, y)
@@ -913,8 +924,9 @@ class GPT(nn.Module):
         pairs = max(sum(visit.pop is not None for visit in plan) for plan in self.plans)
         self.skips = Skips(s.skips, pairs, s.model_dim) if pairs else None
         # Buffers built before the first call: a lazily grown cache would recompile the graph.
-        for name, table in zip(("cos", "sin"), rotary_tables(s.longest_row, s.rope_dims, s.rope_base)):
-            self.register_buffer(name, table, persistent=False)
+        self.rope = s.rope_dims, s.rope_base
+        for name, table in zip(("cos", "sin"), rotary_tables(torch.arange(s.longest_row), *self.rope)):
+            self.register_buffer(name, table.float(), persistent=False)
         if init:
             generator = torch.Generator().manual_seed(s.seed)
             with torch.no_grad():
@@ -930,21 +942,20 @@ class GPT(nn.Module):
         """Docs of ids (B, T) as this model's DOC_MASK and attention kernel want them."""
         return documents(ids, self.doc_mask, longest, self.varlen)
 
-    def hidden(self, ids, docs=None, adapters=None, cache=None):
+    def hidden(self, ids, docs=None, adapters=None, past=None):
         """ids (B, T) -> normed final states (B, T, D). docs defaults to what BOS says, unless DOC_MASK=none. With a
-        cache, ids go on with the text in it.
+        past, ids go on with its text.
         """
-        begin, new = 0 if cache is None else cache.at, ids.size(1)
-        ids = ids if cache is None else cache.extend(ids)
-        docs = self.documents(ids) if docs is None else docs
-        x = through(self.embed_proj, self.embed(ids, self.dtype))
+        new, text = ids.size(1), ids if past is None else torch.cat((past.ids, ids), 1)
+        if docs is None:  # who sees whom is in the past, where there is one
+            docs = self.documents(ids) if past is None or self.doc_mask == "none" else documents(text, "inputs")
+        x = through(self.embed_proj, self.embed(text, self.dtype))
         for table in (self.bigram, self.trigram):
-            x = x if table is None else x + table(ids, docs, self.dtype)
-        x = through(self.smear, norm(through(self.early_smear, x, docs)), docs)
-        x, ids = (x, ids) if cache is None else (x[:, -new:], ids[:, -new:])
+            x = x if table is None else x + table(text, docs, self.dtype)
+        x = through(self.smear, norm(through(self.early_smear, x, docs)), docs)[:, -new:]
         ve = self.value_embed(ids, self.dtype) if self.value_embed is not None else None
-        rope = self.cos[begin : begin + new], self.sin[begin : begin + new]
-        context = Context(x, rope, docs, ve, [], cache)
+        rope = (self.cos[:new], self.sin[:new]) if past is None else past.rope
+        context = Context(x, rope, docs, ve, [], past)
         route = self.lanes.route if self.lanes is not None and self.lanes.keep is not None else None
         lanes, kept = (x,), []
         for j, visit in enumerate(self.plan):
@@ -978,33 +989,57 @@ class GPT(nn.Module):
 
 
 class Cache:
-    """Keys and values of the text so far, (B, length) at most: hidden(ids, cache=cache) goes on with the next tokens."""
+    """Keys and values of the text so far: rows that go on token by token, each token seeing the `width` up to itself.
 
-    def __init__(self, model, rows, length):
-        self.model, self.at, self.visit, self.kept, self.hidden = model, 0, 0, [], None
-        self.ids = torch.empty(rows, length, dtype=torch.int64, device=model.embed.weight.device)
+    A forward reads past(ids) and leaves its own keys there; only commit() takes them in, so that it can be repeated.
+    """
 
-    def extend(self, ids):
-        """Take the next ids (B, T) in; returns them behind the predecessors that the n-gram hash and SmearGate read."""
-        begin, self.at, self.visit = self.at, self.at + ids.size(1), 0
-        self.ids[:, begin : self.at] = ids
-        text, mode = self.ids[:, : self.at], self.model.doc_mask
-        mask = (documents(text, mode).mask if mode == "attention" else
-                torch.ones(1, 1, self.at, self.at, dtype=torch.bool, device=ids.device).tril())
-        self.hidden = ~mask[:, :, None, begin:]  # (B or 1, 1, 1, T, text)
-        return text[:, max(begin - 3, 0) :]
+    def __init__(self, model, rows, width):
+        self.model, self.width, self.at, self.kept = model, width, 0, None
+        device = model.embed.weight.device
+        self.ids = torch.empty(rows, 0, dtype=torch.int64, device=device)
+        self.where = torch.full((width,), -width, device=device)  # position of each kept key, far back where none is
+        self.doc = torch.zeros(rows, width, dtype=torch.int64, device=device)  # and the number of its document
 
-    def attend(self, q, k, v):
-        """Causal attention of the new positions to all, as attend_reference() has it."""
-        if self.visit == len(self.kept):
-            self.kept.append([z.new_empty(len(z), self.ids.size(1), *z.shape[2:]) for z in (k, v)])
-        for z, new in zip(self.kept[self.visit], (k, v)):
-            z[:, self.at - new.size(1) : self.at] = new
-        keys, values = (z[:, : self.at] for z in self.kept[self.visit])
-        self.visit += 1
-        scores = torch.einsum("btkgc,bskc->bkgts", q.unflatten(2, (k.size(2), -1)), keys) * q.size(-1) ** -0.5
-        share = scores.masked_fill(self.hidden, -torch.inf).softmax(-1)
-        return torch.einsum("bkgts,bskc->btkgc", share, values).flatten(2, 3)
+    def past(self, ids):
+        """What hidden(ids, past=...) needs to go on with ids (B, T), at most `width` tokens."""
+        model, new = self.model, torch.arange(self.at, self.at + ids.size(1), device=ids.device)
+        where = torch.cat((self.where, new)) if self.at else new
+        seen = ((where <= new[:, None]) & (where > new[:, None] - self.width))[None]
+        if model.doc_mask == "attention":
+            doc = self._documents(ids)
+            seen = seen & (doc[:, -len(new):, None] == doc[:, None])
+        rope = tuple(table.to(model.cos.dtype) for table in rotary_tables(new, *model.rope))
+        return Past(self.ids, rope, seen, self.kept or [(None, None)] * len(model.plan), [])
+
+    def _documents(self, ids):
+        new = (ids == BOS).cumsum(1)
+        return torch.cat((self.doc, new + self.doc.amax(1, keepdim=True)), 1) if self.at else new
+
+    def commit(self, ids, new):
+        """Go on behind ids, whose keys and values are `new`."""
+        at = torch.arange(self.at, self.at + ids.size(1), device=ids.device)
+        slots, self.at = at % self.width, self.at + len(at)
+        if self.kept is None:
+            self.kept = [tuple(z.new_zeros(len(z), self.width, *z.shape[2:]) for z in pair) for pair in new]
+        self.doc[:, slots] = self._documents(ids)[:, -len(at):]
+        self.where[slots] = at
+        for old, pair in zip(self.kept, new):
+            for z, part in zip(old, pair):
+                z[:, slots] = part.detach()
+        self.ids = torch.cat((self.ids, ids), 1)[:, -3:]
+
+    def advance(self, ids):
+        """States (B, T, D) of the model on the next ids, which are taken in."""
+        past = self.past(ids)
+        hidden = self.model.hidden(ids, past=past)
+        self.commit(ids, past.new)
+        return hidden
+
+    def narrow(self, rows):
+        """Go on with the first rows only."""
+        self.ids, self.doc = self.ids[:rows], self.doc[:rows]
+        self.kept = self.kept and [tuple(z[:rows] for z in pair) for pair in self.kept]
 
 
 class Objective(nn.Module):
@@ -2165,7 +2200,7 @@ def generate(model, rows, length, temperature, seed, world=1, rank=0):
     chances = chances[rank * len(ids) : (rank + 1) * len(ids)].to(device)
     with torch.no_grad():
         for t in range(length):
-            logits = model.logits(model.hidden(ids[:, t : t + 1], cache=cache)[:, -1])
+            logits = model.logits(cache.advance(ids[:, t : t + 1])[:, -1])
             reached = (logits / temperature).softmax(-1).cumsum(-1)
             chance = chances[:, t : t + 1] * reached[:, -1:]
             ids[:, t + 1] = torch.searchsorted(reached, chance, right=True).squeeze(1).clamp_max(logits.size(-1) - 1)
@@ -3319,6 +3354,16 @@ def attend_reference(q, k, v, docs=None):
     hidden = torch.ones(q.size(1), q.size(1), dtype=torch.bool, device=q.device).triu(1)
     hidden = hidden if docs is None or docs.mask is None else ~docs.mask
     return torch.einsum("bhts,bshc->bthc", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+
+
+def attend_past(q, k, v, past):
+    """The same, confined to what past.seen says, of new positions q, k, v to kept keys and each other."""
+    keys, values = (new if old is None else torch.cat((old, new), 1)
+                    for old, new in zip(past.kept[len(past.new)], (k, v)))
+    past.new.append((k, v))
+    scores = torch.einsum("btkgc,bskc->bkgts", q.unflatten(2, (k.size(2), -1)), keys) * q.size(-1) ** -0.5
+    share = scores.masked_fill(~past.seen[:, None, None], -torch.inf).softmax(-1)
+    return torch.einsum("bkgts,bskc->btkgc", share, values).flatten(2, 3)
 
 
 def _set_sdpa(*names):
