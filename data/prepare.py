@@ -2,6 +2,7 @@
 
     python data/prepare.py --source builtin                       no download: the documentation on this machine
     python data/prepare.py --source my.txt more/ --out data/datasets/mine --vocab-size 1024
+    python data/prepare.py --source my.txt --out data/datasets/mine_caseops --caseops
     python data/prepare.py --check data/datasets/mine             proves any data set again, from its shards alone
 
 The stream of documents is read once for the tokenizer's sample, once for validation, once for training. One process
@@ -46,6 +47,8 @@ try:
 except ImportError as missing:
     sys.exit(f"error: this needs the package {missing.name}: pip install -r requirements.txt")
 
+import caseops
+
 ROOT = Path(__file__).resolve().parent.parent
 TOOL = "prepare 1"  # part of every manifest: change it when the same input would give other bytes
 MAGIC, VERSION, HEADER = 20240520, 1, 1024  # a shard: 256 little-endian int32 (these, the count, zeros), uint16 tokens
@@ -58,13 +61,16 @@ START = (0, 0, 1, 0)  # where the first document begins: file, byte offset, line
 SPACE = "\u2581"  # what SentencePiece writes for a space
 NOT_LETTERS = bytes(b for b in range(128) if not chr(b).isalnum())
 SEPARATOR = re.compile(rb"\f|<\|endoftext\|>")
-SHARD = re.compile(r"fineweb_(val|train)_(\d{6})\.bin")
+SHARD = re.compile(r"fineweb_(val|val_bytes|train)_\d{6}\.bin")
 STATE, MANIFEST, MODEL, BUILTIN = ".prepare.json", "manifest.json", "tokenizer.model", "builtin.jsonl.zst"
 
 # The published FineWeb validation set. Every tokenizer that normalises with nmt_nfkc counts the same bytes. The tokens
 # of the two sp4096 exports are known only to the last full row, so those are recognised by bytes per token.
 FINEWEB = dict(documents=50_000, bytes=151_080_891, tokens={1024: 62_021_846, 8192: 40_540_803},
-               bytes_per_token={1024: (2.435930,), 4096: (3.319681, 3.319252), 8192: (3.726638,)})
+               bytes_per_token={1024: (2.435930,), 4096: (3.319681, 3.319252), 8192: (3.726638,)},
+               caseops_tokens={8192: 47_853_344})
+CASEOPS = f"{caseops.NAME}_reserved"  # ends the names of its published CaseOps variants
+DOCUMENTS, TOO_FEW = "docs_selected.jsonl", 10_000  # its text; a split of it that cost many a record (#2127)
 
 
 class BadInput(Exception):
@@ -216,8 +222,8 @@ def sha256(path):
 
 
 def shards(folder, split):
-    """The shard files of a split in order. The byte sidecars of other tools, fineweb_val_bytes_*, are no shards."""
-    return sorted(p for p in Path(folder).glob(f"fineweb_{split}_*.bin") if SHARD.fullmatch(p.name))
+    """The shard files of a split in order; of "val_bytes" the byte sidecars of validation; of "*" all of them."""
+    return sorted(p for p in Path(folder).glob(f"fineweb_{split}_[0-9]*.bin") if SHARD.fullmatch(p.name))
 
 
 @contextlib.contextmanager
@@ -446,8 +452,9 @@ def sample(job, workers):
     return [text for _, split, text in sorted(kept, reverse=True) if split not in val]
 
 
-def train_tokenizer(texts, vocab_size):
-    """A SentencePiece model with the contest's options. Lines are its sentences, so no document is too long."""
+def train_tokenizer(texts, vocab_size, symbols=()):
+    """A SentencePiece model with the contest's options. Lines are its sentences, so no document is too long. `symbols`
+    are pieces of their own, with the first ids after the four controls."""
     lines = (line for text in texts for line in text.replace("\0", " ").split("\n") if line.strip())
     sentences, model = (line[i:i + READ // 8] for line in lines for i in range(0, len(line), READ // 8)), io.BytesIO()
     try:
@@ -455,7 +462,7 @@ def train_tokenizer(texts, vocab_size):
             sentence_iterator=sentences, model_writer=model, model_type="bpe", vocab_size=vocab_size,
             character_coverage=0.999, byte_fallback=True, split_digits=True, add_dummy_prefix=False,
             normalization_rule_name="nmt_nfkc", pad_id=0, bos_id=1, eos_id=2, unk_id=3, hard_vocab_limit=False,
-            max_sentence_length=READ, minloglevel=2)
+            user_defined_symbols=list(symbols), max_sentence_length=READ, minloglevel=2)
     except RuntimeError as error:
         need = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
         why = f"the characters of this text need at least {need.group(1)}" if need else "there is not enough text"
@@ -470,7 +477,9 @@ def check_tokenizer(model, vocab_size, name):
     except RuntimeError:
         raise BadInput(f"{name}: not a SentencePiece model") from None
     size, ids = sp.vocab_size(), (sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id())
-    single, inside = sum(map(sp.is_byte, range(size))), [p for p in map(sp.id_to_piece, range(size)) if SPACE in p[1:]]
+    pieces = list(map(sp.id_to_piece, range(size)))
+    single, inside = sum(map(sp.is_byte, range(size))), [p for p in pieces if SPACE in p[1:]]
+    mixed = caseops.operator_ids(sp) and [p for p in pieces if len(p) > 1 and caseops.LITERAL.search(p)]
     fault = (
         f"{size} pieces, but --vocab-size is {vocab_size}; they must agree" if vocab_size not in (None, size) else
         f"pad, bos, eos and unk are {ids}, the shards need (0, 1, 2, 3)" if ids != (0, 1, 2, 3) else
@@ -478,7 +487,8 @@ def check_tokenizer(model, vocab_size, name):
         "no piece for a single space, so a space would count 3 bytes" if sp.is_unknown(sp.piece_to_id(SPACE)) else
         f"a space inside the piece {inside[0]!r}, the byte table knows it in front only" if inside else
         f"it makes {sp.normalize(' a')!r} of ' a'; train it with add_dummy_prefix=False and nmt_nfkc"
-        if sp.normalize(" a") != "a" else "")
+        if sp.normalize(" a") != "a" else
+        f"a case operator inside the piece {ascii(mixed[0])}, it must be a token of its own" if mixed else "")
     if fault:
         raise BadInput(f"{name}: {fault}")
     return sp
@@ -519,7 +529,7 @@ def _copies(keys, known):
 
 
 class Encoded(NamedTuple):
-    tokens: np.ndarray  # uint16, every document with its BOS
+    columns: tuple  # of uint16: every document with its BOS and, where a sidecar is wanted, the bytes of each token
     lengths: np.ndarray  # tokens of each document
     keys: np.ndarray  # (documents, 2) uint64
     index: np.ndarray  # which documents of the block these are
@@ -527,9 +537,11 @@ class Encoded(NamedTuple):
 
 
 def encode_block(task):
-    """Worker: the documents of a block whose hash lies in [low, high), as tokens. Each is decoded again, as a proof."""
-    block, key, model, low, high = task
+    """Worker: the documents of a block whose hash lies in [low, high), as tokens and, where byte tables are given, the
+    bytes of these. Each document is decoded again, as a proof."""
+    block, key, model, low, high, tables = task
     sp, index, texts, empty, keys = load(model), [], [], [], []
+    transform, invert = caseops.codec(sp)
     for i, (where, raw) in enumerate(block.documents):
         text = text_of(block, where, raw, key)
         if not text.strip():
@@ -537,24 +549,27 @@ def encode_block(task):
         elif (low, high) == (0, EVERY) or low <= _hashes(text)[0] < high:
             index.append(i)
             texts.append(text)
-    ids = sp.encode(texts, num_threads=1) if texts else []
-    for i, text, row in zip(index, texts, ids):
-        keys.append(document_keys(row, decoded := sp.decode(row)))
-        if decoded != sp.normalize(text).replace(SPACE, " "):
+    taken = list(map(transform, texts))
+    ids = sp.encode(taken, num_threads=1) if taken else []
+    for i, text, take, row in zip(index, texts, taken, ids):
+        keys.append(document_keys(row, invert(decoded := sp.decode(row))))
+        if invert(take) != text or decoded != sp.normalize(take).replace(SPACE, " "):
             path, at, line = block.names[block.documents[i][0][0]], *block.documents[i][0][1:3]
             raise BadInput(f"{path}:{line}: the tokenizer does not give back the document at byte {at:,}, so its bytes "
                            "could not be counted; choose another tokenizer")
     lengths = np.array([len(row) + 1 for row in ids], np.int64)
     tokens = np.fromiter(chain.from_iterable(chain((BOS,), row) for row in ids), np.uint16, int(lengths.sum()))
-    return Encoded(tokens, lengths, _key_array(keys), np.array(index, np.int64), np.array(empty, np.int64))
+    sidecar = [caseops.byte_counts(tokens, tables, caseops.operator_ids(sp)).astype(np.uint16)] if tables else []
+    return Encoded((tokens, *sidecar), lengths, _key_array(keys), np.array(index, np.int64), np.array(empty, np.int64))
 
 
 class ShardWriter:
-    """The shards of one split: full ones, then a shorter last one, each complete under its name or absent."""
+    """The shards of one split: full ones, then a shorter last one, each complete under its name or absent. Of several
+    names ("val" and its sidecar "val_bytes") each gets a column, and their shards end at the same tokens."""
 
-    def __init__(self, folder, split, size, index):
-        self.folder, self.split, self.size, self.index = folder, split, size, index
-        self.count, self.file, self.stack = 0, None, contextlib.ExitStack()
+    def __init__(self, folder, names, size, index):
+        self.folder, self.names, self.size, self.index = folder, names, size, index
+        self.count, self.files, self.stack = 0, [], contextlib.ExitStack()
 
     def __enter__(self):
         return self
@@ -562,26 +577,30 @@ class ShardWriter:
     def __exit__(self, *error):
         self.stack.__exit__(*error)
 
-    def write(self, tokens):
+    def write(self, *columns):
         """Yields n whenever a shard is finished by the first n of these tokens."""
         done = 0
-        while done < len(tokens):
-            if self.file is None:
-                self.file = self.stack.enter_context(atomic(self.folder / f"fineweb_{self.split}_{self.index:06d}.bin"))
-                self.file.write(bytes(HEADER))
-            part = tokens[done:done + self.size - self.count]
-            self.file.write(part.astype("<u2", copy=False).tobytes())
-            self.count, done = self.count + len(part), done + len(part)
+        while done < len(columns[0]):
+            if not self.files:
+                paths = (self.folder / f"fineweb_{name}_{self.index:06d}.bin" for name in self.names)
+                self.files = [self.stack.enter_context(atomic(path)) for path in paths]
+                for file in self.files:
+                    file.write(bytes(HEADER))
+            parts = [column[done:done + self.size - self.count] for column in columns]
+            for file, part in zip(self.files, parts):
+                file.write(part.astype("<u2", copy=False).tobytes())
+            self.count, done = self.count + len(parts[0]), done + len(parts[0])
             if self.count == self.size:
                 self.finish()
                 yield done
 
     def finish(self):
-        if self.file is not None:
-            self.file.seek(0)
-            self.file.write(np.array([MAGIC, VERSION, self.count], "<i4").tobytes())
+        for file in self.files:
+            file.seek(0)
+            file.write(np.array([MAGIC, VERSION, self.count], "<i4").tobytes())
+        if self.files:
             self.stack.close()
-            self.count, self.file, self.index = 0, None, self.index + 1
+            self.count, self.files, self.index = 0, [], self.index + 1
 
 
 def fresh_state(job):
@@ -600,9 +619,11 @@ def encode(job, workers, state, split, val_keys=None):
     """Writes the shards of a split from where the state stands. Training drops copies of validation documents."""
     low, high = (0, job.val_share or EVERY) if split == "val" else (job.val_share, EVERY)
     counts, skip, last, progress = state["counts"], state["skip"], None, Bar(split, job.total)
-    source = blocks(job.files, tuple(state["cursor"]), job.max_docs, state["after"])
-    tasks = ((block, job.text_key, str(job.out / MODEL), low, high) for block in source)
-    with ShardWriter(job.out, split, job.shard_tokens, state["shards"][split]) as writer:
+    source, names, tables = blocks(job.files, tuple(state["cursor"]), job.max_docs, state["after"]), [split], None
+    if split == "val" and job.caseops:
+        names, tables = [split, "val_bytes"], trainer().byte_tables(load(job.out / MODEL), job.vocab_size)
+    tasks = ((block, job.text_key, str(job.out / MODEL), low, high, tables) for block in source)
+    with ShardWriter(job.out, names, job.shard_tokens, state["shards"][split]) as writer:
         for (block, *_), got in workers.map(encode_block, tasks):
             before, keep, empty = dict(counts), np.ones(len(got.lengths), bool), len(got.empty)
             room = job.val_docs - counts["val_documents"]
@@ -612,15 +633,15 @@ def encode(job, workers, state, split, val_keys=None):
             elif job.val_docs and len(keep) >= room:
                 keep[room:], last = False, block.documents[got.index[room - 1]][0]
                 empty = int((got.empty < got.index[room - 1]).sum())
-            tokens = got.tokens[np.repeat(keep, got.lengths)]
+            columns = [column[np.repeat(keep, got.lengths)] for column in got.columns]
             counts[f"{split}_documents"] += int(keep.sum())
-            counts[f"{split}_tokens"] += len(tokens)
+            counts[f"{split}_tokens"] += len(columns[0])
             counts["empty_docs_skipped"] += empty if split == "train" or job.val_docs else 0
-            for done in writer.write(tokens[skip:]):
+            for done in writer.write(*(column[skip:] for column in columns)):
                 state["shards"][split] = writer.index
                 here = dict(cursor=block.documents[0][0], skip=skip + done, counts=before)
                 write_json(job.out / STATE, {**state, **here})
-            skip = max(skip - len(tokens), 0)
+            skip = max(skip - len(columns[0]), 0)
             progress(block.read)
             if last:
                 break
@@ -663,33 +684,59 @@ def at_most(name, limit, found, note=""):
     return Check(name, f"at most {limit:,}", found, found <= limit, note)
 
 
+class Survey(NamedTuple):
+    """What the proof of a split reads: files in order, and what it takes to understand them."""
+
+    paths: list  # of the shards of a split
+    model: str
+    tables: tuple  # those of train_gpt.byte_tables
+    reencode: bool = False
+    sidecar: list = ()  # the files with the bytes of each token, if there are any
+    exact: bool = True  # False: the sidecar counts the text before normalisation, as published ones do
+
+
 def _span(task):
     """Worker: sums, keys and remarks on the documents that begin in tokens [begin, end) of one shard."""
-    paths, index, begin, end, model, (base, lead, edge), reencode = task
-    sp, name = load(model), Path(paths[index]).name
-    ids = np.array(np.memmap(paths[index], "<u2", "r", HEADER)[begin:end])
+    of, index, begin, end = task
+    sp, base, name = load(of.model), of.tables[0], Path(of.paths[index]).name
+    transform, invert = caseops.codec(sp)
+    ids = np.array(np.memmap(of.paths[index], "<u2", "r", HEADER)[begin:end])
     sums, keys, notes = Counter(tokens=len(ids), outside=int((ids >= len(base)).sum())), [], {}
     starts = np.flatnonzero(ids == BOS)
     if sums["outside"]:
         at = int(np.argmax(ids >= len(base)))
         notes["outside"] = f" (token {ids[at]} at offset {HEADER + 2 * (begin + at)} of {name})"
     elif len(starts):
-        ids = np.concatenate([ids[starts[0]:], *_rest(paths, index, end)])
+        ids, first = np.concatenate([ids[starts[0]:], *_rest(of.paths, index, end)]), begin + int(starts[0])
         cuts = [*(starts - starts[0]).tolist(), len(ids)]
         if ids.max() >= len(base):  # in the tail; the span where that token stands reports it
             return sums, _key_array(keys), notes
-        sizes = np.append(0, base[ids[1:]] + (lead[ids[1:]] & ~edge[ids[:-1]])).astype(np.int64)
-        sizes = np.add.reduceat(sizes, cuts[:-1])
-        sums.update(documents=len(starts), bytes=int(sizes.sum()))
-        for low, high, size in zip(cuts, cuts[1:], sizes.tolist()):
+        counts = caseops.byte_counts(ids, of.tables, caseops.operator_ids(sp))
+        charged = np.concatenate([*_values(of.sidecar, index, first, len(ids))]) if of.sidecar else counts
+        wrong = charged != counts if of.exact else (charged > 0) & (counts == 0)  # an operator or BOS that counts
+        sizes, wrong = np.add.reduceat(counts, cuts[:-1]), np.logical_or.reduceat(wrong, cuts[:-1])
+        sums.update(documents=len(starts), bytes=int(charged.sum()))
+        for low, high, size, sidecar in zip(cuts, cuts[1:], sizes.tolist(), wrong.tolist()):
             row = ids[low + 1:high].tolist()
-            text = sp.decode(row)
+            text = invert(sp.decode(row))
             keys.append(document_keys(row, text))
-            faults = dict(unequal=len(text.encode()) != size, reencoded=reencode and sp.encode(text) != row)
+            sums["decoded"] += (length := len(text.encode()))
+            faults = dict(unequal=length != size, sidecar=sidecar,
+                          reencoded=of.reencode and sp.encode(transform(text)) != row)
             for fault in (f for f, found in faults.items() if found):
                 sums[fault] += 1
-                notes.setdefault(fault, f" (first at token {begin + int(starts[0]) + low} of {name})")
+                notes.setdefault(fault, f" (first at token {first + low} of {name})")
     return sums, _key_array(keys), notes
+
+
+def _values(paths, index, at, count):
+    """`count` values from `at` of one file on, which may go on in later files."""
+    for path in paths[index:]:
+        part = np.array(np.memmap(path, "<u2", "r", HEADER)[at:at + count], np.int64)
+        yield part
+        at, count = 0, count - len(part)
+        if not count:
+            return
 
 
 def _rest(paths, index, at):
@@ -705,12 +752,10 @@ def _rest(paths, index, at):
         at = 0
 
 
-def survey(paths, workers, model, tables, reencode=False, known=None):
-    """(sums, remarks, sorted keys) of a split. With `known`, the keys of the other split, it counts copies of those."""
-    paths = [str(p) for p in paths]
-    lengths = [(os.path.getsize(p) - HEADER) // 2 for p in paths]
-    tasks = ((paths, i, at, min(at + SPAN, n), str(model), tables, reencode)
-             for i, n in enumerate(lengths) for at in range(0, n, SPAN))
+def survey(of, workers, known=None):
+    """(sums, remarks, sorted keys) of a Survey. With `known`, the keys of the other split, copies are counted."""
+    lengths = [(os.path.getsize(p) - HEADER) // 2 for p in of.paths]
+    tasks = ((of, i, at, min(at + SPAN, n)) for i, n in enumerate(lengths) for at in range(0, n, SPAN))
     sums, notes, keys, progress = Counter(), {}, [np.zeros((0, 2), "<u8")], Bar("proof", sum(lengths), "tokens")
     for _, (some, found, why) in workers.map(_span, tasks):
         if known is None:
@@ -749,13 +794,26 @@ def _shard_checks(paths, train_gpt):
             yield Check("shard", name, str(error).removeprefix(f"{path}: ").partition("; ")[0], False)
 
 
-def fineweb_checks(folder, vocab_size, sums, known):
+def _sidecar_checks(folder, case):
+    """One byte sidecar beside every validation shard of a CaseOps tokenizer, with as many values; none otherwise."""
+    val, sidecar = shards(folder, "val"), shards(folder, "val_bytes")
+    if case or sidecar:
+        yield same("byte sidecars of the validation shards", len(val) if case else 0, len(sidecar),
+                   "" if case else " (the tokenizer has no case operators)")
+    for one, other in zip(val, sidecar):
+        if one.stat().st_size != other.stat().st_size:
+            yield same(f"bytes in the file {other.name}", one.stat().st_size, other.stat().st_size)
+
+
+def fineweb_checks(folder, vocab_size, sums, known, sidecar):
     """A published FineWeb folder against the constants of its validation set."""
     yield same("FineWeb validation documents", known["documents"], sums["documents"])
-    if sidecar := sorted(folder.glob("fineweb_val_bytes_*.bin")):  # of transformed text: the bytes of the original
-        found = sum(int(np.memmap(p, "<u2", "r", HEADER).sum(dtype=np.int64)) for p in sidecar)
-        yield Check("FineWeb validation bytes in the sidecar", f"{known['bytes']:,} within 0.01 %", found,
-                    abs(found / known["bytes"] - 1) < 1e-4)
+    if sidecar:  # the published one counts the documents before normalisation, which are 151,080,645 bytes (#1729)
+        yield Check("FineWeb validation bytes in the sidecar", f"{known['bytes']:,} within 0.01%", sums["bytes"],
+                    abs(sums["bytes"] / known["bytes"] - 1) < 1e-4)
+        tokens = known["caseops_tokens"].get(vocab_size)
+        if tokens and folder.name == f"fineweb10B_sp{vocab_size}_{CASEOPS}":
+            yield same("FineWeb validation tokens", tokens, sums["tokens"])
         return
     yield same("FineWeb validation bytes", known["bytes"], sums["bytes"])
     if folder.name == f"fineweb10B_sp{vocab_size}":
@@ -773,15 +831,16 @@ def prove(folder, model, workers, expected=None, fineweb=None):
     `expected` holds totals counted elsewhere, such as while encoding; `fineweb` the constants of the published
     validation set where this should be it."""
     train_gpt, sp, totals, keys = trainer(), load(model), {}, None
-    tables = train_gpt.byte_tables(sp, sp.vocab_size())
-    paths = [(split, i, path) for split in ("val", "train") for i, path in enumerate(shards(folder, split))]
-    basics = [*_table_checks(sp, tables), *_shard_checks(paths, train_gpt)]
+    tables, case = train_gpt.byte_tables(sp, sp.vocab_size()), caseops.operator_ids(sp)
+    paths = [(split, i, p) for split in ("val", "val_bytes", "train") for i, p in enumerate(shards(folder, split))]
+    basics = [*_table_checks(sp, tables), *_shard_checks(paths, train_gpt), *_sidecar_checks(folder, case)]
     yield from basics
     if not all(c.ok for c in basics[5:]):
         return
-    for split in dict.fromkeys(split for split, *_ in paths):
-        files = [path for s, _, path in paths if s == split]
-        sums, notes, found = survey(files, workers, model, tables, split == "val", keys)
+    for split in (s for s in ("val", "train") if shards(folder, s)):
+        files, sidecar = shards(folder, split), shards(folder, "val_bytes") if split == "val" else []
+        of = Survey(files, str(model), tables, split == "val", sidecar, exact=not fineweb)
+        sums, notes, found = survey(of, workers, keys)
         keys = found if keys is None else keys
         yield same(f"{split}: tokens outside the vocabulary of {len(tables[0]):,}", 0, sums["outside"],
                    notes.get("outside", ""))
@@ -794,13 +853,20 @@ def prove(folder, model, workers, expected=None, fineweb=None):
         many = f"of {sums['documents']:,}"
         yield same(f"{split}: documents {many} whose decoded bytes differ from the byte table", 0, sums["unequal"],
                    notes.get("unequal", ""))
+        if sidecar:
+            yield same(f"val: documents {many} whose byte sidecar is wrong", 0, sums["sidecar"],
+                       notes.get("sidecar", ""))
+            share = 1e-4 if fineweb else 0  # published sidecars count the documents before normalisation
+            yield Check("val: bytes in the sidecar", f"{sums['decoded']:,} within {share:.2%}", sums["bytes"],
+                        abs(sums["bytes"] - sums["decoded"]) <= share * sums["decoded"])
         if split == "val":
-            yield same("val: bytes that train_gpt.py charges", sums["bytes"], charged_bytes(train_gpt, files, tables))
+            charged = charged_bytes(train_gpt, files, tables, sidecar)
+            yield same("val: bytes that train_gpt.py charges", sums["bytes"], charged)
             # Normalising twice rarely changes a text (a ligature before an accent); a wrong tokenizer changes them all.
             yield at_most(f"val: documents {many} whose text gives other tokens", max(1, sums["documents"] // 10),
                           sums["reencoded"], notes.get("reencoded", ""))
             if fineweb:
-                yield from fineweb_checks(folder, len(tables[0]), sums, fineweb)
+                yield from fineweb_checks(folder, len(tables[0]), sums, fineweb, bool(sidecar))
         else:
             # FineWeb was deduplicated within each crawl only, so the published set may hold some copies; ours must not.
             yield at_most("train: copies of validation documents", totals["val"]["documents"] // 100 if fineweb else 0,
@@ -808,7 +874,10 @@ def prove(folder, model, workers, expected=None, fineweb=None):
     yield totals
 
 
-def charged_bytes(train_gpt, paths, tables):
+def charged_bytes(train_gpt, paths, tables, sidecar=()):
+    """What train_gpt.py divides a score by: the sidecar where there is one, else its byte table on the tokens."""
+    if sidecar:
+        return sum(int(train_gpt.read_shard(path).sum(dtype=np.int64)) for path in sidecar)
     total, last = 0, np.zeros(0, np.uint16)
     for path in paths:
         ids = train_gpt.read_shard(path)
@@ -819,8 +888,8 @@ def charged_bytes(train_gpt, paths, tables):
 
 
 def file_table(folder, workers):
-    """Name, tokens and SHA-256 of every shard."""
-    paths = [*shards(folder, "val"), *shards(folder, "train")]
+    """Name, tokens and SHA-256 of every shard and sidecar."""
+    paths = [path for split in ("val", "val_bytes", "train") for path in shards(folder, split)]
     return [dict(name=p.name, tokens=(p.stat().st_size - HEADER) // 2, sha256=digest)
             for p, digest in workers.map(sha256, paths)]
 
@@ -829,11 +898,11 @@ def find_tokenizer(folder, vocab_size=None):
     """Where the tokenizer of a data set is: beside its shards, or in the contest's layout."""
     if (folder / MODEL).is_file():
         return folder / MODEL
-    named = re.search(r"_sp(\d+)", folder.name)
-    size = vocab_size or (named and named.group(1)) or "*"
-    found = list(folder.parent.parent.glob(f"tokenizers/fineweb_{size}_bpe.model"))
+    size, variant = re.search(r"(?:_sp(\d+)(.*))?$", folder.name).groups("")
+    name = f"fineweb_{vocab_size or size or '*'}_bpe{variant}.model"
+    found = list(folder.parent.parent.glob(f"tokenizers/{name}"))
     if len(found) != 1:
-        what = f"{'more than one' if found else 'no'} ../../tokenizers/fineweb_{size}_bpe.model"
+        what = f"{'more than one' if found else 'no'} ../../tokenizers/{name}"
         raise BadInput(f"{folder}: no {MODEL} and {what}; give --tokenizer FILE")
     return found[0]
 
@@ -1072,6 +1141,7 @@ class Job(NamedTuple):
     max_docs: int | None
     text_key: str
     sample_mb: float
+    caseops: bool
     description: dict
 
     @property
@@ -1104,23 +1174,31 @@ def make_job(args):
         if not Path(args.tokenizer).is_file():
             raise BadInput(f"--tokenizer {args.tokenizer}: no such file")
         model = Path(args.tokenizer).read_bytes()
-        vocab_size = check_tokenizer(model, args.vocab_size, args.tokenizer).vocab_size()
+        sp = check_tokenizer(model, args.vocab_size, args.tokenizer)
+        vocab_size = sp.vocab_size()
+        if bool(caseops.operator_ids(sp)) != args.caseops:
+            raise BadInput(f"{args.tokenizer}: " + ("has no case operators; leave out --caseops" if args.caseops else
+                                                    "has case operators; add --caseops"))
     if not 0 < vocab_size <= 1 << 16:
         raise BadInput(f"--vocab-size {vocab_size}: a token is stored in 16 bits, so it must lie between 1 and 65536")
     if args.out is None and not builtin:
         raise BadInput("--out is missing: say where the data set goes, for example --out data/datasets/mine")
     if importlib.util.find_spec("torch") is None:  # better now than before the proof, after hours of encoding
         raise BadInput("the proof at the end needs torch: pip install -r requirements.txt")
-    out = Path(args.out or os.path.relpath(ROOT / f"data/datasets/builtin_sp{vocab_size}"))
+    out = Path(args.out or os.path.relpath(ROOT / f"data/datasets/builtin_sp{vocab_size}{'_caseops' * args.caseops}"))
     files = [out / BUILTIN] if builtin else find_sources(args.source)
+    if args.val_docs == TOO_FEW and files[0].name.startswith(DOCUMENTS):
+        raise BadInput(f"--val-docs {TOO_FEW} of {DOCUMENTS}: the contest's validation set is the first 50000, and "
+                       "40000 of these would be trained on; use --val-docs 50000")
     versions = dict(python=sys.version.split()[0], **{k: d.version for k, d in packages().items()}) if builtin else None
     description = dict(
         tool=TOOL, source=dict(builtin=versions) if builtin else describe_files(files), vocab_size=vocab_size,
         tokenizer=hashlib.sha256(model).hexdigest() if model else f"trained on {args.tokenizer_sample_mb:g} MB",
         validation=f"first {args.val_docs} documents" if args.val_docs else f"{share:g} of the documents by hash",
-        shard_tokens=args.shard_tokens, max_docs=args.max_docs, text_key=args.text_key)
+        shard_tokens=args.shard_tokens, max_docs=args.max_docs, text_key=args.text_key,
+        **(dict(transform=caseops.NAME) if args.caseops else {}))
     return Job(out, files, vocab_size, model, args.val_docs or 0, 0 if args.val_docs else int(share * EVERY),
-               args.shard_tokens, args.max_docs, args.text_key, args.tokenizer_sample_mb, description)
+               args.shard_tokens, args.max_docs, args.text_key, args.tokenizer_sample_mb, args.caseops, description)
 
 
 def finished(job):
@@ -1153,7 +1231,8 @@ def resume(job):
     """The state of an earlier, killed run of the same job, or a fresh one."""
     state = read_json(job.out / STATE)
     if state is not None:
-        if state["job"] == job.description and all(len(shards(job.out, s)) >= n for s, n in state["shards"].items()):
+        files = {**state["shards"], **({"val_bytes": state["shards"]["val"]} if job.caseops else {})}
+        if state["job"] == job.description and all(len(shards(job.out, s)) >= n for s, n in files.items()):
             for path in job.out.glob(".*.part"):
                 path.unlink()
             say("continue", split=state["split"], finished_shards=sum(state["shards"].values()))
@@ -1177,7 +1256,8 @@ def make_shards(job, workers, state):
             texts = sample(job, workers)
             if not texts:
                 raise too_few(job, "training", 0)
-            model = train_tokenizer(texts, job.vocab_size)
+            symbols = caseops.OPERATORS if job.caseops else ()
+            model = train_tokenizer(map(caseops.encode, texts) if symbols else texts, job.vocab_size, symbols)
             say("tokenizer", documents=len(texts), bytes=sum(len(t.encode()) for t in texts))
             check_tokenizer(model, job.vocab_size, "the tokenizer trained on this text (give more text)")
         with atomic(job.out / MODEL) as file:
@@ -1186,7 +1266,8 @@ def make_shards(job, workers, state):
         encode(job, workers, state, "val")
     if state["split"] == "train":
         blank = [np.zeros(job.vocab_size, dtype) for dtype in (np.int16, bool, bool)]  # only the keys are wanted here
-        encode(job, workers, state, "train", survey(shards(job.out, "val"), workers, job.out / MODEL, blank)[2])
+        known = survey(Survey(shards(job.out, "val"), str(job.out / MODEL), blank), workers)[2]
+        encode(job, workers, state, "train", known)
 
 
 def finish(job, workers, counts, begin):
@@ -1216,6 +1297,8 @@ EXAMPLES = """examples:
       trains a tokenizer, keeps 5 % of the documents for validation, writes shards, proves them
   python data/prepare.py --source docs_selected.jsonl --out data/datasets/docs_sp2048 --vocab-size 2048 --val-docs 50000
       the split of the contest: the first 50,000 documents
+  python data/prepare.py --source book.txt --out data/datasets/mine_caseops --caseops
+      the same text in lower case with operators for the capitals, and the bytes of every validation token beside it
   python data/prepare.py --source more.jsonl.zst --out data/datasets/more --tokenizer data/datasets/mine/tokenizer.model
   python data/prepare.py --check data/datasets/mine
       proves a data set again from its shards; published shards too
@@ -1236,6 +1319,8 @@ def parser():
     p.add_argument("--vocab-size", type=int, metavar="V",
                    help="pieces of the tokenizer, at most 65536 (default: 1024, or those of --tokenizer)")
     p.add_argument("--tokenizer", metavar="FILE", help="use this SentencePiece .model instead of training one")
+    p.add_argument("--caseops", action="store_true",
+                   help="write capitals as operators before words in lower case (#1729), without loss")
     split.add_argument("--val-docs", type=int, metavar="N", help="validate on the first N documents, as in the contest")
     split.add_argument("--val-fraction", type=float, metavar="F",
                        help="validation is this share of the documents, chosen by a hash of their text (default: 0.05)")
