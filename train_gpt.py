@@ -1784,6 +1784,7 @@ class Average:
 # ---------------------------------------------------------------------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 1024  # 256 little-endian int32 words, then uint16 tokens
+CASE_OPERATORS = "\ue001\ue002\ue003\ue004"  # of a CaseOps tokenizer (#1729); the last one escapes the others
 FINEWEB_VAL_BYTES = 151_080_891  # of the 50,000 validation documents, whatever the tokenizer (rules of the contest)
 
 
@@ -1838,8 +1839,9 @@ def load_tokenizer(s):
     except ImportError:
         raise BadInput("tokenizers need the package sentencepiece: pip install sentencepiece") from None
     folder = Path(s.data_path)
+    variant = folder.name.partition(f"_sp{s.vocab_size}")[2]  # of fineweb10B_sp8192_lossless_caps_caseops_v1_reserved
     places = [Path(s.tokenizer_path)] if s.tokenizer_path else [
-        folder / "tokenizer.model", folder.parent.parent / "tokenizers" / f"fineweb_{s.vocab_size}_bpe.model"]
+        folder / "tokenizer.model", folder.parent.parent / "tokenizers" / f"fineweb_{s.vocab_size}_bpe{variant}.model"]
     path = next((p for p in places if p.is_file()), None)
     if path is None:
         raise BadInput(f"no tokenizer at {' or '.join(map(str, places))}; set TOKENIZER_PATH, or make one with "
@@ -1877,6 +1879,33 @@ def target_bytes(ids, tables):
     base, lead, edge = tables
     ids = np.asarray(ids)
     return base[ids[1:]] + (lead[ids[1:]] & ~edge[ids[:-1]]).astype(np.int16)
+
+
+def has_case_operators(sp):
+    """Whether this is a CaseOps tokenizer, whose shards hold a transformed text."""
+    return not any(sp.is_unknown(sp.piece_to_id(operator)) for operator in CASE_OPERATORS)
+
+
+def read_sidecar(paths):
+    """Bytes of the text behind each token of the validation shards, (N,) int32, from the files that CaseOps data has
+    beside them (#1729); None where there are none.
+    """
+    expected = [Path(path).with_name(Path(path).name.replace("_val_", "_val_bytes_")) for path in paths]
+    found = sorted(expected[0].parent.glob("fineweb_val_bytes_*.bin"))
+    again = "make or fetch the data set again with data/prepare.py --caseops or data/fineweb.py"
+    if found and found != expected:
+        raise BadInput(f"{expected[0].parent}: expected one fineweb_val_bytes_*.bin for each of the {len(expected)} "
+                       f"validation shards, found {len(found)}: {', '.join(p.name for p in found[:3])}; {again}")
+    for path, counts in zip(paths, found):
+        ids, values = read_shard(path), read_shard(counts)
+        if len(ids) != len(values):
+            raise BadInput(f"{counts}: expected {len(ids)} byte counts, one for each token of {Path(path).name}, "
+                           f"found {len(values)}; {again}")
+        if (wrong := (ids == BOS) & (values > 0)).any():
+            at = int(np.argmax(wrong))
+            raise BadInput(f"{counts}: expected 0 bytes for the BOS token at offset {SHARD_HEADER + 2 * at}, found "
+                           f"{int(values[at])}: it belongs to another shard; {again}")
+    return np.concatenate([read_shard(path) for path in found]).astype(np.int32) if found else None
 
 
 def shuffled_order(counts, rng, chunk=None):
@@ -2056,12 +2085,15 @@ class ValStream(NamedTuple):
     """The validation text: every token after the first is a target."""
 
     tokens: Tensor  # (N + 1,) int32 on the device
-    bytes: Tensor  # (N,) int16: bytes charged to each target
+    bytes: Tensor  # (N,) int16 or int32: bytes charged to each target
     whole: bool  # False where VAL_TOKENS cut it
+    sidecar: bool = False  # the bytes are those of fineweb_val_bytes_*.bin, not of the byte table
 
 
 def load_validation(s, rt, sp):
-    """All validation shards in order, with the bytes of each target counted from the ids alone, before any scoring."""
+    """All validation shards in order, with the bytes of each target: counted from the ids alone, before any scoring,
+    or given by a sidecar. BadInput where case operators have none: the table would count 3 bytes for each.
+    """
     paths = find_shards(s.data_path, "val")
     ids = np.concatenate([read_shard(path, s.vocab_size) for path in paths])
     whole = not s.val_tokens or s.val_tokens >= len(ids) - 1
@@ -2069,8 +2101,13 @@ def load_validation(s, rt, sp):
     if len(ids) - 1 < s.eval_seq_len:
         raise BadInput(f"the validation stream has {len(ids) - 1} targets, fewer than one window of "
                        f"EVAL_SEQ_LEN={s.eval_seq_len}; shorten it, or prepare more validation text")
-    counted = torch.from_numpy(target_bytes(ids, byte_tables(sp, s.vocab_size)))
-    return ValStream(torch.from_numpy(ids.astype(np.int32)).to(rt.device), counted.to(rt.device), whole)
+    given = read_sidecar(paths)
+    if given is None and has_case_operators(sp):
+        raise BadInput(f"{s.data_path}: the tokenizer has case operators, which are no bytes of the text, but there is "
+                       "no fineweb_val_bytes_*.bin; make it with data/prepare.py --caseops, or use data/fineweb.py")
+    counted = target_bytes(ids, byte_tables(sp, s.vocab_size)) if given is None else given[1 : len(ids)]
+    ids, counted = torch.from_numpy(ids.astype(np.int32)), torch.from_numpy(counted)
+    return ValStream(ids.to(rt.device), counted.to(rt.device), whole, given is not None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3266,8 +3303,19 @@ class Validity:
             self.need(self.frozen or self._reporting, "C3: validation shards opened before the artifact was frozen")
 
 
+def _cased_length(text):
+    """Bytes of what a CaseOps text (#1729) stands for: without its operators, but with those that one escapes."""
+    escape = CASE_OPERATORS[-1]
+    escaped = text.count(escape) - text.count(escape + escape)
+    return len(text.encode()) - 3 * (sum(map(text.count, CASE_OPERATORS)) - escaped)
+
+
 def prove_bytes(sp, stream, most=1_000_000):
-    """Decode validation documents (up to `most` tokens), compare their length with the table: (documents, wrong)."""
+    """Decode validation documents (up to `most` tokens), compare their length with the bytes: (documents, wrong).
+
+    CaseOps documents are compared all together and may differ by 0.1 %, because published sidecars count the text
+    before normalisation; operators that count would be 9 %.
+    """
     ids = stream.tokens[: most + 1].cpu().numpy()
     starts = [*np.flatnonzero(ids == BOS).tolist(), len(ids)]
     counted = stream.bytes[: len(ids) - 1].cpu().numpy()
@@ -3275,6 +3323,9 @@ def prove_bytes(sp, stream, most=1_000_000):
     pairs = [(a, b) for a, b in zip(starts, starts[1:]) if b < len(ids) or whole]
     texts = sp.decode([ids[a + 1 : b].tolist() for a, b in pairs])
     sums = [int(counted[max(a - 1, 0) : b - 1].sum()) for a, b in pairs]  # with the BOS, which must count nothing
+    if has_case_operators(sp):
+        size = sum(map(_cased_length, texts))
+        return len(pairs), len(pairs) * (abs(sum(sums) - size) > 1e-3 * size)
     return len(pairs), sum(len(text.encode()) != total for text, total in zip(texts, sums))
 
 
@@ -4169,9 +4220,10 @@ def _check_bytes(run, sp, val):
     """The denominator against decoded documents, and against the totals of whoever made the shards."""
     documents, wrong = prove_bytes(sp, val)
     counted = int(val.bytes.sum())
-    run.validity.need(not wrong, f"bytes: {wrong} of {documents} decoded documents differ from the byte table")
+    by = "sidecar" if val.sidecar else "table"
+    run.validity.need(not wrong, f"bytes: {wrong} of {documents} decoded documents differ from the byte {by}")
     run.log("bytes", documents_decoded=documents, wrong=wrong, val_tokens=len(val.bytes), val_bytes=counted,
-            bytes_per_token=round(counted / len(val.bytes), 6))
+            bytes_per_token=round(counted / len(val.bytes), 6), counted_by=by)
     path = Path(run.s.data_path) / "manifest.json"
     if not path.is_file() or not val.whole:
         return
