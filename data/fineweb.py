@@ -3,6 +3,7 @@
     python data/fineweb.py --variant sp1024 --train-shards 80        8 billion training tokens and all of validation
     python data/fineweb.py --variant sp8192 --train-shards 10 --check
     python data/fineweb.py --variant sp1024 --repo /mnt/mirror       from a folder with the same layout
+    python data/fineweb.py --variant sp8192_lossless_caps_caseops_v1_reserved        CaseOps, with its byte sidecar
 
 A file appears under its final name only after its header, length and tokens were checked, and validation only after its
 documents, tokens and bytes are those of the contest. Files that were verified before are not fetched again.
@@ -16,11 +17,14 @@ import re
 import sys
 from pathlib import Path
 
+import caseops
 import prepare
-from prepare import FINEWEB, MANIFEST, READ, ROOT, BadInput, Bar, Workers, locked, say, sha256, shards, trainer
+from prepare import CASEOPS, FINEWEB, MANIFEST, READ, ROOT, BadInput, Bar, Workers, locked, say, sha256, shards, trainer
 
 TOOL = "fineweb 1"
-PUBLISHED = {"sp1024": "willdepueoai/parameter-golf"} | dict.fromkeys(("sp4096", "sp8192"), "kevclark/parameter-golf")
+PUBLISHED = {"sp1024": "willdepueoai/parameter-golf", "sp4096": "kevclark/parameter-golf",
+             "sp8192": "kevclark/parameter-golf", f"sp8192_{CASEOPS}": "romeerp/parameter-golf-caseops-v1"}
+VARIANT = re.compile(r"sp(\d+)((?:_\w+)?)")
 INSTEAD = "or make shards without a network: python data/prepare.py --source YOUR_TEXT --out DIR, or --source builtin"
 
 
@@ -106,9 +110,10 @@ class Download:
     """One variant: where its files come from, where they go, and what is known about those that are there."""
 
     def __init__(self, repository, variant, out, known):
-        self.repository, self.vocab_size, self.known = repository, int(variant[2:]), known
+        size, transform = VARIANT.fullmatch(variant).groups()
+        self.repository, self.vocab_size, self.known = repository, int(size), known
         self.folder = Path(out) / "datasets" / f"fineweb10B_{variant}"
-        self.model = Path(out) / "tokenizers" / f"fineweb_{self.vocab_size}_bpe.model"
+        self.model = Path(out) / "tokenizers" / f"fineweb_{size}_bpe{transform}.model"
         self.manifest = prepare.read_manifest(self.folder) or dict(tokenizer={}, splits={}, shards=[])
         self.rows = {row["name"]: row for row in self.manifest["shards"]}
 
@@ -124,10 +129,11 @@ class Download:
 
     def row(self, path, final):
         """The manifest's line on a shard; BadInput for a file that is not a whole shard of this vocabulary."""
-        ids = trainer().read_shard(path, self.vocab_size)
+        counts = "_val_bytes_" in final.name  # of bytes, not tokens
+        ids = trainer().read_shard(path, None if counts else self.vocab_size)
         documents = sum(int((ids[i:i + READ] == prepare.BOS).sum()) for i in range(0, len(ids), READ))
-        return dict(name=final.name, tokens=len(ids), documents=documents, sha256=sha256(path),
-                    size_time=[path.stat().st_size, path.stat().st_mtime_ns])
+        return dict(name=final.name, tokens=len(ids), **({} if counts else dict(documents=documents)),
+                    sha256=sha256(path), size_time=[path.stat().st_size, path.stat().st_mtime_ns])
 
     def stage(self, path):
         """The file under a temporary name, or under its own if an interrupted run left it there complete."""
@@ -150,20 +156,25 @@ class Download:
         return part
 
     def validation(self):
-        """Tokenizer and validation shards: they are proven together, then renamed together."""
+        """Tokenizer, validation shards and their byte sidecars: they are proven together, then renamed together."""
         known = [self.folder / name for name in self.rows if "_val_" in name]
         if known and all(map(self.verified, [self.model, *known])):
             return
-        wanted = [self.model, self.folder / "fineweb_val_000000.bin"]
-        while self.remote(following := self.folder / f"fineweb_val_{len(wanted) - 1:06d}.bin"):
-            wanted.append(following)
+        val = [self.folder / "fineweb_val_000000.bin"]
+        while self.remote(following := self.folder / f"fineweb_val_{len(val):06d}.bin"):
+            val.append(following)
+        sidecar = [path.with_name(path.name.replace("_val_", "_val_bytes_")) for path in val]
+        sidecar = sidecar if self.remote(sidecar[0]) else []
+        wanted = [self.model, *val, *sidecar]
         parts = [self.stage(path) for path in wanted]
         try:
             with open(parts[0], "rb") as file:
                 sp = prepare.check_tokenizer(file.read(), self.vocab_size, f"{self.repository.name}: {self.model.name}")
-            totals = {key: sum(self.rows[path.name][key] for path in wanted[1:]) for key in ("documents", "tokens")}
-            totals["bytes"] = prepare.charged_bytes(trainer(), parts[1:], trainer().byte_tables(sp, self.vocab_size))
-            for check in prepare.fineweb_checks(self.folder, self.vocab_size, totals, self.known):
+            self.match(val, sidecar, caseops.operator_ids(sp))
+            totals = {key: sum(self.rows[path.name][key] for path in val) for key in ("documents", "tokens")}
+            tables, begin = trainer().byte_tables(sp, self.vocab_size), 1 + len(val)
+            totals["bytes"] = prepare.charged_bytes(trainer(), parts[1:begin], tables, parts[begin:])
+            for check in prepare.fineweb_checks(self.folder, self.vocab_size, totals, self.known, bool(sidecar)):
                 print(check, flush=True)
                 if not check.ok:
                     raise BadInput(f"{self.repository.name}: not the published validation set ({str(check)[8:]})")
@@ -177,6 +188,18 @@ class Download:
         self.manifest["tokenizer"] = dict(name=f"../../tokenizers/{self.model.name}", sha256=sha256(self.model),
                                           size_time=[state.st_size, state.st_mtime_ns])
         self.manifest["splits"]["val"] = totals
+
+    def match(self, val, sidecar, case):
+        """BadInput unless a tokenizer with case operators, and no other, has a byte count for each validation token."""
+        if bool(case) != bool(sidecar):
+            fault = ("case operators, but there is no fineweb_val_bytes_000000.bin that counts the bytes of the text"
+                     if case else f"no case operators, but there is {sidecar[0].name}, which counts another text")
+            raise BadInput(f"{self.repository.name}: {self.model.name} has {fault}; mend it there")
+        for tokens, counts in zip(val, sidecar):
+            expected, found = self.rows[tokens.name]["tokens"], self.rows[counts.name]["tokens"]
+            if found != expected:
+                raise BadInput(f"{self.repository.name}: {counts.name} has {found} byte counts for the {expected} "
+                               f"tokens of {tokens.name}; mend it there")
 
     def training(self, count):
         """The first `count` training shards, each renamed as soon as it is verified."""
@@ -192,7 +215,7 @@ class Download:
 
     def finish(self):
         """The manifest of everything in the folder that was verified."""
-        here = [path.name for split in ("val", "train") for path in shards(self.folder, split)]
+        here = [path.name for split in ("val", "val_bytes", "train") for path in shards(self.folder, split)]
         rows = [self.rows[name] for name in here if name in self.rows]
         train = [row for row in rows if "_train_" in row["name"]]
         self.manifest["splits"]["train"] = {key: sum(row[key] for row in train) for key in ("documents", "tokens")}
@@ -210,8 +233,11 @@ EXAMPLES = """examples:
       proves everything afterwards, as data/prepare.py --check does
   python data/fineweb.py --variant sp1024 --train-shards 1 --repo file:///mnt/mirror
       from a folder with datasets/fineweb10B_sp1024/ and tokenizers/
+  python data/fineweb.py --variant sp8192_lossless_caps_caseops_v1_reserved --train-shards 80
+      the CaseOps text of the contest (#1729): fineweb_val_bytes_*.bin holds the bytes of every validation token
 
-Layout: OUT/datasets/fineweb10B_<variant>/fineweb_{val,train}_*.bin and OUT/tokenizers/fineweb_<V>_bpe.model.
+Layout: OUT/datasets/fineweb10B_<variant>/fineweb_{val,train}_*.bin and OUT/tokenizers/fineweb_<V>_bpe.model, where
+what follows sp<V> in the name of the variant stands before .model too.
 An interrupted download continues with the same command.
 exit codes: 0 complete; 1 --check found a fault, or stopped; 2 something given or published cannot be used"""
 
@@ -220,7 +246,7 @@ def parser():
     p = argparse.ArgumentParser(prog="fineweb.py", description=__doc__.splitlines()[0], epilog=EXAMPLES,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default, kind, metavar, text in (
-            ("variant", "sp1024", str, "SP", "sp1024, sp4096 or sp8192; another sp<V> with --repo (default: sp1024)"),
+            ("variant", "sp1024", str, "SP", f"{', '.join(PUBLISHED)}; another with --repo (default: sp1024)"),
             ("train-shards", 80, int, "N", "the first N training shards (default: 80)"),
             ("out", os.path.relpath(ROOT / "data"), Path, "DIR", "will hold datasets/ and tokenizers/ (default: data)"),
             ("repo", None, str, "REPO", "another hub repository (OWNER/NAME), a folder, or file:///FOLDER"),
@@ -231,7 +257,7 @@ def parser():
 
 
 def run(args, known):
-    if not re.fullmatch(r"sp\d+", args.variant) or args.train_shards < 0:
+    if not VARIANT.fullmatch(args.variant) or args.train_shards < 0:
         raise BadInput(f"--variant {args.variant} --train-shards {args.train_shards}: they look like sp1024 and 80")
     job = Download(open_repository(args.repo, args.variant), args.variant, args.out, known)
     folders = job.folder, job.model.parent
