@@ -43,10 +43,12 @@ import sys
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial, reduce
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin
 
@@ -88,6 +90,7 @@ Layers = tuple[int, ...]  # "9,10"; an empty value means none
 Betas = tuple[float, ...]  # "0.9,0.95"; empty: BETA1,BETA2
 Stages = tuple[tuple[int, float], ...]  # "1024@0.1,2048@1": a size, and the fraction of the run up to which it holds
 Widths = tuple[tuple[int, int], ...]  # "0@8,10@8": a layer, and the bits of its matrices
+Names = tuple[str, ...]  # "q,v,head"; an empty value means none
 
 
 def opt(room, default, doc, lo=None, hi=None, on=""):
@@ -102,6 +105,10 @@ GATES, SKIPS = "attn_gate=head|sparse,smear_gate=scalar", "skips=linear|sigmoid|
 MUON, HEADS = "matrix_optimizer=muon", "tie_embeddings=False,mtp_num_heads"
 STAGES, LANES = "train_seq_schedule,train_batch_schedule", "parallel_residual=lanes|routed"
 FIXED, EMBED_FIXED = "fit=off|prune&matrix_quant=rtn|gptq_lite|gptq", "fit=off|prune&embed_quant=rtn|gptq_lite|gptq"
+FULL_TTT, LORA, DOCS_TTT = "ttt=full|before|prequant,phased_ttt_prefix_docs", "ttt=lora|lora_docs", "ttt=lora_docs"
+BASE_TTT, STREAM = "ttt=full|before|prequant", "off|full|lora|before|prequant"
+COUNTS, STEPS_TTT = "mixer=backoff|hedge|hashed", BASE_TTT + "|lora,phased_ttt_prefix_docs"
+LEARNS, GROUPS = f"ttt=full|lora,{COUNTS},token_boost", f"ttt_warm_start_a,{DOCS_TTT}&{COUNTS},{DOCS_TTT}&token_boost"
 GPTQ, MOMENTS = "matrix_quant=gptq,embed_quant=gptq", "matrix_quant=gptq,embed_quant=gptq,fit=allocate,lqer_rank"
 _run, _data, _model, _train, _average, _pack, _eval = (partial(opt, room) for room in (
     "Run", "Data", "Model", "Training", "Averaging", "Quantisation and packing", "Evaluation"))
@@ -276,8 +283,73 @@ class Settings:
     size_limit: int = _pack(SIZE_LIMIT, "most bytes of code + artifact; beyond it: exit code 3", 1, SIZE_LIMIT)
 
     eval_seq_len: int = _eval(2048, "length of an evaluation window", 2, 2**20)
-    eval_stride: int = _eval(64, "step of the sliding window; 0: contiguous windows", 0)
-    eval_batch_seqs: int = _eval(32, "windows a rank scores at once (changes speed, never the score)", 1)
+    eval_stride: int = _eval(64, "step of the sliding window; 0: contiguous windows", 0, on="eval_context=window&ttt=" + STREAM)
+    eval_batch_seqs: int = _eval(32, "rows a rank scores at once (changes speed, never the score)", 1)
+    eval_docs: bool = _eval(False, "each document is read on its own: nothing before its BOS is seen", on="ttt=" + STREAM)
+    eval_context: Literal["window", "cache"] = _eval(
+        "window", "each window anew; or keys and values are kept, and every token sees the EVAL_SEQ_LEN up to itself")
+    eval_temperature: float = _eval(1.0, "divides the logits; 0: fitted on training text, in the training clock", 0, 10)
+    ttt: Literal["off", "full", "lora", "lora_docs", "before", "prequant"] = _eval(
+        "off", "test-time training: on scored chunks (#549), the same by adapters, adapters a document (#1530); invalid: "
+        "before scoring (#518), before quantisation (#1539)")
+    ttt_chunk_tokens: int = _eval(32768, "targets scored before anything learns from them", 1, on=LEARNS)
+    ttt_epochs: int = _eval(3, "passes over a chunk (TTT=before and prequant: over all; phases: the documents so far)", 1,
+                            on=STEPS_TTT)
+    ttt_batch_seqs: int = _eval(32, "sequences of EVAL_SEQ_LEN a gradient step, over all ranks", 1, on=STEPS_TTT)
+    ttt_optimizer: Literal["sgd", "adamw"] = _eval("sgd", "of the weights themselves", on=FULL_TTT)
+    ttt_lr: float = _eval(0.002, "its learning rate, falling by a cosine over the chunks", 0, on=FULL_TTT)
+    ttt_min_lr: float = _eval(0.0, "where it ends, as a fraction", 0, 1, on=STEPS_TTT)
+    ttt_momentum: float = _eval(0.9, "momentum of SGD", 0, 0.9999, on="ttt_optimizer=sgd")
+    ttt_grad_clip: float = _eval(1.0, "clip the global gradient to this norm; 0: off", 0, on=STEPS_TTT)
+    ttt_lr_mult_proj: float = _eval(1.0, "multiple of TTT_LR for o and the MLP's down (#518)", 0, on=FULL_TTT)
+    ttt_lr_mult_fc: float = _eval(1.0, "multiple of TTT_LR for the MLP's up", 0, on=FULL_TTT)
+    ttt_freeze_blocks: int = _eval(0, "first blocks that do not learn", 0, 256, on=FULL_TTT)
+    ttt_freeze_embed: bool = _eval(False, "embedding tables and head do not learn (#967)", on=FULL_TTT)
+    ttt_train_scales: bool = _eval(False, "gains and scales of frozen blocks learn all the same (#967)",
+                                   on="ttt_freeze_blocks")
+    adaptive_lr_max: float = _eval(1.0, "multiple to which learning rates rise over the first 30 % (#967)", 0.01, 100,
+                                   on="ttt=full|lora")
+    byte_weighted_ttt: bool = _eval(False, "tokens weigh as many as they have bytes (#967)", on=STEPS_TTT)
+    polyak_decay: float = _eval(0.0, "score with a running mean of what TTT learns (#967); 0: off", 0, 0.999999,
+                                on="ttt=full|lora")
+    ttt_lora_rank: int = _eval(8, "rank of the adapters", 1, 1024, on=LORA)
+    ttt_lora_alpha: float = _eval(0.0, "their product counts alpha / rank times; 0: once", 0, on=LORA)
+    ttt_lora_targets: Names = _eval(("q", "v", "head"), "what gets one: q, k, v, o, mlp, head", on=LORA)
+    ttt_lora_lr: float = _eval(0.01, "their learning rate (AdamW)", 0, on=LORA)
+    ttt_beta1: float = _eval(0.9, "their first moment", 0, 0.9999, on=LORA)
+    ttt_beta2: float = _eval(0.95, "their second moment", 0, 0.99999, on=LORA)
+    ttt_wd: float = _eval(0.0, "their decoupled weight decay", 0, on=LORA)
+    ttt_chunk_size: int = _eval(48, "targets of a document between two steps of its adapters", 1, 2**20, on=DOCS_TTT)
+    ttt_short_chunks: Widths = _eval((), "the same where a document begins, such as 8@256,24@2000: size@up to there",
+                                     on=DOCS_TTT)
+    ttt_batch_size: int = _eval(64, "documents a rank reads side by side (speed only)", 1, 4096, on=DOCS_TTT)
+    ttt_warm_start_a: bool = _eval(False, "A begins where those of the last TTT_GROUP_DOCS ended, in the mean (#1767)",
+                                   on=DOCS_TTT)
+    ttt_group_docs: int = _eval(512, "documents, over all ranks, before anything else learns from them", 1, on=GROUPS)
+    phased_ttt_prefix_docs: int = _eval(0, "documents, longest first, after which TTT_LR trains the weights (#1610)", 0,
+                                        on=DOCS_TTT)
+    phased_ttt_num_phases: int = _eval(1, "phases in which they are reached (#1626)", 1, 100,
+                                       on="phased_ttt_prefix_docs")
+    mixer: Literal["off", "backoff", "hedge", "hashed"] = _eval(
+        "off", "n-gram counts of the scored text: all orders, at a weight by entropy; experts weighed by their record "
+        "(#967); invalid: hashes of the target (#1033)")
+    ngram_order: int = _eval(10, "longest n-gram", 2, 64, on=COUNTS)
+    mixer_experts: Names = _eval(("unigram", "bigram", "trigram"), "experts beside the model: unigram, bigram, trigram, "
+                                 "backoff; invalid: entropy", on="mixer=hedge")
+    mixer_eta: float = _eval(0.1, "by how much an expert's mean nats of a chunk lower its log weight", 0, on="mixer=hedge")
+    mixer_min_tokens: int = _eval(10000, "scored targets before counts are asked", 0, on=COUNTS)
+    alpha_base: float = _eval(0.2, "weight of the counts where the model is certain", 0, 1, on="mixer=backoff|hashed")
+    alpha_range: float = _eval(0.55, "what is added where it is not: times sigmoid(2 (entropy - ALPHA_CENTER))", 0, 1,
+                               on="mixer=backoff|hashed")
+    alpha_center: float = _eval(3.0, "entropy in nats at which half of it is added", 0, on="mixer=backoff|hashed")
+    ngram_buckets: int = _eval(4194304, "buckets of a hashed table", 2, 2**30, on="mixer=hashed")
+    min_count: int = _eval(2, "occurrences of a bucket before it is believed", 1, on="mixer=hashed")
+    token_boost: float = _eval(0.0, "token-only tilt (#1514): logit added to the likely next token after TOKEN_ORDER-1 "
+                               "equal ones; 0: off", 0, 50)
+    token_order: int = _eval(16, "n-gram order of the tilt", 2, 64, on="token_boost")
+    token_threshold: float = _eval(0.8, "share of the occurrences that the next token must have", 0, 1, on="token_boost")
+    allow_invalid: bool = _eval(False, "let techniques run whose score is not valid, and say so everywhere")
+    selftest: bool = _eval(False, "test the predictor that scored: flip, prefix, sum and ranks, one line each")
 
     @property
     def head_dim(self):
@@ -904,6 +976,7 @@ class GPT(nn.Module):
     def __init__(self, s, dtype=torch.float32, attend=None, init=True):
         super().__init__()
         self.dtype, self.softcap, self.doc_mask, self.looping = dtype, s.logit_softcap, s.doc_mask, s.loops
+        self.temperature = None  # of its predictions, once fitted (EVAL_TEMPERATURE=0)
         attend, width = attend or attend_sdpa, s.embed_dim or s.model_dim
         self.varlen = getattr(attend, "varlen", False)
         self.embed = Table(s.vocab_size, width, s.tied_embed_init_std)  # tied: also the head
@@ -941,6 +1014,14 @@ class GPT(nn.Module):
     def documents(self, ids, longest=0):
         """Docs of ids (B, T) as this model's DOC_MASK and attention kernel want them."""
         return documents(ids, self.doc_mask, longest, self.varlen)
+
+    def outside(self, ids):
+        """Docs of ids that a graph cannot make, because how many documents there are is in the data; None if it can."""
+        if not self.varlen:
+            return None
+        docs = self.documents(ids)
+        torch._dynamo.maybe_mark_dynamic(docs.cu, 0)
+        return docs
 
     def hidden(self, ids, docs=None, adapters=None, past=None):
         """ids (B, T) -> normed final states (B, T, D). docs defaults to what BOS says, unless DOC_MASK=none. With a
@@ -1027,7 +1108,8 @@ class Cache:
         for old, pair in zip(self.kept, new):
             for z, part in zip(old, pair):
                 z[:, slots] = part.detach()
-        self.ids = torch.cat((self.ids, ids), 1)[:, -3:]
+        last = torch.cat((self.ids, ids), 1)[:, -3:]
+        self.ids = last.clone(memory_format=torch.contiguous_format)  # one layout, one graph
 
     def advance(self, ids):
         """States (B, T, D) of the model on the next ids, which are taken in."""
@@ -1082,7 +1164,8 @@ def roles(model):
 # 4 Runtime: settings from outside, then device, dtype and ranks
 # ---------------------------------------------------------------------------------------------------------------------
 
-LISTS = {Layers: "layers", Betas: "two numbers", Stages: "size@fraction, ...", Widths: "layer@bits, ..."}  # in words, for --help
+LISTS = {Layers: "layers", Betas: "two numbers", Stages: "size@fraction, ...", Widths: "number@number, ...",  # for --help
+         Names: "names"}
 # Names of published commands that mean something else here: the answer is what to write instead.
 RENAMED = {
     "VE_ENABLED": "VE_DIM=0 turns value embeddings off", "SWA_ENABLED": "AVERAGE=swa", "EMA_ENABLED": "AVERAGE=ema",
@@ -1107,13 +1190,24 @@ RENAMED = {
     "LQER_ASYM_ENABLED": "LQER_RANK, whose factors always have 2 and 4 bits",
     "LQER_FACTOR_BITS": "LQER_RANK, whose factors always have 2 and 4 bits",
     "LQER_GAIN_SELECT": "LQER_TOP_K, which always goes by what the loss feels",
+    "TTT_ENABLED": "TTT=full", "TTT_USE_LORA": "TTT=lora", "TTT_LORA_ENABLED": "TTT=lora_docs",
+    "TTT_EVAL_SEQ_LEN": "EVAL_SEQ_LEN", "TTT_TEMPERATURE": "EVAL_TEMPERATURE",
+    "TTT_EVAL_ONLY": "PHASES=eval ARTIFACT=file", "TTT_ONLY": "PHASES=eval ARTIFACT=file", "TTT_MASK": "TTT_LORA_TARGETS",
+    **{f"TTT_{what}_LORA": "TTT_LORA_TARGETS" for what in ("Q", "K", "V", "O", "MLP", "LM_HEAD")},
+    "TTT_SHORT_SCORE_FIRST_STEPS": "TTT_SHORT_CHUNKS, by the place in a document", "PREQUANT_TTT_ENABLED": "TTT=prequant",
+    "PREQUANT_TTT_EPOCHS": "TTT_EPOCHS", "PREQUANT_TTT_LR": "TTT_LR", "PHASED_TTT_ENABLED": "PHASED_TTT_PREFIX_DOCS",
+    "GLOBAL_TTT_LR": "TTT_LR", "GLOBAL_TTT_EPOCHS": "TTT_EPOCHS", "GLOBAL_TTT_MOMENTUM": "TTT_MOMENTUM",
+    "GLOBAL_TTT_GRAD_CLIP": "TTT_GRAD_CLIP", "GLOBAL_TTT_BATCH_SEQS": "TTT_BATCH_SEQS", "ADAPTIVE_LR": "ADAPTIVE_LR_MAX",
+    "USE_POLYAK": "POLYAK_DECAY", "USE_MIXER": "MIXER=hedge", "USE_HEDGE_MIXER": "MIXER=backoff (#1033's is hashed)",
+    "SKIP_SLIDING": "EVAL_STRIDE=0", "SKIP_SLIDING_WINDOW": "EVAL_STRIDE=0",
+    "EVAL_INCLUDE_TAIL": "what always happens: the tail is scored",
+    "CASEOPS_ENABLED": "DATA_PATH: shards with a byte sidecar are CaseOps", "NGRAM_TILT_ENABLED": "TOKEN_BOOST",
 }
 # How the names of the contest's other techniques begin: they are meant for a trainer, and not read here.
 FOREIGN = tuple("""
-    ADAPTIVE_LR ALPHA_BASE ALPHA_CENTER ALPHA_RANGE ASYM_LOGIT AWQ_LITE BYTE_WEIGHTED CACHE_ALPHA CALIBRATE_TEMP
-    CASEOPS_ CROWN_Q DTG_ EVAL_INCLUDE_TAIL EVAL_TEMPERATURE FUSED_CE GATED_ATTN_ GLOBAL_TTT MIXER_ETA MIXER_MIN
-    NGRAM_ PHASED_TTT POLYAK_ PPM_ALPHA PREQUANT_ QTTT ROPE_YARN SKIP_SLIDING SLOT_ SOFT_ROUND
-    SPARSE_ATTN_GATE_INIT TOKEN_BOOST TOKEN_THRESHOLD TTT_ USE_CACHE USE_HEDGE USE_MIXER USE_POLYAK""".split())
+    AGREE_ ASYM_LOGIT AWQ_LITE CACHE_ALPHA CALIBRATE_TEMP CROWN_Q DTG_ FUSED_CE GATED_ATTN_ NGRAM_HINT PPM_ALPHA
+    PREQUANT_ QTTT ROPE_YARN SLOT_ SOFT_ROUND SPARSE_ATTN_GATE_INIT TTT_GRAD_STEPS TTT_HASH TTT_LOCAL_LR TTT_MAX_CHUNKS
+    TTT_WARM_START_MEAN USE_CACHE WITHIN_ WORD_""".split())
 # How names begin that other programs read or set: OMP_NUM_THREADS is near MTP_NUM_HEADS, torchrun sets GROUP_RANK.
 ELSEWHERE = ("OMP_", "MKL_", "NCCL_", "CUDA_", "TORCH", "PARALLEL_SEQ", "GROUP_RANK")
 
@@ -1188,6 +1282,7 @@ def _conflicts(s, given):
     need((s.phases == "eval") == bool(s.artifact), f"PHASES={s.phases} and ARTIFACT={s.artifact or '(empty)'}: "
          "PHASES=eval needs an ARTIFACT, and nothing else reads one")
     _packing_conflicts(s, need)
+    _evaluation_conflicts(s, need)
     return bad
 
 
@@ -1207,6 +1302,33 @@ def _packing_conflicts(s, need):
     packages = {"auto": ("zstandard", "brotli"), "zstd": ("zstandard",), "brotli": ("brotli",)}
     for package in packages.get(s.compressor, ()):
         need(importlib.util.find_spec(package), f"COMPRESSOR={s.compressor} needs {package}: pip install {package}")
+
+
+def _evaluation_conflicts(s, need):
+    """The part of _conflicts that is about evaluation."""
+    invalid = [(s.ttt == "before", "TTT=before trains on the text before scoring it (C3; #518)"),
+               (s.ttt == "prequant", "TTT=prequant trains on the text before scoring it (C3; #1539)"),
+               (s.mixer == "hashed", "MIXER=hashed looks targets up in a hash of themselves (C2; #1033)"),
+               (s.mixer == "hedge" and "entropy" in s.mixer_experts, "MIXER_EXPERTS=entropy is no distribution (C2; #967)")]
+    for used, why in invalid:
+        need(not used or s.allow_invalid, f"{why}: ALLOW_INVALID=1 runs it, and calls the score invalid")
+    need(s.ttt != "prequant" or s.phases != "eval", "TTT=prequant happens before the artifact, and PHASES=eval after it")
+    need(not s.holds(s.rule("alpha_range")) or s.alpha_base + s.alpha_range < 1 + 1e-12,
+         f"ALPHA_BASE={s.alpha_base} and ALPHA_RANGE={s.alpha_range} come to more than 1, which is all the weight there is")
+    for name, known in (("ttt_lora_targets", ("q", "k", "v", "o", "mlp", "head")),
+                        ("mixer_experts", ("unigram", "bigram", "trigram", "backoff", "entropy"))):
+        names = getattr(s, name)
+        need(names and len(set(names)) == len(names) and set(names) <= set(known),
+             f"{name.upper()}={_show(names)}: some of {','.join(known)}, each once")
+    need(s.ttt != "lora_docs" or max([s.ttt_chunk_size, *(size for size, _ in s.ttt_short_chunks)]) <= s.eval_seq_len,
+         f"TTT_CHUNK_SIZE={s.ttt_chunk_size} TTT_SHORT_CHUNKS={_show(s.ttt_short_chunks)}: no chunk may exceed "
+         f"EVAL_SEQ_LEN={s.eval_seq_len}")
+    need(all(size > 0 for size, _ in s.ttt_short_chunks), f"TTT_SHORT_CHUNKS={_show(s.ttt_short_chunks)}: sizes are positive")
+    need(not s.holds(s.rule("ttt_freeze_blocks")) or s.ttt_freeze_blocks < s.num_layers or not s.ttt_freeze_embed,
+         f"TTT_FREEZE_BLOCKS={s.ttt_freeze_blocks} of NUM_LAYERS={s.num_layers} and TTT_FREEZE_EMBED=1 leave hardly "
+         "anything to learn")
+    need(not s.phased_ttt_prefix_docs or s.phased_ttt_num_phases <= s.phased_ttt_prefix_docs,
+         f"PHASED_TTT_NUM_PHASES={s.phased_ttt_num_phases} exceeds PHASED_TTT_PREFIX_DOCS={s.phased_ttt_prefix_docs}")
 
 
 def _show(value):
@@ -1232,7 +1354,8 @@ def _convert(f, text):
         read, example = {Layers: (int, "layer numbers separated by commas, such as 9,10"),
                          Betas: (float, "numbers separated by commas, such as 0.9,0.99"),
                          Stages: (_pair(float), "size@fraction separated by commas, such as 1024@0.1,2048@1"),
-                         Widths: (_pair(int), "layer@bits separated by commas, such as 0@8,10@8")}[kind]
+                         Widths: (_pair(int), "number@number separated by commas, such as 0@8,10@8"),
+                         Names: (str, "names separated by commas")}[kind]
         try:
             return tuple(read(part) for part in text.split(",")) if text else ()
         except ValueError:
@@ -1465,6 +1588,15 @@ def scale_neurons(update, moment, beta2):
     return scaled * (update.norm(dim=(-2, -1), keepdim=True) / (scaled.norm(dim=(-2, -1), keepdim=True) + 1e-10))
 
 
+def adamw(weight, grad, mean, square, t, lr, wd, betas, eps):
+    """AdamW (arXiv 1711.05101), step number t from 1, with bias correction, decoupled decay first. All in place."""
+    beta1, beta2 = betas
+    mean.lerp_(grad, 1 - beta1)
+    square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    root = square.sqrt().div_((1 - beta2**t) ** 0.5).add_(eps)
+    weight.mul_(1 - lr * wd).addcdiv_(mean, root, value=-lr / (1 - beta1**t))
+
+
 # torch 2.14 renamed these two, and warns about the old names.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -1598,7 +1730,8 @@ class MuonAdam:
                 pending.append((bank, *self._gather(update)))
         for bank, grad in zip(self.banks, grads):
             if bank.kind == "adam":
-                self._adam(bank, grad, bank.lr * lr_scale, bank.wd * (wd_scale if bank.role == "matrix" else 1.0))
+                adamw(bank.weight, grad, *bank.state, self.t, bank.lr * lr_scale,
+                      bank.wd * (wd_scale if bank.role == "matrix" else 1.0), bank.betas, self.s.adam_eps)
         for bank, update, work in pending:
             if work is not None:
                 work.wait()
@@ -1611,14 +1744,6 @@ class MuonAdam:
             return update, None
         whole = torch.empty(self.rt.world * update.size(0), *update.shape[1:], dtype=update.dtype, device=update.device)
         return whole, all_gather(whole, update.contiguous(), async_op=True)
-
-    def _adam(self, bank, grad, lr, wd):
-        """AdamW (arXiv 1711.05101) with bias correction, decoupled decay first."""
-        (beta1, beta2), (mean, square) = bank.betas, bank.state
-        mean.lerp_(grad, 1 - beta1)
-        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        root = square.sqrt().div_((1 - beta2**self.t) ** 0.5).add_(self.s.adam_eps)
-        bank.weight.mul_(1 - lr * wd).addcdiv_(mean, root, value=-lr / (1 - beta1**self.t))
 
     def named(self, tensors):
         """{parameter name: part} of tensors shaped like the banks."""
@@ -3062,6 +3187,7 @@ def save_artifact(path, model, s, tokenizer_sha256="", log=None, moments=None, r
     settings = {f.name.upper(): _show(getattr(s, f.name)) for f in model_fields()}
     # `looping`: a loop that training never reached stays off.
     header = {"settings": settings, "looping": model.looping, "tokenizer_sha256": tokenizer_sha256}
+    header |= {"temperature": model.temperature} if model.temperature else {}
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
     quantiser = Quantiser(model, s, moments)
 
@@ -3113,6 +3239,8 @@ def read_artifact(path, data=None):
             raise ValueError("a codec or correction of an impossible shape")
         header["tokenizer_sha256"] = bytes.fromhex(header["tokenizer_sha256"]).hex()
         header["looping"] = bool(header["looping"])
+        if not 0 <= float(header.setdefault("temperature", 0)) <= 10:
+            raise ValueError("an impossible temperature")
         if unknown or set(header["settings"]) != {f.name.upper() for f in model_fields()}:
             raise ValueError(f"unknown {', '.join(sorted(unknown))}" if unknown else "settings of another version")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
@@ -3172,49 +3300,221 @@ def load_artifact(path, settings=None, dtype=torch.float32, attend=None, device=
         raise BadInput(f"{path}: holds values that are not finite")
     model = GPT(s, dtype, attend, init=False)
     model.load_state_dict(state)
-    model.looping = s.loops and header["looping"]
+    model.looping, model.temperature = s.loops and header["looping"], float(header["temperature"]) or None
     return s, model.to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 9 Evaluation: the definition of the metric
 # bits per byte = sum of nats / (ln 2 * sum of bytes), over the same targets, every target of the stream exactly once.
+# Target i of a stream is its token i + 1, to be predicted after token i.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Inputs(NamedTuple):
+    """What a predictor knows of a chunk: rows of text, and the places after which a token is to be predicted."""
+
+    x: Tensor  # (B, T) tokens
+    take: Tensor  # (B, K) neighbouring places in x
+    run: Tensor  # (B, h + K) the tokens up to each of them, and the h before the first; -1 where the row has none
+    step: int | None = None  # None: rows on their own; 0: rows that begin; n: the first B rows of step n - 1 go on
+
+
 class Chunk(NamedTuple):
-    """Windows scored together: the last `keep` targets of each row are new, the positions before them are context."""
+    """Rows that are scored together. Only `inputs` is given to predict()."""
 
-    x: Tensor  # (B, T) inputs
-    y: Tensor  # (B, T) targets
-    keep: int
-    at: Tensor  # (rows,) stream index of the first scored target; B > rows where a batch was padded to its fixed shape
+    inputs: Inputs
+    targets: Tensor  # (B, K) the tokens after those places
+    index: Tensor  # (B, K) their numbers among the targets of the stream; -1 where a row or a place is only padding
+    more: int = 0  # so many of the first rows go on after this chunk
 
 
-def windows(targets, length, stride=0):
-    """[(starts, keep)]: the first window scores all of its targets, each later one its last `stride`, and a final one
-    that ends with the stream scores the remainder. Every target once.
+class Part(NamedTuple):
+    """What is scored before anything may learn from it."""
+
+    number: int
+    of: int
+    ranges: np.ndarray  # (n, 2) its targets [a, b), in the order in which they are read
+    chunks: Iterable[Chunk]  # those of this rank
+
+
+def documents_of(stream):
+    """(n, 2) targets [a, b) of each document: what follows its BOS, up to and with the next BOS."""
+    starts = (stream.tokens[1:-1] == BOS).nonzero().squeeze(1).cpu().numpy() + 1
+    edges = np.concatenate(([0], starts, [len(stream.bytes)]))
+    return np.stack((edges[:-1], edges[1:]), 1)
+
+
+def windows(rows, length, stride=0):
+    """(starts, lengths, keeps) of windows over rows (n, 2) of targets [a, b): the first of a row scores all of its
+    targets, each later one begins `stride` further on and scores its last `stride`, the final one what is left. Every
+    target once; and what it is predicted from does not depend on where the row ends, which comes after it.
     """
-    stride = stride or length
-    starts = np.arange(0, targets - length + 1, stride)
-    rest = targets - length - int(starts[-1])
-    groups = [(starts, length)] if stride == length else [(starts[:1], length), (starts[1:], stride)]
-    return [(s, keep) for s, keep in [*groups, (np.array([targets - length]), rest)] if len(s) and keep]
+    stride, (a, b) = stride or length, rows.T
+    count = 1 + np.maximum(-(-(b - a - length) // stride), 0)
+    row = np.repeat(np.arange(len(a)), count)
+    j = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
+    start = a[row] + j * stride
+    lengths = np.minimum(length, b[row] - start)
+    return start, lengths, np.where(j == 0, lengths, lengths - (length - stride))
 
 
-def chunks(stream, length, stride, batch, rt):
-    """This rank's chunks of the validation stream, dealt out in turn; what they are depends on settings only."""
-    offsets = torch.arange(length + 1, device=rt.device)
-    dealt = 0
-    for starts, keep in windows(len(stream.bytes), length, stride):
-        for i in range(0, len(starts), batch):
-            dealt += 1
-            if dealt % rt.world != rt.rank:
-                continue
-            rows = torch.from_numpy(starts[i : i + batch]).to(rt.device)
-            padded = F.pad(rows, (0, batch - len(rows))) if rt.compiled else rows  # one shape, one graph
-            tokens = stream.tokens[padded[:, None] + offsets].long()
-            yield Chunk(tokens[:, :-1], tokens[:, 1:], keep, rows + length - keep)
+SIZES = 4  # to which windows of documents are padded: few graphs, and less than a quarter in vain
+CACHE_STEP, CACHE_SEGMENT = 256, 32  # tokens of a forward with kept keys; windows of the stream read by one row
+
+
+def parts_of(batch):
+    """To so many rows a batch shrinks while its rows end."""
+    return batch, -(-batch // 4), -(-batch // 16)
+
+
+class Reader:
+    """How a stream is read: in parts, and they in this rank's chunks. Settings decide, and never the number of ranks.
+
+    unit: targets of a part; 0: all, for a predictor that does not learn. history: h of Inputs.run. of: number of parts
+    of the text that this one is the beginning of.
+    """
+
+    def __init__(self, stream, s, rt, unit=0, history=0, of=0):
+        self.stream, self.s, self.rt, self.history, self.of = stream, s, rt, history, of
+        self.by_document = s.eval_docs or s.ttt == "lora_docs"
+        self.rows = documents_of(stream) if self.by_document else np.array([[0, len(stream.bytes)]])
+        self.grain = max(s.eval_seq_len // SIZES, 1) if self.by_document else s.eval_seq_len
+        self.learning, self.unit, self.forwarded = unit > 0, unit or len(stream.bytes), 0  # forwarded: tokens so far
+
+    def __iter__(self):
+        """The parts. A chunk may be asked for once the parts before it have been scored."""
+        s = self.s
+        plan = list(self._adapted_documents() if s.ttt == "lora_docs" else self._lanes_by_part()
+                    if s.eval_context == "cache" else self._windows_by_part())
+        for number, (ranges, chunks) in enumerate(plan):
+            yield Part(number, max(len(plan), self.of), np.asarray(ranges), chunks)
+
+    def shapes(self):
+        """[(rows, tokens, places, step)] of every chunk that may come: what a compiled predictor has graphs for."""
+        s, length, grain = self.s, self.s.eval_seq_len, self.grain
+        sizes = sorted({min(n, length) for n in range(grain, length + grain, grain)})
+        if s.ttt != "lora_docs" and s.eval_context == "window":
+            return [*((s.eval_batch_seqs, size, size, None) for size in sizes),
+                    (s.eval_batch_seqs, length, s.eval_stride or length, None)]
+        docs = s.ttt == "lora_docs"
+        batch, found = s.ttt_batch_size if docs else s.eval_batch_seqs, set()
+        begun = [(0, batch), *((1, rows) for rows in parts_of(batch))]
+        for size in [s.ttt_chunk_size, *(size for size, _ in s.ttt_short_chunks)] if docs else [min(CACHE_STEP, length)]:
+            grain = max(length // SIZES, size)
+            wide = {min(n, length) for n in range(grain, length + grain, grain)} if s.eval_context == "window" else {size}
+            found |= {(rows, tokens, size, step) for tokens in wide for step, rows in begun}
+        return sorted(found | {(rows, tokens, 1, step) for rows, tokens, _, step in found if not self.by_document},
+                      key=lambda shape: (shape[3], -shape[0]))
+
+    def _windows_by_part(self):
+        start, length, keep = windows(self.rows, self.s.eval_seq_len, self.s.eval_stride)
+        done = np.cumsum(keep)
+        cuts = np.flatnonzero(np.diff((done - keep) // self.unit)) + 1
+        for some in np.split(np.arange(len(start)), cuts):
+            yield [[done[some[0]] - keep[some[0]], done[some[-1]]]], self._windows(start[some], length[some], keep[some])
+
+    def _windows(self, start, length, keep):
+        """Chunks of windows, those of about one length together."""
+        s, rt = self.s, self.rt
+        whole = keep == length
+        size = np.where(whole, np.minimum(-(-length // self.grain) * self.grain, s.eval_seq_len), s.eval_seq_len)
+        order, dealt = np.lexsort((start, size, whole)), 0
+        kinds = np.stack((whole, size))[:, order]
+        for group in np.split(order, np.flatnonzero((np.diff(kinds) != 0).any(0)) + 1):
+            width = int(size[group[0]] if whole[group[0]] else s.eval_stride or s.eval_seq_len)
+            for i in range(0, len(group), s.eval_batch_seqs):
+                rows = group[i : i + s.eval_batch_seqs]
+                if dealt % rt.world == rt.rank:
+                    stop = start[rows] + length[rows]
+                    yield self._cut(start[rows], stop, stop - keep[rows], int(size[rows[0]]), width, s.eval_batch_seqs)
+                dealt += 1
+
+    def _lanes_by_part(self):
+        """Rows whose keys are kept: documents, or segments of the stream that first read the window before them."""
+        s, n = self.s, len(self.stream.bytes)
+        if self.by_document:
+            done = np.cumsum(self.rows[:, 1] - self.rows[:, 0])
+            parts = np.split(self.rows, np.flatnonzero(np.diff((done - 1) // self.unit)) + 1)
+        else:
+            edges = [*range(0, n, self.unit), n]
+            parts = [[[a, b]] for a, b in zip(edges, edges[1:])]
+        for rows in parts:
+            rows = np.asarray(rows)
+            if self.by_document:
+                lanes = rows[:, [0, 0, 1]]
+            else:
+                (a, b), most = rows[0], CACHE_SEGMENT * s.eval_seq_len
+                first = np.arange(a, b, min(most, max(self.unit // 16, s.eval_seq_len)))
+                lanes = np.stack((np.maximum(first - s.eval_seq_len, 0), first, np.append(first[1:], b)), 1)
+            yield [[rows[0, 0], rows[-1, 1]]], self._lanes(lanes, min(CACHE_STEP, s.eval_seq_len), s.eval_batch_seqs)
+
+    def _adapted_documents(self):
+        """Documents, longest first, in groups between which something is learnt from all of them."""
+        s, length = self.s, self.rows[:, 1] - self.rows[:, 0]
+        order = np.argsort(-length, kind="stable")
+        groups = range(0, len(order), s.ttt_group_docs) if self.learning else ()
+        edges = sorted(edge for edge in {0, len(order), *groups, *phase_ends(s)} if edge <= len(order))
+        window = s.eval_seq_len if s.eval_context == "window" else 0
+        for a, b in zip(edges, edges[1:]):
+            rows = self.rows[order[a:b]]
+            yield rows, self._lanes(rows[:, [0, 0, 1]], s.ttt_chunk_size, s.ttt_batch_size, window, s.ttt_short_chunks)
+
+    def _lanes(self, lanes, size, batch, window=0, early=()):
+        """Chunks of rows that go on for `size` tokens at a time, or fewer early on: (begin, first scored target, end) each.
+        With a window they come with the text before them, as much of it as fits.
+        """
+        rt = self.rt
+        lanes = lanes[np.argsort(lanes[:, 0] - lanes[:, 2], kind="stable")][rt.rank :: rt.world]
+        for i in range(0, len(lanes), batch):
+            (begin, first, end), at, step = lanes[i : i + batch].T, 0, 0
+            while rows := int((begin + at < end).sum()):
+                some = next((short for short, until in sorted(early, key=itemgetter(1)) if at < until), size)
+                start = begin[:rows] + at
+                stop, scored = np.minimum(start + some, end[:rows]), np.maximum(first[:rows], start)
+                wide, width = some, some if (scored < stop).any() else 1  # nothing to score, little for the head to do
+                if window:
+                    grain = max(window // SIZES, some)
+                    wide = min(-(-(at + some) // grain) * grain, window)
+                    start = np.maximum(begin[:rows], start + some - window)
+                pad = next(n for n in reversed(parts_of(batch)) if n >= rows) if step else batch
+                yield self._cut(start, stop, scored, wide, width, pad, step, int((stop < end[:rows]).sum()))
+                at, step = at + some, step + 1
+
+    def _cut(self, start, stop, first, size, width, rows, step=None, more=0):
+        """Chunk of the tokens [start, stop), padded to `size`; of at most `width` targets from `first` on."""
+        device, tokens, end = self.rt.device, self.stream.tokens, len(self.stream.tokens) - 1
+        origin = self.rows[np.searchsorted(self.rows[:, 0], start, side="right") - 1, 0]
+        pad = rows - len(start) if self.rt.compiled else 0  # one shape, one graph
+        edges = np.pad(np.stack((start, stop, first, origin)), ((0, 0), (0, pad)))
+        start, stop, first, origin = torch.from_numpy(edges).to(device)[..., None].unbind()
+        self.forwarded += start.numel() * size
+        place = first + torch.arange(-self.history, width, device=device)
+        run = torch.where((place >= origin) & (place < stop), tokens[place.clamp(0, end)].long(), -1)
+        place = place[:, self.history :]
+        take = (place - start).clamp(0, size - 1)
+        at = start + torch.arange(size, device=device)
+        x = torch.where(at < stop, tokens[at.clamp(max=end)], 0).long()  # nothing that comes later is shown
+        targets = tokens[(start + take + 1).clamp(max=end)].long()
+        return Chunk(Inputs(x, take, run, step), targets, torch.where(place < stop, place, -1), more)
+
+
+def train_on_validation(run, model, stream):
+    """TTT=prequant (#1539) and TTT=before (#518): steps on the whole validation text before any of it is scored. What is
+    reported afterwards is a training loss, and no score; it is here so that this can be measured.
+    """
+    s, rt = run.s, run.rt
+    run.validity.need(False, f"C3 order: TTT={s.ttt} trains on the validation text before it is scored")
+    with run.clock.phase("eval"), run.validity.report(), torch.enable_grad():
+        adaptation = adaptation_of_weights(model, s, rt)
+        log_trainable(run, model, adaptation)
+        adaptation.fit(stream, np.arange(len(stream.bytes)), s.ttt_epochs, partial(cosine, s))
+    model.requires_grad_(True)
+
+
+def side_by_side(stream, s, rt):
+    """The stream in windows that do not overlap, read by the model alone: how scores are reported on the way."""
+    return Reader(stream, replace(s, eval_stride=0, eval_docs=False, eval_context="window", ttt="off"), rt)
 
 
 class Score(NamedTuple):
@@ -3224,47 +3524,103 @@ class Score(NamedTuple):
     bytes: int
 
 
-def score(predictor, chunks, stream, rt, validity, log=None, check_every=64):
-    """The only scoring loop: predict, add to float64 meters, mark the positions, and only then let it observe.
+def score(predictor, parts, stream, rt, validity, log=None, check_every=64, nats=None, spied=None):
+    """The only scoring loop: predict, add to float64 meters, mark the targets, and only then let the predictor learn:
+    from its own chunk, and from a part once every rank has scored its share of it.
 
-    Breaks of the rules go to `validity`: a target scored twice or never, a distribution that does not sum to 1.
+    Breaks of the rules go to `validity`: a target scored twice or never, a distribution that does not sum to 1, a part
+    that was learnt from before it was scored. `nats` (N,) float64 gets what each target cost, on every rank; the rows of
+    `spied` {target: (V,) zeros} the distribution that was there for some.
     """
-    length = len(stream.bytes)
-    seen = torch.zeros(length, dtype=torch.uint8, device=rt.device)
+    length, done, began = len(stream.bytes), 0, time.monotonic()
+    seen = torch.zeros(length + 1, dtype=torch.uint8, device=rt.device)  # the last one is for padding
     meters = torch.zeros(3, dtype=torch.float64, device=rt.device)  # nats, tokens, bytes
-    worst, done, began = 0.0, 0, time.monotonic()
-    for i, chunk in enumerate(chunks):
-        rows = len(chunk.at)
-        nll = predictor.nll(chunk.x, chunk.y, chunk.keep)[:rows]
-        where = chunk.at[:, None] + torch.arange(chunk.keep, device=rt.device)
-        meters[0] += nll.double().sum()
-        meters[1] += where.numel()
-        meters[2] += stream.bytes[where].sum()
-        seen.index_add_(0, where.flatten(), torch.ones_like(where.flatten(), dtype=torch.uint8))
-        if i % check_every == 0:
-            error = _distribution_error(predictor, chunk, nll)
-            worst = max(worst, error if math.isfinite(error) else math.inf)  # max() lets nan pass
-        predictor.observe(chunk)
-        done += rows * chunk.keep * rt.world
-        if log:
-            log.progress("scoring", done, length, f"{done / (time.monotonic() - began):,.0f} tokens/s")
-    nats, tokens, nbytes = rt.sum(meters).tolist()
-    twice, never = int((rt.sum(seen) > 1).sum()), int((seen == 0).sum())
-    (worst,) = rt.agree(worst)
+    worst, partition, looked = 0.0, [], 0
+    for part in parts:
+        for chunk in part.chunks:
+            live, where = chunk.index >= 0, chunk.index.clamp(min=0)
+            sample = check_every and (looked % check_every == 0 or looked & looked - 1 == 0)
+            said = predictor.predict(chunk.inputs, LOOK) if sample else None  # first, for observe() follows on nll()
+            for target, row in (spied or {}).items():
+                if (hit := chunk.index == target).any():
+                    row += predictor.predict(chunk.inputs)[hit][0].double().exp()
+            nll = torch.where(live, predictor.nll(chunk.inputs, chunk.targets).double(), 0.0)
+            meters += torch.stack((nll.sum(), live.sum(), (stream.bytes[where] * live).sum()))
+            marks = torch.where(live, where, length).flatten()
+            seen.index_add_(0, marks, torch.ones_like(marks, dtype=torch.uint8))
+            if nats is not None:
+                nats[where[live]] = nll[live]
+            if sample:
+                error, sums = _look_at(said, chunk, nll)
+                partition += sums
+                worst = max(worst, error if math.isfinite(error) else math.inf)  # max() lets nan pass
+            looked += 1
+            predictor.observe(chunk)
+            done += nll.numel() * rt.world
+            if log:
+                log.progress("scoring", min(done, length), length, f"{done / (time.monotonic() - began):,.0f} tokens/s")
+        if predictor.learns:
+            scored = rt.sum(torch.cat([seen[a:b] for a, b in part.ranges.tolist()])) > 0
+            validity.need(bool(scored.all()), f"C3 order: of a part of {len(scored)} targets {int(scored.sum())} had been "
+                          "scored when it was learnt from")
+            predictor.learn(part, stream)
+    total, tokens, nbytes = rt.sum(meters).tolist()
+    for record in (nats, *(spied or {}).values()):
+        if record is not None:
+            rt.sum(record)
+    seen = rt.sum(seen)[:length]
+    twice, never = int((seen > 1).sum()), int((seen == 0).sum())
+    worst, most = rt.agree(worst, max(partition, default=0.0))
+    if log:
+        log("normalisation", positions=len(partition) * rt.world, worst_log=worst, largest_sum=most,
+            mean_sum=sum(partition) / max(len(partition), 1))
     validity.need(not twice and not never and tokens == length,
                   f"C4 coverage: {twice} targets scored more than once, {never} never")
     validity.need(worst < 1e-3, f"C2 normalisation: off by {worst:.1e} in log on sampled positions")
-    validity.need(math.isfinite(nats), "the score is not finite")
-    return Score(nats / max(tokens, 1), nats / math.log(2) / max(nbytes, 1), int(tokens), int(nbytes))
+    validity.need(math.isfinite(total), "the score is not finite")
+    return Score(total / max(tokens, 1), total / math.log(2) / max(nbytes, 1), int(tokens), int(nbytes))
 
 
-def _distribution_error(predictor, chunk, nll):
-    """How far a chunk's distributions are from summing to 1, or its nll from what they say, in log."""
+LOOK = 8  # places of each row whose whole distribution is looked at
+
+
+def _look_at(said, chunk, nll):
+    """(how far the distributions `said` of the first places are from summing to 1, or nll from what they say, in log;
+    their sums).
+    """
+    live, target = chunk.index[:, :LOOK] >= 0, said.gather(-1, chunk.targets[:, :LOOK, None]).squeeze(-1)
+    sums = said.double().logsumexp(-1)
+    error = torch.maximum(sums.abs(), (target + nll[:, :LOOK]).abs())
+    return torch.where(live, error, 0.0).max().item(), sums[live].exp().tolist()
+
+
+def code_tests(nats, ids, vocab, flips, cuts, sums, said=None):
+    """{test: by how much it fails}: is nats(ids (N + 1,)) -> (N,) what a code of #1017 costs?
+
+    flip (C1): nats before target t do not change with what comes from t on. prefix (C3, C4): nor when the text ends
+    there; `cuts` are where windows and parts end. sum (C2, and whatever looks at the target first): the nats of all tokens
+    that could be target t, each scored as if it were, make a distribution; a token follows it, so that a row of text shows
+    the target to who looks ahead. Where the predictor says(ids, t) (V,) which, that must sum to 1, and a sample of tokens
+    must cost what it says.
+    """
+    def most(errors):
+        return torch.stack(list(errors)).abs().max().item()  # nan stays nan: max() lets it pass
+
+    whole, generator, worst = nats(ids), torch.Generator().manual_seed(0), {}
+    other = torch.randint(vocab - 1, ids.shape, generator=generator).to(ids)
+    other = torch.where(ids == BOS, BOS, other + (other >= BOS))  # where documents begin is left as it is
+    worst["flip"] = most((nats(torch.cat((ids[: t + 1], other[t + 1 :])))[:t] - whole[:t]).abs().max() for t in flips)
+    worst["prefix"] = most((nats(ids[: t + 1]) - whole[:t]).abs().max() for t in cuts)
     errors = []
-    for said, y, row in zip(predictor.predict(chunk.x, keep=chunk.keep), chunk.y, nll):
-        target = said.gather(-1, y[-chunk.keep :, None]).squeeze(-1)
-        errors += [said.double().logsumexp(-1).abs().max(), (target + row).double().abs().max()]
-    return torch.stack(errors).max().item()
+    for t in sums:
+        some = range(vocab) if said is None else torch.randperm(vocab, generator=generator)[:24].tolist()
+        found = torch.stack([nats(torch.cat((ids[: t + 1], ids.new_tensor([v]), ids[t + 2 : t + 3])))[t] for v in some])
+        if said is None:
+            errors.append(found.neg().exp().sum() - 1)
+        else:
+            p = said(ids[: t + 3], t)
+            errors += [p.sum() - 1, (found + p[list(some)].log()).abs().max()]
+    return worst | {"sum": most(errors)}
 
 
 class Validity:
@@ -3272,11 +3628,15 @@ class Validity:
 
     def __init__(self):
         self.reasons, self.eligible_reasons = [], []
-        self.frozen, self._reporting = False, False
+        self.frozen, self._reporting, self._evaluating = False, False, False
 
     def need(self, ok, reason):
         if not ok and reason not in self.reasons:
             self.reasons.append(reason)
+
+    def verdict(self):
+        """What every line with a score carries."""
+        return {"valid": "no", "reasons": list(self.reasons)} if self.reasons else {"valid": "yes"}
 
     def need_for_record(self, ok, reason):
         if not ok:
@@ -3291,6 +3651,24 @@ class Validity:
                 yield
         finally:
             self._reporting = False
+
+    @contextlib.contextmanager
+    def evaluation(self):
+        """What is fetched from a network or read of the training text meanwhile is noted, whoever does it."""
+        def audit(event, args):
+            if not self._evaluating:  # a hook stays for ever
+                return
+            if event == "socket.connect" and isinstance(args[1], tuple):
+                self.need(False, f"the evaluation opened a network connection to {args[1][0]}")
+            elif event == "open" and isinstance(args[0], (str, bytes)) and "fineweb_train_" in os.fsdecode(args[0]):
+                self.opened("train")
+
+        sys.addaudithook(audit)
+        self._evaluating = True
+        try:
+            yield
+        finally:
+            self._evaluating = False
 
     def freeze(self):
         """The artifact's hash is logged: from here on validation text may be read, training text may not."""
@@ -3330,45 +3708,729 @@ def prove_bytes(sp, stream, most=1_000_000):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 10 Predictors
+# 10 Predictors: what is scored. They compose: mixtures and the tilt take another predictor as their base.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class Predictor:
-    """What is scored. predict() is given inputs and never targets; observe() gets a chunk after it was scored."""
+    """predict() is given inputs and never targets; observe() gets a chunk after it was scored, learn() a part after all
+    ranks have scored theirs. What these two do changes only what is predicted next; reset() undoes it.
+    """
 
-    def predict(self, x, docs=None, keep=None):
-        """x (B, T) -> log-probabilities (B, keep, V) of the token after each of the last `keep` positions (all)."""
+    invalid = ""  # the condition that it breaks
+    learns = False  # has it a use for learn()?
+    history = 0  # tokens that it reads before a place, of Inputs.run
+
+    def predict(self, inputs, most=None):
+        """Log-probabilities (B, K, V) of the token after each of the K places, or of the first `most` of them."""
         raise NotImplementedError
 
-    def nll(self, x, y, keep, docs=None):
-        """Nats of targets y (B, T) at the last `keep` positions, (B, keep). May be fused where tests prove it equal."""
-        return -self.predict(x, docs, keep).gather(-1, y[:, -keep:, None]).squeeze(-1)
+    def nll(self, inputs, targets):
+        """Nats (B, K) of targets. May be computed by a shorter way where tests prove it equal."""
+        return -self.predict(inputs).gather(-1, targets[..., None]).squeeze(-1)
 
     def observe(self, chunk):
-        """Learn from a scored chunk."""
+        """Go on behind a chunk of this rank that was scored."""
+
+    def learn(self, part, stream):
+        """Learn from the targets part.ranges of the stream, which are scored; the same on all ranks."""
+
+    def reset(self):
+        """Forget everything but the artifact."""
+
+    def rehearse(self, stream):
+        """Compile what learn() will call, on a synthetic text."""
+
+
+def nats_of(logits, targets):
+    """(B, K) from logits (B, K, V)."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
 
 class ModelPredictor(Predictor):
-    """The model as it is in the artifact. Only scored positions meet the head: a tenth of a sliding window saved."""
+    """The model as it is in the artifact. Only the scored places meet the head, in float32 (bfloat16 logits cost 0.0005
+    BPB and more, #1923). With a `width`, rows that go on keep their keys and values (Cache).
+    """
 
-    def __init__(self, model, rt):
-        self.model, self._hidden = model, rt.compile(model.hidden)
+    adaptation = adapters = flat = None
 
-    def _logits(self, x, docs, keep):
-        if docs is None and self.model.varlen:  # outside of the graph: how many documents there are is in the data
-            docs = self.model.documents(x)
-            torch._dynamo.maybe_mark_dynamic(docs.cu, 0)
-        return self.model.logits(self._hidden(x, docs)[:, -(keep or x.size(1)) :])
+    def __init__(self, model, rt, temperature=1.0, width=0):
+        self.model, self.rt, self.temperature, self.width = model, rt, temperature, width
+        self.cache, self.new, self._forward = None, [], rt.compile(self._run)
+
+    def _run(self, x, docs, take, past, flat):
+        """-> (logits (B, K, V), keys and values of x)."""
+        past, adapters = past and Past(*past, []), flat if flat is None else self.adapters.of(flat)
+        hidden = self.model.hidden(x, docs, adapters, past)
+        hidden = hidden.gather(1, take[..., None].expand(*take.shape, hidden.size(-1)))
+        return self.model.logits(hidden.float(), adapters) / self.temperature, past and past.new
+
+    def logits(self, inputs):
+        x, past = inputs.x, None
+        if inputs.step is not None and self.width:
+            if inputs.step == 0:
+                self.cache = Cache(self.model, len(x), self.width)
+            self.cache.narrow(len(x))
+            past = self.cache.past(x)[:-1]
+        docs = self.model.outside(x) if past is None else None
+        logits, self.new = self._forward(x, docs, inputs.take, past, self.flat)
+        return logits
 
     @torch.no_grad()
-    def predict(self, x, docs=None, keep=None):
-        return F.log_softmax(self._logits(x, docs, keep), dim=-1)
+    def predict(self, inputs, most=None):
+        return F.log_softmax(self.logits(inputs)[:, :most], dim=-1)
 
     @torch.no_grad()
-    def nll(self, x, y, keep, docs=None):
-        logits, targets = self._logits(x, docs, keep), y[:, -keep:]
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    def nll(self, inputs, targets):
+        return nats_of(self.logits(inputs), targets)
+
+    def observe(self, chunk):
+        if self.new:
+            self.cache.commit(chunk.inputs.x, self.new)
+
+
+class Adaptation:
+    """Gradient steps on scored text. A step has TTT_BATCH_SEQS sequences over all ranks: the same on any number of them.
+
+    groups: of parameters, as `optimizer` (of torch.optim) takes them; adapters() is for the model's forward, if given.
+    """
+
+    def __init__(self, model, groups, optimizer, s, rt, adapters=lambda: None):
+        self.model, self.groups, self.make, self.s, self.rt, self.adapters = model, groups, optimizer, s, rt, adapters
+        self.params = [param for group in groups for param in group["params"]]
+        self.first = [param.detach().clone() for param in self.params]
+        self._loss = rt.compile(self._weighted_loss)
+        self.reset()
+
+    def reset(self):
+        self.put(self.first)
+        self.renew()
+
+    def renew(self):
+        """Begin with an optimizer that remembers nothing."""
+        self.optimizer = self.make([dict(group) for group in self.groups])
+
+    @torch.no_grad()
+    def put(self, values):
+        for param, value in zip(self.params, values):
+            param.copy_(value)
+
+    def _weighted_loss(self, x, y, weight, docs):
+        adapters = self.adapters()
+        return (weight * nats_of(self.model.logits(self.model.hidden(x, docs, adapters).float(), adapters), y)).sum()
+
+    def fit(self, stream, targets, epochs, scale, after=lambda: None):
+        """Learn targets (n,) of the stream, in this order, in sequences of EVAL_SEQ_LEN; scale(progress) is that of the
+        learning rates; after() is called behind each step.
+        """
+        s, world, length = self.s, self.rt.world, self.s.eval_seq_len
+        rows = np.pad(targets, (0, -len(targets) % length), constant_values=-1).reshape(-1, length)
+        batches = [rows[i : i + s.ttt_batch_seqs] for i in range(0, len(rows), s.ttt_batch_seqs)]
+        whole = -(-len(batches[0]) // world) * world
+        for step in range(epochs * len(batches)):
+            some = batches[step % len(batches)]
+            some = np.pad(some, ((0, whole - len(some)), (0, 0)), constant_values=-1)
+            self._step(stream, torch.from_numpy(some).to(self.rt.device), scale(step / (epochs * len(batches))))
+            after()
+
+    def _step(self, stream, targets, scale):
+        s, rt, index = self.s, self.rt, targets.clamp(min=0)
+        weight = (targets >= 0) * (stream.bytes[index] if s.byte_weighted_ttt else torch.ones_like(index))
+        weight = weight / weight.sum().clamp(min=1)
+        rows = [z[rt.rank :: rt.world] for z in (stream.tokens[index].long(), stream.tokens[index + 1].long(), weight)]
+        most = max(s.micro_batch_tokens // s.eval_seq_len, 1)
+        size = max(n for n in range(1, most + 1) if len(rows[0]) % n == 0)  # one shape, one graph
+        for x, y, part in zip(*(z.split(size) for z in rows)):
+            self._loss(x, y, part, self.model.outside(x)).backward()
+        if rt.world > 1:
+            grads = rt.sum(torch.cat([param.grad.flatten() for param in self.params]))
+            for param, grad in zip(self.params, grads.split([param.numel() for param in self.params])):
+                param.grad.copy_(grad.view_as(param))
+        if s.ttt_grad_clip:
+            nn.utils.clip_grad_norm_(self.params, s.ttt_grad_clip)
+        for group, given in zip(self.optimizer.param_groups, self.groups):
+            group["lr"] = given["lr"] * scale
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def adaptation_of_weights(model, s, rt):
+    """Adaptation of what TTT_FREEZE_* leave, at TTT_LR times TTT_LR_MULT_*. The rest needs no gradient any more."""
+    table, special, groups = roles(model), {}, {}
+    for block in model.blocks:
+        special |= {block.attn.o.weight: s.ttt_lr_mult_proj, block.mlp.down.weight: s.ttt_lr_mult_proj,
+                    block.mlp.up.weight: s.ttt_lr_mult_fc}
+    frozen = {param for block in model.blocks[: s.ttt_freeze_blocks] for param in block.parameters()}
+    for name, param in model.named_parameters():
+        fixed = param in frozen and not (s.ttt_train_scales and table[name] == "scalar")
+        fixed = fixed or s.ttt_freeze_embed and table[name] in ("embed", "head")
+        param.requires_grad_(not fixed)
+        if not fixed:
+            groups.setdefault(special.get(param, 1.0), []).append(param)
+    optimizer = (partial(torch.optim.SGD, momentum=s.ttt_momentum) if s.ttt_optimizer == "sgd" else
+                 partial(torch.optim.AdamW, weight_decay=0.0))
+    groups = [dict(params=params, lr=s.ttt_lr * multiple) for multiple, params in groups.items()]
+    return Adaptation(model, groups, optimizer, s, rt)
+
+
+def phase_ends(s):
+    """Numbers of documents after which the weights learn (PHASED_TTT_*)."""
+    n = s.phased_ttt_num_phases
+    return {round(s.phased_ttt_prefix_docs * i / n) for i in range(1, n + 1)} if s.phased_ttt_prefix_docs else set()
+
+
+def cosine(s, progress):
+    """From 1 to TTT_MIN_LR."""
+    return s.ttt_min_lr + (1 - s.ttt_min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class ScoreFirst(ModelPredictor):
+    """Score-first test-time training: a part is scored, then learnt, but for the last. TTT=full: the weights (#549);
+    TTT=lora: adapters that stay for the whole stream (#1033). With POLYAK_DECAY their running mean is what scores.
+    """
+
+    learns = True
+
+    def __init__(self, model, s, rt, temperature=1.0, width=0):
+        super().__init__(model, rt, temperature, width)
+        self.s = s
+        if s.ttt == "full":
+            self.adaptation = adaptation_of_weights(model, s, rt)
+        else:
+            self.adapters = Adapters(model.requires_grad_(False), s)
+            self.flat = self.adapters.start().requires_grad_()
+            self.adaptation = Adaptation(
+                model, [dict(params=[self.flat], lr=s.ttt_lora_lr)], partial(torch.optim.AdamW, eps=1e-10, betas=(
+                    s.ttt_beta1, s.ttt_beta2), weight_decay=s.ttt_wd), s, rt, lambda: self.adapters.of(self.flat))
+        self.reset()
+
+    def reset(self):
+        self.adaptation.reset()
+        self.raw, self.mean = self.adaptation.first, [value.clone() for value in self.adaptation.first]
+
+    def rehearse(self, stream):
+        self.adaptation.fit(stream, np.arange(len(stream.bytes)), 1, lambda _: 0.0)
+
+    def learn(self, part, stream):
+        s, adaptation, progress = self.s, self.adaptation, part.number / max(part.of - 1, 1)
+        if part.number + 1 == part.of:
+            return
+        scale = cosine(s, progress) * (1 + (s.adaptive_lr_max - 1) * min(progress / 0.3, 1))
+        (a, b), = part.ranges
+        if s.polyak_decay:
+            adaptation.put(self.raw)
+        adaptation.fit(stream, np.arange(a, b), s.ttt_epochs, lambda _: scale, self._average)
+        if s.polyak_decay:
+            self.raw = [param.detach().clone() for param in adaptation.params]
+            adaptation.put(self.mean)
+
+    @torch.no_grad()
+    def _average(self):
+        for mean, param in zip(self.mean, self.adaptation.params if self.s.polyak_decay else ()):
+            mean.lerp_(param, 1 - self.s.polyak_decay)
+
+
+class AdapterSet(NamedTuple):
+    """Adapters as the forward takes them."""
+
+    slots: list[Slot]  # of each visit
+    head: Callable | None
+
+
+def low_rank_map(a, b, scale, x):
+    """scale B A x for A (R, r, in), B (R, out, r), x (B, T, in); R is B, or 1 for all rows."""
+    return (x @ a.mT * scale) @ b.mT
+
+
+class Adapters:
+    """Low-rank adapters (LoRA, arXiv 2106.09685) of each visit of the plan, in a flat tensor with a row for each text."""
+
+    def __init__(self, model, s):
+        self.rank, self.scale = s.ttt_lora_rank, (s.ttt_lora_alpha or s.ttt_lora_rank) / s.ttt_lora_rank
+        self.seed, self.visits = s.seed, len(model.plan)
+        self.device, self.dtype = model.embed.weight.device, model.dtype
+        dim, narrow = s.model_dim, s.num_kv_heads * s.head_dim
+        outputs = {"q": dim, "k": narrow, "v": narrow, "o": dim, "mlp": dim, "head": s.vocab_size}
+        self.shapes = [(visit, what, dim, outputs[what]) for visit in (*range(self.visits), None)
+                       for what in s.ttt_lora_targets if (what == "head") == (visit is None)]  # None: behind all visits
+        self.sizes = [size for _, _, inputs, outputs in self.shapes for size in (self.rank * inputs, outputs * self.rank)]
+        self.is_a = torch.cat([torch.full((size,), i % 2 == 0) for i, size in enumerate(self.sizes)]).to(self.device)
+
+    def start(self):
+        """(1, P): A uniform within 1 / sqrt(inputs), B zero, so that nothing is added at first."""
+        generator, parts = torch.Generator().manual_seed(self.seed), []
+        for _, _, inputs, outputs in self.shapes:
+            a = (2 * torch.rand(self.rank * inputs, generator=generator) - 1) * inputs**-0.5
+            parts += [a, torch.zeros(outputs * self.rank)]
+        return torch.cat(parts)[None].to(self.device)
+
+    def of(self, flat):
+        """AdapterSet of rows (R, P), in the model's dtype, but for the head in float32."""
+        n = 2 * sum(visit is not None for visit, *_ in self.shapes)
+        body, head = flat.split((sum(self.sizes[:n]), sum(self.sizes[n:])), 1)
+        parts = [*body.to(self.dtype).split(self.sizes[:n], 1), *(head.split(self.sizes[n:], 1) if self.sizes[n:] else ())]
+        maps = [partial(low_rank_map, a.view(-1, self.rank, inputs), b.view(-1, outputs, self.rank), self.scale)
+                for a, b, (_, _, inputs, outputs) in zip(parts[::2], parts[1::2], self.shapes)]
+        slots = [{} for _ in range(self.visits)]
+        for (visit, what, *_), each in zip(self.shapes, maps):
+            if visit is not None:
+                slots[visit][what] = each
+        return AdapterSet([Slot(**slot) for slot in slots], maps[-1] if self.shapes[-1][0] is None else None)
+
+
+class DocumentAdapters(ModelPredictor):
+    """Adapters of each document on its own (#77, #1530): scored a chunk at a time, and after each one step of AdamW on
+    it; documents side by side never meet. With kept keys (EVAL_CONTEXT=cache) each token is forwarded once and its
+    gradient ends where its chunk began; with windows, all of the window is forwarded again and again.
+
+    TTT_WARM_START_A: A of later documents begins at the mean of those with which the group before ended (#1767 has those
+    of one document, whichever the rank had before). PHASED_TTT_PREFIX_DOCS: at the end of each phase the weights learn
+    from all documents so far (#1610).
+    """
+
+    def __init__(self, model, s, rt, temperature=1.0):
+        super().__init__(model, rt, temperature, s.eval_seq_len if s.eval_context == "cache" else 0)
+        self.s, self.phases = s, s.phased_ttt_prefix_docs > 0
+        self.learns = s.ttt_warm_start_a or self.phases
+        self.adapters = Adapters(model, s)
+        self.adaptation = adaptation_of_weights(model, s, rt) if self.phases else None
+        self.reset()
+
+    def reset(self):
+        self.start, self.read = self.adapters.start(), []
+        self.ended = torch.zeros(self.start.size(1) + 1, dtype=torch.float64, device=self.start.device)  # sum, count
+        if self.phases:
+            self.adaptation.reset()
+        self.model.requires_grad_(False)
+
+    def rehearse(self, stream):
+        if self.phases:
+            self._train(stream, np.arange(len(stream.bytes)), 1)
+
+    def _train(self, stream, targets, epochs):
+        for param in self.adaptation.params:
+            param.requires_grad_(True)
+        self.adaptation.renew()
+        self.adaptation.fit(stream, targets, epochs, partial(cosine, self.s))
+        self.model.requires_grad_(False)
+
+    @torch.enable_grad()
+    def logits(self, inputs):
+        rows = len(inputs.x)
+        if inputs.step == 0:
+            weight = self.start.expand(rows, -1).clone()
+            self.state = [weight, torch.zeros_like(weight), torch.zeros_like(weight)]
+        self.state = [z[:rows] for z in self.state]
+        self.flat = self.state[0].detach().requires_grad_()
+        self.said = super().logits(inputs)
+        return self.said.detach()
+
+    def observe(self, chunk):
+        s, n, live = self.s, chunk.more, chunk.index >= 0
+        super().observe(chunk)
+        if n:
+            nll = (nats_of(self.said, chunk.targets) * live).sum(1) / live.sum(1).clamp(min=1)
+            grad, = torch.autograd.grad(nll[:n].sum(), self.flat)
+            weight, mean, square = (z[:n] for z in self.state)
+            betas, step = (s.ttt_beta1, s.ttt_beta2), chunk.inputs.step + 1
+            adamw(weight, grad[:n], mean, square, step, s.ttt_lora_lr, s.ttt_wd, betas, 1e-10)
+        if s.ttt_warm_start_a:
+            done = live.any(1).double()
+            done[:n] = 0
+            self.ended += torch.cat((done @ self.state[0].double(), done.sum()[None]))
+
+    def learn(self, part, stream):
+        s = self.s
+        if s.ttt_warm_start_a and (count := self.rt.sum(self.ended)[-1]) > 0:
+            self.start = torch.where(self.adapters.is_a, (self.ended[:-1] / count).float(), self.start)
+        self.ended.zero_()
+        self.read.append(part.ranges)
+        if self.phases and sum(map(len, self.read)) in phase_ends(s):
+            self._train(stream, np.concatenate([np.arange(a, b) for a, b in np.concatenate(self.read)]), s.ttt_epochs)
+
+
+class HashTable:
+    """Open hash table on the device: slots of int64 keys >= 0, `most` of which have room. Vectorised, with no order that
+    matters but which of several new keys gets a slot first, and nothing that is computed from slots depends on that.
+    """
+
+    def __init__(self, most, device):
+        self.bits = max(int(1.5 * most).bit_length(), 8)
+        self.keys = torch.zeros(1 << self.bits, dtype=torch.int64, device=device)  # key + 1; 0: free
+
+    def __len__(self):
+        return len(self.keys)
+
+    def probe(self, keys, add=False):
+        """Slots of keys (n,); -1 where one is not there, unless `add` puts it there."""
+        found = at = keys * -7046029254386353131 >> (64 - self.bits) & (1 << self.bits) - 1
+        key, place = keys + 1, None  # of the keys that are still looked for
+        while len(at):
+            there = self.keys.index_select(0, at)
+            if add and len(free := (there == 0).nonzero().squeeze(1)):
+                some = at.index_select(0, free)
+                self.keys.index_copy_(0, some, key.index_select(0, free))  # of several that want the slot one gets it
+                there.index_copy_(0, free, self.keys.index_select(0, some))
+            miss = (there != key).nonzero().squeeze(1)
+            place, key = miss if place is None else place.index_select(0, miss), key.index_select(0, miss)
+            at = torch.where(there.index_select(0, miss) == 0, -1, (at.index_select(0, miss) + 1) % len(self.keys))
+            found.index_copy_(0, place, at)
+            if not add:
+                on = (at >= 0).nonzero().squeeze(1)
+                at, key, place = (z.index_select(0, on) for z in (at, key, place))
+        return found
+
+
+class Counts:
+    """How often each n-gram of up to `order` tokens occurred, exactly: a trie whose nodes have (parent, token) as key, so
+    no two n-grams share a count; `most` n-grams have room.
+
+    The node of a single token is its number; longer ones follow, vocab + slot; -1 is none, the last is the root. Texts
+    that are counted together are kept apart by the token `vocab`.
+    """
+
+    def __init__(self, vocab, order, most, device):
+        self.vocab, self.order, self.table = vocab, order, HashTable(most, device)
+        self.count = torch.zeros(vocab + 1 + len(self.table) + 1, dtype=torch.int32, device=device)
+        self.fan = torch.zeros(len(self.count), dtype=torch.int64, device=device)  # tokens after it + 2^32 different ones
+
+    def reset(self):
+        self.table.keys.zero_(), self.count.zero_(), self.fan.zero_()
+
+    @property
+    def root(self):
+        return len(self.count) - 1
+
+    def _children(self, nodes, tokens, add=False):
+        slots = self.table.probe(nodes * (self.vocab + 1) + tokens, add)
+        return torch.where(slots < 0, -1, slots + self.vocab + 1)
+
+    def find(self, nodes, tokens):
+        """Nodes one token longer, of the same shape; -1 where there is none."""
+        found, some = torch.full_like(nodes, -1), ((nodes >= 0) & (tokens >= 0)).flatten().nonzero().squeeze(1)
+        pairs = (z.reshape(-1).index_select(0, some) for z in (nodes, tokens))
+        found.view(-1).index_copy_(0, some, self._children(*pairs))
+        return found
+
+    def walk(self, run):
+        """[nodes (B, L) of the last 1, 2, ..., order tokens at each place of run (B, L)]."""
+        nodes = [run]
+        while len(nodes) < self.order:
+            nodes.append(self.find(F.pad(nodes[-1][:, :-1], (1, 0), value=-1), run))
+        return nodes
+
+    def add(self, run, new):
+        """Count the n-grams that end at the places `new` (n,) of run (L,), the last token of which keeps texts apart."""
+        fresh = torch.zeros_like(run, dtype=torch.bool).index_fill_(0, new, True)
+        ends = (run < self.vocab).nonzero().squeeze(1)  # where the n-grams so far end
+        nodes = run.index_select(0, ends)
+        parents = torch.full_like(nodes, self.root)
+        for n in range(self.order):
+            if n:  # one token longer, but for what would span two texts
+                tokens = run.index_select(0, ends + 1)
+                inside = (tokens < self.vocab).nonzero().squeeze(1)
+                parents, tokens, ends = (z.index_select(0, inside) for z in (nodes, tokens, ends + 1))
+                nodes = self._children(parents, tokens, add=True)
+            now = fresh.index_select(0, ends).nonzero().squeeze(1)
+            self._count(nodes.index_select(0, now), parents.index_select(0, now))
+
+    def _count(self, nodes, parents):
+        """One more of each node, the last token of which follows on its parent."""
+        one, step = torch.ones(len(nodes), dtype=torch.int32, device=nodes.device), torch.ones_like(nodes)
+        first = (self.count.index_select(0, nodes) == 0).nonzero().squeeze(1)
+        some = nodes.index_select(0, first)
+        mark = torch.arange(1, len(first) + 1, dtype=torch.int32, device=nodes.device)
+        self.count.index_copy_(0, some, mark)  # of several equal ones, one stays
+        once = (self.count.index_select(0, some) == mark).nonzero().squeeze(1)
+        one[first[once]] -= mark[once]
+        step[first[once]] += 1 << 32
+        self.count.index_add_(0, nodes, one)
+        self.fan.index_add_(0, parents, step)
+
+    def probability(self, contexts, grams):
+        """[p (...)] of orders 1, 2, ...: nodes of the contexts of 0, 1, ... tokens, and those of them with the token that
+        is asked for. Each order takes DISCOUNT off its counts and gives that mass to the order below, down to 1 / V
+        (interpolated absolute discounting), so that every one sums to 1 over the tokens.
+        """
+        p, found = torch.full(grams[0].shape, 1 / self.vocab, dtype=torch.float64, device=grams[0].device), []
+        for context, gram in zip(contexts, grams):
+            fan = torch.where(context < 0, 0, self.fan[context])
+            total, kinds = (fan & (1 << 32) - 1).double(), (fan >> 32).double()
+            count = torch.where(gram < 0, 0, self.count[gram]).double()
+            p = torch.where(total > 0, ((count - DISCOUNT).clamp(min=0) + DISCOUNT * kinds * p) / total.clamp(min=1), p)
+            found.append(p)
+        return found
+
+
+DISCOUNT = 0.9  # of 0.5, 0.6, ..., 0.9 and Witten-Bell the best for English of 1,024 pieces
+ORDERS = {"unigram": 1, "bigram": 2, "trigram": 3}  # of MIXER_EXPERTS; backoff has NGRAM_ORDER
+
+
+class Over(Predictor):
+    """A predictor that changes what another one says."""
+
+    learns = True
+
+    def __init__(self, base, s, rt):
+        self.base, self.s, self.rt, self.invalid = base, s, rt, base.invalid
+
+    def observe(self, chunk):
+        self.base.observe(chunk)
+
+    def learn(self, part, stream):
+        self.base.learn(part, stream)
+
+    def reset(self):
+        self.base.reset()
+
+    def rehearse(self, stream):
+        self.base.rehearse(stream)
+
+
+def text_of(part, stream, back, s):
+    """(the scored text of a part (L,), places of it that are new): each range behind up to `back` tokens before its first
+    target; but documents that are read in another order (TTT=lora_docs) alone. They are kept apart by the token VOCAB_SIZE.
+    """
+    pieces, new, at = [], [], 0
+    edge = stream.tokens.new_full((1,), s.vocab_size)
+    for a, b in part.ranges.tolist():
+        start = a if s.ttt == "lora_docs" else max(a + 1 - back, 0)
+        pieces += [stream.tokens[start : b + 1], edge]
+        new.append(torch.arange(at + a + 1 - start, at + b + 1 - start, device=edge.device))
+        at += b + 2 - start
+    return torch.cat(pieces).long(), torch.cat(new)
+
+
+def doubt(s, said):
+    """Weight of the n-grams (B, K): it rises with the model's entropy (#1033)."""
+    entropy = -(said.exp() * said).sum(-1).double()
+    return s.alpha_base + s.alpha_range * torch.sigmoid(2 * (entropy - s.alpha_center))
+
+
+class Mixture(Over):
+    """The model beside n-grams that are counted in the scored text, each a distribution. MIXER=backoff: the longest order,
+    at a weight that rises with the model's entropy (#1033, made normal). MIXER=hedge: MIXER_EXPERTS by their record: at the
+    end of a part each log weight falls by MIXER_ETA times its expert's mean nats, over all ranks (#967, made normal).
+
+    #967's expert "entropy" says exp(-H) of every token, H the model's entropy, and so far more than 1 in all.
+    """
+
+    def __init__(self, base, s, rt, targets):
+        super().__init__(base, s, rt)
+        self.names = ("backoff",) if s.mixer == "backoff" else s.mixer_experts
+        order = max((ORDERS.get(name, s.ngram_order) for name in self.names if name != "entropy"), default=1)
+        self.counts = Counts(s.vocab_size, order, targets * (order - 1), rt.device)
+        self.history = max(order - 2, base.history)
+        if "entropy" in self.names:
+            self.invalid = "C2 normalisation: MIXER_EXPERTS=entropy is no distribution (#967)"
+        self.reset()
+
+    def reset(self):
+        super().reset()
+        self.counts.reset()
+        self.seen, self.weights = 0, torch.zeros(1 + len(self.names), dtype=torch.float64, device=self.rt.device)
+        self.weights[0] = 2.0  # the model's
+        self.nats = torch.zeros(len(self.weights) + 1, dtype=torch.float64, device=self.rt.device)  # and how many targets
+
+    def _mix(self, said, own, contexts, grams):
+        """(log-probability (B, K, ...) of tokens of which the model says `own`, that of each expert): `said` is all that the
+        model says (B, K, V).
+        """
+        orders, more = self.counts.probability(contexts, grams), (1,) * (own.dim() - 2)
+        entropy = (said.exp() * said).sum(-1).double().view(*said.shape[:2], *more)
+        experts = torch.stack([own.double(), *(entropy.expand_as(own) if name == "entropy" else orders[
+            ORDERS.get(name, self.s.ngram_order) - 1].log() for name in self.names)])
+        if self.s.mixer == "hedge":
+            weights = self.weights.log_softmax(0).view(-1, 1, 1, *more)
+        else:
+            alpha = doubt(self.s, said).view(*said.shape[:2], *more)
+            weights = torch.stack((torch.log1p(-alpha), alpha.log()))
+        return (experts + weights).logsumexp(0), experts
+
+    def _contexts(self, nodes, h, k):
+        root = torch.full_like(nodes[0][:, h : h + k], self.counts.root)
+        return [root, *(node[:, h : h + k] for node in nodes[: self.counts.order - 1])]
+
+    @torch.no_grad()
+    def predict(self, inputs, most=None):
+        said = self.base.predict(inputs, most)
+        if self.seen < self.s.mixer_min_tokens:
+            return said
+        contexts = self._contexts(self.counts.walk(inputs.run), inputs.run.size(1) - inputs.take.size(1), said.size(1))
+        everyone = torch.arange(said.size(-1), device=said.device).expand(said.shape)
+        contexts = [node[..., None].expand(said.shape) for node in contexts]
+        grams = [everyone, *(self.counts.find(node, everyone) for node in contexts[1:])]
+        return self._mix(said, said, contexts, grams)[0]
+
+    @torch.no_grad()
+    def nll(self, inputs, targets):
+        said, k = self.base.predict(inputs), inputs.take.size(1)
+        own, self.experts = said.gather(-1, targets[..., None]).squeeze(-1), None
+        if self.seen < self.s.mixer_min_tokens:
+            return -own
+        h = inputs.run.size(1) - k
+        nodes = self.counts.walk(torch.cat((inputs.run[:, : h + 1], targets), 1))
+        mixed, self.experts = self._mix(said, own, self._contexts(nodes, h, k), [node[:, h + 1 :] for node in nodes])
+        return -mixed
+
+    def observe(self, chunk):
+        if self.experts is not None:
+            live = chunk.index >= 0
+            self.nats[:-1] -= (self.experts * live).flatten(1).sum(1)
+            self.nats[-1] += live.sum()
+        super().observe(chunk)
+
+    def learn(self, part, stream):
+        super().learn(part, stream)
+        nats = self.rt.sum(self.nats)
+        if self.s.mixer == "hedge" and nats[-1] > 0:
+            self.weights -= self.s.mixer_eta * nats[:-1] / nats[-1]
+        nats.zero_()
+        self.counts.add(*text_of(part, stream, self.counts.order - 1, self.s))
+        self.seen += int(np.diff(part.ranges).sum())
+
+
+class Tilt(Over):
+    """Token-only tilt (#1145, #1514): the token that followed most often on the last TOKEN_ORDER - 1, if it did in at least
+    TOKEN_THRESHOLD of the cases, is the hint, and p'(v) = p(v) e^(TOKEN_BOOST [v = hint]) / Z with Z = 1 + p(hint)
+    (e^TOKEN_BOOST - 1). Whatever the hint, that sums to 1, so contexts may go by a hash of 62 bits.
+    """
+
+    def __init__(self, base, s, rt, targets):
+        super().__init__(base, s, rt)
+        self.context, self.history = s.token_order - 1, max(s.token_order - 2, base.history)
+        self.table = HashTable(2 * targets, rt.device)
+        self.count = torch.zeros(len(self.table), dtype=torch.int64, device=rt.device)
+        self.best = torch.zeros_like(self.count)  # of a context: 2^17 times the most that a token followed, + that token
+        powers = [pow(6364136223846793005, i, 2**64) for i in range(self.context)]
+        self.powers = torch.tensor(powers, dtype=torch.uint64).view(torch.int64).to(rt.device)
+
+    def reset(self):
+        super().reset()
+        self.table.keys.zero_(), self.count.zero_(), self.best.zero_()
+
+    def _hashes(self, run):
+        """Key of the last `context` tokens at each place of run (..., L) from the context-th on."""
+        mixed = ((run.unfold(-1, self.context, 1) + 1) * self.powers).sum(-1)
+        return (mixed ^ mixed >> 29) * -4658895280553007687 >> 2 & (1 << 62) - 1
+
+    def _hints(self, inputs):
+        """(B, K), -1 where there is none."""
+        k = inputs.take.size(1)
+        run = inputs.run[:, inputs.run.size(1) - k - self.context + 1 :]
+        slots = self.table.probe(self._hashes(run).flatten()).view(-1, k)
+        best, total = self.best[slots], self.count[slots]
+        known = (slots >= 0) & (run.unfold(-1, self.context, 1) >= 0).all(-1)
+        return torch.where(known & ((best >> 17).double() / total >= self.s.token_threshold), best & (1 << 17) - 1, -1)
+
+    @torch.no_grad()
+    def predict(self, inputs, most=None):
+        said, hints = self.base.predict(inputs, most), self._hints(inputs)[:, :most, None]
+        boost = (hints >= 0) * self.s.token_boost
+        hints = hints.clamp(min=0)
+        share = said.gather(-1, hints).exp() * torch.expm1(boost)
+        return (said - torch.log1p(share)).scatter_add(-1, hints, boost.to(said.dtype))
+
+    def learn(self, part, stream):
+        super().learn(part, stream)
+        run, new = text_of(part, stream, self.context, self.s)
+        new = new[new >= self.context]
+        if not len(new):
+            return
+        tokens, slots = run[new], self.table.probe(self._hashes(run)[new - self.context], add=True)
+        pairs = self.table.probe((1 << 62) + slots * (self.s.vocab_size + 1) + tokens, add=True)
+        one = torch.ones_like(slots)
+        self.count.index_add_(0, slots, one).index_add_(0, pairs, one)
+        self.best.scatter_reduce_(0, slots, self.count[pairs] * (1 << 17) + tokens, "amax")
+
+
+class Hashed(Over):
+    """The mixer of #1033 as published: the share of the target among what a context's bucket saw, both found by hashes, of
+    the longest order whose context's bucket has MIN_COUNT; no sum is ever 1, and with full buckets each is nearly V.
+    """
+
+    PRIMES = 36313, 27191, 51647, 81929, 131071, 174763, 233017
+
+    def __init__(self, base, s, rt):
+        super().__init__(base, s, rt)
+        self.invalid = "C2 normalisation: MIXER=hashed looks the target up in a hash of itself (#1033)"
+        self.history = max(s.ngram_order - 2, base.history)
+        self.counts = torch.zeros(2, s.ngram_order + 1, s.ngram_buckets, dtype=torch.int32, device=rt.device)
+        self.single = torch.zeros(s.vocab_size + 1, dtype=torch.int64, device=rt.device)
+        self.reset()
+
+    def reset(self):
+        super().reset()
+        self.counts.zero_(), self.single.zero_()
+        self.seen = 0
+
+    def _context(self, run, n):
+        """Hash of the n - 1 tokens that end at each place of run (..., L), from the (n - 1)-th on."""
+        spans = run.unfold(-1, n - 1, 1) * torch.tensor([self.PRIMES[i % 7] for i in range(n - 1)], device=run.device)
+        return reduce(torch.bitwise_xor, spans.unbind(-1))
+
+    def _full(self, context, tokens, n):
+        return (context ^ tokens * self.PRIMES[(n - 1) % 7]) % self.s.ngram_buckets
+
+    def _share(self, run, k, tokens):
+        """"p" (B, K, ...) of tokens, each at its own key."""
+        vocab, left, p = self.s.vocab_size, torch.ones_like(tokens, dtype=torch.bool), None
+        p = (self.single[tokens] + 0.5) / (self.seen + 0.5 * vocab)
+        for n in range(self.s.ngram_order, 1, -1):
+            some = run[:, run.size(1) - k - n + 2 :]
+            context = self._context(some, n).view(*some.shape[:1], k, *(1,) * (tokens.dim() - 2))
+            there = (some.unfold(-1, n - 1, 1) >= 0).all(-1).view(context.shape)
+            before = self.counts[0, n][context % self.s.ngram_buckets]
+            use = left & there & (before >= self.s.min_count)
+            both = torch.minimum(self.counts[1, n][self._full(context, tokens, n)], before)
+            p, left = torch.where(use, both / before.clamp(min=1).double(), p.double()), left & ~use
+        return p
+
+    def _mixed(self, inputs, said, own, tokens):
+        alpha, k = doubt(self.s, said).view(*said.shape[:2], *(1,) * (own.dim() - 2)), inputs.take.size(1)
+        p = self._share(inputs.run[:, : inputs.run.size(1) - k + own.size(1)], own.size(1), tokens)
+        return torch.log(((1 - alpha) * own.double().exp() + alpha * p).clamp(min=1e-12))
+
+    @torch.no_grad()
+    def predict(self, inputs, most=None):
+        said = self.base.predict(inputs, most)
+        everyone = torch.arange(said.size(-1), device=said.device).expand(said.shape)
+        return said if self.seen < self.s.mixer_min_tokens else self._mixed(inputs, said, said, everyone)
+
+    @torch.no_grad()
+    def nll(self, inputs, targets):
+        said = self.base.predict(inputs)
+        own = said.gather(-1, targets[..., None]).squeeze(-1)
+        return -(own if self.seen < self.s.mixer_min_tokens else self._mixed(inputs, said, own, targets))
+
+    def learn(self, part, stream):
+        super().learn(part, stream)
+        run, new = text_of(part, stream, self.s.ngram_order - 1, self.s)
+        one = torch.ones_like(new, dtype=torch.int32)
+        self.single.index_add_(0, run[new], one.long())
+        for n in range(2, self.s.ngram_order + 1):
+            at = new[new >= n - 1]
+            if not len(at):
+                break
+            context = self._context(run, n)[at - n + 1]
+            self.counts[0, n].index_add_(0, context % self.s.ngram_buckets, one[: len(at)])
+            self.counts[1, n].index_add_(0, self._full(context, run[at], n), one[: len(at)])
+        self.seen += len(new)
+
+
+def make_predictor(model, s, rt, targets, temperature=1.0):
+    """What the settings say is to be scored, over a stream of so many targets."""
+    width = s.eval_seq_len if s.eval_context == "cache" else 0
+    if s.ttt == "lora_docs":
+        predictor = DocumentAdapters(model, s, rt, temperature)
+    elif s.ttt in ("full", "lora"):
+        predictor = ScoreFirst(model, s, rt, temperature, width)
+    else:
+        predictor = ModelPredictor(model, rt, temperature, width)
+    predictor = Tilt(predictor, s, rt, targets) if s.token_boost else predictor
+    if s.mixer != "off":
+        predictor = Hashed(predictor, s, rt) if s.mixer == "hashed" else Mixture(predictor, s, rt, targets)
+    return predictor
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3725,6 +4787,9 @@ class LateQAT:
             self.moments = {name: Moments(*one).to(device) for name, one in state["moments"].items()}
 
 
+TEMPERATURE_TOKENS = 16384
+
+
 class Training:
     """What a training run changes from step to step: all of it, and nothing else, is in a checkpoint."""
 
@@ -3844,6 +4909,36 @@ class Training:
                 seconds=round(run.clock["calibrate"], 3), reserved_seconds=round(self.reserve, 3))
         return moments
 
+    @torch.no_grad()
+    def fit_temperature(self):
+        """The divisor of the logits at which further training text costs least, by Newton's method on its inverse: rows of
+        the next step, evenly spaced over all ranks, so that it does not depend on their number.
+        """
+        run, (_, length, tokens) = self.run, self.run.s.stages[self.stage]
+        with run.clock.phase("calibrate"):
+            run.validity.opened("train")
+            rows = [(x[i : i + 1], y[i : i + 1], docs if len(x) == 1 else None)
+                    for x, y, docs in _next_batch(run, self, length, tokens) for i in range(len(x))]
+            count = len(rows) * run.rt.world
+            some = min(max(TEMPERATURE_TOKENS // rows[0][0].size(1), 1), count)
+            taken = {i * count // some for i in range(some)}
+            states, y = [rows[0][0].new_empty(0, run.s.model_dim, dtype=self.model.dtype)], [rows[0][1][0, :0]]
+            for i, (x, targets, docs) in enumerate(rows, len(rows) * run.rt.rank):
+                if i in taken:
+                    states.append(self.model.hidden(x, docs)[0, :TEMPERATURE_TOKENS])
+                    y.append(targets[0, :TEMPERATURE_TOKENS])
+            logits, y, inverse = self.model.logits(torch.cat(states).float()).double(), torch.cat(y)[:, None], 1.0
+            for _ in range(8):
+                share = (inverse * logits).softmax(-1)
+                mean = (share * logits).sum(-1)
+                slope = (mean - logits.gather(-1, y).squeeze(-1)).sum()
+                bend = ((share * logits.square()).sum(-1) - mean.square()).sum()
+                slope, bend = run.rt.sum(torch.stack((slope, bend))).tolist()
+                inverse = min(max(inverse - slope / max(bend, 1e-9), 0.2), 5.0)
+        read, = run.rt.sum(torch.tensor([float(len(y))], dtype=torch.float64, device=run.rt.device)).tolist()
+        run.log("temperature", fitted=1 / inverse, tokens=int(read))
+        return round(1 / inverse, 4)
+
     def save(self):
         """Write a checkpoint, outside the training clock, by parameter name; the last two are kept. Collective.
 
@@ -3951,8 +5046,7 @@ def report_score(run, predictor, stream):
     """Contiguous score of the validation stream as a report that nothing learns from."""
     s, rt = run.s, run.rt
     with run.clock.phase("validate"), run.validity.report():
-        parts = chunks(stream, s.eval_seq_len, 0, s.eval_batch_seqs, rt)
-        return score(predictor, parts, stream, rt, run.validity)
+        return score(predictor, side_by_side(stream, s, rt), stream, rt, run.validity)
 
 
 def train(run, model, val):
@@ -3995,6 +5089,7 @@ def train(run, model, val):
     run.facts.update(steps=training.step, train_tokens=training.tokens, peak_memory_mib=peak, weights=kind,
                      epochs=round(training.stream.epoch, 4))
     log("peak_memory", f"peak memory allocated: {peak} MiB", mib=peak)
+    model.temperature = training.fit_temperature() if s.eval_temperature == 0 else None
     learned = training.qat and training.qat.moments
     return learned or (training.calibrate() if s.needs_moments else None)
 
@@ -4018,8 +5113,7 @@ def _choose_average(run, training, predictor):
     with run.clock.phase("calibrate"), torch.no_grad():
         for kind, weights in candidates.items():
             average.apply(weights)
-            parts = chunks(stream, s.eval_seq_len, 0, s.eval_batch_seqs, rt)
-            losses[kind] = score(predictor, parts, stream, rt, Validity()).loss
+            losses[kind] = score(predictor, side_by_side(stream, s, rt), stream, rt, Validity()).loss
     best = min(losses, key=losses.get)
     run.log("candidates", chosen=best, held_out_tokens=len(held) - 1, **{f"{k}_loss": v for k, v in losses.items()})
     return best, candidates[best]
@@ -4187,11 +5281,15 @@ def export(run, model, tokenizer_sha256, moments=None):
 def evaluate(run, path):
     """Load the artifact that was written, and nothing else, and score it."""
     s, rt = run.s, run.rt
-    with run.clock.phase("eval"):
+    with run.clock.phase("eval"), run.validity.evaluation():
         data = rt.same(read_file(path) if rt.rank == 0 else None)  # over nodes, only rank 0's disk has the file
+        found = hashlib.sha256(data).hexdigest()
+        run.validity.need(found == run.facts.setdefault("artifact_sha256", found), "the artifact changed after it was written")
         stored = read_artifact(path, data)[0]["tokenizer_sha256"]
         s = replace(s, **{f.name: f.default for f in model_fields()})  # the model is what the file says, alone
         s, model = load_artifact(path, s, rt.dtype, run.attend, rt.device, data)
+        if s.eval_temperature == 0 and model.temperature is None:
+            raise BadInput(f"EVAL_TEMPERATURE=0, but {path} was written without a fitted one; train with it, or give it")
         sp, _, tokenizer_sha256 = load_tokenizer(s)
         if stored and stored != tokenizer_sha256:
             raise BadInput(f"{path} was trained with another tokenizer (SHA-256 {stored[:12]}, this one "
@@ -4199,21 +5297,139 @@ def evaluate(run, path):
         run.validity.opened("val")
         val = load_validation(s, rt, sp)
         _check_bytes(run, sp, val)
-        predictor, sliding = ModelPredictor(model, rt), s.eval_stride not in (0, s.eval_seq_len)
-        if sliding:  # comparable with the scores before quantisation: what packing cost
-            result = report_score(run, predictor, val)
-            run.log("eval", name=f"{s.format}_contiguous", val_loss=result.loss, val_bpb=result.bpb)
-        parts = chunks(val, s.eval_seq_len, s.eval_stride, s.eval_batch_seqs, rt)
-        result = score(predictor, parts, val, rt, run.validity, run.log)
-    name = f"{s.format}_{'sliding_window' if sliding else 'contiguous'}"
-    valid = "no" if run.validity.reasons else "yes"
-    run.log("final", f"final_{name} val_loss:{result.loss:.8f} val_bpb:{result.bpb:.8f} "
-            f"eval_time:{1e3 * run.clock['eval']:.0f}ms valid:{valid}",
-            name=name, val_loss=result.loss, val_bpb=result.bpb, valid=valid)
+        predictor = make_predictor(model, s, rt, len(val.bytes), s.eval_temperature or model.temperature)
+        if reading(s) != "contiguous":  # comparable with the scores before quantisation: what packing cost
+            plain = predictor if type(predictor) is ModelPredictor and predictor.temperature == 1 else ModelPredictor(model, rt)
+            result = report_score(run, plain, val)
+            run.log("eval", name=f"{s.format}_contiguous", val_loss=result.loss, val_bpb=result.bpb,
+                    **run.validity.verdict())
+        if s.ttt == "before":
+            train_on_validation(run, model, val)
+        run.validity.need(not predictor.invalid, predictor.invalid)
+        log_adaptation(run, model, predictor)
+        reader = Reader(val, s, rt, s.ttt_chunk_tokens if predictor.learns else 0, predictor.history)
+        graphs = warm_up_scoring(run, predictor, reader) if rt.compiled else 0
+        result = score(predictor, reader, val, rt, run.validity, run.log)
+        forwarded, = rt.sum(torch.tensor([float(reader.forwarded)], dtype=torch.float64, device=rt.device)).tolist()
+        recompiled = graphs_so_far() - graphs if rt.compiled else 0
+    if s.selftest:
+        predictor.reset()
+        selftest(run, s, path, data, val)
+    name = f"{s.format}_{reading(s)}"
+    verdict = run.validity.verdict()
+    run.log("final", f"final_{name} val_loss:{result.loss:.8f} val_bpb:{result.bpb:.8f} eval_time:"
+            f"{1e3 * run.clock['eval']:.0f}ms " + " ".join(f"{key}:{_word(value)}" for key, value in verdict.items()),
+            name=name, val_loss=result.loss, val_bpb=result.bpb, **verdict)
     run.facts.update(val_bpb=result.bpb, val_loss=result.loss, val_tokens=result.tokens, val_bytes=result.bytes,
-                     predictor=name, params=sum(p.numel() for p in model.parameters()))
-    run.validity.need_for_record(val.whole and abs(result.bytes / FINEWEB_VAL_BYTES - 1) < 1e-4,
-                                 f"{result.bytes} validation bytes; FineWeb's 50,000 documents: {FINEWEB_VAL_BYTES}")
+                     predictor=name, params=sum(p.numel() for p in model.parameters()), recompiles=recompiled,
+                     forwarded_per_token=round(forwarded / result.tokens, 4))
+    documents = len(documents_of(val))
+    run.validity.need_for_record(val.whole and documents == 50_000 and abs(result.bytes / FINEWEB_VAL_BYTES - 1) < 1e-4,
+                                 f"{result.bytes} validation bytes in {documents} documents; FineWeb's 50,000 documents: "
+                                 f"{FINEWEB_VAL_BYTES}")
+
+
+def graphs_so_far():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def warm_up_scoring(run, predictor, reader):
+    """Compile every graph of a scoring on synthetic tokens; returns how many there are in all so far."""
+    s, device, vocab = run.s, run.rt.device, run.s.vocab_size
+    generator = torch.Generator().manual_seed(s.seed)
+
+    def tokens(*shape):
+        return torch.randint(vocab, shape, generator=generator).to(device)
+
+    with run.clock.phase("warmup"):
+        for rows, size, places, step in reader.shapes():
+            take = torch.arange(size - places, size, device=device).repeat(rows, 1)  # laid out as the reader's
+            inputs = Inputs(tokens(rows, size), take, tokens(rows, predictor.history + places), step)
+            chunk = Chunk(inputs, tokens(rows, places), take, rows)
+            predictor.nll(inputs, chunk.targets)
+            predictor.observe(chunk)
+        if predictor.learns:
+            count = min(s.ttt_chunk_tokens, len(reader.stream.bytes))
+            predictor.rehearse(ValStream(tokens(count + 1).int(), torch.ones(count, dtype=torch.int16, device=device), False))
+        predictor.reset()
+    return graphs_so_far()
+
+
+def selftest(run, s, path, data, val):
+    """Is what scored a code? code_tests() with its settings, but for sizes, in float32 and uncompiled, on the beginning of
+    the validation text, whose documents are made to get shorter; and the same on one rank as on all. A line each.
+    """
+    n, rt = min(s.eval_seq_len, 8), copy(run.rt)
+    rt.compiled, rt.dtype = False, torch.float32
+    alone = copy(rt)
+    alone.rank, alone.world = 0, 1
+    s = replace(s, eval_seq_len=n, eval_stride=n // 2 if 0 < s.eval_stride < s.eval_seq_len else 0, eval_batch_seqs=2,
+                ttt_chunk_tokens=3 * n, ttt_batch_seqs=min(s.ttt_batch_seqs, 3), ttt_epochs=min(s.ttt_epochs, 2),
+                ttt_chunk_size=min(s.ttt_chunk_size, n // 2), ttt_short_chunks=(), ttt_batch_size=2, ttt_group_docs=2,
+                phased_ttt_prefix_docs=min(s.phased_ttt_prefix_docs, 2), phased_ttt_num_phases=1, mixer_min_tokens=0,
+                ngram_buckets=min(s.ngram_buckets, 64))
+    model = load_artifact(path, s, torch.float32, attend_reference, rt.device, data)[1]
+    lengths = [4 * n, 3 * n, 2 * n, 2 * n, n, 5]  # the ends of the first ones are ends of windows and parts, too
+    ids = val.tokens.repeat(-(-(sum(lengths) + 1) // len(val.tokens)))[: sum(lengths) + 1].long()
+    ids[ids == BOS] = BOS + 1
+    ids[[0, *np.cumsum(lengths)[:-1]]] = BOS
+    before = adaptation_of_weights(model, s, rt) if s.ttt == "before" else None
+    predictors = {where: make_predictor(model, s, where, len(ids), s.eval_temperature or model.temperature)
+                  for where in (rt, alone)}
+
+    def nats(ids, where=rt, spied=None):
+        stream = ValStream(ids.int(), torch.ones(len(ids) - 1, dtype=torch.int16, device=ids.device), False)
+        predictor, found = predictors[where], torch.zeros(len(ids) - 1, dtype=torch.float64, device=ids.device)
+        predictor.reset()
+        if before:
+            before.reset()
+            before.fit(stream, np.arange(len(found)), 1, partial(cosine, s))
+        reader = Reader(stream, s, where, s.ttt_chunk_tokens if predictor.learns else 0, predictor.history, of=8)
+        score(predictor, reader, stream, where, Validity(), None, 0, found, spied)
+        return found
+
+    def said(ids, t):
+        spied = {t: torch.zeros(s.vocab_size, dtype=torch.float64, device=ids.device)}
+        nats(ids, spied=spied)
+        return spied[t]
+
+    with run.clock.phase("selftest"):
+        worst = code_tests(nats, ids, s.vocab_size, (5 * n + 3, 11 * n), (4 * n, 9 * n), (7 * n + 3, 9 * n), said)
+        if rt.world > 1:
+            worst["ranks"] = (nats(ids) - nats(ids, alone)).abs().max().item()
+    for name, error in worst.items():
+        good = error < 1e-3
+        run.log("selftest", test=name, ok="yes" if good else "no", off_by=error, ranks=rt.world)
+        run.validity.need(good, f"{SELFTESTS[name]}: the {name} test is off by {error:.1e}")
+
+
+SELFTESTS = {"flip": "C1 causality", "prefix": "C3 order", "sum": "C2 normalisation", "ranks": "the score depends on ranks"}
+
+
+def reading(s):
+    """How a stream is read and by what it is scored, in a word."""
+    how = "cache" if s.eval_context == "cache" else "contiguous" if s.eval_stride in (0, s.eval_seq_len) else "sliding_window"
+    how = f"documents_{how}" if s.eval_docs else "" if s.ttt == "lora_docs" else how
+    words = [how, f"ttt_{s.ttt}" * (s.ttt != "off"), s.mixer * (s.mixer != "off"), "tilt" * (s.token_boost > 0)]
+    return "_".join(word for word in words if word)
+
+
+def log_adaptation(run, model, predictor):
+    """What test-time training may change, and what it may not."""
+    while isinstance(predictor, Over):
+        predictor = predictor.base
+    if predictor.adapters:
+        run.log("ttt_adapters", parameters=sum(predictor.adapters.sizes), beside=run.s.ttt_lora_targets,
+                rank=run.s.ttt_lora_rank, of_each="document" if run.s.ttt == "lora_docs" else "stream")
+    if predictor.adaptation and predictor.adaptation.params[0] is not predictor.flat:
+        log_trainable(run, model, predictor.adaptation)
+
+
+def log_trainable(run, model, adaptation):
+    learns = {param for param in adaptation.params}
+    blocks = [sum(p.numel() for p in block.parameters() if p in learns) for block in model.blocks]
+    total, count = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in learns)
+    run.log("ttt_trainable", parameters=count, frozen=total - count, by_block=blocks, outside_blocks=count - sum(blocks))
 
 
 def _check_bytes(run, sp, val):
@@ -4239,7 +5455,7 @@ def _check_bytes(run, sp, val):
 def summarise(run):
     """The last line of log and console: everything a table, a plot or submission.json needs."""
     s, rt, facts, validity = run.s, run.rt, run.facts, run.validity
-    phases = ("train", "calibrate", "export", "eval", "validate", "warmup")
+    phases = ("train", "calibrate", "export", "eval", "validate", "warmup", "adapt", "selftest")
     seconds = {f"{name}_seconds": round(run.clock.seconds.get(name, 0.0), 3) for name in phases}
     need, spent = validity.need_for_record, seconds["train_seconds"] + seconds["calibrate_seconds"]
     need("steps" in facts, "not trained in this run")
@@ -4319,6 +5535,8 @@ def run_phases(s, argv):
             count = sum(p.numel() for p in model.parameters())
             log("model_params", f"model_params:{count}", params=count)
             moments = train(run, model, val)
+            if s.ttt == "prequant":
+                train_on_validation(run, model, val)
             path = export(run, model, tokenizer_sha256, moments)
             del model, val, moments  # nothing but the file goes on from here
         run.validity.freeze()

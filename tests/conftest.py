@@ -45,10 +45,14 @@ def run_trainer(args, env=None, cwd=REPO, timeout=120, script=REPO / "train_gpt.
 
 
 def write_shard(path, tokens):
-    """A shard in the contest's format: 256 little-endian int32 (magic, version, number of tokens), uint16 tokens."""
+    """A shard in the contest's format: 256 little-endian int32 (magic, version, number of tokens), uint16 tokens. Put in
+    place as a whole: what is there may still be mapped by a loader that reads ahead.
+    """
     tokens = list(map(int, tokens))
     header = struct.pack("<3i", SHARD_MAGIC, SHARD_VERSION, len(tokens)).ljust(1024, b"\0")
-    path.write_bytes(header + struct.pack(f"<{len(tokens)}H", *tokens))
+    new = path.with_name(path.name + ".new")
+    new.write_bytes(header + struct.pack(f"<{len(tokens)}H", *tokens))
+    new.replace(path)
 
 
 def toy_documents(count=90, seed=7):

@@ -215,9 +215,12 @@ def embedded(p, s, ids):
     return np.array(x)
 
 
-def forward(p, s, ids, looping=True, longest=0):
-    """Normed final states (T, D) and logits (T, V) of one sequence of token ids; p: parameters by name, float64."""
+def forward(p, s, ids, looping=True, longest=0, band=0):
+    """Normed final states (T, D) and logits (T, V) of one sequence of token ids; p: parameters by name, float64. With a
+    `band` every token sees, in every layer, that many tokens up to itself.
+    """
     starts = document_starts(ids, longest=longest) if s.doc_mask == "attention" else [0] * len(ids)
+    starts = [max(start, t + 1 - band) if band else start for t, start in enumerate(starts)]
     ve = [p["value_embed.scale"] * (p["value_embed.proj.weight"] @ p["value_embed.table.weight"][token])
           for token in ids] if s.ve_dim else None
     x0, first, stack = embedded(p, s, ids), [], []
@@ -427,13 +430,13 @@ class Rank:
         pass
 
     def agree(self, *values):
-        return tuple(map(max, zip(*self.ranks.exchange(self.rank, values))))
+        return tuple(map(max, zip(*self.ranks.exchange(self.rank, values)))) if self.world > 1 else values
 
     def sum(self, tensor):
-        return tensor.copy_(sum(self.ranks.exchange(self.rank, tensor.clone())))
+        return tensor.copy_(sum(self.ranks.exchange(self.rank, tensor.clone()))) if self.world > 1 else tensor
 
     def same(self, value):
-        return self.ranks.exchange(self.rank, value)[0]
+        return self.ranks.exchange(self.rank, value)[0] if self.world > 1 else value
 
 
 def alone():

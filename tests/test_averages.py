@@ -144,17 +144,15 @@ def settings(folder, average, **changes):
 
 
 def held_out_loss(s, weights, tokens):
-    """Mean over every target of the text, in float64, by windows of EVAL_SEQ_LEN and one more that ends with it."""
+    """Mean over every target of the text, in float64, by windows of EVAL_SEQ_LEN and one of what is left."""
     model = tg.GPT(s, init=False)
     model.load_state_dict(weights)
-    length, nats, done = s.eval_seq_len, [], 0
-    for start in [*range(0, len(tokens) - length, length), len(tokens) - 1 - length]:
+    length, nats = s.eval_seq_len, []
+    for start in range(0, len(tokens) - 1, length):
         ids = torch.tensor(tokens[start : start + length + 1])
         with torch.no_grad():
             logits = model.logits(model.hidden(ids[None, :-1]))[0].double().numpy()
-        each = [ref.nats(row, int(target)) for row, target in zip(logits, ids[1:])]
-        nats += each[max(done - start, 0) :]
-        done = start + length
+        nats += [ref.nats(row, int(target)) for row, target in zip(logits, ids[1:])]
     assert len(nats) == len(tokens) - 1
     return sum(nats) / len(nats)
 

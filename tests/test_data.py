@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import math
 import random
 import re
 import struct
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -306,6 +309,44 @@ def test_counted_bytes_are_those_of_the_decoded_text(sp, texts):
 def test_counted_bytes_follow_the_rule_on_any_ids(sp, data):
     ids = data.draw(st.lists(st.integers(0, sp.vocab_size() - 1), min_size=1, max_size=60))
     assert tg.target_bytes(ids, tg.byte_tables(sp, sp.vocab_size())).tolist() == slow_bytes(sp, ids)
+
+
+class Table(tg.Predictor):
+    """A random distribution behind each token."""
+
+    def __init__(self, vocab):
+        self.logs = torch.from_numpy(np.random.default_rng(0).standard_normal((vocab, vocab))).log_softmax(-1)
+
+    def predict(self, inputs, most=None):
+        return self.logs[inputs.x.gather(1, inputs.take)][:, :most]
+
+
+ANYTHING = st.text(st.one_of(st.sampled_from(SPECIAL + "\0\x07\x1b\x85ptkbd gmnrls aeiou,. "),
+                             st.characters(exclude_categories=["Cs"])), max_size=60)
+
+
+@ref.tries(30)
+@given(st.lists(ANYTHING, min_size=1, max_size=6), st.sampled_from([0, 3, 8]), st.booleans(),
+       st.sampled_from(["window", "cache"]))
+def test_bits_per_byte_are_those_of_the_decoded_documents_however_they_are_read(sp, texts, stride, docs, context):
+    """From shards to score(): the logarithms of all tokens over the length of the text, each document decoded alone."""
+    documents = [ids for ids in map(sp.encode, [*texts, "ta ko, mi"]) if sp.unk_id() not in ids]
+    ids, vocab = [token for document in documents for token in (ref.BOS, *document)], sp.vocab_size()
+    if len(ids) < 9:
+        return
+    s = ref.small(vocab_size=vocab, eval_seq_len=8, train_seq_len=8, eval_stride=stride, eval_docs=docs,
+                  eval_context=context)
+    with tempfile.TemporaryDirectory() as folder:
+        write_shard(Path(folder) / "fineweb_val_000000.bin", ids[:7])
+        write_shard(Path(folder) / "fineweb_val_000001.bin", ids[7:])
+        stream = tg.load_validation(tg.replace(s, data_path=folder), ref.alone(), sp)
+    validity, predictor = tg.Validity(), Table(vocab)
+    result = tg.score(predictor, tg.Reader(stream, s, ref.alone()), stream, ref.alone(), validity)
+    nats = -predictor.logs[ids[:-1], ids[1:]].sum().item()
+    size = sum(len(sp.decode(document).encode()) for document in documents)
+    assert validity.reasons == [] and (result.tokens, result.bytes) == (len(ids) - 1, size)
+    assert result.loss == pytest.approx(nats / (len(ids) - 1), rel=1e-12)
+    assert result.bpb == pytest.approx(nats / math.log(2) / max(size, 1), rel=1e-12)
 
 
 # --- the validation stream -------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ TABLE = {
     "9.1.4": QAT + " test_what_is_validated_is_not_rounded",
     "9.1.5": "test_swa_is_what_is_exported test_muon_beta2_is_read test_every_field_of_training_has_a_case",
     "9.1.6": TTT,
-    "9.1.7": "test_windows_score_every_target_once_with_context test_targets_scored_twice_or_never_are_c4",
+    "9.1.7": "test_windows_score_every_target_of_every_row_once_with_its_context test_targets_scored_twice_or_never_are_c4",
     "9.1.8": "test_a_missing_package_is_named_before_training_and_at_loading "
              "test_the_kernel_that_was_chosen_and_those_passed_over_are_one_line",
     "9.1.9": "test_labels_say_what_was_done",
@@ -89,7 +89,7 @@ TABLE = {
     "9.4.10": "test_a_token_outside_the_vocabulary_is_named_by_its_byte_offset "
               "test_targets_scored_twice_or_never_are_c4",
     "9.5.1": "test_distributions_that_do_not_sum_to_one_are_c2 "
-             "test_the_black_box_sum_tells_legal_predictors_from_the_rest",
+             "test_what_breaks_a_condition_is_caught test_nothing_is_found_in_an_honest_predictor",
     "9.5.2": "test_a_bonus_for_the_right_token_in_a_later_chunk_or_row_is_c2",
     "9.5.3": NGRAM,
     "9.5.4": QAT + " test_rounding_costs_less_after_it",

@@ -374,7 +374,7 @@ def limited(args, kilobytes):
 
 
 def test_a_full_disk_leaves_earlier_checkpoints_and_artifact_as_they_were(toy, tmp_path):
-    args = command(toy, tmp_path, "MODEL_DIM=64", "MATRIX_BITS=16", "EMBED_BITS=16", "CHECKPOINT_EVERY=2", "PHASES=train")
+    args = command(toy, tmp_path, "MODEL_DIM=96", "MATRIX_BITS=16", "EMBED_BITS=16", "CHECKPOINT_EVERY=2", "PHASES=train")
     good(call([*args, "ITERATIONS=4"]))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix in (".pt", ".pg")}
     assert set(before) == {"checkpoint_0000002.pt", "checkpoint_0000004.pt", "model.pg"}

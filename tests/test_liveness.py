@@ -1,13 +1,16 @@
 """No switch is dead: the table of settings itself says what is tried, so a new one without a case fails here.
 
 Every field of the rooms Model, Training and Averaging is changed in a real training of six steps, eager and compiled;
-every field of Quantisation and packing in an artifact of such a training, calibrated as its settings say. Its case says
-where that has to show: in the losses, in the exported weights alone, in the choice of weights, in what the artifact
-holds, or elsewhere for what is only about speed and limits. Where a field waits for another one (`on`), its cases meet every
-condition; without any of them the run must be bit for bit the one without the field, and Settings.idle() must name it.
+every field of Quantisation and packing in an artifact of such a training, calibrated as its settings say; every field
+of Evaluation in the score of one. Its case says where that has to show: in the losses, in the exported weights alone,
+in the choice of weights, in what the artifact holds, in the score, or elsewhere for what is only about speed and
+limits. Where a field waits for another one (`on`), its cases meet every condition; without any of them the run must be
+bit for bit the one without the field, and Settings.idle() must name it.
 """
 
+import contextlib
 import functools
+import io
 import tempfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,21 +21,24 @@ import pytest
 import torch
 
 import train_gpt as tg
+from runs import events
 from train_gpt import Settings
 
-PACKING = "Quantisation and packing"
-ROOMS = ("Model", "Training", "Averaging", PACKING)
+PACKING, SCORING = "Quantisation and packing", "Evaluation"
+ROOMS = ("Model", "Training", "Averaging", PACKING, SCORING)
 FIELDS = {f.name: f for f in fields(Settings) if f.metadata["room"] in ROOMS}
 BASE = """DEVICE=cpu COMPRESSOR=zlib FIT=off MATRIX_QUANT=gptq_lite EMBED_QUANT=gptq_lite WARMUP_STEPS=0 ITERATIONS=6 NUM_LAYERS=2 XSA_LAST_N=1 VE_LAYERS=1 TRAIN_SEQ_LEN=32
 EVAL_SEQ_LEN=32 EVAL_STRIDE=0 TRAIN_BATCH_TOKENS=256 MICRO_BATCH_TOKENS=128 PARALLEL_START_LAYER=1 LOOP_START=0
 LOOP_END=1
-SWA_EVERY=1 SWA_START_SCALE=1 LAWA_FREQ=1 LAWA_K=2 HOLDOUT_TOKENS=300 GPTQ_CALIBRATION_TOKENS=512""".split()
+SWA_EVERY=1 SWA_START_SCALE=1 LAWA_FREQ=1 LAWA_K=2 HOLDOUT_TOKENS=300 GPTQ_CALIBRATION_TOKENS=512
+VAL_TOKENS=700 TTT_CHUNK_TOKENS=128 TTT_BATCH_SEQS=2 TTT_EPOCHS=2 TTT_CHUNK_SIZE=8 TTT_GROUP_DOCS=4 TTT_LR=0.02
+MIXER_MIN_TOKENS=0 NGRAM_ORDER=4 NGRAM_BUCKETS=5000 TOKEN_ORDER=3""".split()
 
 
 class Case(NamedTuple):
     value: str
     beside: str = ""  # the settings beside it, in the run it is compared with, too
-    shows: Literal["loss", "weights", "choice", "artifact"] = "loss"
+    shows: Literal["loss", "weights", "choice", "artifact", "score"] = "loss"
 
 
 def each(values, beside="", shows="loss"):
@@ -54,6 +60,14 @@ FACTORS = "MATRIX_QUANT=gptq", "EMBED_QUANT=gptq"
 MOMENTS = *FACTORS, ALLOCATE, "LQER_RANK=2 MATRIX_BITS=3"
 GATED = "ATTN_GATE=head", "ATTN_GATE=dense", "ATTN_GATE=sparse"
 packs = functools.partial(beside, shows="artifact")
+TTT_BASE = "TTT=full", "TTT=before ALLOW_INVALID=1", "TTT=prequant ALLOW_INVALID=1"
+PHASED = "TTT=lora_docs PHASED_TTT_PREFIX_DOCS=2"
+STREAM, TTT_WEIGHTS, TTT_STEPS = ("", "TTT=lora", *TTT_BASE), (*TTT_BASE, PHASED), ("TTT=lora", *TTT_BASE, PHASED)
+FIRST, LORA, DOCS = ("TTT=full", "TTT=lora"), ("TTT=lora", "TTT=lora_docs"), "TTT=lora_docs"
+BACKOFF, HEDGE, HASHED = "MIXER=backoff", "MIXER=hedge", "MIXER=hashed ALLOW_INVALID=1"
+MIXERS, TILT = (BACKOFF, HEDGE, HASHED), "TOKEN_BOOST=2"
+COUNTING = *MIXERS, TILT
+scores = functools.partial(beside, shows="score")
 
 CASES = {
     "num_layers": each("3"), "model_dim": each("48"), "num_heads": each("2"), "num_kv_heads": each("1 4"),
@@ -116,6 +130,38 @@ CASES = {
     "lqer_top_k": packs("1", "LQER_RANK=2 MATRIX_BITS=3"), "lqer_asym_group": packs("8", "LQER_RANK=2 MATRIX_BITS=3"),
     "late_qat_threshold": each("0.9", "WARMDOWN_FRAC=0.9"), "qat_rounding": each("soft", "LATE_QAT_THRESHOLD=0.9 WARMDOWN_FRAC=0.9"),
     "size_limit": packs("20000", "FIT=prune", ALLOCATE),
+
+    "eval_seq_len": scores("16", ""), "eval_stride": scores("8", *STREAM), "eval_docs": scores("1", *STREAM),
+    "eval_context": scores("cache", "", DOCS), "eval_temperature": scores("0.7", "", *LORA) + scores("0", ""),
+    "ttt": each("full lora lora_docs", "", "score") + each("before prequant", "ALLOW_INVALID=1", "score"),
+    "ttt_chunk_tokens": scores("256", *FIRST, *COUNTING),
+    "ttt_epochs": scores("1", *TTT_STEPS), "ttt_batch_seqs": scores("1", *TTT_STEPS),
+    "ttt_optimizer": scores("adamw", *TTT_WEIGHTS), "ttt_lr": scores("0.005", *TTT_WEIGHTS),
+    "ttt_min_lr": scores("0.5", *TTT_STEPS),
+    "ttt_momentum": scores("0", *TTT_WEIGHTS), "ttt_grad_clip": scores("0.01", *TTT_STEPS) + scores("0", "TTT=full"),
+    "ttt_lr_mult_proj": scores("3", *TTT_WEIGHTS), "ttt_lr_mult_fc": scores("0.5", *TTT_WEIGHTS),
+    "ttt_freeze_blocks": scores("1", *TTT_WEIGHTS) + scores("2", "TTT=full"),
+    "ttt_freeze_embed": scores("1", *TTT_WEIGHTS),
+    "ttt_train_scales": scores("1", *(f"{weights} TTT_FREEZE_BLOCKS=2" for weights in TTT_WEIGHTS)),
+    "adaptive_lr_max": scores("3", *FIRST), "byte_weighted_ttt": scores("1", *TTT_STEPS),
+    "polyak_decay": scores("0.5", *FIRST),
+    "ttt_lora_rank": scores("2", *LORA), "ttt_lora_alpha": scores("32", *LORA), "ttt_lora_lr": scores("0.003", *LORA),
+    "ttt_lora_targets": each("q k v o mlp head", "TTT=lora_docs", "score") + scores("k,o,mlp", *LORA),
+    "ttt_beta1": scores("0", *LORA), "ttt_beta2": scores("0.999", *LORA), "ttt_wd": scores("2", *LORA),
+    "ttt_chunk_size": scores("4", DOCS), "ttt_short_chunks": scores("2@8,4@24", DOCS),
+    "ttt_warm_start_a": scores("1", DOCS),
+    "ttt_group_docs": scores("1", f"{DOCS} TTT_WARM_START_A=1", *(f"{DOCS} {counting}" for counting in COUNTING)),
+    "phased_ttt_prefix_docs": scores("2", DOCS),
+    "phased_ttt_num_phases": scores("2", f"{DOCS} PHASED_TTT_PREFIX_DOCS=4"),
+    "mixer": each("backoff hedge", "", "score") + scores("hashed", "ALLOW_INVALID=1"),
+    "ngram_order": scores("2", *MIXERS[::2], f"{HEDGE} MIXER_EXPERTS=backoff"),
+    "mixer_experts": each("unigram bigram trigram backoff", HEDGE, "score") + scores(
+        "entropy", f"{HEDGE} ALLOW_INVALID=1"),
+    "mixer_eta": scores("1", HEDGE), "mixer_min_tokens": scores("300", *MIXERS),
+    "alpha_base": scores("0.4", BACKOFF, HASHED), "alpha_range": scores("0.1", BACKOFF, HASHED),
+    "alpha_center": scores("6", BACKOFF, HASHED), "ngram_buckets": scores("300", HASHED),
+    "min_count": scores("1", HASHED), "token_boost": scores("2", ""), "token_order": scores("2", TILT),
+    "token_threshold": scores("0.3", TILT),
 }
 ELSEWHERE = {  # the fields that must not change what is learned, each with the test that says what they do change
     "iterations": "test_iterations_and_the_clock_end_the_run",
@@ -125,6 +171,10 @@ ELSEWHERE = {  # the fields that must not change what is learned, each with the 
     "gptq_block_size": "test_the_block_size_changes_no_weight",
     "gptq_reserve_seconds": "test_the_reserve_ends_training_earlier_and_changes_nothing_else",
     "compressor": "test_the_compressor_changes_the_bytes_and_no_weight",
+    "eval_batch_seqs": "test_batches_of_the_score_are_smaller_and_more",
+    "ttt_batch_size": "test_batches_of_the_score_are_smaller_and_more",
+    "allow_invalid": "test_permission_changes_no_score_that_needs_none",
+    "selftest": "test_the_selftest_says_its_lines_and_changes_no_score",
 }
 ROWS = [(name, case) for name, cases in CASES.items() for case in cases]
 NAMES = [f"{name}={case.value}{'+' if case.beside else ''}{case.beside}" for name, case in ROWS]
@@ -141,6 +191,7 @@ class Trained:
     events: list = field(default_factory=list)
     micro: list = field(default_factory=list)  # micro-batches of each step
     weights: dict = field(default_factory=dict)  # to be exported
+    temperature: float | None = None
 
     main = True
 
@@ -204,6 +255,7 @@ def _train(s, backend):
             mock.patch.object(tg.Training, "backward", counted):
         tg.train(run, model, tg.ValStream(torch.zeros(99, dtype=torch.int32), torch.ones(98), False))
     result.weights = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
+    result.temperature = model.temperature
     return result
 
 
@@ -225,6 +277,48 @@ def packed(toy, *changes):
             loaded = tg.load_artifact(path, s)[1]
             CACHE[key] = Trained(s, weights={name: p.detach() for name, p in loaded.named_parameters()}), path.read_bytes()
     return CACHE[key]
+
+
+@dataclass
+class Scored:
+    """What a run that trains, packs and scores says in the end."""
+
+    s: Settings
+    loss: float
+    calls: int  # of the predictor
+    reasons: list
+    events: list
+
+
+def scored(toy, *changes):
+    """A whole run but for its training, which those that only score share."""
+    pairs = [pair for text in changes for pair in text.split()]
+    s = Settings.parse(list({pair.partition("=")[0]: pair for pair in (*toy, *BASE, *pairs)}.values()))
+    key = "scored", s
+    if key not in CACHE:
+        only = {"VAL_TOKENS", *(name.upper() for name, f in FIELDS.items() if f.metadata["room"] == SCORING)}
+        trains = [pair for pair in pairs if pair == "EVAL_TEMPERATURE=0" or pair.partition("=")[0] not in only]
+        CACHE[key] = _score(s, trained(toy, *trains))
+    return CACHE[key]
+
+
+def _score(s, before):
+    runs, calls, inner = [], [], tg.ModelPredictor._run
+
+    def train(run, model, val):
+        model.load_state_dict(before.weights)
+        model.temperature = before.temperature
+
+    def counted(self, *args):
+        calls.append(args[0].shape)
+        return inner(self, *args)
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), \
+            mock.patch.object(tg, "train", train), mock.patch.object(tg, "log_header", lambda *_: None), \
+            mock.patch.object(tg, "summarise", runs.append), mock.patch.object(tg.ModelPredictor, "_run", counted):
+        tg.run_phases(tg.replace(s, out_dir=folder), [])
+        said = events(folder)
+    return Scored(s, runs[0].facts["val_loss"], len(calls), runs[0].validity.reasons, said)
 
 
 def _moments(run, model):
@@ -263,6 +357,8 @@ def alive(toy, name, case):
     """The switch changes what its case says, and nothing that comes before."""
     if case.shows == "artifact":
         (plain, _), (changed, _) = packed(toy, case.beside), packed(toy, *flip(name, case))
+    elif case.shows == "score":
+        plain, changed = scored(toy, case.beside), scored(toy, *flip(name, case))
     else:
         plain, changed = trained(toy, case.beside), trained(toy, *flip(name, case))
     assert getattr(plain.s, name) != getattr(changed.s, name), "the case changes nothing to begin with"
@@ -270,6 +366,10 @@ def alive(toy, name, case):
     if case.shows == "artifact":
         apart = max((changed.weights[n] - w).abs().max().item() for n, w in plain.weights.items())
         assert apart > 1e-5, f"the weights of the artifact differ by {apart}"
+        return
+    if case.shows == "score":
+        far = abs(plain.loss - changed.loss)
+        assert far > 1e-5, f"the scores differ by {far}"
         return
     assert len(plain.losses) == len(changed.losses) == 6
     far = max(abs(a - b) for a, b in zip(plain.losses, changed.losses))
@@ -316,8 +416,8 @@ def pairs_of(*rows):
 
 def shared_runs():
     """[rows] that can be tried in one run, each value once."""
-    runs = []
-    for row in {(name, case.value): (name, case) for name, case in reversed(ROWS) if case.shows != "artifact"}.values():
+    runs, rows = [], [(name, case) for name, case in reversed(ROWS) if case.shows not in ("artifact", "score")]
+    for row in {(name, case.value): (name, case) for name, case in rows}.values():
         runs.append(next((rows for rows in runs if fits(pairs_of(*rows, row), [*rows, row])), None) or [])
         runs[-1].append(row)
         runs = [rows for i, rows in enumerate(runs) if not any(rows is other for other in runs[:i])]
@@ -427,10 +527,41 @@ def test_a_setting_whose_condition_is_not_met_is_named_and_changes_not_one_bit(t
     if FIELDS[name].metadata["room"] == PACKING:
         (plain, before), (idle, after) = packed(toy, off), packed(toy, off, value)
         assert before == after
+    elif FIELDS[name].metadata["room"] == SCORING:
+        plain, idle = scored(toy, off), scored(toy, off, value)
+        assert name.upper() in idle.s.idle() and idle.loss == plain.loss
+        return
     else:
         plain, idle = trained(toy, off), trained(toy, off, value)
     assert getattr(plain.s, name) != getattr(idle.s, name)
     assert name.upper() in idle.s.idle() and idle.same(plain)
+
+
+COMPANY = {  # ways to score, and what has no effect there though idle() does not go so far as to say it
+    "TTT=full": (), "TTT=before ALLOW_INVALID=1": (), DOCS: (), f"{DOCS} TTT_WARM_START_A=1": (), PHASED: (),
+    f"{DOCS} {BACKOFF}": ("ttt_chunk_tokens",), f"{DOCS} {TILT}": ("ttt_chunk_tokens",), HASHED: (),
+    HEDGE: ("ngram_order",), f"{HEDGE} MIXER_EXPERTS=backoff": (),
+}
+
+
+@pytest.mark.parametrize("beside, known", COMPANY.items(), ids=COMPANY)
+def test_idle_says_the_truth_beside_any_way_to_score(toy, beside, known):
+    """All settings that it names change nothing together, and each of the others something."""
+    beside += " VAL_TOKENS=400 TTT_CHUNK_TOKENS=64 TTT_GROUP_DOCS=2 ALLOW_INVALID=1"
+    plain, named, dead = scored(toy, beside), [], []
+    for name, cases in CASES.items():
+        if not FIELDS[name].metadata["on"] or FIELDS[name].metadata["room"] != SCORING or name in known:
+            continue
+        read, values = functools.partial(tg._convert, FIELDS[name]), [*(case.value for case in cases), "0"]
+        value = next(value for value in values if read(value) != getattr(plain.s, name))
+        change = f"{name.upper()}={value}"
+        if name.upper() in tg.replace(plain.s, **{name: read(value)}).idle():
+            named.append(change)
+        elif abs(scored(toy, beside, change).loss - plain.loss) < 1e-6:
+            dead.append(name)
+    idle = scored(toy, beside, *named)
+    assert not dead and idle.loss == plain.loss
+    assert {change.partition("=")[0] for change in named} <= idle.s.idle().keys()
 
 
 # What is only about speed and limits
@@ -480,6 +611,36 @@ def test_warm_up_steps_are_made_and_undone(toy, changes):
     assert len(warm.micro) == len(plain.micro) + 2 * warm.of("warmup")[0]["graphs"] and not plain.of("warmup")
 
 
+@pytest.mark.parametrize("name, values, beside", [
+    ("eval_batch_seqs", (1, 3, 32), ("", "EVAL_STRIDE=8", "EVAL_DOCS=1 EVAL_CONTEXT=cache", "TTT=full",
+                                     f"{HEDGE} EVAL_STRIDE=8")),
+    ("ttt_batch_size", (1, 2, 64), (DOCS, f"{DOCS} EVAL_CONTEXT=cache TTT_WARM_START_A=1", f"{PHASED} {HEDGE}"))])
+def test_batches_of_the_score_are_smaller_and_more(toy, name, values, beside):
+    for changes in beside:
+        runs = [scored(toy, changes, f"{name.upper()}={value}") for value in values]
+        assert all(run.loss == pytest.approx(runs[0].loss, rel=1e-5) for run in runs)
+        assert runs[0].calls > runs[1].calls > runs[2].calls
+
+
+def test_permission_changes_no_score_that_needs_none(toy):
+    for changes in ("", "TTT=full", HEDGE):
+        plain, allowed = scored(toy, changes), scored(toy, changes, "ALLOW_INVALID=1")
+        assert allowed.loss == plain.loss and allowed.reasons == plain.reasons == []
+    for changes in (TTT_BASE[1], HASHED):
+        assert scored(toy, changes).reasons
+        with pytest.raises(tg.BadInput, match="ALLOW_INVALID=1"):
+            scored(toy, changes.replace("ALLOW_INVALID=1", "ALLOW_INVALID=0"))
+
+
+@pytest.mark.parametrize("changes", ["", "TTT=lora", f"{DOCS} {HEDGE} {TILT}", HASHED])
+def test_the_selftest_says_its_lines_and_changes_no_score(toy, changes):
+    plain, tested = scored(toy, changes), scored(toy, changes, "SELFTEST=1")
+    said = {event["test"]: event["ok"] for event in tested.events if event["event"] == "selftest"}
+    assert said == {"flip": "yes", "prefix": "yes", "sum": "no" if changes == HASHED else "yes"}
+    assert tested.loss == plain.loss and not any(event["event"] == "selftest" for event in plain.events)
+    assert bool(tested.reasons) == (changes == HASHED)
+
+
 # This check finds what is dead
 
 DEAD = {
@@ -501,6 +662,12 @@ DEAD = {
     "qat_rounding": ("Grid.forward", lambda self, weight: weight),
     "lqer_rank": ("Quantiser._correct", lambda self, done: None),
     "size_limit": ("allocate", lambda quantiser, packed_of, *_: packed_of(quantiser.encode(1e-3))),
+    "token_boost": ("Tilt._hints", lambda self, inputs: torch.full_like(inputs.take, -1)),
+    "alpha_base": ("doubt", lambda s, said: torch.full(said.shape[:2], 0.5, dtype=torch.float64)),
+    "ttt_min_lr": ("cosine", lambda s, progress: 1.0),
+    "ttt_lora_alpha": ("low_rank_map", lambda a, b, scale, x, true=tg.low_rank_map: true(a, b, 1.0, x)),
+    "ttt_warm_start_a": ("DocumentAdapters.learn", lambda self, part, stream: None),
+    "phased_ttt_prefix_docs": ("DocumentAdapters._train", lambda self, stream, targets, epochs: None),
     "gptq_act_order": ("factorise", lambda moments, damp, act_order, true=tg.factorise: true(moments, damp, True)),
 }
 

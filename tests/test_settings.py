@@ -160,9 +160,9 @@ ROPE_TRAIN_SEQ_LEN ROPE_YARN SEQ_CHANGE_WARMUP_STEPS SKIP_GATES_ENABLED SMEAR_GA
 SPARSE_ATTN_GATE_ENABLED SPARSE_ATTN_GATE_INIT_STD SPARSE_ATTN_GATE_SCALE SPARSE_GATE_SCALE TOKEN_BOOST TOKEN_THRESHOLD
 TRAIN_SEQ_SCHEDULE TTT_BATCH_SIZE TTT_CHUNK_SIZE TTT_EVAL_ONLY TTT_EVAL_SEQ_LEN TTT_GRAD_STEPS TTT_K_LORA TTT_LOCAL_LR_MULT
 TTT_MASK TTT_SHORT_SCORE_FIRST_STEPS TTT_WARM_START_A TTT_WARM_START_MEAN WD_TAPER_FINAL_MULT WD_TAPER_START_FRAC""".split()
-# A shell may have these for other programs, and none of them changes what is trained: the first two only say where files
-# go, the third is a threshold of an n-gram mixture at evaluation.
-OF_OTHERS = {"CHECKPOINT_PATH", "SAVE_RESEARCH_DATA", "MIN_COUNT"}
+# A shell may have these for other programs, and neither changes what is trained or scored: they say where files go.
+OF_OTHERS = {"CHECKPOINT_PATH", "SAVE_RESEARCH_DATA"}
+MISSPELT = {"SPARSE_GATE_SCALE"}  # another script's name for a setting that is here
 
 
 @pytest.mark.parametrize("name", [*REFERENCE_SYSTEMS, *RECORDS])
@@ -172,8 +172,8 @@ def test_no_switch_of_a_published_script_is_silently_ignored(name):
         assert all(name in said for said in answers), answers
 
 
-@pytest.mark.parametrize("name", [name for name in (*REFERENCE_SYSTEMS, *RECORDS) if name.startswith((
-    "TTT_", "SLOT_", "AWQ_", "SOFT_ROUND_T", "QTTT", "ALPHA_", "SPARSE_ATTN_GATE_INIT"))])
+@pytest.mark.parametrize("name", [name for name in (*REFERENCE_SYSTEMS, *RECORDS)
+                                  if name not in {*FIELDS, *RENAMED, *OF_OTHERS, *MISSPELT}])
 def test_a_switch_of_another_script_is_not_taken_for_a_misspelt_setting(name):
     assert "other contest scripts" in complaint(env={name: "1"})
 
@@ -247,7 +247,12 @@ def test_strict_env_obeys_the_order_of_precedence_too():
     ("COMPRESSOR=ztsd", ["one of", "zstd", "did you mean zstd?"]), ("COMPRESSOR=7z", ["one of", "brotli"]), ("COMPRESSOR=", ["one of"]),
     ("AVERAGE=EMA", ["one of", "ema"]), ("VE_LAYERS=9,x", ["9,10"]), ("VE_LAYERS=1,,2", ["9,10"]), ("VE_LAYERS=1.5", ["9,10"]),
     ("SEED=1" + 30 * "0", []), ("SEED=-1", ["at least 0"]),
-    ("LAYER_BITS=8", ["layer@bits", "0@8,10@8"]), ("LAYER_BITS=0@", ["layer@bits"]), ("LAYER_BITS=0@6.5", ["layer@bits"]),
+    ("LAYER_BITS=8", ["number@number", "0@8,10@8"]), ("LAYER_BITS=0@", ["number@number"]), ("LAYER_BITS=0@6.5", ["number@number"]),
+    ("TTT_SHORT_CHUNKS=256:8", ["number@number"]), ("TTT_SHORT_CHUNKS=8", ["number@number"]), ("TTT_SHORT_CHUNKS=8@256;24@2000", ["number@number"]),
+    ("TTT=1", ["one of off, full, lora, lora_docs, before, prequant"]), ("TTT=lora_doc", ["did you mean lora_docs?"]), ("EVAL_CONTEXT=kv", ["one of window, cache"]),
+    ("MIXER=back_off", ["did you mean backoff?"]), ("EVAL_TEMPERATURE=-1", ["between 0 and 10"]), ("ADAPTIVE_LR_MAX=0", ["between 0.01 and 100"]),
+    ("TTT_LORA_TARGETS=", ["q,k,v,o,mlp,head", "each once"]), ("TTT_LORA_TARGETS=q,,v", ["each once"]), ("TTT_LORA_TARGETS=Q,V", ["each once"]),
+    ("TTT_LORA_TARGETS=q,q", ["each once"]), ("MIXER_EXPERTS=", ["unigram,bigram,trigram,backoff,entropy"]), ("MIXER_EXPERTS=bigram,4gram", ["each once"]),
     ("FIT=1", ["one of off, prune, allocate"]), ("MATRIX_QUANT=gptq-lite", ["one of", "did you mean gptq_lite?"]),
 ], ids=lambda value: str(value)[:24] if isinstance(value, str) else "")
 def test_a_bad_value_is_named_with_what_would_be_right(pair, words):
@@ -290,7 +295,8 @@ CONFLICTS = [
     ("MTP_NUM_HEADS=4 TRAIN_SEQ_LEN=4",), ("TRAIN_SEQ_SCHEDULE=1024@0.5,2048@0.5",), ("TRAIN_SEQ_SCHEDULE=1024@0.5,2048@0.9",),
     ("TRAIN_SEQ_SCHEDULE=1024@0.5,2048@0.4,512@1.0",), ("TRAIN_SEQ_SCHEDULE=1024@0.0,2048@1.0",), ("TRAIN_SEQ_SCHEDULE=1@1.0",),
     ("ATTN_BITS=9",), ("MLP_BITS=1",), ("GATE_BITS=12",), ("LAYER_BITS=10@9",), ("LAYER_BITS=3@0",), ("LAYER_BITS=11@8", "NUM_LAYERS-1=10"),
-    ("LAYER_BITS=-1@8", "NUM_LAYERS-1=10"), ("LAYER_BITS=2@8,2@4", "twice"), ("TRAIN_BATCH_SCHEDULE=2048@0.5,4096@2.0",), ("TRAIN_BATCH_SCHEDULE=0@0.5,4096@1.0",), ("TRAIN_SEQ_SCHEDULE=-8@0.5,2048@1.0",)]
+    ("LAYER_BITS=-1@8", "NUM_LAYERS-1=10"), ("LAYER_BITS=2@8,2@4", "twice"), ("TRAIN_BATCH_SCHEDULE=2048@0.5,4096@2.0",), ("TRAIN_BATCH_SCHEDULE=0@0.5,4096@1.0",), ("TRAIN_SEQ_SCHEDULE=-8@0.5,2048@1.0",),
+    ("TTT_SHORT_CHUNKS=0@256", "positive"), ("TTT_SHORT_CHUNKS=-8@256", "positive")]
 # (arguments, words of the answer) where the answer is about a derived value, or the switch itself is not worth repeating.
 DERIVED_CONFLICTS = [
     ("LOADER=packed DOC_MASK=none", "LOADER=packed DOC_MASK=attention none"), ("GATE_WINDOW=513 SMEAR_GATE=scalar", "GATE_WINDOW=513 MODEL_DIM=512"), ("GATE_WINDOW=513 ATTN_GATE=head", "GATE_WINDOW=513 MODEL_DIM=512"),
@@ -306,6 +312,11 @@ DERIVED_CONFLICTS = [
     ("LOADER=coprime TRAIN_SEQ_SCHEDULE=1536@0.5,2048@1", "LOADER=coprime TRAIN_SEQ_SCHEDULE 1536 2048"),
     ("WARMDOWN_SECONDS=9 MAX_WALLCLOCK_SECONDS=0", "WARMDOWN_SECONDS=9.0 MAX_WALLCLOCK_SECONDS 0"),
     ("AVERAGE=best HOLDOUT_TOKENS=2048", "HOLDOUT_TOKENS=2048 EVAL_SEQ_LEN=2048"),
+    ("TTT=prequant ALLOW_INVALID=1 PHASES=eval ARTIFACT=model.pg", "TTT=prequant PHASES=eval"),
+    ("TTT=lora_docs TTT_CHUNK_SIZE=4096", "TTT_CHUNK_SIZE=4096 EVAL_SEQ_LEN=2048"),
+    ("TTT=lora_docs TTT_SHORT_CHUNKS=8@256,4096@9999", "TTT_SHORT_CHUNKS=8@256,4096@9999 EVAL_SEQ_LEN=2048"),
+    ("TTT=full TTT_FREEZE_BLOCKS=11 TTT_FREEZE_EMBED=1", "TTT_FREEZE_BLOCKS=11 NUM_LAYERS=11 TTT_FREEZE_EMBED=1"),
+    ("TTT=lora_docs PHASED_TTT_PREFIX_DOCS=2 PHASED_TTT_NUM_PHASES=3", "PHASED_TTT_PREFIX_DOCS=2 PHASED_TTT_NUM_PHASES=3"),
     *((f"{name}={method}", f"FIT=allocate {name} {method}") for name in ("MATRIX_QUANT", "EMBED_QUANT") for method in ("gptq_lite", "ternary"))]
 
 
@@ -316,7 +327,8 @@ def test_a_derived_conflict_is_answered_with_the_values_that_clash(args, words):
 
 
 def test_a_window_or_a_loop_that_nothing_uses_may_be_anything():
-    for idle in ("GATE_WINDOW=4000", "LOOP_END=200", "LOOP_START=9", "PARALLEL_START_LAYER=100", "HOLDOUT_TOKENS=2", "VE_DIM=0 VE_LAYERS=99"):
+    for idle in ("GATE_WINDOW=4000", "LOOP_END=200", "LOOP_START=9", "PARALLEL_START_LAYER=100", "HOLDOUT_TOKENS=2", "VE_DIM=0 VE_LAYERS=99",
+                 "TTT_CHUNK_SIZE=4096", "TTT_FREEZE_BLOCKS=99 TTT_FREEZE_EMBED=1", "PHASED_TTT_NUM_PHASES=3"):
         assert complaints(*idle.split()) == [], idle
 
 
@@ -324,6 +336,25 @@ def test_a_window_or_a_loop_that_nothing_uses_may_be_anything():
 def test_an_impossible_combination_names_both_settings_and_both_values(case):
     said, words = complaints(*case[0].split()), [word.rstrip("=") for word in " ".join(case).split()]
     assert any(all(word in line for word in words) for line in said), said
+
+
+INVALID = {  # what breaks a condition of a true code length, and the condition
+    "TTT=before": "C3", "TTT=prequant": "C3", "MIXER=hashed": "C2", "MIXER=hedge MIXER_EXPERTS=entropy": "C2",
+    "MIXER=hedge MIXER_EXPERTS=unigram,entropy,backoff": "C2"}
+
+
+@pytest.mark.parametrize("args, condition", INVALID.items(), ids=lambda text: text.replace(" ", "+"))
+def test_what_breaks_a_rule_runs_only_where_that_is_allowed(args, condition):
+    said = complaint(*args.split())
+    assert all(words in said for words in (args.split()[-1].partition(",")[0][:10], condition, "ALLOW_INVALID=1")), said
+    assert complaints(*args.split(), "ALLOW_INVALID=1") == []
+    assert Settings.parse([*args.split(), "ALLOW_INVALID=1"]).idle() == {}
+
+
+def test_what_breaks_no_rule_needs_no_permission():
+    for args in ("TTT=full", "TTT=lora", "TTT=lora_docs", "MIXER=backoff", "MIXER=hedge", "MIXER=hedge MIXER_EXPERTS=backoff", "TOKEN_BOOST=2",
+                 "MIXER_EXPERTS=entropy", "EVAL_TEMPERATURE=0", "EVAL_CONTEXT=cache EVAL_DOCS=1"):
+        assert complaints(*args.split()) == [], args
 
 
 def test_resume_auto_needs_to_know_what_to_resume():
@@ -386,7 +417,8 @@ def other_value(f):
     if f.type is bool:
         return not f.default
     if get_origin(f.type) is tuple:
-        return {train_gpt.Layers: (1,), train_gpt.Betas: (0.5, 0.5), train_gpt.Stages: ((64, 1.0),), train_gpt.Widths: ((0, 4),)}[f.type]
+        return {train_gpt.Layers: (1,), train_gpt.Betas: (0.5, 0.5), train_gpt.Stages: ((64, 1.0),), train_gpt.Widths: ((0, 4),),
+                train_gpt.Names: f.default[:1]}[f.type]
     return f.metadata["lo"] if f.default != f.metadata["lo"] else f.metadata["hi"] or f.default + 1
 
 
@@ -416,6 +448,12 @@ def right_values(other, values):
         [kind.default or other_value(kind)]
 
 
+def waited_for(others):
+    """{field: value} with which settings are not idle: for each one the first alternative of its rule."""
+    first = {other: right_values(other, values)[0] for name in others for other, values in parts_of(RULES.get(name.upper(), ""))[0] if other}
+    return {**waited_for(first), **first} if first else {}
+
+
 def said_of(rule):
     """How many alternatives the words for a rule have, those that its own conditions wait for included."""
     return sum(max(said_of(RULES[other.upper()]) if other.upper() in RULES else 1 for other, _ in part) for part in parts_of(rule))
@@ -426,18 +464,19 @@ def test_a_setting_is_idle_until_one_of_its_conditions_holds(name, rule):
     f = FIELDS[name]
     changed, parts = {f.name: other_value(f)}, parts_of(rule)
     off = {other: wrong_value(other, values) for part in parts for other, values in part}
-    (said,) = Settings(**off, **changed).idle().values()
+    said = Settings(**off, **changed).idle()[name]
     for condition in re.split(" or | and | with ", said):  # in the words in which it can be typed
         other, equals, values = condition.partition("=")
         assert other in FIELDS and (not equals or not any(other in line and "one of" in line for value in values.split("|")
                                                           for line in complaints(f"{other}={value}")))
-    assert len(said.split(" or ")) == said_of(rule) and list(Settings(**off, **changed).idle()) == [name]
+    assert len(said.split(" or ")) == said_of(rule) and set(Settings(**off, **changed).idle()) <= {name, *map(str.upper, off)}
     assert f.name not in {n.lower() for n in Settings(**off).idle()}, "left at its default it is not worth a word"
     for part in parts:
         for met in itertools.product(*(right_values(*one) for one in part)):
             on = dict(zip((other for other, _ in part), met))
+            on = {**waited_for(on), **on}
             assert name not in Settings(**off | on, **changed).idle(), on
-            for other in on if len(on) > 1 else ():
+            for other, _ in part if len(part) > 1 else ():
                 assert name in Settings(**off | on | {other: off[other]}, **changed).idle(), f"{other} is one of several conditions"
 
 
@@ -506,6 +545,9 @@ def _value(f):
         return st.lists(st.tuples(st.integers(0, 10), st.integers(2, 8)), max_size=3, unique_by=lambda pair: pair[0]).map(tuple)
     if f.type is train_gpt.Betas:
         return st.one_of(st.just(()), st.tuples(*2 * [st.floats(0, 0.999)]))
+    if f.type is train_gpt.Names:
+        known = {"ttt_lora_targets": "q k v o mlp head", "mixer_experts": "unigram bigram trigram backoff entropy"}[f.name].split()
+        return st.lists(st.sampled_from(known), min_size=1, unique=True).map(tuple)
     return st.lists(st.integers(0, 10), max_size=4).map(tuple)
 
 

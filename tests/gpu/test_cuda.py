@@ -8,6 +8,7 @@ run, and a warm-up after which nothing is compiled and nothing has changed.
 import io
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -622,7 +623,7 @@ def test_the_score_on_the_gpu_is_that_of_the_cpu():
     for model, at, batch in ((cpu, ref.alone(), 3), (gpu, rt, 4)):
         validity = tg.Validity()
         stream = tg.ValStream(ids.int().to(at.device), counted.to(at.device), True)
-        parts = tg.chunks(stream, 256, 64, batch, at)
+        parts = tg.Reader(stream, replace(s, eval_batch_seqs=batch), at)
         results.append(tg.score(tg.ModelPredictor(model, at), parts, stream, at, validity))
         assert validity.reasons == []
     assert results[0][2:] == results[1][2:] == (1499, int(counted.sum()))
@@ -640,10 +641,60 @@ def test_the_fused_score_in_bfloat16_is_normalised_and_close(stride):
     for model, at in ((cpu, ref.alone()), (gpu, rt)):
         validity = tg.Validity()
         stream = tg.ValStream(ids.int().to(at.device), torch.ones(1099, dtype=torch.int16, device=at.device), True)
-        losses.append(tg.score(tg.ModelPredictor(model, at), tg.chunks(stream, 256, stride, 4, at), stream, at,
-                               validity, check_every=1).loss)
+        losses.append(tg.score(tg.ModelPredictor(model, at), tg.Reader(stream, replace(s, eval_stride=stride), at), stream,
+                               at, validity, check_every=1).loss)
         assert validity.reasons == []
     assert abs(losses[0] - losses[1]) < 5e-3
+
+
+READINGS = {
+    "window": {}, "cache": dict(eval_context="cache"), "documents": dict(eval_docs=True),
+    "full": dict(ttt="full", ttt_lr=0.01, ttt_epochs=2, ttt_batch_seqs=2),
+    "adamw": dict(ttt="full", ttt_optimizer="adamw", ttt_lr=0.001, polyak_decay=0.5, byte_weighted_ttt=True),
+    "lora": dict(ttt="lora", ttt_lora_lr=0.01, ttt_lora_targets=("q", "k", "v", "o", "mlp", "head")),
+    "lora_docs": dict(ttt="lora_docs", eval_context="cache", ttt_batch_size=4, ttt_lora_targets=("k", "o", "mlp", "head")),
+    "phases": dict(ttt="lora_docs", eval_context="window", ttt_batch_size=4, ttt_warm_start_a=True, ttt_group_docs=4,
+                   phased_ttt_prefix_docs=4),
+    "backoff": dict(mixer="backoff", mixer_min_tokens=0), "tilt": dict(token_boost=2.0, token_order=3),
+    "hedge": dict(mixer="hedge", mixer_min_tokens=0, mixer_experts=("unigram", "bigram", "trigram", "backoff")),
+}
+
+
+def scored_on(s, model, at, ids):
+    """(nats of each target, reasons) by what s says."""
+    stream = tg.ValStream(ids.int().to(at.device), torch.ones(len(ids) - 1, dtype=torch.int16, device=at.device), True)
+    predictor, validity = tg.make_predictor(model, s, at, len(ids)), tg.Validity()
+    nats = torch.zeros(len(ids) - 1, dtype=torch.float64, device=at.device)
+    reader = tg.Reader(stream, s, at, s.ttt_chunk_tokens if predictor.learns else 0, predictor.history)
+    tg.score(predictor, reader, stream, at, validity, check_every=4, nats=nats)
+    return nats.cpu(), validity.reasons
+
+
+@pytest.mark.parametrize("name", READINGS)
+def test_every_predictor_scores_on_the_gpu_as_on_the_cpu(name):
+    """In float32, eager; a text that repeats itself, so that there is something to learn."""
+    s = middle(dtype="float32", compile="off", ttt_chunk_tokens=512, **READINGS[name])
+    rt = runtime(s)
+    torch.set_float32_matmul_precision("highest")
+    ids = ref.tokens(s.vocab_size, 700, bos=0.02).repeat(2)
+    cpu, gpu = pair(s, torch.float32, tg.pick_attention(s, rt))
+    (here, reasons), (there, others) = scored_on(s, cpu, ref.alone(), ids), scored_on(s, gpu, rt, ids)
+    assert reasons == others == []
+    assert (here - there).abs().max() < 0.02 and here.mean().item() == pytest.approx(there.mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", READINGS)
+def test_no_predictor_is_compiled_after_its_rehearsal(toy, tmp_path, name):
+    """A whole evaluation in bfloat16: valid, no graph beyond those of the warm-up, tested by itself."""
+    words = [f"{key.upper()}={tg._show(value)}" for key, value in READINGS[name].items()]
+    made = run_trainer([*toy, f"DEVICE={DEVICE}", "ITERATIONS=5", "COMPRESSOR=zlib", "PHASES=train", f"OUT_DIR={tmp_path / 'a'}"],
+                       timeout=900)
+    assert made.returncode == 0, made.stderr[-2000:]
+    done = run_trainer([*toy, f"DEVICE={DEVICE}", "PHASES=eval", f"ARTIFACT={tmp_path / 'a' / 'model.pg'}", "SELFTEST=1",
+                        "TTT_CHUNK_TOKENS=512", f"OUT_DIR={tmp_path / 'b'}", *words], timeout=900)
+    summary = summary_of(done)
+    assert summary["valid"] == "yes" and summary["recompiles"] == 0, summary
+    assert done.stdout.count("ok:yes") == 3 and "ok:no" not in done.stdout
 
 
 def test_the_artifact_of_a_gpu_model_is_that_of_its_cpu_copy(tmp_path):
@@ -718,7 +769,7 @@ def test_text_that_the_model_writes_on_the_gpu():
     assert (text >= 0).all() and (text < s.vocab_size).all() and len(text[:, 1:].unique()) > 20
     with torch.no_grad():
         cache = tg.Cache(gpu, 4, 64)
-        steps = torch.cat([gpu.hidden(text[:, t : t + 1], cache=cache) for t in range(64)], 1)
+        steps = torch.cat([cache.advance(text[:, t : t + 1]) for t in range(64)], 1)
         assert cosine(steps, gpu.hidden(text[:, :64])) > 0.999
 
 

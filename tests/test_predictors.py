@@ -1,0 +1,447 @@
+"""Test-time training against tests/adaptation.py: the nats of every target, step by step; and what must not change."""
+
+import functools
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import adaptation
+import reference as ref
+import train_gpt as tg
+import training
+from runs import call, command, events, good, log_lines, refused, summary
+
+TINY = dict(num_layers=2, ve_layers=(1,), model_dim=8, num_heads=2, num_kv_heads=1, eval_seq_len=8, train_seq_len=8,
+            ttt_chunk_tokens=24, ttt_batch_seqs=2, ttt_epochs=2, ttt_chunk_size=4, ttt_batch_size=3, ttt_group_docs=4)
+CLOSE = 2e-5  # nats of one target: what float32 in the head and in the adapters costs after tens of steps
+
+
+def tiny(**changes):
+    return ref.small(**{**TINY, **changes})
+
+
+@functools.cache
+def stream_of(n=90, seed=0, vocab=32, bos=0.08):
+    """n random targets of 0 to 4 bytes, in documents of a few to forty."""
+    rng = np.random.default_rng(seed)
+    return tg.ValStream(ref.tokens(vocab, n + 1, seed=seed, bos=bos).int(),
+                        torch.from_numpy(rng.integers(0, 5, n).astype(np.int16)), True)
+
+
+def periodic(periods=(5, 7, 4, 6), length=41, seed=0):
+    """Documents each of which repeats a few random tokens."""
+    rng, ids = np.random.default_rng(seed), []
+    for period in periods:
+        ids += [ref.BOS, *np.resize(rng.integers(4, 32, period), length).tolist()]
+    return tg.ValStream(torch.tensor([*ids, ref.BOS], dtype=torch.int32), torch.ones(len(ids), dtype=torch.int16), True)
+
+
+def predictor_of(s, model, stream, rt=None):
+    return tg.make_predictor(model, s, rt or ref.alone(), len(stream.bytes), s.eval_temperature)
+
+
+def scored(predictor, s, stream, rt=None):
+    """Nats of every target; every distribution is looked at on the way, and no rule is broken."""
+    rt, validity, nats = rt or ref.alone(), tg.Validity(), torch.zeros(len(stream.bytes), dtype=torch.float64)
+    reader = tg.Reader(stream, s, rt, s.ttt_chunk_tokens if predictor.learns else 0, predictor.history)
+    tg.score(predictor, reader, stream, rt, validity, check_every=1, nats=nats)
+    assert validity.reasons == []
+    return nats
+
+
+def starting(predictor):
+    """{(visit, "q"): (A, B)} with which the adapters begin."""
+    adapters = predictor.adapters.of(predictor.adapters.start())
+    maps = {(visit, what): f for visit, slot in enumerate(adapters.slots) for what, f in slot._asdict().items() if f}
+    maps |= {(None, "head"): adapters.head} if adapters.head else {}
+    return {place: tuple(z[0] for z in f.args[:2]) for place, f in maps.items()}
+
+
+def referred(s, seed, stream):
+    """What tests/adaptation.py says."""
+    start = None
+    if s.ttt in ("lora", "lora_docs"):
+        start = starting(predictor_of(s, tg.GPT(s, torch.float64, init=False), stream))
+    if s.ttt == "lora_docs":
+        return adaptation.adapted_documents(s, seed, stream, start)
+    return adaptation.score_first(s, seed, stream, start)[0]
+
+
+@functools.cache
+def _referred(pairs):
+    return referred(tiny(**dict(pairs)), 3, stream_of())
+
+
+def wanted(changes):
+    return _referred(tuple(sorted(changes.items())))
+
+
+def far(a, b):
+    return (a - b).abs().max().item()
+
+
+# --- every setting, against the reference ----------------------------------------------------------------------------
+
+FULL, ADAMW = dict(ttt="full", ttt_lr=0.03), dict(ttt="full", ttt_optimizer="adamw", ttt_lr=0.005)
+LORA, DOCS = dict(ttt="lora"), dict(ttt="lora_docs")
+CACHED = dict(eval_context="cache")
+PHASES = dict(ttt="lora_docs", phased_ttt_prefix_docs=4, ttt_lr=0.03)
+CASES = [  # (beside what, a change that must be seen)
+    *(({}, change) for change in (FULL, ADAMW, LORA, DOCS, dict(eval_temperature=0.7))),
+    *((FULL, change) for change in (
+        dict(ttt_lr=0.01), dict(ttt_momentum=0.0), dict(ttt_epochs=1), dict(ttt_batch_seqs=1), dict(ttt_batch_seqs=9),
+        dict(ttt_min_lr=0.7), dict(adaptive_lr_max=3), dict(ttt_lr_mult_proj=3), dict(ttt_lr_mult_fc=0.2),
+        dict(ttt_grad_clip=0.1), dict(ttt_grad_clip=0, ttt_lr=0.005), dict(polyak_decay=0.8),
+        dict(byte_weighted_ttt=True), dict(ttt_freeze_blocks=1), dict(ttt_freeze_blocks=2), dict(ttt_freeze_embed=True),
+        dict(ttt_chunk_tokens=17), dict(ttt_chunk_tokens=1000), CACHED,
+        dict(eval_docs=True), dict(eval_temperature=0.7), dict(eval_stride=0), dict(eval_seq_len=6))),
+    *((FULL | dict(ttt_freeze_blocks=n), dict(ttt_train_scales=True)) for n in (1, 2)),
+    *((ADAMW, change) for change in (dict(byte_weighted_ttt=True), dict(ttt_lr_mult_proj=3), dict(polyak_decay=0.5))),
+    (FULL | CACHED, dict(eval_docs=True)), (FULL | CACHED, dict(ttt_chunk_tokens=17)),
+    (FULL | dict(tie_embeddings=False), dict(ttt_freeze_embed=True)),
+    (FULL | dict(eval_docs=True), dict(ttt_chunk_tokens=17)),
+    *((LORA, change) for change in (
+        dict(ttt_lora_rank=2), dict(ttt_lora_alpha=20), dict(ttt_lora_lr=0.003), dict(ttt_beta1=0.0),
+        dict(ttt_beta2=0.999), dict(ttt_wd=0.5), dict(ttt_epochs=1), dict(ttt_batch_seqs=1),
+        dict(ttt_min_lr=0.5), dict(ttt_grad_clip=0.001),
+        dict(adaptive_lr_max=3), dict(polyak_decay=0.8), dict(byte_weighted_ttt=True), CACHED, dict(eval_docs=True),
+        dict(num_loops=1, loop_start=0, loop_end=1), dict(seed=7),
+        *(dict(ttt_lora_targets=what) for what in ("q", "k", "v", "o", "mlp", "head", "q,k,v,o,mlp,head")))),
+    *((docs, change) for docs in (DOCS, DOCS | CACHED) for change in (
+        dict(ttt_chunk_size=3), dict(ttt_lora_alpha=20), dict(ttt_beta1=0.0), dict(ttt_wd=0.5),
+        dict(ttt_warm_start_a=True), dict(ttt_short_chunks="2@3,3@9"), dict(eval_seq_len=6),
+        dict(eval_temperature=0.7), dict(num_loops=1, loop_start=0, loop_end=1),
+        dict(ttt_lora_targets="q,k,v,o,mlp,head"), dict(tie_embeddings=False), dict(doc_mask="none"))),
+    (DOCS, CACHED), (DOCS, dict(ttt_lora_lr=0.03)), (DOCS, dict(ttt_beta2=0.999)), (DOCS, dict(ttt_lora_rank=2)),
+    (DOCS | dict(ttt_short_chunks="2@3,3@9"), dict(ttt_short_chunks="3@9,2@3,3@100")),
+    (DOCS | dict(ttt_warm_start_a=True), dict(ttt_group_docs=2)), (DOCS, PHASES), (DOCS | CACHED, PHASES | CACHED),
+    *((PHASES, change) for change in (
+        dict(phased_ttt_prefix_docs=2), dict(phased_ttt_num_phases=2), dict(phased_ttt_prefix_docs=99),
+        dict(ttt_epochs=1), dict(ttt_lr=0.01), dict(ttt_optimizer="adamw", ttt_lr=0.01),
+        dict(ttt_min_lr=0.7), dict(ttt_batch_seqs=1), dict(ttt_grad_clip=0.1),
+        dict(byte_weighted_ttt=True), dict(ttt_freeze_blocks=1), dict(ttt_warm_start_a=True))),
+]
+UNSEEN = [  # changes that nothing may see, but for rounding
+    *((kind, change) for kind in (FULL, LORA, DOCS, DOCS | CACHED) for change in (
+        dict(micro_batch_tokens=16), dict(eval_batch_seqs=1), dict(ttt_batch_size=1), dict(ttt_batch_size=50))),
+    (DOCS, dict(ttt_group_docs=1)),
+    (DOCS | dict(ttt_warm_start_a=True, ttt_group_docs=99), dict(ttt_warm_start_a=False)),
+]
+
+
+def named(case):
+    return "+".join(f"{name}={value}" for part in case for name, value in part.items())
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_every_step_is_that_of_the_reference(case):
+    beside, change = case
+    s = tiny(**{**beside, **change})
+    got = scored(predictor_of(s, ref.double(s, 3), stream_of()), s, stream_of())
+    want = wanted({**beside, **change})
+    assert far(got, want) < CLOSE
+    assert far(want, wanted(beside)) > 50 * CLOSE, "the change is too small to be seen here"
+
+
+@ref.tries(30)
+@given(ref.models(eval_seq_len=8, train_seq_len=8, ttt_batch_seqs=3), st.data())
+def test_every_model_adapts_as_the_reference(s, data):
+    """Any model beside any way to adapt it; slowly, so that what is not smooth does not magnify the rounding."""
+    pick = lambda *values: data.draw(st.sampled_from(values))
+    s = tg.replace(
+        s, ttt=pick("full", "lora", "lora_docs"), eval_context=pick("window", "cache"), eval_docs=pick(False, True),
+        eval_stride=pick(0, 3, 8), ttt_lr=0.002, ttt_lora_lr=0.002, ttt_optimizer=pick("sgd", "adamw"),
+        ttt_chunk_tokens=pick(9, 24), ttt_epochs=pick(1, 2), byte_weighted_ttt=pick(False, True),
+        polyak_decay=pick(0.0, 0.5), ttt_warm_start_a=pick(False, True), ttt_group_docs=pick(1, 3),
+        ttt_lora_targets=tuple(data.draw(st.sets(st.sampled_from(["q", "k", "v", "o", "mlp", "head"]), min_size=1))),
+        ttt_chunk_size=pick(2, 5, 8), phased_ttt_prefix_docs=pick(0, 2, 3))
+    stream = stream_of(40, data.draw(st.integers(0, 9)), s.vocab_size)
+    assert far(scored(predictor_of(s, ref.double(s, 5), stream), s, stream), referred(s, 5, stream)) < 1e-4
+
+
+@pytest.mark.parametrize("case", UNSEEN, ids=named)
+def test_what_is_only_about_speed_is_not_seen(case):
+    beside, change = case
+    scores = []
+    for changes in (beside, {**beside, **change}):
+        s = tiny(**changes)
+        scores.append(scored(predictor_of(s, ref.double(s, 3), stream_of()), s, stream_of()))
+    assert far(*scores) < CLOSE
+
+
+KINDS = [FULL, FULL | dict(polyak_decay=0.8, eval_docs=True), ADAMW | CACHED, LORA,
+         LORA | CACHED | dict(eval_docs=True), DOCS, DOCS | CACHED, PHASES | dict(ttt_warm_start_a=True),
+         PHASES | CACHED | dict(phased_ttt_num_phases=2)]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: named([kind]))
+def test_the_score_is_the_same_on_any_number_of_ranks(kind, world):
+    s = tiny(**kind)
+    one = scored(predictor_of(s, ref.double(s, 3), stream_of()), s, stream_of())
+    some = ref.Ranks(world).together(
+        lambda rt: scored(predictor_of(s, ref.double(s, 3), stream_of(), rt), s, stream_of(), rt))
+    assert all(torch.equal(nats, some[0]) for nats in some) and far(some[0], one) < CLOSE
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: named([kind]))
+def test_reset_forgets_every_bit(kind):
+    s = tiny(**kind)
+    predictor = predictor_of(s, ref.randomise(tg.GPT(s), 3), stream_of())
+    first, again = scored(predictor, s, stream_of()), scored(predictor, s, stream_of())
+    predictor.reset()
+    assert torch.equal(scored(predictor, s, stream_of()), first)
+    if predictor.learns:
+        assert not torch.equal(again, first), "what it learnt stays until then"
+
+
+@pytest.mark.parametrize("kind", [FULL, FULL | CACHED, FULL | dict(polyak_decay=0.5), ADAMW, LORA, LORA | CACHED, DOCS,
+                                  DOCS | CACHED, PHASES | dict(ttt_warm_start_a=True)], ids=lambda kind: named([kind]))
+def test_a_text_that_repeats_itself_costs_less(kind):
+    s, stream = tiny(**kind), periodic() if kind["ttt"] == "lora_docs" else periodic((6,), 240)
+    loss = {ttt: scored(predictor_of(t, ref.randomise(tg.GPT(t), 3, 0.2), stream), t, stream).mean().item()
+            for ttt, t in (("on", s), ("off", tg.replace(s, ttt="off", eval_docs=s.ttt == "lora_docs")))}
+    assert loss["on"] < 0.95 * loss["off"]
+
+
+# --- which weights learn ---------------------------------------------------------------------------------------------
+
+FREEZES = [dict(), dict(ttt_freeze_blocks=1), dict(ttt_freeze_blocks=3),
+           dict(ttt_freeze_blocks=2, ttt_train_scales=True),
+           dict(ttt_freeze_embed=True), dict(ttt_freeze_embed=True, ttt_freeze_blocks=2)]
+
+
+@pytest.mark.parametrize("freeze", FREEZES, ids=lambda kind: named([kind]))
+@pytest.mark.parametrize("kind", [FULL, PHASES], ids=lambda kind: kind["ttt"])
+def test_frozen_weights_keep_every_bit_and_all_others_learn(freeze, kind):
+    s = tiny(**{**kind, **freeze, "num_layers": 3, "attn_gate": "head", "gate_window": 4, "value_residual": "pair",
+                "embed_dim": 4, "trigram_vocab_size": 9, "tie_embeddings": False})
+    model = ref.randomise(tg.GPT(s), 3)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    scored(predictor_of(s, model, stream_of()), s, stream_of())
+    learned = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
+    assert learned == adaptation.rates(s, model).keys()
+
+
+@pytest.mark.parametrize("kind", [FULL | dict(ttt_min_lr=0.5), ADAMW | dict(ttt_min_lr=0.5)],
+                         ids=lambda kind: named([kind]))
+def test_the_last_part_is_not_trained_on(kind):
+    """The weights at the end are the reference's, which stops there; and no other last part would change them."""
+    s, stream = tiny(**kind), stream_of()
+    last = stream._replace(tokens=torch.cat((stream.tokens[:74], stream.tokens[74:].flip(0))))
+    found = []
+    for text in (stream, last):
+        model = ref.double(s, 3)
+        scored(predictor_of(s, model, text), s, text)
+        found.append({name: weight.detach() for name, weight in model.named_parameters()})
+    want = adaptation.score_first(s, 3, stream)[1]
+    assert all(torch.equal(found[0][name], found[1][name]) and far(found[0][name], want[name]) < CLOSE for name in want)
+
+
+@pytest.fixture(scope="module")
+def artifact(toy, tmp_path_factory):
+    """Of a run of the toy, and the model in it."""
+    folder = tmp_path_factory.mktemp("trained")
+    good(call(command(toy, folder, "PHASES=train", "ITERATIONS=20")))
+    return folder / "model.pg", tg.load_artifact(folder / "model.pg")[1]
+
+
+def evaluated(toy, artifact, out_dir, *changes):
+    """The summary of a score of that artifact."""
+    words = "PHASES=eval", f"ARTIFACT={artifact[0]}", "TTT_CHUNK_TOKENS=512"
+    return summary(good(call(command(toy, out_dir, *words, *changes))))
+
+
+@pytest.mark.parametrize("freeze", FREEZES, ids=lambda kind: named([kind]))
+def test_the_log_counts_what_learns(toy, artifact, tmp_path, freeze):
+    words = [f"{name.upper()}={int(value)}" for name, value in freeze.items()]
+    evaluated(toy, artifact, tmp_path, "TTT=full", "VAL_TOKENS=600", *words)
+    (said,) = events(tmp_path, "ttt_trainable")
+    sizes = {name: weight.numel() for name, weight in artifact[1].named_parameters()}
+    learns = adaptation.rates(tg.Settings.parse([*toy, "TTT=full", *words]), artifact[1])
+    assert said["parameters"] == sum(sizes[name] for name in learns)
+    assert said["frozen"] == sum(sizes.values()) - said["parameters"]
+    blocks = [sum(sizes[name] for name in learns if name.startswith(f"blocks.{i}.")) for i in range(4)]
+    assert said["by_block"] == blocks and said["outside_blocks"] == said["parameters"] - sum(blocks)
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+ALL = dict(ttt_lora_targets="q,k,v,o,mlp,head")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("context", ["window", "cache"])
+def test_adapters_begin_as_nothing(dtype, context):
+    """B = 0, and A uniform within 1 / sqrt(inputs): not one bit of a score is another."""
+    s = tiny(ttt="lora_docs", eval_context=context, ttt_lora_lr=0, ttt_lora_rank=64, **ALL)
+    model, stream = ref.randomise(tg.GPT(s, dtype), 3), stream_of()
+    predictor = predictor_of(s, model, stream)
+    plain = tg.ModelPredictor(model, ref.alone(), width=s.eval_seq_len if context == "cache" else 0)
+    assert torch.equal(scored(predictor, s, stream), scored(plain, s, stream))
+    for a, b in starting(predictor).values():
+        assert not b.any() and a.abs().max() <= s.model_dim**-0.5 and abs(a.std() * (3 * s.model_dim) ** 0.5 - 1) < 0.1
+        assert abs(a.mean()) < 0.05
+
+
+@pytest.mark.parametrize("context", ["window", "cache"])
+def test_documents_side_by_side_never_meet(context):
+    """Each of them changed: not one bit of another's score is."""
+    s, stream = tiny(ttt="lora_docs", eval_context=context, **ALL), stream_of()
+    model = ref.randomise(tg.GPT(s), 3)
+    plain = scored(predictor_of(s, model, stream), s, stream)
+    rng = np.random.default_rng(0)
+    assert len(adaptation.documents(stream)) > s.ttt_batch_size
+    for a, b in adaptation.documents(stream):
+        if b - a < 3:
+            continue
+        tokens = stream.tokens.clone()
+        tokens[a + 1 : b] = torch.from_numpy(rng.integers(2, 32, b - a - 1))
+        nats = scored(predictor_of(s, model, stream), s, stream._replace(tokens=tokens))
+        elsewhere = torch.ones(len(plain), dtype=torch.bool)
+        elsewhere[a:b] = False
+        assert torch.equal(nats[elsewhere], plain[elsewhere]) and not torch.equal(nats, plain)
+
+
+@pytest.mark.parametrize("kind", [LORA, DOCS], ids=lambda kind: kind["ttt"])
+def test_each_visit_of_a_looped_block_has_adapters_of_its_own(kind):
+    s = tiny(num_loops=2, loop_start=0, loop_end=1, **kind, **ALL)
+    stream = stream_of(40, bos=0)
+    predictor = predictor_of(s, ref.randomise(tg.GPT(s), 3), stream)
+    ends = {(visit, what) for visit in range(6) for what in "q k v o mlp".split()} | {(None, "head")}
+    assert starting(predictor).keys() == ends
+    scored(predictor, s, stream)
+    maps = predictor.adapters.of(predictor.flat.detach()).slots
+    assert len({slot.q.args[0][0].sum().item() for slot in maps}) == 6
+    assert len({slot.v.args[1][0].sum().item() for slot in maps}) == 6
+
+
+# --- training before the score ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [
+    {}, dict(ttt_optimizer="adamw", ttt_lr=0.002, ttt_min_lr=0.3, byte_weighted_ttt=True, ttt_freeze_blocks=1)],
+    ids=["sgd", "adamw"])
+def test_training_on_the_validation_text_is_on_all_of_it(changes, tmp_path):
+    """Every pass over every target, with one cosine over all steps, as the reference does it; and it is said."""
+    s = tiny(**{**FULL, **changes, "ttt": "before", "allow_invalid": True, "ttt_epochs": 3, "device": "cpu"})
+    stream = stream_of()
+    run, model = tg.Run(s, tg.Runtime(s, {}), tmp_path, tg.attend_sdpa), ref.double(s, 3)
+    tg.train_on_validation(run, model, stream)
+    net = adaptation.Net(s, 3, 9)
+    everything = np.arange(len(stream.bytes))
+    adaptation.Weights(s, net, stream).fit(everything, 3, lambda progress: adaptation.cosine(s, progress))
+    for (name, weight), want in zip(model.named_parameters(), net.model.parameters()):
+        assert far(weight.detach(), want.detach()) < CLOSE, name
+    assert len(run.validity.reasons) == 1 and "C3" in run.validity.reasons[0]
+
+
+SAME = "TTT_OPTIMIZER=adamw", "TTT_LR=0.002", "TTT_EPOCHS=2", "TTT_BATCH_SEQS=4"
+
+
+def test_training_before_scoring_flatters_the_score_and_says_so(toy, artifact, tmp_path):
+    honest = evaluated(toy, artifact, tmp_path / "full", "TTT=full", *SAME)
+    early = evaluated(toy, artifact, tmp_path / "before", "TTT=before", "ALLOW_INVALID=1", *SAME)
+    assert honest["valid"] == "yes" and early["valid"] == early["eligible"] == "no"
+    assert any("C3" in why for why in early["reasons"])
+    assert early["val_bpb"] < honest["val_bpb"] - 0.01
+    (said,), lines = events(tmp_path / "before", "final"), log_lines(tmp_path / "before")
+    assert said["valid"] == "no" and "ttt_before" in said["name"]
+    assert any("final_" in line and "valid:no" in line for line in lines)
+    done = call(command(toy, tmp_path / "not", "PHASES=eval", f"ARTIFACT={artifact[0]}", "TTT=before"))
+    refused(done, 2, "TTT=before", "C3", "ALLOW_INVALID=1")
+
+
+def test_training_on_the_text_before_packing_is_in_the_artifact_and_said(toy, artifact, tmp_path):
+    run = summary(good(call(command(toy, tmp_path / "a", "ITERATIONS=20", "TTT=prequant", "ALLOW_INVALID=1", *SAME))))
+    assert run["valid"] == run["eligible"] == "no" and any("C3" in why for why in run["reasons"])
+    plain = evaluated(toy, artifact, tmp_path / "b")
+    honest = evaluated(toy, artifact, tmp_path / "c", "TTT=full", *SAME)
+    assert plain["valid"] == honest["valid"] == "yes"
+    assert run["val_bpb"] < min(plain["val_bpb"], honest["val_bpb"]) - 0.01
+    later = evaluated(toy, (tmp_path / "a" / "model.pg",), tmp_path / "d")
+    assert later["val_bpb"] == run["val_bpb"], "the artifact is what learnt"
+    (said,) = events(tmp_path / "a", "ttt_trainable")
+    assert said["parameters"] == run["params"] and said["frozen"] == 0
+
+
+# --- temperature -----------------------------------------------------------------------------------------------------
+
+
+def best_temperature(logits, targets):
+    """Of logits (N, V): the minimum of the loss, which is convex in 1 / T, by halving the interval of its slope."""
+    low, high = 0.2, 5.0
+    for _ in range(60):
+        inverse = (low + high) / 2
+        share = np.exp(inverse * (logits - logits.max(1, keepdims=True)))
+        slope = ((share * logits).sum(1) / share.sum(1) - logits[np.arange(len(targets)), targets]).sum()
+        low, high = (low, inverse) if slope > 0 else (inverse, high)
+    return 1 / low
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """A model that has learnt something: settings {name: value}, weights."""
+    folder = tmp_path_factory.mktemp("learned")
+    changes = dict(**training.text(folder), eval_temperature=0, tie_embeddings=False, logit_softcap=0, iterations=40,
+                   matrix_lr=0.02)
+    return changes, training.trained(ref.small(**changes), folder / "run")[0]
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.7, 1, 2, 4])
+def test_the_fitted_temperature_is_the_best_on_the_next_training_text(scale, learned, tmp_path):
+    """The head's weights times a scale, so that the best temperature is as many times as high."""
+    s, weights = ref.small(**learned[0]), {**learned[1], "head.weight": scale * learned[1]["head.weight"]}
+    run, trainer = training.begun(s, tg.Runtime(s, {}), tmp_path / "fit")
+    trainer.model.load_state_dict(weights)
+    with torch.no_grad():
+        fitted = trainer.fit_temperature()
+    ids, parameters = training.walk(1500), {name: weight.double().numpy() for name, weight in weights.items()}
+    rows = [ids[i : i + 17] for i in range(0, s.train_batch_tokens, 16)]
+    logits = np.concatenate([ref.forward(parameters, s, row[:-1])[1] for row in rows])
+    best = best_temperature(logits, np.concatenate([row[1:] for row in rows]))
+    assert abs(fitted - best) < 1e-3 * best
+    (said,) = events(tmp_path / "fit", "temperature")
+    assert abs(said["fitted"] - fitted) < 1e-4 and said["tokens"] == len(logits)
+
+
+@pytest.mark.parametrize("tokens, changes", [(96, {}), (96, dict(micro_batch_tokens=16)), (16, {}), (10**6, {}), (
+    24, dict(doc_mask="attention", loader="packed"))], ids=["rows", "small micro-batches", "one row", "all", "packed"])
+def test_the_fitted_temperature_does_not_depend_on_ranks(tokens, changes, learned, tmp_path, monkeypatch):
+    """Of a step of 128 tokens some are taken, and the same ones whichever ranks have them."""
+    s = ref.small(**{**learned[0], "train_batch_tokens": 128, **changes})
+    monkeypatch.setattr(tg, "TEMPERATURE_TOKENS", tokens)
+
+    def fitted(rt):
+        _, trainer = training.begun(s, rt, tmp_path / f"run{rt.world}")
+        trainer.model.load_state_dict(learned[1])
+        return trainer.fit_temperature()
+
+    alone = fitted(ref.alone())
+    assert 0.3 < alone < 3 and [set(ref.Ranks(world).together(fitted)) for world in (2, 4)] == 2 * [{alone}]
+    said = [events(tmp_path / f"run{world}", "temperature")[0]["tokens"] for world in (1, 2, 4)]
+    assert said == 3 * [min(tokens, 128)]
+
+
+def test_a_fitted_temperature_is_in_the_artifact_and_needs_no_validation_text(toy, artifact, tmp_path):
+    data = Path(next(word for word in toy if word.startswith("DATA_PATH=")).partition("=")[2])
+    other = tmp_path / "data"
+    shutil.copytree(data, other)
+    shards = sorted(other.glob("fineweb_train_*"))
+    shutil.copy(shards[0], other / "fineweb_val_000000.bin")
+    words = "ITERATIONS=20", "EVAL_TEMPERATURE=0"
+    runs = [summary(good(call(command(toy, tmp_path / name, *words, f"DATA_PATH={folder}"))))
+            for name, folder in (("a", data), ("b", other))]
+    fitted = [events(tmp_path / name, "temperature")[0]["fitted"] for name in "ab"]
+    assert fitted[0] == fitted[1] and abs(fitted[0] - 1) > 0.01 and runs[0]["valid"] == runs[1]["valid"] == "yes"
+    packed = tmp_path / "a" / "model.pg",
+    scores = [evaluated(toy, packed, tmp_path / f"t{t}", f"EVAL_TEMPERATURE={t}")["val_bpb"]
+              for t in (0, round(fitted[0], 4), 1)]
+    assert scores[0] == scores[1] == runs[0]["val_bpb"] != scores[2]
+    done = call(command(toy, tmp_path / "c", "PHASES=eval", f"ARTIFACT={artifact[0]}", "EVAL_TEMPERATURE=0"))
+    refused(done, 2, "EVAL_TEMPERATURE=0", artifact[0])

@@ -1,0 +1,595 @@
+"""Is the score a code? A zoo of predictors and readers that break one of the four conditions each, what catches them, and
+that nothing which is honest is caught; then the ledger, the self-test of a run, and what a run says of an invalid score.
+"""
+
+import itertools
+import json
+import math
+import os
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+import reference as ref
+import scoring
+import train_gpt as tg
+from conftest import write_shard
+from runs import Started, call, command, events, good, log_lines, refused, summary, torchrun
+from scoring import coded, model_of, settings, stream_of
+
+# --- a text whose windows, parts and documents end together -----------------------------------------------------------
+
+LENGTHS = 16, 8, 8, 8, 5, 4  # of its documents: with windows of 8 and parts of 16, windows, documents and parts end at 16 and 40
+VOCAB = 10
+
+
+def text(seed=0):
+    ids = np.random.default_rng(seed).choice([3, 4, 5, 9], sum(LENGTHS) + 1)  # few different ones: what was seen says much
+    ids[[0, *np.cumsum(LENGTHS)[:-1]]] = ref.BOS
+    return torch.from_numpy(ids)
+
+
+IDS = text()
+SMALL = dict(vocab_size=VOCAB, num_layers=1, ve_layers=(0,), xsa_last_n=0, ttt_chunk_tokens=16, ttt_epochs=1, mixer_min_tokens=0,
+             eval_batch_seqs=1)
+
+
+def small(kind="windows", **changes):
+    s = settings(kind, **SMALL | changes)
+    return replace(s, eval_stride=4) if s.eval_stride else s  # so that windows end there, too
+
+
+def caught(s, make=None, reader=None):
+    """Names of everything that finds something: score()'s reasons, the code tests of #1017, other numbers of ranks."""
+    def nats(ids, rt=None):
+        return coded(s, stream_of(ids), rt, 4, make, reader)[0]
+
+    whole, _, reasons = coded(s, stream_of(IDS), None, 4, make, reader)
+    errors = tg.code_tests(nats, IDS, VOCAB, flips=(20, 43), cuts=(16, 40), sums=(27, 32))
+    errors["ranks"] = max((found - whole).abs().max().item() for world in (2, 3)
+                          for found in ref.Ranks(world).together(lambda rt: nats(IDS, rt)))
+    return {reason.partition(":")[0] for reason in reasons} | {name for name, error in errors.items() if not error < 1e-3}
+
+
+# --- the honest -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", scoring.HONEST)
+def test_nothing_is_found_in_an_honest_predictor(kind):
+    assert caught(small(kind)) == set()
+
+
+# --- the zoo ----------------------------------------------------------------------------------------------------------
+
+
+class Counting(tg.Predictor):
+    """Honest: a unigram of the parts that were scored."""
+
+    learns = True
+
+    def __init__(self, stream, rt):
+        self.rt, self.counts = rt, torch.ones(VOCAB, dtype=torch.float64)
+
+    def predict(self, inputs, most=None):
+        return (self.counts / self.counts.sum()).log().expand(*inputs.take[:, :most].shape, VOCAB)
+
+    def learn(self, part, stream):
+        for a, b in part.ranges.tolist():
+            self.counts = self.counts + torch.bincount(stream.tokens[a + 1 : b + 1].long(), minlength=VOCAB)
+
+
+class UpdatesFirst(Counting):
+    """Counts a token before it is scored."""
+
+    def nll(self, inputs, targets):
+        return ((self.counts.sum() + 1) / (self.counts[targets] + 1)).log()
+
+
+class LearnsFromChunks(Counting):
+    """Learns from each chunk that it has scored: other ranks have others, and they may come in any order."""
+
+    learns = False
+
+    def observe(self, chunk):
+        self.counts = self.counts + torch.bincount(chunk.targets[chunk.index >= 0], minlength=VOCAB)
+
+
+class KnowsTheWholeText(Counting):
+    """Counts the stream before any of it is scored."""
+
+    learns = False
+
+    def __init__(self, stream, rt):
+        super().__init__(stream, rt)
+        self.counts = self.counts + torch.bincount(stream.tokens.long(), minlength=VOCAB)
+
+
+class HashesTheTarget(Counting):
+    """Shares of the buckets of (last token, target) among those of the last token: each is at most 1, and no sum is 1."""
+
+    def __init__(self, stream, rt):
+        super().__init__(stream, rt)
+        self.pairs, self.single = torch.ones(8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
+
+    def predict(self, inputs, most=None):
+        last = inputs.x.gather(1, inputs.take)[:, :most, None]
+        return (self.pairs[(5 * last + 3 * torch.arange(VOCAB)) % 8].minimum(self.single[last % 8]) / self.single[last % 8]).log()
+
+    def learn(self, part, stream):
+        for a, b in part.ranges.tolist():
+            last, token = stream.tokens[a:b].long(), stream.tokens[a + 1 : b + 1].long()
+            self.pairs += torch.bincount((5 * last + 3 * token) % 8, minlength=8)
+            self.single += torch.bincount(last % 8, minlength=8)
+
+
+class BetterOfTwo(Counting):
+    """Takes for each token the expert that likes it more."""
+
+    def predict(self, inputs, most=None):
+        return super().predict(inputs, most).clamp(min=-math.log(VOCAB))
+
+
+class EntropyExpert(Counting):
+    """Mixes in exp(-H) for whatever token comes."""
+
+    def predict(self, inputs, most=None):
+        said = super().predict(inputs, most)
+        return (0.8 * said.exp() + 0.2 * (said.exp() * said).sum(-1, keepdim=True).exp()).log()
+
+
+class GatesByTheTarget(Counting):
+    """Trusts its counts where the target is of one class, and not where it is of the other."""
+
+    def predict(self, inputs, most=None):
+        odd = torch.arange(VOCAB) % 2
+        return ((0.2 + 0.7 * odd) * super().predict(inputs, most).exp() + (0.8 - 0.7 * odd) / VOCAB).log()
+
+
+class LooksAhead(Counting):
+    """Says the token that is `far` places further in its row of text, where there is one."""
+
+    far = 1
+
+    def predict(self, inputs, most=None):
+        there = inputs.x.gather(1, (inputs.take + self.far).clamp(max=inputs.x.size(1) - 1))[:, :most]
+        return (0.5 / VOCAB + 0.5 * torch.nn.functional.one_hot(there, VOCAB).double()).log()
+
+
+class LooksTwoAhead(LooksAhead):
+    far = 2
+
+
+class FitsItsWindow(Counting):
+    """Fits a bias to the row that it scores (#1240): to the text behind the place as well as before it."""
+
+    learns = False
+
+    def predict(self, inputs, most=None):
+        seen = torch.nn.functional.one_hot(inputs.x, VOCAB).double().mean(1, keepdim=True) + 0.01
+        return (seen / seen.sum(-1, keepdim=True)).log().expand(*inputs.take[:, :most].shape, VOCAB)
+
+
+class CountsItsShare(Counting):
+    """Learns only what this rank scored."""
+
+    def __init__(self, stream, rt):
+        super().__init__(stream, rt)
+        self.own = torch.zeros(VOCAB, dtype=torch.float64)
+
+    def observe(self, chunk):
+        self.own = self.own + torch.bincount(chunk.targets[chunk.index >= 0], minlength=VOCAB)
+
+    def learn(self, part, stream):
+        self.counts, self.own = self.counts + self.own, torch.zeros_like(self.own)
+
+
+class FitsATemperature(tg.ModelPredictor):
+    """The model at the temperature that is best for this text."""
+
+    def __init__(self, stream, rt):
+        super().__init__(model_of(small()), rt)
+        x, y = (ids[: len(ids) // 8 * 8].view(-1, 8).long() for ids in (stream.tokens[:-1], stream.tokens[1:]))
+        logits = self.model.logits(self.model.hidden(x)).detach().double()
+        low, high = -5.0, 5.0  # of the factor 1 / T, in which the nats are convex
+        while high - low > 1e-6:
+            factor = (low + high) / 2
+            slope = ((factor * logits).softmax(-1) * logits).sum() - logits.gather(-1, y[..., None]).sum()
+            low, high = (low, factor) if slope > 0 else (factor, high)
+        self.temperature = 1 / factor
+
+
+class FitsItsWeights(tg.ModelPredictor):
+    """TTT=before: the model after steps on this text."""
+
+    def __init__(self, stream, rt):
+        s = small("full", ttt="before", ttt_epochs=3)
+        super().__init__(model_of(s), rt)
+        tg.adaptation_of_weights(self.model, s, rt).fit(stream, np.arange(len(stream.bytes)), 3, lambda _: 1.0)
+
+
+class LeakyMask(tg.ModelPredictor):
+    """A model of two layers whose attention lets each token see the next one."""
+
+    def __init__(self, stream, rt):
+        def attend(q, k, v, docs=None):
+            mask = torch.ones(q.size(1), q.size(1), dtype=torch.bool).tril(1)
+            q, k, v = (z.transpose(1, 2) for z in (q, k, v))
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)
+
+        model = tg.GPT(small(num_layers=2, ve_layers=(1,)), attend=attend)
+        super().__init__(ref.randomise(model, seed=1, spread=0.4), rt)
+
+
+class Altered:
+    """A reader that hands on the parts of an honest one in another way."""
+
+    def __init__(self, *args):
+        self.parts = [part._replace(chunks=list(part.chunks)) for part in tg.Reader(*args)]
+
+    def __iter__(self):
+        yield from self.parts
+
+
+class Backwards(Altered):
+    """The chunks of a part in another order."""
+
+    def __iter__(self):
+        for part in self.parts:
+            yield part._replace(chunks=part.chunks[::-1])
+
+
+class Twice(Altered):
+    """All of the text once to learn it, and once more to score it."""
+
+    def __iter__(self):
+        yield from itertools.chain(self.parts, self.parts)
+
+
+class WithoutTail(Altered):
+    """Windows that the text does not fill are left out."""
+
+    def __iter__(self):
+        for part in self.parts:
+            yield part._replace(chunks=[chunk for chunk in part.chunks if (chunk.index >= 0).all()])
+
+
+class Ahead(Altered):
+    """What is learnt behind a part is the next one."""
+
+    def __iter__(self):
+        for part, following in zip(self.parts, [*self.parts[1:], self.parts[-1]]):
+            yield part._replace(ranges=following.ranges)
+
+
+class LearnsFirst(Altered):
+    """Each part is learnt, and then scored."""
+
+    def __iter__(self):
+        for part in self.parts:
+            yield part._replace(chunks=[])
+            yield part
+
+
+class LearnsOneTooMany(Counting):
+    """Learns behind each part the target that comes next, too."""
+
+    def learn(self, part, stream):
+        super().learn(part._replace(ranges=np.minimum(part.ranges + [0, 1], len(stream.bytes))), stream)
+
+
+C1, C2, C3, C4 = "C1 causality", "C2 normalisation", "C3 order", "C4 coverage"
+ZOO = [  # who, read by whom, and all that catches it: score() by name; flip, prefix, sum and ranks see nothing but nats
+    (UpdatesFirst, None, {C2, "sum"}),
+    (LearnsFromChunks, None, {"ranks"}),
+    (LearnsFromChunks, Backwards, {"flip", "prefix", "ranks"}),
+    (Counting, Backwards, set()),
+    (LearnsOneTooMany, None, {"sum"}),
+    (KnowsTheWholeText, None, {"flip", "prefix", "sum"}),
+    (HashesTheTarget, None, {C2, "sum"}),
+    (BetterOfTwo, None, {C2, "sum"}),
+    (EntropyExpert, None, {C2, "sum"}),
+    (GatesByTheTarget, None, {C2, "sum"}),
+    (LooksAhead, None, {"sum"}),
+    (LooksTwoAhead, None, {"flip"}),
+    (FitsItsWindow, None, {"flip", "sum"}),
+    (LeakyMask, None, {"flip", "sum"}),
+    (CountsItsShare, None, {"ranks"}),
+    (FitsATemperature, None, {"flip", "prefix"}),
+    (FitsItsWeights, None, {"flip", "prefix", "sum"}),
+    (Counting, Twice, {C4, "flip", "prefix", "sum"}),
+    (Counting, WithoutTail, {C3, C4, "sum"}),  # it learns the tail all the same
+    (Counting, Ahead, {C3, "flip", "prefix", "sum"}),
+    (Counting, LearnsFirst, {C3, "flip", "prefix", "sum"}),
+    (Counting, None, set()),
+]
+
+
+@pytest.mark.parametrize("make, reader, by", ZOO, ids=lambda value: getattr(value, "__name__", ""))
+def test_what_breaks_a_condition_is_caught(make, reader, by):
+    assert caught(small(), make, reader) == by
+
+
+@pytest.mark.parametrize("kind", scoring.INVALID)
+def test_the_published_mixtures_that_are_no_distributions_are_caught(kind):
+    assert caught(small(kind)) == {C2, "sum"}
+
+
+@pytest.mark.parametrize("ids, test", [([1, 5, 6, 7, 8, 9], "flip"), ([1, 5, 6], "prefix"), ([1, 5, 6, 3, 8], "sum")])
+def test_a_score_that_is_no_number_passes_no_test(ids, test):
+    """Wherever it comes up: in the last of the texts of a test, say."""
+    whole = torch.tensor([1, 5, 6, 7, 8, 2])
+
+    def nats(text):
+        wrong = len(text) == len(ids) and text.tolist() != whole.tolist() and (test != "sum" or text.tolist() == ids)
+        return torch.full((len(text) - 1,), math.nan if wrong else math.log(10), dtype=torch.float64)
+
+    errors = tg.code_tests(nats, whole, 10, flips=(1, 3), cuts=(3, 2), sums=(1, 2))
+    assert {name for name, error in errors.items() if not error < 1e-3} == {test}
+
+
+# --- the self-test of a run -------------------------------------------------------------------------------------------
+
+
+class Found:
+    """A run on one rank, as far as the self-test looks at it; what it logs."""
+
+    def __init__(self, rt):
+        self.rt, self.validity, self.tests = rt, tg.Validity(), {}
+        self.clock = tg.Clock()
+
+    def log(self, event, **values):
+        self.tests[values["test"]] = values["ok"] == "yes" and values["off_by"] < 1e-3 and values["ranks"] == self.rt.world
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    """A model of random weights, and its validation text."""
+    path, s = tmp_path_factory.mktemp("artifact") / "model.pg", small()
+    tg.save_artifact(path, model_of(s), s)
+    return path, stream_of(IDS)
+
+
+def selftested(artifact, s, world, make=tg.make_predictor):
+    """[(what each test says, reasons)] by rank."""
+    path, val = artifact
+
+    def work(rt):
+        run = Found(rt)
+        tg.selftest(run, s, path, path.read_bytes(), val)
+        return run.tests, run.validity.reasons
+
+    with mock.patch.object(tg, "make_predictor", make):
+        return ref.Ranks(world).together(work)
+
+
+@pytest.mark.parametrize("kind", ["sliding", "all", "all, lora_docs"])
+def test_the_self_test_finds_nothing_in_what_is_honest(artifact, kind):
+    assert selftested(artifact, small(kind), 2) == 2 * [(dict.fromkeys(("flip", "prefix", "sum", "ranks"), True), [])]
+
+
+class Forgets:
+    """A member of the zoo that can be begun anew: what it says depends on the text alone."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def __call__(self, model, s, rt, targets, temperature):
+        predictor = self.make(None, rt)
+        begun = dict(vars(predictor))
+        predictor.reset = lambda: vars(predictor).update(begun)
+        return predictor
+
+
+@pytest.mark.parametrize("make, names", [(UpdatesFirst, {"sum"}), (LearnsFromChunks, {"ranks"}), (LooksAhead, {"sum"}),
+                                         (CountsItsShare, {"ranks"}), (LearnsOneTooMany, {"sum"}), (Counting, set())], ids=lambda value: getattr(value, "__name__", ""))
+def test_the_self_test_catches_the_zoo_by_name(artifact, make, names):
+    for tests, reasons in selftested(artifact, small(), 2, Forgets(make)):
+        assert {name for name, ok in tests.items() if not ok} == names and len(reasons) == len(names)
+        assert {reason.partition(":")[0] for reason in reasons} == {tg.SELFTESTS[name] for name in names}
+
+
+@pytest.fixture(scope="module")
+def trained(toy, tmp_path_factory):
+    """Arguments that score the artifact of a short training."""
+    folder = tmp_path_factory.mktemp("trained")
+    toy = [*toy, "NUM_LAYERS=1", "XSA_LAST_N=0", "VE_LAYERS=0"]
+    good(call(command(toy, folder, "PHASES=train")))
+    return [*toy, "DEVICE=cpu", "PHASES=eval", f"ARTIFACT={folder}/model.pg", "VAL_TOKENS=600", "TTT_CHUNK_TOKENS=200", "TTT_EPOCHS=1",
+            "MIXER_MIN_TOKENS=200"]
+
+
+def said(done, folder):
+    """{test: ok} of the lines that a run prints, which its log and its events hold, too."""
+    lines = [line for line in good(done).stdout.splitlines() if line.startswith("selftest ")]
+    words = [dict(word.split(":", 1) for word in line.split()[1:]) for line in lines]
+    assert set(lines) <= set(log_lines(folder)) and len({word["test"] for word in words}) == len(words)
+    assert [(row["test"], row["ok"]) for row in events(folder, "selftest")] == [(word["test"], word["ok"]) for word in words]
+    return {word["test"]: word["ok"] for word in words}
+
+
+HONEST_RUNS = ["", "EVAL_DOCS=1 EVAL_CONTEXT=cache TTT=full", "TTT=lora_docs TTT_WARM_START_A=1 TTT_GROUP_DOCS=4", "TTT=lora MIXER=hedge TOKEN_BOOST=2 EVAL_STRIDE=0"]
+BROKEN_RUNS = {"MIXER=hashed": ({"sum"}, "C2"), "MIXER=hedge MIXER_EXPERTS=bigram,entropy": ({"sum"}, "C2"), "TTT=before TTT_LR=0.1": ({"flip", "prefix", "sum"}, "C3")}
+
+
+@pytest.mark.parametrize("words", HONEST_RUNS)
+def test_a_run_that_tests_itself_prints_a_line_for_each_test(trained, tmp_path, words):
+    done = call([*trained, f"OUT_DIR={tmp_path}", "SELFTEST=1", *words.split()])
+    assert said(done, tmp_path) == dict.fromkeys(("flip", "prefix", "sum"), "yes")
+    assert summary(done)["valid"] == "yes" and summary(done)["reasons"] == []
+
+
+def test_a_run_on_two_ranks_tests_them_against_one(trained, tmp_path):
+    words = ["TTT=lora", "MIXER=hedge", "TOKEN_BOOST=2", "EVAL_DOCS=1"]
+    with Started(torchrun([*trained, f"OUT_DIR={tmp_path}", "SELFTEST=1", *words])) as run:
+        done = run.finish()
+    assert said(done, tmp_path) == dict.fromkeys(("flip", "prefix", "sum", "ranks"), "yes") and "ranks:2" in done.stdout
+    alone = call([*trained, f"OUT_DIR={tmp_path}/alone", *words])
+    assert summary(done)["val_bpb"] == pytest.approx(summary(alone)["val_bpb"], rel=1e-5) and summary(done)["valid"] == "yes"
+
+
+# --- invalid techniques run only where that is allowed, and say so everywhere -----------------------------------------
+
+
+def carries(done, folder, condition):
+    """The run ended well, and wherever its score stands there stands that it is none, and why."""
+    told, final = summary(good(done)), [line for line in done.stdout.splitlines() if line.startswith("final_")]
+    assert len(final) == 1 and " valid:no reasons:" in final[0] and "_".join(condition.split()) in final[0].partition("reasons:")[2]
+    for row in (told, json.loads((folder / "summary.json").read_text()), *events(folder, "final"), *events(folder, "summary")):
+        assert row["valid"] == "no" and any(reason.startswith(condition) for reason in row["reasons"])
+        assert row["val_bpb"] > 0
+    assert told["eligible"] == "no" and "the score is not valid" in told["eligible_reasons"]
+    return told
+
+
+@pytest.mark.parametrize("words", [*BROKEN_RUNS, "TTT=prequant"])
+def test_an_invalid_technique_is_refused_in_one_line(trained, tmp_path, words):
+    args = [arg for arg in trained if not words.startswith("TTT=prequant") or not arg.startswith(("PHASES", "ARTIFACT"))]
+    refused(call([*args, f"OUT_DIR={tmp_path}/out", *words.split()]), 2, "ALLOW_INVALID=1", words.split()[0].partition("=")[0])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words, tests, condition", [(words, *by) for words, by in BROKEN_RUNS.items()])
+def test_an_invalid_score_is_called_so_wherever_it_stands(trained, tmp_path, words, tests, condition):
+    done = call([*trained, f"OUT_DIR={tmp_path}", "SELFTEST=1", "ALLOW_INVALID=1", *words.split()])
+    carries(done, tmp_path, condition)
+    assert {name for name, ok in said(done, tmp_path).items() if ok == "no"} == tests
+
+
+def test_training_on_the_validation_text_before_packing_is_called_so_in_every_score_behind_it(toy, tmp_path):
+    """No test of the predictor can see that: the run says it."""
+    done = call(command(toy, tmp_path, "ITERATIONS=2", "TTT=prequant", "ALLOW_INVALID=1", "VAL_TOKENS=600", "TTT_LR=0.05", "SELFTEST=1"))
+    carries(done, tmp_path, "C3 order")
+    assert set(said(done, tmp_path).values()) == {"yes"}
+    (row,) = [row for row in events(tmp_path, "eval") if "contiguous" in row["name"]]
+    assert row["valid"] == "no" and row["reasons"][0].startswith("C3 order")
+
+
+def test_a_valid_score_is_called_so(trained, tmp_path):
+    done = good(call([*trained, f"OUT_DIR={tmp_path}"]))
+    assert [line.endswith(" valid:yes") for line in done.stdout.splitlines() if line.startswith("final_")] == [True]
+    assert [row["valid"] for row in events(tmp_path) if row["event"] in ("eval", "final", "summary")] == ["yes"] * 3
+
+
+# --- the ledger of what was opened when ------------------------------------------------------------------------------
+
+
+def test_validation_before_the_freeze_is_c3_except_for_reports():
+    validity = tg.Validity()
+    with validity.report():
+        validity.opened("val")
+        assert not torch.is_grad_enabled()
+    validity.opened("train")
+    assert torch.is_grad_enabled() and validity.reasons == []
+    validity.opened("val")
+    assert len(validity.reasons) == 1 and "C3" in validity.reasons[0]
+
+
+def test_training_data_after_the_freeze_is_a_reason():
+    validity = tg.Validity()
+    validity.opened("train")
+    validity.freeze()
+    validity.opened("val")
+    assert validity.reasons == []
+    validity.opened("train")
+    assert len(validity.reasons) == 1 and "train" in validity.reasons[0]
+
+
+def test_a_report_that_fails_ends_the_permission():
+    validity = tg.Validity()
+    with pytest.raises(ZeroDivisionError), validity.report():
+        1 / 0
+    validity.opened("val")
+    assert validity.reasons != [] and torch.is_grad_enabled()
+
+
+def test_reasons_are_kept_once_and_never_withdrawn():
+    validity = tg.Validity()
+    for ok in (False, True, False):
+        validity.need(ok, "a reason")
+    validity.need_for_record(False, "hardware")
+    assert validity.reasons == ["a reason"] and validity.eligible_reasons == ["hardware"]
+
+
+@pytest.fixture
+def shard(tmp_path):
+    write_shard(tmp_path / "fineweb_train_000007.bin", range(50))
+    write_shard(tmp_path / "fineweb_val_000000.bin", range(50))
+    return tmp_path / "fineweb_train_000007.bin"
+
+
+OPEN = {"open": open, "a text path": lambda path: open(str(path), "rb"), "bytes": lambda path: open(os.fsencode(path), "rb"),
+        "os.open": lambda path: os.fdopen(os.open(path, os.O_RDONLY)), "read_bytes": Path.read_bytes, "memmap": np.memmap,
+        "fromfile": lambda path: np.fromfile(path, np.uint16), "read_shard": tg.read_shard,
+        "a thread": lambda path: ThreadPoolExecutor(1).submit(path.read_bytes).result()}
+
+
+@pytest.mark.parametrize("how", OPEN)
+def test_a_training_shard_that_anything_opens_during_evaluation_is_noted(shard, how):
+    validity = tg.Validity()
+    with validity.evaluation():
+        OPEN[how](shard)  # the artifact is not frozen: this is still training
+    validity.freeze()
+    OPEN[how](shard)
+    with validity.evaluation():
+        OPEN[how](shard.with_name("fineweb_val_000000.bin"))
+        assert validity.reasons == []
+        OPEN[how](shard)
+    OPEN[how](shard)
+    assert validity.reasons == ["training shards were read after the artifact was frozen"]
+
+
+def test_a_network_connection_during_evaluation_is_noted(tmp_path):
+    validity, local = tg.Validity(), str(tmp_path / "socket")
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as other:
+        other.bind(local), other.listen()
+        connect = lambda: socket.create_connection(server.getsockname()).close()
+        connect()
+        with validity.evaluation(), socket.socket(socket.AF_UNIX) as here:
+            here.connect(local)  # another process of this machine
+            assert validity.reasons == []
+            ThreadPoolExecutor(1).submit(connect).result()
+        connect()
+    assert validity.reasons == ["the evaluation opened a network connection to 127.0.0.1"]
+
+
+def test_an_evaluation_that_fails_ends_the_watch(shard):
+    validity = tg.Validity()
+    validity.freeze()
+    with pytest.raises(ZeroDivisionError), validity.evaluation():
+        1 / 0
+    shard.read_bytes()
+    assert validity.reasons == []
+
+
+def test_a_run_notes_what_its_evaluation_fetched(trained, toy, tmp_path):
+    make, data = tg.make_predictor, Path(toy[0].partition("=")[2])
+
+    def fetching(*args):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname()).close()
+        np.fromfile(data / "fineweb_train_000001.bin", np.uint16)
+        return make(*args)
+
+    with mock.patch.object(tg, "make_predictor", fetching):
+        told = carries(call([*trained, f"OUT_DIR={tmp_path}"]), tmp_path, "the evaluation opened a network connection")
+    assert [reason.partition(" to ")[0] for reason in told["reasons"]] == [
+        "the evaluation opened a network connection", "training shards were read after the artifact was frozen"]
+
+
+def test_an_artifact_that_changed_between_writing_and_scoring_is_noted(trained, toy, tmp_path):
+    """Another one, whole and good, lies where the run had put its own."""
+    evaluate, other = tg.evaluate, next(Path(arg.partition("=")[2]) for arg in trained if arg.startswith("ARTIFACT="))
+
+    def exchanged(run, path):
+        path.write_bytes(other.read_bytes())
+        return evaluate(run, path)
+
+    with mock.patch.object(tg, "evaluate", exchanged):
+        told = carries(call(command(toy, tmp_path, "ITERATIONS=2", "VAL_TOKENS=600")), tmp_path, "the artifact changed")
+    assert told["reasons"] == ["the artifact changed after it was written"]
