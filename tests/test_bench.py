@@ -1,8 +1,11 @@
 """tools/bench.py: its FLOPs against sums done by hand and against torch's own counter, its data against the trainer's
 reader, what the table and the JSON say about toy runs, and bad input; for `pack` (bench_pack.py) that every container
-gives back what it was given, the entropies against sums done by hand, equal bytes. Nothing here judges a speed.
+gives back what it was given, the entropies against sums done by hand, equal bytes; for `eval` (bench_eval.py) and
+`validity` (bench_validity.py) scores and verdicts against the trainer's own, forwards and counts against loops by hand.
+Nothing here judges a speed.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -12,7 +15,9 @@ import sys
 from collections import Counter
 
 import bench
+import bench_eval
 import bench_pack
+import bench_validity
 import numpy as np
 import pytest
 import torch
@@ -20,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as tg
 from conftest import BOS, REPO, TOY, clean_env
-from runs import call, good
+from runs import call, good, summary
 
 ROW = ("mode", "looping", "share", "ms_per_step", "ms_min", "ms_max", "cpu_ms_per_step", "cpu_ms_min", "cpu_ms_max",
        "tokens_per_second", "peak_memory_mib", "mflop_per_token", "tflop_per_step", "tflops_per_device", "mfu",
@@ -318,7 +323,8 @@ def test_a_pair_takes_turns_and_weighs_the_states_of_a_run(monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize("words, word", [(["--help"], "bench.py train"), (["train", "--help"], "--peak-tflops"),
-                                         (["pack", "--help"], "allocated GPTQ")])
+                                         (["pack", "--help"], "allocated GPTQ"), (["eval", "--help"], "TTT=lora_docs"),
+                                         (["validity", "--help"], "--steps")])
 def test_help(words, word, capsys):
     try:
         assert bench.main(words) == 0
@@ -550,3 +556,288 @@ def test_artifact_that_was_quantised_is_refused(toy, tmp_path, capsys):
     assert bench.main(["pack", str(tmp_path / "model.pg"), toy[0]]) == 2
     err = capsys.readouterr().err
     assert "is not float16 but int" in err and "MATRIX_BITS=16" in err and err.count("\n") == 1
+
+
+# ---- eval -----------------------------------------------------------------------------------------------------------
+
+EVAL_ROWS = {"contiguous": "", "sliding": "EVAL_STRIDE=2", "TTT=full": "TTT=full", "TTT=lora_docs cache": "TTT=lora_docs "
+             "EVAL_CONTEXT=cache", "TTT=lora_docs window": "TTT=lora_docs", "hedge": "MIXER=hedge",
+             "hashed": "MIXER=hashed ALLOW_INVALID=1"}
+
+
+@contextlib.contextmanager
+def here(*modules):
+    """A command in this process: its jobs, too, and no settings from the environment. Gives the lines it prints."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in set(os.environ) - set(clean_env()):
+            patch.delenv(name)
+        for module in modules:
+            patch.setattr(module, "measure_apart", bench.measure)
+        printed = []
+        patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
+        yield printed
+
+
+@pytest.fixture(scope="module")
+def scored(raw, tmp_path_factory):
+    """(console, JSON) of rows and counts, twice each."""
+    path, words = raw
+    out = tmp_path_factory.mktemp("scored") / "eval.json"
+    with here(bench_eval) as printed:
+        assert bench.main(["eval", path, *words, "NGRAM_BUCKETS=64", "--rows", ",".join(EVAL_ROWS), "--counts",
+                           "exact 2,exact 4,hashed 10", "--val-tokens", "1500", "--count-tokens", "1000", "--documents", "40",
+                           "--repeats", "2", "--json", str(out)]) == 0
+    return "\n".join(printed), json.loads(out.read_text())
+
+
+def lengths(path, most):
+    """Targets of each validation document, and the tokens."""
+    tokens = tg.read_shard(tg.find_shards(path.removeprefix("DATA_PATH="), "val")[0], 512)[: most + 1]
+    starts = [i for i, token in enumerate(tokens[:-1]) if token == BOS]
+    return [b - a for a, b in zip(starts, [*starts[1:], most])], tokens.tolist()
+
+
+def steps_of(documents, chunk):
+    """[documents that are still read] for each chunk."""
+    return [sum(n > at for n in documents) for at in range(0, max(documents), chunk)]
+
+
+def windows_of(documents, chunk, window):
+    """Tokens forwarded where all of the window is forwarded for each chunk, in sizes of a quarter of it or the chunk."""
+    grain = max(window // 4, chunk)
+    return sum(min(math.ceil((at + chunk) / grain) * grain, window) for n in documents for at in range(0, n, chunk))
+
+
+@pytest.mark.parametrize("row", EVAL_ROWS)
+def test_scores_are_those_of_the_trainer(scored, raw, row, tmp_path):
+    path, words = raw
+    scaled = [f"{name.upper()}={value}" for name, value in scored[1]["scaled"].items()]
+    ours = next(one for one in scored[1]["predictors"] if one["row"] == row)
+    theirs = summary(good(call([*words, *scaled, "NGRAM_BUCKETS=64", "VAL_TOKENS=1500", "DEVICE=cpu", "PHASES=eval",
+                                f"ARTIFACT={path}", f"OUT_DIR={tmp_path}", *EVAL_ROWS[row].split()])))
+    assert ours["bpb"] == pytest.approx(theirs["val_bpb"], rel=1e-9)
+    assert ours["forwarded_per_token"] == pytest.approx(theirs["forwarded_per_token"], abs=1e-4)
+    assert bool(ours["reasons"]) == (theirs["valid"] == "no") == (row == "hashed")
+
+
+def test_forwards_and_gradients_by_hand(scored, raw):
+    part, (documents, _) = scored[1]["scaled"]["ttt_chunk_tokens"], lengths(raw[1][0], 1500)
+    rows = {row["row"]: row for row in scored[1]["predictors"]}
+    forwards = {"contiguous": math.ceil(1500 / 64) * 64, "sliding": (1 + math.ceil((1500 - 64) / 2)) * 64,
+                "TTT=lora_docs cache": 48 * sum(steps_of(documents, 48)), "TTT=lora_docs window": windows_of(documents, 48, 64)}
+    for name, tokens in forwards.items():
+        assert rows[name]["forwarded_per_token"] == pytest.approx(tokens / 1500), name
+    running = steps_of(documents, 48)
+    gradients = {"contiguous": 0, "hedge": 0, "TTT=full": 3 * part * (math.ceil(1500 / part) - 1),
+                 "TTT=lora_docs cache": 48 * sum(running[:-1])}
+    for name, tokens in gradients.items():
+        assert rows[name]["gradients_per_token"] == pytest.approx(tokens / 1500), name
+
+
+def test_rates_follow_from_the_times(scored):
+    console, result = scored
+    assert result["tokens"] == 1500 and result["threads"] >= 1 and result["device"] == "cpu" and not result["compiled"]
+    for row in result["predictors"]:
+        rates = sorted(1500 / repeat["seconds"] for repeat in row["repeats"])
+        assert row["tokens_per_second"] == pytest.approx([sum(rates) / 2, *rates]) and len(rates) == 2
+        assert row["peak_memory_mib"] >= row["memory_before_mib"] > 50 and row["graphs"] is None
+        shown = f"| {row['row']} | {row['bpb']:.4f} | {'no' if row['row'] == 'hashed' else 'yes'} | {sum(rates) / 2:,.0f} |"
+        assert shown in console
+    for row in result["counts"]:
+        rates = sorted(row["tokens"] / repeat["update_seconds"] for repeat in row["repeats"])
+        assert row["update_tokens_per_second"] == pytest.approx([sum(rates) / 2, *rates])
+
+
+def test_counts_alone_are_a_code_of_their_own(scored, raw):
+    """Absolute discounting of 0.9 down to 1 / V, from the counts of the parts before."""
+    _, tokens = lengths(raw[1][0], 1000)
+    rows = {row["row"]: row for row in scored[1]["counts"]}
+    for name, order in (("exact 2", 2), ("exact 4", 4)):
+        seen, nats, part = {}, 0.0, rows[name]["part_tokens"]
+        for begin in range(0, 1000, part):
+            places = range(begin + 1, min(begin + part, 1000) + 1)
+            for at in places:
+                p = 1 / 512
+                for n in range(min(order, at + 1)):
+                    after = seen.get(tuple(tokens[at - n : at]), {})
+                    if total := sum(after.values()):
+                        p = (max(after.get(tokens[at], 0) - 0.9, 0) + 0.9 * len(after) * p) / total
+                nats -= math.log(p)
+            for at in places:
+                for n in range(min(order, at + 1)):
+                    after = seen.setdefault(tuple(tokens[at - n : at]), {})
+                    after[tokens[at]] = after.get(tokens[at], 0) + 1
+        grams = {tuple(tokens[i : i + n]) for n in range(2, order + 1) for i in range(1001 - n + 1)}
+        assert rows[name]["ngrams"] == len(grams)
+        sp = tg.load_tokenizer(settings(f"{raw[1][0]} VOCAB_SIZE=512"))[0]
+        ids = np.array(tokens)
+        assert rows[name]["bpb"] == pytest.approx(nats / math.log(2) / tg.target_bytes(ids, tg.byte_tables(sp, 512)).sum())
+    assert rows["hashed 10"]["bpb"] is None and rows["hashed 10"]["load"] == 1000 / 64
+
+
+def test_forwards_in_the_contests_shape(scored):
+    rows = {row["row"]: row for row in scored[1]["forwards"]}
+    documents = bench_eval.document_lengths(np.random.default_rng(1337), 40).tolist()
+    cached, window = 48 * sum(steps_of(documents, 48)), windows_of(documents, 48, 2048)
+    assert rows["TTT=lora_docs cache"]["forwarded_per_token"] == pytest.approx(cached / sum(documents)) and cached < 1.1 * sum(documents)
+    assert rows["TTT=lora_docs window"]["forwarded_per_token"] == pytest.approx(window / sum(documents))
+    assert all(row["compiled_forwarded_per_token"] >= row["forwarded_per_token"] for row in rows.values())
+    assert rows["sliding"]["forwarded_per_token"] > 30 > rows["TTT=lora_docs window"]["forwarded_per_token"] > 10
+
+
+def test_every_row_of_eval_is_settings():
+    for name in [*bench_eval.ROWS, *bench_eval.COUNTS]:
+        s = settings(bench_eval.filled(name, 2048))
+        assert s.idle().keys() <= {"EVAL_STRIDE"}, name  # what PLAIN takes back waits for windows
+        if "sliding" in name or name.endswith("window"):
+            assert (s.eval_stride, s.ttt_chunk_size) == (64 if "sliding" in name else 0, 48)
+
+
+def test_a_long_text_has_the_parts_of_the_settings(raw):
+    path, words = raw
+    with here():
+        scoring = bench_eval.Scoring(path, [*words, "TTT_GROUP_DOCS=7"])
+        scoring.val = scoring.val._replace(bytes=torch.ones(1).expand(62_000_000))
+        s = scoring.settings("")
+        assert (s.ttt_chunk_tokens, s.mixer_min_tokens, s.ttt_group_docs) == (32768, 10000, 7), "scaled, or not as given"
+
+
+def test_eval_as_a_command(raw, tmp_path):
+    path, words = raw
+    done = command(["eval", path, *words, "--rows", "hedge", "--counts", "none", "--documents", 0, "--val-tokens", 640])
+    assert done.returncode == 0, done.stderr
+    assert "| hedge | " in done.stdout and "### Counts" not in done.stdout and "`MIXER=hedge` |" in done.stdout
+    done = command(["eval", path, *words, "EVAL_TEMPERATURE=0", "--rows", "cache", "--counts", "none", "--documents", 0])
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: EVAL_TEMPERATURE=0, but")
+
+
+# ---- validity -------------------------------------------------------------------------------------------------------
+
+PUBLISHED = {"hashed n-grams, as published": "C2", "hedge with the entropy expert, as published": "C2",
+             "trained on the text before scoring": "C3", "trained on the text before packing": "C3"}
+QUICK = ("FIT=off", "MATRIX_QUANT=gptq_lite", "EMBED_QUANT=gptq_lite", "COMPRESSOR=zlib", "EVAL_STRIDE=32")
+
+
+@pytest.fixture(scope="module")
+def verdicts(raw, tmp_path_factory):
+    """(console, JSON) of all studies."""
+    path, words = raw
+    out = tmp_path_factory.mktemp("verdicts") / "validity.json"
+    with here() as printed:
+        assert bench.main(["validity", path, *words, *QUICK, "--val-tokens", "1280", "--json", str(out)]) == 0
+    return "\n".join(printed), json.loads(out.read_text())
+
+
+def test_every_published_score_is_called_invalid_and_no_other(verdicts):
+    console, result = verdicts
+    assert len(result["rows"]) == 13 and {row["study"] for row in result["rows"]} == {"", *bench_validity.STUDIES}
+    for row in result["rows"]:
+        condition = PUBLISHED.get(row["what"], "")
+        assert row["valid"] == ("no" if condition else "yes"), row["what"]
+        assert bool(row["reasons"]) == bool(condition) and all(reason.startswith("C") for reason in row["reasons"])
+        assert not condition or row["reasons"][0].startswith(condition)
+        said = f"| {row['what']} | {row['bpb']:.4f} |"
+        line, = (line for line in console.splitlines() if said in line)
+        assert f"| valid:{row['valid']} | {row['reasons'][0] if row['reasons'] else ''} |" in line
+    assert result["artifact"] and "ALLOW_INVALID" not in result["settings"]
+
+
+def test_what_the_self_tests_see(verdicts):
+    """Sums give the mixers away; training before scoring all three tests; training before packing none of them."""
+    failed = {row["what"]: row["failed"] for row in verdicts[1]["rows"] if row["valid"] == "no"}
+    assert failed["hashed n-grams, as published"] == failed["hedge with the entropy expert, as published"] == ["sum"]
+    assert failed["trained on the text before scoring"][:2] == ["flip", "prefix"]
+    assert failed["trained on the text before packing"] == []
+    assert all(set(row["selftest"]) == {"flip", "prefix", "sum"} for row in verdicts[1]["rows"])
+
+
+def test_what_was_gained_was_the_sum(verdicts):
+    rows = {(row["study"], row["what"]): row for row in verdicts[1]["rows"]}
+    for study, what in (("1033", "hashed n-grams, as published"), ("967", "hedge with the entropy expert, as published")):
+        published, rest = rows[study, what], rows[study, "the same, divided by its sum"]
+        assert published["mean_sum"] > 1.001 and published["worst_log_sum"] > 1e-3 > rest["worst_log_sum"]
+        # In nats a token what the division costs is the mean of log sums, and that is at most the log of the mean.
+        assert 0 < rest["loss"] - published["loss"] <= math.log(published["mean_sum"]) + 1e-9
+        assert published["settings"] == rest["settings"]
+
+
+def test_divided_by_the_sum():
+    """Of a predictor whose "probabilities" of 4 tokens sum to anything."""
+    share = torch.tensor([[[0.5, 0.5, 0.5, 0.5], [0.1, 0.2, 0.3, 0.4], [1.0, 3.0, 2.0, 2.0]]])
+
+    class Base(tg.Predictor):
+        invalid, learns = "it is no distribution", True
+
+        def predict(self, inputs, most=None):
+            return share[:, :most].log()
+
+    wrapped = bench_validity.divided(tg)(Base(), None, None)
+    assert wrapped.learns and not wrapped.invalid
+    inputs = tg.Inputs(torch.zeros(1, 3), torch.arange(3)[None], None)
+    chunk = tg.Chunk(inputs, torch.tensor([[1, 3, 1]]), torch.tensor([[0, 1, -1]]))
+    assert wrapped.predict(inputs, 2).exp().sum(-1).tolist() == [[pytest.approx(1), pytest.approx(1)]]
+    assert wrapped.nll(inputs, chunk.targets)[0].exp().tolist() == pytest.approx([4, 1 / 0.4, 8 / 3])
+    wrapped.observe(chunk)
+    assert wrapped.mean_sum() == pytest.approx((2 + 1) / 2), "padding counts nothing"
+
+
+def test_rounded_weights_are_scored_as_they_are(toy, tmp_path):
+    """By the trainer's own numbers; and what needs weights that are not rounded says so."""
+    good(call([*toy, "PHASES=train", "COMPRESSOR=zlib", f"OUT_DIR={tmp_path}/a"]))
+    path, out = tmp_path / "a" / "model.pg", tmp_path / "out.json"
+    words = [*toy, "COMPRESSOR=zlib", "DEVICE=cpu"]
+    with here() as printed:
+        assert bench.main(["validity", str(path), *words, "--val-tokens", "640", "--studies", "518,1539", "--json", str(out)]) == 0
+    alone, before, *_, packing, _, _ = json.loads(out.read_text())["rows"]
+    assert "not rounded" in packing["skipped"] and "bpb" not in packing and packing["skipped"] in "\n".join(printed)
+    for row, more in ((alone, []), (before, ["ALLOW_INVALID=1", *before["settings"].split()])):
+        theirs = summary(good(call([*words, "PHASES=eval", f"ARTIFACT={path}", "VAL_TOKENS=640", *more,
+                                    f"OUT_DIR={tmp_path}/{len(more)}"])))
+        assert row["bpb"] == pytest.approx(theirs["val_bpb"], rel=1e-6)
+        assert row["valid"] == theirs["valid"] and row["reasons"][:1] == theirs["reasons"][:1]
+
+
+def test_validity_trains_where_nothing_is_given(toy, tmp_path):
+    out = tmp_path / "out.json"
+    with here() as printed:
+        assert bench.main(["validity", *toy, *QUICK, "--steps", "3", "--val-tokens", "640", "--studies", "1033", "--json",
+                           str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert result["weights"] == "trained for 3 steps" and result["artifact"] is None and len(result["rows"]) == 4
+    assert (result["data"], result["eval_seq_len"]) == (os.path.basename(toy[0]), 64) and "### " not in printed[-1]
+
+
+def test_scaled_as_the_originals():
+    """62,021,632 increments in 4,194,304 buckets; 118 steps an epoch."""
+    (published, _, _), s = bench_validity.STUDIES["1033"], settings("EVAL_SEQ_LEN=128")
+    assert bench_validity.filled(published, s, 62_021_632) == "MIXER=hashed NGRAM_BUCKETS=4194304"
+    before = settings("ALLOW_INVALID=1 " + bench_validity.filled(bench_validity.STUDIES["518"][0], s, 65536))
+    assert 65536 / (before.ttt_batch_seqs * 128) == pytest.approx(118, rel=0.1)
+    assert (before.ttt_optimizer, before.ttt_lr, before.ttt_lr_mult_proj, before.ttt_lr_mult_fc) == ("adamw", 5e-4, 3, 0.5)
+
+
+BAD_SCORING = [
+    (["eval"], "ARTIFACT", "--help"), (["eval", "{path}", "--rows", "fast"], "'fast'", "contiguous"),
+    (["eval", "{path}", "--counts", "exact 99"], "'exact 99'", "exact 10"),
+    (["eval", "{path}", "--repeats", "0"], "--repeats", "at least 1"),
+    (["eval", "/nowhere/model.pg"], "/nowhere/model.pg", "cannot be read"),
+    (["eval", "{path}", "DATA_PATH=/nowhere"], "/nowhere", "TOKENIZER_PATH"),
+    (["eval", "{path}", "{data}", "TTT_LORA_LRR=1"], "TTT_LORA_LRR", "TTT_LORA_LR"),
+    (["eval", "{path}", "{data}", "EVAL_SEQ_LEN=128", "--val-tokens", "100"], "EVAL_SEQ_LEN=128", "shorten"),
+    (["eval", "{path}", "{data}", "--json", "/nowhere/out.json"], "/nowhere/out.json", "folder"),
+    (["validity", "--studies", "7"], "'7'", "1033"), (["validity", "a.pg", "b.pg"], "b.pg", "one artifact"),
+    (["validity", "/nowhere/model.pg"], "/nowhere/model.pg", "cannot be read"),
+    (["validity", "MATRIX_LRR=1"], "MATRIX_LRR", "MATRIX_LR"), (["validity", "--steps", "0"], "--steps", "at least 1"),
+    (["validity", "DATA_PATH=/nowhere"], "/nowhere", "TOKENIZER_PATH"),
+    (["validity", "--json", "/nowhere/out.json"], "/nowhere/out.json", "folder"),
+]
+
+
+@pytest.mark.parametrize("words, cause, fix", BAD_SCORING)
+def test_bad_input_of_scoring_is_one_line(raw, words, cause, fix, capsys, monkeypatch):
+    for name in set(os.environ) - set(clean_env()):
+        monkeypatch.delenv(name)
+    assert bench.main([word.format(path=raw[0], data=raw[1][0]) for word in words]) == 2
+    out, err = capsys.readouterr()
+    err = "".join(line for line in err.splitlines(keepends=True) if not line.endswith(" ...\n"))
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and cause in err and fix in err

@@ -1,5 +1,5 @@
-"""How fast the trainer is on this machine: milliseconds, tokens per second, memory and share of the device's peak; and
-what each way of storing a model costs in bytes and in loss.
+"""How fast the trainer is on this machine: milliseconds, tokens per second, memory and share of the device's peak; what
+each way of storing a model costs in bytes and in loss, and each way of scoring it in time; which scores are none.
 
     python tools/bench.py train                                      the default settings, eager and compiled
     python tools/bench.py train @records/small.env NUM_LAYERS=6      any settings, as train_gpt.py takes them
@@ -8,8 +8,12 @@ what each way of storing a model costs in bytes and in loss.
     torchrun --standalone --nproc_per_node=8 tools/bench.py train --modes compiled
     python tools/bench.py pack model.pg DATA_PATH=... --score        codecs and compressors on the weights of a float16
                                                                      artifact (bench_pack.py)
+    python tools/bench.py eval model.pg @records/small.env           every predictor: tokens/s, forwards, memory, score;
+                                                                     n-gram counts alone (bench_eval.py)
+    python tools/bench.py validity                                   published scores that are no code length, next to what
+                                                                     is left of them when they are made one (bench_validity.py)
 
-`python tools/bench.py train --help` and `pack --help` have every option. train needs no data set: synthetic shards are
+`python tools/bench.py train --help`, `pack --help`, ... have every option. train needs no data set: synthetic shards are
 written to a temporary folder and read by the trainer's own loader.
 
 Exit codes: 0 done, 1 a mode failed (its row says why, the others are kept), 2 bad input, 130 and 143 interrupted.
@@ -35,9 +39,11 @@ from pathlib import Path
 
 import numpy as np
 
+import bench_eval
 import bench_pack
-from common import (BadInput, Parser, check_json, commit, exit_code, load_trainer, measure_apart, positive, quartiles,
-                    whole, write_json)
+import bench_validity
+from common import (DOCUMENT_MEAN, BadInput, Parser, check_json, commit, document_lengths, exit_code, load_trainer,
+                    measure_apart, positive, quartiles, whole, write_json)
 
 MODES = ("eager", "compiled")
 
@@ -45,8 +51,7 @@ MODES = ("eager", "compiled")
 # first pattern that fits the name counts. A slice of a device (MIG) has a peak of its own, which its name does not say.
 PEAKS = (("MIG", None), ("H100 PCIe", 756e12), ("H[12]00 NVL", 835e12), ("H[12]00", 989e12), ("A100", 312e12))
 
-# Document lengths like FineWeb's in tokens: log-normal around a mean. The shards wrap when a benchmark needs more.
-DOCUMENT_MEAN, DOCUMENT_SIGMA, MOST_TOKENS = 960, 1.0, 1 << 24
+MOST_TOKENS = 1 << 24  # the shards wrap when a benchmark needs more
 SHARD_MAGIC, SHARD_VERSION, BOS = 20240520, 1, 1
 
 
@@ -58,9 +63,7 @@ def write_shard(path, count, vocab_size, rng):
 
     Neither constant nor uniform, because the time of a matmul on a GPU depends on how regular its numbers are.
     """
-    mu = math.log(DOCUMENT_MEAN) - DOCUMENT_SIGMA**2 / 2
-    lengths = rng.lognormal(mu, DOCUMENT_SIGMA, 2 * count // DOCUMENT_MEAN + 99)  # about twice as many as fit
-    starts = np.cumsum(np.maximum(2, lengths.astype(np.int64)))
+    starts = np.cumsum(document_lengths(rng, 2 * count // DOCUMENT_MEAN + 99))  # about twice as many as fit
     is_start = np.zeros(count, bool)
     is_start[[0, *starts[starts < count]]] = True
     shares = 1 / np.arange(1, vocab_size - BOS)
@@ -309,6 +312,8 @@ def measure(job):
         with contextlib.ExitStack() as stack, contextlib.redirect_stdout(io.StringIO()):  # the trainer's log
             if "container" in job:
                 return bench_pack.measure_container(job)
+            if "eval" in job:
+                return bench_eval.measure(job)
             return (measure_state if job["against"] is None else measure_pair)(job, stack)
     except BadInput as error:
         return {"bad_input": str(error)}
@@ -545,7 +550,8 @@ def train(argv):
     return int(any("error" in row for row in rows))
 
 
-COMMANDS = {"train": train, "pack": bench_pack.pack}
+COMMANDS = {"train": train, "pack": bench_pack.pack, "eval": bench_eval.evaluate,
+            "validity": bench_validity.validity}
 
 
 def main(argv):

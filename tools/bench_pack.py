@@ -11,17 +11,14 @@ makes (if it is over SIZE_LIMIT, the file is kept). The settings name the data
 text for the loss. `bench.py pack --help` has the options.
 """
 
-import contextlib
 import dataclasses
 import io
 import itertools
 import math
 import os
-import resource
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from functools import partial
@@ -30,7 +27,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import BadInput, Parser, check_json, commit, load_trainer, measure_apart, whole, write_json
+from common import (BadInput, Parser, check_json, commit, load_trainer, markdown, measure_apart, names_of, progress, show,
+                    usage, whole, write_json)
 
 # How weights are stored, as settings of train_gpt.py: METHODS have a width or a knob still to choose, ROWS have it chosen.
 METHODS = {
@@ -76,7 +74,7 @@ class Subject:
     model_fields; Runtime, pick_attention; find_shards, TokenStream(paths, s, rt).next(); MomentMeter(model) with
     .observe(x, y) .tokens .moments(rt); Quantiser(model, s, moments) with .encode(spacing) .spacing_for(bytes) .quantised
     and .factors (shared between settings: most of its time); pack().chunks; load_tokenizer, load_validation,
-    ModelPredictor, chunks, score, Validity. The containers: Encoded, stream_layout, pack_stream, code_groups,
+    ModelPredictor, side_by_side, score, Validity. The containers: Encoded, stream_layout, pack_stream, code_groups,
     decode_codes, decompress, _unplanes, _kind, COMPRESSORS.
     """
 
@@ -138,8 +136,8 @@ class Subject:
 
     def score(self, model):
         """Score of a model on the validation text, in windows of EVAL_SEQ_LEN side by side."""
-        trainer, s, validity = self.trainer, self.s, self.trainer.Validity()
-        parts = trainer.chunks(self.val, s.eval_seq_len, 0, s.eval_batch_seqs, self.rt)
+        trainer, validity = self.trainer, self.trainer.Validity()
+        parts = trainer.side_by_side(self.val, self.s, self.rt)
         found = trainer.score(trainer.ModelPredictor(model, self.rt), parts, self.val, self.rt, validity)
         if validity.reasons:
             raise BadInput(f"the score is not valid: {validity.reasons[0]}")
@@ -161,11 +159,13 @@ class Subject:
             self.model.load_state_dict(self.raw)
 
     def predictions(self):
-        """Log-probabilities (B, T, V) of the model as it is on the first windows of the validation text."""
-        s, predictor = self.s, self.trainer.ModelPredictor(self.model, self.rt)
-        tokens = min(DIVERGENCE_TOKENS, len(self.val.bytes)) // s.eval_seq_len * s.eval_seq_len
-        for x in self.val.tokens[:tokens].long().view(-1, s.eval_seq_len).split(max(4096 // s.eval_seq_len, 1)):
-            yield predictor.predict(x)
+        """Log-probabilities (N, V) of the model as it is, for the first targets of the validation text."""
+        val, predictor = self.val, self.trainer.ModelPredictor(self.model, self.rt)
+        text = val._replace(tokens=val.tokens[: DIVERGENCE_TOKENS + 1], bytes=val.bytes[:DIVERGENCE_TOKENS])
+        s = dataclasses.replace(self.s, eval_batch_seqs=max(4096 // self.s.eval_seq_len, 1))
+        for part in self.trainer.side_by_side(text, s, self.rt):
+            for chunk in part.chunks:
+                yield predictor.predict(chunk.inputs)[chunk.index >= 0]
 
     def score_artifact(self, path):
         """(bytes, Score) of another artifact of this vocabulary."""
@@ -428,16 +428,6 @@ CONTAINERS = containers()
 PLAIN = ("rans", *GENERIC)
 
 
-def usage():
-    """(CPU seconds, peak MiB) of this process and of those it waited for, one of which ran at a time."""
-    mine, others = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    peak = mine.ru_maxrss
-    with contextlib.suppress(OSError):  # on Linux that would begin with the peak of whoever started the process
-        peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM:"))
-    return (sum(one.ru_utime + one.ru_stime for one in (mine, others)),
-            (peak + others.ru_maxrss) / (1 << (20 if sys.platform == "darwin" else 10)))
-
-
 def measure_container(job):
     """Pack and unpack a stored row in this process."""
     import torch
@@ -582,23 +572,7 @@ def quality(subject, names, size, also):
         yield finish(name, {"bytes": found, "gap": scored.loss - raw.loss, "also": str(path)})
 
 
-def progress(text):
-    print(f"{text} ...", file=sys.stderr, flush=True)
-
-
 # ---- the report -----------------------------------------------------------------------------------------------------
-
-
-def show(value, form=",.0f"):
-    return "-" if value is None else format(value, form)
-
-
-def markdown(columns, lines):
-    """A Markdown table, its columns of numbers to the right."""
-    yield "| " + " | ".join(columns) + " |"
-    yield "|" + "|".join("---" if column in TEXT else "---:" for column in columns) + "|"
-    for cells in lines:
-        yield "| " + " | ".join([*cells, *[""] * (len(columns) - len(cells))]) + " |"
 
 
 TEXT = ("weights as", "compressor", "settings", "method", "how the size was met")
@@ -661,34 +635,21 @@ def document(report):
     if report["codes"]:
         facts = {row["row"]: row for row in report["codes"]}
         yield "\n### Codes\n\nSquared error: of the weights' squares; felt error: half the sum of gain E H E^T.\n"
-        yield from markdown(CODE_COLUMNS, map(code_line, report["codes"]))
+        yield from markdown(CODE_COLUMNS, TEXT, map(code_line, report["codes"]))
         before = max((row.get("memory_before_mib", 0) for row in report["sizes"]), default=0)
         yield ("\n### Sizes\n\nSeconds are CPU time; peak memory is that of a process of its own, of which Python, torch and "
                f"the codes are {before:,.0f} MiB before anything is packed.\n")
-        yield from markdown(SIZE_COLUMNS, (size_line(row, facts[row["row"]]) for row in report["sizes"]))
+        yield from markdown(SIZE_COLUMNS, TEXT, (size_line(row, facts[row["row"]]) for row in report["sizes"]))
     if report["quality"]:
         yield (f"\n### Quality at equal bytes\n\n{report['val_tokens']:,} validation tokens in windows of "
                f"{report['eval_seq_len']:,}. Methods that have only widths (of matrices; tables are int8): between two "
                "of them log(gap) is taken as a straight line in bytes. Divergence: of the predictions from those of the raw weights, on the first "
                f"{DIVERGENCE_TOKENS:,} tokens at most, without the chance that moves the loss. Predicted: spacing^2/24 a "
                "weight.\n")
-        yield from markdown(QUALITY_COLUMNS, map(quality_line, report["quality"]))
+        yield from markdown(QUALITY_COLUMNS, TEXT, map(quality_line, report["quality"]))
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
-
-
-def names_of(what, known, none=False):
-    """A converter of NAME,NAME,... to names that are known."""
-    def convert(text):
-        if none and text == "none":
-            return []
-        names = [name.strip() for name in text.split(",")]
-        if wrong := [name for name in names if name not in known]:
-            raise BadInput(f"{what}: {wrong[0]!r} is unknown; there is: {', '.join(known)}")
-        return names
-
-    return convert
 
 
 def named(text):

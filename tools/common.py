@@ -14,6 +14,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Document lengths like FineWeb's in tokens: log-normal around a mean.
+DOCUMENT_MEAN, DOCUMENT_SIGMA = 960, 1.0
+
 
 class BadInput(Exception):
     """What was given cannot be used: each line names a cause and its fix; exit code 2."""
@@ -54,6 +57,27 @@ def positive(text):
         if 0 < (value := float(text)) < math.inf:
             return value
     raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+
+
+def names_of(what, known, none=False):
+    """A converter of NAME,NAME,... to names that are known."""
+    def convert(text):
+        if none and text == "none":
+            return []
+        names = [name.strip() for name in text.split(",")]
+        if wrong := [name for name in names if name not in known]:
+            raise BadInput(f"{what}: {wrong[0]!r} is unknown; there is: {', '.join(known)}")
+        return names
+
+    return convert
+
+
+def document_lengths(rng, count):
+    """Tokens of so many documents."""
+    import numpy as np
+
+    lengths = rng.lognormal(math.log(DOCUMENT_MEAN) - DOCUMENT_SIGMA**2 / 2, DOCUMENT_SIGMA, count)
+    return np.maximum(2, lengths.astype(np.int64))
 
 
 def git(*words):
@@ -99,6 +123,18 @@ def measure_apart(job, env=None):
     return json.loads(result.read_text(encoding="utf-8"))
 
 
+def usage():
+    """(CPU seconds, peak MiB) of this process and of those it waited for, one of which ran at a time."""
+    import resource  # Unix has it
+
+    mine, others = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    peak = mine.ru_maxrss
+    with contextlib.suppress(OSError):  # on Linux that would begin with the peak of whoever started the process
+        peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM:"))
+    return (sum(one.ru_utime + one.ru_stime for one in (mine, others)),
+            (peak + others.ru_maxrss) / (1 << (20 if sys.platform == "darwin" else 10)))
+
+
 def check_json(path):
     """BadInput before anything is measured, if --json cannot be written."""
     if path and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
@@ -116,3 +152,19 @@ def quartiles(values):
     """(lower quartile, median, upper quartile); all the same of a single value."""
     low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else 3 * values
     return low, statistics.median(values), high
+
+
+def progress(text):
+    print(f"{text} ...", file=sys.stderr, flush=True)
+
+
+def show(value, form=",.0f"):
+    return "-" if value is None else format(value, form)
+
+
+def markdown(columns, text, lines):
+    """A Markdown table; columns that are not `text` hold numbers, to the right."""
+    yield "| " + " | ".join(columns) + " |"
+    yield "|" + "|".join("---" if column in text else "---:" for column in columns) + "|"
+    for cells in lines:
+        yield "| " + " | ".join([*cells, *[""] * (len(columns) - len(cells))]) + " |"
