@@ -172,8 +172,16 @@ environment() { # environment FILE...: the virtual environment with these requir
 embedded=data/datasets/builtin_sp1024
 fineweb=data/datasets/fineweb10B_sp1024
 
+# embedded_data FOLDER: makes it, if it is one of those two that are made of the embedded text.
 embedded_data() {
-    step "$py" data/prepare.py --source builtin --out "$embedded" || fail "no embedded data set: see above"
+    local caseops=()
+    case $1 in
+    "$embedded") ;;
+    "${embedded}_caseops") caseops=(--caseops) ;;
+    *) return 0 ;;
+    esac
+    step "$py" data/prepare.py --source builtin --out "$1" ${caseops[@]+"${caseops[@]}"} ||
+        fail "no embedded data set: see above"
 }
 
 has_shards() { ls "$1"/fineweb_train_*.bin "$1"/fineweb_val_*.bin >/dev/null 2>&1; }
@@ -236,7 +244,7 @@ except ChildFailedError as error:
 '
 
 train() {
-    local small="" word place name launch run_id out_dir status
+    local small="" word place name sizes launch run_id out_dir status
     files=() pairs=()
     for word in "$@"; do
         if [[ $word =~ ^[A-Za-z_][A-Za-z0-9_]*= ]]; then
@@ -254,9 +262,8 @@ train() {
     name=default
     [ "${#files[@]}" -eq 0 ] || name=$(basename "${files[0]%/settings.env}" .env)
     if [ -n "$small" ] && [ "${#files[@]}" -gt 0 ]; then
-        files+=(records/shrink.env) name=$name-small
-        # Not in the file: without GPTQ it would be a setting that does nothing.
-        [ "$(setting MATRIX_QUANT gptq)" != gptq ] || pairs=(GPTQ_CALIBRATION_TOKENS=32768 ${pairs[@]+"${pairs[@]}"})
+        sizes=$("$py" tools/shrink.py "${files[@]/#/@}" ${pairs[@]+"${pairs[@]}"}) || exit 2
+        pairs=($sizes ${pairs[@]+"${pairs[@]}"}) name=$name-small
     elif [ -n "$small" ]; then
         files=(records/small.env) name=small
     elif [ "${#files[@]}" -eq 0 ] && [ "$gpus" -eq 0 ]; then
@@ -268,7 +275,7 @@ train() {
     elif [ "$gpus" -eq 0 ] && [ "$(setting MODEL_DIM 512)" -ge 384 ]; then
         say "no GPU: this is the full-size model, far too slow for a CPU; add --small for a size that fits"
     fi
-    [ "$(setting DATA_PATH "$fineweb")" != "$embedded" ] || embedded_data
+    embedded_data "$(setting DATA_PATH "$fineweb")"
 
     out_dir=$(setting OUT_DIR "") run_id=$(setting RUN_ID "")
     if [ -z "$out_dir$run_id" ] && [ "$(setting RESUME "")" != auto ]; then
@@ -306,7 +313,7 @@ help | -h | --help) usage ;;
 setup)
     [ $# -eq 1 ] || fail "setup takes no arguments, but got: ${*:2}"
     environment requirements.txt
-    embedded_data
+    embedded_data "$embedded"
     say "ready: bash run.sh"
     ;;
 test)

@@ -1,5 +1,6 @@
 """The record folders: each is the published system, by a table that was written from the publications and not from the
-settings files; each can be read by somebody who has only its README; each runs small with every technique on."""
+settings files; each can be read by somebody who has only its README; each runs small with every technique on,
+evaluation included, and ends with the verdict that its README states."""
 
 import json
 import re
@@ -7,11 +8,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
+from typing import NamedTuple
 
 import pytest
+import shrink
 import torch
 from conftest import REPO, clean_env
-from runs import call, good
+from runs import call, events, good
 
 import train_gpt as tg
 
@@ -20,13 +24,15 @@ FOLDERS = sorted(path for path in RECORDS.glob("*/*/") if path.is_dir())
 
 # ---- what was published ---------------------------------------------------------------------------------------------
 
-BODY = dict(num_layers=11, model_dim=512, num_heads=8, num_kv_heads=4, leaky_slope=0.5, embed_dim=0, logit_softcap=30,
-            tie_embeddings=True, tied_embed_init_std=0.005, rope_dims=16, ln_scale=True, resid_mix=True,
-            trigram_vocab_size=0, value_residual="none", train_batch_tokens=786_432, train_seq_len=2048,
+PLAIN = dict(eval_context="window", eval_seq_len=2048, eval_stride=64, eval_docs=False, eval_temperature=1, ttt="off",
+             mixer="off", token_boost=0)
+BODY = dict(PLAIN, num_layers=11, model_dim=512, num_heads=8, num_kv_heads=4, leaky_slope=0.5, embed_dim=0,
+            logit_softcap=30, tie_embeddings=True, tied_embed_init_std=0.005, rope_dims=16, ln_scale=True,
+            resid_mix=True, trigram_vocab_size=0, value_residual="none", train_batch_tokens=786_432, train_seq_len=2048,
             warmup_steps=20, iterations=20_000, lr_warmup_steps=0, complement_alpha=0, mtp_num_heads=0,
             matrix_optimizer="muon", muon_momentum=0.99, muon_momentum_warmup_start=0.92,
             muon_momentum_warmup_steps=1500, normuon=False, beta1=0.9, beta2=0.95, adam_eps=1e-8, grad_clip_norm=0.3,
-            average="ema", ema_start_frac=0, min_lr=0, matrix_bits=6, embed_bits=8, eval_seq_len=2048, eval_stride=64,
+            average="ema", ema_start_frac=0, min_lr=0, matrix_bits=6, embed_bits=8,
             val_loss_every=4000, train_log_every=500, fit="off", late_qat_threshold=0, gate_bits=16,
             lqer_rank=0, prune_pct=0)
 EARLY = dict(BODY, vocab_size=1024, mlp_mult=3, qk_gain_init=1.5, rope_base=10_000 * 2 ** (8 / 7), xsa_last_n=4,
@@ -43,56 +49,123 @@ LATE = dict(BODY, vocab_size=8192, mlp_mult=4, xsa_last_n=11, bigram_vocab_size=
 PACKED = dict(embed_quant="gptq", gptq_calibration="train")
 LOOPS = dict(ve_dim=0, skips="gated", num_loops=2, enable_looping_at=0.35, rope_base=10_000, muon_backend_steps=5,
              embed_wd=0.085)
+# Training of the weights in evaluation; chunk by chunk, behind the score.
+WEIGHTS = dict(ttt_min_lr=0, ttt_grad_clip=1, ttt_lr_mult_proj=1, ttt_lr_mult_fc=1, ttt_freeze_blocks=0,
+               ttt_freeze_embed=False, byte_weighted_ttt=False)
+ADAMW = dict(WEIGHTS, ttt_optimizer="adamw", ttt_lr=5e-4)
+SGD = dict(WEIGHTS, ttt_optimizer="sgd", ttt_momentum=0.9)
+CHUNKS = dict(ttt="full", ttt_chunk_tokens=32_768, ttt_batch_seqs=32, ttt_epochs=3, adaptive_lr_max=1, polyak_decay=0)
+NGRAMS = dict(polyak_decay=0.998, adaptive_lr_max=3, byte_weighted_ttt=True, ttt_train_scales=True,
+              mixer_min_tokens=10_000)
+# Adapters of each document, and phases of all weights: without what reads the text as one.
+CASEOPS = {name: value for name, value in LATE.items() if name not in ("eval_stride", "eval_docs")} | dict(
+    SGD, **LOOPS, **PACKED) | dict(
+    smear_gate="scalar", gate_window=12, doc_mask="attention", qk_gain_init=5.0, attn_gate="sparse",
+    sparse_attn_gate_scale=0.5, parallel_residual="routed", parallel_start_layer=8, parallel_final_lane="mean",
+    loader="packed", micro_batch_tokens=98_304, muon_momentum=0.97, newton_schulz="polar_express", beta2=0.99,
+    warmdown_frac=0.85, min_lr=0.1, gptq_reserve_seconds=0.5, embed_bits=7, attn_clip_sigmas=13, mlp_clip_sigmas=11.5,
+    embed_clip_sigmas=14, lqer_rank=4, lqer_top_k=3, compressor="rans", ttt="lora_docs", ttt_chunk_size=48,
+    ttt_batch_size=64, ttt_lora_rank=80, ttt_lora_alpha=144, ttt_beta1=0, ttt_beta2=0.99, ttt_warm_start_a=True,
+    ttt_group_docs=8 * 64, phased_ttt_prefix_docs=2500, ttt_epochs=1, ttt_lr=0.001)
+BASELINE = {name: value for name, value in BODY.items() if name not in ("ema_start_frac", "gate_bits")} | dict(
+    vocab_size=1024, num_layers=9, mlp_mult=2, leaky_slope=0, qk_gain_init=1.5, ln_scale=False, rope_dims=64,
+    rope_base=10_000, bigram_vocab_size=0, smear_gate="none", ve_dim=0, doc_mask="none", xsa_last_n=0, skips="linear",
+    num_loops=0, parallel_residual="none", attn_gate="none", matrix_lr=0.04, muon_wd=0, muon_backend_steps=5,
+    newton_schulz="classic", muon_row_normalize=False, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
+    muon_momentum_warmup_steps=500, tied_embed_lr=0.05, embed_wd=0, scalar_lr=0.04, adam_wd=0, grad_clip_norm=0,
+    train_batch_tokens=524_288, train_seq_len=1024, loader="sequential", max_wallclock_seconds=600, warmdown_iters=1200, train_log_every=50,
+    val_loss_every=200, average="none", matrix_bits=8, matrix_quant="rtn", matrix_clip_sigmas=0, embed_quant="rtn",
+    embed_clip_sigmas=0, compressor="zlib", eval_seq_len=1024, eval_stride=0)
 
-# folder: (pull request, parameters, published BPB, is that score valid, settings)
+
+class Published(NamedTuple):
+    pull_request: int  # 0: none
+    parameters: int
+    score: str
+    breaks: str  # the condition of #1017, "" for a valid score
+    settings: dict
+
+
 PUBLISHED = {
-    "2026-03-23_11L-CosineTTT": (518, 26_993_756, "1.0622", False, dict(EARLY, compressor="zstd")),
-    "2026-04-03_11L_LeakyReLU2_EMA_LZMA_Int6": (1311, 26_993_756, "1.1303", True, dict(
+    "2026-03-17_NaiveBaseline": Published(0, 17_059_912, "1.2244", "", BASELINE),
+    "2026-03-23_11L-CosineTTT": Published(518, 26_993_756, "1.0622", "C3", dict(
+        EARLY, **ADAMW, compressor="zstd", allow_invalid=True) | dict(
+        ttt="before", ttt_epochs=50, ttt_batch_seqs=8 * 32, ttt_lr_mult_proj=3, ttt_lr_mult_fc=0.5)),
+    "2026-04-03_11L_LeakyReLU2_EMA_LZMA_Int6": Published(1311, 26_993_756, "1.1303", "", dict(
         EARLY, lr_warmup_steps=50, iterations=12_000, eval_stride=16, val_loss_every=2000, train_log_every=200,
-        compressor="lzma")),
-    "2026-03-28_ComplementaryBackoff_NgramMixer": (1033, 26_993_766, "0.4311", False, dict(
-        EARLY, value_residual="vrl", complement_alpha=0.5, compressor="lzma")),
-    "2026-03-27_SGD_TTT_HedgeMixer_PerLayerLR_1.0450": (967, 33_317_980, "1.0450", False, dict(
-        EARLY, num_kv_heads=8, mlp_mult=3.5, xsa_last_n=11, bigram_vocab_size=6144, max_wallclock_seconds=582,
+        compressor="lzma", eval_temperature=0.9)),
+    "2026-03-28_ComplementaryBackoff_NgramMixer": Published(1033, 26_993_766, "0.4311", "C2", dict(
+        EARLY, **ADAMW, value_residual="vrl", complement_alpha=0.5, compressor="lzma", allow_invalid=True) | CHUNKS
+        | NGRAMS | dict(eval_temperature=0.98, ttt_freeze_blocks=9, mixer="hashed", ngram_order=10, ngram_buckets=2**22,
+                        min_count=2, alpha_base=0.2, alpha_range=0.55, alpha_center=3)),
+    "2026-03-27_SGD_TTT_HedgeMixer_PerLayerLR_1.0450": Published(967, 33_317_980, "1.0450", "C2", dict(
+        EARLY, **SGD, num_kv_heads=8, mlp_mult=3.5, xsa_last_n=11, bigram_vocab_size=6144, max_wallclock_seconds=582,
         matrix_bits=5, matrix_quant="gptq", matrix_clip_sigmas=0, prune_pct=0.03, gptq_calibration="train",
-        gptq_calibration_tokens=128 * 2048, gptq_damp=0.01, compressor="zstd")),
-    "2026-04-11_SP8192_PreQuantTTT_CompiledTTT": (1539, 36_311_132, "1.0587", False, dict(
-        LATE, qk_gain_init=5.25, rope_base=10_000 * 2 ** (8 / 7), smear_gate="channel", doc_mask="inputs", ve_dim=44,
-        ve_layers=(9, 10), attn_gate="none", skips="linear", skip_pairs=5, num_loops=1,
+        gptq_calibration_tokens=128 * 2048, gptq_damp=0.01, compressor="zstd", allow_invalid=True) | CHUNKS | NGRAMS
+        | dict(ttt_lr=0.002, ttt_epochs=4, ttt_lr_mult_proj=3, ttt_lr_mult_fc=0.5, ttt_freeze_blocks=10,
+               ttt_freeze_embed=True, mixer="hedge", mixer_experts=("unigram", "bigram", "trigram", "entropy"),
+               mixer_eta=0.1)),
+    "2026-04-11_SP8192_PreQuantTTT_CompiledTTT": Published(1539, 36_311_132, "1.0587", "C3", dict(
+        LATE, **ADAMW, qk_gain_init=5.25, rope_base=10_000 * 2 ** (8 / 7), smear_gate="channel", doc_mask="inputs",
+        ve_dim=44, ve_layers=(9, 10), attn_gate="none", skips="linear", skip_pairs=5, num_loops=1,
         enable_looping_at=3000 * 0.1002 / 600,  # it loops from step 3,000, with 100.2 ms a step before
         parallel_residual="lanes", parallel_start_layer=7, parallel_final_lane="learned", loader="sequential",
         matrix_lr=0.022, muon_backend_steps=4, newton_schulz="polar_express", embed_wd=0.095, warmdown_frac=0.72,
         embed_quant="rtn", embed_clip_sigmas=20, gptq_calibration="generated", gptq_calibration_tokens=32 * 2048,
-        gptq_temperature=0.8, gptq_damp=0.02, fit="prune", size_limit=int(15.22 * 2**20), compressor="brotli")),
-    "2026-04-09_SP8192_3LayerRecur_ParResid_QK525_LegalTTT": (1493, 35_944_536, "1.0810", True, dict(
-        LATE, **LOOPS, qk_gain_init=5.25, smear_gate="none", doc_mask="none", attn_gate="none",
+        gptq_temperature=0.8, size_limit=int(15.22 * 2**20), compressor="brotli", allow_invalid=True) | dict(
+        gptq_damp=0.02, fit="prune", ttt="prequant", ttt_epochs=6, ttt_batch_seqs=32, ttt_min_lr=0.1)),
+    "2026-03-23_LeakyReLU_LegalTTT_ParallelMuon": Published(549, 26_928_220, "1.1194", "", dict(
+        EARLY, **SGD, bigram_vocab_size=1536, iterations=9000, compressor="lzma", ttt_lr=0.002) | CHUNKS),
+    "2026-04-09_SP8192_3LayerRecur_ParResid_QK525_LegalTTT": Published(1493, 35_944_536, "1.0810", "", dict(
+        LATE, **LOOPS, **SGD, qk_gain_init=5.25, smear_gate="none", doc_mask="none", attn_gate="none",
         parallel_residual="gptj", parallel_start_layer=7, loader="shuffled", matrix_lr=0.022, newton_schulz="classic",
         warmdown_frac=0.72, gptq_reserve_seconds=12, **PACKED, embed_clip_sigmas=20,
-        gptq_calibration_tokens=64 * 98_304, compressor="brotli")),
-    "2026-04-27_SP8192_LQER_SparseGate_BOSSmearFix_9HpStack_1.0611": (1855, 35_945_671, "1.0611", True, dict(
-        {name: value for name, value in LATE.items() if name != "train_log_every"}, **LOOPS, qk_gain_init=5.0,
-        smear_gate="scalar", gate_window=12, doc_mask="attention", attn_gate="sparse", sparse_attn_gate_scale=0.5,
-        parallel_residual="routed", parallel_start_layer=8, parallel_final_lane="mean", loader="packed",
-        micro_batch_tokens=98_304, matrix_lr=0.026, muon_momentum=0.97, newton_schulz="polar_express", beta2=0.99,
-        warmdown_frac=0.85, min_lr=0.1, gptq_reserve_seconds=0.5, embed_bits=7, val_loss_every=0, **PACKED,
-        attn_clip_sigmas=13, mlp_clip_sigmas=11.5, embed_clip_sigmas=14, gate_bits=8, lqer_rank=4, lqer_top_k=3,
-        lqer_asym_group=64, gptq_calibration_tokens=16 * 98_304, compressor="rans")),
+        gptq_calibration_tokens=64 * 98_304, compressor="brotli", ttt_lr=0.005) | CHUNKS),
+    "2026-04-27_SP8192_LQER_SparseGate_BOSSmearFix_9HpStack_1.0611": Published(1855, 35_945_671, "1.0611", "", dict(
+        CASEOPS, matrix_lr=0.026, val_loss_every=0, gate_bits=8, lqer_asym_group=64,
+        gptq_calibration_tokens=16 * 98_304, ttt_lora_targets=("q", "k", "v", "o", "mlp", "head"), ttt_lora_lr=1e-4,
+        ttt_wd=0.5, phased_ttt_num_phases=3, ttt_batch_seqs=32_768 // 2048)),
+    # The published model has two caps more, which never leave 30.
+    "2026-05-01_SP8192_PR2130Base_Calib32": Published(2135, 35_945_673 - 2, "1.0565", "", dict(
+        CASEOPS, matrix_lr=0.028, gate_bits=16, lqer_asym_group=32, gptq_calibration_tokens=32 * 98_304,
+        eval_seq_len=2560, ttt_lora_targets=("q", "v", "o", "mlp", "head"), ttt_lora_lr=8e-5, ttt_wd=2,
+        phased_ttt_num_phases=1, ttt_batch_seqs=32_768 // 2560, token_boost=2.625, token_order=16,
+        token_threshold=0.8)),
 }
-ACCEPTED = {1493, 1855}
+ACCEPTED = {0, 549, 1493, 1855, 2135}
+# The valid twins: what each does otherwise: what makes the original invalid, or breaks a limit; "-": not named.
+TWINS = {
+    518: dict(TTT="full", TTT_CHUNK_TOKENS="32768", TTT_EPOCHS="3", FIT="prune", ALLOW_INVALID="-"),
+    1539: dict(TTT="full", TTT_CHUNK_TOKENS="32768", ALLOW_INVALID="-"),
+    967: dict(MIXER_EXPERTS="unigram,bigram,trigram", ALLOW_INVALID="-"),
+    1033: dict(MIXER="backoff", NGRAM_BUCKETS="-", MIN_COUNT="-", EVAL_TEMPERATURE="0", ALLOW_INVALID="-"),
+}
+UNUSED = dict(ADAPTIVE_LR_MAX="1", POLYAK_DECAY="0")  # what TTT=full offers and such a twin leaves off
+for name, one in [*PUBLISHED.items()]:
+    if one.breaks:
+        PUBLISHED[f"{name}_ValidTwin"] = one._replace(score="", breaks="", settings={})
 
 
 def published(folder):
     return PUBLISHED[folder.name]
 
 
+def original(folder):
+    """The record of which this folder is the twin, or None."""
+    name = folder.name.removesuffix("_ValidTwin")
+    return folder.parent / name if name != folder.name else None
+
+
 def settings(folder, *more):
     return tg.Settings.parse([f"@{folder}", *more])
 
 
-def named(path):
-    """The settings that a file names, read without the trainer."""
+def pairs(path):
+    """{setting: text} that a file names, read without the trainer."""
     words = [word for line in path.read_text().splitlines() for word in line.partition("#")[0].split()]
-    return [word.partition("=")[0].lower() for word in words]
+    named = dict(word.split("=", 1) for word in words)
+    assert len(named) == len(words)
+    return named
 
 
 def parameters(s):
@@ -105,10 +178,16 @@ def count(parameters):
 
 
 def over(folders):
-    return pytest.mark.parametrize("folder", folders, ids=lambda f: str(PUBLISHED.get(f.name, [f.name])[0]))
+    def name(folder):
+        known = PUBLISHED.get(folder.name)
+        return f"{known.pull_request}{'-twin' * bool(original(folder))}" if known else folder.name
+
+    return pytest.mark.parametrize("folder", folders, ids=name)
 
 
 each = over(FOLDERS)
+TWIN_FOLDERS = [folder for folder in FOLDERS if original(folder)]
+ORIGINALS = [folder for folder in FOLDERS if not original(folder)]
 
 
 # ---- the folders ----------------------------------------------------------------------------------------------------
@@ -117,22 +196,52 @@ each = over(FOLDERS)
 def test_every_folder_is_in_the_table_and_lies_in_its_track():
     assert {folder.name for folder in FOLDERS} == set(PUBLISHED)
     for folder in FOLDERS:
-        accepted = published(folder)[0] in ACCEPTED
+        accepted = published(folder).pull_request in ACCEPTED
         assert folder.parent.name == ("track_10min_16mb" if accepted else "track_non_record_16mb")
-        assert {path.name for path in folder.iterdir()} >= {"settings.env", "README.md"}
+        assert {"settings.env", "README.md"} <= {path.name for path in folder.iterdir()} <= {
+            "settings.env", "README.md", "small.env"}
 
 
-@each
+@over(ORIGINALS)
 def test_settings_are_the_published_ones(folder):
     """All of them are named in the file, so that no default that changes later can change the record."""
-    _, _, _, _, table = published(folder)
-    names, s = named(folder / "settings.env"), settings(folder)
-    assert len(names) == len(set(names)) and set(names) == {*table, "data_path"}
-    assert s.data_path == f"data/datasets/fineweb10B_sp{s.vocab_size}"
+    table, names, s = published(folder).settings, pairs(folder / "settings.env"), settings(folder)
+    assert {name.lower() for name in names} == {*table, "data_path"}
+    variant = "_lossless_caps_caseops_v1_reserved" if s.ttt == "lora_docs" else ""
+    assert s.data_path == f"data/datasets/fineweb10B_sp{s.vocab_size}{variant}"
     for name, value in table.items():
         found = getattr(s, name)
         # Rounded values: the rotary base to 6 digits, where recurrence sets in to 3.
         assert found == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), name
+
+
+@over(TWIN_FOLDERS)
+def test_a_twin_differs_only_in_what_makes_the_original_invalid(folder):
+    a, b = pairs(original(folder) / "settings.env"), pairs(folder / "settings.env")
+    different = {name: b.get(name, "-") for name in {**a, **b} if a.get(name) != b.get(name)}
+    declared = TWINS[published(folder).pull_request]
+    assert different == {**declared, **(UNUSED if "TTT" in declared else {})}
+    rows = re.findall(r"^\| `([A-Z_]+)` \| [^|]+ \| ([^|]+) \| [^|]+ \|$", (folder / "README.md").read_text(), re.M)
+    assert {name: value.replace(" ", "") for name, value in rows} == declared
+
+
+@each
+def test_what_is_invalid_must_be_allowed_and_nothing_else_is(folder):
+    broken, file = published(folder).breaks, folder / "settings.env"
+    assert pairs(file).get("ALLOW_INVALID") == ("1" if broken else None)
+    words = [f"{name}={value}" for name, value in pairs(file).items() if name != "ALLOW_INVALID"]
+    if broken:
+        with pytest.raises(tg.BadInput, match=rf"\({broken}; #{published(folder).pull_request}\): ALLOW_INVALID=1"):
+            tg.Settings.parse(words)
+    else:
+        assert tg.Settings.parse(words) == settings(folder)
+
+
+def test_settings_are_strict(tmp_path):
+    text = (FOLDERS[0] / "settings.env").read_text()
+    (tmp_path / "settings.env").write_text(text.replace("MATRIX_LR=", "MATRX_LR="))
+    with pytest.raises(tg.BadInput, match="unknown setting MATRX_LR; did you mean MATRIX_LR"):
+        settings(tmp_path)
 
 
 @each
@@ -142,93 +251,182 @@ def test_settings_have_no_neighbour_that_does_nothing(folder):
 
 @each
 def test_exact_number_of_parameters(folder):
-    _, exact, _, _, _ = published(folder)
+    exact = published(folder).parameters
     assert count(parameters(settings(folder))) == exact
     assert f"**{exact:,} parameters**" in " ".join((folder / "README.md").read_text().split())
 
 
 @each
 def test_readme(folder):
-    number, _, score, valid, _ = published(folder)
-    text = (folder / "README.md").read_text()
-    assert re.match(rf"# #{number}: \w", text)
-    assert "published, not measured here" in text.lower() and "have not been run on 8xH100" in " ".join(text.split())
-    assert f"| score | {score} BPB" in text and ("**not valid**" in text) != valid
-    assert ("valid, accepted" in text) == (number in ACCEPTED)
+    number, _, score, broken, _ = published(folder)
+    text, twin = (folder / "README.md").read_text(), original(folder)
+    words = " ".join(text.split())
+    first = "Valid twin of #%d: " if twin else "#%d: " if number else "The naive baseline: upstream's%.0s "
+    assert re.match(f"# {first % number}\\w", text)
+    assert "## Published, not measured here" in text and "have not been run on 8xH100" in words
+    if twin:
+        assert f"(../{twin.name}/)" in text and "| score | none" in text
+    else:
+        assert f"| score | {score} BPB" in text and ("**not valid**" in text) == bool(broken)
+        assert ("valid, accepted" in text) == (number in ACCEPTED)
+        assert (f"({folder.name}_ValidTwin/)" in text.replace("../", "")) == bool(broken)
+        deviations = text.partition("## Deviations")[2]
+        assert deviations.count("\n- ") >= 5 and "- Packing" in deviations
+    met = dict(re.findall(r"^\| (C[1-4]|[\d,]+ bytes|600 s of \w+)\b[^|]* \| ([^|]+) \|", text, re.M))
+    assert met.keys() == {"C1", "C2", "C3", "C4", "16,000,000 bytes", "600 s of training", "600 s of evaluation"}
+    assert (met.get(broken) == "**no**") == bool(broken)
+    assert broken or {met[condition] for condition in ("C1", "C2", "C3", "C4")} == {"yes"}
     place = folder.relative_to(REPO).as_posix()
     for command in (f"bash run.sh {place}\n", f"bash run.sh {place} --small\n", f"\\\n    @{place}\n",
-                    "torchrun --standalone --nproc_per_node=8 train_gpt.py "):
+                    "torchrun --standalone --nproc_per_node=8 train_gpt.py ",
+                    f"data/fineweb.py --variant {settings(folder).data_path.partition('fineweb10B_')[2]} "):
         assert command in text
-    deviations = text.partition("## Deviations")[2]
-    assert deviations.count("\n- ") >= 5 and "Packing" in deviations
+    measured = " ".join(text.partition("## Measured here")[2].partition("\n## ")[0].split())
+    assert re.search(r"of commit [0-9a-f]{7,12}\b", measured) and "seed 1337" in measured
+    assert measured_score(folder)[1] == ("not valid" if broken else "valid")
+
+
+def measured_score(folder):
+    """(BPB, verdict) of the small version that the README reports."""
+    (found,) = re.findall(r"\| score \| \*\*([\d.]+) BPB, ((?:not )?valid)\*\* \|", (folder / "README.md").read_text())
+    return found
 
 
 def test_index_has_one_row_per_folder():
     text = (RECORDS / "README.md").read_text()
-    row = r"^\| #(\d+) \| \[[^]]+\]\(([^)]+)\) \| ([\d,]+) \| .* \| ([\d.]+),.* \| (yes|no|a proper)\b"
+    row = (r"^\| ([^|]+) \| \[[^]]+\]\(([^)]+)/\) \| ([\d,]+) \| [^|]+ \| ([\d.]+|-)[^|]* \| ([\d,]+|-) \| (yes|no) \| "
+           r"([^|]+) \| ([\d.]+) \|$")
     rows = re.findall(row, text, re.M)
-    found = {link: (int(number), int(exact.replace(",", "")), score, valid != "no")
-             for number, link, exact, score, valid in rows}
-    assert len(rows) == len(found)
-    assert found == {f"{folder.relative_to(RECORDS).as_posix()}/": published(folder)[:4] for folder in FOLDERS}
+    found = {link: what for what, link, *_ in rows}
+    assert len(rows) == len(found) == text.count("](track_")
+    for what, link, parameters, score, size, valid, breaks, small in rows:
+        number, exact, published_score, broken, _ = published(folder := RECORDS / link)
+        assert what == (f"twin of #{number}" if original(folder) else f"#{number}" if number else "upstream")
+        assert (parameters, score) == (f"{exact:,}", published_score or "-") and valid == ("no" if broken else "yes")
+        assert breaks.startswith(broken or "-") and small == measured_score(folder)[0]
+        assert size == "-" if original(folder) else f"| submission | {size} bytes" in (folder / "README.md").read_text()
+    assert found.keys() == {folder.relative_to(RECORDS).as_posix() for folder in FOLDERS}
 
 
 # ---- small ----------------------------------------------------------------------------------------------------------
 
-SHRINK = RECORDS / "shrink.env"
 # Sizes, and what is counted in steps. Nothing here switches a technique on or off, or moves it to another layer.
-SIZES = {"data_path", "vocab_size", "model_dim", "rope_dims", "train_seq_len", "eval_seq_len", "eval_stride",
-         "train_batch_tokens", "micro_batch_tokens", "max_wallclock_seconds", "iterations", "warmup_steps",
+SIZES = {"data_path", "vocab_size", "val_tokens", "model_dim", "rope_dims", "train_seq_len", "eval_seq_len",
+         "eval_stride", "train_batch_tokens", "micro_batch_tokens", "max_wallclock_seconds", "iterations",
+         "warmup_steps",
          "warmdown_iters", "warmdown_seconds", "muon_momentum", "muon_momentum_warmup_steps", "ema_decay",
-         "train_log_every", "val_loss_every", "gptq_reserve_seconds"}
+         "train_log_every", "val_loss_every", "gptq_calibration_tokens", "gptq_reserve_seconds", "ttt_chunk_tokens",
+         "ttt_batch_seqs", "mixer_min_tokens", "ngram_buckets", "ttt_lora_rank", "ttt_lora_alpha", "ttt_batch_size",
+         "ttt_group_docs", "phased_ttt_prefix_docs"}
+OWN = SIZES | {"warmdown_frac", "ttt_epochs"}  # in a record's small.env
 # Seconds instead of minutes, on the data of the tests; three steps are enough for every loop to set in.
-TINY = """VOCAB_SIZE=512 MODEL_DIM=32 TRAIN_SEQ_LEN=64 EVAL_SEQ_LEN=64 EVAL_STRIDE=32 TRAIN_BATCH_TOKENS=256
-VAL_TOKENS=2000 MICRO_BATCH_TOKENS=128 ITERATIONS=3 MAX_WALLCLOCK_SECONDS=0 MUON_MOMENTUM_WARMUP_STEPS=2
-LR_WARMUP_STEPS=0 COMPRESSOR=zlib DEVICE=cpu""".split()
+TINY = """VOCAB_SIZE=512 MODEL_DIM=32 TRAIN_SEQ_LEN=64 EVAL_SEQ_LEN=64 TRAIN_BATCH_TOKENS=256 VAL_TOKENS=1200
+MICRO_BATCH_TOKENS=128 ITERATIONS=3 MAX_WALLCLOCK_SECONDS=0 LR_WARMUP_STEPS=0 DEVICE=cpu""".split()
+TINY_WHERE_ON = dict(COMPRESSOR="zlib", MUON_MOMENTUM_WARMUP_STEPS=2, GPTQ_CALIBRATION_TOKENS=512, TTT_CHUNK_TOKENS=300,
+                     MIXER_MIN_TOKENS=300, TTT_LORA_RANK=2, TTT_LORA_ALPHA=3.6, TTT_EPOCHS=2, NGRAM_BUCKETS=64)
 
 
 def tiny(folder):
-    """TINY, and as little text for GPTQ where a record has it."""
-    return [*TINY, *(["GPTQ_CALIBRATION_TOKENS=512"] if settings(folder).needs_moments else [])]
+    """TINY, and of the rest what the record uses."""
+    given = pairs(folder / "settings.env")
+    rope = [] if settings(folder).rope_dims < 64 else ["ROPE_DIMS=4"]
+    return [*TINY, *rope, *(f"{name}={value}" for name, value in TINY_WHERE_ON.items() if name in given)]
 
 
-def test_shrink_changes_sizes_only():
-    assert set(named(SHRINK)) == SIZES
+def small(folder, *more):
+    """The arguments with which run.sh --small calls the trainer."""
+    sizes = shrink.sizes([f"@{folder}", *more])
+    return [f"@{folder}", *(f"{name}={value}" for name, value in sizes.items()), *more]
+
+
+def test_small_changes_sizes_only():
+    assert {name.lower() for name in pairs(shrink.SHRINK)} == SIZES
+    for path in RECORDS.glob("*/*/small.env"):
+        assert {name.lower() for name in pairs(path)} <= OWN
 
 
 @each
 def test_small_keeps_every_technique(folder):
     """The same visits of the same layers, and every parameter of the record by name: only the shapes are smaller."""
-    full, small = settings(folder), settings(folder, f"@{SHRINK}")
-    assert small.idle() == {}
+    full, little = settings(folder), tg.Settings.parse(small(folder))
+    assert little.idle() == {}
+    assert {f.name for f in fields(tg.Settings) if getattr(full, f.name) != getattr(little, f.name)} <= OWN
     for looping in {False, full.loops}:
-        assert tg.layer_plan(small, looping) == tg.layer_plan(full, looping)
-    big, little = parameters(full), parameters(small)
-    assert list(big) == list(little) and count(little) < count(big) / 20
-    assert all(a.ndim == b.ndim and a.numel() >= b.numel() for a, b in zip(big.values(), little.values()))
-    assert small.num_heads / small.num_kv_heads == full.num_heads / full.num_kv_heads
-    assert small.rope_dims / small.head_dim == full.rope_dims / full.head_dim
+        assert tg.layer_plan(little, looping) == tg.layer_plan(full, looping)
+    big, short = parameters(full), parameters(little)
+    assert list(big) == list(short) and count(short) < count(big) / 20
+    assert all(a.ndim == b.ndim and a.numel() >= b.numel() for a, b in zip(big.values(), short.values()))
+    assert little.num_heads / little.num_kv_heads == full.num_heads / full.num_kv_heads
+    assert little.rope_dims / little.head_dim == full.rope_dims / full.head_dim
+    assert (little.eval_seq_len > little.train_seq_len) == (full.eval_seq_len > full.train_seq_len)
+    assert (little.data_path.endswith("_caseops")) == ("caseops" in full.data_path)
+    assert little.ttt_lora_alpha / little.ttt_lora_rank == full.ttt_lora_alpha / full.ttt_lora_rank
+
+
+@each
+def test_small_keeps_what_is_in_parts_in_parts(folder):
+    """Chunks, groups and phases come several times, n-grams are asked, buckets get as full as the published ones."""
+    s = tg.Settings.parse(small(folder))
+    if s.ttt == "full":
+        assert s.val_tokens >= 8 * s.ttt_chunk_tokens > 8 * s.eval_seq_len
+    if s.mixer != "off":
+        assert s.val_tokens >= 8 * s.mixer_min_tokens
+    if s.mixer == "hashed":  # 62 million tokens in 2^22 buckets
+        assert s.val_tokens / s.ngram_buckets == pytest.approx(62_021_632 / 2**22, rel=0.1)
+    if s.ttt == "lora_docs":
+        assert s.phased_ttt_num_phases <= s.phased_ttt_prefix_docs < s.ttt_group_docs < 8
+    if s.ttt in ("before", "prequant"):
+        assert s.val_tokens / s.eval_seq_len >= 4 * s.ttt_batch_seqs
 
 
 @each
 def test_small_keeps_the_share_of_the_run_in_which_the_learning_rate_falls(folder):
-    """3,500 of the some 7,000 steps that the early systems make are half of the run, whatever its length."""
-    full, small = settings(folder), settings(folder, f"@{SHRINK}")
-    middle = tg.lr_scale(full, 0.75, 5000, 7000)
-    assert tg.lr_scale(small, 0.75, 150, 200) == pytest.approx(middle)
+    """3,500 of the some 7,000 steps that the early systems make are half of the run, whatever its length; 1,200 of the
+    13,780 of the baseline less than a tenth.
+    """
+    full, little = settings(folder), tg.Settings.parse(small(folder))
+    steps = 7000 if published(folder).pull_request else 13_780
+    for part in (0.25, 0.75, 0.96):
+        middle = tg.lr_scale(full, part, 5000, steps)
+        assert tg.lr_scale(little, part, 150, 200) == pytest.approx(middle, abs=0.02)
 
 
+def test_a_size_gives_way_to_the_record_the_environment_and_the_command(tmp_path):
+    (tmp_path / "settings.env").write_text("EVAL_STRIDE=0 PHASED_TTT_PREFIX_DOCS=0 TTT=full MIXER=off AVERAGE=none\n"
+                                           "FIT=off MATRIX_QUANT=rtn EMBED_QUANT=rtn\n")
+    mine = f"@{tmp_path}"
+    sizes = shrink.sizes([mine])
+    assert sizes["MODEL_DIM"] == "64" and sizes["TTT_CHUNK_TOKENS"] == "1024"
+    assert not {"EVAL_STRIDE", "PHASED_TTT_PREFIX_DOCS", "GPTQ_CALIBRATION_TOKENS", "EMA_DECAY", "MIXER_MIN_TOKENS",
+                "TTT_LORA_RANK"} & sizes.keys()
+    assert "MIXER_MIN_TOKENS" in shrink.sizes([mine, "MIXER=hedge"])  # what the command adds gets its size, too
+    assert "TRAIN_SEQ_LEN" not in shrink.sizes([mine], {"TRAIN_SEQ_LEN": "64"})
+    (tmp_path / "small.env").write_text("MODEL_DIM=32 # enough\nTTT_EPOCHS=1\n")
+    own = {**sizes, "MODEL_DIM": "32", "TTT_EPOCHS": "1"}
+    assert shrink.sizes([mine]) == shrink.sizes([f"{mine}/settings.env"]) == own
 
-def events(out_dir, name):
-    lines = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
-    return [event for event in lines if event["event"] == name]
+
+def test_sizes_as_a_command(tmp_path):
+    def call(*args):
+        return subprocess.run([sys.executable, str(REPO / "tools/shrink.py"), *args], env=clean_env(), text=True,
+                              capture_output=True, timeout=60, check=False)
+
+    given = f"@{FOLDERS[0]}", "EVAL_SEQ_LEN=32"
+    done = call(*given)
+    assert done.returncode == 0 and done.stderr == ""
+    assert dict(line.split("=") for line in done.stdout.splitlines()) == shrink.sizes(given)
+    done = call(f"@{FOLDERS[0]}", "MATRX_LR=1")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: argument: unknown setting MATRX_LR; did you mean MATRIX_LR?\n"
 
 
 def check_small_run(folder, out_dir, args):
-    """The run had the record's techniques, reached all of them, and ended with a valid score of its artifact."""
-    wanted = settings(folder, f"@{SHRINK}", *args)
+    """The run had the record's techniques, reached all of them, and ended with a score and the verdict."""
+    wanted, broken = tg.Settings.parse(small(folder, *args)), published(folder).breaks
     summary = json.loads((out_dir / "summary.json").read_text())
-    assert summary["valid"] == "yes" and summary["steps"] == 3 and 0 < summary["val_bpb"] < 5
+    assert summary["valid"] == ("no" if broken else "yes") and bool(broken) == bool(summary["reasons"])
+    assert all(reason.startswith(broken) for reason in summary["reasons"])
+    assert summary["steps"] == 3 and 0 < summary["val_bpb"] < 5
     assert summary["params"] == count(parameters(wanted))
     ran = tg.Settings.parse(shlex.split(summary["settings"]))
     assert ran.sha256() == wanted.sha256()  # every setting but those of the room Run
@@ -237,15 +435,15 @@ def check_small_run(folder, out_dir, args):
     assert tg.load_artifact(out_dir / "model.pg")[1].looping == wanted.loops
 
 
-THROUGH_RUN_SH = [folder for folder in FOLDERS if PUBLISHED.get(folder.name, [0])[0] in (1855, 1539)]
+THROUGH_RUN_SH = [folder for folder in ORIGINALS if published(folder).pull_request in (1855, 1539)]
 
 
 @over(THROUGH_RUN_SH)
 def test_run_sh_record_small(folder, toy, tmp_path):
     """The newcomer's command on a copy of the repository, with the trainer, the settings and the report as they are."""
     root, out_dir = tmp_path / "repository", tmp_path / "out"
-    for name in ("records", "tools"):
-        shutil.copytree(REPO / name, root / name)
+    for name in ("records", "tools", "data"):
+        shutil.copytree(REPO / name, root / name, ignore=shutil.ignore_patterns("datasets", "tokenizers"))
     for name in ("run.sh", "train_gpt.py"):
         shutil.copy(REPO / name, root / name)
     (root / "requirements.txt").write_text("# nothing to install\n")
@@ -261,5 +459,5 @@ def test_run_sh_record_small(folder, toy, tmp_path):
 @over([folder for folder in FOLDERS if folder not in THROUGH_RUN_SH])
 def test_every_other_record_small(folder, toy, tmp_path):
     args = [*tiny(folder), toy[0]]
-    good(call([f"@{folder}", f"@{SHRINK}", *args, f"OUT_DIR={tmp_path}"]))
+    good(call([*small(folder, *args), f"OUT_DIR={tmp_path}"]))
     check_small_run(folder, tmp_path, args)

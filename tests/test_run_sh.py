@@ -41,6 +41,12 @@ folder = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
 folder.mkdir(parents=True, exist_ok=True)
 """
 REPORT = "import sys; print('report', *sys.argv[1:], flush=True)"
+SHRINK = """
+import sys
+if "BAD=1" in sys.argv:
+    sys.exit(2)
+data = "data/datasets/builtin_sp1024" + "_caseops" * ("CASEOPS=1" in sys.argv)
+print("MODEL_DIM=64", f"DATA_PATH={data}", "OF=" + "+".join(sys.argv[1:]), sep="\\n")"""
 TORCH = {  # a torch that sees as many GPUs as the variable GPUS says, and a torchrun that tells its arguments
     "torch/__init__.py": "from torch import cuda",
     "torch/cuda.py": """
@@ -75,16 +81,16 @@ def script(path, text):
 
 @pytest.fixture
 def tree(tmp_path):
-    """A repository with the real run.sh, small.env and shrink.env around stand-ins."""
+    """A repository with the real run.sh and small.env around stand-ins."""
     root = tmp_path / "my repository"  # the space is meant
     (root / "records/track_a/2026-01-02_fast").mkdir(parents=True)
     shutil.copy(REPO / "run.sh", root)
-    for name in ("small.env", "shrink.env"):
-        shutil.copy(REPO / "records" / name, root / "records")
+    shutil.copy(REPO / "records/small.env", root / "records")
     (root / "records/track_a/2026-01-02_fast/settings.env").write_text("SEED=3 MODEL_DIM=64\nDATA_PATH=/other\n")
     (root / "requirements.txt").write_text("# nothing\n")
     (root / "requirements-dev.txt").write_text("-r requirements.txt\n")
-    for name, text in (("train_gpt.py", TRAINER), ("data/prepare.py", PREPARE), ("tools/report.py", REPORT)):
+    for name, text in (("train_gpt.py", TRAINER), ("data/prepare.py", PREPARE), ("tools/report.py", REPORT),
+                       ("tools/shrink.py", SHRINK)):
         script(root / name, text)
     return root
 
@@ -157,17 +163,25 @@ def test_a_record(tree, record):
     assert argv[2].endswith("-2026-01-02_fast")
 
 
-def test_small_comes_after_the_record(tree):
+def test_small_lays_sizes_between_the_record_and_the_command(tree):
     done = bash(tree, "--small", "2026-01-02_fast", "SEED=9")
     argv = called(tree)["argv"]
-    assert argv[0].startswith("@records/track_a") and argv[1] == "@records/shrink.env"
-    assert argv[2:4] == ["GPTQ_CALIBRATION_TOKENS=32768", "SEED=9"]
-    assert argv[4].endswith("-2026-01-02_fast-small") and "prepare" in done.stdout
+    assert argv[0].startswith("@records/track_a")
+    assert argv[1:5] == ["MODEL_DIM=64", "DATA_PATH=data/datasets/builtin_sp1024", f"OF={argv[0]}+SEED=9", "SEED=9"]
+    assert argv[5].endswith("-2026-01-02_fast-small") and len(argv) == 6
+    assert "prepare --source builtin --out data/datasets/builtin_sp1024\n" in done.stdout
 
 
-def test_small_gives_no_calibration_text_where_it_would_do_nothing(tree):
-    assert bash(tree, "--small", "2026-01-02_fast", "MATRIX_QUANT=rtn").returncode == 0
-    assert "GPTQ_CALIBRATION_TOKENS=32768" not in called(tree)["argv"]
+def test_small_makes_the_data_that_the_record_needs(tree):
+    done = bash(tree, "--small", "2026-01-02_fast", "CASEOPS=1")
+    assert "prepare --source builtin --out data/datasets/builtin_sp1024_caseops --caseops\n" in done.stdout
+    shutil.rmtree(tree / "logs")
+    assert "prepare" not in bash(tree, "--small", "2026-01-02_fast", "DATA_PATH=/mine").stdout
+
+
+def test_small_runs_nothing_where_the_settings_are_wrong(tree):
+    done = bash(tree, "--small", "2026-01-02_fast", "BAD=1")
+    assert done.returncode == 2 and "training" not in done.stdout and not (tree / "logs").exists()
 
 
 def test_small_without_a_record_is_the_demo(tree):
@@ -478,6 +492,7 @@ def test_ctrl_c_on_a_terminal(tree):
 def test_the_real_trainer_is_interrupted_cleanly(tree, toy):
     """SIGINT while training: a checkpoint, the table, exit code 130, nothing left running."""
     shutil.copy(REPO / "train_gpt.py", tree)
+    shutil.copy(REPO / "data/caseops.py", tree / "data")
     shutil.copytree(REPO / "tools", tree / "tools", dirs_exist_ok=True)
     env = dict(pair.split("=", 1) for pair in toy)
     code, out = interrupt(tree, signal.SIGINT, "step:3/", **{**env, "ITERATIONS": "100000"})
