@@ -5312,6 +5312,8 @@ def evaluate(run, path):
         result = score(predictor, reader, val, rt, run.validity, run.log)
         forwarded, = rt.sum(torch.tensor([float(reader.forwarded)], dtype=torch.float64, device=rt.device)).tolist()
         recompiled = graphs_so_far() - graphs if rt.compiled else 0
+        unchanged = rt.same(path.is_file() and hashlib.sha256(read_file(path)).hexdigest() == found if rt.rank == 0 else None)
+        run.validity.need(unchanged, "the artifact changed while it was scored")
     if s.selftest:
         predictor.reset()
         selftest(run, s, path, data, val)
@@ -5334,24 +5336,27 @@ def graphs_so_far():
 
 
 def warm_up_scoring(run, predictor, reader):
-    """Compile every graph of a scoring on synthetic tokens; returns how many there are in all so far."""
-    s, device, vocab = run.s, run.rt.device, run.s.vocab_size
+    """Compile every graph of a scoring on synthetic tokens; returns how many there are in all so far. The limit of an
+    evaluation includes this.
+    """
+    s, device, vocab, began = run.s, run.rt.device, run.s.vocab_size, time.monotonic()
     generator = torch.Generator().manual_seed(s.seed)
 
     def tokens(*shape):
         return torch.randint(vocab, shape, generator=generator).to(device)
 
-    with run.clock.phase("warmup"):
-        for rows, size, places, step in reader.shapes():
-            take = torch.arange(size - places, size, device=device).repeat(rows, 1)  # laid out as the reader's
-            inputs = Inputs(tokens(rows, size), take, tokens(rows, predictor.history + places), step)
-            chunk = Chunk(inputs, tokens(rows, places), take, rows)
-            predictor.nll(inputs, chunk.targets)
-            predictor.observe(chunk)
-        if predictor.learns:
-            count = min(s.ttt_chunk_tokens, len(reader.stream.bytes))
-            predictor.rehearse(ValStream(tokens(count + 1).int(), torch.ones(count, dtype=torch.int16, device=device), False))
-        predictor.reset()
+    for rows, size, places, step in reader.shapes():
+        take = torch.arange(size - places, size, device=device).repeat(rows, 1)  # laid out as the reader's
+        inputs = Inputs(tokens(rows, size), take, tokens(rows, predictor.history + places), step)
+        chunk = Chunk(inputs, tokens(rows, places), take, rows)
+        predictor.nll(inputs, chunk.targets)
+        predictor.observe(chunk)
+    if predictor.learns:
+        count = min(s.ttt_chunk_tokens, len(reader.stream.bytes))
+        predictor.rehearse(ValStream(tokens(count + 1).int(), torch.ones(count, dtype=torch.int16, device=device), False))
+    predictor.reset()
+    run.rt.sync()
+    run.log("warmup_scoring", graphs=graphs_so_far(), seconds=round(time.monotonic() - began, 2))
     return graphs_so_far()
 
 
@@ -5455,7 +5460,7 @@ def _check_bytes(run, sp, val):
 def summarise(run):
     """The last line of log and console: everything a table, a plot or submission.json needs."""
     s, rt, facts, validity = run.s, run.rt, run.facts, run.validity
-    phases = ("train", "calibrate", "export", "eval", "validate", "warmup", "adapt", "selftest")
+    phases = ("train", "calibrate", "export", "eval", "validate", "warmup", "selftest")
     seconds = {f"{name}_seconds": round(run.clock.seconds.get(name, 0.0), 3) for name in phases}
     need, spent = validity.need_for_record, seconds["train_seconds"] + seconds["calibrate_seconds"]
     need("steps" in facts, "not trained in this run")

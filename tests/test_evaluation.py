@@ -2,7 +2,6 @@
 must be found out. What breaks the contest's conditions is in test_validity.
 """
 
-import contextlib
 import itertools
 import math
 from dataclasses import replace
@@ -335,7 +334,7 @@ def test_every_graph_of_a_scoring_is_compiled_before_it(kind, changes):
     rt.compiled, rt.compile = True, lambda function: torch.compile(function, backend="eager", dynamic=False, fullgraph=True)
     predictor, nats = tg.make_predictor(model_of(s), s, rt, 100), torch.zeros(100, dtype=torch.float64)
     reader = tg.Reader(stream, s, rt, s.ttt_chunk_tokens if predictor.learns else 0, predictor.history)
-    run = SimpleNamespace(s=s, rt=rt, clock=SimpleNamespace(phase=lambda name: contextlib.nullcontext()))
+    run = SimpleNamespace(s=s, rt=rt, log=mock.Mock())
     with torch._dynamo.config.patch(recompile_limit=64):
         tg.warm_up_scoring(run, predictor, reader)
         with torch._dynamo.config.patch(error_on_recompile=True):

@@ -593,3 +593,18 @@ def test_an_artifact_that_changed_between_writing_and_scoring_is_noted(trained, 
     with mock.patch.object(tg, "evaluate", exchanged):
         told = carries(call(command(toy, tmp_path, "ITERATIONS=2", "VAL_TOKENS=600")), tmp_path, "the artifact changed")
     assert told["reasons"] == ["the artifact changed after it was written"]
+
+
+@pytest.mark.parametrize("change", [lambda path: path.write_bytes(path.read_bytes() + b"0"), Path.unlink], ids=["written", "removed"])
+def test_an_artifact_that_changes_while_it_is_scored_is_noted(trained, tmp_path, change):
+    path = tmp_path / "model.pg"
+    arguments = [f"ARTIFACT={path}" if arg.startswith("ARTIFACT=") else arg for arg in trained]
+    path.write_bytes(next(Path(arg.partition("=")[2]) for arg in trained if arg.startswith("ARTIFACT=")).read_bytes())
+
+    def changing(*args, make=tg.make_predictor):
+        change(path)
+        return make(*args)
+
+    with mock.patch.object(tg, "make_predictor", changing):
+        told = carries(call([*arguments, f"OUT_DIR={tmp_path / 'out'}"]), tmp_path / "out", "the artifact changed while")
+    assert told["reasons"] == ["the artifact changed while it was scored"]
