@@ -3364,8 +3364,10 @@ CACHE_STEP, CACHE_SEGMENT = 256, 32  # tokens of a forward with kept keys; windo
 
 
 def parts_of(batch):
-    """To so many rows a batch shrinks while its rows end."""
-    return batch, -(-batch // 4), -(-batch // 16)
+    """To so many rows a batch shrinks while its rows end: rows of about one length end together, and a size more would
+    save FineWeb 3 % of the forwards, for a graph of each width.
+    """
+    return batch, -(-batch // 4)
 
 
 class Reader:
