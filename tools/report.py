@@ -245,7 +245,8 @@ def reasons(summary, key):
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 PHASES = {"warmup": "warm-up (outside the clock)", "train": "training", "calibrate": "calibration", "export": "packing",
-          "eval": "scoring", "validate": "validation on the way (outside the clock)"}
+          "eval": "scoring", "validate": "validation on the way (outside the clock)",
+          "selftest": "self-tests (outside the clock)"}
 
 
 def rows(f):
@@ -295,7 +296,8 @@ def rows(f):
 
     yield "Seconds", None, None
     for phase in sorted(f["seconds"], key=lambda p: list(PHASES).index(p) if p in PHASES else 99):
-        yield PHASES.get(phase, phase), f"{f['seconds'][phase]:,.1f}", ""
+        if f["seconds"][phase]:  # what did not happen is no line
+            yield PHASES.get(phase, phase), f"{f['seconds'][phase]:,.1f}", ""
 
     yield "Verdict", None, None
     for label, verdict, good, why in (
