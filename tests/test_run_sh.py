@@ -419,11 +419,17 @@ def test_new_environment(tree):
 # ---- signals --------------------------------------------------------------------------------------------------------
 
 
+def heard():
+    """Not ignored, as nohup would have it for all that it starts: a shell cannot trap what it was told to ignore."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def interrupt(tree, signals, wait_for="trainer up", group=False, **env):
     """Start run.sh, send signals once it printed `wait_for`: (exit code, all output)."""
     process = subprocess.Popen(["bash", str(tree / "run.sh"), "OUT_DIR=elsewhere"], cwd=tree, env=variables(**env),
                                text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               start_new_session=True)
+                               start_new_session=True, preexec_fn=heard)
     try:
         lines = []
         while not lines or wait_for not in lines[-1]:
