@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from unittest import mock
 
 import bench
 import bench_eval
@@ -786,9 +787,10 @@ def test_rounded_weights_are_scored_as_they_are(toy, tmp_path):
     good(call([*toy, "PHASES=train", "COMPRESSOR=zlib", f"OUT_DIR={tmp_path}/a"]))
     path, out = tmp_path / "a" / "model.pg", tmp_path / "out.json"
     words = [*toy, "COMPRESSOR=zlib", "DEVICE=cpu"]
-    with here() as printed:
+    published = {study: bench_validity.STUDIES[study][:1] for study in ("518", "1539")}
+    with here() as printed, mock.patch.dict(bench_validity.STUDIES, published):
         assert bench.main(["validity", str(path), *words, "--val-tokens", "640", "--studies", "518,1539", "--json", str(out)]) == 0
-    alone, before, *_, packing, _, _ = json.loads(out.read_text())["rows"]
+    alone, before, packing = json.loads(out.read_text())["rows"]
     assert "not rounded" in packing["skipped"] and "bpb" not in packing and packing["skipped"] in "\n".join(printed)
     for row, more in ((alone, []), (before, ["ALLOW_INVALID=1", *before["settings"].split()])):
         theirs = summary(good(call([*words, "PHASES=eval", f"ARTIFACT={path}", "VAL_TOKENS=640", *more,
