@@ -43,7 +43,7 @@ import bench_eval
 import bench_pack
 import bench_validity
 from common import (DOCUMENT_MEAN, BadInput, Parser, check_json, commit, document_lengths, exit_code, load_trainer,
-                    measure_apart, positive, quartiles, whole, write_json)
+                    measure_apart, positive, progress, quartiles, trainer_errors, whole, write_json)
 
 MODES = ("eager", "compiled")
 
@@ -101,11 +101,8 @@ class Session:
     @staticmethod
     def settings(args):
         """Settings of a command line (and the environment), as the trainer reads them."""
-        trainer = load_trainer()
-        try:
-            return trainer.Settings.parse(args, os.environ)
-        except trainer.BadInput as error:
-            raise BadInput(str(error)) from None
+        with trainer_errors():
+            return load_trainer().Settings.parse(args, os.environ)
 
     @staticmethod
     def states(s):
@@ -133,15 +130,13 @@ class Session:
     def build(self, folder):
         """Everything up to the first step. BadInput for settings that this machine cannot run in any mode."""
         trainer, s = self.trainer, self.s
-        try:
+        with trainer_errors():
             self.rt = rt = trainer.Runtime(s)
             attend = trainer.pick_attention(s, rt)
             self.backends = sdpa_backends()
             self.run = trainer.Run(s, rt, Path(folder) / "run", attend)
             self.model = trainer.GPT(s, rt.dtype, attend).to(rt.device)
             self.training = trainer.Training(self.run, self.model)
-        except trainer.BadInput as error:
-            raise BadInput(str(error)) from None
         self.training.step_loss = partial(self._noted, self.training.step_loss)
 
     def _noted(self, loss, x, y, docs, weights):
@@ -508,8 +503,7 @@ def train_results(args, s, jobs, world):
                     continue
                 if world == 1:
                     what = f"looping {state}" if args.against is None else "both in turn"
-                    print(f"measuring {mode}, {what}, repeat {repeat + 1} of {args.repeats} ...",
-                          file=sys.stderr, flush=True)
+                    progress(f"measuring {mode}, {what}, repeat {repeat + 1} of {args.repeats}")
                 job = {"settings": args.settings, "against": args.against, "mode": mode, "looping": state,
                        "folder": folder, "steps": args.steps, "warmup": args.warmup}
                 # A cache for each mode: the first repeat compiles from nothing, the later ones do not again.
@@ -521,10 +515,8 @@ def train_results(args, s, jobs, world):
     return results
 
 
-def train(argv):
+def train(args, argv):
     """`bench.py train`; returns the exit code."""
-    args = train_arguments(argv)
-    check_json(args.json)
     s, world = Session.settings(args.settings), int(os.environ.get("WORLD_SIZE", 1))
     jobs = train_jobs(args, s, world)
     states = Session.states(s)
@@ -550,8 +542,9 @@ def train(argv):
     return int(any("error" in row for row in rows))
 
 
-COMMANDS = {"train": train, "pack": bench_pack.pack, "eval": bench_eval.evaluate,
-            "validity": bench_validity.validity}
+COMMANDS = {"train": (train_arguments, train)} | {  # how its words are read, and what runs then
+    name: (module.arguments, module.run)
+    for name, module in (("pack", bench_pack), ("eval", bench_eval), ("validity", bench_validity))}
 
 
 def main(argv):
@@ -567,7 +560,11 @@ def command(argv):
     if argv[:1] == [] or argv[0] not in COMMANDS:
         found = f"{argv[0]!r} is no command" if argv else "a command is missing"
         raise BadInput(f"{found}; there is: {', '.join(COMMANDS)}; see bench.py --help")
-    return COMMANDS[argv[0]](argv[1:])
+    (read, run), words = COMMANDS[argv[0]], argv[1:]
+    args = read(words)
+    check_json(args.json)
+    with trainer_errors():
+        return run(args, words)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from common import (BadInput, Parser, check_json, commit, document_lengths, load_trainer, markdown, measure_apart, names_of,
+from common import (BadInput, Parser, commit, document_lengths, load_trainer, markdown, measure_apart, names_of,
                     progress, show, usage, whole, write_json)
 
 PLAIN = "EVAL_STRIDE=0 EVAL_DOCS=0 EVAL_CONTEXT=window TTT=off MIXER=off TOKEN_BOOST=0"
@@ -372,17 +372,6 @@ def arguments(argv):
     return parser.parse_intermixed_args(argv)
 
 
-def evaluate(argv):
-    """`bench.py eval`; returns the exit code."""
-    args = arguments(argv)
-    check_json(args.json)
-    trainer = load_trainer()
-    try:
-        return run(args, argv)
-    except (trainer.BadInput, trainer.Stopped) as error:
-        raise BadInput(str(error)) from None
-
-
 def facts(scoring):
     """What all rows of a report share."""
     import torch
@@ -400,6 +389,7 @@ def facts(scoring):
 
 
 def run(args, argv):
+    """`bench.py eval`; returns the exit code."""
     words = [*args.settings, f"VAL_TOKENS={args.val_tokens}"]
     scoring = Scoring(args.artifact, words)
     length = scoring.settings("").eval_seq_len

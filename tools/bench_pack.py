@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import (BadInput, Parser, check_json, commit, load_trainer, markdown, measure_apart, names_of, progress, show,
+from common import (BadInput, Parser, commit, load_trainer, markdown, measure_apart, names_of, progress, show,
                     usage, whole, write_json)
 
 # How weights are stored, as settings of train_gpt.py: METHODS have a width or a knob still to choose, ROWS have it chosen.
@@ -659,7 +659,7 @@ def named(text):
     return name, path
 
 
-def pack_arguments(argv):
+def arguments(argv):
     parser = Parser(prog="bench.py pack", allow_abbrev=False, description="""Store the weights of a float16 artifact in
         every way there is: the bytes, the error, the entropy of the codes, time and memory of packing and unpacking;
         with --score the loss of each method at equal bytes.""", epilog=f"""Rows: {'; '.join(ROWS)}. Compressors, the
@@ -686,18 +686,8 @@ def pack_arguments(argv):
     return parser.parse_intermixed_args(argv)
 
 
-def pack(argv):
-    """`bench.py pack`; returns the exit code."""
-    args = pack_arguments(argv)
-    check_json(args.json)
-    trainer = load_trainer()
-    try:
-        return run(args, argv)
-    except (trainer.BadInput, trainer.Stopped) as error:
-        raise BadInput(str(error)) from None
-
-
 def run(args, argv):
+    """`bench.py pack`; returns the exit code."""
     import torch
 
     subject = Subject(args.artifact, args.settings)

@@ -28,7 +28,7 @@ from unittest import mock
 
 from bench_eval import Scoring, facts
 from bench_pack import collect_moments
-from common import ROOT, BadInput, Parser, check_json, load_trainer, markdown, names_of, progress, show, whole, write_json
+from common import ROOT, BadInput, Parser, load_trainer, markdown, names_of, progress, show, whole, write_json
 
 DEMO = f"@{ROOT / 'records/small.env'}"
 RAW = "PHASES=train FIT=off MATRIX_QUANT=rtn MATRIX_BITS=16 EMBED_QUANT=rtn EMBED_BITS=16 SIZE_LIMIT=16000000"
@@ -227,24 +227,19 @@ def arguments(argv):
     return parser.parse_intermixed_args(argv)
 
 
-def validity(argv):
-    """`bench.py validity`; returns the exit code."""
-    args = arguments(argv)
-    check_json(args.json)
-    trainer = load_trainer()
-    try:
-        with tempfile.TemporaryDirectory(prefix="bench_") as folder:
-            return run(args, argv, folder)
-    except (trainer.BadInput, trainer.Stopped) as error:
-        raise BadInput(str(error)) from None
-
-
 def filled(row, s, tokens):
     """Settings of a row, scaled to a text."""
     return row.settings.format(buckets=max(round(tokens / LOAD), 2), batch=max(round(tokens / STEPS_518 / s.eval_seq_len), 1))
 
 
-def run(args, argv, folder):
+def run(args, argv):
+    """`bench.py validity`; returns the exit code."""
+    with tempfile.TemporaryDirectory(prefix="bench_") as folder:
+        return study(args, argv, folder)
+
+
+def study(args, argv, folder):
+    """run() with a folder for what it makes."""
     settings = [word for word in args.words if word.startswith("@") or "=" in word]
     artifacts = [word for word in args.words if word not in settings]
     if len(artifacts) > 1:

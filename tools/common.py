@@ -105,6 +105,16 @@ def load_trainer():
     return sys.modules["train_gpt"]
 
 
+@contextlib.contextmanager
+def trainer_errors():
+    """What the trainer cannot use, or stops at, is a BadInput of the tool."""
+    trainer = load_trainer()
+    try:
+        yield
+    except (trainer.BadInput, trainer.Stopped) as error:
+        raise BadInput(str(error)) from None
+
+
 def measure_apart(job, env=None):
     """The job in a process of its own, so that neither memory nor compiled code comes from another one; `env`: what its
     environment has where ours does not.
