@@ -3514,6 +3514,11 @@ def train_on_validation(run, model, stream):
     model.requires_grad_(True)
 
 
+def reader_for(predictor, stream, s, rt, of=0):
+    """The stream as a predictor reads it: in parts if it learns from them."""
+    return Reader(stream, s, rt, s.ttt_chunk_tokens if predictor.learns else 0, predictor.history, of)
+
+
 def side_by_side(stream, s, rt):
     """The stream in windows that do not overlap, read by the model alone: how scores are reported on the way."""
     return Reader(stream, replace(s, eval_stride=0, eval_docs=False, eval_context="window", ttt="off"), rt)
@@ -5309,7 +5314,7 @@ def evaluate(run, path):
             train_on_validation(run, model, val)
         run.validity.need(not predictor.invalid, predictor.invalid)
         log_adaptation(run, model, predictor)
-        reader = Reader(val, s, rt, s.ttt_chunk_tokens if predictor.learns else 0, predictor.history)
+        reader = reader_for(predictor, val, s, rt)
         graphs = warm_up_scoring(run, predictor, reader) if rt.compiled else 0
         result = score(predictor, reader, val, rt, run.validity, run.log)
         forwarded, = rt.sum(torch.tensor([float(reader.forwarded)], dtype=torch.float64, device=rt.device)).tolist()
@@ -5317,7 +5322,6 @@ def evaluate(run, path):
         unchanged = rt.same(path.is_file() and hashlib.sha256(read_file(path)).hexdigest() == found if rt.rank == 0 else None)
         run.validity.need(unchanged, "the artifact changed while it was scored")
     if s.selftest:
-        predictor.reset()
         selftest(run, s, path, data, val)
     name = f"{s.format}_{reading(s)}"
     verdict = run.validity.verdict()
@@ -5358,8 +5362,9 @@ def warm_up_scoring(run, predictor, reader):
         predictor.rehearse(ValStream(tokens(count + 1).int(), torch.ones(count, dtype=torch.int16, device=device), False))
     predictor.reset()
     run.rt.sync()
-    run.log("warmup_scoring", graphs=graphs_so_far(), seconds=round(time.monotonic() - began, 2))
-    return graphs_so_far()
+    graphs = graphs_so_far()
+    run.log("warmup_scoring", graphs=graphs, seconds=round(time.monotonic() - began, 2))
+    return graphs
 
 
 def selftest(run, s, path, data, val):
@@ -5391,8 +5396,7 @@ def selftest(run, s, path, data, val):
         if before:
             before.reset()
             before.fit(stream, np.arange(len(found)), 1, partial(cosine, s))
-        reader = Reader(stream, s, where, s.ttt_chunk_tokens if predictor.learns else 0, predictor.history, of=8)
-        score(predictor, reader, stream, where, Validity(), None, 0, found, spied)
+        score(predictor, reader_for(predictor, stream, s, where, of=8), stream, where, Validity(), None, 0, found, spied)
         return found
 
     def said(ids, t):
@@ -5433,7 +5437,7 @@ def log_adaptation(run, model, predictor):
 
 
 def log_trainable(run, model, adaptation):
-    learns = {param for param in adaptation.params}
+    learns = set(adaptation.params)
     blocks = [sum(p.numel() for p in block.parameters() if p in learns) for block in model.blocks]
     total, count = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in learns)
     run.log("ttt_trainable", parameters=count, frozen=total - count, by_block=blocks, outside_blocks=count - sum(blocks))

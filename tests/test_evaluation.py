@@ -333,7 +333,7 @@ def test_every_graph_of_a_scoring_is_compiled_before_it(kind, changes):
     rt, stream, s = ref.alone(), scoring.text(), settings(kind, num_layers=1, ve_layers=(0,), **changes)
     rt.compiled, rt.compile = True, lambda function: torch.compile(function, backend="eager", dynamic=False, fullgraph=True)
     predictor, nats = tg.make_predictor(model_of(s), s, rt, 100), torch.zeros(100, dtype=torch.float64)
-    reader = tg.Reader(stream, s, rt, s.ttt_chunk_tokens if predictor.learns else 0, predictor.history)
+    reader = tg.reader_for(predictor, stream, s, rt)
     run = SimpleNamespace(s=s, rt=rt, log=mock.Mock())
     with torch._dynamo.config.patch(recompile_limit=64):
         tg.warm_up_scoring(run, predictor, reader)
@@ -438,7 +438,7 @@ def test_a_predictor_that_is_reset_has_forgotten_everything(kind):
     predictor, first = tg.make_predictor(model_of(s), s, rt, 100, s.eval_temperature), coded(s, stream)[0]
     for text in (stream_of(stream.tokens[:50]), stream, stream):
         nats = torch.zeros(len(text.bytes), dtype=torch.float64)
-        tg.score(predictor, tg.Reader(text, s, rt, s.ttt_chunk_tokens if predictor.learns else 0, predictor.history), text, rt, tg.Validity(), nats=nats)
+        tg.score(predictor, tg.reader_for(predictor, text, s, rt), text, rt, tg.Validity(), nats=nats)
         predictor.reset()
     assert torch.equal(nats, first)
 

@@ -253,7 +253,7 @@ def predictor_of(s, base, targets, rt=None):
 def scored(predictor, s, ids, rt=None, **words):
     """(nats of every target, reasons why they are not valid)."""
     rt, validity, nats = rt or ref.alone(), tg.Validity(), torch.zeros(len(ids) - 1, dtype=torch.float64)
-    reader = tg.Reader(stream_of(ids), s, rt, s.ttt_chunk_tokens if predictor.learns else 0, predictor.history)
+    reader = tg.reader_for(predictor, stream_of(ids), s, rt)
     tg.score(predictor, reader, stream_of(ids), rt, validity, check_every=1, nats=nats, **words)
     return nats, validity.reasons
 

@@ -48,7 +48,7 @@ def predictor_of(s, model, stream, rt=None):
 def scored(predictor, s, stream, rt=None):
     """Nats of every target; every distribution is looked at on the way, and no rule is broken."""
     rt, validity, nats = rt or ref.alone(), tg.Validity(), torch.zeros(len(stream.bytes), dtype=torch.float64)
-    reader = tg.Reader(stream, s, rt, s.ttt_chunk_tokens if predictor.learns else 0, predictor.history)
+    reader = tg.reader_for(predictor, stream, s, rt)
     tg.score(predictor, reader, stream, rt, validity, check_every=1, nats=nats)
     assert validity.reasons == []
     return nats

@@ -83,7 +83,7 @@ class Scoring:
 
     Relied on: Settings.parse, .text and the fields named here; read_artifact, artifact_settings, load_artifact;
     Runtime, pick_attention, Clock, Validity with .freeze .need .reasons, train_on_validation, warm_up_scoring,
-    graphs_so_far; load_tokenizer, load_validation, documents_of; make_predictor, Reader with .forwarded, score; of
+    graphs_so_far; load_tokenizer, load_validation, documents_of; make_predictor, Reader with .forwarded, reader_for, score; of
     predictors .base .adaptation._loss and DocumentAdapters.observe; Mixture and Hashed over a bare Predictor with .learn
     .counts ._contexts ._share.
     """
@@ -131,7 +131,7 @@ class Scoring:
             trainer.train_on_validation(run, model, val)
         predictor = trainer.make_predictor(model, s, rt, len(val.bytes), s.eval_temperature or model.temperature)
         run.validity.need(not predictor.invalid, predictor.invalid)
-        return predictor, trainer.Reader(val, s, rt, s.ttt_chunk_tokens if predictor.learns else 0, predictor.history)
+        return predictor, trainer.reader_for(predictor, val, s, rt)
 
 
 def count_gradients(predictor, trainer):

@@ -164,7 +164,6 @@ class Demonstration(Scoring):
             if rt.compiled:
                 trainer.warm_up_scoring(run, predictor, reader)
             found = trainer.score(predictor, reader, self.val, rt, run.validity, run.log)
-            predictor.reset()
             trainer.selftest(run, s, path, trainer.read_file(path), self.val)
         tests = [event for event in run.log.events if event["event"] == "selftest"]
         checked, = (event for event in run.log.events if event["event"] == "normalisation")

@@ -665,7 +665,7 @@ def scored_on(s, model, at, ids):
     stream = tg.ValStream(ids.int().to(at.device), torch.ones(len(ids) - 1, dtype=torch.int16, device=at.device), True)
     predictor, validity = tg.make_predictor(model, s, at, len(ids)), tg.Validity()
     nats = torch.zeros(len(ids) - 1, dtype=torch.float64, device=at.device)
-    reader = tg.Reader(stream, s, at, s.ttt_chunk_tokens if predictor.learns else 0, predictor.history)
+    reader = tg.reader_for(predictor, stream, s, at)
     tg.score(predictor, reader, stream, at, validity, check_every=4, nats=nats)
     return nats.cpu(), validity.reasons
 
