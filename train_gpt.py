@@ -5345,7 +5345,7 @@ def warm_up_scoring(run, predictor, reader):
     """Compile every graph of a scoring on synthetic tokens; returns how many there are in all so far. The limit of an
     evaluation includes this.
     """
-    s, device, vocab, began = run.s, run.rt.device, run.s.vocab_size, time.monotonic()
+    s, device, vocab, began = reader.s, run.rt.device, reader.s.vocab_size, time.monotonic()  # as the artifact has them
     generator = torch.Generator().manual_seed(s.seed)
 
     def tokens(*shape):

@@ -334,7 +334,7 @@ def test_every_graph_of_a_scoring_is_compiled_before_it(kind, changes):
     rt.compiled, rt.compile = True, lambda function: torch.compile(function, backend="eager", dynamic=False, fullgraph=True)
     predictor, nats = tg.make_predictor(model_of(s), s, rt, 100), torch.zeros(100, dtype=torch.float64)
     reader = tg.reader_for(predictor, stream, s, rt)
-    run = SimpleNamespace(s=s, rt=rt, log=mock.Mock())
+    run = SimpleNamespace(s=replace(s, vocab_size=5000), rt=rt, log=mock.Mock())  # the artifact's is what counts
     with torch._dynamo.config.patch(recompile_limit=64):
         tg.warm_up_scoring(run, predictor, reader)
         with torch._dynamo.config.patch(error_on_recompile=True):
