@@ -4,6 +4,7 @@ Nothing here calls train_gpt.py except to build its settings, so that a mistake 
 Below: random settings and weights, and the stand-ins for Runtime that let one process play several ranks.
 """
 
+import contextlib
 import math
 import os
 import threading
@@ -124,9 +125,31 @@ def head_factor(p, s, i, j, n):
     return 2 * sigmoid(inner) if s.attn_gate == "head" else sigmoid(s.sparse_attn_gate_scale * inner)
 
 
-def values(p, s, i, n, ve, first):
-    """Values by position; `first` is where layer 0 leaves those that later layers mix in."""
-    v = [p[f"blocks.{i}.attn.v.weight"] @ x for x in n]
+class Adapters:
+    """(A (rank, inputs), B (outputs, rank)) by visit and place, visit None for the head: scale B A x beside a layer.
+
+    Beside o, attn (the whole attention) and mlp that is added behind the layer's scale; scaled (#1530): before it.
+    """
+
+    def __init__(self, pairs=None, scale=1.0, scaled=False):
+        self.pairs, self.scale, self.scaled = pairs or {}, scale, scaled
+
+    def __call__(self, visit, what, x):
+        """Of one position, or of each row of x."""
+        if (visit, what) not in self.pairs:
+            return 0.0
+        a, b = self.pairs[visit, what]
+        return self.scale * (np.asarray(x) @ a.T) @ b.T
+
+    def written(self, visit, pairs, channels, written):
+        """What a block's part writes: its channels' scale times `written`, and adapters [(what, their input)]."""
+        low = sum(self(visit, what, x) for what, x in pairs)
+        return channels * (written + low) if self.scaled else channels * written + low
+
+
+def values(p, s, i, n, ve, first, more=0.0):
+    """Values by position; `first` is where layer 0 leaves those that later layers mix in; `more` is an adapter's."""
+    v = [*(np.array(n) @ p[f"blocks.{i}.attn.v.weight"].T + more)]
     if i == 0 and s.value_residual == "vrl" and not first:
         first += v
     if s.ve_dim and i in s.ve_layers:
@@ -143,12 +166,12 @@ def values(p, s, i, n, ve, first):
     return [mix[0] * b + mix[1] * a for a, b in zip(v, first)]
 
 
-def attention(p, s, i, n, ve, first, starts):
-    """n, ve: normed inputs and value embeddings (or None) by position -> what attention writes, before its scale."""
+def attention(p, s, i, n, ve, first, starts, visit, low):
+    """n, ve: normed inputs and value embeddings (or None) by position -> what attention writes, scaled."""
     hd, group, T = s.model_dim // s.num_heads, s.num_heads // s.num_kv_heads, len(n)
-    q = [(p[f"blocks.{i}.attn.q.weight"] @ x).reshape(s.num_heads, hd) for x in n]
-    k = [(p[f"blocks.{i}.attn.k.weight"] @ x).reshape(s.num_kv_heads, hd) for x in n]
-    v = [x.reshape(s.num_kv_heads, hd) for x in values(p, s, i, n, ve, first)]
+    q = (np.array(n) @ p[f"blocks.{i}.attn.q.weight"].T + low(visit, "q", n)).reshape(T, s.num_heads, hd)
+    k = (np.array(n) @ p[f"blocks.{i}.attn.k.weight"].T + low(visit, "k", n)).reshape(T, s.num_kv_heads, hd)
+    v = [x.reshape(s.num_kv_heads, hd) for x in values(p, s, i, n, ve, first, low(visit, "v", n))]
     turned = [[rope(rms(k[t][g]), t, s.rope_dims, s.rope_base) for g in range(s.num_kv_heads)] for t in range(T)]
     gain, y = p[f"blocks.{i}.attn.q_gain"], np.zeros((T, s.num_heads, hd))
     for t in range(T):
@@ -163,7 +186,8 @@ def attention(p, s, i, n, ve, first, starts):
                 unit = v[t][g] / max(np.linalg.norm(v[t][g]), 1e-12)
                 y[t, j] -= (y[t, j] @ unit) * unit
             y[t, j] *= head_factor(p, s, i, j, n[t])
-    return y.reshape(T, -1) @ p[f"blocks.{i}.attn.o.weight"].T
+    y = y.reshape(T, -1)
+    return low.written(visit, [("o", y), ("attn", n)], p[f"blocks.{i}.attn_scale"], y @ p[f"blocks.{i}.attn.o.weight"].T)
 
 
 def mlp(p, s, i, n):
@@ -171,14 +195,14 @@ def mlp(p, s, i, n):
     return np.where(inner > 0, inner, s.leaky_slope * inner) ** 2 @ p[f"blocks.{i}.mlp.down.weight"].T
 
 
-def block(p, s, i, lanes, x0, ve, first, starts):
-    """One application of layer i to one lane or two."""
+def block(p, s, i, lanes, x0, ve, first, starts, visit, low):
+    """One application of layer i, number `visit` of the forward, to one lane or two."""
     lns = 1 / math.sqrt(i + 1) if s.ln_scale else 1.0
     mix = p[f"blocks.{i}.resid_mix"] if s.resid_mix else (1.0, 0.0)
     normed = lambda x: [rms(row) * lns for row in x]
     u = mix[0] * lanes[0] + mix[1] * x0
-    a = p[f"blocks.{i}.attn_scale"] * attention(p, s, i, normed(u), ve, first, starts)
-    feed = lambda x: p[f"blocks.{i}.mlp_scale"] * mlp(p, s, i, normed(x))
+    a = attention(p, s, i, normed(u), ve, first, starts, visit, low)
+    feed = lambda x: low.written(visit, [("mlp", normed(x))], p[f"blocks.{i}.mlp_scale"], mlp(p, s, i, normed(x)))
     if len(lanes) == 1:
         z = u + a
         return [z + feed(u if s.parallel_residual == "gptj" and i >= s.parallel_start_layer else z)]
@@ -215,9 +239,9 @@ def embedded(p, s, ids):
     return np.array(x)
 
 
-def forward(p, s, ids, looping=True, longest=0, band=0):
+def forward(p, s, ids, looping=True, longest=0, band=0, low=Adapters()):
     """Normed final states (T, D) and logits (T, V) of one sequence of token ids; p: parameters by name, float64. With a
-    `band` every token sees, in every layer, that many tokens up to itself.
+    `band` every token sees, in every layer, that many tokens up to itself. low: adapters.
     """
     starts = document_starts(ids, longest=longest) if s.doc_mask == "attention" else [0] * len(ids)
     starts = [max(start, t + 1 - band) if band else start for t, start in enumerate(starts)]
@@ -225,19 +249,27 @@ def forward(p, s, ids, looping=True, longest=0, band=0):
           for token in ids] if s.ve_dim else None
     x0, first, stack = embedded(p, s, ids), [], []
     encoder, decoder, pairs = halves(s, looping)
-    lanes = [x0]
+    lanes, visit = [x0], 0
 
-    def run(layer, times):
+    def part(layer):
+        """From the first parallel layer on there are two lanes."""
         nonlocal lanes
         if s.parallel_residual in ("lanes", "routed") and layer >= s.parallel_start_layer and len(lanes) == 1:
             lanes = [lanes[0], lanes[0]]
+
+    def run(layer, times):
+        nonlocal lanes, visit
+        part(layer)
         for _ in range(times):
-            lanes = block(p, s, layer, lanes, x0, ve, first, starts)
+            lanes = block(p, s, layer, lanes, x0, ve, first, starts, visit, low)
+            visit += 1
 
     for layer, times in encoder:
         run(layer, times)
         stack.append(lanes[0])
     for slot, (layer, times) in enumerate(decoder):
+        if s.parallel_first_skip == "lane0":  # #1855: they part first, then lane 0 gets the skip
+            part(layer)
         if slot < pairs:
             lanes = [skip(p, s, slot, lanes[0], stack.pop()), *lanes[1:]]
         run(layer, times)
@@ -246,8 +278,15 @@ def forward(p, s, ids, looping=True, longest=0, band=0):
         lanes = [m * lanes[0] + (1 - m) * lanes[1]]
     hidden = np.array([rms(row) for row in lanes[0]])
     narrow = hidden @ p["head_proj.weight"].T if s.embed_dim else hidden
-    logits = narrow @ p["embed.weight" if s.tie_embeddings else "head.weight"].T
-    return hidden, s.logit_softcap * np.tanh(logits / s.logit_softcap) if s.logit_softcap else logits
+    logits = narrow @ p["embed.weight" if s.tie_embeddings else "head.weight"].T + low(None, "head", hidden)
+    return hidden, capped(p, s, logits)
+
+
+def capped(p, s, logits):
+    if not s.logit_softcap:
+        return logits
+    above, below = p["caps.caps"] if s.asym_logit_rescale else 2 * [s.logit_softcap]
+    return np.where(logits > 0, above * np.tanh(logits / above), below * np.tanh(logits / below))
 
 
 def nats(logits, target):
@@ -269,6 +308,7 @@ def parameter_count(s):
     count += (L - 1) * {"none": 0, "pair": 2}.get(s.value_residual, 1)
     if s.parallel_residual in ("lanes", "routed"):
         count += (6 * L if s.parallel_residual == "routed" else 0) + (s.parallel_final_lane == "learned")
+    count += 2 if s.asym_logit_rescale else 0
     for rows, width in ((s.bigram_vocab_size, s.bigram_dim), (s.trigram_vocab_size, s.trigram_dim)):
         count += rows * width + (width * d if width != d else 0) + 1 if rows else 0
     if s.ve_dim:
@@ -372,7 +412,13 @@ def models(draw, **fixed):
         chosen.update(bigram_dim=pick(1, 3, dim), trigram=draw(st.booleans()))
     if chosen["trigram_vocab_size"]:
         chosen["trigram_dim"] = pick(1, 4, dim)
-    return small(**{**chosen, **fixed})
+    if chosen["logit_softcap"]:
+        chosen["asym_logit_rescale"] = draw(st.booleans())
+    chosen.update(fixed)
+    if chosen["parallel_residual"] in ("lanes", "routed") and chosen["skips"] != "none" and pick("both", "lane0") == "lane0":
+        with contextlib.suppress(tg.BadInput):  # refused where no skip enters as the lanes part
+            return small(**chosen, parallel_first_skip="lane0")
+    return small(**chosen)
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ EVAL_SEQ_LEN=32 EVAL_STRIDE=0 TRAIN_BATCH_TOKENS=256 MICRO_BATCH_TOKENS=128 PARA
 LOOP_END=1
 SWA_EVERY=1 SWA_START_SCALE=1 LAWA_FREQ=1 LAWA_K=2 HOLDOUT_TOKENS=300 GPTQ_CALIBRATION_TOKENS=512
 VAL_TOKENS=700 TTT_CHUNK_TOKENS=128 TTT_BATCH_SEQS=2 TTT_EPOCHS=2 TTT_CHUNK_SIZE=8 TTT_GROUP_DOCS=4 TTT_LR=0.02
-MIXER_MIN_TOKENS=0 NGRAM_ORDER=4 NGRAM_BUCKETS=5000 TOKEN_ORDER=3""".split()
+MIXER_MIN_TOKENS=0 NGRAM_ORDER=4 NGRAM_BUCKETS=5000 TOKEN_ORDER=3 AWQ_LITE_GROUP_SIZE=8""".split()
 
 
 class Case(NamedTuple):
@@ -57,7 +57,10 @@ FIXED = "", "FIT=prune MATRIX_QUANT=rtn SIZE_LIMIT=30000", "MATRIX_QUANT=gptq"
 EMBED_FIXED = "", "FIT=prune EMBED_QUANT=rtn SIZE_LIMIT=30000", "EMBED_QUANT=gptq"
 ALLOCATE = "FIT=allocate MATRIX_QUANT=rtn EMBED_QUANT=rtn SIZE_LIMIT=25000"
 FACTORS = "MATRIX_QUANT=gptq", "EMBED_QUANT=gptq"
-MOMENTS = *FACTORS, ALLOCATE, "LQER_RANK=2 MATRIX_BITS=3"
+SALIENT = "AWQ_LITE_GROUP_TOP_K=250 AWQ_LITE_GROUP_SIZE=1"
+MOMENTS = *FACTORS, ALLOCATE, "LQER_RANK=2 MATRIX_BITS=3", SALIENT
+# What either kind of fixed grid wakes: one of them alone, the other ternary.
+EITHER = *(f"{one} EMBED_QUANT=ternary" for one in FIXED), *(f"{one} MATRIX_QUANT=ternary EMBED_BITS=6" for one in EMBED_FIXED)
 GATED = "ATTN_GATE=head", "ATTN_GATE=dense", "ATTN_GATE=sparse"
 packs = functools.partial(beside, shows="artifact")
 TTT_BASE = "TTT=full", "TTT=before ALLOW_INVALID=1", "TTT=prequant ALLOW_INVALID=1"
@@ -67,11 +70,14 @@ FIRST, LORA, DOCS = ("TTT=full", "TTT=lora"), ("TTT=lora", "TTT=lora_docs"), "TT
 BACKOFF, HEDGE, HASHED = "MIXER=backoff", "MIXER=hedge", "MIXER=hashed ALLOW_INVALID=1"
 MIXERS, TILT = (BACKOFF, HEDGE, HASHED), "TOKEN_BOOST=2"
 COUNTING = *MIXERS, TILT
+BESIDE_ALL = *(f"{lora} TTT_LORA_TARGETS={what}" for lora in ("TTT=lora", "TTT=lora_docs") for what in ("o", "attn", "mlp")),
 scores = functools.partial(beside, shows="score")
 
 CASES = {
     "num_layers": each("3"), "model_dim": each("48"), "num_heads": each("2"), "num_kv_heads": each("1 4"),
     "mlp_mult": each("2"), "leaky_slope": each("0 0.3"), "logit_softcap": each("1 0", "LOGIT_SOFTCAP=2"),
+    "asym_logit_rescale": beside("1", *(f"{ttt} TTT_LR=0.2 LOGIT_SOFTCAP=3" for ttt in TTT_WEIGHTS),
+                                 shows="score"),
     "tie_embeddings": each("0"), "embed_dim": each("8"), "tied_embed_init_std": each("0.02"), "qk_gain_init": each("3"),
     "rope_dims": each("0 8"), "rope_base": each("10"), "xsa_last_n": each("0 2"),
     "attn_gate": each("head dense sparse"), "gate_window": beside("5", *WINDOWED),
@@ -83,6 +89,8 @@ CASES = {
     "parallel_residual": each("gptj lanes routed"),
     "parallel_start_layer": beside("0", "PARALLEL_RESIDUAL=gptj", *LANES),
     # Routed lanes are mirror images of each other until a skip reaches one of them.
+    "parallel_first_skip": beside("lane0", *(f"{lanes} SKIPS={kind}" for lanes in LANES for kind in (
+        "linear", "sigmoid", "gated"))),
     "parallel_final_lane": beside("learned", *(f"NUM_LAYERS=4 PARALLEL_START_LAYER=2 {lanes}" for lanes in LANES)),
     "smear_gate": each("none scalar"), "doc_mask": each("none attention"),
     "bigram_vocab_size": each("0 32"), "bigram_dim": each("8"),
@@ -122,6 +130,9 @@ CASES = {
     "matrix_bits": packs("4", *FIXED) + packs("16", ""), "attn_bits": packs("4", *FIXED), "mlp_bits": packs("7", *FIXED),
     "layer_bits": packs("0@8,1@3", *FIXED), "matrix_clip_sigmas": packs("2.5", *FIXED),
     "attn_clip_sigmas": packs("2.5", *FIXED), "mlp_clip_sigmas": packs("2.5", *FIXED),
+    "proj_bits": packs("4", *FIXED) + packs("16", ""), "clip_floor": packs("0.5", *EITHER),
+    "awq_lite_group_top_k": packs("2", *EITHER), "awq_lite_bits": packs("7", "AWQ_LITE_GROUP_TOP_K=2"),
+    "awq_lite_group_size": packs("16", "AWQ_LITE_GROUP_TOP_K=2"),
     "embed_bits": packs("5", *EMBED_FIXED) + packs("16", ""), "embed_clip_sigmas": packs("2.5", *EMBED_FIXED),
     "gate_bits": packs("4", *GATED), "prune_pct": packs("0.2", "", "MATRIX_QUANT=gptq", ALLOCATE),
     "gptq_damp": packs("0.5", *FACTORS), "gptq_act_order": packs("0", *FACTORS),
@@ -146,7 +157,9 @@ CASES = {
     "adaptive_lr_max": scores("3", *FIRST), "byte_weighted_ttt": scores("1", *TTT_STEPS),
     "polyak_decay": scores("0.5", *FIRST),
     "ttt_lora_rank": scores("2", *LORA), "ttt_lora_alpha": scores("32", *LORA), "ttt_lora_lr": scores("0.003", *LORA),
-    "ttt_lora_targets": each("q k v o mlp head", "TTT=lora_docs", "score") + scores("k,o,mlp", *LORA),
+    "ttt_lora_targets": each("q k v o attn mlp head", "TTT=lora_docs", "score") + scores(
+        "k,o,mlp", *LORA),
+    "ttt_lora_scaled": scores("1", *BESIDE_ALL), "ttt_lora_a": scores("own", DOCS, f"{DOCS} TTT_WARM_START_A=1"),
     "ttt_beta1": scores("0", *LORA), "ttt_beta2": scores("0.999", *LORA), "ttt_wd": scores("2", *LORA),
     "ttt_chunk_size": scores("4", DOCS), "ttt_short_chunks": scores("2@8,4@24", DOCS),
     "ttt_warm_start_a": scores("1", DOCS),
@@ -493,7 +506,8 @@ def test_every_condition_that_wakes_a_setting_is_tried(name):
     runs, parts = [Settings.parse([*BASE, *case.beside.split()]) for case in CASES[name]], FIELDS[name].metadata["on"].split(",")
     for part in parts:
         for other, value in conditions(part):
-            met = [s for s in runs if s.holds(part) and (value is None or str(getattr(s, other)) == value)]
+            met = [s for s in runs if s.holds(part) and (value is None or value in tg._show(getattr(s, other)).split(",") or
+                                                         str(getattr(s, other)) == value)]
             alone = [s for s in met if sum(map(s.holds, parts)) == 1]
             assert alone, f"no case wakes {name} by {other}={value} alone"
 
@@ -514,7 +528,8 @@ def unmet(name):
             elif f.type is bool:
                 pairs.append(f"{other.upper()}={int('True' not in values)}")
             else:
-                pairs.append(f"{other.upper()}={next(v for v in get_args(f.type) if v not in values)}")
+                choices = ("q",) if f.type is tg.Names else get_args(f.type)
+                pairs.append(f"{other.upper()}={next(v for v in choices if v not in values)}")
         if "FIT=allocate" in pairs:
             pairs += [f"{kind}_QUANT=gptq" for kind in ("MATRIX", "EMBED")]
         yield " ".join(pairs)
@@ -527,7 +542,7 @@ def test_a_setting_whose_condition_is_not_met_is_named_and_changes_not_one_bit(t
     if FIELDS[name].metadata["room"] == PACKING:
         (plain, before), (idle, after) = packed(toy, off), packed(toy, off, value)
         assert before == after
-    elif FIELDS[name].metadata["room"] == SCORING:
+    elif FIELDS[name].metadata["room"] == SCORING or name == "asym_logit_rescale":  # two parameters more, all the same
         plain, idle = scored(toy, off), scored(toy, off, value)
         assert name.upper() in idle.s.idle() and idle.loss == plain.loss
         return
@@ -668,6 +683,12 @@ DEAD = {
     "ttt_lora_alpha": ("low_rank_map", lambda a, b, scale, x, true=tg.low_rank_map: true(a, b, 1.0, x)),
     "ttt_warm_start_a": ("DocumentAdapters.learn", lambda self, part, stream: None),
     "phased_ttt_prefix_docs": ("DocumentAdapters._train", lambda self, stream, targets, epochs: None),
+    "parallel_first_skip": ("layer_plan", lambda s, looping, true=tg.layer_plan: [
+        visit._replace(split=visit.split and "after_skip") for visit in true(s, looping)]),
+    "asym_logit_rescale": ("GPT.cap_of", lambda self, logits: self.softcap),
+    "awq_lite_group_top_k": ("salient_groups", lambda weights, inputs, size, count: {}),
+    "ttt_lora_scaled": ("plus", lambda y, adapter, x, scale=None: y if adapter is None else y + adapter(x)),
+    "ttt_lora_a": ("DocumentAdapters._begin", lambda self, rows: self.start.expand(rows, -1).clone()),
     "gptq_act_order": ("factorise", lambda moments, damp, act_order, true=tg.factorise: true(moments, damp, True)),
 }
 

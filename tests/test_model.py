@@ -40,7 +40,7 @@ PARALLEL_FINAL_LANE=learned""".split()]
 PR_1493 = [*CONTEST, *"""BIGRAM_VOCAB_SIZE=0 VE_DIM=0 VE_LAYERS= SMEAR_GATE=none SKIPS=gated NUM_LOOPS=2 LOOP_START=3
 LOOP_END=5 PARALLEL_RESIDUAL=gptj PARALLEL_START_LAYER=7""".split()]
 PR_1855 = [*PR_1493, *"""SMEAR_GATE=scalar ATTN_GATE=sparse GATE_WINDOW=12 PARALLEL_RESIDUAL=routed
-PARALLEL_START_LAYER=8 PARALLEL_FINAL_LANE=mean""".split()]
+PARALLEL_START_LAYER=8 PARALLEL_FINAL_LANE=mean PARALLEL_FIRST_SKIP=lane0""".split()]
 
 
 @pytest.mark.parametrize("args, expected", [
@@ -48,6 +48,7 @@ PARALLEL_START_LAYER=8 PARALLEL_FINAL_LANE=mean""".split()]
     ([*SEED_518, "VALUE_RESIDUAL=vrl"], 26_993_766),  # #1033
     ([*SEED_518, "NUM_KV_HEADS=8", "MLP_MULT=3.5", "BIGRAM_VOCAB_SIZE=6144", "XSA_LAST_N=11"], 33_317_980),  # #967
     (SEED_1539, 36_311_132), (PR_1493, 35_944_536), (PR_1855, 35_945_671),
+    ([*PR_1855, "ASYM_LOGIT_RESCALE=1"], 35_945_673),  # #1945 and what follows it
 ])
 def test_published_parameter_counts(args, expected):
     s = tg.Settings.parse(args)
@@ -83,9 +84,9 @@ def test_forward_equals_the_float64_loops(s, seed, length, looping):
 
 
 # The published models in small, and what they have not.
-TINY_1855 = dict(ve_dim=0, ve_layers=(), bigram_vocab_size=0, xsa_last_n=3, smear_gate="scalar", attn_gate="sparse",
+TINY_1855 = dict(num_layers=4, ve_dim=0, ve_layers=(), bigram_vocab_size=0, xsa_last_n=3, smear_gate="scalar", attn_gate="sparse",
                  sparse_attn_gate_scale=0.5, skips="gated", num_loops=2, loop_start=1, loop_end=1,
-                 parallel_residual="routed", parallel_start_layer=2, doc_mask="attention")
+                 parallel_residual="routed", parallel_start_layer=2, parallel_first_skip="lane0", doc_mask="attention")
 TINY_1539 = dict(num_layers=4, bigram_vocab_size=0, xsa_last_n=4, num_loops=1, loop_start=1, loop_end=1, skip_pairs=2,
                  parallel_residual="lanes", parallel_start_layer=2, parallel_final_lane="learned", doc_mask="none")
 TINY_1033 = dict(value_residual="vrl", num_loops=1, loop_start=1, loop_end=2, loop_order="layer")
@@ -272,6 +273,8 @@ def test_layer_plans_of_published_models(name):
     assert pairs(plan) == [(taker, giver, row) for row, (_, taker, giver) in enumerate(takes)]
     assert [plan[taker].block for taker, _, _ in pairs(plan)] == [layer for layer, _, _ in takes]
     assert [visit.parallel for visit in plan] == [j >= split for j in range(len(plan))]
+    parts = {"1855": "before_skip", "1539": "after_skip"}.get(name.split()[0], "")  # the others have one lane
+    assert [visit.split for visit in plan] == [parts if j == split else "" for j in range(len(plan))]
 
 
 @ref.tries(300)
@@ -597,7 +600,7 @@ def test_building_a_model_leaves_the_global_random_state_alone():
 # --- roles, adapters -------------------------------------------------------------------------------------------------
 
 
-ROLES = {"embed": ("embed.weight", "table.weight"), "head": ("head.weight",), "gate": ("attn.gate.weight",),
+ROLES = {"cap": ("caps.caps",), "embed": ("embed.weight", "table.weight"), "head": ("head.weight",), "gate": ("attn.gate.weight",),
          "matrix": ("attn.q.weight", "attn.k.weight", "attn.v.weight", "attn.o.weight", "mlp.up.weight",
                     "mlp.down.weight", "proj.weight")}
 
@@ -687,14 +690,14 @@ def test_further_heads_add_their_mean_loss(s, heads, weight, seed):
     objective.mtp.requires_grad_(True)
     ref.randomise(objective.mtp, seed)
     ids, targets = ref.tokens(s.vocab_size, 2, 7, seed=seed), ref.tokens(s.vocab_size, 2, 7, seed=seed + 1)
-    parameters, cap, sums = ref.arrays(objective.model), s.logit_softcap, [[] for _ in range(heads + 1)]
+    parameters, sums = ref.arrays(objective.model), [[] for _ in range(heads + 1)]
     for row, goal in zip(ids.tolist(), targets.tolist()):
         hidden, logits = ref.forward(parameters, s, row)
         sums[0] += [ref.nats(logits[t], goal[t]) for t in range(7)]
         narrow = hidden @ parameters["head_proj.weight"].T if s.embed_dim else hidden
         for k in range(1, heads + 1):
             further = narrow @ objective.mtp[k - 1].weight.detach().numpy().T
-            further = cap * np.tanh(further / cap) if cap else further
+            further = ref.capped(parameters, s, further)
             sums[k] += [ref.nats(further[t], goal[t + k]) for t in range(7 - k)]
     main, *more = map(np.mean, sums)
     assert objective(ids, targets).item() == pytest.approx(main + weight * np.mean(more), rel=1e-5)
@@ -735,8 +738,10 @@ OTHER = dict(model_dim=32, num_heads=4, num_kv_heads=2, num_layers=4, ve_layers=
 # What makes a setting act that waits for another one to be on (not to have one of some values).
 ON = dict(num_loops=1, trigram_vocab_size=19, bigram_vocab_size=16, ve_dim=4, rope_dims=4)
 # More skips than one need more visits; routed lanes are equal at first, until a skip reaches the one and not the other.
-MORE = dict(skip_pairs=dict(num_loops=1, enable_looping_at=0), parallel_final_lane=dict(num_layers=4))
-MODEL_FIELDS = [f for f in fields(tg.Settings) if f.metadata["room"] == "Model"]
+MORE = dict(skip_pairs=dict(num_loops=1, enable_looping_at=0), parallel_final_lane=dict(num_layers=4),
+            parallel_first_skip=dict(skips="gated"))
+# But for the caps, which test-time training moves (test_liveness.py).
+MODEL_FIELDS = [f for f in fields(tg.Settings) if f.metadata["room"] == "Model" and f.name != "asym_logit_rescale"]
 
 
 def others(f, value):
@@ -755,7 +760,7 @@ def others(f, value):
 def bases(f):
     """Changes under each of which a setting must act: one for every way to meet its `on` rule."""
     for part in f.metadata["on"].split(","):
-        name, _, values = part.partition("=")
+        name, _, values = part.partition("&")[0].partition("=")  # what follows an & is in MORE
         for value in values.split("|") if values else [ON.get(name)]:
             yield {**({name: value} if name else {}), **MORE.get(f.name, {})}
 
