@@ -106,7 +106,6 @@ MUON, HEADS = "matrix_optimizer=muon", "tie_embeddings=False,mtp_num_heads"
 STAGES, LANES = "train_seq_schedule,train_batch_schedule", "parallel_residual=lanes|routed"
 LANES_SKIPS = f"{LANES}&{SKIPS}"
 FIXED, EMBED_FIXED = "fit=off|prune&matrix_quant=rtn|gptq_lite|gptq", "fit=off|prune&embed_quant=rtn|gptq_lite|gptq"
-LORA_SCALED = "ttt=lora|lora_docs&ttt_lora_targets=o|attn|mlp"
 FULL_TTT, LORA, DOCS_TTT = "ttt=full|before|prequant,phased_ttt_prefix_docs", "ttt=lora|lora_docs", "ttt=lora_docs"
 BASE_TTT, STREAM = "ttt=full|before|prequant", "off|full|lora|before|prequant"
 COUNTS, STEPS_TTT = "mixer=backoff|hedge|hashed", BASE_TTT + "|lora,phased_ttt_prefix_docs"
@@ -333,7 +332,7 @@ class Settings:
     ttt_lora_targets: Names = _eval(("q", "v", "head"), "what gets one: q, k, v, o, attn, mlp, head; attn: the whole "
                                     "attention, from its input (#1530)", on=LORA)
     ttt_lora_scaled: bool = _eval(False, "adapters beside o, attn and mlp pass attn_scale and mlp_scale (#1530)",
-                                  on=LORA_SCALED)
+                                  on="ttt_lora_targets=o|attn|mlp")
     ttt_lora_a: Literal["shared", "own"] = _eval(
         "shared", "all documents begin with one A; or each place of TTT_GROUP_DOCS has its own, drawn anew after a phase "
         "(#1530)", on=DOCS_TTT)
@@ -1232,9 +1231,12 @@ LISTS = {Layers: "layers", Betas: "two numbers", Stages: "size@fraction, ...", W
          Names: "names"}
 # Names of published commands that mean something else here: the answer is what to write instead.
 RENAMED = {
-    "VE_ENABLED": "VE_DIM=0 turns value embeddings off", "SWA_ENABLED": "AVERAGE=swa", "EMA_ENABLED": "AVERAGE=ema",
+    "VE_ENABLED": "VE_DIM=0 turns value embeddings off", "SWA_ENABLED": "AVERAGE=swa (beside EMA it did nothing in #549)", "EMA_ENABLED": "AVERAGE=ema",
     "TORCH_COMPILE": "COMPILE", "VAL_BATCH_SIZE": "EVAL_BATCH_SEQS", "LR_FLOOR": "MIN_LR", "NO_COMPILE": "COMPILE=off",
-    "LEAKY_RELU": "LEAKY_SLOPE", "NEGATIVE_SLOPE": "LEAKY_SLOPE", "COMPRESS_METHOD": "COMPRESSOR",
+    "LEAKY_RELU": "LEAKY_SLOPE", "NEGATIVE_SLOPE": "LEAKY_SLOPE", "LEAKY_RELU_SQ_SLOPE": "LEAKY_SLOPE",
+    "COMPRESS_METHOD": "COMPRESSOR", "DATA_DIR": "DATA_PATH, the folder of the shards", "FORCE_STOP_STEP": "ITERATIONS",
+    "FUSED_CE_ENABLED": "KERNELS; the loss is the same", "SKYLIGHT_MUON": "NORMUON (0 is NORMUON=0)",
+    "TRAIN_SEQ_SCHEDULE_MODE": "TRAIN_SEQ_SCHEDULE, of the clock, or of ITERATIONS where that ends the run first",
     "SMEAR_GATE_ENABLED": "SMEAR_GATE=scalar", "EVAL_ONLY": "PHASES=eval ARTIFACT=file", "EMBEDDING_DIM": "EMBED_DIM",
     "ROPE_TRAIN_SEQ_LEN": "ROPE_BASE, the base in force at every length", "VRL_ENABLED": "VALUE_RESIDUAL=vrl",
     "ATTN_OUT_GATE_ENABLED": "ATTN_GATE=head", "GATED_ATTN_ENABLED": "ATTN_GATE=dense",
@@ -1254,11 +1256,16 @@ RENAMED = {
     "LQER_ASYM_ENABLED": "LQER_RANK, whose factors always have 2 and 4 bits",
     "LQER_FACTOR_BITS": "LQER_RANK, whose factors always have 2 and 4 bits",
     "LQER_GAIN_SELECT": "LQER_TOP_K, which always goes by what the loss feels",
-    "TTT_ENABLED": "TTT=full", "TTT_USE_LORA": "TTT=lora", "TTT_LORA_ENABLED": "TTT=lora_docs",
+    "LQER_GROUP_SIZE": "LQER_ASYM_GROUP", "AWQ_LITE_ENABLED": "AWQ_LITE_GROUP_TOP_K=1 (0: off)",
+    "TTT_ENABLED": "TTT=full, or TTT=lora_docs with adapters of each document", "TTT_USE_LORA": "TTT=lora", "TTT_LORA_ENABLED": "TTT=lora_docs",
     "TTT_EVAL_SEQ_LEN": "EVAL_SEQ_LEN", "TTT_TEMPERATURE": "EVAL_TEMPERATURE",
     "TTT_EVAL_ONLY": "PHASES=eval ARTIFACT=file", "TTT_ONLY": "PHASES=eval ARTIFACT=file", "TTT_MASK": "TTT_LORA_TARGETS",
-    **{f"TTT_{what}_LORA": "TTT_LORA_TARGETS" for what in ("Q", "K", "V", "O", "MLP", "LM_HEAD")},
-    "TTT_SHORT_SCORE_FIRST_STEPS": "TTT_SHORT_CHUNKS, by the place in a document", "PREQUANT_TTT_ENABLED": "TTT=prequant",
+    **{f"TTT_{what}_LORA": f"TTT_LORA_TARGETS with {name}" for what, name in (
+        ("Q", "q"), ("K", "k"), ("V", "v"), ("O", "attn"), ("MLP", "mlp"), ("LM_HEAD", "head"))},
+    "TTT_LOCAL_LR_MULT": "TTT_LORA_LR, times it", "TTT_WEIGHT_DECAY": "TTT_WD",
+    **dict.fromkeys(("TTT_SHORT_SCORE_FIRST_ENABLED", "TTT_SHORT_SCORE_FIRST_STEPS", "TTT_SHORT_CHUNK_SIZE",
+                     "TTT_SHORT_DOC_LEN"), "TTT_SHORT_CHUNKS such as 8@256,24@2000, by the place in a document"),
+    "PREQUANT_TTT_ENABLED": "TTT=prequant",
     "PREQUANT_TTT_EPOCHS": "TTT_EPOCHS", "PREQUANT_TTT_LR": "TTT_LR", "PHASED_TTT_ENABLED": "PHASED_TTT_PREFIX_DOCS",
     "GLOBAL_TTT_LR": "TTT_LR", "GLOBAL_TTT_EPOCHS": "TTT_EPOCHS", "GLOBAL_TTT_MOMENTUM": "TTT_MOMENTUM",
     "GLOBAL_TTT_GRAD_CLIP": "TTT_GRAD_CLIP", "GLOBAL_TTT_BATCH_SEQS": "TTT_BATCH_SEQS", "ADAPTIVE_LR": "ADAPTIVE_LR_MAX",
@@ -1269,11 +1276,11 @@ RENAMED = {
 }
 # How the names of the contest's other techniques begin: they are meant for a trainer, and not read here.
 FOREIGN = tuple("""
-    AGREE_ ASYM_LOGIT AWQ_LITE CACHE_ALPHA CALIBRATE_TEMP CROWN_Q DTG_ FUSED_CE GATED_ATTN_ NGRAM_HINT PPM_ALPHA
-    PREQUANT_ QTTT ROPE_YARN SLOT_ SOFT_ROUND SPARSE_ATTN_GATE_INIT TTT_GRAD_STEPS TTT_HASH TTT_LOCAL_LR TTT_MAX_CHUNKS
+    AGREE_ CACHE_ALPHA CALIBRATE_TEMP CROWN_Q DTG_ GATED_ATTN_ NGRAM_HINT PPM_ALPHA PREQUANT_ QTTT ROPE_YARN SKYLIGHT_ SLOT_
+    SOFT_ROUND SPARSE_ATTN_GATE_INIT TTT_GRAD_STEPS TTT_HASH TTT_LORA_EMA TTT_MAX_CHUNKS TTT_UPDATE_EVERY
     TTT_WARM_START_MEAN USE_CACHE WITHIN_ WORD_""".split())
 # How names begin that other programs read or set: OMP_NUM_THREADS is near MTP_NUM_HEADS, torchrun sets GROUP_RANK.
-ELSEWHERE = ("OMP_", "MKL_", "NCCL_", "CUDA_", "TORCH", "PARALLEL_SEQ", "GROUP_RANK")
+ELSEWHERE = ("OMP_", "MKL_", "NCCL_", "CUDA_", "TORCH", "PARALLEL_SEQ", "GROUP_RANK", "DATA_DIR")
 
 
 def _conflicts(s, given):
@@ -1414,7 +1421,8 @@ def _convert(f, text):
     kind, lo, hi = f.type, f.metadata["lo"], f.metadata["hi"]
     if get_origin(kind) is Literal:
         if text not in get_args(kind):
-            near = difflib.get_close_matches(text, get_args(kind), 1, 0.5)
+            near = [meant for meant in get_args(kind) if meant in {"0": ("none", "off"), "pergroup": ("rans",)}.get(text, ())]
+            near = near or difflib.get_close_matches(text, get_args(kind), 1, 0.5)
             raise ValueError(f"one of {', '.join(get_args(kind))}" + (f" (did you mean {near[0]}?)" if near else ""))
         return text
     if kind is bool:
@@ -1464,18 +1472,18 @@ def _pair(second):
 def _unknown(name, known):
     if name in RENAMED:
         return f"{name} is now {RENAMED[name]}"
+    if name.startswith(FOREIGN):
+        return f"{name} is a switch of other contest scripts; this one does not have it"
     near = difflib.get_close_matches(name.upper(), known, 1, 0.6)
     return f"unknown setting {name}" + (f"; did you mean {near[0]}?" if near else "; see --help")
 
 
 def _why_not_env(name, known, strict):
     """Why an environment variable that is no setting cannot be let pass, or None."""
-    if name in RENAMED:
-        return f"{name} is now {RENAMED[name]}"
-    if name.startswith(ELSEWHERE):
+    if name.startswith(ELSEWHERE) and name not in RENAMED or name in ELSEWHERE:
         return None
-    if name.startswith(FOREIGN):  # before the near misses: TTT_EVAL_SEQ_LEN is none of EVAL_SEQ_LEN
-        return f"{name} is a switch of other contest scripts; this one does not have it"
+    if name in RENAMED or name.startswith(FOREIGN):  # before the near misses: TTT_EVAL_SEQ_LEN is none of EVAL_SEQ_LEN
+        return _unknown(name, known)
     if near := difflib.get_close_matches(name, known, 1, 0.85):
         return f"{name} is not a setting; did you mean {near[0]}? (unset it if it is not meant for this script)"
     return f"{name} looks like a setting but is none (STRICT_ENV=1)" if strict and doubtful_names([name]) else None

@@ -55,14 +55,19 @@ class Net:
             block.attn.attend = self.attention
             for what in "qkvo":
                 getattr(block.attn, what).register_forward_hook(partial(self._add, what))
+            block.attn.register_forward_hook(partial(self._add, "attn"))
             block.mlp.register_forward_hook(partial(self._add, "mlp"))
 
     def _next_visit(self, *_):
         self.visit += 1
 
     def _add(self, what, module, inputs, output):
+        """Of o, the attention and the MLP the second input is what scales their channels."""
         pair = self.adapters.get((self.visit, what))
-        return output if pair is None else output + self.scale * inputs[0] @ pair[0].T @ pair[1].T
+        if pair is None:
+            return output
+        more = self.scale * inputs[0] @ pair[0].T @ pair[1].T
+        return output + (inputs[1] * more if self.s.ttt_lora_scaled and what in ("o", "attn", "mlp") else more)
 
     def nats(self, ids, targets, adapters=None, given=(), temperature=1.0):
         """Of targets (T,) behind the tokens ids (T,)."""
@@ -260,16 +265,24 @@ def put(named, values):
         named[name].copy_(value)
 
 
-def adapted_documents(s, seed, stream, start):
-    """Nats of every target of TTT=lora_docs."""
+def adapted_documents(s, seed, stream, start, draw=None):
+    """Nats of every target of TTT=lora_docs. Adapters begin at `start`, or with TTT_LORA_A=own at draw(time, place), for a
+    place the first time after each phase - without a warm start, in each group - and then where the one there ended.
+    """
     ids, found, net = stream.tokens.long(), torch.zeros(len(stream.bytes)).double(), Net(s, seed, len(stream.tokens))
     order = sorted(documents(stream), key=lambda row: row[0] - row[1])  # longest first
     phases = s.phased_ttt_num_phases
     ends = {round(s.phased_ttt_prefix_docs * i / phases) for i in range(1, phases + 1)}
     learner = Weights(s, net, stream) if s.phased_ttt_prefix_docs else None
-    groups, ended = {0, *range(0, len(order), s.ttt_group_docs), *ends}, []
+    groups = {0, *ends, *(range(0, len(order), s.ttt_group_docs) if learner or s.ttt_warm_start_a else ())}
+    ended, own, time, place = [], {}, 0, -1
     for number, (a, b) in enumerate(order):
-        if number in groups and ended and s.ttt_warm_start_a:
+        place = 0 if number in groups else place + 1
+        if number and number in ends or number and place == 0 and not s.ttt_warm_start_a:
+            own, time = {}, time + (number in ends and s.phased_ttt_prefix_docs > 0) + (not s.ttt_warm_start_a)
+        if draw:
+            start = own.get(place) or draw(time, place)
+        elif number in groups and ended and s.ttt_warm_start_a:
             start = {place: (sum(last[place][0] for last in ended) / len(ended), b) for place, (_, b) in start.items()}
         ended = [] if number in groups else ended
         if number in ends and number:
@@ -293,5 +306,6 @@ def adapted_documents(s, seed, stream, start):
                     for (name, weight), grad in zip(named.items(), grads):
                         weight.copy_(optimizer.step(name, weight, grad, s.ttt_lora_lr))
             at = end
-        ended.append({place: tuple(z.detach() for z in pair) for place, pair in pairs.items()})
+        ended.append({where: tuple(z.detach() for z in pair) for where, pair in pairs.items()})
+        own[place] = {where: (pair[0], torch.zeros_like(pair[1])) for where, pair in ended[-1].items()}
     return found

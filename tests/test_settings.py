@@ -124,7 +124,7 @@ def test_every_name_with_a_letter_lost_is_caught_in_the_environment():
 def test_a_renamed_setting_says_what_it_is_now(answer):
     name, now = answer
     assert name not in FIELDS
-    for said in (complaint(f"{name}=1"), complaint(env={name: "1"})):
+    for said in (complaint(f"{name}=1"), *([] if name in OF_OTHERS else [complaint(env={name: "1"})])):
         assert f"{name} is now {now}" in said
     for word in re.findall(r"\b[A-Z]+(?:_[A-Z]+)+\b|\b[A-Z_]+(?==)", now):
         assert word in FIELDS, f"{name} is answered with {word}, which is no setting"
@@ -149,19 +149,21 @@ TRIGRAM_VOCAB_SIZE TTT_BATCH_SEQS TTT_CHUNK_TOKENS TTT_ENABLED TTT_EPOCHS TTT_FR
 TTT_LORA_RANK TTT_LR TTT_LR_MULT_FC TTT_LR_MULT_PROJ TTT_MAX_CHUNKS TTT_MOMENTUM TTT_ONLY TTT_OPTIMIZER TTT_TEMPERATURE
 TTT_USE_LORA USE_CACHE USE_HEDGE_MIXER USE_MIXER USE_POLYAK VALUE_RESIDUAL VAL_BATCH_SIZE VAL_LOSS_EVERY VE_DIM VE_ENABLED
 VE_LAYERS VOCAB_SIZE VRL_ENABLED WARMDOWN_FRAC WARMDOWN_ITERS WARMUP_STEPS XSA_LAST_N""".split()
-RECORDS = """ASYM_LOGIT_RESCALE ATTN_CLIP_SIGMAS ATTN_OUT_GATE_ENABLED AWQ_LITE AWQ_LITE_GROUP_TOP_K CASEOPS_ENABLED
-COMPILE_SHAPE_WARMUP COMPRESSOR EMA_ENABLED EMBEDDING_DIM EMBED_BITS EMBED_CLIP_SIGMAS ENABLE_LOOPING_AT EVAL_INCLUDE_TAIL
-FUSED_CE_ENABLED GATED_ATTN_ENABLED GATED_ATTN_INIT_STD GATED_ATTN_QUANT_GATE GATE_WINDOW GLOBAL_TTT_EPOCHS
+RECORDS = """ASYM_LOGIT_RESCALE ATTN_CLIP_SIGMAS ATTN_OUT_GATE_ENABLED AWQ_LITE_BITS AWQ_LITE_ENABLED AWQ_LITE_GROUP_SIZE
+AWQ_LITE_GROUP_TOP_K CASEOPS_ENABLED COMPILE_SHAPE_WARMUP COMPRESSOR DATA_DIR EMA_ENABLED EMBEDDING_DIM EMBED_BITS EMBED_CLIP_SIGMAS ENABLE_LOOPING_AT EVAL_INCLUDE_TAIL
+FORCE_STOP_STEP FUSED_CE_ENABLED GATED_ATTN_ENABLED GATED_ATTN_INIT_STD GATED_ATTN_QUANT_GATE GATE_WINDOW GLOBAL_TTT_EPOCHS
 GPTQ_CALIBRATION_BATCHES GPTQ_RESERVE_SECONDS LOOP_END LOOP_START LQER_ASYM_ENABLED LQER_ASYM_GROUP LQER_ENABLED
-LQER_FACTOR_BITS LQER_GAIN_SELECT LQER_RANK LQER_TOP_K MATRIX_BITS
+LEAKY_RELU_SQ_SLOPE LQER_FACTOR_BITS LQER_GAIN_SELECT LQER_GROUP_SIZE LQER_RANK LQER_TOP_K MATRIX_BITS
 MATRIX_CLIP_SIGMAS MIN_LR MLP_CLIP_SIGMAS MUON_ROW_NORMALIZE NEGATIVE_SLOPE NGRAM_HINT_PRECOMPUTE_OUTSIDE NGRAM_TILT_ENABLED
 NUM_LOOPS PARALLEL_FINAL_LANE PARALLEL_RESIDUAL_START PHASED_TTT_NUM_PHASES PHASED_TTT_PREFIX_DOCS PREQUANT_ONLY
-ROPE_TRAIN_SEQ_LEN ROPE_YARN SEQ_CHANGE_WARMUP_STEPS SKIP_GATES_ENABLED SMEAR_GATE_BOS_FIX SMEAR_GATE_ENABLED
+ROPE_TRAIN_SEQ_LEN ROPE_YARN SEQ_CHANGE_WARMUP_STEPS SKIP_GATES_ENABLED SKYLIGHT_MUON SMEAR_GATE_BOS_FIX SMEAR_GATE_ENABLED
 SPARSE_ATTN_GATE_ENABLED SPARSE_ATTN_GATE_INIT_STD SPARSE_ATTN_GATE_SCALE SPARSE_GATE_SCALE TOKEN_BOOST TOKEN_THRESHOLD
-TRAIN_SEQ_SCHEDULE TTT_BATCH_SIZE TTT_CHUNK_SIZE TTT_EVAL_ONLY TTT_EVAL_SEQ_LEN TTT_GRAD_STEPS TTT_K_LORA TTT_LOCAL_LR_MULT
-TTT_MASK TTT_SHORT_SCORE_FIRST_STEPS TTT_WARM_START_A TTT_WARM_START_MEAN WD_TAPER_FINAL_MULT WD_TAPER_START_FRAC""".split()
+TRAIN_SEQ_SCHEDULE TRAIN_SEQ_SCHEDULE_MODE TTT_BATCH_SIZE TTT_CHUNK_SIZE TTT_EVAL_ONLY TTT_EVAL_SEQ_LEN TTT_GRAD_STEPS TTT_K_LORA TTT_LOCAL_LR_MULT
+TTT_LORA_EMA_DECAY TTT_MASK TTT_SHORT_CHUNK_SIZE TTT_SHORT_DOC_LEN TTT_SHORT_SCORE_FIRST_ENABLED
+TTT_SHORT_SCORE_FIRST_STEPS TTT_UPDATE_EVERY TTT_WARM_START_A TTT_WARM_START_MEAN TTT_WEIGHT_DECAY WD_TAPER_FINAL_MULT
+WD_TAPER_START_FRAC""".split()
 # A shell may have these for other programs, and neither changes what is trained or scored: they say where files go.
-OF_OTHERS = {"CHECKPOINT_PATH", "SAVE_RESEARCH_DATA"}
+OF_OTHERS = {"CHECKPOINT_PATH", "SAVE_RESEARCH_DATA", "DATA_DIR"}
 MISSPELT = {"SPARSE_GATE_SCALE"}  # another script's name for a setting that is here
 
 
@@ -170,12 +172,19 @@ def test_no_switch_of_a_published_script_is_silently_ignored(name):
     if name not in FIELDS:
         answers = [complaint(f"{name}=1")] + ([] if name in OF_OTHERS else [complaint(env={name: "1"})])
         assert all(name in said for said in answers), answers
+        assert name in OF_OTHERS or not any("see --help" in said for said in answers), "no answer"
 
 
 @pytest.mark.parametrize("name", [name for name in (*REFERENCE_SYSTEMS, *RECORDS)
                                   if name not in {*FIELDS, *RENAMED, *OF_OTHERS, *MISSPELT}])
 def test_a_switch_of_another_script_is_not_taken_for_a_misspelt_setting(name):
-    assert "other contest scripts" in complaint(env={name: "1"})
+    for said in (complaint(env={name: "1"}), complaint(f"{name}=1")):
+        assert "other contest scripts" in said
+
+
+@pytest.mark.parametrize("pair, meant", [("COMPRESSOR=pergroup", "rans"), ("VALUE_RESIDUAL=0", "none"), ("TTT=0", "off")])
+def test_a_value_of_a_published_script_is_answered_with_what_is_meant(pair, meant):
+    assert f"did you mean {meant}?" in complaint(pair)
 
 
 SHELL = """PATH HOME PWD OLDPWD USER LOGNAME SHELL SHLVL TERM TERM_PROGRAM TERM_PROGRAM_VERSION COLORTERM LANG LANGUAGE LC_ALL LC_CTYPE
@@ -251,7 +260,7 @@ def test_strict_env_obeys_the_order_of_precedence_too():
     ("TTT_SHORT_CHUNKS=256:8", ["number@number"]), ("TTT_SHORT_CHUNKS=8", ["number@number"]), ("TTT_SHORT_CHUNKS=8@256;24@2000", ["number@number"]),
     ("TTT=1", ["one of off, full, lora, lora_docs, before, prequant"]), ("TTT=lora_doc", ["did you mean lora_docs?"]), ("EVAL_CONTEXT=kv", ["one of window, cache"]),
     ("MIXER=back_off", ["did you mean backoff?"]), ("EVAL_TEMPERATURE=-1", ["between 0 and 10"]), ("ADAPTIVE_LR_MAX=0", ["between 0.01 and 100"]),
-    ("TTT_LORA_TARGETS=", ["q,k,v,o,mlp,head", "each once"]), ("TTT_LORA_TARGETS=q,,v", ["each once"]), ("TTT_LORA_TARGETS=Q,V", ["each once"]),
+    ("TTT_LORA_TARGETS=", ["q,k,v,o,attn,mlp,head", "each once"]), ("TTT_LORA_TARGETS=q,,v", ["each once"]), ("TTT_LORA_TARGETS=Q,V", ["each once"]),
     ("TTT_LORA_TARGETS=q,q", ["each once"]), ("MIXER_EXPERTS=", ["unigram,bigram,trigram,backoff,entropy"]), ("MIXER_EXPERTS=bigram,4gram", ["each once"]),
     ("FIT=1", ["one of off, prune, allocate"]), ("MATRIX_QUANT=gptq-lite", ["one of", "did you mean gptq_lite?"]),
 ], ids=lambda value: str(value)[:24] if isinstance(value, str) else "")
@@ -433,17 +442,22 @@ def test_a_rule_names_settings_and_values_that_exist(name, rule):
     for other, values in sum(parts_of(rule), []):
         f = FIELDS[other.upper()]
         allowed = {str(choice) for choice in get_args(f.type)} if get_origin(f.type) is Literal else {"True", "False"}
+        allowed = {"q", "k", "v", "o", "attn", "mlp", "head"} if other == "ttt_lora_targets" else allowed
         assert not values or set(values) < allowed, (other, values)
         assert f.name != name.lower()
 
 
 def wrong_value(other, values):
     kind = FIELDS[other.upper()]
+    if kind.type is train_gpt.Names:
+        return ("q",)
     return next(choice for choice in get_args(kind.type) or (True, False) if str(choice) not in values) if values else type(kind.default)()
 
 
 def right_values(other, values):
     kind = FIELDS[other.upper()]
+    if kind.type is train_gpt.Names:
+        return [("q", value) for value in values]
     return [next(choice for choice in (True, False, *values) if str(choice) == value) for value in values] or \
         [kind.default or other_value(kind)]
 
