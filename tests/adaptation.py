@@ -78,7 +78,9 @@ class Net:
         logits = narrow @ (model.embed if model.head is None else model.head).weight.T
         if pair := self.adapters.get((None, "head")):
             logits = logits + self.scale * hidden @ pair[0].T @ pair[1].T
-        logits = (cap * torch.tanh(logits / cap) if cap else logits) / temperature
+        if model.caps is not None:
+            cap = torch.where(logits > 0, *model.caps.caps)
+        logits = (cap * torch.tanh(logits / cap) if self.s.logit_softcap else logits) / temperature
         return -logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
 
 
@@ -132,7 +134,7 @@ class Weights:
         self.s, self.net, self.stream = s, net, stream
         named = dict(net.model.named_parameters())
         self.rates = rates(s, net.model)
-        self.named = {name: named[name] for name in self.rates}
+        self.named = {name: named[name].requires_grad_() for name in self.rates}
         self.mean = {name: weight.detach().clone() for name, weight in self.named.items()}
         self.renew()
 

@@ -124,12 +124,13 @@ def test_grids_and_corrections_are_the_same_out_of_the_file(tmp_path_factory, s,
     """Bit for bit what the quantiser decodes in memory: every codec, with and without a correction, several widths."""
     path = tmp_path_factory.getbasetemp() / "grids.pg"
     s = tg.replace(s, fit=fit, matrix_quant="gptq", embed_quant="rtn", lqer_rank=rank, lqer_top_k=2, lqer_asym_group=5, matrix_bits=4,
+                   awq_lite_group_top_k=3 * mixed, awq_lite_group_size=3,
                    embed_bits=6, gate_bits=5 if mixed else 16, layer_bits=((0, 3),) if mixed else ())
     model, moments = ref.randomise(tg.GPT(s, init=False), seed, 0.2), {}
     for name, module in model.named_modules():
         if isinstance(module, (tg.Linear, tg.Table)):
             x = torch.randn(40, module.weight.size(1), generator=torch.Generator().manual_seed(seed))
-            moments[f"{name}.weight"] = tg.Moments(x.T @ x / 40, torch.rand(len(module.weight)))
+            moments[f"{name}.weight"] = tg.Moments(x.T @ x / 40, torch.rand(len(module.weight)), 0.0, x.square().mean(0))
     seen = []
     pack = tg.pack
     with mock.patch.object(tg, "pack", lambda done, *rest: (seen.append(done), pack(done, *rest))[1]):
@@ -285,6 +286,29 @@ def test_a_contradicting_setting_is_named_with_both_values(tmp_path):
     assert "LEAKY_SLOPE=0.25" in refused(tmp_path / "model.pg", settings=ref.small(leaky_slope=0.25))
     loaded, _ = tg.load_artifact(tmp_path / "model.pg", tg.Settings(eval_stride=7, data_path="somewhere"))
     assert (loaded.eval_stride, loaded.data_path, loaded.num_layers) == (7, "somewhere", 3)
+
+
+def test_a_file_of_before_a_setting_was_there_has_its_default(tmp_path):
+    """Settings come and go: one that the file does not name yet is as it was, one that is gone is refused."""
+    saved(tmp_path / "model.pg")
+    header, _ = tg.read_artifact(tmp_path / "model.pg")
+
+    def rewritten(change):
+        body = zlib.decompress((data := (tmp_path / "model.pg").read_bytes())[tg.PREFIX.size:][: tg.PREFIX.unpack_from(data)[2]])
+        whole = json.loads(body)
+        change(whole["settings"])
+        raw = json.dumps(whole).encode()
+        packed = zlib.compress(raw)
+        rest = data[tg.PREFIX.size + tg.PREFIX.unpack_from(data)[2]:]
+        (tmp_path / "other.pg").write_bytes(tg.PREFIX.pack(tg.MAGIC, tg.ARTIFACT_VERSION, len(packed), len(raw), zlib.crc32(packed)) + packed + rest)
+        return tmp_path / "other.pg"
+
+    for name in ("PARALLEL_FIRST_SKIP", "ASYM_LOGIT_RESCALE"):
+        s, model = tg.load_artifact(rewritten(lambda settings: settings.pop(name)))
+        assert getattr(s, name.lower()) == getattr(tg.Settings(), name.lower())
+        want = tg.load_artifact(tmp_path / "model.pg")[1]
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), want.parameters()))
+    assert "SURPRISE" in refused(rewritten(lambda settings: settings.update(SURPRISE="1")))
 
 
 def test_the_file_is_complete_or_absent(tmp_path, monkeypatch):

@@ -326,13 +326,19 @@ def test_an_artifact_that_contradicts_the_command_is_refused(toy, trained, tmp_p
 # Size, loss, disk
 
 
-def test_an_artifact_over_the_limit_is_kept_and_ends_with_code_3(toy, tmp_path):
+def test_an_artifact_over_the_limit_is_kept_and_scored_and_ends_with_code_3(toy, tmp_path):
     done = run_trainer(command(toy, tmp_path, "SIZE_LIMIT=1000", "ITERATIONS=1"))
     total = events(tmp_path, "artifact")[0]["total_bytes"]
-    refused(done, 3, total, 1000, total - 1000, "model.pg")
+    assert done.returncode == 3 and "Traceback" not in done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert all(str(word) in error for word in (total, 1000, total - 1000, "model.pg", "FIT=", "tools/submit.py"))
     assert train_gpt.load_artifact(tmp_path / "model.pg")
     assert events(tmp_path, "artifact")[0]["margin_bytes"] == 1000 - total
-    assert not events(tmp_path, "final"), "not scored"
+    (final,) = events(tmp_path, "final")
+    for last in (done.stdout.splitlines()[-1], (tmp_path / "train.log").read_text().splitlines()[-1]):
+        result = json.loads(last.removeprefix("summary "))
+        assert result["val_bpb"] == final["val_bpb"] and result["valid"] == "yes" and result["eligible"] == "no"
+        assert f"{total} bytes, the limit is 1000" in result["eligible_reasons"]
 
 
 @pytest.fixture(scope="module")

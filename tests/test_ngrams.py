@@ -293,6 +293,15 @@ def tilted(s, p, table, context):
     return out / (1 + p[hint] * (math.exp(s.token_boost) - 1))
 
 
+def merged(hints, s, ids, begin, at):
+    """hints, and what followed in the targets begin..at of a document, on contexts that it holds."""
+    found, back = defaultdict(Counter, {context: after.copy() for context, after in hints.items()}), s.token_order - 1
+    for i in range(begin, at):
+        if i - begin + 1 >= back:
+            found[tuple(ids[i + 1 - back : i + 1])][ids[i + 1]] += 1
+    return found
+
+
 class Original:
     """MIXER=hashed: BackoffNgramMixer of #1033, one number at a time (spec 6.9)."""
 
@@ -332,10 +341,15 @@ def brute_force(s, base, ids):
     table, hints, original, seen = defaultdict(Counter), defaultdict(Counter), Original(s), 0
     weights = np.array([2.0] + [0.0] * len(names))
     for part in parts_of(s, ids):
-        nats = []
+        nats, known = [], hints
         for at, begin in part:
             context, p = ids[begin : at + 1], base.table[ids[at]].exp().numpy()
-            p = tilted(s, p, hints, context) if s.token_boost else p
+            if s.ttt == "lora_docs":  # the chunks of the document that are scored are known, too
+                if (at - begin) % s.ttt_chunk_size == 0:
+                    known = merged(hints, s, ids, begin, at)
+                p = tilted(s, p, known, context) if s.token_boost else p
+            else:
+                p = tilted(s, p, hints, context) if s.token_boost else p
             entropy = -(p * np.log(p)).sum()
             alpha = s.alpha_base + s.alpha_range / (1 + math.exp(-2 * (entropy - s.alpha_center)))
             if s.mixer == "off" or seen < s.mixer_min_tokens:
@@ -344,9 +358,9 @@ def brute_force(s, base, ids):
                 share = np.array([original.share(context, token) for token in range(vocab)])
                 mixed = np.maximum((1 - alpha) * p + alpha * share, 1e-12)
             else:
-                known = discounted(table, context, max(s.ngram_order, 3), vocab)
+                shares = discounted(table, context, max(s.ngram_order, 3), vocab)
                 same = np.full(vocab, math.exp(-entropy))
-                experts = [p, *(same if name == "entropy" else known[orders[name] - 1] for name in names)]
+                experts = [p, *(same if name == "entropy" else shares[orders[name] - 1] for name in names)]
                 nats.append([-math.log(expert[ids[at + 1]]) for expert in experts])
                 share = np.exp(weights) / np.exp(weights).sum() if s.mixer == "hedge" else (1 - alpha, alpha)
                 mixed = sum(w * expert for w, expert in zip(share, experts))
@@ -422,6 +436,20 @@ def repeated(seed=0):
     rng = np.random.default_rng(seed)
     words = [rng.integers(0, 12, 5).tolist() for _ in range(4)]
     return [ref.BOS, *(token for i in rng.integers(0, 4, 40) for token in words[i])]
+
+
+def test_a_document_is_history_of_its_own_for_the_tilt():
+    """Words that return within a document are hinted there at once; in the next one of the group, which says the same, too
+    late; and the table of a row grows as far as its document.
+    """
+    s = settings(token_boost=4, token_order=3, token_threshold=0.5, ttt="lora_docs", ttt_chunk_size=3, ttt_group_docs=9)
+    words = np.random.default_rng(0).integers(4, 32, 150).tolist()
+    ids = [ref.BOS, *words, *words, ref.BOS, *words, ref.BOS]
+    tilt = tg.Tilt(Bigram(32, 1), s, ref.alone(), len(ids))
+    nats, plain = scored(tilt, s, ids)[0], scored(Bigram(32, 1), s, ids)[0]
+    gain = plain - nats
+    assert gain[:150].abs().mean() < 0.1 and gain[150:300].mean() > 1 and gain[302:450].abs().mean() < 0.1
+    assert len(tilt.row.table) > 256
 
 
 KINDS = {"backoff": dict(mixer="backoff"),

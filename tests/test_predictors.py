@@ -54,10 +54,10 @@ def scored(predictor, s, stream, rt=None):
     return nats
 
 
-def starting(predictor):
+def starting(predictor, *draw):
     """{(visit, "q"): (A, B)} with which the adapters begin."""
-    adapters = predictor.adapters.of(predictor.adapters.start())
-    maps = {(visit, what): f for visit, slot in enumerate(adapters.slots) for what, f in slot._asdict().items() if f}
+    adapters = predictor.adapters.of(predictor.adapters.start(*draw))
+    maps = {(visit, what): f for visit, slot in enumerate(adapters.slots) for what, f in slot._asdict().items() if callable(f)}
     maps |= {(None, "head"): adapters.head} if adapters.head else {}
     return {place: tuple(z[0] for z in f.args[:2]) for place, f in maps.items()}
 
@@ -66,9 +66,11 @@ def referred(s, seed, stream):
     """What tests/adaptation.py says."""
     start = None
     if s.ttt in ("lora", "lora_docs"):
-        start = starting(predictor_of(s, tg.GPT(s, torch.float64, init=False), stream))
+        predictor = predictor_of(s, tg.GPT(s, torch.float64, init=False), stream)
+        start = starting(predictor)
     if s.ttt == "lora_docs":
-        return adaptation.adapted_documents(s, seed, stream, start)
+        draw = functools.partial(starting, predictor) if s.ttt_lora_a == "own" else None
+        return adaptation.adapted_documents(s, seed, stream, start, draw)
     return adaptation.score_first(s, seed, stream, start)[0]
 
 
@@ -111,12 +113,18 @@ CASES = [  # (beside what, a change that must be seen)
         dict(ttt_min_lr=0.5), dict(ttt_grad_clip=0.001),
         dict(adaptive_lr_max=3), dict(polyak_decay=0.8), dict(byte_weighted_ttt=True), CACHED, dict(eval_docs=True),
         dict(num_loops=1, loop_start=0, loop_end=1), dict(seed=7),
-        *(dict(ttt_lora_targets=what) for what in ("q", "k", "v", "o", "mlp", "head", "q,k,v,o,mlp,head")))),
+        *(dict(ttt_lora_targets=what) for what in ("q", "k", "v", "o", "attn", "mlp", "head", "q,k,v,o,attn,mlp,head")))),
+    *((kind | dict(ttt_lora_targets=what), dict(ttt_lora_scaled=True)) for kind in (LORA, DOCS, DOCS | CACHED)
+      for what in ("o", "attn", "mlp")),
+    *((docs | more, dict(ttt_lora_a="own")) for docs in (DOCS, DOCS | CACHED) for more in (
+        {}, dict(ttt_warm_start_a=True), dict(ttt_warm_start_a=True, ttt_group_docs=2))),
+    (PHASES, dict(ttt_lora_a="own")), (PHASES | dict(ttt_warm_start_a=True, phased_ttt_num_phases=2), dict(ttt_lora_a="own")),
+    *((kind | dict(logit_softcap=3), dict(asym_logit_rescale=True)) for kind in (FULL, PHASES)),
     *((docs, change) for docs in (DOCS, DOCS | CACHED) for change in (
         dict(ttt_chunk_size=3), dict(ttt_lora_alpha=20), dict(ttt_beta1=0.0), dict(ttt_wd=0.5),
         dict(ttt_warm_start_a=True), dict(ttt_short_chunks="2@3,3@9"), dict(eval_seq_len=6),
         dict(eval_temperature=0.7), dict(num_loops=1, loop_start=0, loop_end=1),
-        dict(ttt_lora_targets="q,k,v,o,mlp,head"), dict(tie_embeddings=False), dict(doc_mask="none"))),
+        dict(ttt_lora_targets="q,k,v,o,attn,mlp,head"), dict(tie_embeddings=False), dict(doc_mask="none"))),
     (DOCS, CACHED), (DOCS, dict(ttt_lora_lr=0.03)), (DOCS, dict(ttt_beta2=0.999)), (DOCS, dict(ttt_lora_rank=2)),
     (DOCS | dict(ttt_short_chunks="2@3,3@9"), dict(ttt_short_chunks="3@9,2@3,3@100")),
     (DOCS | dict(ttt_warm_start_a=True), dict(ttt_group_docs=2)), (DOCS, PHASES), (DOCS | CACHED, PHASES | CACHED),
@@ -129,6 +137,7 @@ CASES = [  # (beside what, a change that must be seen)
 UNSEEN = [  # changes that nothing may see, but for rounding
     *((kind, change) for kind in (FULL, LORA, DOCS, DOCS | CACHED) for change in (
         dict(micro_batch_tokens=16), dict(eval_batch_seqs=1), dict(ttt_batch_size=1), dict(ttt_batch_size=50))),
+    *((PHASES | dict(ttt_lora_a="own", ttt_warm_start_a=warm), dict(ttt_batch_size=n)) for n in (1, 2) for warm in (False, True)),
     (DOCS, dict(ttt_group_docs=1)),
     (DOCS | dict(ttt_warm_start_a=True, ttt_group_docs=99), dict(ttt_warm_start_a=False)),
 ]
@@ -158,7 +167,8 @@ def test_every_model_adapts_as_the_reference(s, data):
         eval_stride=pick(0, 3, 8), ttt_lr=0.002, ttt_lora_lr=0.002, ttt_optimizer=pick("sgd", "adamw"),
         ttt_chunk_tokens=pick(9, 24), ttt_epochs=pick(1, 2), byte_weighted_ttt=pick(False, True),
         polyak_decay=pick(0.0, 0.5), ttt_warm_start_a=pick(False, True), ttt_group_docs=pick(1, 3),
-        ttt_lora_targets=tuple(data.draw(st.sets(st.sampled_from(["q", "k", "v", "o", "mlp", "head"]), min_size=1))),
+        ttt_lora_a=pick("shared", "own"), ttt_lora_scaled=pick(False, True),
+        ttt_lora_targets=tuple(data.draw(st.sets(st.sampled_from(["q", "k", "v", "o", "attn", "mlp", "head"]), min_size=1))),
         ttt_chunk_size=pick(2, 5, 8), phased_ttt_prefix_docs=pick(0, 2, 3))
     stream = stream_of(40, data.draw(st.integers(0, 9)), s.vocab_size)
     assert far(scored(predictor_of(s, ref.double(s, 5), stream), s, stream), referred(s, 5, stream)) < 1e-4
@@ -176,6 +186,7 @@ def test_what_is_only_about_speed_is_not_seen(case):
 
 KINDS = [FULL, FULL | dict(polyak_decay=0.8, eval_docs=True), ADAMW | CACHED, LORA,
          LORA | CACHED | dict(eval_docs=True), DOCS, DOCS | CACHED, PHASES | dict(ttt_warm_start_a=True),
+         PHASES | dict(ttt_warm_start_a=True, ttt_lora_a="own", ttt_group_docs=7), DOCS | dict(ttt_lora_a="own", token_boost=2.0),
          PHASES | CACHED | dict(phased_ttt_num_phases=2)]
 
 
@@ -272,7 +283,7 @@ def test_the_log_counts_what_learns(toy, artifact, tmp_path, freeze):
 
 # --- adapters --------------------------------------------------------------------------------------------------------
 
-ALL = dict(ttt_lora_targets="q,k,v,o,mlp,head")
+ALL = dict(ttt_lora_targets="q,k,v,o,attn,mlp,head")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -313,7 +324,7 @@ def test_each_visit_of_a_looped_block_has_adapters_of_its_own(kind):
     s = tiny(num_loops=2, loop_start=0, loop_end=1, **kind, **ALL)
     stream = stream_of(40, bos=0)
     predictor = predictor_of(s, ref.randomise(tg.GPT(s), 3), stream)
-    ends = {(visit, what) for visit in range(6) for what in "q k v o mlp".split()} | {(None, "head")}
+    ends = {(visit, what) for visit in range(6) for what in "q k v o attn mlp".split()} | {(None, "head")}
     assert starting(predictor).keys() == ends
     scored(predictor, s, stream)
     maps = predictor.adapters.of(predictor.flat.detach()).slots
