@@ -452,6 +452,31 @@ def test_a_document_is_history_of_its_own_for_the_tilt():
     assert len(tilt.row.table) > 256
 
 
+@pytest.mark.parametrize("segment", [32, 3])
+def test_a_row_with_kept_keys_knows_what_it_has_scored(segment, monkeypatch):
+    """And nothing of what other rows score at the same time, the text that it reads first for its keys included."""
+    monkeypatch.setattr(tg, "CACHE_SEGMENT", segment)
+    s, ids = settings(token_boost=2, token_order=3, token_threshold=0.5, eval_context="cache", eval_seq_len=4,
+                      ttt_chunk_tokens=480), repeated()
+    ids = [*ids, *ids, *ids]
+    base, known, n = Bigram(32, 1), {}, len(ids) - 1
+    watched = Watched(tg.Tilt(base, s, ref.alone(), n), ids, 32)
+    assert scored(watched, s, ids)[1] == []
+    for at in range(n):
+        part, row = s.ttt_chunk_tokens * (at // s.ttt_chunk_tokens), min(segment * 4, max(s.ttt_chunk_tokens // 16, 4))
+        first = part + row * ((at - part) // row)
+        begin = max(first - 4, 0)
+        chunk = max(begin + 4 * ((at - begin) // 4), first)
+        if at == part:
+            hints = merged({}, s, ids, 0, part)
+        found = defaultdict(Counter, {context: after.copy() for context, after in hints.items()})
+        for i in range(first, chunk):
+            if i >= 1:
+                found[tuple(ids[i - 1 : i + 1])][ids[i + 1]] += 1
+        want = tilted(s, base.table[ids[at]].exp().numpy(), found, ids[: at + 1])
+        np.testing.assert_allclose(watched.said[at].exp().numpy(), want, atol=2e-6)
+
+
 KINDS = {"backoff": dict(mixer="backoff"),
          "hedge": dict(mixer="hedge", mixer_eta=1, mixer_experts="unigram,trigram,backoff"),
          "tilt": dict(token_boost=2), "all": dict(mixer="hedge", mixer_experts="backoff", token_boost=2)}
