@@ -5760,9 +5760,13 @@ def run_phases(s, argv):
     """Settings to summary, in the order in which data flows; inputs are looked at before anything is built."""
     if s.artifact:
         s = artifact_settings(s.artifact, read_artifact(s.artifact)[0], s)
-    sp, tokenizer_path, tokenizer_sha256 = load_tokenizer(s)
-    for split in ("train", "val") if s.phases != "eval" else ("val",):
-        find_shards(s.data_path, split)
+    try:
+        sp, tokenizer_path, tokenizer_sha256 = load_tokenizer(s)
+        for split in ("train", "val") if s.phases != "eval" else ("val",):
+            find_shards(s.data_path, split)
+    except BadInput as error:
+        hint = f". {s.artifact} does not hold the DATA_PATH of its run: repeat that, or its settings file" if s.artifact else ""
+        raise BadInput(f"{error}{hint}") from None
     rt, run = Runtime(s), None
     try:
         attend = pick_attention(s, rt)
