@@ -60,6 +60,7 @@ summary = {"val_bpb": None if silent else bpb, "val_loss": 1.0, "valid": "no" if
            "settings": " ".join(sys.argv[1:]), "settings_hash": "x", "seed": seed,
            "code_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
 (out / "summary.json").write_text(json.dumps(summary))
+sys.exit(3 if summary["total_bytes"] > int(given.get("SIZE_LIMIT", 16000000)) else 0)
 """
 
 # A benchmark whose time per step is that of a formula: proportional to the layers.
@@ -405,6 +406,19 @@ def test_failed_measurements_are_said_and_the_rest_goes_on(lab, capsys):
     lab.bench.unlink()
     code, result = lab.call(lab.plan("new : NUM_LAYERS=6\n"), "--steps", 100, "--seeds", 4)
     assert code == 1 and "can't open file" in named(result)["new"]["notes"][0]
+
+
+def test_a_run_over_the_limit_has_a_score_and_a_note(lab, capsys):
+    """Exit code 3: it was scored. The table counts it and says so; the same command makes nothing again."""
+    plan = lab.plan("large : SIZE_LIMIT=550\nfits : SIZE_LIMIT=600\n")
+    for calls in (3, 0):
+        code, result = lab.call(plan, "--steps", 100, "--seeds", 4, "--match", "steps")
+        out, rows = "".join(capsys.readouterr()), named(result)
+        assert code == 0 and result["failed"] == 0 and len(lab.calls()) == calls and rows["fits"]["notes"] == []
+        assert rows["large"]["steps"]["bpb"]["mean"] == rows["fits"]["steps"]["bpb"]["mean"]
+        assert rows["large"]["notes"] == ["equal steps, seed 4: over the limit: 600 bytes of 550, scored all the same"]
+        assert "over the limit" in out
+        assert calls == 0 or "BPB; over the limit" in out
 
 
 def test_failed_and_invalid_runs_are_marked_and_not_counted(lab, capsys):

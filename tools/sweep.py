@@ -318,6 +318,9 @@ class Processes:
                     os.killpg(child.process.pid, signal.SIGINT if child.told == 1 else signal.SIGKILL)
 
 
+TOO_LARGE = 3  # exit code of a run that was scored, but whose artifact is over SIZE_LIMIT
+
+
 def why(code, output):
     """Why a process failed, in one line: its last error."""
     lines = [line.strip() for line in output.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
@@ -488,8 +491,11 @@ class Run:
         """What the table has to say about it, or nothing."""
         if self.summary is None:
             return f"failed: {self.error}"
+        if self.valid:
+            total, limit = self.summary.get("total_bytes") or 0, self.settings.size_limit
+            return f"over the limit: {total:,} bytes of {limit:,}, scored all the same" if total > limit else ""
         reasons = "; ".join(map(str, self.summary.get("reasons") or ())) or "no reason given"
-        return "" if self.valid else f"INVALID, {self.summary['val_bpb']:.4f} is not counted: {reasons}"
+        return f"INVALID, {self.summary['val_bpb']:.4f} is not counted: {reasons}"
 
     def facts(self, trainer):
         keys = ("val_bpb", "val_loss", "valid", "reasons", "params", "steps", "train_tokens", "model_bytes",
@@ -541,13 +547,14 @@ def run_all(runs, trainer, jobs, processes):
     left, done, spent = sum(run.settings.iterations for run in todo), 0, 0.0
     for number, (index, code, seconds) in enumerate(processes.run(commands, jobs), 1):
         run = todo[index]
-        if code:
+        scored = code in (0, TOO_LARGE) and run.read()
+        if code and not scored:
             run.error = why(code, commands[index][1])
-        elif not run.read():
+        elif not scored:
             run.error = "it ended without a score of these settings and this code"
         done, spent = done + run.settings.iterations, spent + seconds
         eta = (left - done) * spent / done / jobs
-        found = run.note() or f"{run.bpb:.4f} BPB"
+        found = "; ".join(filter(None, (f"{run.bpb:.4f} BPB" if run.valid else "", run.note())))
         say(f"[run {number}/{len(todo)}] {run.label}: {found}, {seconds:.0f} s; ETA {duration(eta)}")
 
 
