@@ -4109,14 +4109,14 @@ class Adapters:
 
     def start(self, *draw):
         """(1, P): A uniform within 1 / sqrt(inputs), B zero, so that nothing is added at first. Other numbers `draw` are
-        another draw.
+        another draw; each is the same on every device.
         """
         seed = int(np.random.SeedSequence((self.seed, *draw)).generate_state(1)[0]) if draw else self.seed
-        generator, parts = torch.Generator(self.device).manual_seed(seed), []
+        generator, parts = torch.Generator().manual_seed(seed), []
         for _, _, inputs, outputs in self.shapes:
-            a = (2 * torch.rand(self.rank * inputs, generator=generator, device=self.device) - 1) * inputs**-0.5
-            parts += [a, a.new_zeros(outputs * self.rank)]
-        return torch.cat(parts)[None]
+            a = (2 * torch.rand(self.rank * inputs, generator=generator) - 1) * inputs**-0.5
+            parts += [a, torch.zeros(outputs * self.rank)]
+        return torch.cat(parts)[None].to(self.device)
 
     def of(self, flat):
         """AdapterSet of rows (R, P), in the model's dtype, but for the head in float32."""
