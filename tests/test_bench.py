@@ -369,6 +369,7 @@ def packed(raw, tmp_path_factory):
             patch.delenv(name)
         patch.setattr(bench_pack, "measure_apart", bench.measure)
         patch.setattr(bench_pack, "ONE_COMPRESSOR", "zlib")
+        patch.setattr(bench_pack, "TRIED_STEPS", bench_pack.TRIED_STEPS[::2])
         patch.setattr(bench_pack.shutil, "which", lambda name: None)
         printed = []
         patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
@@ -423,6 +424,10 @@ def test_pack_compares_at_equal_bytes(packed):
     by_name = {row["method"]: row for row in at_size}
     assert by_name["allocated GPTQ"]["predicted_gap"] == pytest.approx(by_name["allocated GPTQ"]["felt_error"], rel=0.5)
     assert f"| {by_name['GPTQ + SDClip']['loss']:.5f} |" in console and "k = 12.85" in console
+    by_tensor = by_name[bench_pack.BY_TENSOR]
+    assert by_name["allocated GPTQ"]["felt_error"] < by_tensor["felt_error"] < by_name["GPTQ + SDClip"]["felt_error"]
+    sigmas = by_tensor["value"]
+    assert f"k = {min(sigmas.values()):.4g} to {max(sigmas.values()):.4g} |" in console and len(set(sigmas.values())) > 5
 
 
 def test_widths_are_interpolated(subject, monkeypatch):
@@ -437,6 +442,28 @@ def test_widths_are_interpolated(subject, monkeypatch):
     assert 0 < high["divergence"] < row["divergence"] < low["divergence"]
     assert all(torch.equal(p, subject.raw[name]) for name, p in subject.model.named_parameters()), "not put back"
     assert "nearest" in bench_pack.quality_row(subject, "GPTQ + SDClip", 1000, raw)["skipped"]
+
+
+def test_one_k_a_tensor_is_the_best_of_its_family(subject, monkeypatch):
+    """Its steps are those of the trainer at that k; and two tensors that trade bytes only lose."""
+    monkeypatch.setattr(bench_pack, "ONE_COMPRESSOR", "zlib")
+    monkeypatch.setattr(bench_pack, "TRIED_STEPS", bench_pack.TRIED_STEPS[::2])
+    s = subject.settings(bench_pack.METHODS[bench_pack.BY_TENSOR])
+    size, encoded, sigmas = bench_pack.at_size_by_tensor(subject, s, 40_000)
+    assert size == subject.size(encoded) == pytest.approx(40_000, rel=0.002)
+    assert set(sigmas) == {name for name, one in encoded.items() if one.codec == "int" and subject.raw[name].ndim == 2
+                           and name in subject.moments}
+    for name, k in sigmas.items():
+        assert encoded[name].parts["scale"].equal(tg.row_scales(subject.raw[name], 8, "gptq", k)), name
+    alike = subject.encode_clipped(s, dict.fromkeys(sigmas, 20.0))
+    assert all(one.parts["q"].equal(alike[name].parts["q"]) for name, one in subject.quantiser(s).encode().items()
+               if "q" in one.parts)
+    felt = subject.errors(encoded)[1]
+    first, second = sorted(sigmas, key=lambda name: -subject.raw[name].numel())[:2]
+    for a, b in ((first, second), (second, first)):
+        traded = subject.raw[a].numel() / subject.raw[b].numel()  # octaves of b that are an octave of a in bytes
+        other = subject.encode_clipped(s, sigmas | {a: sigmas[a] * 2, b: sigmas[b] / 2**traded})
+        assert subject.size(other) == pytest.approx(size, rel=0.02) and subject.errors(other)[1] > felt
 
 
 @pytest.fixture(scope="module")
@@ -528,6 +555,55 @@ def test_every_row_is_settings():
         assert bench_pack.knob(settings(text)) in ("bits", "sigmas", "spacing"), name
 
 
+# ---- pack --weights -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".npz", ".safetensors"])
+def test_matrices_of_any_file(tmp_path, suffix):
+    """Each once, convolutions as rows, what is small or no float left out; the codes by hand."""
+    rng = np.random.default_rng(3)
+    kernel = rng.standard_normal((64, 4, 8, 8)).astype(np.float32)
+    wide = rng.standard_normal((128, 256)).astype(np.float16)
+    tensors = {"kernel": kernel, "tied": kernel.copy(), "wide": wide, "small": wide[:8].copy(), "bias": wide.ravel(),
+               "ids": np.zeros((200, 200), np.int64)}
+    path = tmp_path / f"model{suffix}"
+    if suffix == ".pt":
+        torch.save({"epoch": 3, "model": [{name: torch.from_numpy(value) for name, value in tensors.items()}]}, path)
+    elif suffix == ".npz":
+        np.savez(path, **tensors)
+    else:
+        names, header, data = {"float32": "F32", "float16": "F16", "int64": "I64"}, {"__metadata__": {"format": "pt"}}, b""
+        for name, value in tensors.items():
+            header[name] = {"dtype": names[str(value.dtype)], "shape": value.shape,
+                            "data_offsets": [len(data), len(data) + value.nbytes]}
+            data += value.tobytes()
+        words = json.dumps(header).encode()
+        path.write_bytes(len(words).to_bytes(8, "little") + words + data)
+    loaded = bench_pack.Loaded(str(path))
+    assert {name.split(".")[-1]: shape for name, shape in loaded.shapes.items()} == {"kernel": (64, 256), "wide": (128, 256)}
+    assert loaded.parameters == kernel.size + wide.size
+    one = list(loaded.encode(6, 12.85).values())[0]
+    step = (12.85 * kernel.reshape(64, -1).std(1, ddof=1) / 31).astype(np.float16)
+    assert np.array_equal(one.parts["q"].numpy(), np.round(kernel.reshape(64, -1) / step.astype(np.float32)[:, None]))
+
+
+def test_the_coder_alone(tmp_path):
+    rng = np.random.default_rng(4)
+    np.savez(tmp_path / "model.npz", a=rng.standard_normal((160, 120)), b=rng.standard_normal((16384, 1)) * 7)
+    out = tmp_path / "out.json"
+    with here(bench_pack) as printed:
+        assert bench.main(["pack", "--weights", str(tmp_path / "model.npz"), "--clips", "4:12,6:12.85", "--compressors",
+                           "rans,zlib", "--json", str(out)]) == 0
+    console, result = "\n".join(printed), json.loads(out.read_text())
+    assert [row["row"] for row in result["codes"]] == ["model.npz int4, k = 12", "model.npz int6, k = 12.85"]
+    for facts in result["codes"]:
+        assert facts["codes"] == 160 * 120 + 16384 and facts["matrices"] == len(facts["tensors"]) == 2
+        assert facts["tensor_entropy_bytes"] == sum(one["entropy_bytes"] for one in facts["tensors"])
+        rans, zlib = (row for row in result["sizes"] if row["row"] == facts["row"])
+        assert 0.97 * facts["tensor_entropy_bytes"] < rans["code_bytes"] < zlib["code_bytes"]
+        assert f"| {facts['row']} | rans | {rans['bytes']:,} |" in console
+
+
 PACK_BAD = [
     (["pack"], "ARTIFACT", "--help"), (["pack", "{path}", "--rows", "int9"], "'int9'", "RTN int4"),
     (["pack", "{path}", "--compressors", "rar"], "'rar'", "brotli"), (["pack", "{path}", "--methods", "x"], "'x'", "GPTQ-lite"),
@@ -538,6 +614,12 @@ PACK_BAD = [
     (["pack", "{path}", "LEAKY_SLOPE=0.25"], "LEAKY_SLOPE=0.25", "contradicts"),
     (["pack", "{path}", "--also", "nothing"], "--also", "NAME=ARTIFACT"),
     (["pack", "{path}", "--budget", "0"], "--budget", "at least 1"),
+    (["pack", "--weights", "/nowhere/a.pt"], "/nowhere/a.pt", "safetensors"),
+    (["pack", "--weights", "records/small.env"], "records/small.env", "safetensors"),
+    (["pack", "{path}", "--weights", "a.pt"], "--weights", "leave one of them out"),
+    (["pack", "--weights", "a.pt", "--score"], "--score", "does nothing with --weights"),
+    (["pack", "{path}", "--clips", "6:12"], "--clips", "does nothing without --weights"),
+    (["pack", "--weights", "a.pt", "--clips", "9:12"], "'9:12'", "2 to 8 bits"),
     (["pack", "{path}", "--json", "/nowhere/out.json"], "/nowhere/out.json", "folder"),
 ]
 

@@ -4,18 +4,23 @@
     python tools/bench.py pack logs/raw/model.pg @records/small.env --score --json pack.json
     python tools/bench.py pack model.pg DATA_PATH=... --rows "RTN int6,allocated GPTQ" --compressors rans,brotli
     python tools/bench.py pack model.pg DATA_PATH=... --rows none --score --budget 15900000 --also QAT=logs/qat/model.pg
+    python tools/bench.py pack --weights model.safetensors --weights other.pt         the compressors alone
 
 The weights are those of an artifact that holds them as float16, which PHASES=train FIT=off MATRIX_BITS=16 EMBED_BITS=16
 makes (if it is over SIZE_LIMIT, the file is kept). The settings name the data
 (DATA_PATH, TRAIN_SEQ_LEN, EVAL_SEQ_LEN): training text for the moments by which GPTQ and FIT=allocate go, and validation
-text for the loss. `bench.py pack --help` has the options.
+text for the loss. With --weights they are those of any trained model that a file holds: its matrices are rounded by
+SDClip, which asks for no text, and only the bytes of the codes are measured. `bench.py pack --help` has the options.
 """
 
+import argparse
 import dataclasses
 import io
 import itertools
+import json
 import math
 import os
+import pickle
 import shlex
 import shutil
 import subprocess
@@ -27,10 +32,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import (BadInput, Parser, commit, load_trainer, markdown, measure_apart, names_of, progress, show,
-                    usage, whole, write_json)
+from common import (BadInput, Parser, commit, load_trainer, markdown, measure_apart, names_of, positive, progress,
+                    show, usage, whole, write_json)
 
 # How weights are stored, as settings of train_gpt.py: METHODS have a width or a knob still to choose, ROWS have it chosen.
+BY_TENSOR = "GPTQ + SDClip (one k a tensor)"  # from the moments; int8, so that no step is too small for its range
 METHODS = {
     "RTN": "FIT=off MATRIX_QUANT=rtn EMBED_QUANT=rtn EMBED_BITS=8",
     "GPTQ-lite": "FIT=off MATRIX_QUANT=gptq_lite EMBED_QUANT=gptq_lite EMBED_BITS=8",
@@ -39,6 +45,8 @@ METHODS = {
                      "EMBED_QUANT=gptq EMBED_BITS=8 EMBED_CLIP_SIGMAS=20",
     "GPTQ + SDClip + LQER": "FIT=off MATRIX_QUANT=gptq MATRIX_BITS=6 MATRIX_CLIP_SIGMAS=12.85 "
                             "EMBED_QUANT=gptq EMBED_BITS=8 EMBED_CLIP_SIGMAS=20 LQER_RANK=4 LQER_TOP_K=3",
+    BY_TENSOR: "FIT=off MATRIX_QUANT=gptq MATRIX_BITS=8 MATRIX_CLIP_SIGMAS=20 "
+               "EMBED_QUANT=gptq EMBED_BITS=8 EMBED_CLIP_SIGMAS=20",
     "allocated RTN": "FIT=allocate MATRIX_QUANT=rtn EMBED_QUANT=rtn",
     "allocated GPTQ": "FIT=allocate MATRIX_QUANT=gptq EMBED_QUANT=gptq",
     "allocated GPTQ + LQER": "FIT=allocate MATRIX_QUANT=gptq EMBED_QUANT=gptq LQER_RANK=4 LQER_TOP_K=3",
@@ -67,14 +75,15 @@ TOLERANCE = 0.0005  # of a size that is to be equal
 
 
 class Subject:
-    """The weights under test and everything that is decided about them. Outside of the containers, only this class and
-    collect_moments() call the trainer.
+    """The weights under test and everything that is decided about them. Outside of the containers, only this class,
+    Loaded and collect_moments() call the trainer.
 
     Relied on: Settings.parse, .text and the fields of packing; read_artifact, artifact_settings, load_artifact,
     model_fields; Runtime, pick_attention; find_shards, TokenStream(paths, s, rt).next(); MomentMeter(model) with
     .observe(x, y) .tokens .moments(rt); Quantiser(model, s, moments) with .encode(spacing) .spacing_for(bytes) .quantised
-    and .factors (shared between settings: most of its time); pack().chunks; load_tokenizer, load_validation,
-    ModelPredictor, side_by_side, score, Validity. The containers: Encoded, stream_layout, pack_stream, code_groups,
+    .stores and .groups (rewritten where each tensor has its own clip) and .factors (shared between settings: most of its
+    time); pack().chunks; load_tokenizer, load_validation,
+    ModelPredictor, side_by_side, score, Validity; of Loaded: row_scales, round_to_grid. The containers: Encoded, stream_layout, pack_stream, code_groups,
     decode_codes, decompress, _unplanes, _kind, COMPRESSORS.
     """
 
@@ -110,6 +119,21 @@ class Subject:
         quantiser.factors = self.factors
         return quantiser
 
+    def clipped(self, s):
+        """{parameter: Store} of those that settings clip at a multiple of their rows' spread."""
+        return {name: store for name, store in self.quantiser(s).stores.items() if store.sigmas}
+
+    def encode_clipped(self, s, sigmas):
+        """As settings have it, but with a multiple of its own for each of the parameters in `sigmas`."""
+        quantiser, groups = self.quantiser(s), {}
+        for name, k in sigmas.items():
+            quantiser.stores[name] = quantiser.stores[name]._replace(sigmas=k)
+        for (shape, _), names in quantiser.groups.items():
+            for name in names:
+                groups.setdefault((shape, quantiser.stores[name]), []).append(name)
+        quantiser.groups = groups
+        return quantiser.encode()
+
     def row(self, encoded):
         return Row(encoded, self.shapes, {key: self.header[key] for key in ("settings", "looping", "tokenizer_sha256")})
 
@@ -117,15 +141,22 @@ class Subject:
         """Bytes of the artifact that holds them."""
         return sum(len(data) for _, data in own_chunks(self.trainer, self.row(encoded), ONE_COMPRESSOR))
 
+    def code_bytes(self, name, one):
+        """Bytes of the codes of one parameter, packed alone."""
+        rows = self.trainer.stream_layout([(name, self.shapes[name], *one[:4])])["q"]
+        return len(self.trainer.pack_stream(rows, {name: one}, ONE_COMPRESSOR))
+
+    def error(self, name, one):
+        """(squared error, felt error in nats a token) of a parameter that has moments."""
+        hessian, gain, _ = self.moments[name]
+        error = self.raw[name].float() - one.decode(self.shapes[name]).to(self.rt.device)
+        felt = 0.5 * (gain.double() @ ((error @ hessian.float()) * error).double().sum(1)).item()
+        return error.double().square().sum().item(), felt
+
     def errors(self, encoded):
         """(relative squared error, felt error in nats a token) of everything that has moments."""
-        square = total = felt = 0.0
-        for name, (hessian, gain, _) in self.moments.items():
-            error = self.raw[name].float() - encoded[name].decode(self.shapes[name]).to(self.rt.device)
-            square += error.double().square().sum().item()
-            total += self.raw[name].double().square().sum().item()
-            felt += 0.5 * (gain.double() @ ((error @ hessian.float()) * error).double().sum(1)).item()
-        return square / total, felt
+        square, felt = map(sum, zip(*(self.error(name, encoded[name]) for name in self.moments)))
+        return square / sum(self.raw[name].double().square().sum().item() for name in self.moments), felt
 
     def load_text(self):
         """The validation text; the tokenizer must be the artifact's."""
@@ -193,6 +224,75 @@ def collect_moments(trainer, model, s, rt, tokens):
     return meter.moments(rt), meter.tokens
 
 
+# ---- weights of any model -------------------------------------------------------------------------------------------
+
+LEAST = 16384  # weights of a matrix that is measured
+CLIPS = ((5, 12.85), (6, 12.85), (7, 15.0), (8, 20.0))  # (bits, k); the contest's but for the first
+STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # dtypes of safetensors
+
+
+def read_tensors(path):
+    """[(name, tensor)] of a .safetensors or .npz file, or of what torch.load() reads without running code."""
+    import torch
+
+    def leaves(name, value):
+        if isinstance(value, torch.Tensor):
+            yield name, value
+        elif isinstance(value, (dict, list, tuple)):
+            for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+                yield from leaves(f"{name}.{key}".lstrip("."), inner)
+
+    try:
+        if path.suffix == ".npz":
+            with np.load(path) as arrays:
+                return [(name, torch.from_numpy(arrays[name])) for name in arrays.files if arrays[name].dtype.kind == "f"]
+        if path.suffix == ".safetensors":
+            data = bytearray(path.read_bytes())
+            begin = 8 + int.from_bytes(data[:8], "little")
+            return [(name, torch.frombuffer(data, dtype=getattr(torch, STORED[one["dtype"]]), count=math.prod(one["shape"]),
+                                            offset=begin + one["data_offsets"][0]).view(one["shape"]))
+                    for name, one in json.loads(data[8:begin]).items()
+                    if one.get("dtype") in STORED and math.prod(one["shape"])]
+        return list(leaves("", torch.load(path, map_location="cpu", weights_only=True)))
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise BadInput(f"{path}: its weights cannot be read ({reason[0]}); give a .safetensors or .npz file, or a "
+                       "dictionary of tensors by torch.save") from None
+
+
+class Loaded:
+    """The matrices of a file, each once, with the axes behind the first as one; for measure_row() in a Subject's place."""
+
+    def __init__(self, path):
+        self.trainer, self.path, self.matrices = load_trainer(), path, {}
+        for name, value in read_tensors(Path(path)):
+            if not value.is_floating_point() or value.ndim < 2 or value.numel() < LEAST:
+                continue
+            matrix = value.detach().float().flatten(1).contiguous()
+            if not matrix.isfinite().all():
+                raise BadInput(f"{path}: {name} is not finite; leave it out of the file")
+            if not any(matrix.equal(other) for other in self.matrices.values()):  # tied: once
+                self.matrices[name] = matrix
+        if not self.matrices:
+            raise BadInput(f"{path}: no matrix of floating-point numbers has {LEAST:,} weights; give a larger model")
+        self.shapes = {name: tuple(matrix.shape) for name, matrix in self.matrices.items()}
+        self.parameters = sum(matrix.numel() for matrix in self.matrices.values())
+
+    def row(self, encoded):
+        return Row(encoded, self.shapes, {})
+
+    def encode(self, bits, sigmas):
+        """By SDClip, to nearest."""
+        import torch
+
+        trainer, encoded = self.trainer, {}
+        for name, matrix in self.matrices.items():
+            scale = trainer.row_scales(matrix, bits, "rtn", sigmas)
+            q = trainer.round_to_grid(matrix, scale.float()[:, None], 2 ** (bits - 1) - 1).to(torch.int8)
+            encoded[name] = trainer.Encoded("int", bits, 0, 0, {"q": q, "scale": scale})
+        return encoded
+
+
 # ---- choosing a knob ------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +336,51 @@ def at_size(subject, s, size):
         _, found, (encoded, value) = solve(by_spacing, math.log2(first.spacing_for(size)), size, -first.quantised / 8)
     else:
         _, found, (encoded, value) = solve(by_sigmas, 0.0, size, -first.quantised / 8)
+    return found, encoded, value
+
+
+TRIED_STEPS = 2.0 ** np.arange(-6, 3.5, 0.5)  # of a tensor, in spreads of its rows
+
+
+def at_size_by_tensor(subject, s, size):
+    """at_size() with a k of its own for each clipped tensor: those of least felt error at so many bytes.
+
+    At each of TRIED_STEPS the coder takes bytes for a tensor and, after GPTQ, the loss feels an error; between them bytes
+    and the log of the felt error are straight lines over the log of the step. What a byte may cost falls until all are
+    taken (Lagrange); a factor on all k, close to 1, then meets the size. The entropy in place of the coder cost 2 %.
+    """
+    stores, measured = subject.clipped(s), {}
+    for step in TRIED_STEPS:
+        encoded = subject.encode_clipped(s, {name: step * store.top for name, store in stores.items()})
+        for name in stores:
+            felt = math.log2(max(subject.error(name, encoded[name])[1], 1e-30))
+            measured.setdefault(name, []).append((subject.code_bytes(name, encoded[name]), felt))
+    tried = np.log2(TRIED_STEPS)
+    fine = np.linspace(tried[0], tried[-1], 128 * len(tried))
+    curves = {name: [np.interp(fine, tried, values) for values in zip(*points)] for name, points in measured.items()}
+
+    def choose(room):
+        """({name: k}, bytes) of codes that fit."""
+        at = {name: int(taken.argmin()) for name, (taken, _) in curves.items()}
+        total = sum(taken[at[name]] for name, (taken, _) in curves.items())
+        for price in np.arange(20, -60, -1 / 32):  # log2 of nats a byte
+            for name, (taken, felt) in curves.items():
+                finer = int((2**felt + 2**price * taken).argmin())
+                more = taken[finer] - taken[at[name]]
+                if more > 0 and total + more <= room:
+                    at[name], total = finer, total + more
+        return {name: float(2 ** fine[place] * stores[name].top) for name, place in at.items()}, total
+
+    def by_factor(x):
+        scaled = {name: k * 2**x for name, k in sigmas.items()}
+        encoded = subject.encode_clipped(s, scaled)
+        return subject.size(encoded), (encoded, scaled)
+
+    beside = 0
+    for _ in range(3):  # the bytes beside these codes, and what coding them together saves
+        sigmas, taken = choose(size - beside)
+        beside = by_factor(0.0)[0] - taken
+    _, found, (encoded, value) = solve(by_factor, 0.0, size, -subject.quantiser(s).quantised / 8)
     return found, encoded, value
 
 
@@ -383,27 +528,32 @@ def by_kind(trainer, encoded):
     return {key: list(group) for key, group in itertools.groupby(names, trainer._kind)}
 
 
-def lrzip_chunks(trainer, row):
+def lrzip_chunks(trainer, row, apart):
     """#1855: ZPAQ on the codes of each kind of matrix, column by column, brotli on the rest; without its sorting of rows.
+    Not `apart`: on all codes in one file, row by row.
     -T: what LZ4 cannot shrink is not left as it is; -p 1: the same bytes on any number of cores.
     """
     rest = pickled(row.encoded, skip=("q",))
-    groups = [b"".join(row.encoded[name].parts["q"].mT.contiguous().numpy().tobytes() for name in names)
-              for names in by_kind(trainer, row.encoded).values()]
+    parts = [[row.encoded[name].parts["q"] for name in names] for names in by_kind(trainer, row.encoded).values()]
+    if apart:
+        groups = [b"".join(q.mT.contiguous().numpy().tobytes() for q in part) for part in parts]
+    else:
+        groups = [b"".join(q.numpy().tobytes() for q in itertools.chain(*parts))]
     return [("size", len(rest).to_bytes(4, "little")), ("rest", trainer.COMPRESSORS["brotli"][0](rest)),
             *(("q", lrzip(data, "-z", "-L", "9", "-T", "-p", "1")) for data in groups)]
 
 
-def lrzip_weights(trainer, row, chunks):
+def lrzip_weights(trainer, row, chunks, apart):
     import torch
 
     (_, size), (_, rest), *groups = chunks
-    codes = {}
-    for names, (_, data) in zip(by_kind(trainer, row.encoded).values(), groups, strict=True):
+    codes, kinds = {}, list(by_kind(trainer, row.encoded).values())
+    for names, (_, data) in zip(kinds if apart else [list(itertools.chain(*kinds))], groups, strict=True):
         values, at = torch.frombuffer(bytearray(lrzip(data, "-d")), dtype=torch.int8), 0
         for name in names:
             rows, columns = row.encoded[name].parts["q"].shape
-            codes[f"{name}.q"] = values[at : at + rows * columns].view(columns, rows).mT.contiguous()
+            part = values[at : at + rows * columns]
+            codes[f"{name}.q"] = part.view(columns, rows).mT.contiguous() if apart else part.view(rows, columns)
             at += rows * columns
     return unpickled(row, trainer.decompress("brotli", rest, int.from_bytes(size, "little"), "rest"), codes)
 
@@ -420,7 +570,8 @@ def containers():
         how = {"compressor": name, "stride": stride}
         found[f"torch.save {name}" + (f" shuffle {stride}" if stride > 1 else "")] = (
             partial(reference_chunks, **how), partial(reference_weights, **how))
-    found["lrzip kinds columns"] = lrzip_chunks, lrzip_weights
+    for name, apart in (("lrzip kinds columns", True), ("lrzip", False)):
+        found[name] = partial(lrzip_chunks, apart=apart), partial(lrzip_weights, apart=apart)
     return found
 
 
@@ -497,6 +648,15 @@ def code_facts(subject, name, encoded, spacing):
             "row_entropy_bytes": sum(map(row_entropy, codes)) if codes else None}
 
 
+def loaded_facts(loaded, name, encoded):
+    """code_facts() of a Loaded, which has no moments."""
+    tensors = [{"name": key, "shape": one.parts["q"].shape, "entropy_bytes": tensor_entropy(one.parts["q"].numpy())}
+               for key, one in encoded.items()]
+    return {"row": name, "weights": loaded.path, "matrices": len(tensors), "codes": loaded.parameters,
+            "tensor_entropy_bytes": sum(one["entropy_bytes"] for one in tensors),
+            "row_entropy_bytes": sum(row_entropy(one.parts["q"].numpy()) for one in encoded.values()), "tensors": tensors}
+
+
 def measure_row(subject, row, encoded, names, folder):
     """A dictionary for each compressor, one after the other."""
     import torch
@@ -528,7 +688,7 @@ def quality_row(subject, name, size, raw):
                 "felt_error": subject.errors(encoded)[1]}
 
     if knob(s) != "bits":
-        found, encoded, value = at_size(subject, s, size)
+        found, encoded, value = (at_size_by_tensor if name == BY_TENSOR else at_size)(subject, s, size)
         if abs(found - size) > 0.01 * size:
             return {"skipped": f"it cannot take {size:,} bytes; {found:,} bytes are the nearest that was tried"}
         row = {"knob": knob(s), "value": value, **result(encoded, found)}
@@ -584,6 +744,13 @@ QUALITY_COLUMNS = ("method", "bytes", "bits/weight", "loss", "BPB", "gap, nats",
                    "felt error, nats", "predicted, nats", "how the size was met")
 
 
+LOADED_COLUMNS = ("weights as", "matrices", "codes", "entropy by tensor, bytes", "by row's Gaussian, bytes")
+
+
+def loaded_line(row):
+    return (row["row"], *(show(row[key]) for key in ("matrices", "codes", "tensor_entropy_bytes", "row_entropy_bytes")))
+
+
 def code_line(row):
     return (row["row"], show(row["squared_error"], ".3e"), show(row["felt_error"], ".5f"), show(row["codes"]),
             show(row["tensor_entropy_bytes"]), show(row["row_entropy_bytes"]), f"`{row['settings']}`")
@@ -607,6 +774,8 @@ def quality_line(row):
         return row["method"], row["skipped"]
     if (way := row.get("knob")) == "bits":
         how = "between int{} and int{}".format(*row["value"])
+    elif isinstance(row.get("value"), dict):
+        how = "k = {:.4g} to {:.4g}".format(min(row["value"].values()), max(row["value"].values()))
     elif way:
         how = f"{'k = ' if way == 'sigmas' else 'spacing '}{row['value']:.4g}"
     else:
@@ -627,6 +796,18 @@ def header(report):
     yield f"moments   of {r['calibration_tokens']:,} training tokens, in {r['calibration_seconds']:,.1f} s"
     if r["budget_bytes"]:
         yield f"budget    {r['budget_bytes']:,} bytes by {ONE_COMPRESSOR}, {r['budget_from']}"
+
+
+def loaded_document(report):
+    """Lines of the report on --weights."""
+    changed = f" and {report['changed_files']} changed file(s)" if report["changed_files"] else ""
+    yield f"command   {report['command']}"
+    yield f"on        torch {report['torch']}, {report['threads']} CPU thread(s), commit {report['commit']}{changed}"
+    facts = {row["row"]: row for row in report["codes"]}
+    yield f"\n### Codes\n\nMatrices of at least {LEAST:,} weights, rounded to nearest by SDClip.\n"
+    yield from markdown(LOADED_COLUMNS, TEXT, map(loaded_line, report["codes"]))
+    yield "\n### Sizes\n\nSeconds are CPU time.\n"
+    yield from markdown(SIZE_COLUMNS, TEXT, (size_line(row, facts[row["row"]]) for row in report["sizes"]))
 
 
 def document(report):
@@ -659,6 +840,16 @@ def named(text):
     return name, path
 
 
+def clips(text):
+    found = []
+    for part in text.split(","):
+        bits, colon, k = part.partition(":")
+        if not colon or bits not in map(str, WIDTHS):
+            raise argparse.ArgumentTypeError(f"{part!r} is not BITS:K with {WIDTHS[0]} to {WIDTHS[-1]} bits, as 6:12.85")
+        found.append((int(bits), positive(k)))
+    return found
+
+
 def arguments(argv):
     parser = Parser(prog="bench.py pack", allow_abbrev=False, description="""Store the weights of a float16 artifact in
         every way there is: the bytes, the error, the entropy of the codes, time and memory of packing and unpacking;
@@ -668,7 +859,7 @@ def arguments(argv):
         containers of the contest's records; "lrzip": that of #1855, where the program is installed. Methods of --score:
         {'; '.join(METHODS)}.""")
     add = parser.add_argument
-    add("artifact", metavar="ARTIFACT", help="artifact whose weights are float16")
+    add("artifact", nargs="?", metavar="ARTIFACT", help="artifact whose weights are float16")
     add("settings", nargs="*", metavar="@FILE|KEY=VALUE", help="settings of train_gpt.py: DATA_PATH, TRAIN_SEQ_LEN, "
         "EVAL_SEQ_LEN, GPTQ_DAMP, ...")
     add("--rows", type=names_of("--rows", ROWS, none=True), default=list(ROWS), metavar="NAME,...",
@@ -683,13 +874,48 @@ def arguments(argv):
     add("--val-tokens", type=whole(1), default=65536, metavar="N", help="validation tokens (default: 65536)")
     add("--also", type=named, action="append", default=[], metavar="NAME=ARTIFACT", help="another artifact to score")
     add("--json", type=Path, metavar="FILE", help="write the result as JSON, anew after each measurement")
-    return parser.parse_intermixed_args(argv)
+    add("--weights", action="append", default=[], metavar="FILE", help="instead of ARTIFACT: the matrices of any model, "
+        f"from {LEAST:,} weights, in a .safetensors or .npz file or one of torch.save; may be given again")
+    add("--clips", type=clips, default=list(CLIPS), metavar="BITS:K,...", help="what SDClip rounds --weights to (default: "
+        + ",".join(f"{bits}:{k:g}" for bits, k in CLIPS) + ")")
+    args = parser.parse_intermixed_args(argv)
+    if not (args.weights or args.artifact):
+        parser.error("ARTIFACT is missing")
+    others = ["clips"] if args.artifact else ["rows", "calibration_tokens", "budget", "score", "methods", "val_tokens", "also"]
+    if args.artifact and args.weights:
+        parser.error(f"--weights stands instead of {args.artifact} and of settings; leave one of them out")
+    if idle := [name for name in others if getattr(args, name) != parser.get_default(name)]:
+        parser.error(f"--{idle[0].replace('_', '-')} does nothing {'without' if args.artifact else 'with'} --weights")
+    return args
+
+
+def run_loaded(args, argv):
+    """`bench.py pack --weights`; returns the exit code."""
+    import torch
+
+    report = {"command": shlex.join(["tools/bench.py", "pack", *argv]),
+              **dict(zip(("commit", "changed_files"), commit())), "torch": torch.__version__,
+              "threads": torch.get_num_threads(), "codes": [], "sizes": []}
+    names = args.compressors or [*PLAIN, "lrzip", "lrzip kinds columns"]
+    with tempfile.TemporaryDirectory(prefix="bench_") as folder:
+        for loaded, (bits, k) in itertools.product(map(Loaded, args.weights), args.clips):
+            name = f"{Path(loaded.path).name} int{bits}, k = {k:g}"
+            encoded = loaded.encode(bits, k)
+            report["codes"].append(loaded_facts(loaded, name, encoded))
+            for row in measure_row(loaded, name, encoded, CONTAINERS if "all" in names else names, folder):
+                report["sizes"].append(row)
+                if args.json:
+                    write_json(args.json, report)
+    print("\n".join(loaded_document(report)), flush=True)
+    return int(any("error" in row for row in report["sizes"]))
 
 
 def run(args, argv):
     """`bench.py pack`; returns the exit code."""
     import torch
 
+    if args.weights:
+        return run_loaded(args, argv)
     subject = Subject(args.artifact, args.settings)
     subject.s = dataclasses.replace(subject.s, val_tokens=args.val_tokens)
     if args.score:
