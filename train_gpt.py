@@ -110,7 +110,8 @@ FULL_TTT, LORA, DOCS_TTT = "ttt=full|before|prequant,phased_ttt_prefix_docs", "t
 BASE_TTT, STREAM = "ttt=full|before|prequant", "off|full|lora|before|prequant"
 COUNTS, STEPS_TTT = "mixer=backoff|hedge|hashed", BASE_TTT + "|lora,phased_ttt_prefix_docs"
 LEARNS, GROUPS = f"ttt=full|lora,{COUNTS},token_boost", f"ttt_warm_start_a,{DOCS_TTT}&{COUNTS},{DOCS_TTT}&token_boost"
-GPTQ, MOMENTS = "matrix_quant=gptq,embed_quant=gptq", "matrix_quant=gptq,embed_quant=gptq,fit=allocate,lqer_rank,awq_lite_group_top_k"
+GPTQ = "matrix_quant=gptq,embed_quant=gptq"
+MOMENTS = GPTQ + ",fit=allocate,lqer_rank,awq_lite_group_top_k"
 _run, _data, _model, _train, _average, _pack, _eval = (partial(opt, room) for room in (
     "Run", "Data", "Model", "Training", "Averaging", "Quantisation and packing", "Evaluation"))
 
@@ -175,7 +176,7 @@ class Settings:
         "none", "attention beside MLP: on one stream (#1412), on two lanes (#1539), with learned routing (#1529)")
     parallel_start_layer: int = _model(7, "from this layer on", 0, 255, on=LANES + "|gptj")
     parallel_first_skip: Literal["both", "lane0"] = _model(
-        "both", "U-Net skip of the layer where the lanes part: in both (#1529), or as later in lane 0 alone (#1855)",
+        "both", "the lanes part after the U-Net skip of their first layer (#1529), or before it: lane 0 alone gets it (#1855)",
         on=LANES_SKIPS)
     parallel_final_lane: Literal["mean", "learned"] = _model("mean", "merge of the two lanes", on=LANES)
     smear_gate: Literal["none", "channel", "scalar"] = _model(
@@ -268,14 +269,14 @@ class Settings:
     embed_clip_sigmas: float = _pack(0.0, "MATRIX_CLIP_SIGMAS of embedding tables", 0, 100, on=EMBED_FIXED)
     gate_bits: int = _pack(16, "bits of a gate's weight, by row (#1736): 2 to 8, or 16", 2, 16,
                            on="attn_gate=head|dense|sparse")
-    proj_bits: int = _pack(0, "the same of the matrices outside the layers (n-gram and value embeddings); 0: MATRIX_BITS", 0,
-                           16, on=FIXED)
+    proj_bits: int = _pack(0, "bits of matrices outside the layers: projections of n-gram, value and token tables; 0: "
+                           "MATRIX_BITS", 0, 16, on=FIXED)
     clip_floor: float = _pack(0.0, "rows are clipped at this magnitude or more: 1 in the early records (#414)", 0, 100,
                               on=f"{FIXED},{EMBED_FIXED}")
     awq_lite_group_top_k: int = _pack(0, "groups of columns, the most salient ones, that get AWQ_LITE_BITS (#1908); 0: off",
                                       0, 1000, on=f"{FIXED},{EMBED_FIXED}")
-    awq_lite_bits: int = _pack(8, "bits of such a group", 3, 8, on="awq_lite_group_top_k")
-    awq_lite_group_size: int = _pack(64, "columns of such a group", 1, 2**16, on="awq_lite_group_top_k")
+    awq_lite_bits: int = _pack(8, "bits of a salient group", 3, 8, on="awq_lite_group_top_k")
+    awq_lite_group_size: int = _pack(64, "neighbouring columns of a salient group", 1, 2**16, on="awq_lite_group_top_k")
     prune_pct: float = _pack(0.0, "share of each quantised tensor, its smallest weights, that become 0 (#967)", 0, 0.99)
     gptq_damp: float = _pack(0.01, "share of the mean of a Hessian's diagonal that is added to it", 1e-6, 10, on=GPTQ)
     gptq_act_order: bool = _pack(True, "columns by falling diagonal of the Hessian", on=GPTQ)
@@ -1231,7 +1232,8 @@ LISTS = {Layers: "layers", Betas: "two numbers", Stages: "size@fraction, ...", W
          Names: "names"}
 # Names of published commands that mean something else here: the answer is what to write instead.
 RENAMED = {
-    "VE_ENABLED": "VE_DIM=0 turns value embeddings off", "SWA_ENABLED": "AVERAGE=swa (beside EMA it did nothing in #549)", "EMA_ENABLED": "AVERAGE=ema",
+    "VE_ENABLED": "VE_DIM=0 turns value embeddings off", "EMA_ENABLED": "AVERAGE=ema",
+    "SWA_ENABLED": "AVERAGE=swa (beside EMA it did nothing in #549)",
     "TORCH_COMPILE": "COMPILE", "VAL_BATCH_SIZE": "EVAL_BATCH_SEQS", "LR_FLOOR": "MIN_LR", "NO_COMPILE": "COMPILE=off",
     "LEAKY_RELU": "LEAKY_SLOPE", "NEGATIVE_SLOPE": "LEAKY_SLOPE", "LEAKY_RELU_SQ_SLOPE": "LEAKY_SLOPE",
     "COMPRESS_METHOD": "COMPRESSOR", "DATA_DIR": "DATA_PATH, the folder of the shards", "FORCE_STOP_STEP": "ITERATIONS",
@@ -1257,7 +1259,8 @@ RENAMED = {
     "LQER_FACTOR_BITS": "LQER_RANK, whose factors always have 2 and 4 bits",
     "LQER_GAIN_SELECT": "LQER_TOP_K, which always goes by what the loss feels",
     "LQER_GROUP_SIZE": "LQER_ASYM_GROUP", "AWQ_LITE_ENABLED": "AWQ_LITE_GROUP_TOP_K=1 (0: off)",
-    "TTT_ENABLED": "TTT=full, or TTT=lora_docs with adapters of each document", "TTT_USE_LORA": "TTT=lora", "TTT_LORA_ENABLED": "TTT=lora_docs",
+    "TTT_ENABLED": "TTT=full, or TTT=lora_docs with adapters of each document", "TTT_USE_LORA": "TTT=lora",
+    "TTT_LORA_ENABLED": "TTT=lora_docs",
     "TTT_EVAL_SEQ_LEN": "EVAL_SEQ_LEN", "TTT_TEMPERATURE": "EVAL_TEMPERATURE",
     "TTT_EVAL_ONLY": "PHASES=eval ARTIFACT=file", "TTT_ONLY": "PHASES=eval ARTIFACT=file", "TTT_MASK": "TTT_LORA_TARGETS",
     **{f"TTT_{what}_LORA": f"TTT_LORA_TARGETS with {name}" for what, name in (
