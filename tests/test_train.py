@@ -1,6 +1,7 @@
 """Room 12, the train loop: what it does in which order, that it can be stopped and gone on with, and what it writes down."""
 
 import hashlib
+import io
 import json
 import logging
 import math
@@ -238,8 +239,25 @@ def test_a_checkpoint_can_be_named_and_must_then_be_whole(stopped):
 
 @pytest.mark.parametrize("other", ["MATRIX_LR=0.5", "NUM_LAYERS=5", "ITERATIONS=9", "AVERAGE=swa"])
 def test_a_checkpoint_of_other_settings_is_refused(stopped, other):
+    """Which ones is said, as the checkpoint has them."""
     folder, args, _ = stopped
-    refused(call([*args, "RESUME=auto", other]), 2, "other settings")
+    name = other.partition("=")[0]
+    refused(call([*args, "RESUME=auto", other]), 2, "other settings", f"{name}={Settings.parse(args).experiment()[name]}")
+
+
+def test_a_checkpoint_of_before_a_setting_was_there_is_gone_on_with(stopped):
+    """At the setting's default it is the same run; at another value it is not."""
+    folder, args, original = stopped
+    six = checkpoints(folder)[6]
+    state = torch.load(io.BytesIO(train_gpt.read_checkpoint(six)), weights_only=True)
+    del state["settings"]["CLIP_FLOOR"], state["settings"]["PARALLEL_FIRST_SKIP"]
+    buffer = io.BytesIO(train_gpt.CHECKPOINT_MAGIC)
+    buffer.seek(0, io.SEEK_END)
+    torch.save(state, buffer)
+    six.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
+    refused(call([*args, f"RESUME={six}", "CLIP_FLOOR=0.5"]), 2, "other settings: CLIP_FLOOR=0.0")
+    step, _ = resumed(args, folder, f"RESUME={six}")
+    assert step == 6 and (folder / "model.pg").read_bytes() == (original / "model.pg").read_bytes()
 
 
 def test_the_seed_in_the_summary_is_that_of_the_weights(stopped):
