@@ -15,7 +15,7 @@ from training import walk
 VOCAB = ref.SMALL["vocab_size"]
 BASE = ref.small(num_layers=2, ve_layers=(1,), model_dim=8, num_heads=2, num_kv_heads=1, train_seq_len=8, eval_seq_len=8, eval_stride=0,
                  eval_batch_seqs=3, ttt_chunk_tokens=24, ttt_epochs=2, ttt_batch_seqs=2, ttt_lr=0.05, ttt_lora_rank=2, ttt_lora_lr=0.1,
-                 ttt_lora_targets=("q", "k", "v", "o", "attn", "mlp", "head"), ttt_chunk_size=3, ttt_batch_size=2, ttt_group_docs=2,
+                 ttt_lora_targets=("q", "k", "v", "o", "mlp", "head"), ttt_chunk_size=3, ttt_batch_size=2, ttt_group_docs=2,
                  ngram_order=4, mixer_min_tokens=20, mixer_eta=2.0, token_order=3, token_threshold=0.5, ngram_buckets=64, min_count=1)
 DOCS = dict(eval_docs=True, eval_stride=3)
 CACHE = dict(eval_context="cache")
@@ -29,7 +29,8 @@ HONEST = {  # every kind of predictor, and every way in which it may read
     "lora_docs": dict(ttt="lora_docs"), "lora_docs by cache": dict(ttt="lora_docs", ttt_short_chunks=((2, 4), (1, 6)), **CACHE),
     "warm start": dict(ttt="lora_docs", ttt_warm_start_a=True), "warm start, cache": dict(ttt="lora_docs", ttt_warm_start_a=True, **CACHE),
     "own start": dict(ttt="lora_docs", ttt_lora_a="own"), "own warm start": dict(
-        ttt="lora_docs", ttt_lora_a="own", ttt_warm_start_a=True, ttt_lora_scaled=True, phased_ttt_prefix_docs=3),
+        ttt="lora_docs", ttt_lora_a="own", ttt_warm_start_a=True, ttt_lora_scaled=True, phased_ttt_prefix_docs=3,
+        ttt_lora_targets=("k", "attn", "mlp", "head")),
     "phases": dict(ttt="lora_docs", phased_ttt_prefix_docs=3, phased_ttt_num_phases=2),
     "backoff": dict(mixer="backoff"), "backoff, documents": dict(mixer="backoff", **DOCS),
     "hedge": dict(mixer="hedge", mixer_experts=("unigram", "bigram", "trigram", "backoff")),

@@ -32,7 +32,7 @@ TABLE = {
     "9.1.1": "test_validation_before_the_freeze_is_c3_except_for_reports "
              "test_a_run_reads_the_shards_in_the_allowed_order",
     "9.1.2": "test_the_size_that_is_stated_is_that_on_the_disk "
-             "test_an_artifact_over_the_limit_is_kept_and_ends_with_code_3",
+             "test_an_artifact_over_the_limit_is_kept_and_scored_and_ends_with_code_3",
     "9.1.3": "test_a_run_over_either_time_limit_is_no_record",
     "9.1.4": QAT + " test_what_is_validated_is_not_rounded",
     "9.1.5": "test_swa_is_what_is_exported test_muon_beta2_is_read test_every_field_of_training_has_a_case",

@@ -28,6 +28,8 @@ MATRICES = re.compile(r"blocks\.\d+\.(attn\.[qkvo]|mlp\.(up|down))|(bigram|trigr
 def kind_of(name):
     """Who optimises a parameter, by the specification's table (2.5): not by what the model says of itself."""
     name, _, last = name.removeprefix("model.").rpartition(".")
+    if name == "caps":
+        return "cap"
     if last != "weight":
         return "scalar"
     if name == "embed" or name.endswith(".table"):
@@ -382,8 +384,10 @@ def test_every_parameter_has_one_owner_a_gradient_and_moves(s, seed):
 
 
 def never_used(s):
-    """Parameters without effect by the mathematics: of one channel, the norm leaves the sign and XSA leaves nothing."""
-    names, last = set(), range(s.num_layers - s.xsa_last_n, s.num_layers)
+    """Parameters without effect by the mathematics: of one channel, the norm leaves the sign and XSA leaves nothing. The
+    caps of the logits rest in training (#1923).
+    """
+    names, last = {"model.caps.caps"}, range(s.num_layers - s.xsa_last_n, s.num_layers)
     if s.head_dim == 1:
         names |= {f"model.blocks.{i}.attn.{z}.weight" for i in range(s.num_layers) for z in "qk"}
         for i in last:

@@ -148,7 +148,7 @@ class Subject:
 
     def error(self, name, one):
         """(squared error, felt error in nats a token) of a parameter that has moments."""
-        hessian, gain, _ = self.moments[name]
+        hessian, gain, *_ = self.moments[name]
         error = self.raw[name].float() - one.decode(self.shapes[name]).to(self.rt.device)
         felt = 0.5 * (gain.double() @ ((error @ hessian.float()) * error).double().sum(1)).item()
         return error.double().square().sum().item(), felt
