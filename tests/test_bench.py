@@ -463,7 +463,7 @@ def test_one_k_a_tensor_is_the_best_of_its_family(subject, monkeypatch):
     for a, b in ((first, second), (second, first)):
         traded = subject.raw[a].numel() / subject.raw[b].numel()  # octaves of b that are an octave of a in bytes
         other = subject.encode_clipped(s, sigmas | {a: sigmas[a] * 2, b: sigmas[b] / 2**traded})
-        assert subject.size(other) == pytest.approx(size, rel=0.02) and subject.errors(other)[1] > felt
+        assert subject.size(other) == pytest.approx(size, rel=0.05) and subject.errors(other)[1] > felt
 
 
 @pytest.fixture(scope="module")
