@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from conftest import run_trainer, write_shard
+from conftest import REPO, run_trainer, write_shard
 from runs import SCRIPT, Started, call, checkpoints, command, events, good, log_lines, losses, read_checkpoint, refused, strict_json, summary, trainer
 from train_gpt import PREFIX, BadInput
 
@@ -321,6 +321,17 @@ def test_a_header_or_stream_that_unpacks_without_end_is_refused_without_the_memo
 
 def test_an_artifact_that_contradicts_the_command_is_refused(toy, trained, tmp_path):
     refused(evaluate(toy, tmp_path, trained / "model.pg", "NUM_LAYERS=5", "VE_LAYERS=2,3"), 2, "NUM_LAYERS=5", "model.pg")
+
+
+def test_an_artifact_without_its_text_says_that_its_run_knew_where_that_is(toy, trained, tmp_path):
+    """As in the README, but without the settings file: an artifact does not hold where its text lies."""
+    done = call(["PHASES=eval", f"ARTIFACT={trained / 'model.pg'}", "DEVICE=cpu", f"OUT_DIR={tmp_path}", "DATA_PATH=nowhere"])
+    refused(done, 2, "no tokenizer at nowhere", "model.pg does not hold the DATA_PATH of its run", "settings file")
+
+
+def test_the_readme_says_with_which_text_an_artifact_is_scored():
+    commands = re.findall(r"`([^`]*PHASES=eval[^`]*)`", (REPO / "README.md").read_text())
+    assert commands and all("@" in command or "DATA_PATH=" in command for command in commands)
 
 
 # Size, loss, disk
