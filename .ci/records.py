@@ -3,6 +3,7 @@ word in their name. What must come out is in the table of records/README.md: is 
 Two at a time, each on one core: so small a model gains little from a second one.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -43,8 +44,8 @@ def main(words):
     # The data that several need, before two find at the same time that it is missing.
     subprocess.run([sys.executable, "data/prepare.py", "--source", "builtin", "--caseops", "--out",
                     "data/datasets/builtin_sp1024_caseops"], cwd=ROOT, check=True)
-    with ThreadPoolExecutor(2) as pool:
-        runs = pool.map(run, chosen)
+    # A wrong verdict ends it at once: closing the runs cancels those that wait.
+    with ThreadPoolExecutor(2) as pool, contextlib.closing(pool.map(run, chosen)) as runs:
         for (folder, (valid, broken)), (summary, seconds) in zip(chosen.items(), runs):
             print(f"{Path(folder).name:68} {summary['val_bpb']:.4f} valid:{summary['valid']} {seconds:.0f} s",
                   *summary["reasons"], sep="\n    ", flush=True)
