@@ -289,16 +289,16 @@ ZOO = [  # who, read by whom, and all that catches it: score() by name; flip, pr
     (LearnsFromChunks, None, {"ranks"}),
     (LearnsFromChunks, Backwards, {"flip", "prefix", "ranks"}),
     (Counting, Backwards, set()),
-    (LearnsOneTooMany, None, {"sum"}),
+    (LearnsOneTooMany, None, set()),  # it is shown nothing of that one
     (KnowsTheWholeText, None, {"flip", "prefix", "sum"}),
     (HashesTheTarget, None, {C2, "sum"}),
     (BetterOfTwo, None, {C2, "sum"}),
     (EntropyExpert, None, {C2, "sum"}),
     (GatesByTheTarget, None, {C2, "sum"}),
-    (LooksAhead, None, {"sum"}),
-    (LooksTwoAhead, None, {"flip"}),
-    (FitsItsWindow, None, {"flip", "sum"}),
-    (LeakyMask, None, {"flip", "sum"}),
+    (LooksAhead, None, {C1, "sum"}),
+    (LooksTwoAhead, None, {C1, "flip"}),
+    (FitsItsWindow, None, {C1, "flip", "sum"}),
+    (LeakyMask, None, {C1, "flip", "sum"}),
     (CountsItsShare, None, {"ranks"}),
     (FitsATemperature, None, {"flip", "prefix"}),
     (FitsItsWeights, None, {"flip", "prefix", "sum"}),
@@ -387,7 +387,7 @@ class Forgets:
 
 
 @pytest.mark.parametrize("make, names", [(UpdatesFirst, {"sum"}), (LearnsFromChunks, {"ranks"}), (LooksAhead, {"sum"}),
-                                         (CountsItsShare, {"ranks"}), (LearnsOneTooMany, {"sum"}), (Counting, set())], ids=lambda value: getattr(value, "__name__", ""))
+                                         (CountsItsShare, {"ranks"}), (LearnsOneTooMany, set()), (Counting, set())], ids=lambda value: getattr(value, "__name__", ""))
 def test_the_self_test_catches_the_zoo_by_name(artifact, make, names):
     for tests, reasons in selftested(artifact, small(), 2, Forgets(make)):
         assert {name for name, ok in tests.items() if not ok} == names and len(reasons) == len(names)
