@@ -481,6 +481,9 @@ class Rank:
     def sum(self, tensor):
         return tensor.copy_(sum(self.ranks.exchange(self.rank, tensor.clone()))) if self.world > 1 else tensor
 
+    def gather(self, value):
+        return self.ranks.exchange(self.rank, value) if self.world > 1 else [value]
+
     def same(self, value):
         return self.ranks.exchange(self.rank, value)[0] if self.world > 1 else value
 

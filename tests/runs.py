@@ -22,6 +22,7 @@ from unittest import mock
 
 import torch
 
+import reference
 import train_gpt
 from conftest import REPO, clean_env
 
@@ -41,6 +42,50 @@ def call(args, env=None):
     with mock.patch.dict(os.environ, clean_env(env), clear=True), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = train_gpt.main([str(arg) for arg in args])
     return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
+
+
+def on_ranks(args, world):
+    """The run of these arguments on `world` ranks of this process, a thread each; what it prints. Errors are raised."""
+    s, ranks, here, out = train_gpt.Settings.parse([str(arg) for arg in args], {}), reference.Ranks(world), threading.local(), io.StringIO()
+
+    class Member(train_gpt.Runtime):
+        def __init__(self, settings, env=None):
+            super().__init__(settings, {})
+            self.member, self.rank, self.world = here.member, here.member.rank, world
+
+        def agree(self, *values):
+            return self.member.agree(*values) if self.world > 1 else values
+
+        def sum(self, tensor):
+            return self.member.sum(tensor) if self.world > 1 else tensor
+
+        def gather(self, value):
+            return self.member.gather(value) if self.world > 1 else [value]
+
+        def same(self, value):
+            return self.member.same(value) if self.world > 1 else value
+
+        def close(self):
+            pass
+
+    class Ledger(train_gpt.Validity):
+        """Of one process: what the other threads open is not its own."""
+
+        def __init__(self):
+            super().__init__()
+            self.thread = threading.get_ident()
+
+        def audit(self, event, args):
+            if threading.get_ident() == self.thread:
+                super().audit(event, args)
+
+    def work(member):
+        here.member = member
+        train_gpt.run_phases(s, [])
+
+    with mock.patch.multiple(train_gpt, Runtime=Member, Validity=Ledger), mock.patch.object(signal, "signal"), contextlib.redirect_stdout(out):
+        ranks.together(work)
+    return out.getvalue()
 
 
 def good(done):

@@ -415,7 +415,8 @@ def test_a_sidecar_that_does_not_fit_is_refused_before_training(case, copy, toy,
 
 def reasons(val, sp, folder):
     """Why a score on this validation stream would not be valid."""
-    checked = SimpleNamespace(s=SimpleNamespace(data_path=folder), validity=tg.Validity(), log=lambda *_, **__: None)
+    checked = SimpleNamespace(s=SimpleNamespace(data_path=folder), validity=tg.Validity(), rt=ref.alone(), facts={},
+                              log=lambda *_, **__: None)
     tg._check_bytes(checked, sp, val)
     return checked.validity.reasons
 

@@ -382,7 +382,7 @@ def check_bytes(toy, folder, manifest, whole=True):
     val = tg.load_validation(s, ref.alone(), sp)
     (folder / "manifest.json").write_bytes(manifest)
     run = SimpleNamespace(s=tg.Settings.parse([*toy, f"DATA_PATH={folder}"]), validity=tg.Validity(),
-                          log=lambda *_, **__: None)
+                          rt=ref.alone(), facts={}, log=lambda *_, **__: None)
     tg._check_bytes(run, sp, val._replace(whole=whole))
     return run.validity.reasons
 

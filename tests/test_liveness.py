@@ -651,7 +651,7 @@ def test_permission_changes_no_score_that_needs_none(toy):
 def test_the_selftest_says_its_lines_and_changes_no_score(toy, changes):
     plain, tested = scored(toy, changes), scored(toy, changes, "SELFTEST=1")
     said = {event["test"]: event["ok"] for event in tested.events if event["event"] == "selftest"}
-    assert said == {"flip": "yes", "prefix": "yes", "sum": "no" if changes == HASHED else "yes"}
+    assert said == {"flip": "yes", "prefix": "yes", "sum": "no" if changes == HASHED else "yes", "ends": "yes"}
     assert tested.loss == plain.loss and not any(event["event"] == "selftest" for event in plain.events)
     assert bool(tested.reasons) == (changes == HASHED)
 

@@ -370,7 +370,7 @@ def selftested(artifact, s, world, make=tg.make_predictor):
 
 @pytest.mark.parametrize("kind", ["sliding", "all", "all, lora_docs"])
 def test_the_self_test_finds_nothing_in_what_is_honest(artifact, kind):
-    assert selftested(artifact, small(kind), 2) == 2 * [(dict.fromkeys(("flip", "prefix", "sum", "ranks"), True), [])]
+    assert selftested(artifact, small(kind), 2) == 2 * [(dict.fromkeys(("flip", "prefix", "sum", "ends", "ranks"), True), [])]
 
 
 class Forgets:
@@ -420,7 +420,7 @@ BROKEN_RUNS = {"MIXER=hashed": ({"sum"}, "C2"), "MIXER=hedge MIXER_EXPERTS=bigra
 @pytest.mark.parametrize("words", HONEST_RUNS)
 def test_a_run_that_tests_itself_prints_a_line_for_each_test(trained, tmp_path, words):
     done = call([*trained, f"OUT_DIR={tmp_path}", "SELFTEST=1", *words.split()])
-    assert said(done, tmp_path) == dict.fromkeys(("flip", "prefix", "sum"), "yes")
+    assert said(done, tmp_path) == dict.fromkeys(("flip", "prefix", "sum", "ends"), "yes")
     assert summary(done)["valid"] == "yes" and summary(done)["reasons"] == []
 
 
@@ -428,7 +428,7 @@ def test_a_run_on_two_ranks_tests_them_against_one(trained, tmp_path):
     words = ["TTT=lora", "MIXER=hedge", "TOKEN_BOOST=2", "EVAL_DOCS=1"]
     with Started(torchrun([*trained, f"OUT_DIR={tmp_path}", "SELFTEST=1", *words])) as run:
         done = run.finish()
-    assert said(done, tmp_path) == dict.fromkeys(("flip", "prefix", "sum", "ranks"), "yes") and "ranks:2" in done.stdout
+    assert said(done, tmp_path) == dict.fromkeys(("flip", "prefix", "sum", "ends", "ranks"), "yes") and "ranks:2" in done.stdout
     alone = call([*trained, f"OUT_DIR={tmp_path}/alone", *words])
     assert summary(done)["val_bpb"] == pytest.approx(summary(alone)["val_bpb"], rel=1e-5) and summary(done)["valid"] == "yes"
 
@@ -472,7 +472,8 @@ def test_training_on_the_validation_text_before_packing_is_called_so_in_every_sc
 
 def test_a_valid_score_is_called_so(trained, tmp_path):
     done = good(call([*trained, f"OUT_DIR={tmp_path}"]))
-    assert [line.endswith(" valid:yes") for line in done.stdout.splitlines() if line.startswith("final_")] == [True]
+    assert [line.endswith(" valid:yes tested:no") for line in done.stdout.splitlines() if line.startswith("final_")] == [True]
+    assert summary(done)["tested"] == "no" and "the self-test was left out: SELFTEST=0" in summary(done)["eligible_reasons"]
     assert [row["valid"] for row in events(tmp_path) if row["event"] in ("eval", "final", "summary")] == ["yes"] * 3
 
 
@@ -532,21 +533,43 @@ OPEN = {"open": open, "a text path": lambda path: open(str(path), "rb"), "bytes"
 @pytest.mark.parametrize("how", OPEN)
 def test_a_training_shard_that_anything_opens_during_evaluation_is_noted(shard, how):
     validity = tg.Validity()
-    with validity.evaluation():
+    with validity.watch(shard.parent):
         OPEN[how](shard)  # the artifact is not frozen: this is still training
-    validity.freeze()
-    OPEN[how](shard)
-    with validity.evaluation():
-        OPEN[how](shard.with_name("fineweb_val_000000.bin"))
         assert validity.reasons == []
+        validity.freeze()
         OPEN[how](shard)
-    OPEN[how](shard)
     assert validity.reasons == ["training shards were read after the artifact was frozen"]
+
+
+NAMES = {"itself": lambda path, new: path, "symbolic": lambda path, new: new.symlink_to(path) or new, "hard": lambda path, new: os.link(path, new) or new,
+         "in a linked folder": lambda path, new: new.symlink_to(path.parent) or new / path.name}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("how", OPEN)
+def test_a_validation_shard_that_anything_opens_is_noted_whatever_its_name(shard, tmp_path, how, name):
+    """But by the loader: before the artifact is complete, for a report; later once."""
+    path = shard.with_name("fineweb_val_000000.bin")
+    new = NAMES[name](path, tmp_path / "harmless.bin")
+    validity = tg.Validity()
+    with validity.watch(shard.parent):
+        with validity.report(), validity.loading():
+            OPEN[how](new)
+        assert validity.reasons == []
+        OPEN[how](new)
+        assert validity.reasons == ["C3: validation shards opened before the artifact was frozen"]
+        validity.freeze()
+        with validity.loading():
+            OPEN[how](new)
+        assert len(validity.reasons) == 1
+        OPEN[how](new)
+    OPEN[how](new)
+    assert validity.reasons[1:] == ["C1: validation shards were opened again while they were scored"]
 
 
 def test_a_network_connection_during_evaluation_is_noted(tmp_path):
     validity, local = tg.Validity(), str(tmp_path / "socket")
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as other:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as other, validity.watch(tmp_path):
         other.bind(local), other.listen()
         connect = lambda: socket.create_connection(server.getsockname()).close()
         connect()
@@ -558,10 +581,10 @@ def test_a_network_connection_during_evaluation_is_noted(tmp_path):
     assert validity.reasons == ["the evaluation opened a network connection to 127.0.0.1"]
 
 
-def test_an_evaluation_that_fails_ends_the_watch(shard):
+def test_a_run_that_fails_ends_the_watch(shard):
     validity = tg.Validity()
     validity.freeze()
-    with pytest.raises(ZeroDivisionError), validity.evaluation():
+    with pytest.raises(ZeroDivisionError), validity.watch(shard.parent), validity.evaluation():
         1 / 0
     shard.read_bytes()
     assert validity.reasons == []
