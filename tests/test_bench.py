@@ -831,7 +831,7 @@ def test_what_the_self_tests_see(verdicts):
     assert failed["hashed n-grams, as published"] == failed["hedge with the entropy expert, as published"] == ["sum"]
     assert failed["trained on the text before scoring"][:2] == ["flip", "prefix"]
     assert failed["trained on the text before packing"] == []
-    assert all(set(row["selftest"]) == {"flip", "prefix", "sum"} for row in verdicts[1]["rows"])
+    assert all(set(row["selftest"]) == {"flip", "prefix", "sum", "ends"} for row in verdicts[1]["rows"])
 
 
 def test_what_was_gained_was_the_sum(verdicts):

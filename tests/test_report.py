@@ -55,6 +55,7 @@ def test_table_shows_what_the_run_wrote(run):
     assert value(out, "margin") == f"{16_000_000 - summary['total_bytes']:,}"
     assert value(out, "training") == f"{summary['train_seconds']:,.1f}"
     assert value(out, "valid") == "yes" and value(out, "record-eligible") == "no"
+    assert value(out, "self-tested") == "no" and "left out: SELFTEST=0" in out
     assert all(reason in out for reason in summary["eligible_reasons"])
     assert "Traceback" not in out and "None" not in out and "nan" not in out.lower().split()
 

@@ -208,6 +208,7 @@ def gather(run_dir):
         "peak_memory_mib": number(summary, "peak_memory_mib") or number(last(events, "peak_memory"), "mib"),
         "val_bytes": val_bytes, "val_tokens": number(summary, "val_tokens"),
         "valid": text(summary, "valid"), "reasons": reasons(summary, "reasons"),
+        "tested": text(summary, "tested"), "tests": reasons(summary, "tests"),
         "eligible": text(summary, "eligible"), "eligible_reasons": reasons(summary, "eligible_reasons"),
         "data": text(summary, "data") or Path(settings["DATA_PATH"]).name, "commit": text(run, "commit"),
         "device": text(summary, "device") or text(device, "device"), "processes": number(run, "world_size"),
@@ -302,6 +303,8 @@ def rows(f):
     yield "Verdict", None, None
     for label, verdict, good, why in (
             ("valid", f["valid"], "the score is a true code length of the text that was scored", f["reasons"]),
+            ("self-tested", f["tested"], f"{', '.join(f['tests'])} passed",
+             [f"not all of {', '.join(f['tests'])} passed" if f["tests"] else "left out: SELFTEST=0"]),
             ("record-eligible", f["eligible"], "could be a record of the contest", f["eligible_reasons"])):
         remarks = [good] if verdict == "yes" else why or [""]
         yield label, verdict or "-", remarks[0]
