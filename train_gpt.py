@@ -1992,6 +1992,11 @@ class Average:
 # ---------------------------------------------------------------------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 1024  # 256 little-endian int32 words, then uint16 tokens
+SPACE = "\u2581"  # what SentencePiece writes for a space
+SPACED_TEXTS = "a b", "zq\U0001f9ff \U0001f9ff xj"  # in any vocabulary, and in none
+# Characters that NFKC leaves alone and that case folding, or a rule of a user's own, may change.
+LETTERS = "".join(map(chr, range(33, 127))) + "\xc9\xdf\u03a3\u042f"
+CONTEST_NORMALISATIONS = "identity", "nfkc", "nmt_nfkc"  # nmt_nfkc, or less
 CASE_OPERATORS = "\ue001\ue002\ue003\ue004"  # of a CaseOps tokenizer (#1729); the last one escapes the others
 FINEWEB_VAL_BYTES = 151_080_891  # of the 50,000 validation documents, whatever the tokenizer (rules of the contest)
 
@@ -2060,7 +2065,76 @@ def load_tokenizer(s):
         raise BadInput(f"{path} is not a SentencePiece model ({str(error).splitlines()[0][:80]})") from None
     if sp.vocab_size() != s.vocab_size:
         raise BadInput(f"{path} has {sp.vocab_size()} pieces but VOCAB_SIZE={s.vocab_size}; make them equal")
+    if fault := tokenizer_fault(sp):
+        raise BadInput(f"{path}: {fault}")
     return sp, path, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def tokenizer_fault(sp):
+    """Why the byte table would miscount the texts of a SentencePiece processor, with the fix; "" if not.
+
+    Asked by the trainer and by data/prepare.py. Control pieces count nothing: only the id of BOS matters.
+    """
+    pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
+    if sp.bos_id() != BOS:
+        ids = sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id()
+        return f"pad, bos, eos and unk are {ids}, but documents begin with {BOS}; train it with bos_id={BOS}"
+    byte_pieces = sum(sp.is_byte(i) for i in range(len(pieces)))
+    if byte_pieces != 256:
+        return f"{byte_pieces} byte pieces instead of 256, so some text is lost; train it with byte_fallback"
+    escapes_spaces = SPACE in sp.normalize("a b")
+    if escapes_spaces and sp.is_unknown(sp.piece_to_id(SPACE)):
+        return "no piece for a single space (U+2581), so it would count 3 bytes; use a tokenizer that has it"
+    inside = next((piece for piece in pieces if SPACE in piece[1:]), None)
+    if inside:
+        return (f"a space inside the piece {inside[:20]!r}, but the byte table knows it in front only; use a "
+                "tokenizer without such pieces")
+    # A model of words spells an unknown word in bytes, with the 3 bytes of U+2581 in front.
+    tables = byte_tables(sp, len(pieces))
+    for text in SPACED_TEXTS:
+        size = len(sp.normalize(text).replace(SPACE, " ").removeprefix(" ").encode())
+        counted = int(target_bytes([BOS, *sp.encode(text)], tables).sum())
+        if counted != size:
+            return f"{text!r} has {size} bytes, its tokens count {counted}; use a BPE, unigram or char model"
+    return ""
+
+
+def text_changes(sp):
+    """How a tokenizer changes texts more than the contest's do (NFKC, runs of spaces); "" if not."""
+    spec = protobuf_fields(protobuf_fields(sp.serialized_model_proto()).get(3, b""))
+    # Without a table of characters nothing changes, whatever the name.
+    name = spec.get(1, b"")[:40].decode(errors="replace") if spec.get(2) else "identity"
+    written = {c: sp.normalize(c).removeprefix(SPACE) for c in LETTERS}
+    changed = [c for c in LETTERS if written[c] != c]
+    if name in CONTEST_NORMALISATIONS and not changed:
+        return ""
+    example = f" (it writes {written[changed[0]]!r} for {changed[0]!r})" if changed else ""
+    return f"bytes are those of the normalised text: the normalisation {name!r} changes it{example}"
+
+
+def protobuf_fields(message):
+    """{number: value} of a protobuf message: numbers as int, all else as bytes; the last of a repeated one."""
+    found, at = {}, 0
+
+    def varint():
+        nonlocal at
+        value = shift = 0
+        while message[at] >= 128:
+            value |= (message[at] & 127) << shift
+            shift += 7
+            at += 1
+        at += 1
+        return value | message[at - 1] << shift
+
+    while at < len(message):
+        number, kind = divmod(varint(), 8)
+        if kind == 0:
+            found[number] = varint()
+            continue
+        size = {1: 8, 5: 4}.get(kind) or varint()
+        found[number] = message[at : at + size]
+        at += size
+    return found
 
 
 def byte_tables(sp, vocab_size):
@@ -5687,6 +5761,7 @@ def _check_bytes(run, sp, val):
     documents, wrong = prove_bytes(sp, val)
     counted = int(val.bytes.sum())
     by = "sidecar" if val.sidecar else "table"
+    run.validity.need_for_record(not text_changes(sp), text_changes(sp))
     run.validity.need(not wrong, f"bytes: {wrong} of {documents} decoded documents differ from the byte {by}")
     run.log("bytes", documents_decoded=documents, wrong=wrong, val_tokens=len(val.bytes), val_bytes=counted,
             bytes_per_token=round(counted / len(val.bytes), 6), counted_by=by)
@@ -5779,6 +5854,8 @@ def run_phases(s, argv):
         log_header(run, argv)
         log("tokenizer", f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={tokenizer_path}",
             path=tokenizer_path, sha256=tokenizer_sha256)
+        if changes := text_changes(sp):
+            log("warning", tokenizer=tokenizer_path.name, note=changes)
         if s.phases != "eval":
             with run.validity.report():
                 run.validity.opened("val")

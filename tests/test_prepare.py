@@ -326,32 +326,36 @@ def test_help_names_every_option_and_shows_examples():
 
 # ---- resuming ---------------------------------------------------------------------------------------------------------
 
-KILL = """
-import os, signal, sys
-sys.path.insert(0, {folder!r})
-import prepare
-write, left = prepare.write_json, {at}
-def counted(path, value):
-    global left
-    left -= 1
-    if left == 0 and {early}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(path, value)
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-prepare.write_json = counted
-prepare.main({args!r})
-"""
+def kill(args, at, early=False):
+    """A job in a child of this process, which dies by SIGKILL at the `at`-th JSON file that it writes: before
+    the file is there (`early`), or after."""
+    child = os.fork()
+    if child == 0:
+        write, left = prepare.write_json, at
+
+        def counted(path, value):
+            nonlocal left
+            left -= 1
+            if left == 0 and early:
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(path, value)
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        prepare.write_json = counted
+        try:
+            prepare.main([str(a) for a in args])
+        finally:
+            os._exit(99)  # it should not come here
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("at, early", [(1, False), (2, True), (2, False), (3, True), (5, True), (7, False)])
 def test_a_job_killed_anywhere_continues_to_the_same_bytes(at, early, base, tmp_path, capsys):
     args = [str(tmp_path if a == base[0] else a) for a in base[2]] + ["--workers", "1"]
-    code = KILL.format(folder=str(SCRIPT.parent), at=at, early=early, args=args)
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -signal.SIGKILL
+    kill(args, at, early)
     if at == 5:  # and once more, a shard later
-        code = KILL.format(folder=str(SCRIPT.parent), at=1, early=False, args=args)
-        assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -signal.SIGKILL
+        kill(args, 1)
     assert not (tmp_path / "manifest.json").exists()
     assert run(*args) == 0
     assert "continue split:" in capsys.readouterr().out
@@ -363,8 +367,7 @@ def test_a_killed_job_finds_its_place_in_a_long_compressed_text(base, tmp_path):
     (tmp_path / "in.txt.zst").write_bytes(zstandard.ZstdCompressor().compress(raw))
     args = ["--source", tmp_path / "in.txt.zst", "--tokenizer", base[0] / "tokenizer.model", "--shard-tokens", 70_000, "--val-docs", 2]
     killed = [str(a) for a in (*args, "--out", tmp_path / "killed", "--workers", 1)]
-    code = KILL.format(folder=str(SCRIPT.parent), at=9, early=False, args=killed)
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -signal.SIGKILL
+    kill(killed, 9)
     assert json.loads((tmp_path / "killed" / prepare.STATE).read_text())["cursor"][1] > 600_000
     assert run(*args, "--out", tmp_path / "killed") == 0 and run(*args, "--out", tmp_path / "whole") == 0
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
@@ -409,8 +412,7 @@ def test_sigkill_in_the_middle_leaves_whole_shards_and_no_workers(tmp_path, base
 @pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits")
 def test_a_full_disk_stops_with_one_line_and_the_job_continues(base, tmp_path, capsys):
     args = [str(tmp_path if a == base[0] else a) for a in base[2]] + ["--workers", "1"]
-    code = KILL.format(folder=str(SCRIPT.parent), at=1, early=False, args=args)
-    subprocess.run([sys.executable, "-c", code], timeout=60)  # leaves a job that has only begun ...
+    kill(args, 1)  # leaves a job that has only begun ...
     (tmp_path / "tokenizer.model").write_bytes((base[0] / "tokenizer.model").read_bytes())  # ... and has its large file
     code = (f"import resource, sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import prepare\n"
             f"resource.setrlimit(resource.RLIMIT_FSIZE, (6500, 6500)); sys.exit(prepare.main({args!r}))")
@@ -436,8 +438,7 @@ def test_a_finished_data_set_is_kept(base, tmp_path, capsys, copy):
 
 def test_an_unfinished_job_with_other_arguments_begins_again(base, tmp_path, capsys):
     args = [str(tmp_path if a == base[0] else a) for a in base[2]] + ["--workers", "1"]
-    code = KILL.format(folder=str(SCRIPT.parent), at=4, early=False, args=args)
-    subprocess.run([sys.executable, "-c", code], timeout=60)
+    kill(args, 4)
     assert run(*args, "--max-docs", 60) == 0
     assert "restart reason:" in capsys.readouterr().out and len(texts_in(tmp_path, "train")) == 53
 
@@ -457,6 +458,7 @@ def test_two_writers_of_one_folder_are_refused(base, tmp_path, capsys):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
 def test_memory_does_not_grow_with_the_input(base, tmp_path):
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import prepare; prepare.finish = lambda *a: 0\n"
+            "prepare.trainer(); open('/proc/self/clear_refs', 'w').write('5')  # the peak counts from here\n"
             "prepare.main(sys.argv[2:]); print([line for line in open('/proc/self/status') if 'VmHWM' in line][0].split()[1])")
     text, peak = "\n".join(make_documents(4000, seed=9)) + "\n", []
     for copies in (1, 8):
