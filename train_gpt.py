@@ -2113,7 +2113,7 @@ def text_changes(sp):
 
 
 def protobuf_fields(message):
-    """{number: value} of a protobuf message: numbers as int, all else as bytes; the last of a repeated one."""
+    """{number: value} of a protobuf message: numbers as int, all else as bytes; of repeats the last."""
     found, at = {}, 0
 
     def varint():

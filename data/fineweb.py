@@ -17,6 +17,10 @@ import re
 import sys
 from pathlib import Path
 
+HERE = str(Path(__file__).resolve().parent)
+if HERE not in sys.path:  # python -P and PYTHONSAFEPATH leave it out
+    sys.path.insert(0, HERE)
+
 import caseops
 import prepare
 from prepare import CASEOPS, FINEWEB, MANIFEST, READ, ROOT, BadInput, Bar, Workers, locked, say, sha256, shards, trainer

@@ -47,6 +47,10 @@ try:
 except ImportError as missing:
     sys.exit(f"error: this needs the package {missing.name}: pip install -r requirements.txt")
 
+HERE = str(Path(__file__).resolve().parent)
+if HERE not in sys.path:  # python -P and PYTHONSAFEPATH leave it out
+    sys.path.insert(0, HERE)
+
 import caseops
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -324,6 +324,37 @@ def test_help_names_every_option_and_shows_examples():
     assert command("--help").returncode == 0 and command().returncode == 2
 
 
+HELP = """
+import os, runpy, sys
+import numpy, sentencepiece, torch  # once for all scripts
+for script in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        sys.argv[:] = [script, "--help"]
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            sys.stdout.flush()
+            os._exit(end.code or 0)
+        except BaseException as error:
+            print(script, repr(error), file=sys.stderr)
+        os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print("ended", script, code, flush=True)
+"""
+
+
+def test_every_script_starts_where_python_leaves_its_folder_out(tmp_path):
+    """PYTHONSAFEPATH and python -P: a script has to find the modules beside it by itself."""
+    files = [*REPO.glob("data/*.py"), *REPO.glob("tools/*.py")]
+    scripts = [str(path) for path in files if "__main__" in path.read_text()]
+    assert len(scripts) >= 7
+    done = subprocess.run([sys.executable, "-c", HELP, *scripts], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONSAFEPATH": "1"}, timeout=120)
+    ended = [line for line in done.stdout.splitlines() if line.startswith("ended ")]
+    assert ended == [f"ended {script} 0" for script in scripts], done.stderr
+
+
 # ---- resuming ---------------------------------------------------------------------------------------------------------
 
 def kill(args, at, early=False):

@@ -23,6 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
+HERE = str(Path(__file__).resolve().parent)
+if HERE not in sys.path:  # python -P and PYTHONSAFEPATH leave it out
+    sys.path.insert(0, HERE)
+
 from common import ROOT, BadInput, exit_code
 
 if str(ROOT / "data") not in sys.path:
