@@ -2190,6 +2190,23 @@ def read_sidecar(paths):
     return np.concatenate([read_shard(path) for path in found]).astype(np.int32) if found else None
 
 
+def join_short(lengths, least):
+    """Lengths of the parts that blocks are dealt from: the shards, but one shorter than `least` is joined to
+    the next ones until it is long enough, at the end to the one before.
+    """
+    parts, joined = [], 0
+    for length in lengths:
+        joined += length
+        if joined >= least:
+            parts.append(joined)
+            joined = 0
+    if joined and parts:
+        parts[-1] += joined
+    elif joined:
+        parts = [joined]
+    return parts
+
+
 def shuffled_order(counts, rng, chunk=None):
     """Every block of every shard once, as (shard, block), in random order (#1394)."""
     blocks = np.stack([np.repeat(np.arange(len(counts)), counts), np.concatenate([np.arange(n) for n in counts])], 1)
@@ -2225,8 +2242,9 @@ class TokenStream:
 
     sequential: cut one after the other from the concatenated shards; packed: the same, a micro-batch as one long row
     whose documents do not see each other; shuffled, coprime: blocks of the longest training sequence, reordered each
-    epoch. The whole state is `position`, so a batch depends on the settings only: any number of ranks sees the same
-    stream, and a checkpoint is one number. The next batch is read by a thread while this one is trained on.
+    epoch; a shard that is too short for a block is joined to the next. The whole state is `position`: a batch
+    depends on the settings only, any number of ranks sees the same stream, a checkpoint is a number. A thread
+    reads the next batch while this one is trained on.
     """
 
     def __init__(self, paths, s, rt, documents=None):
@@ -2242,12 +2260,13 @@ class TokenStream:
                 raise BadInput(f"LOADER=packed makes rows of {share[1] * length} tokens, but {rt.world} ranks have "
                                f"{share[0] * length} each; MICRO_BATCH_TOKENS={share[0] * length} makes them fit")
         self.block = max(length for _, length, _ in s.stages)
-        self.counts = [(len(shard) - 1) // self.block for shard in self.shards]
+        self.lengths = join_short([len(shard) for shard in self.shards], self.block + 1)
+        self.counts = [(length - 1) // self.block for length in self.lengths]
         if self.ends[-1] < 2:
             raise BadInput(f"{paths[0]}: the training stream holds fewer than 2 tokens")
         if self.reordered and not sum(self.counts):
-            raise BadInput(f"{paths[0]}: LOADER={s.loader} deals out blocks, but no shard holds the {self.block + 1} "
-                           "tokens of one; shorten the sequences, or prepare more training text")
+            raise BadInput(f"{paths[0]}: LOADER={s.loader} deals out blocks, but the shards hold fewer than "
+                           f"the {self.block + 1} tokens of one; shorten the sequences, or prepare more text")
         self.total = sum(self.counts) * self.block if self.reordered else int(self.ends[-1])
         self._orders, self._thread, self._ahead = {}, ThreadPoolExecutor(1, "loader"), (None, None)
 
@@ -2298,10 +2317,10 @@ class TokenStream:
         """Where the blocks of an epoch start in the concatenated shards, in their order."""
         if epoch not in self._orders:
             rng = np.random.default_rng([self.s.seed, epoch])
-            phases = [int(rng.integers((len(shard) - 1) % self.block + 1)) for shard in self.shards]
+            phases = [int(rng.integers((length - 1) % self.block + 1)) for length in self.lengths]
             chunk = max(self.s.stages[-1][2] // self.block, 1)
             shard, block = (shuffled_order if self.s.loader == "shuffled" else coprime_order)(self.counts, rng, chunk).T
-            firsts = np.array([end - len(tokens) for end, tokens in zip(self.ends, self.shards)]) + phases
+            firsts = np.cumsum([0, *self.lengths[:-1]]) + phases
             self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}  # a batch spans two at most
             self._orders[epoch] = firsts[shard] + block * self.block
         return self._orders[epoch]
