@@ -2033,9 +2033,22 @@ def check_tokens(tokens, vocab_size, path, start):
                        f"VOCAB_SIZE={vocab_size}; these shards belong to another tokenizer")
 
 
+def list_shards(folder, split):
+    """Shards of a split in the order of their numbers, with or without leading zeros; BadInput for copies."""
+    paths = {}
+    for path in sorted(Path(folder).glob(f"fineweb_{split}_[0-9]*.bin")):
+        number = path.stem.removeprefix(f"fineweb_{split}_")
+        if not number.isdecimal():
+            raise BadInput(f"{path}: {number!r} is no number of a shard; move the file away, or rename it")
+        if int(number) in paths:
+            raise BadInput(f"{path}: has the number of {paths[int(number)].name}; move one of them away")
+        paths[int(number)] = path
+    return [paths[number] for number in sorted(paths)]
+
+
 def find_shards(folder, split):
-    """Sorted shards of a split, in the contest's names."""
-    paths = sorted(Path(folder).glob(f"fineweb_{split}_[0-9]*.bin"))
+    """The shards of a split, at least one."""
+    paths = list_shards(folder, split)
     if not paths:
         variant = Path(folder).name.removeprefix("fineweb10B_")
         fix = (f"python data/fineweb.py --variant {variant} --train-shards 80" if "fineweb10B_" in str(folder)
@@ -2173,7 +2186,7 @@ def read_sidecar(paths):
     beside them (#1729); None where there are none.
     """
     expected = [Path(path).with_name(Path(path).name.replace("_val_", "_val_bytes_")) for path in paths]
-    found = sorted(expected[0].parent.glob("fineweb_val_bytes_*.bin"))
+    found = list_shards(expected[0].parent, "val_bytes")
     again = "make or fetch the data set again with data/prepare.py --caseops or data/fineweb.py"
     if found and found != expected:
         raise BadInput(f"{expected[0].parent}: expected one fineweb_val_bytes_*.bin for each of the {len(expected)} "

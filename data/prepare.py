@@ -65,7 +65,7 @@ START = (0, 0, 1, 0)  # where the first document begins: file, byte offset, line
 SPACE = "\u2581"  # what SentencePiece writes for a space
 NOT_LETTERS = bytes(b for b in range(128) if not chr(b).isalnum())
 SEPARATOR = re.compile(rb"\f|<\|endoftext\|>")
-SHARD = re.compile(r"fineweb_(val|val_bytes|train)_\d{6}\.bin")
+SHARD = re.compile(r"fineweb_(val|val_bytes|train)_(\d+)\.bin")
 STATE, MANIFEST, MODEL, BUILTIN = ".prepare.json", "manifest.json", "tokenizer.model", "builtin.jsonl.zst"
 
 # The published FineWeb validation set. Every tokenizer that normalises with nmt_nfkc counts the same bytes. The tokens
@@ -226,8 +226,12 @@ def sha256(path):
 
 
 def shards(folder, split):
-    """The shard files of a split in order; of "val_bytes" the byte sidecars of validation; of "*" all of them."""
-    return sorted(p for p in Path(folder).glob(f"fineweb_{split}_[0-9]*.bin") if SHARD.fullmatch(p.name))
+    """The shards of a split by number; of "val_bytes" the byte sidecars of validation; of "*" all of them."""
+    numbers = {}
+    for path in Path(folder).glob(f"fineweb_{split}_[0-9]*.bin"):
+        if name := SHARD.fullmatch(path.name):
+            numbers[path] = int(name.group(2))
+    return sorted(numbers, key=lambda path: (numbers[path], path.name))
 
 
 @contextlib.contextmanager
@@ -784,9 +788,16 @@ def _table_checks(sp, tables):
 
 
 def _shard_checks(paths, train_gpt):
-    """Format and numbering of the shard files; after a failure the rest of the proof would read garbage."""
+    """Names, format and numbering of the shard files."""
+    folders = {split: path.parent for split, _, path in paths}
+    for split in folders:
+        try:
+            train_gpt.list_shards(folders[split], split)
+        except train_gpt.BadInput as error:
+            yield Check(f"{split}: files that train_gpt.py reads", "numbered shards", str(error), False)
     for split, number, path in paths:
-        name = f"fineweb_{split}_{number:06d}.bin"
+        digits = len(SHARD.fullmatch(path.name).group(2))  # leading zeros, or none
+        name = f"fineweb_{split}_{number:0{digits}d}.bin"
         try:
             train_gpt.read_shard(path)
             yield same("shard", name, path.name, "" if name == path.name else " (a number is missing)")

@@ -117,6 +117,33 @@ def test_shards_come_in_the_order_of_their_names(tmp_path):
     assert [path.name for path in tg.find_shards(str(tmp_path), "val")] == names[:12]
 
 
+def test_shards_without_leading_zeros_come_in_the_order_of_their_numbers(toy, tmp_path, capsys):
+    """In every command: a stream that is cut into files 0 to 11 is the same with any names."""
+    s = tg.Settings.parse(toy)
+    val = np.concatenate([tg.read_shard(path) for path in tg.find_shards(s.data_path, "val")])
+    train = np.concatenate([tg.read_shard(path) for path in tg.find_shards(s.data_path, "train")])
+    scores = []
+    for digits in (1, 6):
+        folder = tmp_path / str(digits)
+        folder.mkdir()
+        (folder / "tokenizer.model").write_bytes(Path(s.data_path, "tokenizer.model").read_bytes())
+        for split, ids in (("val", val), ("train", train)):
+            for number, part in enumerate(np.array_split(ids, 12)):
+                write_shard(folder / f"fineweb_{split}_{number:0{digits}d}.bin", part)
+        done = good(call(command(toy, folder / "run", f"DATA_PATH={folder}")))
+        scores.append(summary(done)["val_bpb"])
+        assert prepare.main(["--check", str(folder), "--workers", "1"]) == 0
+    assert scores[0] == scores[1] and "fineweb_val_11.bin" in capsys.readouterr().out
+    copies = {"fineweb_val_1 (1).bin": "no number of a shard", "fineweb_val_001.bin": "has the number of"}
+    for name, said in copies.items():
+        copy = tmp_path / "1" / name
+        copy.write_bytes((tmp_path / "1" / "fineweb_val_1.bin").read_bytes())
+        refused(call(command(toy, tmp_path / "no", f"DATA_PATH={tmp_path}/1")), 2, "fineweb_val_", said)
+        assert prepare.main(["--check", str(tmp_path / "1"), "--workers", "1"]) == 1
+        assert said in capsys.readouterr().out
+        copy.unlink()
+
+
 # --- the training stream ---------------------------------------------------------------------------------------------
 
 

@@ -349,8 +349,9 @@ def test_every_script_starts_where_python_leaves_its_folder_out(tmp_path):
     files = [*REPO.glob("data/*.py"), *REPO.glob("tools/*.py")]
     scripts = [str(path) for path in files if "__main__" in path.read_text()]
     assert len(scripts) >= 7
-    done = subprocess.run([sys.executable, "-c", HELP, *scripts], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONSAFEPATH": "1"}, timeout=120)
+    safe = {**os.environ, "PYTHONSAFEPATH": "1"}
+    done = subprocess.run([sys.executable, "-c", HELP, *scripts], cwd=tmp_path, env=safe, timeout=120,
+                          capture_output=True, text=True)
     ended = [line for line in done.stdout.splitlines() if line.startswith("ended ")]
     assert ended == [f"ended {script} 0" for script in scripts], done.stderr
 

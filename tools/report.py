@@ -15,6 +15,7 @@ import json
 import lzma
 import math
 import os
+import re
 import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -110,7 +111,9 @@ def validation_text(settings, tokenizer_sha256):
 
     folder = Path(settings["DATA_PATH"])
     folder = folder if folder.is_dir() else ROOT / folder
-    paths, vocab = sorted(folder.glob("fineweb_val_[0-9]*.bin")), settings["VOCAB_SIZE"]
+    paths = list(folder.glob("fineweb_val_[0-9]*.bin"))
+    paths.sort(key=lambda path: int(re.sub(r"\D", "", path.stem)))  # by number, with or without leading zeros
+    vocab = settings["VOCAB_SIZE"]
     name = f"fineweb_{vocab}_bpe{folder.name.partition(f'_sp{vocab}')[2]}.model"
     places = [Path(settings["TOKENIZER_PATH"])] if settings["TOKENIZER_PATH"] else [
         folder / "tokenizer.model", folder.parent.parent / "tokenizers" / name]
