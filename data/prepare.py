@@ -101,6 +101,19 @@ def trainer():
     return train_gpt
 
 
+def hold_standard_streams():
+    """Put something that swallows everything in the place of a closed standard stream (2>&-); else the next
+    file to be opened, such as a shard, would get its number.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number, this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))
+
+
 class Bar:
     """Progress with rate and time left: a bar on a terminal, a line every ten seconds elsewhere."""
 
@@ -205,7 +218,7 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise BadInput(f"{path}: not readable ({error}); remove it, or begin again with --restart") from None
 
 
@@ -262,12 +275,43 @@ def _kind(path):
     return match and match.group(1)
 
 
+def _unreadable(error):
+    raise BadInput(f"{error.filename}: cannot be read ({error.strerror})")
+
+
+def _files_inside(folder):
+    """The text files in a folder, in the folders in it and in those that are linked there, sorted by path.
+
+    Nothing is read twice, however many links lead to it. What is left out is said.
+    """
+    found, links, known = [], [folder], set()
+    while links:
+        for place, folders, names in os.walk(links.pop(0), onerror=_unreadable):
+            place = Path(place)
+            state = place.stat()
+            if (state.st_dev, state.st_ino) in known:
+                folders.clear()
+                continue
+            known.add((state.st_dev, state.st_ino))
+            links += sorted(place / name for name in folders if (place / name).is_symlink())
+            found += [place / name for name in names if _kind(place / name)]
+    once = {}
+    for path in sorted(found, key=lambda path: (path.is_symlink(), path)):
+        if path.name.startswith("._"):
+            say("skipped", file=path, reason="resource_fork_of_macOS")
+        elif not path.is_file():
+            say("skipped", file=path, reason="link_to_nothing" if path.is_symlink() else "not_a_file")
+        else:
+            once.setdefault(path.resolve(), path)
+    return sorted(once.values())
+
+
 def find_sources(sources):
     """The files behind the sources, in the order that fixes the order of the documents."""
     found = []
     for source in map(Path, sources):
         if source.is_dir():
-            inside = sorted(p for p in source.rglob("*") if p.is_file() and _kind(p))
+            inside = _files_inside(source)
             if not inside:
                 raise BadInput(f"{source}: no .txt or .jsonl file in this folder (.gz and .zst of them are read too)")
             found += inside
@@ -290,16 +334,21 @@ def _pieces(path, file, skip):
         file.seek(skip)
         yield from iter(lambda: file.read(READ), b"")
         return
-    frame = None
+    frame, padded = None, False
     try:
         while data := file.read(READ // 16):
             while data:
+                if frame is None and padded:  # gzip allows zeros behind a stream, zstd does not
+                    data = data.lstrip(b"\0")
+                    if not data:
+                        break
                 frame = frame or make()
                 piece = frame.decompress(data)
                 if len(piece) > skip:
                     yield piece[skip:]
                 skip = max(skip - len(piece), 0)
                 data = frame.unused_data if frame.eof else b""
+                padded = path.suffix == ".gz"
                 frame = None if frame.eof else frame
     except (zlib.error, zstandard.ZstdError) as error:
         at = file.tell()
@@ -389,6 +438,14 @@ def blocks(files, start=START, limit=None, after=-1):
         yield Block(held, {w[0]: str(files[w[0]]) for w, _ in held}, read)
 
 
+def _json_kind(value):
+    """What a value is in the words of JSON."""
+    if value is None:
+        return "null"
+    names = {bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list"}
+    return names.get(type(value), "an object")
+
+
 def text_of(block, where, raw, key):
     """The text of one raw document."""
     path, line = block.names[where[0]], where[2]
@@ -403,9 +460,17 @@ def text_of(block, where, raw, key):
         row = json.loads(text)
     except ValueError as error:
         raise BadInput(f"{path}:{line}: not JSON ({error}); every line must be one JSON object") from None
-    if not isinstance(row, dict) or not isinstance(row.get(key), str):
-        has = f"fields {', '.join(sorted(row)[:6]) or 'none'}" if isinstance(row, dict) else f"a {type(row).__name__}"
+    except RecursionError:
+        raise BadInput(f"{path}:{line}: nested too deeply; mend or remove the line") from None
+    if not isinstance(row, dict):
+        raise BadInput(f"{path}:{line}: {_json_kind(row)}; every line must be one JSON object")
+    if key not in row:
+        names = ", ".join(repr(name[:20])[1:-1] for name in sorted(row)[:6])
+        has = f"fields {names}" if names else "no fields"
         raise BadInput(f"{path}:{line}: no text under {key!r} (the line has {has}); name the field by --text-key")
+    if not isinstance(row[key], str):
+        kind = _json_kind(row[key])
+        raise BadInput(f"{path}:{line}: {key!r} is {kind}, not a text; mend or remove the line")
     if b"\\u" in raw:  # only an escape can make half a surrogate pair
         try:
             row[key].encode()
@@ -1170,6 +1235,15 @@ def describe_files(files):
     return dict(files=len(files), bytes=sum(sizes), first=files[0].name, names_sizes_times=digest.hexdigest()[:16])
 
 
+def check_folder(option, folder):
+    """BadInput if a folder that is to be made cannot be one."""
+    for place in (folder, *folder.parents):
+        if os.path.lexists(place):
+            if not place.is_dir():
+                raise BadInput(f"{option} {folder}: {place} is not a folder; choose another {option}")
+            return
+
+
 def make_job(args):
     """The job that the arguments ask for; BadInput for whatever can be known to be wrong before any work."""
     builtin = args.source == ["builtin"]
@@ -1198,6 +1272,7 @@ def make_job(args):
     if importlib.util.find_spec("torch") is None:  # better now than before the proof, after hours of encoding
         raise BadInput("the proof at the end needs torch: pip install -r requirements.txt")
     out = Path(args.out or os.path.relpath(ROOT / f"data/datasets/builtin_sp{vocab_size}{'_caseops' * args.caseops}"))
+    check_folder("--out", out)
     files = [out / BUILTIN] if builtin else find_sources(args.source)
     if args.val_docs == TOO_FEW and files[0].name.startswith(DOCUMENTS):
         raise BadInput(f"--val-docs {TOO_FEW} of {DOCUMENTS}: the contest's validation set is the first 50000, and "
@@ -1377,6 +1452,7 @@ def run(args):
 
 
 def main(argv=None):
+    hold_standard_streams()
     args = parser().parse_args(argv)
     try:
         return run(args)

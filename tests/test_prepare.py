@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import fineweb
 import prepare
 import pytest
 import sentencepiece
@@ -228,6 +230,43 @@ def test_every_kind_of_source_gives_the_same_documents(make, base, tmp_path):
     assert json.loads((out / "manifest.json").read_text())["empty_docs_skipped"] == (make is _gz_with_blank_lines)
 
 
+def _padded_gzip(folder):
+    lines = [json.dumps({"text": d}).encode() + b"\n" for d in DOCUMENTS[:40]]
+    parts = [gzip.compress(b"".join(part)) for part in (lines[:25], lines[25:])]
+    (folder / "a.jsonl.gz").write_bytes(bytes(100_000).join([*parts, b""]))  # more zeros than one read
+
+
+def _linked_folders(folder):
+    """A folder elsewhere that is linked twice and links back, a link to a file, a fork, a dead link."""
+    other = folder.parent / "other"
+    other.mkdir()
+    write_jsonl(folder / "a.jsonl", DOCUMENTS[:20])
+    write_jsonl(other / "b.jsonl", DOCUMENTS[20:40])
+    (folder / "again.jsonl").symlink_to("a.jsonl")
+    (folder / "linked").symlink_to(other)
+    (folder / "linked_too").symlink_to(other)
+    (other / "back").symlink_to(folder)
+    (folder / "._a.jsonl").write_bytes(b"\0\5\x16\7")
+    (folder / "gone.jsonl").symlink_to("nothing.jsonl")
+
+
+@pytest.mark.parametrize("make", [_padded_gzip, _linked_folders])
+def test_every_document_of_an_odd_source_is_read_once(make, base, tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    make(folder)
+    out = tmp_path / "out"
+    model = base[0] / "tokenizer.model"
+    assert run("--source", folder, "--out", out, "--tokenizer", model, "--val-docs", 4) == 0
+    assert texts_in(out, "val") + texts_in(out, "train") == [normal(d) for d in DOCUMENTS[:40]]
+    skipped = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped ")]
+    if make is _linked_folders:
+        assert skipped == [f"skipped file:{folder}/._a.jsonl reason:resource_fork_of_macOS",
+                           f"skipped file:{folder}/gone.jsonl reason:link_to_nothing"]
+    else:
+        assert skipped == []
+
+
 def test_a_long_text_is_cut_at_paragraphs(base, tmp_path):
     paragraphs = make_documents(900, seed=3)
     (tmp_path / "a.txt").write_text("\n\n".join(paragraphs))
@@ -257,6 +296,7 @@ def _bytes_file(name, content):
 
 GOOD = b"".join(json.dumps({"text": d}).encode() + b"\n" for d in DOCUMENTS[:30])
 PACKED = zstandard.ZstdCompressor(write_checksum=True).compress(GOOD)
+GZIPPED, DEEP = gzip.compress(GOOD), b"[" * 100_000
 ERRORS = {
     "no such path": (lambda tmp: ["--source", tmp / "none.txt"], ["none.txt", "no such file"]),
     "empty folder": (lambda tmp: ["--source", tmp], ["no .txt or .jsonl"]),
@@ -266,6 +306,13 @@ ERRORS = {
     "bad JSON": (_bytes_file("a.jsonl", GOOD + b'{"text": \n'), ["a.jsonl:31", "not JSON"]),
     "no text key": (_bytes_file("a.jsonl", GOOD + b'{"body": "x", "id": 1}\n'), ["a.jsonl:31", "'text'", "body, id", "--text-key"]),
     "not an object": (_bytes_file("a.jsonl", b"[1]\n"), ["a.jsonl:1", "list"]),
+    "null for a text": (_bytes_file("a.jsonl", GOOD + b'{"text": null}\n'), ["a.jsonl:31", "'text' is null"]),
+    "a list": (_bytes_file("a.jsonl", GOOD + b'{"text": [1]}\n'), ["a.jsonl:31", "'text' is a list"]),
+    "nested too deeply": (_bytes_file("a.jsonl", GOOD + DEEP + b"\n"), ["a.jsonl:31", "nested too deeply"]),
+    "deep in a field": (_bytes_file("a.jsonl", GOOD + b'{"x": ' + DEEP), ["a.jsonl:31", "nested too deeply"]),
+    "zeros before gzip": (_bytes_file("a.jsonl.gz", bytes(9) + GZIPPED), ["a.jsonl.gz", "corrupt"]),
+    "text behind gzip": (_bytes_file("a.jsonl.gz", GZIPPED + b"\0 text"), ["a.jsonl.gz", "corrupt"]),
+    "zeros behind zstd": (_bytes_file("a.jsonl.zst", PACKED + bytes(9)), ["a.jsonl.zst", "corrupt"]),
     "not UTF-8": (_bytes_file("a.txt", DOCUMENTS[0].encode() + b"\xff\xfe"), [f"byte {len(DOCUMENTS[0].encode()):,}", "0xff", "UTF-8"]),
     "half a surrogate": (_bytes_file("a.jsonl", GOOD + b'{"text": "ab\\ud800"}\n'), ["a.jsonl:31", "surrogate"]),
     "cut zstd": (_bytes_file("a.jsonl.zst", PACKED[:-200]), ["a.jsonl.zst", "ends in the middle"]),
@@ -292,6 +339,28 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words), error
     assert not out.exists()
+
+
+def test_an_output_that_is_a_file_is_named_and_stays(base, tmp_path, capsys):
+    file = tmp_path / "precious.txt"
+    file.write_text("mine")
+    for out, more in ((file, []), (file / "deeper", []), (file, ["--restart"])):
+        assert run("--source", base[1], "--out", out, *more) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: --out {out}: {file} is not a folder") and error.count("\n") == 1
+        assert fineweb.main(["--out", str(out)]) == 2 and capsys.readouterr().err == error
+    assert file.read_text() == "mine" and [*tmp_path.iterdir()] == [file]
+
+
+def test_closed_standard_streams_change_nothing(base, tmp_path):
+    """Their numbers must not go to shards, into which warnings of libraries would be written."""
+    words = [tmp_path / "out" if a == base[0] else a for a in base[2]]
+    line = shlex.join([sys.executable, str(SCRIPT), *map(str, words), "--workers", "2"])
+    assert subprocess.run(["bash", "-c", f"{line} 2>&-"], timeout=60).returncode == 0
+    assert files_of(tmp_path / "out") == files_of(base[0])
+    for script, option in (("prepare.py", "--source"), ("fineweb.py", "--repo")):
+        line = shlex.join([sys.executable, str(SCRIPT.with_name(script)), option, str(tmp_path / "none.txt")])
+        assert subprocess.run(["bash", "-c", f"{line} <&- >&- 2>&-"], timeout=60).returncode == 2
 
 
 def test_tokenizers_that_would_miscount_are_refused(tmp_path, capsys):
