@@ -1331,6 +1331,24 @@ def resume(job):
     return state
 
 
+def try_tokenizer(job):
+    """Try a given tokenizer on the first documents: the proof would find its faults after all is encoded.
+
+    BadInput if normalised texts have other tokens; a line if it changes more than the contest's tokenizers.
+    """
+    sp = sentencepiece.SentencePieceProcessor(model_proto=job.tokenizer)
+    if changes := trainer().text_changes(sp):
+        say("warning", note=changes.replace(" ", "_"))
+    transform, _ = caseops.codec(sp)
+    block = next(blocks(job.files, limit=job.max_docs), Block([], {}, 0))
+    texts = [transform(text_of(block, where, raw, job.text_key)) for where, raw in block.documents]
+    normalised = [sp.normalize(text).replace(SPACE, " ") for text in texts]
+    changed = sum(one != two for one, two in zip(sp.encode(texts), sp.encode(normalised)))
+    if changed > max(1, len(texts) // 10):  # as in the proof
+        raise BadInput(f"--tokenizer: {changed} of the first {len(texts)} documents have other tokens once "
+                       "normalised: the normalisation changes its own texts; choose another tokenizer")
+
+
 def make_shards(job, workers, state):
     """Text -> tokenizer -> validation -> training; each step is skipped if an earlier, killed run finished it."""
     if not job.files[0].exists():
@@ -1339,7 +1357,9 @@ def make_shards(job, workers, state):
         validation=job.description["validation"].replace(" ", "_"))
     if not (job.out / MODEL).exists():
         model = job.tokenizer
-        if model is None:
+        if model is not None:
+            try_tokenizer(job)
+        else:
             texts = sample(job, workers)
             if not texts:
                 raise too_few(job, "training", 0)

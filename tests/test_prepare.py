@@ -386,6 +386,26 @@ def test_a_tokenizer_that_changes_the_text_is_refused(tmp_path, capsys):
     assert "in.jsonl:" in error and "does not give back" in error and error.count("\n") == 1
 
 
+def test_a_tokenizer_that_changes_its_own_texts_is_refused_before_all_is_encoded(tmp_path, capsys):
+    """A rule that rewrites what it wrote; case folding, which does not, only has to be said."""
+    options = dict(model_type="bpe", vocab_size=V, pad_id=0, bos_id=1, eos_id=2, unk_id=3, byte_fallback=True,
+                   add_dummy_prefix=False, minloglevel=2)
+    (tmp_path / "rule.tsv").write_text("6B\t74\n74\t70\n")  # k becomes t, t becomes p
+    rules = dict(own=dict(normalization_rule_tsv=str(tmp_path / "rule.tsv")),
+                 folds=dict(normalization_rule_name="nmt_nfkc_cf"))
+    for name, rule in rules.items():
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(DOCUMENTS), model_prefix=str(tmp_path / name), **options, **rule)
+    source = write_jsonl(tmp_path / "in.jsonl", [text.title() for text in DOCUMENTS[:40]])
+    args = ["--source", source, "--out", tmp_path / "out", "--val-docs", 3, "--tokenizer"]
+    assert run(*args, tmp_path / "own.model") == 2
+    out, error = capsys.readouterr()
+    assert "of the first 40 documents" in error and "normalisation" in error and error.count("\n") == 1
+    assert "val documents" not in out and not (tmp_path / "out").exists()
+    assert run(*args, tmp_path / "folds.model") == 0
+    assert "warning note:bytes_are_those_of_the_normalised_text" in capsys.readouterr().out
+
+
 def test_help_names_every_option_and_shows_examples():
     text = prepare.parser().format_help()
     assert all(action.help for action in prepare.parser()._actions)
