@@ -67,6 +67,7 @@ NOT_LETTERS = bytes(b for b in range(128) if not chr(b).isalnum())
 SEPARATOR = re.compile(rb"\f|<\|endoftext\|>")
 SHARD = re.compile(r"fineweb_(val|val_bytes|train)_(\d+)\.bin")
 STATE, MANIFEST, MODEL, BUILTIN = ".prepare.json", "manifest.json", "tokenizer.model", "builtin.jsonl.zst"
+RESTART, MOVING = ".restart", ".restart_moving"  # folders in --out: what --restart makes, and has made
 
 # The published FineWeb validation set. Every tokenizer that normalises with nmt_nfkc counts the same bytes. The tokens
 # of the two sp4096 exports are known only to the last full row, so those are recognised by bytes per token.
@@ -1304,6 +1305,8 @@ def finished(job):
         raise BadInput(f"{job.out}: holds {fault}; --restart replaces it, or choose another --out")
     say("complete", out=job.out, **{f"{s}_{k}": v for s, row in manifest["splits"].items() for k, v in row.items()},
         **(dict(note="made_with_other_package_versions,_kept;_--restart_makes_it_again") if change else {}))
+    if (job.out / RESTART).exists():
+        say("unfinished", folder=job.out / RESTART, note="--restart_continues_it;_remove_it_to_keep_this_set")
     return True
 
 
@@ -1312,6 +1315,26 @@ def discard(folder):
     own = (folder / name for name in (MANIFEST, MODEL, BUILTIN, STATE))
     for path in [*folder.glob(".*.part"), *shards(folder, "*"), *own]:
         path.unlink(missing_ok=True)
+
+
+def replacement(job):
+    """The job of --restart: it makes the new set in a folder inside, so the old one stays until the proof."""
+    new = job.out / RESTART
+    files = [new / BUILTIN] if job.files == [job.out / BUILTIN] else job.files
+    new.mkdir(exist_ok=True)
+    return job._replace(out=new, files=files)
+
+
+def replace_old(folder):
+    """Puts a new set that --restart made and proved in the place of the old one, or goes on with that."""
+    new, moving = folder / RESTART, folder / MOVING
+    if (new / MANIFEST).exists():
+        discard(folder)
+        os.replace(new, moving)  # from here on what lies in the folder is new, too
+    if moving.exists():
+        for path in sorted(moving.iterdir(), key=lambda path: path.name == MANIFEST):  # the manifest last
+            os.replace(path, folder / path.name)
+        moving.rmdir()
 
 
 def resume(job):
@@ -1377,7 +1400,7 @@ def make_shards(job, workers, state):
         encode(job, workers, state, "train", known)
 
 
-def finish(job, workers, counts, begin):
+def finish(job, workers, counts):
     """The proof, and the manifest if it holds. The exit code."""
     expected = {s: {k: counts[f"{s}_{k}"] for k in ("documents", "tokens")} for s in ("val", "train")}
     *results, totals = prove(job.out, job.out / MODEL, workers, expected)
@@ -1393,7 +1416,6 @@ def finish(job, workers, counts, begin):
         tokenizer=dict(name=MODEL, sha256=sha256(job.out / MODEL)), shards=file_table(job.out, workers),
         proof=[dict(check=r.name, expected=r.expected, found=r.found) for r in results]))
     (job.out / STATE).unlink()
-    say("done", out=job.out, train_docs_dropped=counts["train_docs_dropped"], seconds=f"{time.monotonic() - begin:.1f}")
     return 0
 
 
@@ -1440,7 +1462,8 @@ def parser():
                    help="field of a .jsonl line that holds the text (default: text)")
     p.add_argument("--tokenizer-sample-mb", type=float, default=50, metavar="M",
                    help="train the tokenizer on at most so much text, held in memory (default: 50)")
-    p.add_argument("--restart", action="store_true", help="replace what is in --out; do not keep or continue it")
+    p.add_argument("--restart", action="store_true",
+                   help="make the set again; what is in --out stays until the new one is proven")
     return p
 
 
@@ -1451,24 +1474,35 @@ def run(args):
         with contextlib.closing(Workers(count)) as workers:
             return 0 if check(args.check, workers, args.tokenizer, args.vocab_size) else 1
     job = make_job(args)
-    if not args.restart and finished(job):
+    out = job.out
+    half_replaced = (out / MOVING).exists() or (out / RESTART / MANIFEST).exists()
+    if not args.restart and not half_replaced and finished(job):
         return 0
     try:
-        job.out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"--out {job.out}: cannot be made ({error.strerror})") from None
-    with locked(job.out), contextlib.closing(Workers(count)) as workers:
+        raise BadInput(f"--out {out}: cannot be made ({error.strerror})") from None
+    with locked(out), contextlib.closing(Workers(count)) as workers:
+        replace_old(out)
         if args.restart:
-            discard(job.out)
+            job = replacement(job)
+        elif finished(job):
+            return 0
         state = resume(job)
         try:
             make_shards(job, workers, state)
         except BadInput:
             discard(job.out)
-            with contextlib.suppress(OSError):  # unless something else is in there
-                job.out.rmdir()
+            for folder in dict.fromkeys((job.out, out)):
+                with contextlib.suppress(OSError):  # unless something else is in there
+                    folder.rmdir()
             raise
-        return finish(job, workers, state["counts"], begin)
+        if finish(job, workers, state["counts"]):
+            return 1
+        replace_old(out)
+    say("done", out=out, train_docs_dropped=state["counts"]["train_docs_dropped"],
+        seconds=f"{time.monotonic() - begin:.1f}")
+    return 0
 
 
 def main(argv=None):

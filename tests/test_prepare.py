@@ -75,7 +75,7 @@ def normal(text):
 
 
 def files_of(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
 
 
 @pytest.fixture(scope="session")
@@ -447,23 +447,29 @@ def test_every_script_starts_where_python_leaves_its_folder_out(tmp_path):
 
 # ---- resuming ---------------------------------------------------------------------------------------------------------
 
-def kill(args, at, early=False):
-    """A job in a child of this process, which dies by SIGKILL at the `at`-th JSON file that it writes: before
-    the file is there (`early`), or after."""
+def kill(args, at, early=False, moving_to=None):
+    """A job in a child of this process, which dies by SIGKILL at the `at`-th JSON file that it writes, or at
+    the `at`-th file that it moves into a folder: before the file is there (`early`), or after."""
     child = os.fork()
     if child == 0:
-        write, left = prepare.write_json, at
+        write, move, left = prepare.write_json, os.replace, at
 
-        def counted(path, value):
+        def die_at(work, *args):
             nonlocal left
             left -= 1
             if left == 0 and early:
                 os.kill(os.getpid(), signal.SIGKILL)
-            write(path, value)
+            work(*args)
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        prepare.write_json = counted
+        def replace(old, new):
+            die_at(move, old, new) if Path(new).parent == moving_to else move(old, new)
+
+        if moving_to is None:
+            prepare.write_json = lambda *args: die_at(write, *args)
+        else:
+            os.replace = replace
         try:
             prepare.main([str(a) for a in args])
         finally:
@@ -555,6 +561,34 @@ def test_a_finished_data_set_is_kept(base, tmp_path, capsys, copy):
     assert run(*args) == 2 and "fineweb_train_000001.bin" in capsys.readouterr().err
     assert run(*args, "--max-docs", 50, "--restart") == 0
     assert json.loads((copy / "manifest.json").read_text())["splits"]["train"]["documents"] == 43
+
+
+def test_restart_keeps_the_old_set_until_the_new_one_is_proven(base, copy, tmp_path, capsys):
+    old = files_of(copy)
+    args = [copy if a == base[0] else a for a in base[2]] + ["--restart", "--shard-tokens", 2000]
+    broken = write_jsonl(tmp_path.parent / "broken.jsonl", DOCUMENTS)
+    broken.write_text(broken.read_text() + "{")  # the last line of all
+    assert run(*[broken if a == base[1] else a for a in args]) == 2
+    assert "not JSON" in capsys.readouterr().err
+    assert files_of(copy) == old and set(old) == {path.name for path in copy.iterdir()}
+    kill([*args, "--workers", 1], 4)
+    assert files_of(copy) == old and run("--check", copy) == 0
+    assert run(*base[2][:2], "--out", copy, *base[2][4:]) == 0  # without --restart: the old set
+    assert "complete" in (said := capsys.readouterr().out) and "unfinished folder:" in said
+    assert run(*args) == 0 and "continue split:" in capsys.readouterr().out
+    new = files_of(copy)
+    assert {path.name for path in copy.iterdir()} == set(new) and len(new) > len(old)
+    assert run(*args[:-3], *args[-2:]) == 0 and "complete" in capsys.readouterr().out
+    assert len(read_tokens(copy / "fineweb_train_000000.bin")) == 2000
+
+
+@pytest.mark.parametrize("at, early", [(1, True), (1, False), (3, False)])
+def test_a_restart_killed_while_it_replaces_the_old_set_goes_on(at, early, base, copy, capsys):
+    args = [copy if a == base[0] else a for a in base[2]] + ["--max-docs", 60]
+    kill([*args, "--restart", "--workers", 1], at, early, moving_to=copy)
+    assert run(*args) == 0 and "complete" in capsys.readouterr().out
+    assert run("--check", copy) == 0 and len(texts_in(copy, "train")) == 53
+    assert not [path for path in copy.iterdir() if path.name.startswith(".")]
 
 
 def test_an_unfinished_job_with_other_arguments_begins_again(base, tmp_path, capsys):
