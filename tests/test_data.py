@@ -126,6 +126,7 @@ def test_shards_without_leading_zeros_come_in_the_order_of_their_numbers(toy, tm
     for digits in (1, 6):
         folder = tmp_path / str(digits)
         folder.mkdir()
+        (folder / "._fineweb_val_0.bin").write_bytes(b"macOS")  # never a shard
         (folder / "tokenizer.model").write_bytes(Path(s.data_path, "tokenizer.model").read_bytes())
         for split, ids in (("val", val), ("train", train)):
             for number, part in enumerate(np.array_split(ids, 12)):

@@ -269,7 +269,9 @@ def rows(f):
     machine = f"{f['processes'] or 1} x {f['device'] or 'unknown device'}"
     yield f"  {f['data']} on {machine}, commit {f['commit'] or 'unknown'}", None, None
     if not f["finished"] and f["checkpoint"]:
-        yield f"  go on from {f['checkpoint']}: the same command with RESUME=auto OUT_DIR={f['run_dir']}", None, None
+        folder = shlex.quote(str(f["run_dir"]))
+        again = f"the same command with RESUME=auto OUT_DIR={folder}"
+        yield f"  go on from {f['checkpoint']}: {again}", None, None
     if f["damaged_lines"]:
         yield f"  {f['damaged_lines']} damaged line(s) of metrics.jsonl were skipped", None, None
 
