@@ -2080,7 +2080,38 @@ def load_tokenizer(s):
         raise BadInput(f"{path} has {sp.vocab_size()} pieces but VOCAB_SIZE={s.vocab_size}; make them equal")
     if fault := tokenizer_fault(sp):
         raise BadInput(f"{path}: {fault}")
-    return sp, path, hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    made_with = manifest_tokenizer(folder)
+    if made_with not in (None, digest):
+        raise BadInput(f"{path} (SHA-256 {digest[:12]}) is not the tokenizer of the shards in {folder} "
+                       f"(manifest: {made_with[:12]}); set TOKENIZER_PATH")
+    return sp, path, digest
+
+
+def manifest_tokenizer(folder):
+    """SHA-256 of the tokenizer that a data set was made with, by its manifest; None where that is unknown."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        digest = manifest["tokenizer"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # _check_bytes names a broken one
+        return None
+    return digest if isinstance(digest, str) else None
+
+
+def foreign_tokens(sp, stream):
+    """What suggests that validation shards are of another tokenizer, in words; "" if nothing does.
+
+    A wrong tokenizer of the right size decodes them to a text that is nobody's, whose bytes it counts right.
+    """
+    ids = stream.tokens[:200_000].cpu().numpy()
+    starts = np.flatnonzero(ids == BOS)[:101]
+    documents = [ids[a + 1 : b].tolist() for a, b in zip(starts, starts[1:])]
+    encoded = [sp.encode(sp.decode(document)) for document in documents]
+    other = sum(one != two for one, two in zip(documents, encoded))
+    if other <= max(1, len(documents) // 10):  # normalising twice changes a text now and then
+        return ""
+    return (f"{other} of {len(documents)} validation documents get other tokens when decoded and encoded again: "
+            "they seem to be of another tokenizer")
 
 
 def tokenizer_fault(sp):
@@ -5794,6 +5825,9 @@ def _check_bytes(run, sp, val):
     counted = int(val.bytes.sum())
     by = "sidecar" if val.sidecar else "table"
     run.validity.need_for_record(not text_changes(sp), text_changes(sp))
+    if doubt := foreign_tokens(sp, val):
+        run.validity.need_for_record(False, doubt)
+        run.log("warning", note=doubt)
     run.validity.need(not wrong, f"bytes: {wrong} of {documents} decoded documents differ from the byte {by}")
     run.log("bytes", documents_decoded=documents, wrong=wrong, val_tokens=len(val.bytes), val_bytes=counted,
             bytes_per_token=round(counted / len(val.bytes), 6), counted_by=by)

@@ -351,6 +351,24 @@ def test_a_score_says_where_its_bytes_are_those_of_another_text(toy, tmp_path):
             assert said[make] in notes[0]
 
 
+def test_a_tokenizer_of_other_shards_is_refused_or_said(toy, tmp_path):
+    """The manifest knows the tokenizer; without one, documents that get other tokens the second time do."""
+    sp = make_tokenizer(tmp_path / "tokenizer.model", toy_documents(40, seed=3), vocab_size=420)
+    other = make_tokenizer(tmp_path / "other.model", toy_documents(40, seed=4), vocab_size=420)
+    data = write_data(tmp_path, sp, toy_documents(60))
+    digest = hashlib.sha256((tmp_path / "tokenizer.model").read_bytes()).hexdigest()
+    for model, doubts in (("tokenizer", 0), ("other", 1)):
+        data[2:] = [f"TOKENIZER_PATH={tmp_path}/{model}.model", "ITERATIONS=1"]
+        run = good(call(command(toy, tmp_path / model, *data)))
+        warnings = [row["note"] for row in events(tmp_path / model, "warning")]
+        notes = [note for note in warnings if "another tokenizer" in note]
+        reasons = [reason for reason in summary(run)["eligible_reasons"] if "another tokenizer" in reason]
+        assert len(notes) == doubts and notes == reasons
+    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": {"sha256": digest}}))
+    done = call(command(toy, tmp_path / "no", *data))
+    refused(done, 2, f"{tmp_path}/other.model", digest[:12], "TOKENIZER_PATH")
+
+
 # --- bytes per token -------------------------------------------------------------------------------------------------
 
 SPECIAL = "été 世界 ﬁ ½ … \U0001f600 tab\tnl\n  spaces  \u00a0\u200b ▁literal е́ é Ａ０１"
