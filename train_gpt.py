@@ -2110,8 +2110,8 @@ def foreign_tokens(sp, stream):
     other = sum(one != two for one, two in zip(documents, encoded))
     if other <= max(1, len(documents) // 10):  # normalising twice changes a text now and then
         return ""
-    return (f"{other} of {len(documents)} validation documents get other tokens when decoded and encoded again: "
-            "they seem to be of another tokenizer")
+    return (f"{other} of {len(documents)} validation documents, decoded and encoded again, have other "
+            "tokens: they seem to be of another tokenizer")
 
 
 def tokenizer_fault(sp):
