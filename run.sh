@@ -188,17 +188,36 @@ has_shards() { ls "$1"/fineweb_train_*.bin "$1"/fineweb_val_*.bin >/dev/null 2>&
 
 # ---- commands -------------------------------------------------------------------------------------------------------
 
-# setting NAME DEFAULT: the value that the trainer will use, as far as it can be known here.
+# Settings files as train_gpt.py reads them (Settings.parse); what is wrong with one, the trainer will say.
+reader='
+import os, shlex, sys
+
+name, value, *words = sys.argv[1:]
+files = [word[1:] for word in words if word.startswith("@")]
+pairs = []
+for file in files:
+    file = os.path.join(file, "settings.env") if os.path.isdir(file) else file
+    try:
+        lines = open(file, encoding="utf-8").read().splitlines()
+    except (OSError, ValueError):
+        continue
+    for line in lines:
+        try:
+            pairs += shlex.split(line, comments=True)
+        except ValueError:
+            continue
+if name in os.environ:
+    pairs.append(f"{name}={os.environ[name]}")
+pairs += [word for word in words if not word.startswith("@")]
+for pair in pairs:
+    if pair.startswith(f"{name}="):
+        value = pair.partition("=")[2]
+sys.stdout.buffer.write(os.fsencode(value) + b"\n")
+'
+
+# setting NAME DEFAULT: the value that the trainer will use.
 setting() {
-    local name=$1 value=$2 found word
-    for word in ${files[@]+"${files[@]}"}; do
-        [ ! -d "$word" ] || word=$word/settings.env
-        found=$(sed -n "s/#.*//; s/^\(.*[[:space:]]\)\{0,1\}$name=\([^[:space:]]*\).*/\2/p" "$word" | tail -n 1)
-        value=${found:-$value}
-    done
-    found=$(printenv "$name") && value=$found
-    for word in ${pairs[@]+"${pairs[@]}"}; do [ "${word%%=*}" != "$name" ] || value=${word#*=}; done
-    printf '%s\n' "$value"
+    "$py" -IS -c "$reader" "$@" ${files[@]+"${files[@]/#/@}"} ${pairs[@]+"${pairs[@]}"}
 }
 
 find_settings() { # find_settings WORD: prints the settings file or record folder that it names
@@ -244,7 +263,7 @@ except ChildFailedError as error:
 '
 
 train() {
-    local small="" word place name sizes launch run_id out_dir status
+    local small="" word place name sizes sized=() launch run_id out_dir status
     files=() pairs=()
     for word in "$@"; do
         if [[ $word =~ ^[A-Za-z_][A-Za-z0-9_]*= ]]; then
@@ -263,7 +282,8 @@ train() {
     [ "${#files[@]}" -eq 0 ] || name=$(basename "${files[0]%/settings.env}" .env)
     if [ -n "$small" ] && [ "${#files[@]}" -gt 0 ]; then
         sizes=$("$py" tools/shrink.py "${files[@]/#/@}" ${pairs[@]+"${pairs[@]}"}) || exit 2
-        pairs=($sizes ${pairs[@]+"${pairs[@]}"}) name=$name-small
+        while IFS= read -r word; do [ -z "$word" ] || sized+=("$word"); done <<<"$sizes"
+        pairs=(${sized[@]+"${sized[@]}"} ${pairs[@]+"${pairs[@]}"}) name=$name-small
     elif [ -n "$small" ]; then
         files=(records/small.env) name=small
     elif [ "${#files[@]}" -eq 0 ] && [ "$gpus" -eq 0 ]; then

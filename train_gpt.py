@@ -2006,6 +2006,11 @@ class Average:
 # ---------------------------------------------------------------------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 1024  # 256 little-endian int32 words, then uint16 tokens
+SPACE = "\u2581"  # what SentencePiece writes for a space
+SPACED_TEXTS = "a b", "zq\U0001f9ff \U0001f9ff xj"  # in any vocabulary, and in none
+# Characters that NFKC leaves alone and that case folding, or a rule of a user's own, may change.
+LETTERS = "".join(map(chr, range(33, 127))) + "\xc9\xdf\u03a3\u042f"
+CONTEST_NORMALISATIONS = "identity", "nfkc", "nmt_nfkc"  # nmt_nfkc, or less
 CASE_OPERATORS = "\ue001\ue002\ue003\ue004"  # of a CaseOps tokenizer (#1729); the last one escapes the others
 FINEWEB_VAL_BYTES = 151_080_891  # of the 50,000 validation documents, whatever the tokenizer (rules of the contest)
 
@@ -2042,9 +2047,22 @@ def check_tokens(tokens, vocab_size, path, start):
                        f"VOCAB_SIZE={vocab_size}; these shards belong to another tokenizer")
 
 
+def list_shards(folder, split):
+    """Shards of a split in the order of their numbers, with or without leading zeros; BadInput for copies."""
+    paths = {}
+    for path in sorted(Path(folder).glob(f"fineweb_{split}_[0-9]*.bin")):
+        number = path.stem.removeprefix(f"fineweb_{split}_")
+        if not number.isdecimal():
+            raise BadInput(f"{path}: {number!r} is no number of a shard; move the file away, or rename it")
+        if int(number) in paths:
+            raise BadInput(f"{path}: has the number of {paths[int(number)].name}; move one of them away")
+        paths[int(number)] = path
+    return [paths[number] for number in sorted(paths)]
+
+
 def find_shards(folder, split):
-    """Sorted shards of a split, in the contest's names."""
-    paths = sorted(Path(folder).glob(f"fineweb_{split}_[0-9]*.bin"))
+    """The shards of a split, at least one."""
+    paths = list_shards(folder, split)
     if not paths:
         variant = Path(folder).name.removeprefix("fineweb10B_")
         fix = (f"python data/fineweb.py --variant {variant} --train-shards 80" if "fineweb10B_" in str(folder)
@@ -2074,7 +2092,107 @@ def load_tokenizer(s):
         raise BadInput(f"{path} is not a SentencePiece model ({str(error).splitlines()[0][:80]})") from None
     if sp.vocab_size() != s.vocab_size:
         raise BadInput(f"{path} has {sp.vocab_size()} pieces but VOCAB_SIZE={s.vocab_size}; make them equal")
-    return sp, path, hashlib.sha256(path.read_bytes()).hexdigest()
+    if fault := tokenizer_fault(sp):
+        raise BadInput(f"{path}: {fault}")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    made_with = manifest_tokenizer(folder)
+    if made_with not in (None, digest):
+        raise BadInput(f"{path} (SHA-256 {digest[:12]}) is not the tokenizer of the shards in {folder} "
+                       f"(manifest: {made_with[:12]}); set TOKENIZER_PATH")
+    return sp, path, digest
+
+
+def manifest_tokenizer(folder):
+    """SHA-256 of the tokenizer that a data set was made with, by its manifest; None where that is unknown."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        digest = manifest["tokenizer"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # _check_bytes names a broken one
+        return None
+    return digest if isinstance(digest, str) else None
+
+
+def foreign_tokens(sp, stream):
+    """What suggests that validation shards are of another tokenizer, in words; "" if nothing does.
+
+    A wrong tokenizer of the right size decodes them to a text that is nobody's, whose bytes it counts right.
+    """
+    ids = stream.tokens[:200_000].cpu().numpy()
+    starts = np.flatnonzero(ids == BOS)[:101]
+    documents = [ids[a + 1 : b].tolist() for a, b in zip(starts, starts[1:])]
+    encoded = [sp.encode(sp.decode(document)) for document in documents]
+    other = sum(one != two for one, two in zip(documents, encoded))
+    if other <= max(1, len(documents) // 10):  # normalising twice changes a text now and then
+        return ""
+    return (f"{other} of {len(documents)} validation documents, decoded and encoded again, have other "
+            "tokens: they seem to be of another tokenizer")
+
+
+def tokenizer_fault(sp):
+    """Why the byte table would miscount the texts of a SentencePiece processor, with the fix; "" if not.
+
+    Asked by the trainer and by data/prepare.py. Control pieces count nothing: only the id of BOS matters.
+    """
+    pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
+    if sp.bos_id() != BOS:
+        ids = sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id()
+        return f"pad, bos, eos and unk are {ids}, but documents begin with {BOS}; train it with bos_id={BOS}"
+    byte_pieces = sum(sp.is_byte(i) for i in range(len(pieces)))
+    if byte_pieces != 256:
+        return f"{byte_pieces} byte pieces instead of 256, so some text is lost; train it with byte_fallback"
+    escapes_spaces = SPACE in sp.normalize("a b")
+    if escapes_spaces and sp.is_unknown(sp.piece_to_id(SPACE)):
+        return "no piece for a single space (U+2581), so it would count 3 bytes; use a tokenizer that has it"
+    inside = next((piece for piece in pieces if SPACE in piece[1:]), None)
+    if inside:
+        return (f"a space inside the piece {inside[:20]!r}, but the byte table knows it in front only; use a "
+                "tokenizer without such pieces")
+    # A model of words spells an unknown word in bytes, with the 3 bytes of U+2581 in front.
+    tables = byte_tables(sp, len(pieces))
+    for text in SPACED_TEXTS:
+        size = len(sp.normalize(text).replace(SPACE, " ").removeprefix(" ").encode())
+        counted = int(target_bytes([BOS, *sp.encode(text)], tables).sum())
+        if counted != size:
+            return f"{text!r} has {size} bytes, its tokens count {counted}; use a BPE, unigram or char model"
+    return ""
+
+
+def text_changes(sp):
+    """How a tokenizer changes texts more than the contest's do (NFKC, runs of spaces); "" if not."""
+    spec = protobuf_fields(protobuf_fields(sp.serialized_model_proto()).get(3, b""))
+    # Without a table of characters nothing changes, whatever the name.
+    name = spec.get(1, b"")[:40].decode(errors="replace") if spec.get(2) else "identity"
+    written = {c: sp.normalize(c).removeprefix(SPACE) for c in LETTERS}
+    changed = [c for c in LETTERS if written[c] != c]
+    if name in CONTEST_NORMALISATIONS and not changed:
+        return ""
+    example = f" (it writes {written[changed[0]]!r} for {changed[0]!r})" if changed else ""
+    return f"bytes are those of the normalised text: the normalisation {name!r} changes it{example}"
+
+
+def protobuf_fields(message):
+    """{number: value} of a protobuf message: numbers as int, all else as bytes; of repeats the last."""
+    found, at = {}, 0
+
+    def varint():
+        nonlocal at
+        value = shift = 0
+        while message[at] >= 128:
+            value |= (message[at] & 127) << shift
+            shift += 7
+            at += 1
+        at += 1
+        return value | message[at - 1] << shift
+
+    while at < len(message):
+        number, kind = divmod(varint(), 8)
+        if kind == 0:
+            found[number] = varint()
+            continue
+        size = {1: 8, 5: 4}.get(kind) or varint()
+        found[number] = message[at : at + size]
+        at += size
+    return found
 
 
 def byte_tables(sp, vocab_size):
@@ -2113,7 +2231,7 @@ def read_sidecar(paths):
     beside them (#1729); None where there are none.
     """
     expected = [Path(path).with_name(Path(path).name.replace("_val_", "_val_bytes_")) for path in paths]
-    found = sorted(expected[0].parent.glob("fineweb_val_bytes_*.bin"))
+    found = list_shards(expected[0].parent, "val_bytes")
     again = "make or fetch the data set again with data/prepare.py --caseops or data/fineweb.py"
     if found and found != expected:
         raise BadInput(f"{expected[0].parent}: expected one fineweb_val_bytes_*.bin for each of the {len(expected)} "
@@ -2128,6 +2246,23 @@ def read_sidecar(paths):
             raise BadInput(f"{counts}: expected 0 bytes for the BOS token at offset {SHARD_HEADER + 2 * at}, found "
                            f"{int(values[at])}: it belongs to another shard; {again}")
     return np.concatenate([read_shard(path) for path in found]).astype(np.int32) if found else None
+
+
+def join_short(lengths, least):
+    """Lengths of the parts that blocks are dealt from: the shards, but one shorter than `least` is joined to
+    the next ones until it is long enough, at the end to the one before.
+    """
+    parts, joined = [], 0
+    for length in lengths:
+        joined += length
+        if joined >= least:
+            parts.append(joined)
+            joined = 0
+    if joined and parts:
+        parts[-1] += joined
+    elif joined:
+        parts = [joined]
+    return parts
 
 
 def shuffled_order(counts, rng, chunk=None):
@@ -2189,8 +2324,9 @@ class TokenStream:
 
     sequential: cut one after the other from the concatenated shards; packed: the same, a micro-batch as one long row
     whose documents do not see each other; shuffled, coprime: blocks of the longest training sequence, reordered each
-    epoch. The whole state is `position`, so a batch depends on the settings only: any number of ranks sees the same
-    stream, and a checkpoint is one number. The next batch is read by a thread while this one is trained on.
+    epoch; a shard that is too short for a block is joined to the next. The whole state is `position`: a batch
+    depends on the settings only, any number of ranks sees the same stream, a checkpoint is a number. A thread
+    reads the next batch while this one is trained on.
     """
 
     def __init__(self, paths, s, rt, documents=None):
@@ -2207,12 +2343,13 @@ class TokenStream:
                 raise BadInput(f"LOADER=packed makes rows of {share[1] * length} tokens, but {rt.world} ranks have "
                                f"{share[0] * length} each; MICRO_BATCH_TOKENS={share[0] * length} makes them fit")
         self.block = max(length for _, length, _ in s.stages)
-        self.counts = [(len(shard) - 1) // self.block for shard in self.shards]
+        self.lengths = join_short([len(shard) for shard in self.shards], self.block + 1)
+        self.counts = [(length - 1) // self.block for length in self.lengths]
         if self.ends[-1] < 2:
             raise BadInput(f"{paths[0]}: the training stream holds fewer than 2 tokens")
         if self.reordered and not sum(self.counts):
-            raise BadInput(f"{paths[0]}: LOADER={s.loader} deals out blocks, but no shard holds the {self.block + 1} "
-                           "tokens of one; shorten the sequences, or prepare more training text")
+            raise BadInput(f"{paths[0]}: LOADER={s.loader} deals out blocks, but the shards hold fewer than "
+                           f"the {self.block + 1} tokens of one; shorten the sequences, or prepare more text")
         self.total = sum(self.counts) * self.block if self.reordered else int(self.ends[-1])
         self._orders, self._thread, self._ahead = {}, ThreadPoolExecutor(1, "loader"), (None, None)
 
@@ -2265,10 +2402,10 @@ class TokenStream:
         """Where the blocks of an epoch start in the concatenated shards, in their order."""
         if epoch not in self._orders:
             rng = np.random.default_rng([self.s.seed, epoch])
-            phases = [int(rng.integers((len(shard) - 1) % self.block + 1)) for shard in self.shards]
+            phases = [int(rng.integers((length - 1) % self.block + 1)) for length in self.lengths]
             chunk = max(self.s.stages[-1][2] // self.block, 1)
             shard, block = (shuffled_order if self.s.loader == "shuffled" else coprime_order)(self.counts, rng, chunk).T
-            firsts = np.array([end - len(tokens) for end, tokens in zip(self.ends, self.shards)]) + phases
+            firsts = np.cumsum([0, *self.lengths[:-1]]) + phases
             self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}  # a batch spans two at most
             self._orders[epoch] = firsts[shard] + block * self.block
         return self._orders[epoch]
@@ -5981,6 +6118,10 @@ def _check_bytes(run, sp, val):
     documents, wrong, share = prove_bytes(sp, val, run.rt)
     counted = int(val.bytes.sum())
     by = "sidecar" if val.sidecar else "table"
+    run.validity.need_for_record(not text_changes(sp), text_changes(sp))
+    if doubt := foreign_tokens(sp, val):
+        run.validity.need_for_record(False, doubt)
+        run.log("warning", note=doubt)
     run.validity.need(not wrong, f"bytes: {wrong} of {documents} decoded documents differ from the byte {by}")
     run.validity.need(share == 1, f"bytes: {share:.1%} of the text was compared with what it decodes to, not all of it")
     run.facts.update(documents_decoded=documents, decoded_share=round(share, 6))
@@ -6078,6 +6219,8 @@ def run_phases(s, argv):
         log_header(run, argv)
         log("tokenizer", f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={tokenizer_path}",
             path=tokenizer_path, sha256=tokenizer_sha256)
+        if changes := text_changes(sp):
+            log("warning", tokenizer=tokenizer_path.name, note=changes)
         if s.phases != "eval":
             with run.validity.report(), run.validity.loading():
                 val = load_validation(s, rt, sp)

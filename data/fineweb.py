@@ -17,6 +17,10 @@ import re
 import sys
 from pathlib import Path
 
+HERE = str(Path(__file__).resolve().parent)
+if HERE not in sys.path:  # python -P and PYTHONSAFEPATH leave it out
+    sys.path.insert(0, HERE)
+
 import caseops
 import prepare
 from prepare import CASEOPS, FINEWEB, MANIFEST, READ, ROOT, BadInput, Bar, Workers, locked, say, sha256, shards, trainer
@@ -259,6 +263,7 @@ def parser():
 def run(args, known):
     if not VARIANT.fullmatch(args.variant) or args.train_shards < 0:
         raise BadInput(f"--variant {args.variant} --train-shards {args.train_shards}: they look like sp1024 and 80")
+    prepare.check_folder("--out", args.out)
     job = Download(open_repository(args.repo, args.variant), args.variant, args.out, known)
     folders = job.folder, job.model.parent
     for folder in folders:
@@ -281,6 +286,7 @@ def run(args, known):
 
 
 def main(argv=None, known=FINEWEB):
+    prepare.hold_standard_streams()
     args = parser().parse_args(argv)
     try:
         return run(args, known)

@@ -47,6 +47,10 @@ try:
 except ImportError as missing:
     sys.exit(f"error: this needs the package {missing.name}: pip install -r requirements.txt")
 
+HERE = str(Path(__file__).resolve().parent)
+if HERE not in sys.path:  # python -P and PYTHONSAFEPATH leave it out
+    sys.path.insert(0, HERE)
+
 import caseops
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,8 +65,9 @@ START = (0, 0, 1, 0)  # where the first document begins: file, byte offset, line
 SPACE = "\u2581"  # what SentencePiece writes for a space
 NOT_LETTERS = bytes(b for b in range(128) if not chr(b).isalnum())
 SEPARATOR = re.compile(rb"\f|<\|endoftext\|>")
-SHARD = re.compile(r"fineweb_(val|val_bytes|train)_\d{6}\.bin")
+SHARD = re.compile(r"fineweb_(val|val_bytes|train)_(\d+)\.bin")
 STATE, MANIFEST, MODEL, BUILTIN = ".prepare.json", "manifest.json", "tokenizer.model", "builtin.jsonl.zst"
+RESTART, MOVING = ".restart", ".restart_moving"  # folders in --out: what --restart makes, and has made
 
 # The published FineWeb validation set. Every tokenizer that normalises with nmt_nfkc counts the same bytes. The tokens
 # of the two sp4096 exports are known only to the last full row, so those are recognised by bytes per token.
@@ -95,6 +100,19 @@ def trainer():
     except ImportError as error:
         raise BadInput(f"the proof needs train_gpt.py and torch ({error}): pip install -r requirements.txt") from None
     return train_gpt
+
+
+def hold_standard_streams():
+    """Put something that swallows everything in the place of a closed standard stream (2>&-); else the next
+    file to be opened, such as a shard, would get its number.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number, this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))
 
 
 class Bar:
@@ -201,7 +219,7 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise BadInput(f"{path}: not readable ({error}); remove it, or begin again with --restart") from None
 
 
@@ -222,8 +240,12 @@ def sha256(path):
 
 
 def shards(folder, split):
-    """The shard files of a split in order; of "val_bytes" the byte sidecars of validation; of "*" all of them."""
-    return sorted(p for p in Path(folder).glob(f"fineweb_{split}_[0-9]*.bin") if SHARD.fullmatch(p.name))
+    """The shards of a split by number; of "val_bytes" the byte sidecars of validation; of "*" all of them."""
+    numbers = {}
+    for path in Path(folder).glob(f"fineweb_{split}_[0-9]*.bin"):
+        if name := SHARD.fullmatch(path.name):
+            numbers[path] = int(name.group(2))
+    return sorted(numbers, key=lambda path: (numbers[path], path.name))
 
 
 @contextlib.contextmanager
@@ -254,12 +276,43 @@ def _kind(path):
     return match and match.group(1)
 
 
+def _unreadable(error):
+    raise BadInput(f"{error.filename}: cannot be read ({error.strerror})")
+
+
+def _files_inside(folder):
+    """The text files in a folder, in the folders in it and in those that are linked there, sorted by path.
+
+    Nothing is read twice, however many links lead to it. What is left out is said.
+    """
+    found, links, known = [], [folder], set()
+    while links:
+        for place, folders, names in os.walk(links.pop(0), onerror=_unreadable):
+            place = Path(place)
+            state = place.stat()
+            if (state.st_dev, state.st_ino) in known:
+                folders.clear()
+                continue
+            known.add((state.st_dev, state.st_ino))
+            links += sorted(place / name for name in folders if (place / name).is_symlink())
+            found += [place / name for name in names if _kind(place / name)]
+    once = {}
+    for path in sorted(found, key=lambda path: (path.is_symlink(), path)):
+        if path.name.startswith("._"):
+            say("skipped", file=path, reason="resource_fork_of_macOS")
+        elif not path.is_file():
+            say("skipped", file=path, reason="link_to_nothing" if path.is_symlink() else "not_a_file")
+        else:
+            once.setdefault(path.resolve(), path)
+    return sorted(once.values())
+
+
 def find_sources(sources):
     """The files behind the sources, in the order that fixes the order of the documents."""
     found = []
     for source in map(Path, sources):
         if source.is_dir():
-            inside = sorted(p for p in source.rglob("*") if p.is_file() and _kind(p))
+            inside = _files_inside(source)
             if not inside:
                 raise BadInput(f"{source}: no .txt or .jsonl file in this folder (.gz and .zst of them are read too)")
             found += inside
@@ -282,16 +335,21 @@ def _pieces(path, file, skip):
         file.seek(skip)
         yield from iter(lambda: file.read(READ), b"")
         return
-    frame = None
+    frame, padded = None, False
     try:
         while data := file.read(READ // 16):
             while data:
+                if frame is None and padded:  # gzip allows zeros behind a stream, zstd does not
+                    data = data.lstrip(b"\0")
+                    if not data:
+                        break
                 frame = frame or make()
                 piece = frame.decompress(data)
                 if len(piece) > skip:
                     yield piece[skip:]
                 skip = max(skip - len(piece), 0)
                 data = frame.unused_data if frame.eof else b""
+                padded = path.suffix == ".gz"
                 frame = None if frame.eof else frame
     except (zlib.error, zstandard.ZstdError) as error:
         at = file.tell()
@@ -381,6 +439,14 @@ def blocks(files, start=START, limit=None, after=-1):
         yield Block(held, {w[0]: str(files[w[0]]) for w, _ in held}, read)
 
 
+def _json_kind(value):
+    """What a value is in the words of JSON."""
+    if value is None:
+        return "null"
+    names = {bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list"}
+    return names.get(type(value), "an object")
+
+
 def text_of(block, where, raw, key):
     """The text of one raw document."""
     path, line = block.names[where[0]], where[2]
@@ -395,9 +461,17 @@ def text_of(block, where, raw, key):
         row = json.loads(text)
     except ValueError as error:
         raise BadInput(f"{path}:{line}: not JSON ({error}); every line must be one JSON object") from None
-    if not isinstance(row, dict) or not isinstance(row.get(key), str):
-        has = f"fields {', '.join(sorted(row)[:6]) or 'none'}" if isinstance(row, dict) else f"a {type(row).__name__}"
+    except RecursionError:
+        raise BadInput(f"{path}:{line}: nested too deeply; mend or remove the line") from None
+    if not isinstance(row, dict):
+        raise BadInput(f"{path}:{line}: {_json_kind(row)}; every line must be one JSON object")
+    if key not in row:
+        names = ", ".join(repr(name[:20])[1:-1] for name in sorted(row)[:6])
+        has = f"fields {names}" if names else "no fields"
         raise BadInput(f"{path}:{line}: no text under {key!r} (the line has {has}); name the field by --text-key")
+    if not isinstance(row[key], str):
+        kind = _json_kind(row[key])
+        raise BadInput(f"{path}:{line}: {key!r} is {kind}, not a text; mend or remove the line")
     if b"\\u" in raw:  # only an escape can make half a surrogate pair
         try:
             row[key].encode()
@@ -471,24 +545,23 @@ def train_tokenizer(texts, vocab_size, symbols=()):
 
 
 def check_tokenizer(model, vocab_size, name):
-    """The processor of a model with which the contest's byte table counts the bytes of the text; BadInput otherwise."""
+    """The processor of a model with which the contest's byte table counts the bytes of a text; else BadInput.
+
+    train_gpt.py says what is usable; more is asked of a tokenizer that this tool encodes with and proves."""
     try:
         sp = sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError:
         raise BadInput(f"{name}: not a SentencePiece model") from None
-    size, ids = sp.vocab_size(), (sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id())
-    pieces = list(map(sp.id_to_piece, range(size)))
-    single, inside = sum(map(sp.is_byte, range(size))), [p for p in pieces if SPACE in p[1:]]
-    mixed = caseops.operator_ids(sp) and [p for p in pieces if len(p) > 1 and caseops.LITERAL.search(p)]
-    fault = (
-        f"{size} pieces, but --vocab-size is {vocab_size}; they must agree" if vocab_size not in (None, size) else
-        f"pad, bos, eos and unk are {ids}, the shards need (0, 1, 2, 3)" if ids != (0, 1, 2, 3) else
-        f"{single} byte pieces instead of 256; train it with byte_fallback" if single != 256 else
-        "no piece for a single space, so a space would count 3 bytes" if sp.is_unknown(sp.piece_to_id(SPACE)) else
-        f"a space inside the piece {inside[0]!r}, the byte table knows it in front only" if inside else
-        f"it makes {sp.normalize(' a')!r} of ' a'; train it with add_dummy_prefix=False and nmt_nfkc"
-        if sp.normalize(" a") != "a" else
-        f"a case operator inside the piece {ascii(mixed[0])}, it must be a token of its own" if mixed else "")
+    pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
+    operators = caseops.operator_ids(sp)
+    mixed = [p for p in pieces if len(p) > 1 and caseops.LITERAL.search(p)] if operators else []
+    fault = trainer().tokenizer_fault(sp)
+    if vocab_size not in (None, len(pieces)):
+        fault = f"{len(pieces)} pieces, but --vocab-size is {vocab_size}; they must agree"
+    elif not fault and sp.normalize(" a")[:1] in (SPACE, " "):  # which decoding takes away
+        fault = f"it makes {sp.normalize(' a')!r} of ' a'; train it with add_dummy_prefix=False and nmt_nfkc"
+    elif not fault and mixed:
+        fault = f"a case operator inside the piece {ascii(mixed[0])}, it must be a token of its own"
     if fault:
         raise BadInput(f"{name}: {fault}")
     return sp
@@ -776,17 +849,21 @@ def _table_checks(sp, tables):
         plain = not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i))
         alone = 0 if not plain else 1 if sp.is_byte(i) else len(sp.id_to_piece(i).replace(SPACE, " ").encode())
         wrong += base + lead != alone or edge == plain or (lead and not sp.id_to_piece(i).startswith(SPACE))
-    yield same("byte pieces", 256, sum(map(sp.is_byte, range(size))))
-    yield same("ids of bos, eos, unk", (1, 2, 3), (sp.bos_id(), sp.eos_id(), sp.unk_id()))
-    yield same("a piece for a single space", "yes", "no" if sp.is_unknown(sp.piece_to_id(SPACE)) else "yes")
-    yield same("pieces with a space inside", 0, sum(SPACE in p[1:] for p in map(sp.id_to_piece, range(size))))
+    yield same("tokenizer", "usable", trainer().tokenizer_fault(sp) or "usable")
     yield same("wrong entries in the byte table", 0, int(wrong))
 
 
 def _shard_checks(paths, train_gpt):
-    """Format and numbering of the shard files; after a failure the rest of the proof would read garbage."""
+    """Names, format and numbering of the shard files."""
+    folders = {split: path.parent for split, _, path in paths}
+    for split in folders:
+        try:
+            train_gpt.list_shards(folders[split], split)
+        except train_gpt.BadInput as error:
+            yield Check(f"{split}: files that train_gpt.py reads", "numbered shards", str(error), False)
     for split, number, path in paths:
-        name = f"fineweb_{split}_{number:06d}.bin"
+        digits = len(SHARD.fullmatch(path.name).group(2))  # leading zeros, or none
+        name = f"fineweb_{split}_{number:0{digits}d}.bin"
         try:
             train_gpt.read_shard(path)
             yield same("shard", name, path.name, "" if name == path.name else " (a number is missing)")
@@ -833,9 +910,10 @@ def prove(folder, model, workers, expected=None, fineweb=None):
     train_gpt, sp, totals, keys = trainer(), load(model), {}, None
     tables, case = train_gpt.byte_tables(sp, sp.vocab_size()), caseops.operator_ids(sp)
     paths = [(split, i, p) for split in ("val", "val_bytes", "train") for i, p in enumerate(shards(folder, split))]
-    basics = [*_table_checks(sp, tables), *_shard_checks(paths, train_gpt), *_sidecar_checks(folder, case)]
-    yield from basics
-    if not all(c.ok for c in basics[5:]):
+    yield from _table_checks(sp, tables)
+    file_checks = [*_shard_checks(paths, train_gpt), *_sidecar_checks(folder, case)]
+    yield from file_checks
+    if not all(c.ok for c in file_checks):  # the rest would read garbage
         return
     for split in (s for s in ("val", "train") if shards(folder, s)):
         files, sidecar = shards(folder, split), shards(folder, "val_bytes") if split == "val" else []
@@ -1158,6 +1236,15 @@ def describe_files(files):
     return dict(files=len(files), bytes=sum(sizes), first=files[0].name, names_sizes_times=digest.hexdigest()[:16])
 
 
+def check_folder(option, folder):
+    """BadInput if a folder that is to be made cannot be one."""
+    for place in (folder, *folder.parents):
+        if os.path.lexists(place):
+            if not place.is_dir():
+                raise BadInput(f"{option} {folder}: {place} is not a folder; choose another {option}")
+            return
+
+
 def make_job(args):
     """The job that the arguments ask for; BadInput for whatever can be known to be wrong before any work."""
     builtin = args.source == ["builtin"]
@@ -1186,6 +1273,7 @@ def make_job(args):
     if importlib.util.find_spec("torch") is None:  # better now than before the proof, after hours of encoding
         raise BadInput("the proof at the end needs torch: pip install -r requirements.txt")
     out = Path(args.out or os.path.relpath(ROOT / f"data/datasets/builtin_sp{vocab_size}{'_caseops' * args.caseops}"))
+    check_folder("--out", out)
     files = [out / BUILTIN] if builtin else find_sources(args.source)
     if args.val_docs == TOO_FEW and files[0].name.startswith(DOCUMENTS):
         raise BadInput(f"--val-docs {TOO_FEW} of {DOCUMENTS}: the contest's validation set is the first 50000, and "
@@ -1217,6 +1305,8 @@ def finished(job):
         raise BadInput(f"{job.out}: holds {fault}; --restart replaces it, or choose another --out")
     say("complete", out=job.out, **{f"{s}_{k}": v for s, row in manifest["splits"].items() for k, v in row.items()},
         **(dict(note="made_with_other_package_versions,_kept;_--restart_makes_it_again") if change else {}))
+    if (job.out / RESTART).exists():
+        say("unfinished", folder=job.out / RESTART, note="--restart_continues_it;_remove_it_to_keep_this_set")
     return True
 
 
@@ -1225,6 +1315,26 @@ def discard(folder):
     own = (folder / name for name in (MANIFEST, MODEL, BUILTIN, STATE))
     for path in [*folder.glob(".*.part"), *shards(folder, "*"), *own]:
         path.unlink(missing_ok=True)
+
+
+def replacement(job):
+    """The job of --restart: it makes the new set in a folder inside, so the old one stays until the proof."""
+    new = job.out / RESTART
+    files = [new / BUILTIN] if job.files == [job.out / BUILTIN] else job.files
+    new.mkdir(exist_ok=True)
+    return job._replace(out=new, files=files)
+
+
+def replace_old(folder):
+    """Puts a new set that --restart made and proved in the place of the old one, or goes on with that."""
+    new, moving = folder / RESTART, folder / MOVING
+    if (new / MANIFEST).exists():
+        discard(folder)
+        os.replace(new, moving)  # from here on what lies in the folder is new, too
+    if moving.exists():
+        for path in sorted(moving.iterdir(), key=lambda path: path.name == MANIFEST):  # the manifest last
+            os.replace(path, folder / path.name)
+        moving.rmdir()
 
 
 def resume(job):
@@ -1244,6 +1354,24 @@ def resume(job):
     return state
 
 
+def try_tokenizer(job):
+    """Try a given tokenizer on the first documents: the proof would find its faults after all is encoded.
+
+    BadInput if normalised texts have other tokens; a line if it changes more than the contest's tokenizers.
+    """
+    sp = sentencepiece.SentencePieceProcessor(model_proto=job.tokenizer)
+    if changes := trainer().text_changes(sp):
+        say("warning", note=changes.replace(" ", "_"))
+    transform, _ = caseops.codec(sp)
+    block = next(blocks(job.files, limit=job.max_docs), Block([], {}, 0))
+    texts = [transform(text_of(block, where, raw, job.text_key)) for where, raw in block.documents]
+    normalised = [sp.normalize(text).replace(SPACE, " ") for text in texts]
+    changed = sum(one != two for one, two in zip(sp.encode(texts), sp.encode(normalised)))
+    if changed > max(1, len(texts) // 10):  # as in the proof
+        raise BadInput(f"--tokenizer: {changed} of the first {len(texts)} documents have other tokens once "
+                       "normalised: the normalisation changes its own texts; choose another tokenizer")
+
+
 def make_shards(job, workers, state):
     """Text -> tokenizer -> validation -> training; each step is skipped if an earlier, killed run finished it."""
     if not job.files[0].exists():
@@ -1252,7 +1380,9 @@ def make_shards(job, workers, state):
         validation=job.description["validation"].replace(" ", "_"))
     if not (job.out / MODEL).exists():
         model = job.tokenizer
-        if model is None:
+        if model is not None:
+            try_tokenizer(job)
+        else:
             texts = sample(job, workers)
             if not texts:
                 raise too_few(job, "training", 0)
@@ -1270,7 +1400,7 @@ def make_shards(job, workers, state):
         encode(job, workers, state, "train", known)
 
 
-def finish(job, workers, counts, begin):
+def finish(job, workers, counts):
     """The proof, and the manifest if it holds. The exit code."""
     expected = {s: {k: counts[f"{s}_{k}"] for k in ("documents", "tokens")} for s in ("val", "train")}
     *results, totals = prove(job.out, job.out / MODEL, workers, expected)
@@ -1286,7 +1416,6 @@ def finish(job, workers, counts, begin):
         tokenizer=dict(name=MODEL, sha256=sha256(job.out / MODEL)), shards=file_table(job.out, workers),
         proof=[dict(check=r.name, expected=r.expected, found=r.found) for r in results]))
     (job.out / STATE).unlink()
-    say("done", out=job.out, train_docs_dropped=counts["train_docs_dropped"], seconds=f"{time.monotonic() - begin:.1f}")
     return 0
 
 
@@ -1333,7 +1462,8 @@ def parser():
                    help="field of a .jsonl line that holds the text (default: text)")
     p.add_argument("--tokenizer-sample-mb", type=float, default=50, metavar="M",
                    help="train the tokenizer on at most so much text, held in memory (default: 50)")
-    p.add_argument("--restart", action="store_true", help="replace what is in --out; do not keep or continue it")
+    p.add_argument("--restart", action="store_true",
+                   help="make the set again; what is in --out stays until the new one is proven")
     return p
 
 
@@ -1344,27 +1474,39 @@ def run(args):
         with contextlib.closing(Workers(count)) as workers:
             return 0 if check(args.check, workers, args.tokenizer, args.vocab_size) else 1
     job = make_job(args)
-    if not args.restart and finished(job):
+    out = job.out
+    half_replaced = (out / MOVING).exists() or (out / RESTART / MANIFEST).exists()
+    if not args.restart and not half_replaced and finished(job):
         return 0
     try:
-        job.out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"--out {job.out}: cannot be made ({error.strerror})") from None
-    with locked(job.out), contextlib.closing(Workers(count)) as workers:
+        raise BadInput(f"--out {out}: cannot be made ({error.strerror})") from None
+    with locked(out), contextlib.closing(Workers(count)) as workers:
+        replace_old(out)
         if args.restart:
-            discard(job.out)
+            job = replacement(job)
+        elif finished(job):
+            return 0
         state = resume(job)
         try:
             make_shards(job, workers, state)
         except BadInput:
             discard(job.out)
-            with contextlib.suppress(OSError):  # unless something else is in there
-                job.out.rmdir()
+            for folder in dict.fromkeys((job.out, out)):
+                with contextlib.suppress(OSError):  # unless something else is in there
+                    folder.rmdir()
             raise
-        return finish(job, workers, state["counts"], begin)
+        if finish(job, workers, state["counts"]):
+            return 1
+        replace_old(out)
+    say("done", out=out, train_docs_dropped=state["counts"]["train_docs_dropped"],
+        seconds=f"{time.monotonic() - begin:.1f}")
+    return 0
 
 
 def main(argv=None):
+    hold_standard_streams()
     args = parser().parse_args(argv)
     try:
         return run(args)

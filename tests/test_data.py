@@ -17,8 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reference as ref
+import prepare
 import train_gpt as tg
 from conftest import toy_documents, write_shard
+from runs import call, command, events, good, refused, summary
 
 
 def shard_bytes(tokens=(1, 2, 3), magic=20240520, version=1, count=None):
@@ -113,6 +115,34 @@ def test_shards_come_in_the_order_of_their_names(tmp_path):
         (tmp_path / name).write_bytes(b"")
     assert [path.name for path in tg.find_shards(tmp_path, "train")] == names[12:]
     assert [path.name for path in tg.find_shards(str(tmp_path), "val")] == names[:12]
+
+
+def test_shards_without_leading_zeros_come_in_the_order_of_their_numbers(toy, tmp_path, capsys):
+    """In every command: a stream that is cut into files 0 to 11 is the same with any names."""
+    s = tg.Settings.parse(toy)
+    val = np.concatenate([tg.read_shard(path) for path in tg.find_shards(s.data_path, "val")])
+    train = np.concatenate([tg.read_shard(path) for path in tg.find_shards(s.data_path, "train")])
+    scores = []
+    for digits in (1, 6):
+        folder = tmp_path / str(digits)
+        folder.mkdir()
+        (folder / "._fineweb_val_0.bin").write_bytes(b"macOS")  # never a shard
+        (folder / "tokenizer.model").write_bytes(Path(s.data_path, "tokenizer.model").read_bytes())
+        for split, ids in (("val", val), ("train", train)):
+            for number, part in enumerate(np.array_split(ids, 12)):
+                write_shard(folder / f"fineweb_{split}_{number:0{digits}d}.bin", part)
+        done = good(call(command(toy, folder / "run", f"DATA_PATH={folder}", "ITERATIONS=1")))
+        scores.append(summary(done)["val_bpb"])
+        assert prepare.main(["--check", str(folder), "--workers", "1"]) == 0
+    assert scores[0] == scores[1] and "fineweb_val_11.bin" in capsys.readouterr().out
+    copies = {"fineweb_val_1 (1).bin": "no number of a shard", "fineweb_val_001.bin": "has the number of"}
+    for name, said in copies.items():
+        copy = tmp_path / "1" / name
+        copy.write_bytes((tmp_path / "1" / "fineweb_val_1.bin").read_bytes())
+        refused(call(command(toy, tmp_path / "no", f"DATA_PATH={tmp_path}/1")), 2, "fineweb_val_", said)
+        assert prepare.main(["--check", str(tmp_path / "1"), "--workers", "1"]) == 1
+        assert said in capsys.readouterr().out
+        copy.unlink()
 
 
 # --- the training stream ---------------------------------------------------------------------------------------------
@@ -223,6 +253,120 @@ def test_tokenizer_errors_name_the_path_and_both_sizes(toy, tmp_path):
         with pytest.raises(tg.BadInput, match=r"junk\.model") as error:
             tg.load_tokenizer(tg.Settings.parse([*toy, f"TOKENIZER_PATH={tmp_path / 'junk.model'}"]))
         assert "\n" not in str(error.value)
+
+
+def make_tokenizer(path, texts, **options):
+    """A SentencePiece model with the contest's options, but for these; written to `path`."""
+    import sentencepiece
+
+    contest = dict(model_type="bpe", vocab_size=420, byte_fallback=True, add_dummy_prefix=False,
+                   pad_id=0, bos_id=1, eos_id=2, unk_id=3)
+    more = dict(hard_vocab_limit=False, minloglevel=2, num_threads=1)
+    with open(path, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=file, **more, **{**contest, **options})
+    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+def write_data(folder, sp, documents):
+    """Shards of the documents beside the tokenizer of the folder: a fourth of them is validation."""
+    cut = len(documents) // 4
+    for split, part in (("val", documents[:cut]), ("train", documents[cut:])):
+        ids = [token for text in part for token in (ref.BOS, *sp.encode(text))]
+        write_shard(folder / f"fineweb_{split}_000000.bin", ids)
+    return [f"DATA_PATH={folder}", f"VOCAB_SIZE={sp.vocab_size()}"]
+
+
+# Where SentencePiece sees no space, it makes no piece for it.
+LETTERS_ALONE = [text.replace(" ", "") for text in toy_documents(40)]
+MISCOUNTING = dict(  # {make: (options, what both commands say)}
+    letters=(dict(model_type="char"), "no piece for a single space"),
+    words=(dict(model_type="word", vocab_size=900), "no piece for a single space"),
+    words_and_a_space=(dict(model_type="word", vocab_size=900, user_defined_symbols=["\u2581"]), "use a BPE"),
+    suffix=(dict(treat_whitespace_as_suffix=True), "a space inside the piece"),
+    no_bytes=(dict(byte_fallback=False, vocab_size=160), "0 byte pieces instead of 256"),
+    other_ids=(dict(bos_id=2, eos_id=1), "train it with bos_id=1"))
+
+
+@pytest.mark.parametrize("make", MISCOUNTING)
+def test_a_tokenizer_that_would_miscount_is_refused_by_trainer_and_check(toy, tmp_path, capsys, make):
+    options, said = MISCOUNTING[make]
+    documents = toy_documents(40)
+    texts = LETTERS_ALONE if make == "letters" else documents
+    sp = make_tokenizer(tmp_path / "tokenizer.model", texts, **options)
+    data = write_data(tmp_path, sp, documents)
+    refused(call(command(toy, tmp_path / "run", *data)), 2, tmp_path / "tokenizer.model", said)
+    assert not (tmp_path / "run").exists()
+    assert prepare.main(["--check", str(tmp_path), "--workers", "1"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("FAILED  tokenizer: ") and said in line for line in lines), lines
+    source = tmp_path / "in.txt"
+    source.write_text("\f".join(documents))
+    words = ["--source", source, "--tokenizer", tmp_path / "tokenizer.model", "--out", tmp_path / "new"]
+    assert prepare.main([*map(str, words), "--workers", "1"]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_a_tokenizer_that_counts_right_is_usable_however_it_was_made(toy, tmp_path):
+    """With a dummy prefix, unigram, of characters, with SentencePiece's own ids, with plain spaces."""
+    import sentencepiece
+
+    documents = toy_documents(40)
+    makes = dict(prefix=dict(add_dummy_prefix=True), unigram=dict(model_type="unigram"),
+                 chars=dict(model_type="char"), identity=dict(normalization_rule_name="identity"),
+                 own_ids=dict(pad_id=-1, unk_id=0))
+    for name, options in makes.items():
+        sp = make_tokenizer(tmp_path / name, documents, **options)
+        assert tg.tokenizer_fault(sp) == "", name
+        tables = tg.byte_tables(sp, sp.vocab_size())
+        for text in (*documents, "zq\U0001f9ff \U0001f9ff  xj "):
+            ids = [ref.BOS, *sp.encode(text)]
+            assert tg.target_bytes(ids, tables).sum() == len(re.sub(" +", " ", text).strip().encode()), name
+    # A space that is not escaped (normalizer_spec.escape_whitespaces) needs no piece: it is the byte 0x20.
+    letters = make_tokenizer(tmp_path / "letters", LETTERS_ALONE, model_type="char").serialized_model_proto()
+    assert tg.tokenizer_fault(sentencepiece.SentencePieceProcessor(model_proto=letters))
+    plain = sentencepiece.SentencePieceProcessor(model_proto=letters + b"\x1a\x02\x28\x00")
+    assert tg.tokenizer_fault(plain) == ""
+    tables = tg.byte_tables(plain, plain.vocab_size())
+    assert tg.target_bytes([ref.BOS, *plain.encode("ta ko")], tables).sum() == 5
+
+
+def test_a_score_says_where_its_bytes_are_those_of_another_text(toy, tmp_path):
+    """Case folding and a user's own rules change the text more than the contest's normalisations do."""
+    documents = [text.title() for text in toy_documents(90)]
+    (tmp_path / "rules.tsv").write_text("54 68 65\t74\n")  # The -> t: no single character shows it
+    makes = dict(contest={}, folded=dict(normalization_rule_name="nmt_nfkc_cf"),
+                 rules=dict(normalization_rule_tsv=str(tmp_path / "rules.tsv")))
+    for make, options in makes.items():
+        (tmp_path / make).mkdir()
+        sp = make_tokenizer(tmp_path / make / "tokenizer.model", documents, **options)
+        data = write_data(tmp_path / make, sp, documents)
+        run = good(call(command(toy, tmp_path / make / "run", *data, "ITERATIONS=1")))
+        notes = [row["note"] for row in events(tmp_path / make / "run", "warning") if "tokenizer" in row]
+        reasons = [reason for reason in summary(run)["eligible_reasons"] if "normalised" in reason]
+        assert notes == reasons and len(notes) == (make != "contest")
+        if notes:
+            assert "bytes are those of the normalised text" in notes[0]
+            said = {"folded": "'nmt_nfkc_cf' changes it (it writes 'a' for 'A')", "rules": "'user_defined'"}
+            assert said[make] in notes[0]
+
+
+def test_a_tokenizer_of_other_shards_is_refused_or_said(toy, tmp_path):
+    """The manifest knows the tokenizer; without one, documents that get other tokens the second time do."""
+    sp = make_tokenizer(tmp_path / "tokenizer.model", toy_documents(40, seed=3), vocab_size=420)
+    other = make_tokenizer(tmp_path / "other.model", toy_documents(40, seed=4), vocab_size=420)
+    data = write_data(tmp_path, sp, toy_documents(60))
+    digest = hashlib.sha256((tmp_path / "tokenizer.model").read_bytes()).hexdigest()
+    for model, doubts in (("tokenizer", 0), ("other", 1)):
+        data[2:] = [f"TOKENIZER_PATH={tmp_path}/{model}.model", "ITERATIONS=1"]
+        run = good(call(command(toy, tmp_path / model, *data)))
+        warnings = [row["note"] for row in events(tmp_path / model, "warning")]
+        notes = [note for note in warnings if "another tokenizer" in note]
+        reasons = [reason for reason in summary(run)["eligible_reasons"] if "another tokenizer" in reason]
+        assert len(notes) == doubts and notes == reasons
+    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": {"sha256": digest}}))
+    done = call(command(toy, tmp_path / "no", *data))
+    refused(done, 2, f"{tmp_path}/other.model", digest[:12], "TOKENIZER_PATH")
 
 
 # --- bytes per token -------------------------------------------------------------------------------------------------

@@ -13,8 +13,12 @@ from conftest import REPO, clean_env
 
 # Records how it was called, then does what BEHAVE says; handles signals as train_gpt.py does.
 TRAINER = """
-import json, os, pathlib, signal, sys, time
-settings = dict(arg.split("=", 1) for arg in sys.argv[1:] if not arg.startswith("@"))
+import json, os, pathlib, shlex, signal, sys, time
+files = [pathlib.Path(arg[1:]) for arg in sys.argv[1:] if arg.startswith("@")]
+files = [file / "settings.env" if file.is_dir() else file for file in files]
+words = [word for file in files for word in shlex.split(file.read_text(), comments=True)]
+words += [arg for arg in sys.argv[1:] if not arg.startswith("@")]
+settings = dict(word.split("=", 1) for word in words)
 out = pathlib.Path(settings.get("OUT_DIR") or "logs/" + settings.get("RUN_ID", "none"))
 out.mkdir(parents=True)
 caught = []
@@ -222,6 +226,25 @@ def test_names_of_runs(tree):
     shutil.rmtree(tree / "logs")
     bash(tree, "RESUME=auto")  # the trainer says that this needs a name
     assert not any(arg.startswith("RUN_ID") for arg in called(tree)["argv"])
+
+
+def test_settings_files_are_read_as_the_trainer_reads_them(tree):
+    """Quotes, escapes, comments: the run ends with the table of the folder that the trainer used."""
+    spellings = {'SEED=1 OUT_DIR="logs/x y"  # here': "logs/x y",
+                 "# OUT_DIR=no\n'OUT_DIR=logs/#1 é' A=2": "logs/#1 é",
+                 "NOTE=' OUT_DIR=no' OUT_DIR=logs/back\\ slash": "logs/back slash"}
+    for text, folder in spellings.items():
+        (tree / "mine.env").write_text(text)
+        done = bash(tree, "mine.env")
+        assert done.returncode == 0, done.stderr
+        assert (tree / folder / "metrics.jsonl").exists() and f"results in {folder}\n" in done.stdout
+        assert done.stdout.splitlines()[-1] == f"report {folder}"
+
+
+def test_small_sizes_may_hold_spaces(tree):
+    script(tree / "tools/shrink.py", "print('NOTE=two words *')")
+    assert bash(tree, "--small", "2026-01-02_fast", "SEED=9").returncode == 0
+    assert called(tree)["argv"][1:3] == ["NOTE=two words *", "SEED=9"]
 
 
 def test_two_runs_in_one_second_have_two_names(tree):

@@ -595,7 +595,7 @@ def test_a_bad_token_that_one_rank_meets_ends_all_ranks_with_a_checkpoint(toy, t
 
 
 @pytest.mark.parametrize("more, words", [
-    (("LOADER=shuffled",), "no shard holds the 65 tokens"), (("LOADER=coprime",), "no shard holds the 65 tokens"),
+    (("LOADER=shuffled",), "fewer than the 65 tokens"), (("LOADER=coprime",), "fewer than the 65 tokens"),
     (("AVERAGE=best", "HOLDOUT_TOKENS=100"), "HOLDOUT_TOKENS=100 leaves nothing"),
     (("AVERAGE=best", "HOLDOUT_TOKENS=65"), None)])
 def test_a_stream_that_is_too_short_is_an_error_of_one_line(toy, tmp_path, more, words):

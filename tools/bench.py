@@ -39,6 +39,10 @@ from pathlib import Path
 
 import numpy as np
 
+HERE = str(Path(__file__).resolve().parent)
+if HERE not in sys.path:  # python -P and PYTHONSAFEPATH leave it out
+    sys.path.insert(0, HERE)
+
 import bench_eval
 import bench_pack
 import bench_validity

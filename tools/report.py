@@ -15,6 +15,7 @@ import json
 import lzma
 import math
 import os
+import re
 import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+
+HERE = str(Path(__file__).resolve().parent)
+if HERE not in sys.path:  # python -P and PYTHONSAFEPATH leave it out
+    sys.path.insert(0, HERE)
 
 from common import ROOT, BadInput, exit_code
 
@@ -106,7 +111,9 @@ def validation_text(settings, tokenizer_sha256):
 
     folder = Path(settings["DATA_PATH"])
     folder = folder if folder.is_dir() else ROOT / folder
-    paths, vocab = sorted(folder.glob("fineweb_val_[0-9]*.bin")), settings["VOCAB_SIZE"]
+    paths = list(folder.glob("fineweb_val_[0-9]*.bin"))
+    paths.sort(key=lambda path: int(re.sub(r"\D", "", path.stem)))  # by number, with or without leading zeros
+    vocab = settings["VOCAB_SIZE"]
     name = f"fineweb_{vocab}_bpe{folder.name.partition(f'_sp{vocab}')[2]}.model"
     places = [Path(settings["TOKENIZER_PATH"])] if settings["TOKENIZER_PATH"] else [
         folder / "tokenizer.model", folder.parent.parent / "tokenizers" / name]
@@ -263,7 +270,9 @@ def rows(f):
     machine = f"{f['processes'] or 1} x {f['device'] or 'unknown device'}"
     yield f"  {f['data']} on {machine}, commit {f['commit'] or 'unknown'}", None, None
     if not f["finished"] and f["checkpoint"]:
-        yield f"  go on from {f['checkpoint']}: the same command with RESUME=auto OUT_DIR={f['run_dir']}", None, None
+        folder = shlex.quote(str(f["run_dir"]))
+        again = f"the same command with RESUME=auto OUT_DIR={folder}"
+        yield f"  go on from {f['checkpoint']}: {again}", None, None
     if f["damaged_lines"]:
         yield f"  {f['damaged_lines']} damaged line(s) of metrics.jsonl were skipped", None, None
 

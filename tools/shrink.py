@@ -12,6 +12,10 @@ import shlex
 import sys
 from pathlib import Path
 
+HERE = str(Path(__file__).resolve().parent)
+if HERE not in sys.path:  # python -P and PYTHONSAFEPATH leave it out
+    sys.path.insert(0, HERE)
+
 from common import ROOT, exit_code, load_trainer
 
 SHRINK = ROOT / "records/shrink.env"
@@ -37,6 +41,9 @@ def sizes(args, env=None):
 
 
 def main(args):
+    if {"-h", "--help"} & set(args):
+        print(__doc__.strip())
+        return 0
     try:
         found = sizes(args, os.environ)
     except load_trainer().BadInput as error:

@@ -24,6 +24,10 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+HERE = str(Path(__file__).resolve().parent)
+if HERE not in sys.path:  # python -P and PYTHONSAFEPATH leave it out
+    sys.path.insert(0, HERE)
+
 from common import ROOT, BadInput, exit_code
 
 HELP_ENDS = "\nThe rooms"  # of a docstring: --help shows what comes before

@@ -41,6 +41,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
+HERE = str(Path(__file__).resolve().parent)
+if HERE not in sys.path:  # python -P and PYTHONSAFEPATH leave it out
+    sys.path.insert(0, HERE)
+
 from common import ROOT, git, quartiles
 
 if str(ROOT) not in sys.path:
