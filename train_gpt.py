@@ -3108,11 +3108,26 @@ def decode_codes(data, shapes, where):
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAGIC, ARTIFACT_VERSION, PREFIX = b"PGOLF\r\n\x1a", 1, struct.Struct("<8sHIII")
-MAX_HEADER, MAX_RAW = 1 << 22, 1 << 29
+MAX_HEADER = 1 << 22
+MAX_VALUE = 2000  # characters of a setting in the header
+# Bytes that loading may need at once: that of about 140 M weights. 16,000,000 bytes are 128 M bits.
+MAX_LOADED = 1 << 30
+MAX_CORRECTION_WORK = 1 << 33  # multiplications of all low-rank corrections, some ten seconds
+MAX_RANK = Settings.__dataclass_fields__["lqer_rank"].metadata["hi"]
+MAX_GROUP = Settings.__dataclass_fields__["lqer_asym_group"].metadata["hi"]
+
+
+def brief(value, most=80):
+    """What a file says, for a message: printable, and cut."""
+    text = "".join(c if c.isprintable() else "?" for c in str(value)[: most + 1])
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def read_file(path):
+    """Bytes of a regular file: a device or a pipe may never end."""
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise BadInput(f"{path}: cannot be read (it is not a regular file)")
         return Path(path).read_bytes()
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
@@ -3200,6 +3215,27 @@ def _unplanes(data, dtype):
 CODED = ("q", "over")  # streams of integer matrices, which COMPRESSOR=rans codes
 
 
+class TensorRow(NamedTuple):
+    """A line of the header's table of tensors: how a parameter is stored (Encoded)."""
+
+    name: str
+    shape: tuple[int, ...]
+    codec: str
+    bits: int
+    rank: int
+    group: int
+
+
+class StreamRow(NamedTuple):
+    """A line of the header's table of streams."""
+
+    stream: str
+    compressor: str
+    size: int  # unpacked
+    length: int  # in the file
+    checksum: int  # CRC-32 of those bytes
+
+
 def stream_layout(tensors):
     """{stream: [(name, part, dtype, shape)]} for rows (name, shape, codec, bits, rank, group): one stream for each kind
     of part. In that of the codes equal kinds of matrix (all q, all k, ...) lie together.
@@ -3215,6 +3251,12 @@ def stream_layout(tensors):
         kinds = [_kind(row[0]) for row in rows]
         rows.sort(key=lambda row: kinds.index(_kind(row[0])))
     return streams
+
+
+def raw_sizes(tensors):
+    """{stream: its bytes, unpacked} for rows (name, shape, codec, bits, rank, group)."""
+    return {stream: sum(np.dtype(dtype).itemsize * math.prod(shape) for _, _, dtype, shape in rows)
+            for stream, rows in stream_layout(tensors).items()}
 
 
 def _kind(name):
@@ -3263,18 +3305,18 @@ class Packed(NamedTuple):
 def pack(encoded, shapes, s, header):
     """The artifact of encoded parameters of some shapes -> Packed."""
     tensors = [(name, shapes[name], *one[:4]) for name, one in encoded.items()]
-    streams, payload, report = [], [], []
+    streams, payload, report, sizes = [], [], [], raw_sizes(tensors)
     for stream, rows in stream_layout(tensors).items():
         named = s.compressor if s.compressor != "rans" or stream in CODED else "lzma"
         candidates = [named] if named != "auto" else ["rans"] * (stream in CODED) + list(COMPRESSORS)
         with ThreadPoolExecutor(len(candidates)) as pool:
             packed = dict(zip(candidates, pool.map(partial(pack_stream, rows, encoded), candidates)))
         best = min(candidates, key=lambda name: len(packed[name]))
-        size = sum(np.dtype(dtype).itemsize * math.prod(shape) for _, _, dtype, shape in rows)
-        streams.append([stream, best, size, len(packed[best]), zlib.crc32(packed[best])])
+        size = sizes[stream]
+        streams.append(StreamRow(stream, best, size, len(packed[best]), zlib.crc32(packed[best])))
         payload.append(packed[best])
-        sizes = {f"{name}_bytes": len(data) for name, data in packed.items()}
-        report.append({"stream": stream, "raw_bytes": size, **sizes, "chosen": best})
+        by_name = {f"{name}_bytes": len(data) for name, data in packed.items()}
+        report.append({"stream": stream, "raw_bytes": size, **by_name, "chosen": best})
     header = json.dumps({**header, "tensors": tensors, "streams": streams}, separators=(",", ":")).encode()
     packed = zlib.compress(header, 9)
     chunks = [PREFIX.pack(MAGIC, ARTIFACT_VERSION, len(packed), len(header), zlib.crc32(packed)), packed, *payload]
@@ -3372,31 +3414,14 @@ def read_artifact(path, data=None):
     if len(body) != packed or zlib.crc32(body) != checksum or raw > MAX_HEADER:
         raise BadInput(f"{path}: truncated or corrupt header (offset {PREFIX.size}: {len(body)} of {packed} bytes)")
     try:
-        header = json.loads(decompress("zlib", body, raw, f"{path}: header"))
-        rows = [(str(n), str(c), int(r), int(p), int(k)) for n, c, r, p, k in header["streams"]]
-        header["tensors"] = [(str(n), tuple(map(int, shape)), str(c), int(bits), int(rank), int(group))
-                             for n, shape, c, bits, rank, group in header["tensors"]]
-        header["settings"] = {str(k): str(v) for k, v in header["settings"].items()}
-        unknown = {row[2] for row in header["tensors"]} - set(CODECS)
-        unknown |= {c for name, c, *_ in rows if c != "rans" or name not in CODED} - set(COMPRESSORS)
-        if any(rank < 0 or (rank or codec != "float16") and len(shape) < 2 or rank and (
-                   group < 1 or rank > min(shape[0], math.prod(shape[1:])) or codec == "float16")
-               for _, shape, codec, _, rank, group in header["tensors"]):
-            raise ValueError("a codec or correction of an impossible shape")
-        header["tokenizer_sha256"] = bytes.fromhex(header["tokenizer_sha256"]).hex()
-        header["looping"] = bool(header["looping"])
-        if not 0 <= float(header.setdefault("temperature", 0)) <= 10:
-            raise ValueError("an impossible temperature")
-        unknown |= set(header["settings"]) - {f.name.upper() for f in model_fields()}
-        if unknown:
-            raise ValueError(f"unknown {', '.join(sorted(unknown))}")
+        header = _checked_header(decompress("zlib", body, raw, f"{path}: header"))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-        raise BadInput(f"{path}: unusable header ({type(error).__name__}: {str(error)[:80]})") from None
-    end = at + sum(row[3] for row in rows)
-    if end != len(data) or any(row[2] < 0 or row[3] < 0 for row in rows):
-        raise BadInput(f"{path}: truncated or padded: {len(data)} bytes, expected {min(end, MAX_RAW)}")
+        raise BadInput(f"{path}: unusable header ({type(error).__name__}: {brief(error)})") from None
+    end = at + sum(row.length for row in header["streams"])
+    if end != len(data):
+        raise BadInput(f"{path}: truncated or padded: {len(data)} bytes, expected {end}")
     streams = {}
-    for name, compressor, size, length, checksum in rows:
+    for name, compressor, size, length, checksum in header["streams"]:
         if zlib.crc32(data[at : at + length]) != checksum:
             raise BadInput(f"{path}: stream {name} is corrupt (checksum of offset {at} to {at + length})")
         streams[name] = (compressor, data[at : at + length], size)
@@ -3404,36 +3429,147 @@ def read_artifact(path, data=None):
     return header, streams
 
 
+def _checked_header(text):
+    """The header from JSON, its tables as TensorRow and StreamRow. An error means that save_artifact() did
+    not write it; whether it is that of a model is still to be seen.
+    """
+    header = json.loads(text, parse_constant=_no_number, object_pairs_hook=_no_name_twice)
+    wanted = {"settings", "looping", "tokenizer_sha256", "tensors", "streams"}
+    if set(header) - {"temperature"} != wanted:
+        raise ValueError(f"its fields are {', '.join(sorted(header))}")
+    for name, value in header["settings"].items():
+        if type(value) is not str or len(value) > MAX_VALUE:
+            raise ValueError(f"{brief(name, 30)} is no text of at most {MAX_VALUE} characters")
+    if unknown := set(header["settings"]) - {f.name.upper() for f in model_fields()}:
+        raise ValueError(f"unknown {', '.join(sorted(unknown))}")
+    if type(header["looping"]) is not bool:
+        raise ValueError("looping is not true or false")
+    temperature = header.setdefault("temperature", 0)
+    if type(temperature) not in (int, float) or not 0 <= temperature <= 10:
+        raise ValueError("temperature is no number from 0 to 10")
+    if len(bytes.fromhex(header["tokenizer_sha256"])) not in (0, 32):
+        raise ValueError("tokenizer_sha256 is no SHA-256")
+    header["tensors"] = [_tensor_row(*row) for row in header["tensors"]]
+    header["streams"] = [_stream_row(*row) for row in header["streams"]]
+    names = [row.stream for row in header["streams"]]
+    if len(set(names)) != len(names):
+        raise ValueError("a stream is listed twice")
+    return header
+
+
+def _no_number(word):
+    raise ValueError(f"{word} is not JSON")
+
+
+def _no_name_twice(pairs):
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a name comes twice")
+    return dict(pairs)
+
+
+def _whole(what, value, least, most):
+    """A whole number from JSON: true and 1.0 are none."""
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{what}: {brief(value, 30)} is no whole number from {least} to {most}")
+    return value
+
+
+def _tensor_row(name, shape, codec, bits, rank, group):
+    if codec not in CODECS:
+        raise ValueError(f"unknown codec {brief(codec, 30)}")
+    shape = tuple(_whole("shape", size, 1, MAX_LOADED) for size in shape)
+    if len(shape) < 2 and codec != "float16":
+        raise ValueError(f"{codec} stores matrices")
+    if rank:
+        if codec == "float16":
+            raise ValueError("a correction of float16")
+        _whole("rank", rank, 1, min(shape[0], math.prod(shape[1:]), MAX_RANK))
+        _whole("group", group, 1, MAX_GROUP)
+    _whole("rank", rank, 0, MAX_RANK)
+    _whole("group", group, 0, MAX_GROUP)
+    return TensorRow(str(name), shape, codec, _whole("bits", bits, 1, 16), rank, group)
+
+
+def _stream_row(stream, compressor, size, length, checksum):
+    known = {part for _, parts in CODECS.values() for part in parts} | set(CORRECTION)
+    if stream not in known:
+        raise ValueError(f"unknown stream {brief(stream, 30)}")
+    if compressor not in COMPRESSORS and not (compressor == "rans" and stream in CODED):
+        raise ValueError(f"unknown compressor {brief(compressor, 30)} of {stream}")
+    _whole("size", size, 0, MAX_LOADED)
+    _whole("length", length, 0, MAX_LOADED)
+    return StreamRow(stream, compressor, size, length, _whole("checksum", checksum, 0, 2**32 - 1))
+
+
+def loading_bytes(tensors):
+    """Most memory that loading these rows (TensorRow) takes: the weights in float32; their parts three times
+    (unpacked, in order, tensor by tensor), which is enough for the entropy coder; four copies of the largest
+    tensor, while it is decoded.
+    """
+    counts = [math.prod(row.shape) for row in tensors]
+    return 4 * sum(counts) + 3 * sum(raw_sizes(tensors).values()) + 16 * max(counts)
+
+
+def need_loadable(what, tensors):
+    """BadInput if these rows (TensorRow) take too much memory or time to load, whatever is in a stream."""
+    counts = [math.prod(row.shape) for row in tensors]
+    need = loading_bytes(tensors)
+    if need > MAX_LOADED:
+        raise BadInput(f"{what}: {sum(counts)} parameters in these codecs need {need >> 20} MiB to be "
+                       f"loaded, the limit is {MAX_LOADED >> 20}; make the model smaller")
+    if sum(count * row.rank for count, row in zip(counts, tensors)) > MAX_CORRECTION_WORK:
+        raise BadInput(f"{what}: low-rank corrections of that many weights take too long to load; lower "
+                       "LQER_RANK or LQER_TOP_K")
+
+
+def largest_rows(model, s):
+    """The table of tensors (TensorRow) of the largest artifact that these settings can make of a model."""
+    wider = {"grid": "wide"} | ({"int": "mixed"} if s.awq_lite_group_top_k else {})
+    shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+    rows = [TensorRow(name, shapes[name], wider.get(store.codec, store.codec), store.bits, 0, 0)
+            for name, store in storage(model, s).items()]
+    rows.sort(key=lambda row: math.prod(row.shape), reverse=True)
+    corrections = s.lqer_top_k if s.lqer_rank else 0
+    for i, row in enumerate(rows):
+        if corrections and row.codec != "float16":
+            rows[i] = row._replace(rank=min(s.lqer_rank, *row.shape), group=s.lqer_asym_group)
+            corrections -= 1
+    return rows
+
+
 def artifact_settings(path, header, given):
-    """What defines the model from the artifact, the rest from `given`, which must not contradict it."""
+    """What defines the model from the artifact, the rest from `given`, which must not contradict it.
+
+    BadInput, too, if the header is not that of such a model, or the model is too large to be loaded. Nothing
+    of its size is allocated.
+    """
     try:
         shape = [f"{name}={value}" for name, value in header["settings"].items()]
         stored = Settings.parse([*shape, "TRAIN_SEQ_LEN=2", "TRAIN_BATCH_TOKENS=2", "COMPRESSOR=zlib"])
     except BadInput as error:
-        raise BadInput(f"{path}: its settings cannot be used here: {str(error).splitlines()[0]}") from None
+        first = brief(str(error).splitlines()[0], 150)
+        raise BadInput(f"{path}: its settings cannot be used here: {first}") from None
     for f in model_fields():
         mine, its = getattr(given, f.name), getattr(stored, f.name)
         if mine not in (f.default, its):
-            raise BadInput(f"{f.name.upper()}={_show(mine)} contradicts {path}, which was made with {_show(its)}")
-    return replace(given, **{f.name: getattr(stored, f.name) for f in model_fields()})
-
-
-def load_artifact(path, settings=None, dtype=torch.float32, attend=None, device="cpu", data=None):
-    """-> (settings, model). The file must fit a model of its settings before anything of that size is allocated."""
-    header, streams = read_artifact(path, data)
-    s = artifact_settings(path, header, settings or Settings())
+            raise BadInput(f"{f.name.upper()}={brief(_show(mine))} contradicts {path}, which was made with "
+                           f"{brief(_show(its))}")
+    s = replace(given, **{f.name: getattr(stored, f.name) for f in model_fields()})
     with torch.device("meta"):
         skeleton = GPT(s, init=False)
-    shapes = {n: tuple(p.shape) for n, p in skeleton.named_parameters()}
-    if [row[:2] for row in header["tensors"]] != list(shapes.items()):
+    shapes = [(name, tuple(weight.shape)) for name, weight in skeleton.named_parameters()]
+    if [row[:2] for row in header["tensors"]] != shapes:
         raise BadInput(f"{path}: its tensors are not those of its settings")
-    layout = stream_layout(header["tensors"])
-    sizes = {stream: sum(np.dtype(kind).itemsize * math.prod(shape) for _, _, kind, shape in rows)
-             for stream, rows in layout.items()}
-    if sizes != {name: size for name, (_, _, size) in streams.items()} or sum(sizes.values()) > MAX_RAW:
+    if raw_sizes(header["tensors"]) != {row.stream: row.size for row in header["streams"]}:
         raise BadInput(f"{path}: stream sizes do not add up to its tensors")
-    parts = {name: {} for name in shapes}
-    for stream, rows in layout.items():
+    need_loadable(path, header["tensors"])
+    return s
+
+
+def _unpacked(path, tensors, streams):
+    """{tensor: {part: array as a Tensor}} from the streams of read_artifact()."""
+    parts = {row.name: {} for row in tensors}
+    for stream, rows in stream_layout(tensors).items():
         (compressor, data, size), where, at = streams[stream], f"{path}: stream {stream}", 0
         if compressor == "rans":
             values = np.concatenate([group.ravel() for group in decode_codes(data, code_groups(rows), where)])
@@ -3442,11 +3578,22 @@ def load_artifact(path, settings=None, dtype=torch.float32, attend=None, device=
         for name, part, _, shape in rows:
             parts[name][part] = torch.from_numpy(values[at : at + math.prod(shape)].copy()).view(shape)
             at += math.prod(shape)
-    state = {name: Encoded(*row, parts[name]).decode(shape) for name, shape, *row in header["tensors"]}
-    if not all(torch.isfinite(tensor).all() for tensor in state.values()):
-        raise BadInput(f"{path}: holds values that are not finite")
+    return parts
+
+
+@torch.no_grad()
+def load_artifact(path, settings=None, dtype=torch.float32, attend=None, device="cpu", data=None):
+    """-> (settings, model). The file fits a model of its settings before anything of that size is made."""
+    header, streams = read_artifact(path, data)
+    s = artifact_settings(path, header, settings or Settings())
+    parts = _unpacked(path, header["tensors"], streams)
     model = GPT(s, dtype, attend, init=False)
-    model.load_state_dict(state)
+    weights = dict(model.named_parameters())
+    for name, shape, *row in header["tensors"]:  # one after the other: not all of it is in memory twice
+        weight = Encoded(*row, parts.pop(name)).decode(shape)
+        if not weight.isfinite().all():
+            raise BadInput(f"{path}: holds values that are not finite ({name})")
+        weights[name].copy_(weight)
     model.looping, model.temperature = s.loops and header["looping"], float(header["temperature"]) or None
     return s, model.to(device)
 
@@ -5297,6 +5444,7 @@ def report_score(run, predictor, stream):
 def train(run, model, val):
     """The training phase: leaves the weights to export in the model. Returns their Moments, where settings need them."""
     s, rt, log = run.s, run.rt, run.log
+    need_loadable("the artifact of this model", largest_rows(model, s))
     training = Training(run, model)
     for role, (tensors, count, how) in training.optimizer.table.items():
         log("optimizer", role=role, tensors=tensors, parameters=count, **how._asdict())
