@@ -41,6 +41,7 @@ import struct
 import subprocess
 import sys
 import time
+import zipfile
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -5193,6 +5194,7 @@ class Training:
         self.average = Average(s, self.optimizer.banks)
         self.complement = Complement(s, rt) if s.complement_alpha else None
         self.qat = LateQAT(model, s) if s.late_qat_threshold else None
+        self.data = training_data(s)
         self.reserve = 0.0  # seconds of the training clock kept for calibration
 
     def enter(self, progress, falling=1.0):
@@ -5337,19 +5339,27 @@ class Training:
         with self.run.clock.phase("checkpoint"):
             return self._save()
 
-    def _save(self):
+    def state(self):
+        """What a checkpoint holds, by parameter name, on the CPU. Collective."""
         run, weights = self.run, [bank.weight for bank in self.optimizer.banks]
 
         def by_name(tensors):
             return {name: part.cpu().clone() for name, part in self.optimizer.named(tensors).items()}
 
-        state = {"step": self.step, "tokens": self.tokens, "stage": (self.stage, self.stage_start, self.model.looping),
-                 "settings": self.identity(), "position": self.stream.position, "rng": torch.get_rng_state(),
-                 "seconds": dict(run.clock.seconds), "weights": by_name(weights), "average_count": self.average.count,
-                 "average": {kind: [by_name(one) for one in taken] for kind, taken in self.average.taken.items()},
-                 "complement": self.complement.state_dict() if self.complement else None,
-                 "qat": self.qat.state_dict() if self.qat else None, "reserve": self.reserve,
-                 "optimizer": self.optimizer.state_dict()}
+        settings = {name: value for name, value in identity(run).items() if name not in PLACES}
+        average = {kind: [by_name(one) for one in taken] for kind, taken in self.average.taken.items()}
+        return {"step": self.step, "tokens": self.tokens,
+                "stage": (self.stage, self.stage_start, self.model.looping),
+                "settings": settings, "data": self.data,
+                "position": self.stream.position, "rng": torch.get_rng_state(),
+                "seconds": dict(run.clock.seconds), "weights": by_name(weights),
+                "average": average, "average_count": self.average.count,
+                "complement": self.complement.state_dict() if self.complement else None,
+                "qat": self.qat.state_dict() if self.qat else None, "reserve": self.reserve,
+                "optimizer": self.optimizer.state_dict()}
+
+    def _save(self):
+        run, state = self.run, self.state()
         if run.rt.rank:
             return True
         buffer = io.BytesIO(CHECKPOINT_MAGIC)
@@ -5366,17 +5376,96 @@ class Training:
             old.unlink()
         return True
 
-    def identity(self):
-        """What must be equal for a checkpoint to be gone on with."""
-        s = self.run.s
-        return {**s.experiment(), "SEED": str(s.seed), "DTYPE": str(self.run.rt.dtype).removeprefix("torch.")}
+    def check(self, state, fresh):
+        """ValueError, naming the field, unless load() can take this state: it has the form of `fresh`, the
+        state of a training that has not begun, and its numbers are possible ones. Nothing is changed.
+        """
+        s, sizes = self.run.s, [tokens for _, _, tokens in self.run.s.stages]
+        need_names("the checkpoint", {"data": None, **state}, fresh)  # older ones know their data by its path
+        for name in ("stage", "weights", "optimizer", "rng"):
+            need_like(name, state[name], fresh[name])
+        step = need_number("step", state["step"], int, 0, s.iterations or MOST_STEPS)
+        need_number("optimizer t", state["optimizer"]["t"], int, step, step)
+        stage, since, looping = state["stage"]
+        need_number("stage", stage, int, 0, len(sizes) - 1)
+        need_number("beginning of the stage", since, int, 0, step)
+        if looping and not s.loops:
+            raise ValueError("stage says that the model loops, but NUM_LOOPS=0")
+        tokens = need_number("tokens", state["tokens"], int, step * min(sizes), step * max(sizes))
+        # Calibration reads ahead, and each stage begins at a multiple of its length.
+        ahead = calibration_steps(s) * max(sizes) + (len(sizes) + 1) * s.longest_sequence
+        need_number("position", state["position"], int, tokens, tokens + ahead)
+        need_number("reserve", state["reserve"], float, 0, MOST_SECONDS)
+        need_names("seconds", state["seconds"])
+        for phase, seconds in state["seconds"].items():
+            need_number(f"seconds of {brief(phase, 20)}", seconds, float, 0, MOST_SECONDS)
+        for name, moments in state["optimizer"].items():
+            if name != "t" and any((second < 0).any() for second in moments[1:]):
+                raise ValueError(f"optimizer {name} has a negative second moment")
+        try:
+            torch.Generator().set_state(state["rng"])
+        except RuntimeError:
+            raise ValueError("rng is not the state of a generator") from None
+        self._check_average(state, fresh["weights"])
+        self._check_complement(state["complement"])
+        self._check_qat(state["qat"], fresh["qat"], step)
+
+    def _check_average(self, state, weights):
+        kinds, s = self.average.kinds, self.run.s
+        most = {"ema": 1, "swa": 1, "lawa": s.lawa_k}
+        need_names("average", state["average"])
+        for kind, snapshots in state["average"].items():
+            if kind not in kinds:
+                raise ValueError(f"average has {brief(kind, 20)}, which AVERAGE={s.average} does not take")
+            if type(snapshots) is not list or not 1 <= len(snapshots) <= most[kind]:
+                raise ValueError(f"average {kind} is no list of at most {most[kind]} snapshots")
+            need_like(f"average {kind}", snapshots, [weights] * len(snapshots))
+        if "ema" in kinds and not s.ema_start_frac and "ema" not in state["average"]:
+            raise ValueError("average has no ema, which is taken from the first step on")
+        swa = "swa" in state["average"]
+        need_number("average_count", state["average_count"], int, int(swa), state["step"] if swa else 0)
+
+    def _check_complement(self, state):
+        if self.complement is None:
+            need_like("complement", state, None)
+            return
+        need_names("complement", state, ("pairs", "times"))
+        pairs, times = state["pairs"], state["times"]
+        length = len(pairs) if isinstance(pairs, Tensor) and pairs.ndim == 1 else 0
+        counts = torch.empty(length, dtype=torch.int64)
+        need_like("complement", state, {"pairs": counts, "times": counts})
+        outside = length and (pairs[0] < 0 or pairs[-1] >= self.complement.vocab**2)
+        if outside or (pairs.diff() < 1).any():
+            raise ValueError("complement pairs are not rising pairs of tokens of the vocabulary")
+        if (times < 1).any():
+            raise ValueError("complement times has a pair that never occurred")
+
+    def _check_qat(self, state, fresh, step):
+        if self.qat is None:
+            need_like("qat", state, None)
+            return
+        need_names("qat", state, fresh)
+        need_like("qat steps", state["steps"], fresh["steps"])
+        for name, steps in state["steps"].items():
+            if (steps <= 0).any():
+                raise ValueError(f"qat steps {name} are not positive")
+        if state["begun"] is not None:
+            need_number("qat begun", state["begun"], int, 0, step)
+        if state["begun"] is None or self.run.s.fit != "allocate":
+            need_like("qat moments", state["moments"], None)
+            return
+        modules = {f"{name}.weight": module for name, module in self.model.named_modules()
+                   if isinstance(module, (Linear, Table))}
+        need_names("qat moments", state["moments"], modules)
+        for name, moments in state["moments"].items():
+            rows, columns = modules[name].weight.shape
+            felt = torch.empty(columns, columns), torch.empty(rows), 0.0
+            inputs = None if type(moments) is tuple and moments[-1] is None else torch.empty(columns)
+            need_like(f"qat moments {name}", moments, (*felt, inputs))
 
     @torch.no_grad()
     def load(self, state):
-        mine, defaults = self.identity(), Settings().experiment()  # settings may be younger than the checkpoint
-        theirs = {name: state["settings"].get(name, defaults.get(name)) for name in {**mine, **state["settings"]}}
-        if different := [f"{name}={value}" for name, value in theirs.items() if value != mine.get(name)]:
-            raise BadInput(f"the checkpoint has other settings: {' '.join(different)}; repeat them, or take another RUN_ID")
+        """Go on from the state of a checkpoint, which check() has found to be one of this run."""
         self.step, self.stream.position, self.average.count = state["step"], state["position"], state["average_count"]
         self.tokens, (self.stage, self.stage_start, self.model.looping) = state["tokens"], state["stage"]
 
@@ -5398,6 +5487,97 @@ class Training:
         torch.set_rng_state(state["rng"])
 
 
+MOST_STEPS, MOST_SECONDS = 2**53, 1e9  # of any run
+
+
+def need_number(what, value, kind, least, most):
+    """The number, if it is of this type and between these bounds (nan never is); else ValueError."""
+    if type(value) is not kind or not least <= value <= most:
+        raise ValueError(f"{what} is {brief(value, 30)}, not {kind.__name__} from {least} to {most}")
+    return value
+
+
+def need_names(what, found, names=None):
+    """ValueError unless this is a dict with these names, or with any that are text."""
+    if type(found) is not dict or not all(type(name) is str for name in found):
+        raise ValueError(f"{what} is {_form(found)}, not a dict of names")
+    for name in names or ():
+        if name not in found:
+            raise ValueError(f"{what} has no {name}")
+    for name in found:
+        if names is not None and name not in names:
+            raise ValueError(f"{what} has an unknown {brief(name, 60)}")
+
+
+def need_like(what, found, like):
+    """ValueError unless `found` has types, names, lengths, dtypes and shapes of `like`, and is finite."""
+    if type(found) is not type(like) or _form(found) != _form(like):
+        raise ValueError(f"{what} is {_form(found)}, not {_form(like)}")
+    if isinstance(like, Tensor):
+        if found.is_floating_point() and not found.isfinite().all():
+            raise ValueError(f"{what} has values that are not finite")
+    elif isinstance(like, dict):
+        need_names(what, found, like)
+        for name in like:
+            need_like(f"{what} {name}", found[name], like[name])
+    elif isinstance(like, (list, tuple)):
+        for one, other in zip(found, like):
+            need_like(what, one, other)
+    elif isinstance(like, float) and not math.isfinite(found):
+        raise ValueError(f"{what} is {found}")
+
+
+def _form(value):
+    """What need_like() compares, in words."""
+    kind = type(value).__name__
+    if isinstance(value, Tensor):
+        ordinary = type(value) is Tensor and value.layout == torch.strided and value.device.type == "cpu"
+        dtype = str(value.dtype).removeprefix("torch.")
+        return brief(f"{'' if ordinary else f'special {kind} '}{dtype} {tuple(value.shape)}", 60)
+    return f"{kind} of {len(value)}" if isinstance(value, (list, tuple)) else kind
+
+
+PLACES = ("DATA_PATH", "TOKENIZER_PATH")  # a checkpoint knows its data by what they hold, wherever they lie
+HEAD_TOKENS = 64  # of each shard that tell it from others; one that was repaired further in is the same
+
+
+def identity(run):
+    """{setting: value as text} that must be equal for a checkpoint to be gone on with."""
+    return {**run.s.experiment(), "SEED": str(run.s.seed), "DTYPE": str(run.rt.dtype).removeprefix("torch.")}
+
+
+def training_data(s):
+    """{"shards", "tokens", "sha256"} of the training shards; hashed are the length and the head of each."""
+    digest, tokens, paths = hashlib.sha256(), 0, find_shards(s.data_path, "train")
+    for path in paths:
+        shard = read_shard(path)
+        tokens += len(shard)
+        digest.update(struct.pack("<q", len(shard)) + shard[:HEAD_TOKENS].tobytes())
+    return {"shards": len(paths), "tokens": tokens, "sha256": digest.hexdigest()}
+
+
+def need_same_run(path, run, state, data):
+    """BadInput if the state of a checkpoint is that of other settings, or of other data than `data` of
+    training_data(). Settings may be younger than the checkpoint.
+    """
+    mine, theirs, defaults = identity(run), state["settings"], Settings().experiment()
+    if "data" in state:
+        for name in PLACES:
+            del mine[name]
+    values = {name: theirs.get(name, defaults.get(name)) for name in {**mine, **theirs}}
+    if different := [f"{name}={value}" for name, value in values.items() if value != mine.get(name)]:
+        raise BadInput(f"{path}: the checkpoint has other settings: {brief(' '.join(different), 120)}; "
+                       "repeat them, or take another RUN_ID")
+    if state.get("data", data) != data:
+        raise BadInput(f"{path}: the checkpoint has other data ({_data_in_words(state['data'])}) than "
+                       f"DATA_PATH ({_data_in_words(data)}); set it right, or take another RUN_ID")
+
+
+def _data_in_words(data):
+    tokens, sha256 = brief(data["tokens"], 20), brief(data["sha256"], 64)[:12]
+    return f"{brief(data['shards'], 20)} shards, {tokens} tokens, SHA-256 {sha256}"
+
+
 CHECKPOINT_MAGIC = b"PGOLF checkpoint 2\n"
 
 
@@ -5414,24 +5594,71 @@ def read_checkpoint(path):
     return data[len(CHECKPOINT_MAGIC) : -32]
 
 
-def resume(run, training):
-    """Go on from RESUME, if there is something to go on from. Rank 0's disk counts."""
+def checkpoint_state(path, data):
+    """The state in the bytes of read_checkpoint(); BadInput if there is none, or none that says of which run
+    it is. Nothing is executed, and no more is unpacked than the file has bytes.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            records = archive.infolist()
+        if any(record.compress_type for record in records) or sum(r.file_size for r in records) > len(data):
+            raise ValueError("it is compressed")
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        need_names("the checkpoint", state)
+        need_names("settings", state.get("settings"))
+        for name, value in state["settings"].items():
+            need_like(f"settings {brief(name, 60)}", value, "")
+        if "data" in state:
+            need_like("data", state["data"], {"shards": 0, "tokens": 0, "sha256": ""})
+    except Exception as error:  # torch says whatever it likes of a file that is broken inside
+        raise BadInput(f"{path}: not a checkpoint of this script ({type(error).__name__}: "
+                       f"{brief(str(error).strip().partition(chr(10))[0], 120)})") from None
+    return state
+
+
+def checkpoint_to_resume(run, training):
+    """The state to go on from, found to be one of this run, or None. Changes nothing of the run. Collective.
+
+    RESUME=file must be usable. RESUME=auto takes the newest checkpoint that is; each that is not gets a line.
+    Other settings are an error in both. Rank 0's disk counts, and what it finds ends all ranks alike.
+    """
     paths = checkpoints(run.out_dir) if run.s.resume == "auto" else [Path(run.s.resume)] if run.s.resume else []
-    data = None
-    for path in paths if run.rt.rank == 0 else ():
+    found, problem = None, ""
+    if run.rt.same(bool(paths)):
+        fresh = training.state()
+        try:
+            found = _newest_usable(run, training, fresh, paths) if run.rt.rank == 0 else None
+        except BadInput as error:
+            problem = str(error)
+    found, problem = run.rt.same((found, problem))
+    if problem:
+        raise BadInput(problem)
+    if found is None and run.s.resume:
+        run.log("started_anew", reason=f"no whole checkpoint in {run.out_dir}")
+    return None if found is None else torch.load(io.BytesIO(found), map_location="cpu", weights_only=True)
+
+
+def _newest_usable(run, training, fresh, paths):
+    """Bytes of the first of these checkpoints that can be used, or None."""
+    for path in paths:
         try:
             data = read_checkpoint(path)
-            break
+            state = checkpoint_state(path, data)
         except BadInput as error:
             if run.s.resume != "auto":
                 raise
             run.log("checkpoint_skipped", reason=str(error))
-    if (data := run.rt.same(data)) is None:
-        if run.s.resume:
-            run.log("started_anew", reason=f"no whole checkpoint in {run.out_dir}")
-        return
-    training.load(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
-    run.log("resume", step=training.step, train_seconds=round(run.clock["train"], 3))
+            continue
+        need_same_run(path, run, state, training.data)
+        try:
+            training.check(state, fresh)
+            return data
+        except ValueError as error:
+            reason = f"{path}: its content is not that of this run ({brief(error, 150)})"
+        if run.s.resume != "auto":
+            raise BadInput(f"{reason}; take another checkpoint, or start anew")
+        run.log("checkpoint_skipped", reason=reason)
+    return None
 
 
 def report_score(run, predictor, stream):
@@ -5446,6 +5673,7 @@ def train(run, model, val):
     s, rt, log = run.s, run.rt, run.log
     need_loadable("the artifact of this model", largest_rows(model, s))
     training = Training(run, model)
+    state = checkpoint_to_resume(run, training)  # before minutes are spent on warm-up
     for role, (tensors, count, how) in training.optimizer.table.items():
         log("optimizer", role=role, tensors=tensors, parameters=count, **how._asdict())
     name, shards, tokens = Path(s.data_path).name, len(training.stream.paths), int(training.stream.ends[-1])
@@ -5465,7 +5693,10 @@ def train(run, model, val):
             training.reserve = s.gptq_reserve_seconds or training.measure_reserve()
         log("reserve", seconds=round(training.reserve, 3))
     training.average.start()
-    resume(run, training)
+    if state:
+        training.load(state)
+        del state
+        log("resume", step=training.step, train_seconds=round(run.clock["train"], 3))
     if rt.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(rt.device)
     with run.clock.phase("train"), Interrupt() as interrupt:
