@@ -41,6 +41,7 @@ import struct
 import subprocess
 import sys
 import time
+import zipfile
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -3286,11 +3287,26 @@ def decode_codes(data, shapes, where):
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAGIC, ARTIFACT_VERSION, PREFIX = b"PGOLF\r\n\x1a", 1, struct.Struct("<8sHIII")
-MAX_HEADER, MAX_RAW = 1 << 22, 1 << 29
+MAX_HEADER = 1 << 22
+MAX_VALUE = 2000  # characters of a setting in the header
+# Bytes that loading may need at once: that of about 140 M weights. 16,000,000 bytes are 128 M bits.
+MAX_LOADED = 1 << 30
+MAX_CORRECTION_WORK = 1 << 33  # multiplications of all low-rank corrections, some ten seconds
+MAX_RANK = Settings.__dataclass_fields__["lqer_rank"].metadata["hi"]
+MAX_GROUP = Settings.__dataclass_fields__["lqer_asym_group"].metadata["hi"]
+
+
+def brief(value, most=80):
+    """What a file says, for a message: printable, and cut."""
+    text = "".join(c if c.isprintable() else "?" for c in str(value)[: most + 1])
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def read_file(path):
+    """Bytes of a regular file: a device or a pipe may never end."""
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise BadInput(f"{path}: cannot be read (it is not a regular file)")
         return Path(path).read_bytes()
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
@@ -3378,6 +3394,27 @@ def _unplanes(data, dtype):
 CODED = ("q", "over")  # streams of integer matrices, which COMPRESSOR=rans codes
 
 
+class TensorRow(NamedTuple):
+    """A line of the header's table of tensors: how a parameter is stored (Encoded)."""
+
+    name: str
+    shape: tuple[int, ...]
+    codec: str
+    bits: int
+    rank: int
+    group: int
+
+
+class StreamRow(NamedTuple):
+    """A line of the header's table of streams."""
+
+    stream: str
+    compressor: str
+    size: int  # unpacked
+    length: int  # in the file
+    checksum: int  # CRC-32 of those bytes
+
+
 def stream_layout(tensors):
     """{stream: [(name, part, dtype, shape)]} for rows (name, shape, codec, bits, rank, group): one stream for each kind
     of part. In that of the codes equal kinds of matrix (all q, all k, ...) lie together.
@@ -3393,6 +3430,12 @@ def stream_layout(tensors):
         kinds = [_kind(row[0]) for row in rows]
         rows.sort(key=lambda row: kinds.index(_kind(row[0])))
     return streams
+
+
+def raw_sizes(tensors):
+    """{stream: its bytes, unpacked} for rows (name, shape, codec, bits, rank, group)."""
+    return {stream: sum(np.dtype(dtype).itemsize * math.prod(shape) for _, _, dtype, shape in rows)
+            for stream, rows in stream_layout(tensors).items()}
 
 
 def _kind(name):
@@ -3441,18 +3484,18 @@ class Packed(NamedTuple):
 def pack(encoded, shapes, s, header):
     """The artifact of encoded parameters of some shapes -> Packed."""
     tensors = [(name, shapes[name], *one[:4]) for name, one in encoded.items()]
-    streams, payload, report = [], [], []
+    streams, payload, report, sizes = [], [], [], raw_sizes(tensors)
     for stream, rows in stream_layout(tensors).items():
         named = s.compressor if s.compressor != "rans" or stream in CODED else "lzma"
         candidates = [named] if named != "auto" else ["rans"] * (stream in CODED) + list(COMPRESSORS)
         with ThreadPoolExecutor(len(candidates)) as pool:
             packed = dict(zip(candidates, pool.map(partial(pack_stream, rows, encoded), candidates)))
         best = min(candidates, key=lambda name: len(packed[name]))
-        size = sum(np.dtype(dtype).itemsize * math.prod(shape) for _, _, dtype, shape in rows)
-        streams.append([stream, best, size, len(packed[best]), zlib.crc32(packed[best])])
+        size = sizes[stream]
+        streams.append(StreamRow(stream, best, size, len(packed[best]), zlib.crc32(packed[best])))
         payload.append(packed[best])
-        sizes = {f"{name}_bytes": len(data) for name, data in packed.items()}
-        report.append({"stream": stream, "raw_bytes": size, **sizes, "chosen": best})
+        by_name = {f"{name}_bytes": len(data) for name, data in packed.items()}
+        report.append({"stream": stream, "raw_bytes": size, **by_name, "chosen": best})
     header = json.dumps({**header, "tensors": tensors, "streams": streams}, separators=(",", ":")).encode()
     packed = zlib.compress(header, 9)
     chunks = [PREFIX.pack(MAGIC, ARTIFACT_VERSION, len(packed), len(header), zlib.crc32(packed)), packed, *payload]
@@ -3550,31 +3593,14 @@ def read_artifact(path, data=None):
     if len(body) != packed or zlib.crc32(body) != checksum or raw > MAX_HEADER:
         raise BadInput(f"{path}: truncated or corrupt header (offset {PREFIX.size}: {len(body)} of {packed} bytes)")
     try:
-        header = json.loads(decompress("zlib", body, raw, f"{path}: header"))
-        rows = [(str(n), str(c), int(r), int(p), int(k)) for n, c, r, p, k in header["streams"]]
-        header["tensors"] = [(str(n), tuple(map(int, shape)), str(c), int(bits), int(rank), int(group))
-                             for n, shape, c, bits, rank, group in header["tensors"]]
-        header["settings"] = {str(k): str(v) for k, v in header["settings"].items()}
-        unknown = {row[2] for row in header["tensors"]} - set(CODECS)
-        unknown |= {c for name, c, *_ in rows if c != "rans" or name not in CODED} - set(COMPRESSORS)
-        if any(rank < 0 or (rank or codec != "float16") and len(shape) < 2 or rank and (
-                   group < 1 or rank > min(shape[0], math.prod(shape[1:])) or codec == "float16")
-               for _, shape, codec, _, rank, group in header["tensors"]):
-            raise ValueError("a codec or correction of an impossible shape")
-        header["tokenizer_sha256"] = bytes.fromhex(header["tokenizer_sha256"]).hex()
-        header["looping"] = bool(header["looping"])
-        if not 0 <= float(header.setdefault("temperature", 0)) <= 10:
-            raise ValueError("an impossible temperature")
-        unknown |= set(header["settings"]) - {f.name.upper() for f in model_fields()}
-        if unknown:
-            raise ValueError(f"unknown {', '.join(sorted(unknown))}")
+        header = _checked_header(decompress("zlib", body, raw, f"{path}: header"))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-        raise BadInput(f"{path}: unusable header ({type(error).__name__}: {str(error)[:80]})") from None
-    end = at + sum(row[3] for row in rows)
-    if end != len(data) or any(row[2] < 0 or row[3] < 0 for row in rows):
-        raise BadInput(f"{path}: truncated or padded: {len(data)} bytes, expected {min(end, MAX_RAW)}")
+        raise BadInput(f"{path}: unusable header ({type(error).__name__}: {brief(error)})") from None
+    end = at + sum(row.length for row in header["streams"])
+    if end != len(data):
+        raise BadInput(f"{path}: truncated or padded: {len(data)} bytes, expected {end}")
     streams = {}
-    for name, compressor, size, length, checksum in rows:
+    for name, compressor, size, length, checksum in header["streams"]:
         if zlib.crc32(data[at : at + length]) != checksum:
             raise BadInput(f"{path}: stream {name} is corrupt (checksum of offset {at} to {at + length})")
         streams[name] = (compressor, data[at : at + length], size)
@@ -3582,36 +3608,147 @@ def read_artifact(path, data=None):
     return header, streams
 
 
+def _checked_header(text):
+    """The header from JSON, its tables as TensorRow and StreamRow. An error means that save_artifact() did
+    not write it; whether it is that of a model is still to be seen.
+    """
+    header = json.loads(text, parse_constant=_no_number, object_pairs_hook=_no_name_twice)
+    wanted = {"settings", "looping", "tokenizer_sha256", "tensors", "streams"}
+    if set(header) - {"temperature"} != wanted:
+        raise ValueError(f"its fields are {', '.join(sorted(header))}")
+    for name, value in header["settings"].items():
+        if type(value) is not str or len(value) > MAX_VALUE:
+            raise ValueError(f"{brief(name, 30)} is no text of at most {MAX_VALUE} characters")
+    if unknown := set(header["settings"]) - {f.name.upper() for f in model_fields()}:
+        raise ValueError(f"unknown {', '.join(sorted(unknown))}")
+    if type(header["looping"]) is not bool:
+        raise ValueError("looping is not true or false")
+    temperature = header.setdefault("temperature", 0)
+    if type(temperature) not in (int, float) or not 0 <= temperature <= 10:
+        raise ValueError("temperature is no number from 0 to 10")
+    if len(bytes.fromhex(header["tokenizer_sha256"])) not in (0, 32):
+        raise ValueError("tokenizer_sha256 is no SHA-256")
+    header["tensors"] = [_tensor_row(*row) for row in header["tensors"]]
+    header["streams"] = [_stream_row(*row) for row in header["streams"]]
+    names = [row.stream for row in header["streams"]]
+    if len(set(names)) != len(names):
+        raise ValueError("a stream is listed twice")
+    return header
+
+
+def _no_number(word):
+    raise ValueError(f"{word} is not JSON")
+
+
+def _no_name_twice(pairs):
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a name comes twice")
+    return dict(pairs)
+
+
+def _whole(what, value, least, most):
+    """A whole number from JSON: true and 1.0 are none."""
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{what}: {brief(value, 30)} is no whole number from {least} to {most}")
+    return value
+
+
+def _tensor_row(name, shape, codec, bits, rank, group):
+    if codec not in CODECS:
+        raise ValueError(f"unknown codec {brief(codec, 30)}")
+    shape = tuple(_whole("shape", size, 1, MAX_LOADED) for size in shape)
+    if len(shape) < 2 and codec != "float16":
+        raise ValueError(f"{codec} stores matrices")
+    if rank:
+        if codec == "float16":
+            raise ValueError("a correction of float16")
+        _whole("rank", rank, 1, min(shape[0], math.prod(shape[1:]), MAX_RANK))
+        _whole("group", group, 1, MAX_GROUP)
+    _whole("rank", rank, 0, MAX_RANK)
+    _whole("group", group, 0, MAX_GROUP)
+    return TensorRow(str(name), shape, codec, _whole("bits", bits, 1, 16), rank, group)
+
+
+def _stream_row(stream, compressor, size, length, checksum):
+    known = {part for _, parts in CODECS.values() for part in parts} | set(CORRECTION)
+    if stream not in known:
+        raise ValueError(f"unknown stream {brief(stream, 30)}")
+    if compressor not in COMPRESSORS and not (compressor == "rans" and stream in CODED):
+        raise ValueError(f"unknown compressor {brief(compressor, 30)} of {stream}")
+    _whole("size", size, 0, MAX_LOADED)
+    _whole("length", length, 0, MAX_LOADED)
+    return StreamRow(stream, compressor, size, length, _whole("checksum", checksum, 0, 2**32 - 1))
+
+
+def loading_bytes(tensors):
+    """Most memory that loading these rows (TensorRow) takes: the weights in float32; their parts three times
+    (unpacked, in order, tensor by tensor), which is enough for the entropy coder; four copies of the largest
+    tensor, while it is decoded.
+    """
+    counts = [math.prod(row.shape) for row in tensors]
+    return 4 * sum(counts) + 3 * sum(raw_sizes(tensors).values()) + 16 * max(counts)
+
+
+def need_loadable(what, tensors):
+    """BadInput if these rows (TensorRow) take too much memory or time to load, whatever is in a stream."""
+    counts = [math.prod(row.shape) for row in tensors]
+    need = loading_bytes(tensors)
+    if need > MAX_LOADED:
+        raise BadInput(f"{what}: {sum(counts)} parameters in these codecs need {need >> 20} MiB to be "
+                       f"loaded, the limit is {MAX_LOADED >> 20}; make the model smaller")
+    if sum(count * row.rank for count, row in zip(counts, tensors)) > MAX_CORRECTION_WORK:
+        raise BadInput(f"{what}: low-rank corrections of that many weights take too long to load; lower "
+                       "LQER_RANK or LQER_TOP_K")
+
+
+def largest_rows(model, s):
+    """The table of tensors (TensorRow) of the largest artifact that these settings can make of a model."""
+    wider = {"grid": "wide"} | ({"int": "mixed"} if s.awq_lite_group_top_k else {})
+    shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+    rows = [TensorRow(name, shapes[name], wider.get(store.codec, store.codec), store.bits, 0, 0)
+            for name, store in storage(model, s).items()]
+    rows.sort(key=lambda row: math.prod(row.shape), reverse=True)
+    corrections = s.lqer_top_k if s.lqer_rank else 0
+    for i, row in enumerate(rows):
+        if corrections and row.codec != "float16":
+            rows[i] = row._replace(rank=min(s.lqer_rank, *row.shape), group=s.lqer_asym_group)
+            corrections -= 1
+    return rows
+
+
 def artifact_settings(path, header, given):
-    """What defines the model from the artifact, the rest from `given`, which must not contradict it."""
+    """What defines the model from the artifact, the rest from `given`, which must not contradict it.
+
+    BadInput, too, if the header is not that of such a model, or the model is too large to be loaded. Nothing
+    of its size is allocated.
+    """
     try:
         shape = [f"{name}={value}" for name, value in header["settings"].items()]
         stored = Settings.parse([*shape, "TRAIN_SEQ_LEN=2", "TRAIN_BATCH_TOKENS=2", "COMPRESSOR=zlib"])
     except BadInput as error:
-        raise BadInput(f"{path}: its settings cannot be used here: {str(error).splitlines()[0]}") from None
+        first = brief(str(error).splitlines()[0], 150)
+        raise BadInput(f"{path}: its settings cannot be used here: {first}") from None
     for f in model_fields():
         mine, its = getattr(given, f.name), getattr(stored, f.name)
         if mine not in (f.default, its):
-            raise BadInput(f"{f.name.upper()}={_show(mine)} contradicts {path}, which was made with {_show(its)}")
-    return replace(given, **{f.name: getattr(stored, f.name) for f in model_fields()})
-
-
-def load_artifact(path, settings=None, dtype=torch.float32, attend=None, device="cpu", data=None):
-    """-> (settings, model). The file must fit a model of its settings before anything of that size is allocated."""
-    header, streams = read_artifact(path, data)
-    s = artifact_settings(path, header, settings or Settings())
+            raise BadInput(f"{f.name.upper()}={brief(_show(mine))} contradicts {path}, which was made with "
+                           f"{brief(_show(its))}")
+    s = replace(given, **{f.name: getattr(stored, f.name) for f in model_fields()})
     with torch.device("meta"):
         skeleton = GPT(s, init=False)
-    shapes = {n: tuple(p.shape) for n, p in skeleton.named_parameters()}
-    if [row[:2] for row in header["tensors"]] != list(shapes.items()):
+    shapes = [(name, tuple(weight.shape)) for name, weight in skeleton.named_parameters()]
+    if [row[:2] for row in header["tensors"]] != shapes:
         raise BadInput(f"{path}: its tensors are not those of its settings")
-    layout = stream_layout(header["tensors"])
-    sizes = {stream: sum(np.dtype(kind).itemsize * math.prod(shape) for _, _, kind, shape in rows)
-             for stream, rows in layout.items()}
-    if sizes != {name: size for name, (_, _, size) in streams.items()} or sum(sizes.values()) > MAX_RAW:
+    if raw_sizes(header["tensors"]) != {row.stream: row.size for row in header["streams"]}:
         raise BadInput(f"{path}: stream sizes do not add up to its tensors")
-    parts = {name: {} for name in shapes}
-    for stream, rows in layout.items():
+    need_loadable(path, header["tensors"])
+    return s
+
+
+def _unpacked(path, tensors, streams):
+    """{tensor: {part: array as a Tensor}} from the streams of read_artifact()."""
+    parts = {row.name: {} for row in tensors}
+    for stream, rows in stream_layout(tensors).items():
         (compressor, data, size), where, at = streams[stream], f"{path}: stream {stream}", 0
         if compressor == "rans":
             values = np.concatenate([group.ravel() for group in decode_codes(data, code_groups(rows), where)])
@@ -3620,11 +3757,22 @@ def load_artifact(path, settings=None, dtype=torch.float32, attend=None, device=
         for name, part, _, shape in rows:
             parts[name][part] = torch.from_numpy(values[at : at + math.prod(shape)].copy()).view(shape)
             at += math.prod(shape)
-    state = {name: Encoded(*row, parts[name]).decode(shape) for name, shape, *row in header["tensors"]}
-    if not all(torch.isfinite(tensor).all() for tensor in state.values()):
-        raise BadInput(f"{path}: holds values that are not finite")
+    return parts
+
+
+@torch.no_grad()
+def load_artifact(path, settings=None, dtype=torch.float32, attend=None, device="cpu", data=None):
+    """-> (settings, model). The file fits a model of its settings before anything of that size is made."""
+    header, streams = read_artifact(path, data)
+    s = artifact_settings(path, header, settings or Settings())
+    parts = _unpacked(path, header["tensors"], streams)
     model = GPT(s, dtype, attend, init=False)
-    model.load_state_dict(state)
+    weights = dict(model.named_parameters())
+    for name, shape, *row in header["tensors"]:  # one after the other: not all of it is in memory twice
+        weight = Encoded(*row, parts.pop(name)).decode(shape)
+        if not weight.isfinite().all():
+            raise BadInput(f"{path}: holds values that are not finite ({name})")
+        weights[name].copy_(weight)
     model.looping, model.temperature = s.loops and header["looping"], float(header["temperature"]) or None
     return s, model.to(device)
 
@@ -5441,6 +5589,7 @@ class Training:
         self.average = Average(s, self.optimizer.banks)
         self.complement = Complement(s, rt) if s.complement_alpha else None
         self.qat = LateQAT(model, s) if s.late_qat_threshold else None
+        self.data = training_data(s)
         self.reserve = 0.0  # seconds of the training clock kept for calibration
 
     def enter(self, progress, falling=1.0):
@@ -5585,19 +5734,27 @@ class Training:
         with self.run.clock.phase("checkpoint"):
             return self._save()
 
-    def _save(self):
+    def state(self):
+        """What a checkpoint holds, by parameter name, on the CPU. Collective."""
         run, weights = self.run, [bank.weight for bank in self.optimizer.banks]
 
         def by_name(tensors):
             return {name: part.cpu().clone() for name, part in self.optimizer.named(tensors).items()}
 
-        state = {"step": self.step, "tokens": self.tokens, "stage": (self.stage, self.stage_start, self.model.looping),
-                 "settings": self.identity(), "position": self.stream.position, "rng": torch.get_rng_state(),
-                 "seconds": dict(run.clock.seconds), "weights": by_name(weights), "average_count": self.average.count,
-                 "average": {kind: [by_name(one) for one in taken] for kind, taken in self.average.taken.items()},
-                 "complement": self.complement.state_dict() if self.complement else None,
-                 "qat": self.qat.state_dict() if self.qat else None, "reserve": self.reserve,
-                 "optimizer": self.optimizer.state_dict()}
+        settings = {name: value for name, value in identity(run).items() if name not in PLACES}
+        average = {kind: [by_name(one) for one in taken] for kind, taken in self.average.taken.items()}
+        return {"step": self.step, "tokens": self.tokens,
+                "stage": (self.stage, self.stage_start, self.model.looping),
+                "settings": settings, "data": self.data,
+                "position": self.stream.position, "rng": torch.get_rng_state(),
+                "seconds": dict(run.clock.seconds), "weights": by_name(weights),
+                "average": average, "average_count": self.average.count,
+                "complement": self.complement.state_dict() if self.complement else None,
+                "qat": self.qat.state_dict() if self.qat else None, "reserve": self.reserve,
+                "optimizer": self.optimizer.state_dict()}
+
+    def _save(self):
+        run, state = self.run, self.state()
         if run.rt.rank:
             return True
         buffer = io.BytesIO(CHECKPOINT_MAGIC)
@@ -5614,17 +5771,96 @@ class Training:
             old.unlink()
         return True
 
-    def identity(self):
-        """What must be equal for a checkpoint to be gone on with."""
-        s = self.run.s
-        return {**s.experiment(), "SEED": str(s.seed), "DTYPE": str(self.run.rt.dtype).removeprefix("torch.")}
+    def check(self, state, fresh):
+        """ValueError, naming the field, unless load() can take this state: it has the form of `fresh`, the
+        state of a training that has not begun, and its numbers are possible ones. Nothing is changed.
+        """
+        s, sizes = self.run.s, [tokens for _, _, tokens in self.run.s.stages]
+        need_names("the checkpoint", {"data": None, **state}, fresh)  # older ones know their data by its path
+        for name in ("stage", "weights", "optimizer", "rng"):
+            need_like(name, state[name], fresh[name])
+        step = need_number("step", state["step"], int, 0, s.iterations or MOST_STEPS)
+        need_number("optimizer t", state["optimizer"]["t"], int, step, step)
+        stage, since, looping = state["stage"]
+        need_number("stage", stage, int, 0, len(sizes) - 1)
+        need_number("beginning of the stage", since, int, 0, step)
+        if looping and not s.loops:
+            raise ValueError("stage says that the model loops, but NUM_LOOPS=0")
+        tokens = need_number("tokens", state["tokens"], int, step * min(sizes), step * max(sizes))
+        # Calibration reads ahead, and each stage begins at a multiple of its length.
+        ahead = calibration_steps(s) * max(sizes) + (len(sizes) + 1) * s.longest_sequence
+        need_number("position", state["position"], int, tokens, tokens + ahead)
+        need_number("reserve", state["reserve"], float, 0, MOST_SECONDS)
+        need_names("seconds", state["seconds"])
+        for phase, seconds in state["seconds"].items():
+            need_number(f"seconds of {brief(phase, 20)}", seconds, float, 0, MOST_SECONDS)
+        for name, moments in state["optimizer"].items():
+            if name != "t" and any((second < 0).any() for second in moments[1:]):
+                raise ValueError(f"optimizer {name} has a negative second moment")
+        try:
+            torch.Generator().set_state(state["rng"])
+        except RuntimeError:
+            raise ValueError("rng is not the state of a generator") from None
+        self._check_average(state, fresh["weights"])
+        self._check_complement(state["complement"])
+        self._check_qat(state["qat"], fresh["qat"], step)
+
+    def _check_average(self, state, weights):
+        kinds, s = self.average.kinds, self.run.s
+        most = {"ema": 1, "swa": 1, "lawa": s.lawa_k}
+        need_names("average", state["average"])
+        for kind, snapshots in state["average"].items():
+            if kind not in kinds:
+                raise ValueError(f"average has {brief(kind, 20)}, which AVERAGE={s.average} does not take")
+            if type(snapshots) is not list or not 1 <= len(snapshots) <= most[kind]:
+                raise ValueError(f"average {kind} is no list of at most {most[kind]} snapshots")
+            need_like(f"average {kind}", snapshots, [weights] * len(snapshots))
+        if "ema" in kinds and not s.ema_start_frac and "ema" not in state["average"]:
+            raise ValueError("average has no ema, which is taken from the first step on")
+        swa = "swa" in state["average"]
+        need_number("average_count", state["average_count"], int, int(swa), state["step"] if swa else 0)
+
+    def _check_complement(self, state):
+        if self.complement is None:
+            need_like("complement", state, None)
+            return
+        need_names("complement", state, ("pairs", "times"))
+        pairs, times = state["pairs"], state["times"]
+        length = len(pairs) if isinstance(pairs, Tensor) and pairs.ndim == 1 else 0
+        counts = torch.empty(length, dtype=torch.int64)
+        need_like("complement", state, {"pairs": counts, "times": counts})
+        outside = length and (pairs[0] < 0 or pairs[-1] >= self.complement.vocab**2)
+        if outside or (pairs.diff() < 1).any():
+            raise ValueError("complement pairs are not rising pairs of tokens of the vocabulary")
+        if (times < 1).any():
+            raise ValueError("complement times has a pair that never occurred")
+
+    def _check_qat(self, state, fresh, step):
+        if self.qat is None:
+            need_like("qat", state, None)
+            return
+        need_names("qat", state, fresh)
+        need_like("qat steps", state["steps"], fresh["steps"])
+        for name, steps in state["steps"].items():
+            if (steps <= 0).any():
+                raise ValueError(f"qat steps {name} are not positive")
+        if state["begun"] is not None:
+            need_number("qat begun", state["begun"], int, 0, step)
+        if state["begun"] is None or self.run.s.fit != "allocate":
+            need_like("qat moments", state["moments"], None)
+            return
+        modules = {f"{name}.weight": module for name, module in self.model.named_modules()
+                   if isinstance(module, (Linear, Table))}
+        need_names("qat moments", state["moments"], modules)
+        for name, moments in state["moments"].items():
+            rows, columns = modules[name].weight.shape
+            felt = torch.empty(columns, columns), torch.empty(rows), 0.0
+            inputs = None if type(moments) is tuple and moments[-1] is None else torch.empty(columns)
+            need_like(f"qat moments {name}", moments, (*felt, inputs))
 
     @torch.no_grad()
     def load(self, state):
-        mine, defaults = self.identity(), Settings().experiment()  # settings may be younger than the checkpoint
-        theirs = {name: state["settings"].get(name, defaults.get(name)) for name in {**mine, **state["settings"]}}
-        if different := [f"{name}={value}" for name, value in theirs.items() if value != mine.get(name)]:
-            raise BadInput(f"the checkpoint has other settings: {' '.join(different)}; repeat them, or take another RUN_ID")
+        """Go on from the state of a checkpoint, which check() has found to be one of this run."""
         self.step, self.stream.position, self.average.count = state["step"], state["position"], state["average_count"]
         self.tokens, (self.stage, self.stage_start, self.model.looping) = state["tokens"], state["stage"]
 
@@ -5646,6 +5882,97 @@ class Training:
         torch.set_rng_state(state["rng"])
 
 
+MOST_STEPS, MOST_SECONDS = 2**53, 1e9  # of any run
+
+
+def need_number(what, value, kind, least, most):
+    """The number, if it is of this type and between these bounds (nan never is); else ValueError."""
+    if type(value) is not kind or not least <= value <= most:
+        raise ValueError(f"{what} is {brief(value, 30)}, not {kind.__name__} from {least} to {most}")
+    return value
+
+
+def need_names(what, found, names=None):
+    """ValueError unless this is a dict with these names, or with any that are text."""
+    if type(found) is not dict or not all(type(name) is str for name in found):
+        raise ValueError(f"{what} is {_form(found)}, not a dict of names")
+    for name in names or ():
+        if name not in found:
+            raise ValueError(f"{what} has no {name}")
+    for name in found:
+        if names is not None and name not in names:
+            raise ValueError(f"{what} has an unknown {brief(name, 60)}")
+
+
+def need_like(what, found, like):
+    """ValueError unless `found` has types, names, lengths, dtypes and shapes of `like`, and is finite."""
+    if type(found) is not type(like) or _form(found) != _form(like):
+        raise ValueError(f"{what} is {_form(found)}, not {_form(like)}")
+    if isinstance(like, Tensor):
+        if found.is_floating_point() and not found.isfinite().all():
+            raise ValueError(f"{what} has values that are not finite")
+    elif isinstance(like, dict):
+        need_names(what, found, like)
+        for name in like:
+            need_like(f"{what} {name}", found[name], like[name])
+    elif isinstance(like, (list, tuple)):
+        for one, other in zip(found, like):
+            need_like(what, one, other)
+    elif isinstance(like, float) and not math.isfinite(found):
+        raise ValueError(f"{what} is {found}")
+
+
+def _form(value):
+    """What need_like() compares, in words."""
+    kind = type(value).__name__
+    if isinstance(value, Tensor):
+        ordinary = type(value) is Tensor and value.layout == torch.strided and value.device.type == "cpu"
+        dtype = str(value.dtype).removeprefix("torch.")
+        return brief(f"{'' if ordinary else f'special {kind} '}{dtype} {tuple(value.shape)}", 60)
+    return f"{kind} of {len(value)}" if isinstance(value, (list, tuple)) else kind
+
+
+PLACES = ("DATA_PATH", "TOKENIZER_PATH")  # a checkpoint knows its data by what they hold, wherever they lie
+HEAD_TOKENS = 64  # of each shard that tell it from others; one that was repaired further in is the same
+
+
+def identity(run):
+    """{setting: value as text} that must be equal for a checkpoint to be gone on with."""
+    return {**run.s.experiment(), "SEED": str(run.s.seed), "DTYPE": str(run.rt.dtype).removeprefix("torch.")}
+
+
+def training_data(s):
+    """{"shards", "tokens", "sha256"} of the training shards; hashed are the length and the head of each."""
+    digest, tokens, paths = hashlib.sha256(), 0, find_shards(s.data_path, "train")
+    for path in paths:
+        shard = read_shard(path)
+        tokens += len(shard)
+        digest.update(struct.pack("<q", len(shard)) + shard[:HEAD_TOKENS].tobytes())
+    return {"shards": len(paths), "tokens": tokens, "sha256": digest.hexdigest()}
+
+
+def need_same_run(path, run, state, data):
+    """BadInput if the state of a checkpoint is that of other settings, or of other data than `data` of
+    training_data(). Settings may be younger than the checkpoint.
+    """
+    mine, theirs, defaults = identity(run), state["settings"], Settings().experiment()
+    if "data" in state:
+        for name in PLACES:
+            del mine[name]
+    values = {name: theirs.get(name, defaults.get(name)) for name in {**mine, **theirs}}
+    if different := [f"{name}={value}" for name, value in values.items() if value != mine.get(name)]:
+        raise BadInput(f"{path}: the checkpoint has other settings: {brief(' '.join(different), 120)}; "
+                       "repeat them, or take another RUN_ID")
+    if state.get("data", data) != data:
+        raise BadInput(f"{path}: the checkpoint has other data ({_data_in_words(state['data'])}) than "
+                       f"DATA_PATH ({_data_in_words(data)}); set it right, or take another RUN_ID")
+
+
+def _data_in_words(data):
+    tokens, sha256 = brief(data["tokens"], 20), brief(data["sha256"], 64)[:12]
+    return f"{brief(data['shards'], 20)} shards, {tokens} tokens, SHA-256 {sha256}"
+
+
 CHECKPOINT_MAGIC = b"PGOLF checkpoint 2\n"
 
 
@@ -5662,24 +5989,71 @@ def read_checkpoint(path):
     return data[len(CHECKPOINT_MAGIC) : -32]
 
 
-def resume(run, training):
-    """Go on from RESUME, if there is something to go on from. Rank 0's disk counts."""
+def checkpoint_state(path, data):
+    """The state in the bytes of read_checkpoint(); BadInput if there is none, or none that says of which run
+    it is. Nothing is executed, and no more is unpacked than the file has bytes.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            records = archive.infolist()
+        if any(record.compress_type for record in records) or sum(r.file_size for r in records) > len(data):
+            raise ValueError("it is compressed")
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        need_names("the checkpoint", state)
+        need_names("settings", state.get("settings"))
+        for name, value in state["settings"].items():
+            need_like(f"settings {brief(name, 60)}", value, "")
+        if "data" in state:
+            need_like("data", state["data"], {"shards": 0, "tokens": 0, "sha256": ""})
+    except Exception as error:  # torch says whatever it likes of a file that is broken inside
+        raise BadInput(f"{path}: not a checkpoint of this script ({type(error).__name__}: "
+                       f"{brief(str(error).strip().partition(chr(10))[0], 120)})") from None
+    return state
+
+
+def checkpoint_to_resume(run, training):
+    """The state to go on from, found to be one of this run, or None. Changes nothing of the run. Collective.
+
+    RESUME=file must be usable. RESUME=auto takes the newest checkpoint that is; each that is not gets a line.
+    Other settings are an error in both. Rank 0's disk counts, and what it finds ends all ranks alike.
+    """
     paths = checkpoints(run.out_dir) if run.s.resume == "auto" else [Path(run.s.resume)] if run.s.resume else []
-    data = None
-    for path in paths if run.rt.rank == 0 else ():
+    found, problem = None, ""
+    if run.rt.same(bool(paths)):
+        fresh = training.state()
+        try:
+            found = _newest_usable(run, training, fresh, paths) if run.rt.rank == 0 else None
+        except BadInput as error:
+            problem = str(error)
+    found, problem = run.rt.same((found, problem))
+    if problem:
+        raise BadInput(problem)
+    if found is None and run.s.resume:
+        run.log("started_anew", reason=f"no whole checkpoint in {run.out_dir}")
+    return None if found is None else torch.load(io.BytesIO(found), map_location="cpu", weights_only=True)
+
+
+def _newest_usable(run, training, fresh, paths):
+    """Bytes of the first of these checkpoints that can be used, or None."""
+    for path in paths:
         try:
             data = read_checkpoint(path)
-            break
+            state = checkpoint_state(path, data)
         except BadInput as error:
             if run.s.resume != "auto":
                 raise
             run.log("checkpoint_skipped", reason=str(error))
-    if (data := run.rt.same(data)) is None:
-        if run.s.resume:
-            run.log("started_anew", reason=f"no whole checkpoint in {run.out_dir}")
-        return
-    training.load(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
-    run.log("resume", step=training.step, train_seconds=round(run.clock["train"], 3))
+            continue
+        need_same_run(path, run, state, training.data)
+        try:
+            training.check(state, fresh)
+            return data
+        except ValueError as error:
+            reason = f"{path}: its content is not that of this run ({brief(error, 150)})"
+        if run.s.resume != "auto":
+            raise BadInput(f"{reason}; take another checkpoint, or start anew")
+        run.log("checkpoint_skipped", reason=reason)
+    return None
 
 
 def report_score(run, predictor, stream):
@@ -5695,7 +6069,9 @@ def report_score(run, predictor, stream):
 def train(run, model, val):
     """The training phase: leaves the weights to export in the model. Returns their Moments, where settings need them."""
     s, rt, log = run.s, run.rt, run.log
+    need_loadable("the artifact of this model", largest_rows(model, s))
     training = Training(run, model)
+    state = checkpoint_to_resume(run, training)  # before minutes are spent on warm-up
     for role, (tensors, count, how) in training.optimizer.table.items():
         log("optimizer", role=role, tensors=tensors, parameters=count, **how._asdict())
     name, shards, tokens = Path(s.data_path).name, len(training.stream.paths), int(training.stream.ends[-1])
@@ -5715,7 +6091,10 @@ def train(run, model, val):
             training.reserve = s.gptq_reserve_seconds or training.measure_reserve()
         log("reserve", seconds=round(training.reserve, 3))
     training.average.start()
-    resume(run, training)
+    if state:
+        training.load(state)
+        del state
+        log("resume", step=training.step, train_seconds=round(run.clock["train"], 3))
     copies = training.stream.copies = Copies(val.tokens.cpu().numpy())
     copies.look(training.stream.held)
     if rt.device.type == "cuda":

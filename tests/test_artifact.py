@@ -21,7 +21,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fuzzing
 import reference as ref
+import runs
 import train_gpt as tg
 
 ALL = ("zstd", "lzma", "brotli", "zlib")
@@ -91,8 +93,18 @@ def refused(path, limit=1 << 28, **options):
         assert tracemalloc.get_traced_memory()[1] < limit
     finally:
         tracemalloc.stop()
-    assert "\n" not in str(error.value) and str(path) in str(error.value)
-    return str(error.value)
+    line = str(error.value)
+    assert str(path) in line and len(line) <= 300 and line.isprintable()
+    return line
+
+
+def command_refuses(path, *words):
+    """PHASES=eval of this artifact ends with exit code 2 and one line, almost without memory; that line."""
+    with Peak() as peak:
+        done = runs.call(["PHASES=eval", f"ARTIFACT={path}", "DEVICE=cpu", "DATA_PATH=nowhere"])
+    line = runs.refused(done, 2, path, *words)
+    assert len(line) <= 300 and line.isprintable() and peak.mib < 64
+    return line
 
 
 # --- round trip ------------------------------------------------------------------------------------------------------
@@ -137,6 +149,8 @@ def test_grids_and_corrections_are_the_same_out_of_the_file(tmp_path_factory, s,
         info = tg.save_artifact(path, model, s, moments=moments, room=9_000)
     loaded = dict(tg.load_artifact(path, s)[1].named_parameters())
     assert info["bytes"] == path.stat().st_size and sum(one.rank > 0 for one in seen[-1].values()) <= 2 * (rank > 0)
+    tensors = tg.read_artifact(path)[0]["tensors"]
+    assert tg.loading_bytes(tensors) <= tg.loading_bytes(tg.largest_rows(model, s)), "known before training"
     for name, one in seen[-1].items():
         assert torch.equal(loaded[name], one.decode(loaded[name].shape)), name
 
@@ -529,6 +543,25 @@ def hostile():
         "lanes from a layer that is not there": settings(PARALLEL_RESIDUAL="lanes", PARALLEL_START_LAYER="9"),
         "more loops than anyone waits for": settings(NUM_LOOPS="1000000"),
         "a head that is not there": settings(TIE_EMBEDDINGS="0"), "another choice": settings(SMEAR_GATE="pickle"),
+        "a field of another version": change("surprise", 1), "looping is a number": change("looping", 1),
+        "temperature is true": change("temperature", True),
+        "temperature infinite": change("temperature", math.inf),
+        "temperature of 100": change("temperature", 100),
+        "rank is true": matrix(slice(4, 6), [True, 1]), "rank is 1.0": matrix(slice(4, 6), [1.0, 1]),
+        "group beyond what can be chosen": matrix(slice(4, 6), [2, 2**16 + 1]),
+        "bits of 2^40": matrix(3, 2**40),
+        "name is a number": matrix(0, 5), "shape of floats": matrix(1, [32.0, 16.0]),
+        "raw size is true": row("streams", 0, 2, True), "length is a float": row("streams", 0, 3, 10.0),
+        "checksum of 2^40": row("streams", 0, 4, 2**40), "stream is a number": row("streams", 0, 0, 5),
+        "stream is a list": row("streams", 0, 0, ["q"]),
+        "compressor is a list": row("streams", 0, 1, ["zlib"]),
+        "codec is a list": matrix(2, ["int"]),
+        "a value that is no text": settings(NUM_LAYERS=2),
+        "a name that ends the line": settings(**{"A\nB": "1"}),
+        "a name of 10^5 letters": settings(**{"A" * 10**5: "1"}),
+        "a value with colours": settings(SKIPS="\x1b[31m"),
+        "layers listed a million times": settings(VE_LAYERS="1," * 10**6 + "1"),
+        "short tokenizer hash": change("tokenizer_sha256", "abcd"),
         "no tokenizer hash": lambda header: header.pop("tokenizer_sha256"),
         "tokenizer hash is a number": change("tokenizer_sha256", 12),
         "tokenizer hash is a list": change("tokenizer_sha256", ["a"]),
@@ -550,19 +583,30 @@ def test_headers_that_are_no_header_are_refused(tmp_path, text):
     refused(tmp_path / "bad.pg", limit=1 << 26)
 
 
-def bomb(name, megabytes):
-    """A little data that unpacks to a lot of zeros, made piece by piece."""
-    zeros = bytes(1 << 20)
-    if name == "brotli":
-        import brotli
-        packer = brotli.Compressor(quality=4)
-        return b"".join(packer.process(zeros) for _ in range(megabytes)) + packer.finish()
-    if name == "zstd":
-        import zstandard
-        packer = zstandard.ZstdCompressor(level=3).compressobj()
-    else:
-        packer = lzma.LZMACompressor(preset=0) if name == "lzma" else zlib.compressobj(9)
-    return b"".join(packer.compress(zeros) for _ in range(megabytes)) + packer.flush()
+@pytest.mark.parametrize("twice", ["looping", "settings", "streams"])
+def test_a_name_that_comes_twice_in_the_header_is_refused(good, tmp_path, twice):
+    """JSON readers differ in which of them counts."""
+    header, streams = parts_of(good[0])
+    text = json.dumps(header)
+    again = text[:-1] + f', "{twice}": {json.dumps(header[twice])}}}'
+    assert json.loads(again) == header
+    seal(tmp_path / "bad.pg", again.encode(), b"".join(streams.values()))
+    assert "twice" in command_refuses(tmp_path / "bad.pg")
+
+
+def test_a_stream_that_is_there_twice_is_refused(good, tmp_path):
+    """With its bytes, so that every length is right."""
+    header, streams = parts_of(good[0])
+    header["streams"].append(header["streams"][0])
+    payload = [streams[row[0]] for row in header["streams"]]
+    seal(tmp_path / "bad.pg", header, b"".join(payload))
+    assert "twice" in command_refuses(tmp_path / "bad.pg")
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/dev/stdin"])
+def test_a_device_is_no_artifact(path):
+    """It may never end."""
+    command_refuses(path, "not a regular file")
 
 
 class Peak:
@@ -591,7 +635,7 @@ def test_bombs_go_off_nowhere(good, tmp_path, name):
     """256 MiB of zeros for a stream of some hundred bytes: unpacked to the size that the header's shapes allow."""
     header, streams = parts_of(good[0])
     first = header["streams"][0]
-    streams[first[0]] = bomb(name, 256)
+    streams[first[0]] = fuzzing.zeros(name, 256 << 20)
     assert len(streams[first[0]]) < 1 << 19
     first[1], first[3:] = name, [len(streams[first[0]]), zlib.crc32(streams[first[0]])]
     seal(tmp_path / "bad.pg", header, b"".join(streams.values()))
@@ -601,13 +645,91 @@ def test_bombs_go_off_nowhere(good, tmp_path, name):
 
 
 def test_a_bomb_of_a_header_goes_off_nowhere(tmp_path):
-    body = bomb("zlib", 64)
+    body = fuzzing.zeros("zlib", 64 << 20)
     for claimed in (64 << 20, 1000, (1 << 22) - 1, 0):
         (tmp_path / "bad.pg").write_bytes(struct.pack("<8sHIII", b"PGOLF\r\n\x1a", 1, len(body), claimed,
                                                       zlib.crc32(body)) + body)
         with Peak() as peak:
             refused(tmp_path / "bad.pg", limit=1 << 25)
         assert peak.mib < 32
+
+
+# --- what decoding needs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", [2**16 + 1, 2**29, 2**30, 2**33, 10**30])
+def test_the_group_of_a_correction_is_bounded(tmp_path, group):
+    """One step of B is repeated as often as the group says: 2^29 made 2.3 GB of a small file."""
+    path = tmp_path / "bad.pg"
+    data = fuzzing.save(path, dict(lqer_rank=2, lqer_top_k=1, lqer_asym_group=2**16))
+    tg.load_artifact(path)  # the largest that a run can choose
+    header, streams = fuzzing.unseal(data)
+    (row,) = [row for row in header["tensors"] if row[4]]
+    row[5] = group
+    path.write_bytes(fuzzing.reseal(header, streams))
+    command_refuses(path, "group", str(group)[:20], "65536")
+
+
+def test_the_time_that_corrections_take_is_bounded(tmp_path):
+    """The rank of a hostile file is that of its largest matrices: hours of additions."""
+    path = tmp_path / "bad.pg"
+    path.write_bytes(fuzzing.of_zeros(["VOCAB_SIZE=65536", "MODEL_DIM=512"], rank=256))
+    command_refuses(path, "corrections")
+    words = ["MODEL_DIM=512", "NUM_LAYERS=1", "XSA_LAST_N=1", "VE_DIM=0"]
+    header, streams = fuzzing.unseal(fuzzing.of_zeros(words, rank=2))
+    for row in header["tensors"]:
+        row[4] = row[4] and min(row[1])
+    path.write_bytes(fuzzing.reseal(header, streams))
+    command_refuses(path, "from 1 to 256")
+
+
+@pytest.mark.parametrize("compressor", ALL)
+def test_a_small_file_of_a_model_of_gigabytes_is_refused(tmp_path, compressor):
+    """16 kB of zstd were 0.5 GB of codes, and 5.7 GB while they were decoded. It contradicts nothing."""
+    words = ["BIGRAM_VOCAB_SIZE=16777216", "BIGRAM_DIM=28"]
+    path = tmp_path / "bad.pg"
+    if compressor == "zstd":
+        data = fuzzing.of_zeros(words)
+    else:  # a megabyte will do for the others: nothing is unpacked
+        zeros = fuzzing.zeros
+        with mock.patch.object(fuzzing, "zeros", lambda name, size: zeros(name, min(size, 1 << 20))):
+            data = fuzzing.of_zeros(words, compressor=compressor)
+    assert len(data) < 1 << 20
+    path.write_bytes(data)
+    command_refuses(path, "MiB to be loaded", "the limit is 1024")
+
+
+@pytest.mark.parametrize("codec, compressor, rank", [
+    ("int", "rans", 0), ("int", "lzma", 0), ("mixed", "zstd", 2), ("wide", "brotli", 2),
+    ("float16", "zlib", 0)])
+def test_loading_takes_no_more_memory_than_is_known_before(tmp_path, codec, compressor, rank):
+    path = tmp_path / "model.pg"
+    width = 128 if compressor == "rans" else 512  # the entropy coder takes a second for a million codes
+    words = ["VOCAB_SIZE=8192", f"MODEL_DIM={width}", "NUM_LAYERS=1", "XSA_LAST_N=1", "VE_DIM=0"]
+    path.write_bytes(fuzzing.of_zeros(words, codec, compressor, rank, 64))
+    expected = tg.loading_bytes(tg.read_artifact(path)[0]["tensors"])
+    with Peak() as peak:
+        tg.load_artifact(path)
+    assert peak.mib << 20 < expected + (24 << 20), "beside the window of a compressor"
+
+
+def test_a_model_that_could_not_be_loaded_is_refused_before_it_is_trained(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(tg, "MAX_LOADED", 1 << 18)
+    done = runs.call(runs.command(toy, tmp_path, "PHASES=train"))
+    runs.refused(done, 2, "the artifact of this model", "MiB to be loaded")
+    assert not runs.events(tmp_path, "train")
+
+
+def test_a_header_of_the_deepest_model_is_refused_in_seconds(good, tmp_path):
+    """Of 256 layers, each met 17 times; the model is only a skeleton then."""
+    header, streams = parts_of(good[0])
+    header["settings"] |= dict(NUM_LAYERS="256", NUM_LOOPS="16", LOOP_START="0", LOOP_END="255",
+                               PARALLEL_RESIDUAL="lanes", PARALLEL_START_LAYER="255",
+                               BIGRAM_VOCAB_SIZE="16777216", BIGRAM_DIM="16384")
+    seal(tmp_path / "bad.pg", header, b"".join(streams.values()))
+    began = time.process_time()
+    command_refuses(tmp_path / "bad.pg", "its tensors are not those of its settings")
+    assert time.process_time() - began < 10
 
 
 def greedy_xz(raw):

@@ -298,6 +298,20 @@ def test_a_hostile_artifact_is_refused_in_one_line_before_anything_is_written(to
     refused(evaluate(toy, tmp_path, path), 2, path)
 
 
+def test_an_artifact_of_before_a_setting_was_there_is_scored_with_its_default(toy, trained, tmp_path):
+    """Settings come and go: a missing one is as it was, one that is gone is refused by name."""
+    def older(header):
+        for name in ("PARALLEL_FIRST_SKIP", "ASYM_LOGIT_RESCALE", "LOOP_ORDER"):
+            del header["settings"][name]
+
+    now = summary(good(evaluate(toy, tmp_path, trained / "model.pg")))
+    path = rebuilt(trained / "model.pg", tmp_path / "older.pg", older)
+    then = summary(good(evaluate(toy, tmp_path, path, f"OUT_DIR={tmp_path}/older")))
+    assert then["val_bpb"] == now["val_bpb"] and then["valid"] == "yes"
+    rebuilt(trained / "model.pg", path, header_with(settings={"GONE_SINCE": "1"}))
+    refused(evaluate(toy, tmp_path, path), 2, path, "unknown GONE_SINCE")
+
+
 def test_a_header_or_stream_that_unpacks_without_end_is_refused_without_the_memory(toy, trained, tmp_path):
     good_path, path = trained / "model.pg", tmp_path / "bomb.pg"
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import time
+import zipfile
 from functools import partial
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fuzzing
 import train_gpt
 import reference as ref
 from conftest import write_shard
@@ -113,7 +115,10 @@ KINDS = dict(  # what a run may consist of beside its weights; 8 steps, some of 
     best=("AVERAGE=best", "HOLDOUT_TOKENS=300", "SWA_EVERY=2", "SWA_START_SCALE=1", "LAWA_FREQ=3", "LAWA_K=2"),
     extras=("COMPLEMENT_ALPHA=0.5", "MTP_NUM_HEADS=2", "NORMUON=1"),
     coprime=("LOADER=coprime", "TRAIN_BATCH_TOKENS=1024"), shuffled=("LOADER=shuffled", "TRAIN_BATCH_TOKENS=1024"),
-    packed=("LOADER=packed", "DOC_MASK=attention", "TRAIN_BATCH_TOKENS=1024", "MICRO_BATCH_TOKENS=256"))
+    packed=("LOADER=packed", "DOC_MASK=attention", "TRAIN_BATCH_TOKENS=1024", "MICRO_BATCH_TOKENS=256"),
+    qat=("LATE_QAT_THRESHOLD=0.9", "QAT_ROUNDING=soft"),
+    allocated=("LATE_QAT_THRESHOLD=0.9", "FIT=allocate", "MATRIX_QUANT=gptq", "EMBED_QUANT=rtn",
+               "GPTQ_CALIBRATION_TOKENS=1024", "SIZE_LIMIT=400000"))
 EVERYTHING = [word for kind in ("loops", "stages", "best", "extras") for word in KINDS[kind]] + ["LOADER=coprime"]
 
 
@@ -251,13 +256,189 @@ def test_a_checkpoint_of_before_a_setting_was_there_is_gone_on_with(stopped):
     six = checkpoints(folder)[6]
     state = torch.load(io.BytesIO(train_gpt.read_checkpoint(six)), weights_only=True)
     del state["settings"]["CLIP_FLOOR"], state["settings"]["PARALLEL_FIRST_SKIP"]
-    buffer = io.BytesIO(train_gpt.CHECKPOINT_MAGIC)
-    buffer.seek(0, io.SEEK_END)
-    torch.save(state, buffer)
-    six.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
+    six.write_bytes(fuzzing.checkpoint(state))
     refused(call([*args, f"RESUME={six}", "CLIP_FLOOR=0.5"]), 2, "other settings: CLIP_FLOOR=0.0")
     step, _ = resumed(args, folder, f"RESUME={six}")
     assert step == 6 and (folder / "model.pg").read_bytes() == (original / "model.pg").read_bytes()
+
+
+def moved(args, folder):
+    """A copy of the data under another path, and the arguments with it."""
+    source = [arg for arg in args if arg.startswith("DATA_PATH=")][-1].partition("=")[2]
+    shutil.copytree(source, folder)
+    return folder, [*args, f"DATA_PATH={folder}"]
+
+
+def test_a_run_goes_on_where_its_data_have_moved_but_not_on_other_data(stopped, tmp_path):
+    folder, args, original = stopped
+    six = checkpoints(folder)[6]
+    data, elsewhere = moved(args, tmp_path / "moved")
+    step, _ = resumed(elsewhere, folder, f"RESUME={six}")
+    assert step == 6 and (folder / "model.pg").read_bytes() == (original / "model.pg").read_bytes()
+    shard = data / "fineweb_train_000001.bin"
+    tokens = train_gpt.read_shard(shard).tolist()
+    for other in ([7, *tokens[1:]], tokens[:-1]):
+        write_shard(shard, other)
+        refused(call([*elsewhere, f"RESUME={six}"]), 2, "other data", "2 shards")
+    shard.unlink()
+    refused(call([*elsewhere, f"RESUME={six}"]), 2, "other data", "2 shards", "1 shards")
+
+
+def test_a_checkpoint_of_before_the_data_were_in_it_knows_them_by_their_path(stopped, tmp_path):
+    folder, args, _ = stopped
+    six = checkpoints(folder)[6]
+    state = read_checkpoint(six)
+    del state["data"]
+    old = {name: Settings.parse(args).experiment()[name] for name in ("DATA_PATH", "TOKENIZER_PATH")}
+    six.write_bytes(fuzzing.checkpoint({**state, "settings": state["settings"] | old}))
+    refused(call([*moved(args, tmp_path / "moved")[1], f"RESUME={six}"]), 2, "other settings: DATA_PATH=")
+    assert resumed(args, folder, f"RESUME={six}")[0] == 6
+
+
+@pytest.fixture(scope="module")
+def rich(toy, tmp_path_factory):
+    """(arguments, checkpoint) of a run that uses everything that a checkpoint has to hold."""
+    folder = tmp_path_factory.mktemp("rich")
+    args = command(toy, folder, "ITERATIONS=8",
+                   "CHECKPOINT_EVERY=8", "PHASES=train", *EVERYTHING, *KINDS["qat"])
+    good(call(args))
+    return args, checkpoints(folder)[8]
+
+
+def change(*path, to):
+    """A change of a checkpoint's state: the value under these names."""
+    def apply(state):
+        *names, last = path
+        for name in names:
+            state = state[name]
+        state[last] = to(state[last]) if callable(to) else to
+    return apply
+
+
+SOME = "model.blocks.0.attn.q.weight"
+IMPOSSIBLE = {  # what is wrong: (change, words of the message)
+    "no step": (lambda state: state.pop("step"), "has no step"),
+    "step of 2^70": (change("step", to=2**70), "step is 1180591620717411303424"),
+    "step beyond the last": (change("step", to=9), "step is 9, not int from 0 to "),
+    "step true": (change("step", to=True), "step is True"),
+    "a field of another version": (change("surprise", to=1), "unknown surprise"),
+    "weight of one number": (change("weights", SOME, to=torch.zeros(1)),
+                             f"weights {SOME} is float32 (1,), not float32 ("),
+    "weight of halves": (change("weights", SOME, to=torch.Tensor.half), f"weights {SOME} is float16"),
+    "weight not finite": (change("weights", SOME, to=lambda w: w * math.nan), f"weights {SOME} has values"),
+    "weight missing": (lambda state: state["weights"].pop(SOME), f"weights has no {SOME}"),
+    "weight too many": (change("weights", "other", to=torch.zeros(1)), "weights has an unknown other"),
+    "weight sparse": (change("weights", SOME, to=torch.Tensor.to_sparse), f"weights {SOME} is special"),
+    "stage abc": (change("stage", to="abc"), "stage is str, not tuple of 3"),
+    "stage 7": (change("stage", to=(7, 0, False)), "stage is 7"),
+    "stage begins later": (change("stage", to=(0, 9, False)), "beginning of the stage is 9"),
+    "negative seconds": (change("seconds", "train", to=-1.0), "seconds of train is -1.0"),
+    "seconds nan": (change("seconds", "train", to=math.nan), "seconds of train is nan"),
+    "reserve infinite": (change("reserve", to=math.inf), "reserve is inf"),
+    "position back": (change("position", to=0), "position is 0"),
+    "position far ahead": (change("position", to=2**62), "position is 4611686018427387904"),
+    "tokens of other steps": (change("tokens", to=5), "tokens is 5"),
+    "optimizer of another step": (change("optimizer", "t", to=3), "optimizer t is 3"),
+    "momentum of another shape": (change("optimizer", SOME, 0, to=torch.zeros(2, 2)),
+                                  f"optimizer {SOME} is float32 (2, 2)"),
+    "moment missing": (lambda state: state["optimizer"][SOME].pop(), "is list of 1, not list of 2"),
+    "negative second moment": (change("optimizer", SOME, 1, to=lambda t: t - 1e9),
+                               f"optimizer {SOME} has a negative"),
+    "rng too short": (change("rng", to=lambda t: t[:-1]), "rng is uint8"),
+    "rng of zeros": (change("rng", to=torch.zeros_like), "rng is not the state of a generator"),
+    "average of another kind": (change("average", "polyak", to=[]), "average has polyak"),
+    "average without ema": (lambda state: state["average"].pop("ema"), "average has no ema"),
+    "snapshots too many": (change("average", "lawa", to=lambda taken: 9 * taken), "at most 2 snapshots"),
+    "snapshot of another shape": (change("average", "ema", 0, SOME, to=torch.zeros(1)),
+                                  f"average ema {SOME} is float32 (1,)"),
+    "sum of no snapshots": (change("average_count", to=0), "average_count is 0"),
+    "no complement": (change("complement", to=None), "complement is NoneType"),
+    "pair of no tokens": (change("complement", "pairs", to=lambda t: t + 512**2), "complement pairs are not"),
+    "times too few": (change("complement", "times", to=lambda t: t[:-1]), "complement times is int64"),
+    "no qat": (change("qat", to=None), "qat is NoneType"),
+    "qat begun later": (change("qat", "begun", to=9), "qat begun is 9"),
+    "qat step of zero": (change("qat", "steps", to=lambda steps: {n: 0 * t for n, t in steps.items()}),
+                         "are not positive"),
+    "settings a list": (change("settings", to=[]), "settings is list of 0"),
+    "setting a number": (change("settings", "SEED", to=1), "settings SEED is int, not str"),
+    "data a text": (change("data", to="here"), "data is str, not dict"),
+}
+
+
+def spoilt(path, what, target):
+    """A checkpoint with the right checksum and something IMPOSSIBLE in it."""
+    state = read_checkpoint(path)
+    IMPOSSIBLE[what][0](state)
+    target.write_bytes(fuzzing.checkpoint(state))
+    return target
+
+
+@pytest.mark.parametrize("what", ["no step", "step of 2^70", "weight of one number", "stage abc",
+                                  "negative seconds"])
+def test_a_checkpoint_that_cannot_be_of_this_run_is_refused_by_its_field(rich, tmp_path, what):
+    args, path = rich
+    bad = spoilt(path, what, tmp_path / "bad.pt")
+    line = refused(call([*args, f"OUT_DIR={tmp_path}/out", f"RESUME={bad}"]), 2, bad, IMPOSSIBLE[what][1])
+    assert len(line) <= 300 and not events(tmp_path / "out", "warmup"), "before minutes are spent"
+
+
+def test_each_field_of_a_checkpoint_is_checked_before_any_is_used(tmp_path):
+    args, path = fuzzing.small_run(tmp_path)
+    trainee = fuzzing.Trainee(args, tmp_path / "trainee")
+    for what, (_, words) in IMPOSSIBLE.items():
+        bad = spoilt(path, what, tmp_path / "bad.pt")
+        with pytest.raises(train_gpt.BadInput) as error:
+            trainee.offer(bad)
+        assert words in str(error.value) and str(bad) in str(error.value), what
+        fuzzing.check_line(error.value, bad)
+        assert fuzzing.same(trainee.state(), trainee.fresh), what
+    assert trainee.offer(path)["step"] == 5
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), [], {}, {"settings": {}}, {"weights": None}, 3])
+def test_a_checkpoint_of_something_else_is_refused(rich, tmp_path, content):
+    args, _ = rich
+    (tmp_path / "bad.pt").write_bytes(fuzzing.checkpoint(content))
+    refused(call([*args, f"OUT_DIR={tmp_path}/out", f"RESUME={tmp_path}/bad.pt"]), 2, tmp_path / "bad.pt")
+
+
+def test_a_checkpoint_that_unpacks_to_more_than_it_is_is_refused(rich, tmp_path):
+    """torch.save compresses nothing; 64 MiB of zeros in a file of 64 kB were made by somebody else."""
+    args, _ = rich
+    packed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(fuzzing.saved({"weights": torch.zeros(1 << 24)}))) as plain:
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+            for record in plain.infolist():
+                archive.writestr(record.filename, plain.read(record))
+    (tmp_path / "bad.pt").write_bytes(fuzzing.sealed_checkpoint(packed.getvalue()))
+    refused(call([*args, f"OUT_DIR={tmp_path}/out", f"RESUME={tmp_path}/bad.pt"]), 2, "it is compressed")
+
+
+def test_resume_auto_passes_over_a_checkpoint_that_cannot_be_of_this_run(stopped):
+    folder, args, original = stopped
+    eight = checkpoints(folder)[8]
+    state = read_checkpoint(eight)
+    del state["step"]
+    eight.write_bytes(fuzzing.checkpoint(state))
+    step, done = resumed(args, folder, "RESUME=auto")
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("checkpoint_skipped ")]
+    assert step == 6 and eight.name in line and "has_no_step" in line
+    assert (folder / "model.pg").read_bytes() == (original / "model.pg").read_bytes()
+    for path in checkpoints(folder).values():
+        path.write_bytes(fuzzing.checkpoint(state))
+    done = good(call([*args, "RESUME=auto"]))
+    assert done.stdout.count("checkpoint_skipped ") == 2 and "started_anew " in done.stdout
+    assert (folder / "model.pg").read_bytes() == (original / "model.pg").read_bytes()
+
+
+def test_a_checkpoint_that_is_refused_ends_all_ranks(rich, tmp_path):
+    """Rank 0 reads it; the other one must not wait for ever."""
+    args, path = rich
+    bad = spoilt(path, "no step", tmp_path / "bad.pt")
+    with Started(torchrun([*args, f"OUT_DIR={tmp_path}/out", f"RESUME={bad}"]), limit=60) as run:
+        done = run.finish()
+    assert done.returncode > 0 and "error: " in done.stderr and "error (rank 1): " in done.stderr
+    assert done.stderr.count("has no step") >= 2
 
 
 def test_the_seed_in_the_summary_is_that_of_the_weights(stopped):

@@ -1,0 +1,883 @@
+"""Artifacts and checkpoints made by hand, as by a person who knows the formats: every checksum may be right.
+
+    python tests/fuzzing.py artifacts --count 10000 --seed 1
+    python tests/fuzzing.py checkpoints --count 500
+
+A worker with 4 GiB of address space is given one damaged file after the other, 20 seconds for each. It is refused or
+good; anything else is a failure, which its seed and number make again (--only NUMBER).
+
+    refused    BadInput of one printable line of at most 300 characters. A refused checkpoint has left the training
+               as it was.
+    good       An artifact whose weights are finite and, to the bit, what `reference_weights` reads from the same
+               bytes: numpy and the format's description, no code of train_gpt.py but its entropy coder. Where no
+               checksum was made again they are those of the file before it was damaged, too.
+               A checkpoint that was loaded, after which the training's state is that of the file.
+"""
+
+import argparse
+import contextlib
+import copy
+import hashlib
+import io
+import json
+import lzma
+import math
+import mmap
+import os
+import random
+import resource
+import signal
+import struct
+import sys
+import tempfile
+import time
+import traceback
+import zipfile
+import zlib
+from collections import Counter
+from itertools import groupby
+from pathlib import Path
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+import reference as ref
+import train_gpt as tg
+
+ADDRESS_SPACE = 4 << 30  # of the worker, of which Python and torch take 0.7 GiB
+SECONDS = 20  # for each file
+LONGEST_LINE = 300
+
+# The container: magic, version, lengths and checksum of the header, header (zlib, JSON), streams.
+
+
+def unseal(data):
+    """(header, {stream: packed bytes}) of a whole artifact."""
+    _, _, packed, _, _ = struct.unpack_from("<8sHIII", data)
+    header, at, streams = json.loads(zlib.decompress(data[22 : 22 + packed])), 22 + packed, {}
+    for stream, _, _, length, _ in header["streams"]:
+        streams[stream] = data[at : at + length]
+        at += length
+    return header, streams
+
+
+def seal(header, payload):
+    """A container whose header's checksum is right. `header`: an object, or the text of one."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    body = zlib.compress(text, 1)
+    prefix = struct.pack("<8sHIII", b"PGOLF\r\n\x1a", 1, len(body), len(text), zlib.crc32(body))
+    return prefix + body + payload
+
+
+def reseal(header, streams):
+    """The same with lengths and checksums of the streams as they are now."""
+    for row in header["streams"]:
+        row[3:] = [len(streams[row[0]]), zlib.crc32(streams[row[0]])]
+    return seal(header, b"".join(streams[row[0]] for row in header["streams"]))
+
+
+def packer(name):
+    """(function of a piece, function of the end) of a compressor, at little effort."""
+    if name == "brotli":
+        import brotli
+
+        made = brotli.Compressor(quality=1)
+        return made.process, made.finish
+    if name == "zstd":
+        import zstandard
+
+        made = zstandard.ZstdCompressor(level=3).compressobj()
+    elif name == "lzma":
+        made = lzma.LZMACompressor(check=lzma.CHECK_NONE, preset=0)
+    else:
+        made = zlib.compressobj(6)
+    return made.compress, made.flush
+
+
+def packed(name, data):
+    piece, end = packer(name)
+    return piece(data) + end()
+
+
+def zeros(name, size):
+    """`size` bytes of zeros packed, made piece by piece: a bomb, if they are many."""
+    piece, end = packer(name)
+    pieces = [piece(bytes(min(1 << 20, size - at))) for at in range(0, size, 1 << 20)]
+    return b"".join([*pieces, end()])
+
+
+def unpacked(name, data, size):
+    """The first `size` bytes."""
+    if name == "zstd":
+        import zstandard
+
+        return zstandard.ZstdDecompressor().stream_reader(data).read(size)
+    if name == "brotli":
+        import brotli
+
+        return brotli.Decompressor().process(data, output_buffer_limit=size)[:size]
+    if name == "lzma":
+        return lzma.LZMADecompressor().decompress(data, max_length=size)
+    return zlib.decompressobj().decompress(data, size)
+
+
+# What the format's description says of tensors; no code of train_gpt.py but that of the entropy coder.
+
+CODED = ("q", "over")  # streams of whole matrices, in which equal kinds of matrix lie together
+
+
+def parts_of(shape, codec, rank, group):
+    """{part: (dtype, count)} of a tensor; of more than two axes the later ones count as columns."""
+    rows, cols = shape[0] if shape else 1, math.prod(shape[1:])
+    if codec == "float16":
+        return {"half": ("<f2", rows * cols)}
+    parts = {"q": ("i1", rows * cols)}
+    if codec in ("int", "mixed"):
+        parts["scale"] = ("<f2", rows)
+    if codec == "mixed":
+        parts |= {"fine": ("<f2", rows), "salient": ("i1", cols)}
+    if codec in ("grid", "wide"):
+        parts |= {"row": ("i1", rows), "col": ("i1", cols), "unit": ("<f4", 1)}
+    if codec == "wide":
+        parts["over"] = ("i1", rows * cols)
+    if rank:
+        parts |= {"a": ("i1", rows * rank), "a_step": ("<f2", 1), "b": ("i1", rank * cols),
+                  "b_step": ("<f2", -(-rank * cols // group))}
+    return parts
+
+
+def kind_of(name):
+    return ".".join(word for word in name.split(".") if not word.isdigit())
+
+
+def layout(tensors):
+    """{stream: [(name, part, dtype, count, shape)]} in the order of the stream."""
+    streams = {}
+    for name, shape, codec, _, rank, group in tensors:
+        for part, (dtype, count) in parts_of(shape, codec, rank, group).items():
+            matrix = (shape[0], math.prod(shape[1:])) if part in CODED else ()
+            streams.setdefault(part, []).append((name, part, dtype, count, matrix))
+    for stream in set(CODED) & set(streams):
+        kinds = list(dict.fromkeys(kind_of(row[0]) for row in streams[stream]))
+        streams[stream].sort(key=lambda row: kinds.index(kind_of(row[0])))
+    return streams
+
+
+def groups_of(rows):
+    """Rows of a coded stream in runs of one kind of matrix and one shape."""
+    return [[*same] for _, same in groupby(rows, lambda row: (kind_of(row[0]), row[4]))]
+
+
+def table_of_streams(tensors):
+    """[[stream, "", size, 0, 0]] as the header lists them, to be completed."""
+    return [[stream, "", sum(np.dtype(row[2]).itemsize * row[3] for row in rows), 0, 0]
+            for stream, rows in layout(tensors).items()]
+
+
+def arrays(header, streams):
+    """{tensor: {part: array}}"""
+    found = {row[0]: {} for row in header["tensors"]}
+    order = layout(header["tensors"])
+    for stream, chosen, size, *_ in header["streams"]:
+        rows = order[stream]
+        dtype = np.dtype(rows[0][2])
+        if chosen == "rans":
+            shapes = [(len(same), *same[0][4]) for same in groups_of(rows)]
+            codes = tg.decode_codes(streams[stream], shapes, "here")
+            values = np.concatenate([group.ravel() for group in codes])
+        else:
+            raw = np.frombuffer(unpacked(chosen, streams[stream], size), np.uint8)
+            values = np.ascontiguousarray(raw.reshape(dtype.itemsize, -1).T).view(dtype).ravel()
+        ends = np.cumsum([row[3] for row in rows])
+        for (name, part, *_), values_of_one in zip(rows, np.split(values, ends[:-1])):
+            found[name][part] = values_of_one
+    return found
+
+
+def reference_weights(data):
+    """{tensor: float32 weights} that an artifact holds, by the description of the format."""
+    header, streams = unseal(data)
+    parts, weights = arrays(header, streams), {}
+    for name, shape, codec, _, rank, group in header["tensors"]:
+        rows = shape[0] if shape else 1
+        one = {part: values.astype(np.float32) for part, values in parts[name].items()}
+        if codec == "float16":
+            weight = one["half"]
+        elif codec == "int":
+            weight = one["q"].reshape(rows, -1) * one["scale"][:, None]
+        elif codec == "mixed":
+            step = np.where(one["salient"] != 0, one["fine"][:, None], one["scale"][:, None])
+            weight = one["q"].reshape(rows, -1) * step
+        else:
+            codes = one["q"] + 127 * one["over"] if codec == "wide" else one["q"]
+            by_row, by_col = np.exp2(one["row"] / 4), np.exp2(one["col"] / 4)
+            weight = codes.reshape(rows, -1) * (one["unit"] * by_row)[:, None] * by_col
+        if rank:
+            a = one["a"].reshape(rows, rank) * one["a_step"]
+            b = one["b"] * np.repeat(one["b_step"], group)[: len(one["b"])]
+            for k in range(rank):
+                weight = weight + a[:, k, None] * b.reshape(rank, -1)[k]
+        weights[name] = weight.reshape(shape)
+    return weights
+
+
+# Artifacts to begin with: every codec and every compressor.
+
+SMALL = dict(num_layers=2, ve_layers=(1,), num_heads=2, num_kv_heads=1, rope_dims=4)
+ORIGINALS = {
+    "int, rans": dict(compressor="rans"),
+    "int of 4 bits, zlib": dict(compressor="zlib", matrix_bits=4, num_loops=1, loop_start=0, loop_end=1),
+    "int of unequal bits, brotli": dict(compressor="brotli", attn_gate="dense", gate_bits=8, layer_bits="0@3",
+                                        tie_embeddings=False, smear_gate="scalar"),
+    "ternary, zstd": dict(compressor="zstd", matrix_quant="ternary"),
+    "float16, lzma": dict(compressor="lzma", matrix_bits=16, embed_bits=16),
+    "grid, rans": dict(fit="allocate", compressor="rans", room=5500),
+    "wide, zstd": dict(fit="allocate", compressor="zstd", room=10**9),
+    "mixed, correction, zlib": dict(compressor="zlib", matrix_bits=3, awq_lite_group_top_k=3,
+                                    awq_lite_group_size=4, lqer_rank=2),
+    "grid, correction, rans": dict(fit="allocate", compressor="rans", lqer_rank=3, lqer_asym_group=5,
+                                   room=5500),
+}
+
+
+def random_moments(model, seed):
+    """{parameter: Moments} as calibration gives them, of random inputs."""
+    generator, moments = torch.Generator().manual_seed(seed), {}
+    for name, module in model.named_modules():
+        if isinstance(module, (tg.Linear, tg.Table)):
+            x = torch.randn(40, module.weight.size(1), generator=generator)
+            gain = torch.rand(len(module.weight), generator=generator)
+            moments[f"{name}.weight"] = tg.Moments(x.T @ x / 40, gain, 0.0, x.square().mean(0))
+    return moments
+
+
+def save(path, changes, seed=0):
+    """A real artifact of random weights: its bytes. `room` among the changes: the bytes that FIT may fill."""
+    changes = {**SMALL, **changes}
+    room = changes.pop("room", None)
+    if changes.get("fit") == "allocate":
+        changes |= dict(matrix_quant="rtn", embed_quant="rtn")
+    s = ref.small(**changes)
+    model = ref.randomise(tg.GPT(s, init=False), seed)
+    moments = random_moments(model, seed) if s.needs_moments else None
+    tg.save_artifact(path, model, s, "a" * 64, moments=moments, room=room)
+    return Path(path).read_bytes()
+
+
+def of_zeros(words, codec="int", compressor="zstd", rank=0, group=1, most=1 << 40):
+    """A consistent artifact of a model of these settings (KEY=VALUE) whose parts are all zeros; of `most` bytes of a
+    stream, whatever its size should be.
+    """
+    s = tg.Settings.parse(["TRAIN_SEQ_LEN=2", "TRAIN_BATCH_TOKENS=2", *words])
+    with torch.device("meta"):
+        model = tg.GPT(s, init=False)
+    tensors = []
+    for name, weight in model.named_parameters():
+        row = [name, list(weight.shape), "float16", 16, 0, 0]
+        if weight.ndim == 2 and codec != "float16":
+            row[2:4] = [codec, 8]
+            row[4:] = [min(*weight.shape, rank), group if rank else 0]
+        tensors.append(row)
+    table, streams = table_of_streams(tensors), {}
+    for row in table:
+        row[1] = compressor if compressor != "rans" or row[0] in CODED else "lzma"
+        if row[1] == "rans":
+            groups = groups_of(layout(tensors)[row[0]])
+            codes = [np.zeros((len(same), *same[0][4]), np.int8) for same in groups]
+            streams[row[0]] = tg.encode_codes(codes)
+        else:
+            streams[row[0]] = zeros(row[1], min(row[2], most))
+    settings = dict(word.split("=", 1) for word in words)
+    return reseal({"settings": settings, "looping": False, "tokenizer_sha256": "", "tensors": tensors,
+                   "streams": table}, streams)
+
+
+# Checkpoints: a line that names the format, a file of torch.save, the SHA-256 of both.
+
+
+def saved(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def sealed_checkpoint(body):
+    data = b"PGOLF checkpoint 2\n" + body
+    return data + hashlib.sha256(data).digest()
+
+
+def checkpoint(state):
+    """Bytes of a checkpoint with the right checksum, whatever it holds."""
+    return sealed_checkpoint(saved(state))
+
+
+def rezipped(body, change, method=zipfile.ZIP_STORED):
+    """A file of torch.save whose records are changed: change(name, bytes) -> bytes."""
+    target = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(body)) as source, zipfile.ZipFile(target, "w", method) as archive:
+        for record in source.infolist():
+            archive.writestr(record.filename, change(record.filename, source.read(record)))
+    return target.getvalue()
+
+
+# Damage. Every kind is a function of a random.Random and of what is damaged.
+
+WRONG = [0, 1, -1, 2, 3, 15, 16, 17, 127, 128, 255, 256, 257, 2**16, 2**16 + 1, 2**24, 2**29, 2**30, 2**31, 2**32, 2**33,
+         2**62, 2**63, 2**64, 10**4000, 0.5, -0.0, 1e308, math.inf, -math.inf, math.nan, True, False, None, "", "0", "1",
+         "x", "x" * 5000, "a\nb", "\x1b[31m", "\u202e\u00e9", "../../x", "@/etc/passwd", [], [[]], [1], {}, {"a": 1}]
+WORDS = ["q", "over", "scale", "half", "row", "col", "unit", "fine", "salient", "a", "a_step", "b", "b_step", "int", "mixed",
+         "grid", "wide", "float16", "rans", "zstd", "lzma", "brotli", "zlib", "pickle"]
+
+
+def damaged_bytes(rng, data):
+    """A few bytes changed, removed, added, moved or repeated."""
+    data = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 8))):
+        at, kind = rng.randrange(len(data) + 1), rng.randrange(7)
+        if kind == 0 and data:
+            data[at % len(data)] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            data[at : at + rng.randrange(1, 9)] = rng.randbytes(rng.randrange(0, 9))
+        elif kind == 2:
+            del data[at:]
+        elif kind == 3:
+            data += rng.randbytes(rng.randrange(1, 40))
+        elif kind == 4:
+            data[at : at + 40] = data[at : at + 40][::-1]
+        elif kind == 5:
+            data[at:at] = data[at : at + rng.randrange(1, 100)]
+        else:
+            data[at : at + 4] = rng.choice((b"\0" * 4, b"\xff" * 4, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f"))
+    return bytes(data)
+
+
+def places(tree, path=()):
+    """Paths of everything in nested dicts, lists and tuples."""
+    yield path
+    if isinstance(tree, (dict, list, tuple)):
+        for key in tree if isinstance(tree, dict) else range(len(tree)):
+            yield from places(tree[key], (*path, key))
+
+
+def replaced(tree, path, value):
+    """The same tree, with another value in a place."""
+    if not path:
+        return value
+    if isinstance(tree, tuple):
+        whole = list(tree)
+        whole[path[0]] = replaced(whole[path[0]], path[1:], value)
+        return tuple(whole)
+    tree[path[0]] = replaced(tree[path[0]], path[1:], value)
+    return tree
+
+
+def found_at(tree, path):
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def wrong_value(rng, value):
+    """Something else in the place of a value: near it, or far from it."""
+    if type(value) is int and rng.random() < 0.5:
+        return value + rng.choice((-1, 1, 2, 1 << 16, -value * 2 or 1, value))
+    if type(value) is list and value and rng.random() < 0.7:
+        value, at = list(value), rng.randrange(len(value))
+        change = rng.randrange(4)
+        if change == 0:
+            del value[at]
+        elif change == 1:
+            value.insert(rng.randrange(len(value)), value[at])
+        elif change == 2:
+            rng.shuffle(value)
+        else:
+            value.append(rng.choice(WRONG))
+        return value
+    return copy.deepcopy(rng.choice(WRONG + WORDS))
+
+
+class Original:
+    """An artifact to begin with."""
+
+    def __init__(self, data):
+        self.data, self.weights = data, reference_weights(data)
+        self.text = json.dumps(unseal(data)[0])
+
+    def opened(self):
+        """(header, {stream: packed bytes}), to be changed."""
+        return json.loads(self.text), unseal(self.data)[1]
+
+
+def damaged_file(rng, one):
+    """No checksum is made again."""
+    return damaged_bytes(rng, one.data)
+
+
+def damaged_prefix(rng, one):
+    magic, version, *numbers = struct.unpack_from("<8sHIII", one.data)
+    numbers[rng.randrange(3)] = rng.choice((0, 1, numbers[0] - 1, numbers[1] + 1, 1 << 22, 1 << 31, 2**32 - 1))
+    return struct.pack("<8sHIII", magic, rng.choice((version, version, 0, 2, 65535)), *numbers) + one.data[22:]
+
+
+def damaged_text(rng, one):
+    """The text of the header, under a right checksum."""
+    _, streams = one.opened()
+    return seal(damaged_bytes(rng, one.text.encode()), b"".join(streams.values()))
+
+
+def name_twice(rng, one):
+    """A field of the header, or a setting, that comes twice in the text."""
+    header, streams = one.opened()
+    name = rng.choice(list(header))
+    value = json.dumps(rng.choice((header[name], rng.choice(WRONG))))
+    text = one.text[:-1] + f', "{name}": {value}}}'
+    if rng.random() < 0.3:
+        text = one.text.replace('"settings": {', f'"settings": {{"NUM_LAYERS": "{rng.randrange(9)}", ')
+    return seal(text.encode(), b"".join(streams.values()))
+
+
+def wrong_header(rng, one):
+    """Values anywhere in the header."""
+    header, streams = one.opened()
+    for _ in range(rng.choice((1, 1, 2))):
+        path = rng.choice(list(places(header)))
+        header = replaced(header, path, wrong_value(rng, found_at(header, path)))
+    if isinstance(header, dict) and rng.random() < 0.2:
+        header[rng.choice(["surprise", "temperature", *header])] = rng.choice(WRONG)
+    return seal(header, b"".join(streams.values()))
+
+
+def wrong_settings(rng, one):
+    """Settings of the model, within their bounds and beyond, in a header that is otherwise whole."""
+    header, streams = one.opened()
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        name, value = random_setting(rng)
+        header["settings"][name] = value
+    if rng.random() < 0.3:
+        header["settings"].pop(rng.choice(list(header["settings"])))
+    return seal(header, b"".join(streams.values()))
+
+
+def random_setting(rng):
+    """(name, text) of a setting that defines the model."""
+    f = rng.choice(tg.model_fields())
+    low, high = f.metadata["lo"], f.metadata["hi"]
+    texts = ["", "0", "1", "2", "3", "16", "-1", "1e9", "nan", "inf", "true", "9" * 30, "9" * 5000, "0,0,1", "1\n2", "\x1b[0m"]
+    texts += [str(bound + step) for bound in (low, high) if bound is not None for step in (-1, 0, 1)]
+    return f.name.upper(), rng.choice([*texts, *tg.get_args(f.type)[:4]])
+
+
+def wrong_table(rng, one):
+    """Lines of a table left out, repeated with their streams, or exchanged."""
+    header, streams = one.opened()
+    rows, payload = header["streams"], []
+    kind, at, other = rng.randrange(6), rng.randrange(len(rows)), rng.randrange(len(rows))
+    if kind == 0:
+        rows.insert(other, copy.copy(rows[at]))
+    elif kind == 1:
+        del rows[at]
+    elif kind == 2:
+        rows[at], rows[other] = rows[other], rows[at]
+    elif kind == 3:
+        rows[at][0], rows[other][0] = rows[other][0], rows[at][0]
+    elif kind == 4:
+        rows[at][1:] = rows[other][1:]
+    else:
+        tensors = header["tensors"]
+        tensors.insert(rng.randrange(len(tensors)), rng.choice(tensors))
+    payload = [streams[row[0]] for row in rows]
+    return seal(header, b"".join(payload))
+
+
+def other_compressor(rng, one):
+    """The same content packed by another compressor, or said to be."""
+    header, streams = one.opened()
+    row = rng.choice(header["streams"])
+    chosen = rng.choice(("zstd", "lzma", "brotli", "zlib"))
+    if row[1] != "rans" and rng.random() < 0.7:
+        streams[row[0]] = packed(chosen, unpacked(row[1], streams[row[0]], row[2]))
+    row[1] = chosen
+    return reseal(header, streams)
+
+
+def damaged_stream(rng, one):
+    """The packed bytes of a stream, under right checksums."""
+    header, streams = one.opened()
+    row = rng.choice(header["streams"])
+    streams[row[0]] = damaged_bytes(rng, streams[row[0]])
+    return reseal(header, streams)
+
+
+def damaged_content(rng, one):
+    """The unpacked bytes of a stream, packed again: other weights, some of them not finite."""
+    header, streams = one.opened()
+    rows = [row for row in header["streams"] if row[1] != "rans"]
+    row = rng.choice(rows)
+    content = damaged_bytes(rng, unpacked(row[1], streams[row[0]], row[2]))
+    if rng.random() < 0.7:
+        content = content[: row[2]].ljust(row[2], b"\x01")
+    streams[row[0]] = packed(row[1], content)
+    row[2] = rng.choice((row[2], row[2], len(content)))
+    return reseal(header, streams)
+
+
+def bomb(rng, one):
+    """A stream of a few kilobytes that unpacks to as much as 64 MiB, with and without saying so."""
+    header, streams = one.opened()
+    row = rng.choice(header["streams"])
+    size = rng.choice((row[2] - 1, row[2] + 1, 1 << 20, 1 << 26))
+    row[1] = rng.choice(("zstd", "lzma", "brotli", "zlib"))
+    streams[row[0]] = zeros(row[1], size)
+    row[2] = rng.choice((row[2], size, 1 << 30, 1 << 40))
+    return reseal(header, streams)
+
+
+def wrong_codes(rng, one):
+    """The head of a stream of the entropy coder, its states or its words, under right checksums."""
+    header, streams = one.opened()
+    data = bytearray(streams["q"] if "q" in streams else one.data)
+    at = rng.choice((0, 4, 8, 4 * rng.randrange(2, 12), rng.randrange(0, max(len(data) - 4, 1))))
+    value = rng.choice((0, 1, 65535, 65536, 2**31, 2**32 - 1, rng.getrandbits(32)))
+    data[at : at + 4] = struct.pack("<I", value)
+    streams["q"] = bytes(data)
+    return reseal(header, streams)
+
+
+def wrong_correction(rng, one):
+    """Rank and group of corrections, with streams of the size that they ask for, as long as that is small."""
+    header, streams = one.opened()
+    matrices = [row for row in header["tensors"] if row[2] != "float16"] or header["tensors"]
+    for row in rng.sample(matrices, min(len(matrices), rng.choice((1, 1, 3)))):
+        row[4] = rng.choice((0, 1, 2, 3, min(row[1], default=1), 255, 256, 257, 2**20, -1))
+        row[5] = rng.choice((0, 1, 5, 64, 2**16, 2**16 + 1, 2**29, 2**30, 2**33, 2**63, -1))
+    with contextlib.suppress(ValueError, ZeroDivisionError, IndexError):
+        kept = {row[0]: row for row in header["streams"]}
+        header["streams"] = table_of_streams(header["tensors"])
+        for row in header["streams"]:
+            same = kept.get(row[0])
+            if same and same[2] == row[2]:
+                row[1] = same[1]
+            else:
+                row[1] = "zlib"
+                content = rng.choice((bytes, rng.randbytes))(min(max(row[2], 0), 1 << 16))
+                streams[row[0]] = packed("zlib", content)
+        return reseal(header, streams)
+    return seal(header, b"".join(streams.values()))
+
+
+def of_another_model(rng, one):
+    """A whole artifact of zeros of other settings, of up to gigabytes of weights: consistent in everything."""
+    words = dict(MODEL_DIM="32", NUM_HEADS="2", NUM_KV_HEADS="1", NUM_LAYERS="2", XSA_LAST_N="1", ROPE_DIMS="4", VE_DIM="0",
+                 BIGRAM_VOCAB_SIZE="16", BIGRAM_DIM="4")
+    words |= dict(random_setting(rng) for _ in range(rng.choice((0, 1, 1, 2))))
+    if rng.random() < 0.2:
+        words |= dict(BIGRAM_VOCAB_SIZE=str(2 ** rng.randrange(10, 25)), BIGRAM_DIM=str(rng.randrange(1, 200)))
+    codec = rng.choice(("int", "mixed", "grid", "wide", "float16"))
+    chosen = rng.choice(("zstd", "lzma", "brotli", "zlib"))
+    most = 1 << rng.choice((16, 16, 16, 16, 27)) if chosen == "zstd" else 1 << 16  # beyond it content is missing
+    try:
+        return of_zeros([f"{k}={v}" for k, v in words.items()], codec, chosen, rng.choice((0, 0, 2)), 64, most)
+    except (tg.BadInput, ValueError):  # no model has such settings; the header may say so all the same
+        header, streams = one.opened()
+        header["settings"] |= words
+        return seal(header, b"".join(streams.values()))
+
+
+def spliced(rng, one, others):
+    """The header of one artifact before the streams of another."""
+    header, _ = one.opened()
+    _, streams = rng.choice(others).opened()
+    return seal(header, b"".join(streams.values()))
+
+
+KINDS = [damaged_file, damaged_prefix, damaged_text, name_twice, wrong_header, wrong_settings, wrong_table, other_compressor,
+         damaged_stream, damaged_content, bomb, wrong_codes, wrong_correction, of_another_model, spliced]
+UNSEALED = (damaged_file, damaged_prefix)  # what they make is the file before, or refused
+
+
+class Artifacts:
+    """Damaged artifacts, and what becomes of them."""
+
+    def __init__(self, folder):
+        self.path = Path(folder) / "damaged.pg"
+        self.originals = [Original(save(self.path, changes)) for changes in ORIGINALS.values()]
+
+    def damage(self, rng):
+        """(kind of damage, original, bytes)"""
+        kind, one = rng.choice(KINDS), rng.choice(self.originals)
+        data = spliced(rng, one, self.originals) if kind is spliced else kind(rng, one)
+        return kind, one, data
+
+    def offer(self, case):
+        """"refused" or "good"; AssertionError, or whatever the loader raises, if it is neither."""
+        kind, one, data = case
+        self.path.write_bytes(data)
+        try:
+            s, model = tg.load_artifact(self.path)
+        except tg.BadInput as error:
+            check_line(error, self.path)
+            return "refused"
+        weights = {name: weight.detach().numpy() for name, weight in model.named_parameters()}
+        expected = one.weights if kind in UNSEALED else reference_weights(data)
+        assert list(weights) == list(expected), "other tensors"
+        for name, weight in weights.items():
+            assert np.isfinite(weight).all(), f"{name} is not finite"
+            assert np.array_equal(weight, expected[name]), f"{name} is not what the file holds"
+        for name, text in unseal(data)[0]["settings"].items():
+            f = tg.Settings.__dataclass_fields__[name.lower()]
+            assert getattr(s, f.name) == tg._convert(f, text), f"{name} is not that of the file"
+        return "good"
+
+    def describe(self, case):
+        return f"{case[0].__name__} of {list(ORIGINALS)[self.originals.index(case[1])]!r}"
+
+
+def wrong_tensor(rng, tensor):
+    """A tensor that differs in one thing."""
+    flat = tensor.flatten()
+    kinds = [lambda: tensor[:0], lambda: tensor[None], lambda: flat[: len(flat) // 2], lambda: torch.zeros(1), lambda: tensor.double(),
+             lambda: tensor.half() if tensor.is_floating_point() else tensor.float(), lambda: tensor.to_sparse(),
+             lambda: torch.nn.Parameter(tensor.float()), lambda: tensor.float() * math.nan, lambda: tensor.float() + math.inf,
+             lambda: -tensor if tensor.dtype != torch.uint8 else tensor + 1, lambda: tensor * 0, lambda: tensor.flip(0) if tensor.ndim else tensor + 1,
+             lambda: torch.zeros(1).expand(2**20, 2**20), lambda: tensor.bool(), lambda: tensor.to("meta"),
+             lambda: tensor.mT.contiguous().mT if tensor.ndim == 2 else tensor.clone(), lambda: tensor.to(torch.complex64)]
+    return rng.choice(kinds)()
+
+
+def wrong_state(rng, state):
+    """Values in some places of a checkpoint's state. Half of the time in the small fields, which are few."""
+    for _ in range(rng.choice((1, 1, 1, 2))):
+        top = rng.choice(["weights", "optimizer", "average", *4 * [name for name in state]])
+        if top not in state:
+            continue
+        path = rng.choice(list(places(state[top], (top,))))
+        value = found_at(state, path)
+        kind = rng.random()
+        if isinstance(value, torch.Tensor) and kind < 0.8:
+            state = replaced(state, path, wrong_tensor(rng, value))
+        elif kind < 0.15 and isinstance(found_at(state, path[:-1]), dict):
+            del found_at(state, path[:-1])[path[-1]]
+        elif kind < 0.3 and isinstance(value, dict):
+            value[rng.choice(["other", 5, "step", ("a",)])] = rng.choice(WRONG)
+        else:
+            state = replaced(state, path, wrong_value(rng, value))
+    return saved(state)
+
+
+def exchanged(rng, state):
+    """Two values of a state change places."""
+    paths = [path for path in places(state) if path]
+    first, second = rng.sample(paths, 2)
+    if first[: len(second)] != second and second[: len(first)] != first:
+        a, b = found_at(state, first), found_at(state, second)
+        state = replaced(replaced(state, first, b), second, a)
+    return saved(state)
+
+
+def damaged_pickle(rng, state):
+    """The pickle, or another record, of the file of torch.save, in an archive that is whole."""
+    name = rng.choice(("data.pkl", "data.pkl", "data.pkl", "version", "byteorder", "data/0"))
+    return rezipped(saved(state), lambda one, data: damaged_bytes(rng, data) if one.endswith(name) else data)
+
+
+def hostile_pickle(rng, state):
+    """Pickles that want memory, depth or a function, and archives that want memory."""
+    pickles = [b"\x80\x02cbuiltins\nbytearray\nK\x01\x85R.".replace(b"K\x01", b"\x8a\x05\0\0\0\0\x04"),
+               b"\x80\x02" + b"(l" * 100_000 + b".", b"\x80\x02" + b"]" + b"]q\0h\0h\0\x87" * 5000 + b".",
+               b"\x80\x02cos\nsystem\nX\x04\0\0\0true\x85R.", b"\x80\x02}.", b"\x80\x02N.", b".", b""]
+    if rng.random() < 0.2:
+        return rezipped(saved(state), lambda one, data: data, zipfile.ZIP_DEFLATED)
+    if rng.random() < 0.2:
+        big = lambda one, data: bytes(1 << 24) if one.endswith("data/0") else data
+        return rezipped(saved(state), big, zipfile.ZIP_DEFLATED)
+    chosen = rng.choice(pickles)
+    return rezipped(saved(state), lambda one, data: chosen if one.endswith("data.pkl") else data)
+
+
+def damaged_archive(rng, state):
+    return damaged_bytes(rng, saved(state))
+
+
+def something_else(rng, state):
+    return saved(rng.choice([*WRONG, torch.zeros(3), [state], {"state": state}, tuple(state.values())]))
+
+
+def same(a, b):
+    """Are two states equal, to the bit and the type?"""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+STATE_KINDS = [*5 * [wrong_state], exchanged, damaged_pickle, damaged_pickle, hostile_pickle, damaged_archive, something_else]
+
+
+class Trainee:
+    """A training that has not begun, to which checkpoints are offered. `args`: those of the run that wrote them."""
+
+    def __init__(self, args, out_dir):
+        s = tg.Settings.parse([*args, f"OUT_DIR={out_dir}"])
+        rt = tg.Runtime(s, {})
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.run = tg.Run(tg.replace(s, resume="auto"), rt, Path(out_dir), tg.attend_sdpa)
+            self.training = tg.Training(self.run, tg.GPT(s, rt.dtype))
+        self.fresh = self.state()
+
+    def state(self):
+        """What loading may change; seconds go on."""
+        return {name: value for name, value in self.training.state().items() if name != "seconds"}
+
+    def offer(self, path):
+        """The state that a run with RESUME=path would go on from; BadInput where it would not."""
+        self.run.s = tg.replace(self.run.s, resume=str(path))
+        return tg.checkpoint_to_resume(self.run, self.training)
+
+
+class Checkpoints:
+    """Damaged checkpoints, and what becomes of them."""
+
+    def __init__(self, folder, args, path):
+        self.path, self.trainee = Path(folder) / "damaged.pt", Trainee(args, Path(folder) / "trainee")
+        self.state = torch.load(io.BytesIO(Path(path).read_bytes()[19:-32]), weights_only=True)
+
+    def damage(self, rng):
+        kind = rng.choice(STATE_KINDS)
+        return kind, sealed_checkpoint(kind(rng, copy.deepcopy(self.state)))
+
+    def offer(self, case):
+        trainee, (_, data) = self.trainee, case
+        self.path.write_bytes(data)
+        try:
+            state = trainee.offer(self.path)
+        except tg.BadInput as error:
+            check_line(error, self.path)
+            assert same(trainee.state(), trainee.fresh), "a refused checkpoint has changed the training"
+            return "refused"
+        trainee.training.load(state)
+        now = trainee.state()
+        trainee.training.load({**trainee.fresh, "seconds": {}})
+        expected = {name: state.get(name, now[name]) for name in now}  # "data" may be missing
+        expected["settings"] = {**now["settings"], **state["settings"]}  # as may be settings that have their default
+        expected["rng"] = torch.Generator().set_state(state["rng"]).get_state()  # some of its bytes mean nothing
+        assert same(now, expected), "the training is not what the file says"
+        return "good"
+
+    def describe(self, case):
+        return case[0].__name__
+
+
+def check_line(error, path):
+    line = str(error)
+    assert str(path) in line, f"does not name the file: {line[:400]!r}"
+    line = line.replace(str(path), "FILE")
+    assert len(line) <= LONGEST_LINE and line.isprintable(), f"not one printable line: {line[:400]!r}"
+
+
+class Late(BaseException):
+    """A file took too long."""
+
+
+def late(*_):
+    raise Late(f"took more than {SECONDS} s")
+
+
+def work(cases, seed, numbers, at):
+    """Offer the damaged files of these numbers; a report. `at`: where the number is noted before each."""
+    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+    signal.signal(signal.SIGALRM, late)
+    outcomes, failures, slowest = Counter(), [], 0.0
+    for number in numbers:
+        at[:8] = struct.pack("<q", number)
+        case = cases.damage(random.Random(f"{seed} {number}"))
+        began = time.monotonic()
+        signal.alarm(SECONDS)
+        try:
+            outcome = cases.offer(case)
+        except (Exception, Late) as error:
+            outcome = "failed"
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            failures.append(f"seed {seed} number {number}: {cases.describe(case)}: {type(error).__name__}: "
+                            f"{str(error)[:300]} ({Path(where.filename).name}:{where.lineno})")
+        finally:
+            signal.alarm(0)
+        outcomes[f"{case[0].__name__} {outcome}"] += 1
+        slowest = max(slowest, time.monotonic() - began)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    return {"outcomes": outcomes, "failures": failures, "slowest_seconds": slowest, "peak_mib": peak}
+
+
+def fuzz(cases, seed, numbers):
+    """The report of a worker process on the files of these numbers; one that dies is a failure, too."""
+    at, (read, write) = mmap.mmap(-1, 8), os.pipe()
+    sys.stdout.flush()
+    worker = os.fork()
+    if not worker:
+        os.close(read)
+        try:
+            with os.fdopen(write, "w") as pipe:
+                json.dump(work(cases, seed, numbers, at), pipe)
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        text = pipe.read()
+    _, status = os.waitpid(worker, 0)
+    if not text:
+        number = struct.unpack("<q", at[:8])[0]
+        return {"outcomes": {}, "failures": [f"seed {seed} number {number}: the worker died (status {status})"]}
+    return json.loads(text)
+
+
+def small_run(folder):
+    """(arguments, checkpoint) of a short run on made-up text that uses everything that a checkpoint has to hold."""
+    import training
+
+    data = training.text(Path(folder) / "data")
+    words = dict(**data, average="best", holdout_tokens=40, swa_every=2, swa_start_scale=1, lawa_freq=2, lawa_k=2,
+                 complement_alpha=0.5, normuon=True, late_qat_threshold=0.9, iterations=6, num_layers=1,
+                 num_loops=1, loop_start=0, loop_end=0, ve_dim=0, bigram_vocab_size=0)
+    s = ref.small(**words)
+    with contextlib.redirect_stdout(io.StringIO()):
+        rt = tg.Runtime(s, {})
+        run, state = training.begun(s, rt, Path(folder) / "run")
+        state.average.start()
+        for step in range(5):
+            state.enter(step / 6, 0.5)
+            tg._train_step(run, state, step / 6, 0.5)
+        state.save()
+    return s.text().split(), tg.checkpoints(run.out_dir)[0]
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("artifacts", "checkpoints"))
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", type=int, help="the file of this number alone")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.what == "artifacts":
+            cases = Artifacts(folder)
+        else:
+            cases = Checkpoints(folder, *small_run(folder))
+        began = time.monotonic()
+        numbers = range(options.count) if options.only is None else [options.only]
+        report = fuzz(cases, options.seed, numbers)
+    report["seconds"] = round(time.monotonic() - began, 1)
+    print(json.dumps(report, indent=1))
+    return 1 if report["failures"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
