@@ -424,6 +424,44 @@ def test_a_run_that_tests_itself_prints_a_line_for_each_test(trained, tmp_path, 
     assert summary(done)["valid"] == "yes" and summary(done)["reasons"] == []
 
 
+class UnsureOfWhatNeverCame(tg.Predictor):
+    """An honest predictor whose nats of tokens that the validation text does not hold are no numbers."""
+
+    def __init__(self, honest, known):
+        self.honest, self.known = honest, known
+        self.history, self.learns, self.invalid = honest.history, honest.learns, honest.invalid
+
+    def __getattr__(self, name):
+        return getattr(self.honest, name)
+
+    def predict(self, inputs, most=None):
+        return self.honest.predict(inputs, most)
+
+    def nll(self, inputs, targets):
+        return torch.where(torch.isin(targets, self.known), self.honest.nll(inputs, targets), math.nan)
+
+    def observe(self, chunk):
+        self.honest.observe(chunk)
+
+    def learn(self, part, stream):
+        self.honest.learn(part, stream)
+
+    def reset(self):
+        self.honest.reset()
+
+
+def test_a_run_whose_self_test_finds_no_number_is_not_valid(trained, toy, tmp_path):
+    """What it scores is finite throughout; only the texts that the tests make up come to nan."""
+    shard = next(Path(toy[0].partition("=")[2]).glob("fineweb_val_*.bin"))
+    known = torch.from_numpy(tg.read_shard(shard).astype(np.int64)).unique()
+    make = tg.make_predictor
+    with mock.patch.object(tg, "make_predictor", lambda *args: UnsureOfWhatNeverCame(make(*args), known)):
+        done = call([*trained, f"OUT_DIR={tmp_path}", "SELFTEST=1", "EVAL_STRIDE=0", "VAL_TOKENS=200"])
+    assert "no" in said(done, tmp_path).values()
+    told = summary(done)
+    assert math.isfinite(told["val_bpb"]) and told["valid"] == "no" and told["reasons"]
+
+
 def test_a_run_on_two_ranks_tests_them_against_one(trained, tmp_path):
     words = ["TTT=lora", "MIXER=hedge", "TOKEN_BOOST=2", "EVAL_DOCS=1"]
     with Started(torchrun([*trained, f"OUT_DIR={tmp_path}", "SELFTEST=1", *words])) as run:
