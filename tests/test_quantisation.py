@@ -4,6 +4,7 @@ inverse that is eliminated in full, moments by a gradient for every position, an
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -457,6 +458,25 @@ def test_gptq_is_optimal_brain_surgery(rows, cols, damp, act_order, block, wide,
         assert not wrong or margin[wrong[0]] < 1e-3, "only what is next to a tie may be rounded the other way"
 
 
+@pytest.mark.parametrize("changes", [dict(fit="off"), dict(fit="off", matrix_clip_sigmas=3.0), dict(fit="allocate")], ids=str)
+def test_gptq_stores_zeros_for_inputs_that_never_fire(changes):
+    """No weight of such a column is felt, so its codes should cost nothing. Rounding to nearest keeps them."""
+    s, model, moments = bigger(**changes)
+    name, dead = "blocks.0.attn.q.weight", [0, 7, 8, 47]
+    hessian = moments[name].hessian.clone()
+    hessian[dead], hessian[:, dead] = 0, 0
+    moments[name] = moments[name]._replace(hessian=hessian)
+    alive = [column for column in range(48) if column not in dead]
+    for method in ("gptq", "rtn"):
+        quantiser = tg.Quantiser(model, tg.replace(s, matrix_quant=method), moments)
+        decoded = quantiser.encode(1e-3)[name].decode((48, 48))
+        assert decoded[:, alive].any(0).all()
+        if method == "gptq":
+            assert not decoded[:, dead].any()
+        elif s.fit == "off":
+            assert decoded[:, dead].any(0).all()
+
+
 def test_matrices_of_one_shape_are_rounded_together_as_each_alone():
     rng, n = np.random.default_rng(0), 3
     moments = [tg.Moments(torch.from_numpy(random_hessian(12, 40, i)).float(), torch.ones(6)) for i in range(n)]
@@ -832,6 +852,25 @@ def test_a_room_that_nothing_fits_is_not_hidden(tmp_path):
     assert tg.save_artifact(tmp_path / "model.pg", model, s, moments=moments, room=1000)["bytes"] > 1000
 
 
+@ref.tries(100)
+@given(st.lists(st.integers(80_000, 120_000), min_size=10, max_size=10))
+def test_a_try_that_is_too_large_is_never_kept_where_another_one_fits(sizes):
+    """Whatever ten tries come to: the last one that fits the room is kept, and the first in its last 5,000 bytes ends them."""
+    room, tries = 100_000, []
+    quantiser = SimpleNamespace(quantised=1000, rate=lambda spacing: 1e5, encode=lambda spacing: None,
+                                spacing_for=lambda *_: 0.1)
+
+    def packed_of(encoded):
+        tries.append(SimpleNamespace(size=sizes[len(tries)]))
+        return tries[-1]
+
+    kept = tg.allocate(quantiser, packed_of, room, silent)
+    filled = [number for number, size in enumerate(sizes, 1) if room - 5000 <= size <= room]
+    assert len(tries) == min([*filled, 10])
+    fitting = [one for one in tries if one.size <= room]
+    assert kept is fitting[-1] if fitting else kept in tries
+
+
 def test_at_equal_bytes_the_grid_is_felt_less_than_rows_clipped_by_their_spread():
     """What FIT=allocate is for: against SDClip with GPTQ at 6 and 8 bits, of the same size."""
     s, model, moments = bigger()
@@ -916,6 +955,37 @@ def test_a_correction_is_felt_less_than_none(rows, cols, rank, group, seed):
     assert (gain[:, None] * (error - fix) ** 2).sum() <= (gain[:, None] * error**2).sum() * (1 + 1e-3)
     if rank == 2 and group < 64 and rows > 4 and cols > 4:
         assert (gain[:, None] * (error - fix) ** 2).sum() < 0.8 * (gain[:, None] * error**2).sum()
+
+
+def nearest(stored, exact, step, least, most):
+    """How far stored codes are, in steps, from the codes least..most that are nearest to the exact values."""
+    return np.abs(stored - np.clip(exact / step, least, most))
+
+
+@ref.tries(40)
+@given(st.integers(4, 12), st.integers(4, 12), st.integers(1, 3), st.booleans(), st.integers(0, 10**6))
+def test_a_correction_is_the_published_one_weighed_by_gains_and_inputs(rows, cols, rank, correlated, seed):
+    """LQER by eigenvectors in float64: A = G^-1/2 U S for the largest singular triples of G^1/2 E H^1/2, in 2 bits; B the
+    weighted least squares solution for A as it is stored, in 4 bits. Gains differ by orders of magnitude.
+    """
+    rng = np.random.default_rng(seed)
+    error, gain = rng.normal(size=(rows, cols)), np.exp(2 * rng.normal(size=rows))
+    hessian = random_hessian(cols, 3 * cols, seed) if correlated else np.diag(np.exp(rng.normal(size=cols)))
+    parts = tg.low_rank(*(torch.from_numpy(z).float() for z in (error, hessian, gain)), rank, 5)
+    root = np.sqrt(gain)[:, None]
+    damped = hessian + 1e-3 * np.diag(hessian).mean() * np.eye(cols)
+    values, vectors = np.linalg.eigh((root * error) @ damped @ (root * error).T)
+    largest = np.argsort(values)[::-1][:rank]
+    a, a_codes, a_step = vectors[:, largest] * np.sqrt(values[largest]) / root, parts["a"].numpy(), float(parts["a_step"])
+    assert a_step == pytest.approx(np.abs(a).max() / 1.5, rel=2e-3)
+    gaps = np.diff(np.sort(values)[::-1][: rank + 1], append=0) / values.max()
+    if np.abs(gaps).min() > 1e-3:  # else the vectors are not unique
+        for k in range(rank):  # nor is their sign
+            assert min(nearest(a_codes[:, k], sign * a[:, k], a_step, -2, 1).max() for sign in (1, -1)) < 0.53
+    stored = a_codes * a_step
+    b = np.linalg.lstsq(root * stored, root * error, rcond=1e-6)[0].flatten()
+    steps = np.repeat(parts["b_step"].numpy().astype(float), 5)[: b.size]
+    assert nearest(parts["b"].numpy().flatten(), b, steps, -8, 7).max() < 0.53
 
 
 def test_a_correction_goes_by_the_hessian_too():
