@@ -300,6 +300,20 @@ def test_contiguous_equals_a_stride_of_the_length():
     assert scored(predictor, stream, 8, 0) == scored(predictor, stream, 8, 8)
 
 
+@pytest.mark.parametrize("kind", scoring.HONEST)
+def test_a_contiguous_report_reads_windows_side_by_side_whatever_the_score_does(kind):
+    """However a run scores, what it reports on the way are windows that do not overlap, every token forwarded once."""
+    stream, s = random_text(45), settings(kind, eval_batch_seqs=3)
+    reader = tg.side_by_side(stream, s, ref.alone())
+    chunks = [chunk for part in reader for chunk in part.chunks]
+    firsts = sorted(row[0] for chunk in chunks for row in chunk.index.tolist())
+    assert firsts == [0, 8, 16, 24, 32, 40] and reader.forwarded == 48
+    assert all(chunk.inputs.take.tolist() == len(chunk.index) * [[*range(8)]] for chunk in chunks)
+    predictor = tg.ModelPredictor(model_of(BASE), ref.alone())
+    reported = tg.score(predictor, reader, stream, ref.alone(), tg.Validity())
+    assert reported == scored(predictor, stream, 8, 0)[0]
+
+
 def test_more_context_lowers_the_loss_of_a_model_that_uses_it():
     """Windows that overlap by four or two positions or not at all; a text of period five, a model that copies."""
 
