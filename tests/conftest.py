@@ -75,9 +75,10 @@ def train_tokenizer(documents, path):
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(documents), model_prefix=str(path.with_suffix("")), model_type="bpe", vocab_size=512,
-        byte_fallback=True, add_dummy_prefix=False, character_coverage=0.999, split_digits=True, pad_id=0, bos_id=1,
-        eos_id=2, unk_id=3, hard_vocab_limit=False, num_threads=1, minloglevel=2)
+        sentence_iterator=iter(documents), model_prefix=str(path.with_suffix("")), model_type="bpe",
+        vocab_size=512, byte_fallback=True, add_dummy_prefix=False, character_coverage=0.999,
+        split_digits=True, pad_id=0, bos_id=1, eos_id=2, unk_id=3, hard_vocab_limit=False, num_threads=1,
+        minloglevel=2)
     sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
     assert sp.vocab_size() == 512
     return sp

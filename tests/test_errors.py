@@ -325,7 +325,7 @@ def test_an_artifact_that_contradicts_the_command_is_refused(toy, trained, tmp_p
 
 
 def test_an_artifact_is_not_scored_with_another_tokenizer_of_the_same_size(toy, trained, tmp_path):
-    """Its ids would mean other bytes. One that knows other words is refused; a copy of its own under another name is not."""
+    """Its ids would mean other bytes. A copy of its own tokenizer under another name is as good as that."""
     data = Path(next(pair.partition("=")[2] for pair in toy if pair.startswith("DATA_PATH=")))
     own, other = tmp_path / "own.model", tmp_path / "other.model"
     shutil.copy(data / "tokenizer.model", own)

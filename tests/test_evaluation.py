@@ -302,7 +302,7 @@ def test_contiguous_equals_a_stride_of_the_length():
 
 @pytest.mark.parametrize("kind", scoring.HONEST)
 def test_a_contiguous_report_reads_windows_side_by_side_whatever_the_score_does(kind):
-    """However a run scores, what it reports on the way are windows that do not overlap, every token forwarded once."""
+    """However a run scores, it reports on windows that do not overlap and forwards every token once."""
     stream, s = random_text(45), settings(kind, eval_batch_seqs=3)
     reader = tg.side_by_side(stream, s, ref.alone())
     chunks = [chunk for part in reader for chunk in part.chunks]

@@ -596,7 +596,7 @@ def test_micro_batches_are_smaller_and_more(toy, tokens, parts):
     plain, changed = trained(toy), trained(toy, f"MICRO_BATCH_TOKENS={tokens}")
     assert set(plain.micro) == {2} and set(changed.micro) == {parts}
     assert changed.losses == pytest.approx(plain.losses, rel=1e-5)
-    assert changed.norms == pytest.approx(plain.norms, rel=1e-4), "the mean of their gradients, which no other step hides"
+    assert changed.norms == pytest.approx(plain.norms, rel=1e-4), "their gradients are averaged, not summed"
 
 
 @pytest.mark.parametrize("beside", [*FACTORS, ALLOCATE])

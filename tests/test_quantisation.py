@@ -458,9 +458,10 @@ def test_gptq_is_optimal_brain_surgery(rows, cols, damp, act_order, block, wide,
         assert not wrong or margin[wrong[0]] < 1e-3, "only what is next to a tie may be rounded the other way"
 
 
-@pytest.mark.parametrize("changes", [dict(fit="off"), dict(fit="off", matrix_clip_sigmas=3.0), dict(fit="allocate")], ids=str)
+@pytest.mark.parametrize("changes", [dict(fit="off"), dict(fit="off", matrix_clip_sigmas=3.0),
+                                     dict(fit="allocate")], ids=str)
 def test_gptq_stores_zeros_for_inputs_that_never_fire(changes):
-    """No weight of such a column is felt, so its codes should cost nothing. Rounding to nearest keeps them."""
+    """No weight of such a column is felt, so its codes cost nothing. Rounding to nearest keeps them."""
     s, model, moments = bigger(**changes)
     name, dead = "blocks.0.attn.q.weight", [0, 7, 8, 47]
     hessian = moments[name].hessian.clone()
@@ -855,7 +856,7 @@ def test_a_room_that_nothing_fits_is_not_hidden(tmp_path):
 @ref.tries(100)
 @given(st.lists(st.integers(80_000, 120_000), min_size=10, max_size=10))
 def test_a_try_that_is_too_large_is_never_kept_where_another_one_fits(sizes):
-    """Whatever ten tries come to: the last one that fits the room is kept, and the first in its last 5,000 bytes ends them."""
+    """The last one that fits is kept, whatever the others come to. One within 5,000 bytes ends them."""
     room, tries = 100_000, []
     quantiser = SimpleNamespace(quantised=1000, rate=lambda spacing: 1e5, encode=lambda spacing: None,
                                 spacing_for=lambda *_: 0.1)
@@ -965,8 +966,10 @@ def nearest(stored, exact, step, least, most):
 @ref.tries(40)
 @given(st.integers(4, 12), st.integers(4, 12), st.integers(1, 3), st.booleans(), st.integers(0, 10**6))
 def test_a_correction_is_the_published_one_weighed_by_gains_and_inputs(rows, cols, rank, correlated, seed):
-    """LQER by eigenvectors in float64: A = G^-1/2 U S for the largest singular triples of G^1/2 E H^1/2, in 2 bits; B the
-    weighted least squares solution for A as it is stored, in 4 bits. Gains differ by orders of magnitude.
+    """LQER by eigenvectors in float64, with gains that differ by orders of magnitude.
+
+    A, in 2 bits, is G^-1/2 U S of the largest singular triples of G^1/2 E H^1/2. B, in 4 bits, is the best for
+    that A as it is stored, by least squares.
     """
     rng = np.random.default_rng(seed)
     error, gain = rng.normal(size=(rows, cols)), np.exp(2 * rng.normal(size=rows))
@@ -976,7 +979,8 @@ def test_a_correction_is_the_published_one_weighed_by_gains_and_inputs(rows, col
     damped = hessian + 1e-3 * np.diag(hessian).mean() * np.eye(cols)
     values, vectors = np.linalg.eigh((root * error) @ damped @ (root * error).T)
     largest = np.argsort(values)[::-1][:rank]
-    a, a_codes, a_step = vectors[:, largest] * np.sqrt(values[largest]) / root, parts["a"].numpy(), float(parts["a_step"])
+    a = vectors[:, largest] * np.sqrt(values[largest]) / root
+    a_codes, a_step = parts["a"].numpy(), float(parts["a_step"])
     assert a_step == pytest.approx(np.abs(a).max() / 1.5, rel=2e-3)
     gaps = np.diff(np.sort(values)[::-1][: rank + 1], append=0) / values.max()
     if np.abs(gaps).min() > 1e-3:  # else the vectors are not unique
