@@ -162,7 +162,8 @@ def test_the_clock_of_a_resumed_run_goes_on_where_its_checkpoint_left_it(toy, tm
     real, step = train_gpt.time.monotonic, train_gpt._train_step
     monkeypatch.setattr(train_gpt, "time", SimpleNamespace(
         monotonic=lambda: real() * 1e-6 + len(trained(watched)), strftime=time.strftime))
-    args = command(toy, tmp_path, "ITERATIONS=0", "MAX_WALLCLOCK_SECONDS=10.5", "WARMDOWN_SECONDS=4", "PHASES=train")
+    clocked = ("ITERATIONS=0", "MAX_WALLCLOCK_SECONDS=10.5", "WARMDOWN_SECONDS=4")
+    args = command(toy, tmp_path, *clocked, "PHASES=train")
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt, "_train_step", lambda run, training, *rest: (
             training.step == 5 and signal.raise_signal(signal.SIGTERM), step(run, training, *rest))[1])
