@@ -5,6 +5,7 @@ inverse that is eliminated in full, moments by a gradient for every position, an
 import copy
 import math
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -353,6 +354,23 @@ def test_salient_columns_get_finer_steps_of_the_same_clip_within_gptq(learned, t
     tg.save_artifact(tmp_path / "model.pg", model, s, moments=moments)
     loaded = dict(tg.load_artifact(tmp_path / "model.pg", s)[1].named_parameters())
     assert all(torch.equal(loaded[name], one.decode(loaded[name].shape)) for name, one in done.items())
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_no_code_is_wider_than_its_bits_however_much_is_clipped(learned, method):
+    """At half a standard deviation most weights are clipped, to the largest code of their column's bits."""
+    s, model, _, moments, _ = learned
+    s = tg.replace(s, matrix_quant=method, embed_quant=method, matrix_bits=4, embed_bits=4,
+                   matrix_clip_sigmas=0.5, embed_clip_sigmas=0.5,
+                   awq_lite_group_top_k=4, awq_lite_group_size=4)
+    for bits in (6, 8):
+        done = tg.Quantiser(model, tg.replace(s, awq_lite_bits=bits), moments).encode()
+        mixed = [one.parts for one in done.values() if one.codec == "mixed"]
+        assert mixed and {one.codec for one in done.values()} == {"int", "mixed", "float16"}
+        for parts in mixed:
+            widest = parts["q"].abs().amax(0)
+            tops = torch.where(parts["salient"] != 0, 2 ** (bits - 1) - 1, 7)
+            assert (widest <= tops).all() and (widest == tops).float().mean() > 0.5
 
 
 def test_what_has_enough_bits_or_is_only_looked_up_is_not_salient(learned):
@@ -934,6 +952,36 @@ def test_nothing_is_pruned_where_it_fits_and_all_that_can_be_where_it_cannot():
     assert not any((one.parts["q"].abs() == 1).any() for one in hopeless.values() if one.codec == "int")
 
 
+def test_salient_tensors_are_pruned_by_their_steps_like_the_others(learned):
+    """A finer step makes a code cheaper. Where nothing fits, every 1 and -1 goes."""
+    s, model, _, moments, _ = learned
+    s = tg.replace(s, fit="prune", matrix_quant="rtn", embed_quant="rtn", matrix_bits=4, embed_bits=4,
+                   awq_lite_group_top_k=4, awq_lite_group_size=4)
+    done = tg.Quantiser(model, s, moments).encode()
+    coded = {name: one for name, one in done.items() if one.codec in ("int", "mixed")}
+    costs = {}
+    for name, one in coded.items():
+        codes = one.parts["q"]
+        steps = one._replace(parts=one.parts | {"q": torch.ones_like(codes)}).decode(codes.shape)
+        costs[name] = steps[codes.abs() == 1]
+    dearest = torch.cat(list(costs.values())).sort().values[199]
+    for name, one in tg.without_cheapest(done, 200).items():
+        if name in coded:
+            gone = (one.parts["q"] != coded[name].parts["q"]).sum()
+            assert (costs[name] < dearest).sum() <= gone <= (costs[name] <= dearest).sum()
+    hopeless = tg.prune_to_fit(done, packer(s, model), 500, silent).encoded
+    assert {one.codec for one in coded.values()} == {"int", "mixed"}
+    assert not any((hopeless[name].parts["q"].abs() == 1).any() for name in coded)
+
+
+def test_the_bytes_expected_of_a_spacing_are_near_those_of_its_artifact():
+    """So that FIT=allocate is near the room at its first try. What else there is costs a quarter at most."""
+    s, model, moments = bigger(compressor="rans")
+    quantiser = tg.Quantiser(model, s, moments)
+    expected, found = quantiser.rate(0.03), packer(s, model)(quantiser.encode(0.03)).size
+    assert expected < found < 1.25 * expected
+
+
 # --- low-rank corrections ---------------------------------------------------------------------------------------------
 
 
@@ -968,8 +1016,8 @@ def nearest(stored, exact, step, least, most):
 def test_a_correction_is_the_published_one_weighed_by_gains_and_inputs(rows, cols, rank, correlated, seed):
     """LQER by eigenvectors in float64, with gains that differ by orders of magnitude.
 
-    A, in 2 bits, is G^-1/2 U S of the largest singular triples of G^1/2 E H^1/2. B, in 4 bits, is the best for
-    that A as it is stored, by least squares.
+    A, in 2 bits, is G^-1/2 U S of the largest singular triples of G^1/2 E H^1/2. B, in 4 bits, is the best
+    for A as it is stored, by least squares.
     """
     rng = np.random.default_rng(seed)
     error, gain = rng.normal(size=(rows, cols)), np.exp(2 * rng.normal(size=rows))
@@ -1032,6 +1080,24 @@ def test_no_correction_has_a_higher_rank_than_its_matrix(learned, tmp_path):
         assert one.rank in ((0, min(40, *weights[name].shape)) if one.codec == "int" else (0,))
     tg.save_artifact(tmp_path / "model.pg", model, s, moments=moments)
     tg.load_artifact(tmp_path / "model.pg", s)
+
+
+def test_an_artifact_whose_correction_has_more_rank_than_its_matrix_is_refused(tmp_path):
+    """It would be whole, and cost work for nothing."""
+    s, path = ref.small(), tmp_path / "model.pg"
+    model, name = ref.randomise(tg.GPT(s)), "blocks.0.attn.q.weight"
+    done = tg.Quantiser(model, s).encode()
+    for rank in (16, 17):
+        parts = {"a": torch.zeros(16, rank, dtype=torch.int8), "a_step": torch.ones(1).half(),
+                 "b": torch.zeros(rank, 16, dtype=torch.int8), "b_step": torch.ones(4 * rank).half()}
+        altered = done | {name: done[name]._replace(rank=rank, group=4, parts=done[name].parts | parts)}
+        with mock.patch.object(tg.Quantiser, "encode", lambda self, spacing=None: altered):
+            tg.save_artifact(path, model, s)
+        if rank == 16:
+            assert tg.load_artifact(path, s)
+        else:
+            with pytest.raises(tg.BadInput, match="model.pg"):
+                tg.load_artifact(path, s)
 
 
 def test_gates_can_be_stored_in_bits_beside_corrections():
