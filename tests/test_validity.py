@@ -620,6 +620,25 @@ def test_a_run_notes_what_its_evaluation_fetched(trained, toy, tmp_path):
         "the evaluation opened a network connection", "training shards were read after the artifact was frozen"]
 
 
+def test_only_a_score_of_all_of_fineweb_can_be_a_record(trained, toy, tmp_path):
+    """50,000 documents, and their bytes to a ten-thousandth. Here the toy's bytes stand for them."""
+    s = tg.Settings.parse(toy)
+    val = tg.load_validation(s, ref.alone(), tg.load_tokenizer(s)[0])
+    nbytes = int(val.bytes.sum())
+
+    def complaints(name, share, documents, val_tokens=0):
+        ranges = np.zeros((documents, 2), dtype=np.int64)
+        arguments = [*trained, "EVAL_STRIDE=0", f"VAL_TOKENS={val_tokens}", f"OUT_DIR={tmp_path / name}"]
+        with mock.patch.multiple(tg, FINEWEB_VAL_BYTES=share * nbytes, documents_of=lambda stream: ranges):
+            said = summary(good(call(arguments)))
+        return [why for why in said["eligible_reasons"] if "FineWeb" in why]
+
+    assert complaints("whole", 1.00005, 50_000) == []
+    assert complaints("bytes", 1.002, 50_000)
+    assert complaints("documents", 1.0, 49_999)
+    assert complaints("cut", 1.0, 50_000, len(val.bytes) - 1)
+
+
 def test_an_artifact_that_changed_between_writing_and_scoring_is_noted(trained, toy, tmp_path):
     """Another one, whole and good, lies where the run had put its own."""
     evaluate, other = tg.evaluate, next(Path(arg.partition("=")[2]) for arg in trained if arg.startswith("ARTIFACT="))
