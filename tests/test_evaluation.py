@@ -463,6 +463,27 @@ def test_an_invalid_mixture_says_that_what_it_sums_to_is_not_1():
         assert coded(s, scoring.text())[2] and tg.make_predictor(model_of(s), s, ref.alone(), 100).invalid.startswith("C2 normalisation")
 
 
+@pytest.mark.parametrize("changes", [dict(), dict(tie_embeddings=False), dict(embed_dim=6)], ids=str)
+def test_the_head_of_a_score_is_float32_whatever_the_activations_are(changes):
+    """Logits of bfloat16 would be off by hundredths. So is the head of the loss that test-time training lowers."""
+    s = replace(BASE, **changes)
+    model = ref.randomise(tg.GPT(s, dtype=torch.bfloat16), seed=1, spread=0.4)
+    ids = ref.tokens(32, 2, 9)
+    x, y = ids[:, :-1], ids[:, 1:]
+    with torch.no_grad():
+        hidden = model.hidden(x)
+        assert hidden.dtype == torch.bfloat16
+        narrow = hidden.double() if model.head_proj is None else hidden.double() @ model.head_proj.weight.double().T
+        head = (model.embed if model.head is None else model.head).weight.double()
+        want = (30 * torch.tanh(narrow @ head.T / 30)).log_softmax(-1)
+    take = torch.arange(8).expand(2, 8)
+    said = tg.ModelPredictor(model, ref.alone()).predict(tg.Inputs(x, take, x))
+    torch.testing.assert_close(said.double(), want, rtol=1e-5, atol=1e-5)
+    adaptation = tg.adaptation_of_weights(model, settings("full"), ref.alone())
+    loss = adaptation._weighted_loss(x, y, torch.full(y.shape, 1 / 16), None)
+    assert loss.item() == pytest.approx(-want.gather(-1, y[..., None]).mean().item(), rel=1e-5)
+
+
 def test_the_temperature_divides_the_logits():
     s, stream = BASE, random_text(8)
     logits = ref.forward(ref.arrays(model_of(s)), s, stream.tokens[:-1].tolist())[1]

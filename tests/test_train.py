@@ -553,8 +553,11 @@ def test_scheduled_events_that_never_happened_are_said(toy, tmp_path):
     missed = " ".join(row["what"] for row in events(tmp_path / "never", "never_reached"))
     for what in ("MUON_MOMENTUM", "LR_WARMUP_STEPS", "AVERAGE"):
         assert what in missed, missed
-    good(call(command(toy, tmp_path / "flat", "ITERATIONS=4", "WARMDOWN_FRAC=0.1", "PHASES=train")))
-    assert "warmdown" in [row["what"] for row in events(tmp_path / "flat", "never_reached")]
+    others = ("MATRIX_OPTIMIZER=adamw", "MUON_MOMENTUM_WARMUP_STEPS=100", "TRAIN_SEQ_SCHEDULE=32@0.8,64@1")
+    good(call(command(toy, tmp_path / "flat", "ITERATIONS=4", "WARMDOWN_FRAC=0.1", "PHASES=train", *others)))
+    missed = {row["what"]: row["consequence"] for row in events(tmp_path / "flat", "never_reached")}
+    assert missed.keys() == {"warmdown", "stage"}, "nothing has momentum of Muon"
+    assert missed["stage"] == "it ended in number 1 of 2"
 
 
 def test_nothing_is_reported_as_missed_when_nothing_was(whole):

@@ -620,6 +620,19 @@ def test_a_run_notes_what_its_evaluation_fetched(trained, toy, tmp_path):
         "the evaluation opened a network connection", "training shards were read after the artifact was frozen"]
 
 
+@pytest.mark.parametrize("world, device, fits", [
+    (8, "NVIDIA H100 80GB HBM3", True), (7, "NVIDIA H100 80GB HBM3", False), (16, "NVIDIA H100 80GB HBM3", False),
+    (8, "NVIDIA H200", False), (8, "NVIDIA A100-SXM4-80GB", False), (1, "cpu", False)])
+def test_only_eight_h100_can_make_a_record(tmp_path, world, device, fits):
+    s = ref.small(device="cpu")
+    rt = tg.Runtime(s, {})
+    rt.world, rt.device_name = world, lambda: device
+    tg.summarise(tg.Run(s, rt, tmp_path, tg.attend_sdpa))
+    (row,) = events(tmp_path, "summary")
+    reasons = [why for why in row["eligible_reasons"] if "hardware" in why]
+    assert reasons == ([] if fits else [f"hardware {world} x {device}, not 8 x H100"])
+
+
 def test_only_a_score_of_all_of_fineweb_can_be_a_record(trained, toy, tmp_path):
     """50,000 documents, and their bytes to a ten-thousandth. Here the toy's bytes stand for them."""
     s = tg.Settings.parse(toy)
