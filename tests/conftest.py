@@ -70,17 +70,24 @@ def toy_documents(count=90, seed=7):
     return documents
 
 
-def make_toy(folder):
-    """Tokenizer, one validation shard and two training shards in `folder`; returns the settings that train on them."""
+def train_tokenizer(documents, path):
+    """A BPE tokenizer of 512 pieces for these documents, written to `path` (NAME.model) and returned."""
     import sentencepiece
 
-    documents = toy_documents()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(documents), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=512,
-        byte_fallback=True, add_dummy_prefix=False, character_coverage=0.999, split_digits=True, pad_id=0, bos_id=1,
-        eos_id=2, unk_id=3, hard_vocab_limit=False, num_threads=1, minloglevel=2)
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        sentence_iterator=iter(documents), model_prefix=str(path.with_suffix("")), model_type="bpe",
+        vocab_size=512, byte_fallback=True, add_dummy_prefix=False, character_coverage=0.999,
+        split_digits=True, pad_id=0, bos_id=1, eos_id=2, unk_id=3, hard_vocab_limit=False, num_threads=1,
+        minloglevel=2)
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
     assert sp.vocab_size() == 512
+    return sp
+
+
+def make_toy(folder):
+    """Tokenizer, one validation shard and two training shards in `folder`; returns the settings that train on them."""
+    documents = toy_documents()
+    sp = train_tokenizer(documents, folder / "tokenizer.model")
     for name, first, end in (("val_000000", 0, 20), ("train_000000", 20, 50), ("train_000001", 50, None)):
         tokens = [token for text in documents[first:end] for token in (BOS, *sp.encode(text))]
         write_shard(folder / f"fineweb_{name}.bin", tokens)

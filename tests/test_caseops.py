@@ -402,6 +402,7 @@ SPOILED = {  # name: (damage, words of the error)
     "one too many": (lambda f: write_shard(f / "fineweb_val_bytes_000007.bin", [1]), ["expected one", "found 7"]),
     "shorter": (lambda f: write_shard(f / SIDECAR, [0] * (SHARD - 1)), [SIDECAR, "expected 1500 byte counts", "found 1499"]),
     "of another shard": (lambda f: write_shard(f / SIDECAR, read(f / "fineweb_val_bytes_000000.bin")), [SIDECAR, "BOS", "offset"]),
+    "a BOS of one byte": (_change(lambda tokens: tokens == 1, 1), [SIDECAR, "expected 0 bytes", "found 1"]),
     "not a shard": (lambda f: (f / SIDECAR).write_bytes(b"x" * 3000), [SIDECAR, "magic", "found"]),
 }
 

@@ -181,12 +181,19 @@ def test_the_warmdown_is_a_straight_line(clocked, tmp_path):
     np.testing.assert_allclose([scale for *_, (_, _, scale) in clocked], [1] * 6 + [0.8, 0.6, 0.4, 0.3], rtol=1e-6)
 
 
-def test_the_schedule_ends_where_calibration_begins(clocked, tmp_path):
-    """9.3.2: two minutes of it after the clock had stopped. Here the learning rate falls to what is left before it."""
-    _, rows = trained(by_the_clock(tmp_path / "text", warmdown_frac=0.5, matrix_quant="gptq", gptq_calibration_tokens=64,
-                                   gptq_reserve_seconds=4.0), tmp_path)
+@pytest.mark.parametrize("length", [dict(warmdown_frac=0.5), dict(warmdown_frac=0.0, warmdown_seconds=3.0)],
+                         ids=["fraction", "seconds"])
+def test_the_schedule_ends_where_calibration_begins(clocked, tmp_path, length):
+    """9.3.2: two minutes of it after the clock had stopped. Here the learning rate falls to what is left.
+
+    It falls over half of that time, or over three seconds. Late QAT begins below its threshold.
+    """
+    s = by_the_clock(tmp_path / "text", matrix_quant="gptq", gptq_calibration_tokens=64,
+                     gptq_reserve_seconds=4.0, late_qat_threshold=0.7, **length)
+    _, rows = trained(s, tmp_path)
     np.testing.assert_allclose([scale for *_, (_, _, scale) in clocked], [1] * 4 + [2 / 3, 1 / 3], rtol=1e-6)
     assert [row["reserved_seconds"] for row in rows if row["event"] == "calibrate"] == [4]
+    assert [row["step"] for row in rows if row["event"] == "late_qat"] == [4]
 
 
 LOOP = dict(num_loops=1, loop_start=1, loop_end=1, enable_looping_at=0.35)

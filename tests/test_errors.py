@@ -1,6 +1,7 @@
 """What happens when something is wrong (design.md, section 9): one line that says what and where, an exit code that says
 which kind, and nothing lost or half written."""
 
+import hashlib
 import io
 import json
 import os
@@ -21,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from conftest import REPO, run_trainer, write_shard
+from conftest import REPO, run_trainer, toy_documents, train_tokenizer, write_shard
 from runs import SCRIPT, Started, call, checkpoints, command, events, good, log_lines, losses, read_checkpoint, refused, strict_json, summary, trainer
 from train_gpt import PREFIX, BadInput
 
@@ -286,6 +287,9 @@ HOSTILE = {
     "a file for a setting": dict(change=header_with(settings={"@/etc/passwd": ""})),
     "bad value": dict(change=header_with(settings={"NUM_LAYERS": "10**9"})),
     "a model too large for any machine": dict(change=header_with(settings={"MODEL_DIM": "16384", "NUM_LAYERS": "256", "NUM_HEADS": "16"})),
+    "a temperature of no model": dict(change=header_with(temperature=10.5)),
+    "a negative temperature": dict(change=header_with(temperature=-0.5)),
+    "NaN temperature": dict(change=header_with(temperature=float("nan"))),
     "other data": dict(change=header_with(settings={"DATA_PATH": "/somewhere/easier"})),
     "fewer validation tokens": dict(change=header_with(settings={"VAL_TOKENS": "100"})),
     "a folder to write to": dict(change=header_with(settings={"OUT_DIR": "elsewhere"})),
@@ -335,6 +339,19 @@ def test_a_header_or_stream_that_unpacks_without_end_is_refused_without_the_memo
 
 def test_an_artifact_that_contradicts_the_command_is_refused(toy, trained, tmp_path):
     refused(evaluate(toy, tmp_path, trained / "model.pg", "NUM_LAYERS=5", "VE_LAYERS=2,3"), 2, "NUM_LAYERS=5", "model.pg")
+
+
+def test_an_artifact_is_not_scored_with_another_tokenizer_of_the_same_size(toy, trained, tmp_path):
+    """Its ids would mean other bytes. A copy of its own tokenizer under another name is as good as that."""
+    data = Path(next(pair.partition("=")[2] for pair in toy if pair.startswith("DATA_PATH=")))
+    own, other = tmp_path / "own.model", tmp_path / "other.model"
+    shutil.copy(data / "tokenizer.model", own)
+    train_tokenizer(toy_documents(seed=8), other)
+    good(evaluate(toy, tmp_path, trained / "model.pg", f"TOKENIZER_PATH={own}", "VAL_TOKENS=100"))
+    found = [hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in (own, other)]
+    refused(evaluate(toy, tmp_path / "refused", trained / "model.pg", f"TOKENIZER_PATH={other}"), 2,
+            trained / "model.pg", "another tokenizer", *found, "TOKENIZER_PATH")
+    assert not events(tmp_path / "refused" / "eval", "final")
 
 
 def test_an_artifact_without_its_text_says_that_its_run_knew_where_that_is(toy, trained, tmp_path):

@@ -305,6 +305,20 @@ def test_contiguous_equals_a_stride_of_the_length():
     assert scored(predictor, stream, 8, 0) == scored(predictor, stream, 8, 8)
 
 
+@pytest.mark.parametrize("kind", scoring.HONEST)
+def test_a_contiguous_report_reads_windows_side_by_side_whatever_the_score_does(kind):
+    """However a run scores, it reports on windows that do not overlap and forwards every token once."""
+    stream, s = random_text(45), settings(kind, eval_batch_seqs=3)
+    reader = tg.side_by_side(stream, s, ref.alone())
+    chunks = [chunk for part in reader for chunk in part.chunks]
+    firsts = sorted(row[0] for chunk in chunks for row in chunk.index.tolist())
+    assert firsts == [0, 8, 16, 24, 32, 40] and reader.forwarded == 48
+    assert all(chunk.inputs.take.tolist() == len(chunk.index) * [[*range(8)]] for chunk in chunks)
+    predictor = tg.ModelPredictor(model_of(BASE), ref.alone())
+    reported = tg.score(predictor, reader, stream, ref.alone(), tg.Validity())
+    assert reported == scored(predictor, stream, 8, 0)[0]
+
+
 def test_more_context_lowers_the_loss_of_a_model_that_uses_it():
     """Windows that overlap by four or two positions or not at all; a text of period five, a model that copies."""
 
@@ -453,6 +467,27 @@ def test_an_invalid_mixture_says_that_what_it_sums_to_is_not_1():
     for kind in scoring.INVALID:
         s = settings(kind)
         assert coded(s, scoring.text())[2] and tg.make_predictor(model_of(s), s, ref.alone(), 100).invalid.startswith("C2 normalisation")
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(tie_embeddings=False), dict(embed_dim=6)], ids=str)
+def test_the_head_of_a_score_is_float32_whatever_the_activations_are(changes):
+    """Logits of bfloat16 would be off by hundredths. So is the head of the loss that test-time training lowers."""
+    s = replace(BASE, **changes)
+    model = ref.randomise(tg.GPT(s, dtype=torch.bfloat16), seed=1, spread=0.4)
+    ids = ref.tokens(32, 2, 9)
+    x, y = ids[:, :-1], ids[:, 1:]
+    with torch.no_grad():
+        hidden = model.hidden(x)
+        assert hidden.dtype == torch.bfloat16
+        narrow = hidden.double() if model.head_proj is None else hidden.double() @ model.head_proj.weight.double().T
+        head = (model.embed if model.head is None else model.head).weight.double()
+        want = (30 * torch.tanh(narrow @ head.T / 30)).log_softmax(-1)
+    take = torch.arange(8).expand(2, 8)
+    said = tg.ModelPredictor(model, ref.alone()).predict(tg.Inputs(x, take, x))
+    torch.testing.assert_close(said.double(), want, rtol=1e-5, atol=1e-5)
+    adaptation = tg.adaptation_of_weights(model, settings("full"), ref.alone())
+    loss = adaptation._weighted_loss(x, y, torch.full(y.shape, 1 / 16), None)
+    assert loss.item() == pytest.approx(-want.gather(-1, y[..., None]).mean().item(), rel=1e-5)
 
 
 def test_the_temperature_divides_the_logits():
@@ -690,6 +725,13 @@ def test_what_learns_can_neither_change_what_is_scored_nor_see_what_comes():
 @pytest.mark.parametrize("where", ["nll", "predict"])
 def test_nan_is_not_valid_wherever_it_comes_from(where):
     assert scored(Broken(nan_in=where), random_text(50), 8)[1] != []
+
+
+@pytest.mark.parametrize("bonus", [math.nan, math.inf, -math.inf])
+def test_nats_that_are_no_numbers_are_not_valid_where_nobody_looked(bonus):
+    """Only some distributions are looked at. The sum is of all nats."""
+    result, reasons = scored(Broken(bonus=bonus), random_text(50), 8, check_every=0)
+    assert reasons == ["the score is not finite"] and not math.isfinite(result.bpb)
 
 
 def test_infinite_nats_are_not_valid():

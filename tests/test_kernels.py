@@ -4,8 +4,9 @@ import logging
 import math
 import sys
 from functools import partial
+from importlib.machinery import ModuleSpec
 from itertools import pairwise
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -370,12 +371,91 @@ def test_a_kernel_that_leaks_between_documents_is_passed_over(pretend, name):
     assert "fa3: differs from the reference" in rt.choices[0][2]
 
 
+LONG = dict(train_seq_len=128, train_batch_tokens=128, micro_batch_tokens=128, eval_seq_len=128)
+
+
+def heeds_rows_only(q, k, v, docs):
+    """Keeps rows apart, and not the documents inside a row."""
+    return tg.attend_reference(q, k, v)
+
+
+@pytest.mark.parametrize("lengths", [False, True], ids=["mask", "lengths"])
+def test_a_kernel_that_heeds_no_document_inside_a_row_is_passed_over(pretend, lengths):
+    """With sequences so long that nothing but a document ends inside a row."""
+    attend = partial(heeds_rows_only)
+    attend.varlen = lengths
+    pretend(attend)
+    rt = runtime()
+    assert tg.pick_attention(ref.small(**LONG, doc_mask="attention"), rt) is tg.attend_sdpa
+    assert "fa3: differs from the reference" in rt.choices[0][2]
+
+
+def zero_from(place):
+    def attend(q, k, v, docs):
+        right = (torch.arange(q.size(1)) < place)[:, None, None]
+        return right * tg.attend_reference(q, k, v, docs)
+    return attend
+
+
+@pytest.mark.parametrize("doc_mask", ["inputs", "attention"])
+@pytest.mark.parametrize("place", [16, 100])
+def test_a_kernel_that_is_wrong_only_far_from_the_start_is_passed_over(pretend, place, doc_mask):
+    """As one whose tiles are short is right in the first of them."""
+    pretend(zero_from(place))
+    rt = runtime()
+    assert tg.pick_attention(ref.small(**LONG, doc_mask=doc_mask), rt) is tg.attend_sdpa
+    assert "fa3: differs from the reference" in rt.choices[0][2]
+
+
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
 def test_a_kernel_with_lengths_is_taken_for_documents(pretend, heads):
     attend = varlen()
     pretend(attend)
     s = ref.small(doc_mask="attention", num_heads=heads[0], num_kv_heads=heads[1], attention="fa3")
     assert tg.pick_attention(s, runtime()) is attend
+
+
+HOPPER, AMPERE, CPU = (9, 0), (8, 0), None
+PACKAGES = ("flash_attn_interface", "torch.nn.attention.varlen")
+MASKED, FLOAT32 = dict(doc_mask="attention"), torch.float32
+PACKED = dict(MASKED, loader="packed", micro_batch_tokens=32768, train_batch_tokens=32768)
+# (kernel, settings, what the machine has that differs from a good one, a word of the reason or None)
+REASONS = [
+    ("fa3", {}, {}, None), ("fa3", MASKED, {}, None), ("fa3", MASKED, dict(cudnn=0), None),
+    ("fa3", dict(kernels="require"), {}, None), ("fa3", dict(kernels="off"), {}, "KERNELS=off"),
+    ("fa3", dict(kernels="off"), dict(gpu=CPU), "KERNELS=off"), ("fa3", {}, dict(gpu=CPU), "Hopper"),
+    ("fa3", {}, dict(gpu=AMPERE), "Hopper"), ("fa3", {}, dict(gpu=(10, 0)), "Hopper"),
+    ("fa3", {}, dict(missing=("flash_attn_interface",)), "flash_attn_interface is not installed"),
+    ("fa3", {}, dict(dtype=FLOAT32), "bfloat16"), ("fa3", MASKED, dict(dtype=FLOAT32), "bfloat16"),
+    ("cudnn", {}, {}, None), ("cudnn", dict(kernels="off"), {}, None), ("cudnn", {}, dict(gpu=AMPERE), None),
+    ("cudnn", {}, dict(missing=PACKAGES), None), ("cudnn", {}, dict(gpu=CPU), "GPU"),
+    ("cudnn", MASKED, {}, "document lengths"), ("cudnn", {}, dict(dtype=FLOAT32), "bfloat16"),
+    ("cudnn", {}, dict(cudnn=91500), "91500 is older than 9.15.1"), ("cudnn", {}, dict(cudnn=91501), None),
+    ("cudnn", {}, dict(cudnn=None), "older than 9.15.1"),
+    ("flash", {}, {}, None), ("flash", MASKED, {}, None), ("flash", {}, dict(cudnn=0), None),
+    ("flash", {}, dict(gpu=AMPERE), None), ("flash", {}, dict(missing=PACKAGES), None),
+    ("flash", {}, dict(gpu=CPU), "GPU"),
+    ("flash", MASKED, dict(missing=("torch.nn.attention.varlen",)), "torch.nn.attention.varlen"),
+    ("flash", {}, dict(dtype=FLOAT32), "bfloat16"),
+    ("math", {}, {}, None), ("math", MASKED, {}, None), ("math", PACKED, {}, "32768 tokens"),
+    ("math", dict(kernels="off"), dict(gpu=CPU, dtype=FLOAT32, cudnn=0, missing=PACKAGES), None),
+    ("math", dict(PACKED, micro_batch_tokens=16384), {}, None), ("fa3", PACKED, {}, None),
+    ("flash", PACKED, {}, None)]
+
+
+@pytest.mark.parametrize("name, changes, lacks, word", REASONS, ids=str)
+def test_a_kernel_that_cannot_be_used_says_why(monkeypatch, name, changes, lacks, word):
+    """On machines that lack something of a good one: a Hopper GPU, bfloat16, a recent cuDNN, all packages."""
+    has = dict(gpu=HOPPER, dtype=torch.bfloat16, cudnn=91501, missing=()) | lacks
+    for package in PACKAGES:
+        module = ModuleType(package)
+        module.__spec__ = ModuleSpec(package, None)
+        monkeypatch.setitem(sys.modules, package, None if package in has["missing"] else module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: has["gpu"])
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: has["cudnn"])
+    rt = SimpleNamespace(device=torch.device("cpu" if has["gpu"] is CPU else "cuda"), dtype=has["dtype"])
+    reason = tg._why_not(name, ref.small(**changes), rt)
+    assert reason is None if word is None else word in reason
 
 
 @pytest.fixture

@@ -203,6 +203,7 @@ class Trained:
     s: Settings
     events: list = field(default_factory=list)
     micro: list = field(default_factory=list)  # micro-batches of each step
+    norms: list = field(default_factory=list)  # of the gradient of each step, as the optimizer gets it
     weights: dict = field(default_factory=dict)  # to be exported
     temperature: float | None = None
 
@@ -262,7 +263,9 @@ def _train(s, backend):
 
     def counted(self, micro):
         result.micro.append(len(micro))
-        return backward(self, micro)
+        loss = backward(self, micro)
+        result.norms.append(torch.stack([bank.grad.norm() for bank in self.optimizer.banks]).norm().item())
+        return loss
 
     with mock.patch.object(tg, "report_score", lambda *_: tg.Score(0.0, 0.0, 0, 0)), \
             mock.patch.object(tg.Training, "backward", counted):
@@ -593,6 +596,7 @@ def test_micro_batches_are_smaller_and_more(toy, tokens, parts):
     plain, changed = trained(toy), trained(toy, f"MICRO_BATCH_TOKENS={tokens}")
     assert set(plain.micro) == {2} and set(changed.micro) == {parts}
     assert changed.losses == pytest.approx(plain.losses, rel=1e-5)
+    assert changed.norms == pytest.approx(plain.norms, rel=1e-4), "their gradients are averaged, not summed"
 
 
 @pytest.mark.parametrize("beside", [*FACTORS, ALLOCATE])

@@ -403,6 +403,19 @@ def test_the_loss_of_a_packed_row_is_that_of_its_documents_alone(tmp_path):
     assert abs(open_ended.item() - apart / 24) > 1e-3, "the cuts matter"
 
 
+def test_the_model_has_positions_for_the_longest_packed_row_of_any_stage(tmp_path):
+    """Rows grow with TRAIN_BATCH_SCHEDULE up to MICRO_BATCH_TOKENS."""
+    stages = [(8, 16), (8, 96), (8, 48)]
+    for micro, longest in ((64, 48), (200, 96), (16, 16)):
+        s = settings("packed", stages=stages, micro_batch_tokens=micro, rope_dims=2)
+        stream = stream_of(write(tmp_path, numbered(400)), s)
+        rows = {x.numel() for stage in stages for x, *_ in stream.next(*stage)}
+        model = ref.randomise(tg.GPT(s))
+        assert max(rows) == longest <= len(model.cos)
+        ids = ref.tokens(s.vocab_size, 1, longest)
+        assert torch.isfinite(model(ids, ids))
+
+
 # --- synthetic batches -----------------------------------------------------------------------------------------------
 
 

@@ -106,6 +106,22 @@ def test_scales_follow_the_weights_every_ten_steps(tmp_path, monkeypatch):
         assert torch.equal(held, seen[at - at % 10][2])
 
 
+def test_soft_rounding_steepens_from_1_to_16_with_the_fall_of_the_learning_rate(tmp_path, monkeypatch):
+    """1 where it begins, at half of the peak rate here, and 16 where the rate comes to nothing."""
+    seen, step = [], tg._train_step
+
+    def watched(run, training, progress, scale):
+        seen.append((scale, {grid.sharpness.item() for grid in training.qat.grids.values()}))
+        return step(run, training, progress, scale)
+
+    monkeypatch.setattr(tg, "_train_step", watched)
+    trained(late(tmp_path, iterations=10, warmdown_frac=1.0, qat_rounding="soft"), tmp_path / "run")
+    assert [scale for scale, _ in seen] == pytest.approx([1 - number / 10 for number in range(10)])
+    assert all(found == {1.0} for scale, found in seen if scale > 0.5)
+    for scale, found in seen[6:]:
+        assert list(found) == [pytest.approx(16 - 15 * scale / 0.5, rel=1e-5)]
+
+
 # When
 
 

@@ -4,6 +4,8 @@ inverse that is eliminated in full, moments by a gradient for every position, an
 
 import copy
 import math
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -354,6 +356,23 @@ def test_salient_columns_get_finer_steps_of_the_same_clip_within_gptq(learned, t
     assert all(torch.equal(loaded[name], one.decode(loaded[name].shape)) for name, one in done.items())
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_no_code_is_wider_than_its_bits_however_much_is_clipped(learned, method):
+    """At half a standard deviation most weights are clipped, to the largest code of their column's bits."""
+    s, model, _, moments, _ = learned
+    s = tg.replace(s, matrix_quant=method, embed_quant=method, matrix_bits=4, embed_bits=4,
+                   matrix_clip_sigmas=0.5, embed_clip_sigmas=0.5,
+                   awq_lite_group_top_k=4, awq_lite_group_size=4)
+    for bits in (6, 8):
+        done = tg.Quantiser(model, tg.replace(s, awq_lite_bits=bits), moments).encode()
+        mixed = [one.parts for one in done.values() if one.codec == "mixed"]
+        assert mixed and {one.codec for one in done.values()} == {"int", "mixed", "float16"}
+        for parts in mixed:
+            widest = parts["q"].abs().amax(0)
+            tops = torch.where(parts["salient"] != 0, 2 ** (bits - 1) - 1, 7)
+            assert (widest <= tops).all() and (widest == tops).float().mean() > 0.5
+
+
 def test_what_has_enough_bits_or_is_only_looked_up_is_not_salient(learned):
     s, model, _, moments, _ = learned
     s = tg.replace(s, matrix_quant="rtn", embed_quant="rtn", awq_lite_group_top_k=999, awq_lite_group_size=4, awq_lite_bits=6)
@@ -455,6 +474,26 @@ def test_gptq_is_optimal_brain_surgery(rows, cols, damp, act_order, block, wide,
     for row, want, margin in zip(found[0].numpy(), codes, margins):
         wrong = [j for j in order if row[j] != want[j]]
         assert not wrong or margin[wrong[0]] < 1e-3, "only what is next to a tie may be rounded the other way"
+
+
+@pytest.mark.parametrize("changes", [dict(fit="off"), dict(fit="off", matrix_clip_sigmas=3.0),
+                                     dict(fit="allocate")], ids=str)
+def test_gptq_stores_zeros_for_inputs_that_never_fire(changes):
+    """No weight of such a column is felt, so its codes cost nothing. Rounding to nearest keeps them."""
+    s, model, moments = bigger(**changes)
+    name, dead = "blocks.0.attn.q.weight", [0, 7, 8, 47]
+    hessian = moments[name].hessian.clone()
+    hessian[dead], hessian[:, dead] = 0, 0
+    moments[name] = moments[name]._replace(hessian=hessian)
+    alive = [column for column in range(48) if column not in dead]
+    for method in ("gptq", "rtn"):
+        quantiser = tg.Quantiser(model, tg.replace(s, matrix_quant=method), moments)
+        decoded = quantiser.encode(1e-3)[name].decode((48, 48))
+        assert decoded[:, alive].any(0).all()
+        if method == "gptq":
+            assert not decoded[:, dead].any()
+        elif s.fit == "off":
+            assert decoded[:, dead].any(0).all()
 
 
 def test_matrices_of_one_shape_are_rounded_together_as_each_alone():
@@ -832,6 +871,25 @@ def test_a_room_that_nothing_fits_is_not_hidden(tmp_path):
     assert tg.save_artifact(tmp_path / "model.pg", model, s, moments=moments, room=1000)["bytes"] > 1000
 
 
+@ref.tries(100)
+@given(st.lists(st.integers(80_000, 120_000), min_size=10, max_size=10))
+def test_a_try_that_is_too_large_is_never_kept_where_another_one_fits(sizes):
+    """The last one that fits is kept, whatever the others come to. One within 5,000 bytes ends them."""
+    room, tries = 100_000, []
+    quantiser = SimpleNamespace(quantised=1000, rate=lambda spacing: 1e5, encode=lambda spacing: None,
+                                spacing_for=lambda *_: 0.1)
+
+    def packed_of(encoded):
+        tries.append(SimpleNamespace(size=sizes[len(tries)]))
+        return tries[-1]
+
+    kept = tg.allocate(quantiser, packed_of, room, silent)
+    filled = [number for number, size in enumerate(sizes, 1) if room - 5000 <= size <= room]
+    assert len(tries) == min([*filled, 10])
+    fitting = [one for one in tries if one.size <= room]
+    assert kept is fitting[-1] if fitting else kept in tries
+
+
 def test_at_equal_bytes_the_grid_is_felt_less_than_rows_clipped_by_their_spread():
     """What FIT=allocate is for: against SDClip with GPTQ at 6 and 8 bits, of the same size."""
     s, model, moments = bigger()
@@ -894,6 +952,36 @@ def test_nothing_is_pruned_where_it_fits_and_all_that_can_be_where_it_cannot():
     assert not any((one.parts["q"].abs() == 1).any() for one in hopeless.values() if one.codec == "int")
 
 
+def test_salient_tensors_are_pruned_by_their_steps_like_the_others(learned):
+    """A finer step makes a code cheaper. Where nothing fits, every 1 and -1 goes."""
+    s, model, _, moments, _ = learned
+    s = tg.replace(s, fit="prune", matrix_quant="rtn", embed_quant="rtn", matrix_bits=4, embed_bits=4,
+                   awq_lite_group_top_k=4, awq_lite_group_size=4)
+    done = tg.Quantiser(model, s, moments).encode()
+    coded = {name: one for name, one in done.items() if one.codec in ("int", "mixed")}
+    costs = {}
+    for name, one in coded.items():
+        codes = one.parts["q"]
+        steps = one._replace(parts=one.parts | {"q": torch.ones_like(codes)}).decode(codes.shape)
+        costs[name] = steps[codes.abs() == 1]
+    dearest = torch.cat(list(costs.values())).sort().values[199]
+    for name, one in tg.without_cheapest(done, 200).items():
+        if name in coded:
+            gone = (one.parts["q"] != coded[name].parts["q"]).sum()
+            assert (costs[name] < dearest).sum() <= gone <= (costs[name] <= dearest).sum()
+    hopeless = tg.prune_to_fit(done, packer(s, model), 500, silent).encoded
+    assert {one.codec for one in coded.values()} == {"int", "mixed"}
+    assert not any((hopeless[name].parts["q"].abs() == 1).any() for name in coded)
+
+
+def test_the_bytes_expected_of_a_spacing_are_near_those_of_its_artifact():
+    """So that FIT=allocate is near the room at its first try. What else there is costs a quarter at most."""
+    s, model, moments = bigger(compressor="rans")
+    quantiser = tg.Quantiser(model, s, moments)
+    expected, found = quantiser.rate(0.03), packer(s, model)(quantiser.encode(0.03)).size
+    assert expected < found < 1.25 * expected
+
+
 # --- low-rank corrections ---------------------------------------------------------------------------------------------
 
 
@@ -916,6 +1004,40 @@ def test_a_correction_is_felt_less_than_none(rows, cols, rank, group, seed):
     assert (gain[:, None] * (error - fix) ** 2).sum() <= (gain[:, None] * error**2).sum() * (1 + 1e-3)
     if rank == 2 and group < 64 and rows > 4 and cols > 4:
         assert (gain[:, None] * (error - fix) ** 2).sum() < 0.8 * (gain[:, None] * error**2).sum()
+
+
+def nearest(stored, exact, step, least, most):
+    """How far stored codes are, in steps, from the codes least..most that are nearest to the exact values."""
+    return np.abs(stored - np.clip(exact / step, least, most))
+
+
+@ref.tries(40)
+@given(st.integers(4, 12), st.integers(4, 12), st.integers(1, 3), st.booleans(), st.integers(0, 10**6))
+def test_a_correction_is_the_published_one_weighed_by_gains_and_inputs(rows, cols, rank, correlated, seed):
+    """LQER by eigenvectors in float64, with gains that differ by orders of magnitude.
+
+    A, in 2 bits, is G^-1/2 U S of the largest singular triples of G^1/2 E H^1/2. B, in 4 bits, is the best
+    for A as it is stored, by least squares.
+    """
+    rng = np.random.default_rng(seed)
+    error, gain = rng.normal(size=(rows, cols)), np.exp(2 * rng.normal(size=rows))
+    hessian = random_hessian(cols, 3 * cols, seed) if correlated else np.diag(np.exp(rng.normal(size=cols)))
+    parts = tg.low_rank(*(torch.from_numpy(z).float() for z in (error, hessian, gain)), rank, 5)
+    root = np.sqrt(gain)[:, None]
+    damped = hessian + 1e-3 * np.diag(hessian).mean() * np.eye(cols)
+    values, vectors = np.linalg.eigh((root * error) @ damped @ (root * error).T)
+    largest = np.argsort(values)[::-1][:rank]
+    a = vectors[:, largest] * np.sqrt(values[largest]) / root
+    a_codes, a_step = parts["a"].numpy(), float(parts["a_step"])
+    assert a_step == pytest.approx(np.abs(a).max() / 1.5, rel=2e-3)
+    gaps = np.diff(np.sort(values)[::-1][: rank + 1], append=0) / values.max()
+    if np.abs(gaps).min() > 1e-3:  # else the vectors are not unique
+        for k in range(rank):  # nor is their sign
+            assert min(nearest(a_codes[:, k], sign * a[:, k], a_step, -2, 1).max() for sign in (1, -1)) < 0.53
+    stored = a_codes * a_step
+    b = np.linalg.lstsq(root * stored, root * error, rcond=1e-6)[0].flatten()
+    steps = np.repeat(parts["b_step"].numpy().astype(float), 5)[: b.size]
+    assert nearest(parts["b"].numpy().flatten(), b, steps, -8, 7).max() < 0.53
 
 
 def test_a_correction_goes_by_the_hessian_too():
@@ -958,6 +1080,24 @@ def test_no_correction_has_a_higher_rank_than_its_matrix(learned, tmp_path):
         assert one.rank in ((0, min(40, *weights[name].shape)) if one.codec == "int" else (0,))
     tg.save_artifact(tmp_path / "model.pg", model, s, moments=moments)
     tg.load_artifact(tmp_path / "model.pg", s)
+
+
+def test_an_artifact_whose_correction_has_more_rank_than_its_matrix_is_refused(tmp_path):
+    """It would be whole, and cost work for nothing."""
+    s, path = ref.small(), tmp_path / "model.pg"
+    model, name = ref.randomise(tg.GPT(s)), "blocks.0.attn.q.weight"
+    done = tg.Quantiser(model, s).encode()
+    for rank in (16, 17):
+        parts = {"a": torch.zeros(16, rank, dtype=torch.int8), "a_step": torch.ones(1).half(),
+                 "b": torch.zeros(rank, 16, dtype=torch.int8), "b_step": torch.ones(4 * rank).half()}
+        altered = done | {name: done[name]._replace(rank=rank, group=4, parts=done[name].parts | parts)}
+        with mock.patch.object(tg.Quantiser, "encode", lambda self, spacing=None: altered):
+            tg.save_artifact(path, model, s)
+        if rank == 16:
+            assert tg.load_artifact(path, s)
+        else:
+            with pytest.raises(tg.BadInput, match="model.pg"):
+                tg.load_artifact(path, s)
 
 
 def test_gates_can_be_stored_in_bits_beside_corrections():

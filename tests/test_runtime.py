@@ -62,6 +62,16 @@ def test_an_attention_kernel_that_gives_wrong_results_is_passed_over(monkeypatch
         train_gpt.pick_attention(Settings(device="cpu"), rt)
 
 
+@no_proc
+def test_the_peak_memory_is_what_the_system_counts():
+    """In MiB; the system counts KiB."""
+    held = torch.ones(64 << 18)  # 64 MiB, so that it is no matter of rounding
+    peak = Runtime(Settings(device="cpu"), {}).peak_memory_mib()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("VmHWM")]
+    assert len(held) and peak == pytest.approx(int(line.split()[1]) / 1024, rel=0.05)
+
+
 # Clock
 
 

@@ -136,6 +136,17 @@ def apart(a, b):
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
+def test_each_step_has_the_momentum_and_the_decay_of_its_own_number(tmp_path, monkeypatch):
+    """As the optimizer gets them: the first step the start value, step n the n-th point of either line."""
+    seen, step = [], tg.MuonAdam.step
+    monkeypatch.setattr(tg.MuonAdam, "step", lambda self, *args: (seen.append(args), step(self, *args))[1])
+    run(tmp_path, "watched", muon_momentum_warmup_steps=4, muon_momentum_warmup_start=0.1, muon_momentum=0.9,
+        wd_taper_start_frac=0.5, wd_taper_final_mult=0.2)
+    _, momenta, decays = zip(*seen)
+    assert momenta == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9, 0.9, 0.9, 0.9])
+    assert decays == pytest.approx([1, 1, 1, 1, 1, 0.8, 0.6, 0.4])
+
+
 def test_stages_change_length_and_batch_and_the_rate_rises_again(tmp_path):
     """Half the run has 8 steps of 32 tokens, then 64 come in rows of 16 and the rate climbs over three steps."""
     s = dict(train_seq_schedule="8@0.5,16@1", train_batch_schedule="32@0.5,64@1", micro_batch_tokens=64)

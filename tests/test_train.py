@@ -162,6 +162,25 @@ def test_the_checkpoint_holds_everything(toy, tmp_path):
     assert matrices and all(len(state["optimizer"][name]) == 2 for name in matrices), "momentum and second moment"
 
 
+def test_the_clock_of_a_resumed_run_goes_on_where_its_checkpoint_left_it(toy, tmp_path, monkeypatch, watched):
+    """A second for each step: six before the interruption and four behind it are the ten of the budget."""
+    real, step = train_gpt.time.monotonic, train_gpt._train_step
+    monkeypatch.setattr(train_gpt, "time", SimpleNamespace(
+        monotonic=lambda: real() * 1e-6 + len(trained(watched)), strftime=time.strftime))
+    clocked = ("ITERATIONS=0", "MAX_WALLCLOCK_SECONDS=10.5", "WARMDOWN_SECONDS=4")
+    args = command(toy, tmp_path, *clocked, "PHASES=train")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "_train_step", lambda run, training, *rest: (
+            training.step == 5 and signal.raise_signal(signal.SIGTERM), step(run, training, *rest))[1])
+        refused(call(args), 143, "after step 6")
+    said = summary(good(call([*args, "RESUME=auto"])))
+    assert (said["steps"], said["train_seconds"]) == (10, pytest.approx(10, abs=0.1))
+    (row,) = events(tmp_path, "resume")
+    assert (row["step"], row["train_seconds"]) == (6, pytest.approx(6, abs=0.1))
+    fall = [(10.5 - second) / 4 for second in (7, 8, 9)]
+    assert [row.scale for row in trained(watched)] == pytest.approx(7 * [1] + fall, abs=0.1)
+
+
 def test_a_run_that_was_killed_twice_ends_with_the_same_bits(toy, tmp_path):
     """One that uses everything a checkpoint has to hold."""
     dice = random.Random(os.environ.get("TEST_SEED"))  # set it to repeat a failure
@@ -715,8 +734,11 @@ def test_scheduled_events_that_never_happened_are_said(toy, tmp_path):
     missed = " ".join(row["what"] for row in events(tmp_path / "never", "never_reached"))
     for what in ("MUON_MOMENTUM", "LR_WARMUP_STEPS", "AVERAGE"):
         assert what in missed, missed
-    good(call(command(toy, tmp_path / "flat", "ITERATIONS=4", "WARMDOWN_FRAC=0.1", "PHASES=train")))
-    assert "warmdown" in [row["what"] for row in events(tmp_path / "flat", "never_reached")]
+    others = ("MATRIX_OPTIMIZER=adamw", "MUON_MOMENTUM_WARMUP_STEPS=100", "TRAIN_SEQ_SCHEDULE=32@0.8,64@1")
+    good(call(command(toy, tmp_path / "flat", "ITERATIONS=4", "WARMDOWN_FRAC=0.1", "PHASES=train", *others)))
+    missed = {row["what"]: row["consequence"] for row in events(tmp_path / "flat", "never_reached")}
+    assert missed.keys() == {"warmdown", "stage"}, "nothing has momentum of Muon"
+    assert missed["stage"] == "it ended in number 1 of 2"
 
 
 def test_nothing_is_reported_as_missed_when_nothing_was(whole):

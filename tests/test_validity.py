@@ -448,6 +448,44 @@ def test_a_run_that_tests_itself_prints_a_line_for_each_test(trained, tmp_path, 
     assert summary(done)["valid"] == "yes" and summary(done)["reasons"] == []
 
 
+class UnsureOfWhatNeverCame(tg.Predictor):
+    """An honest predictor whose nats of tokens that the validation text does not hold are no numbers."""
+
+    def __init__(self, honest, known):
+        self.honest, self.known = honest, known
+        self.history, self.learns, self.invalid = honest.history, honest.learns, honest.invalid
+
+    def __getattr__(self, name):
+        return getattr(self.honest, name)
+
+    def predict(self, inputs, most=None):
+        return self.honest.predict(inputs, most)
+
+    def nll(self, inputs, targets):
+        return torch.where(torch.isin(targets, self.known), self.honest.nll(inputs, targets), math.nan)
+
+    def observe(self, chunk):
+        self.honest.observe(chunk)
+
+    def learn(self, part, stream):
+        self.honest.learn(part, stream)
+
+    def reset(self):
+        self.honest.reset()
+
+
+def test_a_run_whose_self_test_finds_no_number_is_not_valid(trained, toy, tmp_path):
+    """What it scores is finite throughout; only the texts that the tests make up come to nan."""
+    shard = next(Path(toy[0].partition("=")[2]).glob("fineweb_val_*.bin"))
+    known = torch.from_numpy(tg.read_shard(shard).astype(np.int64)).unique()
+    make = tg.make_predictor
+    with mock.patch.object(tg, "make_predictor", lambda *args: UnsureOfWhatNeverCame(make(*args), known)):
+        done = call([*trained, f"OUT_DIR={tmp_path}", "SELFTEST=1", "EVAL_STRIDE=0", "VAL_TOKENS=200"])
+    assert "no" in said(done, tmp_path).values()
+    told = summary(done)
+    assert math.isfinite(told["val_bpb"]) and told["valid"] == "no" and told["reasons"]
+
+
 def test_a_run_on_two_ranks_tests_them_against_one(trained, tmp_path):
     words = ["TTT=lora", "MIXER=hedge", "TOKEN_BOOST=2", "EVAL_DOCS=1"]
     with Started(torchrun([*trained, f"OUT_DIR={tmp_path}", "SELFTEST=1", *words])) as run:
@@ -627,6 +665,38 @@ def test_a_run_notes_what_its_evaluation_fetched(trained, toy, tmp_path):
         told = carries(call([*trained, f"OUT_DIR={tmp_path}"]), tmp_path, "the evaluation opened a network connection")
     assert [reason.partition(" to ")[0] for reason in told["reasons"]] == [
         "the evaluation opened a network connection", "training shards were read after the artifact was frozen"]
+
+
+@pytest.mark.parametrize("world, device, fits", [
+    (8, "NVIDIA H100 80GB HBM3", True), (7, "NVIDIA H100 80GB HBM3", False), (16, "NVIDIA H100 80GB HBM3", False),
+    (8, "NVIDIA H200", False), (8, "NVIDIA A100-SXM4-80GB", False), (1, "cpu", False)])
+def test_only_eight_h100_can_make_a_record(tmp_path, world, device, fits):
+    s = ref.small(device="cpu")
+    rt = tg.Runtime(s, {})
+    rt.world, rt.device_name = world, lambda: device
+    tg.summarise(tg.Run(s, rt, tmp_path, tg.attend_sdpa))
+    (row,) = events(tmp_path, "summary")
+    reasons = [why for why in row["eligible_reasons"] if "hardware" in why]
+    assert reasons == ([] if fits else [f"hardware {world} x {device}, not 8 x H100"])
+
+
+def test_only_a_score_of_all_of_fineweb_can_be_a_record(trained, toy, tmp_path):
+    """50,000 documents, and their bytes to a ten-thousandth. Here the toy's bytes stand for them."""
+    s = tg.Settings.parse(toy)
+    val = tg.load_validation(s, ref.alone(), tg.load_tokenizer(s)[0])
+    nbytes = int(val.bytes.sum())
+
+    def complaints(name, share, documents, val_tokens=0):
+        ranges = np.zeros((documents, 2), dtype=np.int64)
+        arguments = [*trained, "EVAL_STRIDE=0", f"VAL_TOKENS={val_tokens}", f"OUT_DIR={tmp_path / name}"]
+        with mock.patch.multiple(tg, FINEWEB_VAL_BYTES=share * nbytes, documents_of=lambda stream: ranges):
+            said = summary(good(call(arguments)))
+        return [why for why in said["eligible_reasons"] if "FineWeb" in why]
+
+    assert complaints("whole", 1.00005, 50_000) == []
+    assert complaints("bytes", 1.002, 50_000)
+    assert complaints("documents", 1.0, 49_999)
+    assert complaints("cut", 1.0, 50_000, len(val.bytes) - 1)
 
 
 def test_an_artifact_that_changed_between_writing_and_scoring_is_noted(trained, toy, tmp_path):
