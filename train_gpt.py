@@ -5565,6 +5565,8 @@ def train(run, model, val):
     if not was_done:
         _report_never_reached(run, training, lowest)
     kind, weights = _choose_average(run, training, predictor)
+    if kind == "ema":
+        _report_young_average(run, training)
     if weights is not None:
         training.average.apply(weights)
         result = report_score(run, predictor, val)
@@ -5585,6 +5587,20 @@ def keep_weights(run, training):
         return
     run.last_checkpoint = run.out_dir / f"checkpoint_{training.step:07d}.pt"
     run.kept = f"the trained weights are kept, go on with RESUME=auto OUT_DIR={run.out_dir}"
+
+
+def _report_young_average(run, training):
+    """An average that began a short while ago is still what it began with."""
+    average, decay = training.average, run.s.ema_decay
+    steps = training.step - average.begun
+    share = decay**steps
+    if share <= 0.01:
+        return
+    what = f"the weights after step {average.begun}" if average.begun else "the initial weights"
+    lower = math.floor(1e4 * 0.01 ** (1 / max(steps, 1))) / 1e4
+    run.log("warning", setting="EMA_DECAY", share=share,
+            note=f"{share:.1%} of the exported average is {what}, {decay}**{steps}; "
+                 f"more steps, EMA_DECAY={lower} or AVERAGE=none make that less")
 
 
 def _choose_average(run, training, predictor):
