@@ -231,12 +231,12 @@ CALIBRATED = ("MATRIX_QUANT=gptq", "GPTQ_CALIBRATION_TOKENS=512", "EVAL_STRIDE=0
 AFTER = {"_report_never_reached": "RESUME=auto", "save_artifact": "RESUME=auto", "evaluate": "PHASES=eval ARTIFACT="}
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT], ids=["SIGHUP", "SIGINT"])
-@pytest.mark.parametrize("limit", ["ITERATIONS=4", "MAX_WALLCLOCK_SECONDS=0.5"])
+@pytest.mark.parametrize("number, limit", [("SIGHUP", "ITERATIONS=4"), ("SIGINT", "MAX_WALLCLOCK_SECONDS=0.5")])
 @pytest.mark.parametrize("phase", AFTER)
 def test_after_training_a_signal_loses_nothing_and_resume_makes_the_same_artifact(toy, tmp_path, monkeypatch, phase,
                                                                                 limit, number):
     """Of a run that ended by its clock, too: no step more."""
+    number = signal.Signals[number]
     args = command(toy, tmp_path, *CALIBRATED, "ITERATIONS=100000", "GPTQ_RESERVE_SECONDS=0.1", limit)
     with monkeypatch.context() as patch:
         patched(patch, phase, number)
