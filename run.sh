@@ -262,6 +262,17 @@ except ChildFailedError as error:
     sys.exit(code if code > 0 else 128 - code)
 '
 
+new_run_id() { # new_run_id NAME: prints a name and makes its folder, which no other run can get
+    local id
+    id=$(date +%Y%m%d-%H%M%S)-$1
+    mkdir -p logs || fail "logs cannot be made: set OUT_DIR"
+    until mkdir "logs/$id" 2>/dev/null; do
+        [ -e "logs/$id" ] || fail "logs/$id cannot be made: set OUT_DIR"
+        id+=+
+    done
+    printf '%s\n' "$id"
+}
+
 train() {
     local small="" word place name sizes sized=() launch run_id out_dir status
     files=() pairs=()
@@ -299,8 +310,7 @@ train() {
 
     out_dir=$(setting OUT_DIR "") run_id=$(setting RUN_ID "")
     if [ -z "$out_dir$run_id" ] && [ "$(setting RESUME "")" != auto ]; then
-        run_id=$(date +%Y%m%d-%H%M%S)-$name
-        while [ -e "logs/$run_id" ]; do run_id+=+; done
+        run_id=$(new_run_id "$name") || exit 2
         pairs+=("RUN_ID=$run_id")
     fi
     out_dir=${out_dir:-logs/$run_id}
@@ -315,6 +325,7 @@ train() {
     say "training on ${gpus/#0/no} GPU(s), $NPROC process(es); results in $out_dir"
     run "${launch[@]}" train_gpt.py ${files[@]+"${files[@]/#/@}"} ${pairs[@]+"${pairs[@]}"}
     status=$?
+    [ -z "$run_id" ] || rmdir "logs/$run_id" 2>/dev/null # if nothing was run
     # 2: nothing was run; a second signal: wanted to be gone
     if [ "$status" -ne 2 ] && [ "$caught" -lt 2 ] && [ -e "$out_dir/metrics.jsonl" ]; then
         printf '\n'

@@ -35,6 +35,7 @@ import linecache
 import lzma
 import math
 import os
+import platform
 import shlex
 import signal
 import struct
@@ -55,6 +56,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin
 
 if __name__ == "__main__":
+    # The number of a closed standard stream goes to the next file that is opened, which then gets our prints.
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest number: this one
     # Before torch: OpenMP threads that spin while waiting make a shared CPU 5-11x slower, and torch 2.10-2.12 fuse
     # reductions of this architecture badly (+6 ms a step; pytorch PR 179494). Both can be overridden from outside.
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends quietly; main() takes over
@@ -122,7 +129,7 @@ _run, _data, _model, _train, _average, _pack, _eval = (partial(opt, room) for ro
 class Settings:
     """Everything a person chooses. MATRIX_LR in a command is the field matrix_lr; derived values are properties."""
 
-    run_id: str = _run("", "name of the run; empty: date, time and settings hash")
+    run_id: str = _run("", "name of the run; empty: date, time, settings hash and seed")
     out_dir: str = _run("", "folder for everything the run writes; empty: logs/RUN_ID")
     seed: int = _run(1337, "seed of the initial weights", 0)
     phases: Literal["all", "train", "eval"] = _run("all", "train: stop after the artifact; eval: only score ARTIFACT")
@@ -489,7 +496,8 @@ class Settings:
 
     def sha256(self):
         """Hash of experiment(), whatever the seed."""
-        return hashlib.sha256("\n".join(f"{k}={v}" for k, v in self.experiment().items()).encode()).hexdigest()
+        return hashlib.sha256("\n".join(f"{k}={v}" for k, v in self.experiment().items())
+                              .encode("utf-8", "surrogateescape")).hexdigest()
 
     @classmethod
     def help(cls):
@@ -1512,7 +1520,8 @@ def _file_pairs(path, complaints):
     """(where, KEY=VALUE) of each assignment in a settings file, or in settings.env of a record folder."""
     path = Path(path) / "settings.env" if Path(path).is_dir() else Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
+        lines = os.fsdecode(text.encode()).splitlines()  # as arguments are decoded: a path may have an accent
     except (OSError, UnicodeDecodeError) as error:
         complaints.append(f"@{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})")
         return
@@ -1960,6 +1969,7 @@ class Average:
 
     def __init__(self, s, banks):
         self.s, self.banks, self.taken, self.count = s, banks, {}, 0
+        self.begun = 0  # the step whose weights EMA began with; 0: the initial weights
         self.kinds = {"none": (), "best": ("ema", "swa", "lawa")}.get(s.average, (s.average,))
 
     def start(self):
@@ -1979,7 +1989,7 @@ class Average:
                 for mean, bank in zip(self.taken["ema"][0], self.banks):
                     mean.lerp_(bank.weight, 1 - s.ema_decay)
             else:
-                self.taken["ema"] = [self.copy()]
+                self.taken["ema"], self.begun = [self.copy()], step
         if "swa" in self.kinds and scale < s.swa_start_scale and step % s.swa_every == 0:
             sums = self.taken.setdefault("swa", [[torch.zeros_like(bank.weight) for bank in self.banks]])[0]
             for total, bank in zip(sums, self.banks):
@@ -2088,14 +2098,15 @@ def load_tokenizer(s):
         raise BadInput(f"no tokenizer at {' or '.join(map(str, places))}; set TOKENIZER_PATH, or make one with "
                        "data/prepare.py or data/fineweb.py")
     try:
-        sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        data = path.read_bytes()  # of a path that is not UTF-8, too
+        sp = sentencepiece.SentencePieceProcessor(model_proto=data)
     except (RuntimeError, OSError) as error:
         raise BadInput(f"{path} is not a SentencePiece model ({str(error).splitlines()[0][:80]})") from None
     if sp.vocab_size() != s.vocab_size:
         raise BadInput(f"{path} has {sp.vocab_size()} pieces but VOCAB_SIZE={s.vocab_size}; make them equal")
     if fault := tokenizer_fault(sp):
         raise BadInput(f"{path}: {fault}")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256(data).hexdigest()
     made_with = manifest_tokenizer(folder)
     if made_with not in (None, digest):
         raise BadInput(f"{path} (SHA-256 {digest[:12]}) is not the tokenizer of the shards in {folder} "
@@ -2750,7 +2761,7 @@ def sensitive_grid(weight, moments, pivots, spacing):
     return {"row": row.to(torch.int8), "col": col.to(torch.int8), "unit": unit.reshape(1)}
 
 
-def factorise(moments, damp, act_order):
+def factorise(moments, damp, act_order, name="a parameter"):
     """(order (C,), U (C, C) float32) for gptq(): columns by falling diagonal of the Hessian, and the upper U with U^T U
     its damped inverse in that order. U comes from one Cholesky factor of the reversed Hessian and its inverse.
     """
@@ -2762,7 +2773,8 @@ def factorise(moments, damp, act_order):
                                                                                           device=diagonal.device)
     lower, failed = torch.linalg.cholesky_ex(hessian[order][:, order].flip(0, 1))
     if failed or not lower.isfinite().all():
-        raise Stopped("a Hessian is not positive definite; raise GPTQ_DAMP, or GPTQ_CALIBRATION_TOKENS", 4)
+        raise Stopped(f"the Hessian of {name} is not positive definite; "
+                      "raise GPTQ_DAMP, or GPTQ_CALIBRATION_TOKENS", 4)
     identity = torch.eye(len(order), dtype=lower.dtype, device=lower.device)
     return order, torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).float()
 
@@ -2913,6 +2925,7 @@ class Quantiser:
     def __init__(self, model, s, moments=None):
         self.s, self.stores, self.moments, self.groups = s, storage(model, s), moments, {}
         self.weights, self.factors, self._spread = {n: p.detach().float() for n, p in model.named_parameters()}, {}, None
+        self._check_moments()
         self.salient = self._salient_columns() if s.awq_lite_group_top_k and moments else {}
         self.stores |= {name: self.stores[name]._replace(codec="mixed") for name in self.salient}
         for name, store in self.stores.items():
@@ -2925,6 +2938,20 @@ class Quantiser:
                 self.weights[name] = weight.where(weight.abs() > weight.abs().flatten().kthvalue(count).values, 0.0)
             self.groups.setdefault((weight.shape, store), []).append(name)
         self.quantised = sum(self.weights[name].numel() for names in self.groups.values() for name in names)
+
+    def _check_moments(self):
+        """Moments that are nan or infinite would make an artifact of nan, or an error that blames others."""
+        for name, found in (self.moments or {}).items():
+            if found.hessian.isfinite().all() and found.gain.isfinite().all() and math.isfinite(found.logits):
+                continue
+            weight = self.weights[name]
+            if not weight.isfinite().all():
+                why = "it is not finite itself"
+            elif not weight.any():
+                why = "it is all zero, so nothing that it does is felt"
+            else:
+                why = "an activation or a gradient overflowed, or all are zero"
+            raise Stopped(f"calibration moments of {name} are nan or infinite: {why}; no artifact was made", 4)
 
     def _salient_columns(self):
         """{parameter: (C,) which of its columns AWQ-lite stores in AWQ_LITE_BITS}."""
@@ -2947,7 +2974,7 @@ class Quantiser:
             raise ValueError(f"{name} is to be stored by its Hessian, but there are no moments")
         key = id(self.moments[name].hessian)
         if key not in self.factors:
-            self.factors[key] = factorise(self.moments[name], self.s.gptq_damp, self.s.gptq_act_order)
+            self.factors[key] = factorise(self.moments[name], self.s.gptq_damp, self.s.gptq_act_order, name)
         return self.factors[key]
 
     def pivots(self, name):
@@ -5402,6 +5429,59 @@ class Clock:
             self._enter(outer)
 
 
+class Console:
+    """Standard output or error, which may go away while the run goes on: a pipe without reader, a full disk,
+    a closed terminal. From then on text for it is dropped; `lost` says why.
+    """
+
+    def __init__(self, stream):
+        self.lost = "" if stream else "it was closed at the start"
+        self._stream = stream or open(os.devnull, "w", encoding="utf-8")
+
+    def __getattr__(self, name):  # encoding, fileno, buffer, ...
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        try:
+            self._stream.write(text)
+        except UnicodeEncodeError:  # an accent in a path, a terminal that knows ASCII only
+            known = self._stream.encoding
+            self.write(text.encode(known, "backslashreplace").decode(known))
+        except (OSError, ValueError) as error:
+            self._lose(error)
+        return len(text)
+
+    def flush(self):
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            self._lose(error)
+
+    def isatty(self):
+        return not self.lost and self._stream.isatty()
+
+    def _lose(self, error):
+        self.lost = self.lost or getattr(error, "strerror", None) or str(error)
+        # What the stream still holds goes nowhere. When Python ends, that would make the exit code 120.
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+@contextlib.contextmanager
+def guarded_console():
+    """Prints of the block, of Python's warnings, too, never end the run."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+
+
 class Log:
     """train.log, metrics.jsonl and the console, written by rank 0, flushed line by line.
 
@@ -5409,7 +5489,7 @@ class Log:
     """
 
     def __init__(self, out_dir, main, append=False):
-        self.main, self._files, self._bar = main, [], False
+        self.main, self._files, self._bar, self._told = main, [], False, False
         if main:
             self._files = [_open_log(Path(out_dir) / name, append) for name in ("train.log", "metrics.jsonl")]
 
@@ -5418,8 +5498,13 @@ class Log:
             text = " ".join([event] + [f"{key}:{_word(value)}" for key, value in values.items()])
         self.line(text)
         self._write(1, to_json({"event": event, **values}))
+        lost = getattr(sys.stdout, "lost", "")
+        if lost and self.main and not self._told:
+            self._told = True
+            self("warning", note=f"the console is gone ({lost}); the files of the run go on")
 
     def line(self, text, console=True):
+        text = readable(text)
         self._write(0, text)
         if self.main and console:
             print(("\r\x1b[K" if self._bar else "") + text, flush=True)
@@ -5444,10 +5529,29 @@ class Log:
         self._bar = True
 
 
+def readable(text):
+    """Text that UTF-8 can hold: bytes of a path that are not UTF-8 become \\xNN, in every locale."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a pair, from a file that says \ud800
+        return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def to_json(values, indent=None):
-    """JSON has no nan: a number that is none becomes null."""
-    known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-    return json.dumps(known, default=str, indent=indent)
+    """JSON that every reader takes: a number that is not finite becomes null, text is readable()."""
+    return json.dumps(_plain(values), indent=indent)
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {readable(str(key)): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, int):
+        return value
+    return readable(str(value))
 
 
 def _word(value):
@@ -5474,24 +5578,125 @@ def _open_log(path, append):
         raise BadInput(f"{path} cannot be written ({error.strerror}); choose another OUT_DIR") from None
 
 
-class Interrupt:
-    """Turns SIGTERM and Ctrl-C into a flag that the train loop reads between steps; a second Ctrl-C is immediate."""
+def make_folder(s):
+    """The folder of the run: the one that settings name, or a new one that no other run can get."""
+    named = s.out_dir or (s.run_id and Path("logs") / s.run_id)
+    name = Path(named or Path("logs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{s.sha256()[:8]}-seed{s.seed}")
+    folder, tries = name, 1
+    try:
+        while True:
+            try:
+                folder.mkdir(parents=True, exist_ok=bool(named))
+                return folder
+            except FileExistsError:
+                if named:  # a file
+                    raise
+                tries += 1
+                folder = name.with_name(f"{name.name}-{tries}")
+    except OSError as error:
+        raise BadInput(f"{folder} cannot be written ({error.strerror}); choose another OUT_DIR") from None
 
-    def __init__(self):
-        self.signal = 0
+
+LOCK_FILE = "run.lock"  # lies in OUT_DIR while a run uses it, and names its process
+
+
+class FolderLock:
+    """A folder belongs to one run: a lock that the kernel releases when the process ends, however it ends."""
+
+    def __init__(self, folder, rt):
+        """BadInput if another run has the folder. Where files cannot be locked, a line of the log says so."""
+        self._path, self._file, held = folder / LOCK_FILE, None, False
+        try:
+            while not held:
+                self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+                self._lock(rt)
+                held = self._is_there()
+                if not held:  # its run ended after we opened the file, and removed it
+                    os.close(self._file)
+            os.ftruncate(self._file, 0)
+        except OSError as error:
+            reason = error.strerror
+            raise BadInput(f"{self._path} cannot be written ({reason}); choose another OUT_DIR") from None
+        with contextlib.suppress(OSError):  # a full disk
+            os.write(self._file, f"process {os.getpid()} on {platform.node()}".encode())
+        # We are alone here: what a killed run had begun to write is nobody's.
+        self.remove_parts()
+
+    def _lock(self, rt):
+        try:
+            import fcntl
+        except ImportError:
+            rt.choose("folder_lock", "none", "no fcntl: do not start two runs in one OUT_DIR")
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # over NFS the second
+            holder = os.pread(self._file, 100, 0).decode("utf-8", "replace") or "of unknown process"
+            os.close(self._file)
+            raise BadInput(f"OUT_DIR={self._path.parent} is in use by another run ({holder}); "
+                           "wait until it ends, or choose another RUN_ID or OUT_DIR") from None
+        except OSError as error:
+            rt.choose("folder_lock", "none", f"{error.strerror}: do not start two runs in one OUT_DIR")
+
+    def _is_there(self):
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._file))
+        except FileNotFoundError:
+            return False
+
+    def remove_parts(self):
+        """Files of write_atomic() that a signal cut short."""
+        for name in ("model.pg.part", "summary.json.part", "checkpoint_*.pt.part"):
+            for part in self._path.parent.glob(name):
+                with contextlib.suppress(OSError):
+                    part.unlink()
+
+    def release(self):
+        self.remove_parts()
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+        os.close(self._file)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ends the run. Like Ctrl-C, no `except Exception` stops it."""
+
+
+class Interrupt:
+    """SIGTERM, SIGHUP and Ctrl-C. The train loop reads `signal` between its steps, so that it can save; a second
+    Ctrl-C is immediate. The phases around it have saved what they need: `at_once`, Interrupted is raised.
+    """
+
+    def __init__(self, at_once=False):
+        self.signal, self.at_once = 0, at_once
+        self.over = False  # the run is complete: a signal changes nothing any more
 
     def _note(self, number, frame):
-        if self.signal and number == signal.SIGINT:
+        if self.over:
+            return
+        again, self.signal = self.signal, self.signal or number
+        unwinding = sys.exc_info()[0] is not None  # of another rank that is gone, say: that must end in order
+        if self.at_once and not unwinding:
+            raise Interrupted
+        if again and number == signal.SIGINT and not self.at_once:
             raise KeyboardInterrupt
-        self.signal = number
+
+    def check(self):
+        """End here, if a signal came where it could not be raised."""
+        if self.signal:
+            raise Interrupted
 
     def __enter__(self):
         self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+            self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._note)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self.signal and kind is None and not self.at_once:  # it came after the last look: for those around
+            signal.raise_signal(self.signal)
 
 
 class Run:
@@ -5502,6 +5707,27 @@ class Run:
         self.source = Path(__file__).read_bytes()  # once: what is counted and hashed is what runs, edited since or not
         self.log = Log(out_dir, rt.rank == 0, append=bool(s.resume))
         self.clock, self.validity, self.facts, self.too_large = Clock(rt.sync), Validity(), {}, ""
+        self.kept = ""  # what an end from now on leaves behind, and how to go on from there
+        self.last_checkpoint = None  # of the end of training, until nothing can lose the weights any more
+
+
+def open_run(s, rt, attend):
+    """(Run, its FolderLock or None). Rank 0 takes the folder; if it cannot, all ranks raise its BadInput."""
+    run = lock = folder = None
+    refusal = ""
+    if rt.rank == 0:
+        try:
+            folder = make_folder(s)
+            lock = FolderLock(folder, rt)
+            run = Run(s, rt, folder, attend)
+        except BadInput as error:
+            refusal = str(error)
+    folder, refusal = rt.same((folder, refusal))
+    if refusal:
+        if lock:
+            lock.release()
+        raise BadInput(refusal)
+    return run or Run(s, rt, folder, attend), lock
 
 
 CALIBRATION_MICRO_TOKENS = 16384  # forwarded at once: a backward pass that is not compiled takes much memory
@@ -5547,8 +5773,14 @@ class LateQAT:
             run.log("late_qat", step=training.step, tensors=len(self.grids), rounding=self.s.qat_rounding)
             if self.s.fit == "allocate":
                 self.moments = training.calibrate()  # the export's, too: another grid would undo what was learned
-                quantiser = Quantiser(self.model, self.s, self.moments)
-                self._set(quantiser.steps(quantiser.spacing_for(self.s.size_limit - len(run.source))))
+                try:
+                    quantiser = Quantiser(self.model, self.s, self.moments)
+                    spacing = quantiser.spacing_for(self.s.size_limit - len(run.source))
+                except Stopped:  # the steps so far are worth keeping
+                    self.begun = self.moments = None
+                    training.save()
+                    raise
+                self._set(quantiser.steps(spacing))
         if self.s.fit != "allocate" and (training.step - self.begun) % 10 == 0:
             self._set(Quantiser(self.model, self.s).steps())
         for grid in self.grids.values() if self.s.qat_rounding == "soft" else ():
@@ -5591,6 +5823,7 @@ class Training:
         self.qat = LateQAT(model, s) if s.late_qat_threshold else None
         self.data = training_data(s)
         self.reserve = 0.0  # seconds of the training clock kept for calibration
+        self.done = False  # all steps were made
 
     def enter(self, progress, falling=1.0):
         """What progress switches on: the stage of length and batch, depth recurrence, and, once the learning rate has
@@ -5751,7 +5984,7 @@ class Training:
                 "average": average, "average_count": self.average.count,
                 "complement": self.complement.state_dict() if self.complement else None,
                 "qat": self.qat.state_dict() if self.qat else None, "reserve": self.reserve,
-                "optimizer": self.optimizer.state_dict()}
+                "optimizer": self.optimizer.state_dict(), "done": self.done, "average_begun": self.average.begun}
 
     def _save(self):
         run, state = self.run, self.state()
@@ -5776,7 +6009,9 @@ class Training:
         state of a training that has not begun, and its numbers are possible ones. Nothing is changed.
         """
         s, sizes = self.run.s, [tokens for _, _, tokens in self.run.s.stages]
-        need_names("the checkpoint", {"data": None, **state}, fresh)  # older ones know their data by its path
+        younger = {"data": None, "done": False, "average_begun": 0}  # what older checkpoints do not have
+        state = {**younger, **state}
+        need_names("the checkpoint", state, fresh)
         for name in ("stage", "weights", "optimizer", "rng"):
             need_like(name, state[name], fresh[name])
         step = need_number("step", state["step"], int, 0, s.iterations or MOST_STEPS)
@@ -5801,6 +6036,8 @@ class Training:
             torch.Generator().set_state(state["rng"])
         except RuntimeError:
             raise ValueError("rng is not the state of a generator") from None
+        need_like("done", state["done"], False)
+        need_number("average_begun", state["average_begun"], int, 0, step)
         self._check_average(state, fresh["weights"])
         self._check_complement(state["complement"])
         self._check_qat(state["qat"], fresh["qat"], step)
@@ -5880,6 +6117,8 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.run.clock.seconds.update({k: v for k, v in state["seconds"].items() if k != "setup"})
         torch.set_rng_state(state["rng"])
+        self.done = state.get("done", False)
+        self.average.begun = state.get("average_begun", 0)
 
 
 MOST_STEPS, MOST_SECONDS = 2**53, 1e9  # of any run
@@ -6099,13 +6338,18 @@ def train(run, model, val):
     copies.look(training.stream.held)
     if rt.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(rt.device)
-    with run.clock.phase("train"), Interrupt() as interrupt:
-        lowest = _train_steps(run, training, predictor, val, interrupt)
-    if s.checkpoint_every:
-        training.save()
-    _report_never_reached(run, training, lowest)
+    was_done = training.done
+    with Interrupt() as interrupt:
+        with run.clock.phase("train"):
+            lowest = _train_steps(run, training, predictor, val, interrupt)
+        training.done = True
+        keep_weights(run, training)
+    if not was_done:
+        _report_never_reached(run, training, lowest)
     _check_copies(run, copies)
     kind, weights = _choose_average(run, training, predictor)
+    if kind == "ema":
+        _report_young_average(run, training)
     if weights is not None:
         training.average.apply(weights)
         result = report_score(run, predictor, val)
@@ -6128,6 +6372,29 @@ def _check_copies(run, copies):
     run.facts.update(val_documents_in_training=count)
     run.validity.need(count <= max(len(met) // 100, 1), f"C3: {count} of {len(met)} validation documents begin as some did "
                       f"that were trained on, with the same {copies.PREFIX} tokens")
+
+
+def keep_weights(run, training):
+    """The trained weights are on disk before anything else is tried with them, until the run is over."""
+    if not training.save():
+        run.kept = "the trained weights could not be kept: no checkpoint could be written"
+        return
+    run.last_checkpoint = run.out_dir / f"checkpoint_{training.step:07d}.pt"
+    run.kept = f"the trained weights are kept, go on with RESUME=auto OUT_DIR={run.out_dir}"
+
+
+def _report_young_average(run, training):
+    """An average that began a short while ago is still what it began with."""
+    average, decay = training.average, run.s.ema_decay
+    steps = training.step - average.begun
+    share = decay**steps
+    if share <= 0.01:
+        return
+    what = f"the weights after step {average.begun}" if average.begun else "the initial weights"
+    lower = math.floor(1e4 * 0.01 ** (1 / max(steps, 1))) / 1e4
+    run.log("warning", setting="EMA_DECAY", share=share,
+            note=f"{share:.1%} of the exported average is {what}, {decay}**{steps}; "
+                 f"more steps, EMA_DECAY={lower} or AVERAGE=none make that less")
 
 
 def _choose_average(run, training, predictor):
@@ -6174,7 +6441,7 @@ def _train_steps(run, training, predictor, val, interrupt):
         by_step = step / s.iterations if s.iterations else 0.0
         progress = min(max(by_time, by_step), 1.0)
         out_of_time = limit and elapsed + pace * (1 + len(losses)) > limit
-        done = by_step >= 1 or out_of_time
+        done = by_step >= 1 or out_of_time or training.done
         if stop:
             break
         if done or (s.val_loss_every and step % s.val_loss_every == 0 and step > first):
@@ -6295,10 +6562,22 @@ def _report_never_reached(run, training, lowest):
 def export(run, model, tokenizer_sha256, moments=None):
     """Write the artifact, account for every byte of the submission; returns the artifact's path."""
     s, path, code_bytes = run.s, run.out_dir / "model.pg", len(run.source)
+    info = failed = None
     with run.clock.phase("export"):
-        info = run.rt.rank == 0 and save_artifact(path, model, s, tokenizer_sha256, run.log, moments,
-                                                  s.size_limit - code_bytes)
-    info = run.rt.same(info)
+        try:
+            if run.rt.rank == 0:
+                room = s.size_limit - code_bytes
+                info = save_artifact(path, model, s, tokenizer_sha256, run.log, moments, room)
+        except BadInput as error:
+            failed = str(error), 2
+        except Stopped as error:
+            failed = str(error), error.code
+    info, failed = run.rt.same((info, failed))
+    if failed:  # on all ranks: one that waited for the artifact would die of that
+        raise Stopped(*failed)
+    run.kept = f"the artifact is kept, go on with PHASES=eval ARTIFACT={path}"
+    if run.last_checkpoint:
+        run.kept += f" or RESUME=auto OUT_DIR={run.out_dir}"
     total = code_bytes + info["bytes"]
     run.facts.update(code_bytes=code_bytes, model_bytes=info["bytes"], total_bytes=total,
                      artifact_sha256=info["sha256"], compressor=info["compressor"])
@@ -6555,7 +6834,8 @@ def log_header(run, argv):
     def output(*words):
         try:
             folder = Path(__file__).resolve().parent
-            done = subprocess.run(words, capture_output=True, text=True, timeout=20, cwd=folder)
+            done = subprocess.run(words, capture_output=True, timeout=20, cwd=folder,
+                                  encoding="utf-8", errors="replace")
             return done.stdout.strip() if done.returncode == 0 else ""
         except (OSError, subprocess.TimeoutExpired):
             return ""
@@ -6577,8 +6857,10 @@ def log_header(run, argv):
         log("warning", environment=name, note="looks like a setting but is none; STRICT_ENV=1 makes that an error")
 
 
-def run_phases(s, argv):
-    """Settings to summary, in the order in which data flows; inputs are looked at before anything is built."""
+def run_phases(s, argv, interrupt=None):
+    """Settings to summary, in the order in which data flows; inputs are looked at before anything is built.
+    Whatever ends it before its time is the last line of its log. `interrupt`: the Interrupt that is in force.
+    """
     if s.artifact:
         s = artifact_settings(s.artifact, read_artifact(s.artifact)[0], s)
     try:
@@ -6589,10 +6871,10 @@ def run_phases(s, argv):
         hint = f". {s.artifact} does not hold the DATA_PATH of its run: repeat that, or its settings file" if s.artifact else ""
         raise BadInput(f"{error}{hint}") from None
     rt, run, watch = Runtime(s), None, contextlib.ExitStack()
+    lock, interrupt = None, interrupt or Interrupt()
     try:
         attend = pick_attention(s, rt)
-        run_id = rt.same(s.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{s.sha256()[:8]}")
-        run = Run(s, rt, Path(s.out_dir or Path("logs") / run_id), attend)
+        run, lock = open_run(s, rt, attend)
         log, path = run.log, Path(s.artifact)
         watch.enter_context(run.validity.watch(s.data_path))
         log_header(run, argv)
@@ -6613,38 +6895,68 @@ def run_phases(s, argv):
                 train_on_validation(run, model, val)
             path = export(run, model, tokenizer_sha256, moments)
             del model, val, moments  # nothing but the file goes on from here
+        interrupt.check()
         run.validity.freeze()
         if s.phases != "train":
             evaluate(run, path)
+            interrupt.check()
         summarise(run)
-    except (BadInput, Stopped) as error:
+        interrupt.over = True
+        if run.last_checkpoint and rt.rank == 0 and not s.checkpoint_every and not run.too_large:
+            run.last_checkpoint.unlink(missing_ok=True)
+    except BaseException as error:
+        ended = _end_of(run, error, interrupt)
         if run:
-            run.log.line(f"ended reason:{_word(str(error))}", console=False)
-        raise
+            known = isinstance(ended, (BadInput, Stopped))
+            reason = str(ended) if known else f"{type(ended).__name__} {ended}"
+            run.log.line(f"ended reason:{_word(reason)}", console=False)
+        if ended is error:
+            raise
+        raise ended from None
     finally:
         watch.close()
+        if lock:
+            lock.release()
         rt.close()
     if run.too_large:
         raise Stopped(run.too_large, 3)
 
 
+def _end_of(run, error, interrupt):
+    """The error that ends the run, or, if a signal does, Stopped; with what is kept and how to go on."""
+    kept = run.kept if run else ""
+    known = isinstance(error, (BadInput, Stopped))
+    if interrupt.signal and not known:  # Interrupted, or what a rank meets when another one is gone
+        name = signal.Signals(interrupt.signal).name
+        kept = kept or "the same command starts again"
+        return Stopped(f"interrupted by {name}; {kept}", 128 + interrupt.signal)
+    if known and kept:
+        return Stopped(f"{error}; {kept}", getattr(error, "code", 2))
+    return error
+
+
 def main(argv):
-    """Returns the exit code: 0 done, 2 bad input, 3 artifact too large, 4 loss not finite, 128 + signal interrupted."""
-    if {"--help", "-h"} & set(argv):
-        print(Settings.help())
-        return 0
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    rank, settings, message, code = os.environ.get("RANK", "0"), None, "", 0
-    try:
-        settings = Settings.parse(argv, os.environ)
-        run_phases(settings, argv)
-    except (BadInput, Stopped) as error:
-        message, code = str(error), getattr(error, "code", 2)
-    except KeyboardInterrupt:
-        message, code = "interrupted", 130
-    for line in message.splitlines() if settings or rank == "0" else ():  # all ranks have the same wrong settings
-        print(f"error: {line}" if rank == "0" else f"error (rank {rank}): {line}", file=sys.stderr, flush=True)
-    return code
+    """Returns the exit code: 0 done, 2 bad input, 3 artifact too large, 4 not finite, 128 + signal that ended it.
+    A console that goes away changes neither the run nor the code.
+    """
+    with guarded_console():
+        if {"--help", "-h"} & set(argv):
+            print(Settings.help())
+            return 0
+        rank, settings, message, code = os.environ.get("RANK", "0"), None, "", 0
+        with Interrupt(at_once=True) as interrupt:
+            try:
+                settings = Settings.parse(argv, os.environ)
+                run_phases(settings, argv, interrupt)
+            except (BadInput, Stopped) as error:
+                message, code = str(error), getattr(error, "code", 2)
+            except KeyboardInterrupt:
+                message, code = "interrupted", 128 + (interrupt.signal or signal.SIGINT)
+        # All ranks have the same wrong settings: one says so.
+        for line in message.splitlines() if settings or rank == "0" else ():
+            line = f"error: {line}" if rank == "0" else f"error (rank {rank}): {line}"
+            print(readable(line), file=sys.stderr, flush=True)
+        return code
 
 
 if __name__ == "__main__":
@@ -6653,5 +6965,6 @@ if __name__ == "__main__":
 
         main = record(main)
     code = main(sys.argv[1:])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left that a late Ctrl-C could save
+    for late in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # nothing is left that they could save
+        signal.signal(getattr(signal, late), signal.SIG_IGN)
     sys.exit(code)

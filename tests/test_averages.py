@@ -1,5 +1,6 @@
 """Averages of the weights against their closed forms, and the choice among them, which validation text must not see."""
 
+import re
 import shutil
 from dataclasses import replace
 
@@ -274,3 +275,55 @@ def test_a_held_out_token_outside_the_vocabulary_is_named_before_training(tmp_pa
     with pytest.raises(tg.BadInput, match=rf"fineweb_train_000001.bin: token {VOCAB + 3} at offset {1024 + 2 * 780}"):
         trained(s, tmp_path / "run")
     assert not [row for row in events(tmp_path / "run") if row["event"] == "train"]
+
+
+# --- an average that is too young -------------------------------------------------------------------------------------
+
+
+def young(rows):
+    return [row for row in rows if row["event"] == "warning" and "share" in row]
+
+
+@pytest.mark.parametrize("start", [0.0, 0.5])
+def test_the_share_that_is_said_is_what_the_average_still_holds_of_its_first_weights(tmp_path, start):
+    """Measured: weights that are 1 when the average begins and 0 after every later step."""
+    s = replace(settings(tmp_path, "ema"), ema_decay=0.8, ema_start_frac=start)
+    rows = young(trained(s, tmp_path / "run")[1])
+    begun = 7 if start else 0  # the step that begins at half of 12 is number 7
+    model, optimizer = built(ref.small(**TINY, average="ema", ema_decay=0.8, ema_start_frac=start))
+    average = tg.Average(replace(ref.small(**TINY), average="ema", ema_decay=0.8, ema_start_frac=start), optimizer.banks)
+    for step in range(13):
+        for bank in optimizer.banks:
+            bank.weight.data.fill_(float(step == begun))
+        average.update(step, (step - 1) / 12, 1.0) if step else average.start()
+    share = average.mean("ema")[0].mean().item()
+    (row,) = rows
+    assert row["share"] == pytest.approx(share, rel=1e-5) and f"{share:.1%}" in row["note"]
+    assert ("the initial weights" if not start else "the weights after step 7") in row["note"]
+
+
+def test_the_decay_that_is_advised_is_low_enough(tmp_path):
+    s = replace(settings(tmp_path, "ema"), ema_decay=0.99)
+    (row,) = young(trained(s, tmp_path / "run")[1])
+    advised = float(re.search(r"EMA_DECAY=([\d.]+) ", row["note"])[1])
+    assert not young(trained(replace(s, ema_decay=advised), tmp_path / "again")[1])
+    assert young(trained(replace(s, ema_decay=advised + 0.01), tmp_path / "more")[1]), "and no lower than that"
+
+
+def test_a_short_run_with_the_default_decay_says_that_it_exports_its_initial_weights(toy, tmp_path):
+    good(call(command(toy, tmp_path, f"EMA_DECAY={tg.Settings().ema_decay}", "PHASES=train")))
+    (row,) = young(events(tmp_path))
+    assert row["share"] > 0.95 and "AVERAGE=none" in row["note"] and "the initial weights" in row["note"]
+    for more in ("AVERAGE=none", "AVERAGE=swa", "EMA_DECAY=0.1"):
+        good(call(command(toy, tmp_path / more, more, "PHASES=train")))
+        assert not young(events(tmp_path / more)), more
+
+
+def test_a_late_average_knows_its_age_after_a_resume(toy, tmp_path):
+    args = command(toy, tmp_path, "EMA_START_FRAC=0.5", "EMA_DECAY=0.9", "ITERATIONS=8", "PHASES=train")
+    good(call([*args, "CHECKPOINT_EVERY=6"]))
+    shutil.rmtree(tmp_path / "cut", ignore_errors=True)
+    (tmp_path / "cut").mkdir()
+    shutil.copy(tmp_path / "checkpoint_0000006.pt", tmp_path / "cut")
+    good(call([*args, f"OUT_DIR={tmp_path}/cut", "RESUME=auto"]))
+    assert young(events(tmp_path)) == young(events(tmp_path / "cut")) != []

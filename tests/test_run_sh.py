@@ -20,7 +20,7 @@ words = [word for file in files for word in shlex.split(file.read_text(), commen
 words += [arg for arg in sys.argv[1:] if not arg.startswith("@")]
 settings = dict(word.split("=", 1) for word in words)
 out = pathlib.Path(settings.get("OUT_DIR") or "logs/" + settings.get("RUN_ID", "none"))
-out.mkdir(parents=True)
+out.mkdir(parents=True, exist_ok=True)
 caught = []
 signal.signal(signal.SIGINT, lambda n, f: caught.append(n))
 signal.signal(signal.SIGTERM, lambda n, f: caught.append(n))
@@ -155,6 +155,11 @@ def test_exit_code_is_that_of_the_trainer(tree, code):
 def test_no_report_where_nothing_ran(tree):
     done = bash(tree, BEHAVE="exit:2")
     assert done.returncode == 2 and "report" not in done.stdout
+
+
+def test_a_trainer_that_makes_nothing_leaves_no_empty_folder(tree):
+    script(tree / "train_gpt.py", "raise SystemExit(2)")
+    assert bash(tree).returncode == 2 and not list((tree / "logs").iterdir())
 
 
 @pytest.mark.parametrize("record", [

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -24,6 +25,9 @@ class BadInput(Exception):
 
 def exit_code(work, quiet=False):
     """work(), which returns its exit code, or the code of what ended it; `quiet` keeps the errors of other ranks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # an accent in a path, a terminal that knows ASCII only
+            stream.reconfigure(errors="backslashreplace")
     try:
         return work()
     except BadInput as error:
