@@ -229,6 +229,7 @@ def test_two_ranks_give_the_same_score_to_the_same_artifact(toy, two, tmp_path):
     shared = summary(done)
     assert alone["val_bpb"] == pytest.approx(shared["val_bpb"], rel=1e-6) and alone["val_loss"] == pytest.approx(shared["val_loss"], rel=1e-6)
     assert (alone["val_tokens"], alone["val_bytes"]) == (shared["val_tokens"], shared["val_bytes"])
+    assert alone["forwarded_per_token"] == shared["forwarded_per_token"] > 1, "of all ranks"
 
 
 def test_a_run_of_one_rank_is_resumed_by_two_and_the_other_way_round(toy, one, two, tmp_path):
