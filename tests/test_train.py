@@ -691,7 +691,8 @@ def test_parsers_written_for_the_contest_find_their_numbers(whole):
     times = [int(ms) for ms in re.findall(r"train_time:(\d+)ms", text)]
     assert times == sorted(times)
     for step, ms, average in re.findall(r"step:(\d+)/.* train_time:(\d+)ms step_avg:([\d.]+)ms", text):
-        assert float(average) == pytest.approx(int(ms) / int(step), abs=0.51 / int(step) + 0.006), "both are rounded"
+        rounding = 0.51 / int(step) + 0.006
+        assert float(average) == pytest.approx(int(ms) / int(step), abs=rounding)
     (ms,) = re.findall(r"eval_time:(\d+)ms", text)
     assert int(ms) / 1e3 == pytest.approx(said["eval_seconds"], abs=0.01)
 
