@@ -375,7 +375,8 @@ def test_the_limit_itself_is_not_over_it(tmp_path, monkeypatch, beyond):
     s = train_gpt.Settings(device="cpu")
     run = train_gpt.Run(s, train_gpt.Runtime(s, {}), tmp_path, None)
     size = s.size_limit - len(run.source) + beyond
-    monkeypatch.setattr(train_gpt, "save_artifact", lambda *_: {"bytes": size, "sha256": "", "compressor": "rans"})
+    info = {"bytes": size, "sha256": "", "compressor": "rans"}
+    monkeypatch.setattr(train_gpt, "save_artifact", lambda *_: info)
     train_gpt.export(run, None, "")
     (row,) = events(tmp_path, "artifact")
     assert (row["total_bytes"], row["margin_bytes"]) == (16_000_000 + beyond, -beyond)

@@ -256,12 +256,14 @@ def test_a_checkpoint_can_be_named_and_must_then_be_whole(stopped):
         refused(call([*args, f"RESUME={foreign}"]), 2, foreign)
 
 
-@pytest.mark.parametrize("other", ["MATRIX_LR=0.5", "NUM_LAYERS=5", "ITERATIONS=9", "AVERAGE=swa"])
+@pytest.mark.parametrize("other", ["MATRIX_LR=0.5", "NUM_LAYERS=5", "ITERATIONS=9", "AVERAGE=swa",
+                                   "SEED=7", "DTYPE=bfloat16"])
 def test_a_checkpoint_of_other_settings_is_refused(stopped, other):
-    """Which ones is said, as the checkpoint has them."""
+    """Which ones is said, as the checkpoint has them. Seed and dtype make another run, too."""
     folder, args, _ = stopped
     name = other.partition("=")[0]
-    refused(call([*args, "RESUME=auto", other]), 2, "other settings", f"{name}={Settings.parse(args).experiment()[name]}")
+    had = {**Settings.parse(args).experiment(), "SEED": "1337", "DTYPE": "float32"}[name]
+    refused(call([*args, "RESUME=auto", other]), 2, "other settings", f"{name}={had}")
 
 
 def test_a_checkpoint_of_before_a_setting_was_there_is_gone_on_with(stopped):
