@@ -383,6 +383,20 @@ def test_an_artifact_over_the_limit_is_kept_and_scored_and_ends_with_code_3(toy,
         assert f"{total} bytes, the limit is 1000" in result["eligible_reasons"]
 
 
+@pytest.mark.parametrize("beyond", [-1, 0, 1])
+def test_the_limit_itself_is_not_over_it(tmp_path, monkeypatch, beyond):
+    """16,000,000 bytes are allowed, and one more is not."""
+    s = train_gpt.Settings(device="cpu")
+    run = train_gpt.Run(s, train_gpt.Runtime(s, {}), tmp_path, None)
+    size = s.size_limit - len(run.source) + beyond
+    info = {"bytes": size, "sha256": "", "compressor": "rans"}
+    monkeypatch.setattr(train_gpt, "save_artifact", lambda *_: info)
+    train_gpt.export(run, None, "")
+    (row,) = events(tmp_path, "artifact")
+    assert (row["total_bytes"], row["margin_bytes"]) == (16_000_000 + beyond, -beyond)
+    assert bool(run.too_large) == bool(run.validity.eligible_reasons) == (beyond > 0)
+
+
 @pytest.fixture(scope="module")
 def diverged(toy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("diverged")
@@ -514,6 +528,24 @@ def test_an_interrupt_during_the_evaluation_leaves_the_artifact_and_no_traceback
     refused(done, 130, "interrupted by SIGINT", "the same command starts again")
     assert log_lines(tmp_path)[-1].startswith("ended reason:interrupted_by_SIGINT")
     assert (trained / "model.pg").read_bytes() == before and not parts_left(tmp_path)
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """Else a machine that loses its power may keep the name and lose the bytes."""
+    seen, fsync, rename = [], os.fsync, os.replace
+
+    def synced(file):
+        fsync(file)
+        seen.append(os.fstat(file).st_size)
+
+    def renamed(old, new):
+        rename(old, new)
+        seen.append(Path(new).name)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    train_gpt.write_atomic(tmp_path / "file", [b"one", b"three"])
+    assert seen[:2] == [8, "file"] and (tmp_path / "file").read_bytes() == b"onethree"
 
 
 def test_a_killed_run_leaves_nothing_half_written_under_a_final_name(toy, tmp_path):

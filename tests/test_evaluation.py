@@ -471,7 +471,7 @@ def test_an_invalid_mixture_says_that_what_it_sums_to_is_not_1():
 
 @pytest.mark.parametrize("changes", [dict(), dict(tie_embeddings=False), dict(embed_dim=6)], ids=str)
 def test_the_head_of_a_score_is_float32_whatever_the_activations_are(changes):
-    """Logits of bfloat16 would be off by hundredths. So is the head of the loss that test-time training lowers."""
+    """Logits of bfloat16 would be off by hundredths. So is the head of what test-time training lowers."""
     s = replace(BASE, **changes)
     model = ref.randomise(tg.GPT(s, dtype=torch.bfloat16), seed=1, spread=0.4)
     ids = ref.tokens(32, 2, 9)
@@ -479,7 +479,9 @@ def test_the_head_of_a_score_is_float32_whatever_the_activations_are(changes):
     with torch.no_grad():
         hidden = model.hidden(x)
         assert hidden.dtype == torch.bfloat16
-        narrow = hidden.double() if model.head_proj is None else hidden.double() @ model.head_proj.weight.double().T
+        narrow = hidden.double()
+        if model.head_proj is not None:
+            narrow = narrow @ model.head_proj.weight.double().T
         head = (model.embed if model.head is None else model.head).weight.double()
         want = (30 * torch.tanh(narrow @ head.T / 30)).log_softmax(-1)
     take = torch.arange(8).expand(2, 8)

@@ -560,6 +560,35 @@ def test_packed_rows_too_long_for_a_mask_are_an_error_that_names_the_way_out():
     assert tg.pick_attention(shorter, runtime()) is tg.attend_sdpa
 
 
+BACKENDS = ("cudnn", "flash", "mem_efficient", "math")
+
+
+@pytest.fixture
+def backends():
+    """Which backends PyTorch's attention may use, as a function; they are put back in the end."""
+    def enabled():
+        return {name for name in BACKENDS if getattr(torch.backends.cuda, f"{name}_sdp_enabled")()}
+
+    before = enabled()
+    yield enabled
+    for name in BACKENDS:
+        getattr(torch.backends.cuda, f"enable_{name}_sdp")(name in before)
+
+
+@pytest.mark.parametrize("name, allowed", [("fa3", set()), ("cudnn", {"cudnn"}), ("flash", {"flash"}),
+                                           ("math", {"math", "mem_efficient"})])
+def test_nothing_replaces_the_kernel_that_was_chosen(monkeypatch, interface, backends, name, allowed):
+    """On a GPU PyTorch would use another backend and say nothing: in a run, and while a kernel is checked."""
+    interface(flash_attn_func=lambda q, k, v, causal: q)
+    seen = []
+    monkeypatch.setattr(tg, "_why_not", lambda *_: None)
+    monkeypatch.setattr(tg, "_attention_error", lambda *_: seen.append(backends()))
+    rt = runtime(torch.bfloat16)
+    rt.device = torch.device("cuda")
+    tg.pick_attention(ref.small(attention=name), rt)
+    assert seen == [allowed] and backends() == allowed
+
+
 def test_the_check_leaves_the_random_state_alone():
     torch.manual_seed(1)
     before = torch.get_rng_state()

@@ -62,6 +62,30 @@ def test_an_attention_kernel_that_gives_wrong_results_is_passed_over(monkeypatch
         train_gpt.pick_attention(Settings(device="cpu"), rt)
 
 
+def test_the_host_runs_two_steps_ahead_of_a_gpu_and_no_more(monkeypatch):
+    """Before a third one is begun, it waits for the first of them."""
+    waited = []
+
+    class Event:
+        made = 0
+
+        def __init__(self):
+            Event.made += 1
+            self.number = Event.made
+
+        def record(self):
+            pass
+
+        def synchronize(self):
+            waited.append(self.number)
+
+    rt = Runtime(Settings(device="cpu"), {})
+    assert rt.throttle() == 0, "a CPU has nothing in flight"
+    rt.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert [rt.throttle() for _ in range(5)] == [1, 2, 2, 2, 2] and waited == [1, 2, 3]
+
+
 @no_proc
 def test_the_peak_memory_is_what_the_system_counts():
     """In MiB; the system counts KiB."""
@@ -229,6 +253,7 @@ def test_two_ranks_give_the_same_score_to_the_same_artifact(toy, two, tmp_path):
     shared = summary(done)
     assert alone["val_bpb"] == pytest.approx(shared["val_bpb"], rel=1e-6) and alone["val_loss"] == pytest.approx(shared["val_loss"], rel=1e-6)
     assert (alone["val_tokens"], alone["val_bytes"]) == (shared["val_tokens"], shared["val_bytes"])
+    assert alone["forwarded_per_token"] == shared["forwarded_per_token"] > 1, "of all ranks"
 
 
 def test_a_run_of_one_rank_is_resumed_by_two_and_the_other_way_round(toy, one, two, tmp_path):

@@ -261,12 +261,14 @@ def test_a_checkpoint_can_be_named_and_must_then_be_whole(stopped):
         refused(call([*args, f"RESUME={foreign}"]), 2, foreign)
 
 
-@pytest.mark.parametrize("other", ["MATRIX_LR=0.5", "NUM_LAYERS=5", "ITERATIONS=9", "AVERAGE=swa"])
+@pytest.mark.parametrize("other", ["MATRIX_LR=0.5", "NUM_LAYERS=5", "ITERATIONS=9", "AVERAGE=swa",
+                                   "SEED=7", "DTYPE=bfloat16"])
 def test_a_checkpoint_of_other_settings_is_refused(stopped, other):
-    """Which ones is said, as the checkpoint has them."""
+    """Which ones is said, as the checkpoint has them. Seed and dtype make another run, too."""
     folder, args, _ = stopped
     name = other.partition("=")[0]
-    refused(call([*args, "RESUME=auto", other]), 2, "other settings", f"{name}={Settings.parse(args).experiment()[name]}")
+    had = {**Settings.parse(args).experiment(), "SEED": "1337", "DTYPE": "float32"}[name]
+    refused(call([*args, "RESUME=auto", other]), 2, "other settings", f"{name}={had}")
 
 
 def test_a_checkpoint_of_before_a_setting_was_there_is_gone_on_with(stopped):
@@ -480,6 +482,16 @@ def test_a_used_folder_is_refused_without_resume_and_left_alone(toy, whole):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     refused(call(command(toy, folder)), 2, folder, "RESUME=auto", "OUT_DIR")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_the_folder_of_a_finished_evaluation_is_refused_and_left_alone(toy, whole, tmp_path):
+    """It holds a score, though nothing was trained there."""
+    artifact = f"ARTIFACT={whole[0]}/model.pg"
+    args = command(toy, tmp_path, "PHASES=eval", artifact, "VAL_TOKENS=100", "EVAL_STRIDE=0")
+    good(call(args))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    refused(call(args), 2, tmp_path, "earlier run", "OUT_DIR")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 # Stages and depth recurrence
@@ -861,6 +873,11 @@ def test_parsers_written_for_the_contest_find_their_numbers(whole):
     assert (float(loss), float(bpb)) == (pytest.approx(said["val_loss"], abs=1e-8), pytest.approx(said["val_bpb"], abs=1e-8))
     times = [int(ms) for ms in re.findall(r"train_time:(\d+)ms", text)]
     assert times == sorted(times)
+    for step, ms, average in re.findall(r"step:(\d+)/.* train_time:(\d+)ms step_avg:([\d.]+)ms", text):
+        rounding = 0.51 / int(step) + 0.006
+        assert float(average) == pytest.approx(int(ms) / int(step), abs=rounding)
+    (ms,) = re.findall(r"eval_time:(\d+)ms", text)
+    assert int(ms) / 1e3 == pytest.approx(said["eval_seconds"], abs=0.01)
 
 
 def test_the_json_events_say_the_same_as_the_log(whole):

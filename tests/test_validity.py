@@ -668,8 +668,9 @@ def test_a_run_notes_what_its_evaluation_fetched(trained, toy, tmp_path):
 
 
 @pytest.mark.parametrize("world, device, fits", [
-    (8, "NVIDIA H100 80GB HBM3", True), (7, "NVIDIA H100 80GB HBM3", False), (16, "NVIDIA H100 80GB HBM3", False),
-    (8, "NVIDIA H200", False), (8, "NVIDIA A100-SXM4-80GB", False), (1, "cpu", False)])
+    (8, "NVIDIA H100 80GB HBM3", True), (7, "NVIDIA H100 80GB HBM3", False),
+    (16, "NVIDIA H100 80GB HBM3", False), (8, "NVIDIA H200", False), (8, "NVIDIA A100-SXM4-80GB", False),
+    (1, "cpu", False)])
 def test_only_eight_h100_can_make_a_record(tmp_path, world, device, fits):
     s = ref.small(device="cpu")
     rt = tg.Runtime(s, {})
