@@ -1,11 +1,11 @@
 """Files that were damaged by somebody who knows the formats: refused in one line, or they mean what they say.
 
-A short form of `python tests/fuzzing.py artifacts --count 10000` and `... checkpoints --count 500`, which say by seed
-and number which file it was.
+A short form of `python tests/fuzzing.py artifacts --count 10000` and `... checkpoints --count 500`, which say
+by seed and number which file it was.
 """
 
+import math
 import os
-import time
 
 import pytest
 
@@ -14,7 +14,7 @@ import fuzzing
 SEED = os.environ.get("TEST_SEED", "1")
 
 
-@pytest.mark.parametrize("kind, count", [("artifacts", 250), ("checkpoints", 60)])
+@pytest.mark.parametrize("kind, count", [("artifacts", 150), ("checkpoints", 50)])
 def test_damaged_files_are_refused_in_one_line_or_mean_what_they_say(tmp_path, kind, count):
     """Within 4 GiB of address space, and in seconds."""
     if kind == "artifacts":
@@ -25,7 +25,8 @@ def test_damaged_files_are_refused_in_one_line_or_mean_what_they_say(tmp_path, k
     assert not report["failures"], "\n".join(report["failures"])
     outcomes = report["outcomes"]
     assert sum(outcomes.values()) == count
-    good, refused = (sum(n for what, n in outcomes.items() if what.endswith(word)) for word in ("good", "refused"))
+    good = sum(number for what, number in outcomes.items() if what.endswith(" good"))
+    refused = sum(number for what, number in outcomes.items() if what.endswith(" refused"))
     assert good > count / 20 and refused > count / 2, outcomes
 
 
@@ -58,7 +59,8 @@ def much_memory():
 
 
 def much_time():
-    time.sleep(60)
+    while True:
+        math.sqrt(2)
 
 
 def sudden_end():
@@ -66,7 +68,8 @@ def sudden_end():
 
 
 @pytest.mark.parametrize("act, words", [
-    (wrong_weights, "not what the file holds"), (traceback_of_a_loader, "IndexError"), (much_memory, "MemoryError"),
+    (wrong_weights, "not what the file holds"), (traceback_of_a_loader, "IndexError"),
+    (much_memory, "MemoryError"),
     (much_time, "took more than 1 s"), (sudden_end, "the worker died")])
 def test_the_fuzzer_notices(monkeypatch, act, words):
     monkeypatch.setattr(fuzzing, "SECONDS", 1)
