@@ -42,6 +42,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 import zlib
 from collections import deque
@@ -3653,8 +3654,10 @@ def _checked_header(text):
     temperature = header.setdefault("temperature", 0)
     if type(temperature) not in (int, float) or not 0 <= temperature <= 10:
         raise ValueError("temperature is no number from 0 to 10")
-    if len(bytes.fromhex(header["tokenizer_sha256"])) not in (0, 32):
+    digest = bytes.fromhex(header["tokenizer_sha256"])
+    if len(digest) not in (0, 32):
         raise ValueError("tokenizer_sha256 is no SHA-256")
+    header["tokenizer_sha256"] = digest.hex()
     header["tensors"] = [_tensor_row(*row) for row in header["tensors"]]
     header["streams"] = [_stream_row(*row) for row in header["streams"]]
     names = [row.stream for row in header["streams"]]
@@ -6237,7 +6240,7 @@ def checkpoint_state(path, data):
             records = archive.infolist()
         if any(record.compress_type for record in records) or sum(r.file_size for r in records) > len(data):
             raise ValueError("it is compressed")
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        state = _unpickled(data)
         need_names("the checkpoint", state)
         need_names("settings", state.get("settings"))
         for name, value in state["settings"].items():
@@ -6248,6 +6251,13 @@ def checkpoint_state(path, data):
         raise BadInput(f"{path}: not a checkpoint of this script ({type(error).__name__}: "
                        f"{brief(str(error).strip().partition(chr(10))[0], 120)})") from None
     return state
+
+
+def _unpickled(data):
+    """What torch.save wrote: tensors and plain values. Its warnings are not for a user."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def checkpoint_to_resume(run, training):
@@ -6269,7 +6279,7 @@ def checkpoint_to_resume(run, training):
         raise BadInput(problem)
     if found is None and run.s.resume:
         run.log("started_anew", reason=f"no whole checkpoint in {run.out_dir}")
-    return None if found is None else torch.load(io.BytesIO(found), map_location="cpu", weights_only=True)
+    return None if found is None else _unpickled(found)
 
 
 def _newest_usable(run, training, fresh, paths):

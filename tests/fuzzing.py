@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 import zipfile
 import zlib
 from collections import Counter
@@ -807,10 +808,14 @@ def late(*_):
 
 
 def offer_in_time(cases, case):
-    """cases.offer(case), within SECONDS of processor time: what others do on this machine does not count."""
+    """cases.offer(case), within SECONDS of processor time: what others do on this machine does not count.
+    A warning is one line too many.
+    """
     try:
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
-        return cases.offer(case)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return cases.offer(case)
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
