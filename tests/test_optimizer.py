@@ -268,6 +268,18 @@ def test_clipping_scales_the_global_gradient(limit, bound, matrices):
         torch.testing.assert_close(state[name][0].double(), want, rtol=1e-4, atol=1e-12, msg=lambda m: f"{name}: {m}")
 
 
+def test_training_never_moves_the_two_caps_of_the_logits():
+    """As published (#1923): only test-time training does. Neither a rate nor a decay may reach them."""
+    s = ref.small(**RATES, asym_logit_rescale=True)
+    model, optimizer = built(s)
+    caps, gain = model.model.caps.caps, model.model.blocks[0].attn.q_gain
+    before = caps.detach().clone(), gain.detach().clone()
+    for step in range(3):
+        set_gradients(model, step)
+        optimizer.step(1.0, 0.9)
+    assert torch.equal(caps, before[0]) and not torch.equal(gain, before[1])
+
+
 # Setting: (another value, the kinds of parameters that it moves, the settings without which it does nothing).
 ALL = {"matrix", "embed", "scalar", "head"}
 HEADS, UNTIED, ADAMW = dict(mtp_num_heads=1), dict(tie_embeddings=False), dict(matrix_optimizer="adamw")

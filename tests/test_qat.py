@@ -243,12 +243,14 @@ def test_the_grid_of_allocate_is_chosen_once_and_is_that_of_the_artifact(tmp_pat
     s = tg.replace(late(tmp_path, iterations=24, warmdown_frac=1.0), **ALLOCATED)
     rt, out = tg.Runtime(s, {}), tmp_path / "run"
     model = ref.randomise(tg.GPT(s, attend=tg.attend_sdpa), spread=0.2)
-    run, kept = tg.Run(s, rt, out, tg.attend_sdpa), []
-    choose = tg.LateQAT._set
+    run, kept, rooms = tg.Run(s, rt, out, tg.attend_sdpa), [], []
+    choose, spacing = tg.LateQAT._set, tg.Quantiser.spacing_for
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.setattr(tg.LateQAT, "_set", lambda self, steps: (kept.append(steps), choose(self, steps)))
+        patch.setattr(tg.Quantiser, "spacing_for", lambda *args: (rooms.append(args[1]), spacing(*args))[1])
         moments = tg.train(run, model, validation())
     assert len(kept) == 1 and [row["event"] for row in events(out)].count("calibrate") == 1, "another grid would undo it"
+    assert rooms == [s.size_limit - len(run.source)], "what the code leaves, as for the export"
     (steps,) = kept
     assert all(steps[name].shape == p.shape for name, p in model.named_parameters() if name in steps)
     assert steps.keys() == moments.keys()

@@ -27,6 +27,7 @@ from conftest import write_shard
 from runs import (RULE, SCRIPT, Started, call, checkpoints, command, events, furthest, good, log_lines, losses,
                   read_checkpoint, refused, summary, torchrun, trainer, weights)
 from train_gpt import Settings, Training, Validity, load_artifact
+from training import begun, text
 
 # The same run
 
@@ -711,6 +712,31 @@ def test_calibration_is_part_of_the_budget(toy, tmp_path, monkeypatch, source):
     assert 0 < reserve["seconds"] < limit and said["train_seconds"] <= limit - reserve["seconds"] + 0.5
     assert said["train_seconds"] + said["calibrate_seconds"] <= limit * 1.1
     assert said["steps"] > 3 and said["valid"] == "yes" and not said["reasons"], "training text, read before the freeze"
+
+
+@pytest.mark.parametrize("source", ["train", "generated"])
+def test_the_reserve_is_what_calibration_takes_and_a_tenth_more(tmp_path, monkeypatch, source):
+    """By a clock on which each backward pass of it takes a second, and each token that the model writes."""
+    now, observe, advance = [0.0], train_gpt.MomentMeter.observe, train_gpt.Cache.advance
+
+    def slow(method):
+        def timed(self, *args):
+            now[0] += 1
+            return method(self, *args)
+        return timed
+
+    monkeypatch.setattr(train_gpt, "time", SimpleNamespace(monotonic=lambda: now[0], strftime=time.strftime))
+    monkeypatch.setattr(train_gpt.MomentMeter, "observe", slow(observe))
+    monkeypatch.setattr(train_gpt.Cache, "advance", slow(advance))
+    s = ref.small(**text(tmp_path / "text"), matrix_quant="gptq", gptq_calibration=source,
+                  gptq_calibration_tokens=200, train_batch_tokens=64, micro_batch_tokens=32)
+    run, training = begun(s, train_gpt.Runtime(s, {}), tmp_path / "run")
+    reserve, before = training.measure_reserve(), now[0]
+    training.calibrate()
+    if source == "train":
+        assert now[0] - before == 8 and reserve == pytest.approx(1.1 * 8), "4 steps of 2 micro-batches"
+    else:
+        assert 16 < now[0] - before <= reserve < 30, "16 tokens of each row, all rows at once"
 
 
 def test_a_reserve_that_is_given_is_kept_and_not_measured(toy, tmp_path, monkeypatch):
