@@ -5598,7 +5598,7 @@ def _report_young_average(run, training):
         return
     what = f"the weights after step {average.begun}" if average.begun else "the initial weights"
     lower = math.floor(1e4 * 0.01 ** (1 / max(steps, 1))) / 1e4
-    run.log("warning", setting="EMA_DECAY", share=share,
+    run.log("young_average", ema_decay=decay, steps=steps, share=share,
             note=f"{share:.1%} of the exported average is {what}, {decay}**{steps}; "
                  f"more steps, EMA_DECAY={lower} or AVERAGE=none make that less")
 
