@@ -2762,7 +2762,7 @@ def sensitive_grid(weight, moments, pivots, spacing):
     return {"row": row.to(torch.int8), "col": col.to(torch.int8), "unit": unit.reshape(1)}
 
 
-def factorise(moments, damp, act_order, name="a parameter"):
+def factorise(moments, damp, act_order):
     """(order (C,), U (C, C) float32) for gptq(): columns by falling diagonal of the Hessian, and the upper U with U^T U
     its damped inverse in that order. U comes from one Cholesky factor of the reversed Hessian and its inverse.
     """
@@ -2774,8 +2774,7 @@ def factorise(moments, damp, act_order, name="a parameter"):
                                                                                           device=diagonal.device)
     lower, failed = torch.linalg.cholesky_ex(hessian[order][:, order].flip(0, 1))
     if failed or not lower.isfinite().all():
-        raise Stopped(f"the Hessian of {name} is not positive definite; "
-                      "raise GPTQ_DAMP, or GPTQ_CALIBRATION_TOKENS", 4)
+        raise Stopped("a Hessian is not positive definite; raise GPTQ_DAMP, or GPTQ_CALIBRATION_TOKENS", 4)
     identity = torch.eye(len(order), dtype=lower.dtype, device=lower.device)
     return order, torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).float()
 
@@ -2975,7 +2974,10 @@ class Quantiser:
             raise ValueError(f"{name} is to be stored by its Hessian, but there are no moments")
         key = id(self.moments[name].hessian)
         if key not in self.factors:
-            self.factors[key] = factorise(self.moments[name], self.s.gptq_damp, self.s.gptq_act_order, name)
+            try:
+                self.factors[key] = factorise(self.moments[name], self.s.gptq_damp, self.s.gptq_act_order)
+            except Stopped as error:
+                raise Stopped(f"{name}: {error}", error.code) from None
         return self.factors[key]
 
     def pivots(self, name):
@@ -6402,7 +6404,7 @@ def _report_young_average(run, training):
         return
     what = f"the weights after step {average.begun}" if average.begun else "the initial weights"
     lower = math.floor(1e4 * 0.01 ** (1 / max(steps, 1))) / 1e4
-    run.log("warning", setting="EMA_DECAY", share=share,
+    run.log("young_average", ema_decay=decay, steps=steps, share=share,
             note=f"{share:.1%} of the exported average is {what}, {decay}**{steps}; "
                  f"more steps, EMA_DECAY={lower} or AVERAGE=none make that less")
 

@@ -281,7 +281,7 @@ def test_a_held_out_token_outside_the_vocabulary_is_named_before_training(tmp_pa
 
 
 def young(rows):
-    return [row for row in rows if row["event"] == "warning" and "share" in row]
+    return [row for row in rows if row["event"] == "young_average"]
 
 
 @pytest.mark.parametrize("start", [0.0, 0.5])
