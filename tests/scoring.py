@@ -42,6 +42,21 @@ INVALID = {"hashed": dict(mixer="hashed", allow_invalid=True),
            "entropy": dict(mixer="hedge", mixer_experts=("bigram", "entropy"), allow_invalid=True)}
 
 
+class Thorough(tg.Examiner):
+    """Looks at every chunk, at the last places that each row scores."""
+
+    class Chance:
+        def random(self, shape=()):
+            return np.full(shape, 0.9)
+
+        def integers(self, high, size):
+            return np.random.default_rng(0).integers(high, size=size)
+
+    def __init__(self, predictor, every):
+        super().__init__(predictor, every)
+        self.random = self.Chance()
+
+
 def settings(kind="windows", **changes):
     return replace(BASE, **{**HONEST, **INVALID}[kind] | changes)
 

@@ -727,4 +727,5 @@ def test_generated_code_learns_the_same(toy):
                "PARALLEL_START_LAYER=0 SMEAR_GATE=scalar TRIGRAM=1 MTP_NUM_HEADS=1 COMPLEMENT_ALPHA=0.5 "
                "MATRIX_OPTIMIZER=adamw")
     eager, compiled = trained(toy, changes), trained(toy, changes, backend="inductor")
-    assert len(eager.losses) == 3 and compiled.losses == pytest.approx(eager.losses, rel=1e-5)
+    # 1.2e-5 on a CPU whose vectors have another width than those of the others
+    assert len(eager.losses) == 3 and compiled.losses == pytest.approx(eager.losses, rel=3e-5)

@@ -14,6 +14,7 @@ import adaptation
 import reference as ref
 import train_gpt as tg
 import training
+from conftest import write_shard
 from runs import call, command, events, good, log_lines, refused, summary
 
 TINY = dict(num_layers=2, ve_layers=(1,), model_dim=8, num_heads=2, num_kv_heads=1, eval_seq_len=8, train_seq_len=8,
@@ -443,8 +444,10 @@ def test_a_fitted_temperature_is_in_the_artifact_and_needs_no_validation_text(to
     data = Path(next(word for word in toy if word.startswith("DATA_PATH=")).partition("=")[2])
     other = tmp_path / "data"
     shutil.copytree(data, other)
-    shards = sorted(other.glob("fineweb_train_*"))
-    shutil.copy(shards[0], other / "fineweb_val_000000.bin")
+    tokens = tg.read_shard(other / "fineweb_val_000000.bin")
+    starts = np.flatnonzero(tokens == ref.BOS).tolist() + [len(tokens)]
+    documents = [tokens[a:b].tolist() for a, b in zip(starts, starts[1:])]
+    write_shard(other / "fineweb_val_000000.bin", sum(documents[5:], []))
     words = "ITERATIONS=20", "EVAL_TEMPERATURE=0"
     runs = [summary(good(call(command(toy, tmp_path / name, *words, f"DATA_PATH={folder}"))))
             for name, folder in (("a", data), ("b", other))]
