@@ -382,7 +382,7 @@ class Settings:
     token_order: int = _eval(16, "n-gram order of the tilt", 2, 64, on="token_boost")
     token_threshold: float = _eval(0.8, "share of the occurrences that the next token must have", 0, 1, on="token_boost")
     allow_invalid: bool = _eval(False, "let techniques run whose score is not valid, and say so everywhere")
-    selftest: bool = _eval(True, "test the predictor that scored: flip, prefix, sum, ends and ranks, one line each; a record needs it")
+    selftest: bool = _eval(True, "test the predictor that scored, a line for each test; a record needs it")
 
     @property
     def head_dim(self):
@@ -4135,7 +4135,8 @@ def score(predictor, parts, stream, rt, validity, log=None, check_every=64, nats
     meters = torch.zeros(4, dtype=torch.float64, device=rt.device)  # nats, tokens, bytes, targets that are another text's
     lowest = torch.zeros((), dtype=torch.float64, device=rt.device)
     examiner = Examiner(predictor, check_every)
-    known = stream._replace(tokens=torch.zeros_like(stream.tokens), bytes=torch.zeros_like(stream.bytes))
+    if predictor.learns:
+        known = stream._replace(tokens=torch.zeros_like(stream.tokens), bytes=torch.zeros_like(stream.bytes))
     for part in parts:
         for chunk in part.chunks:
             live, where = chunk.index >= 0, chunk.index.clamp(min=0)
@@ -4170,7 +4171,7 @@ def score(predictor, parts, stream, rt, validity, log=None, check_every=64, nats
             rt.sum(record)
     seen = rt.sum(seen)[:length]
     twice, never = int((seen > 1).sum()), int((seen == 0).sum())
-    below, = rt.agree(_or_infinite(-lowest))
+    below, = rt.agree(0.0 if lowest.isnan() else -lowest.item())  # nan is in the total, too
     examiner.report(rt, validity, log)
     validity.need(not twice and not never and tokens == length,
                   f"C4 coverage: {twice} targets scored more than once, {never} never")
@@ -6658,8 +6659,8 @@ def evaluate(run, path):
             f"{1e3 * run.clock['eval']:.0f}ms " + " ".join(f"{key}:{_word(value)}" for key, value in verdict.items()),
             name=name, val_loss=result.loss, val_bpb=result.bpb, **verdict)
     run.facts.update(val_bpb=result.bpb, val_loss=result.loss, val_tokens=result.tokens, val_bytes=result.bytes,
-                     tested=tested, tests=list(run.validity.tests), val_sha256=text, predictor=name, params=sum(p.numel() for p in model.parameters()), recompiles=recompiled,
-                     forwarded_per_token=round(forwarded / result.tokens, 4))
+                     predictor=name, params=sum(p.numel() for p in model.parameters()), recompiles=recompiled,
+                     tested=tested, tests=list(run.validity.tests), val_sha256=text, forwarded_per_token=round(forwarded / result.tokens, 4))
     documents = len(documents_of(val))
     run.validity.need_for_record(val.whole and documents == 50_000 and abs(result.bytes / FINEWEB_VAL_BYTES - 1) < 1e-4,
                                  f"{result.bytes} validation bytes in {documents} documents; FineWeb's 50,000 documents: "
@@ -6754,7 +6755,8 @@ def selftest(run, s, path, data, val):
 
 
 SELFTEST_TOLERANCE = 1e-6  # nats
-SELFTESTS = {"flip": "C1 causality", "ends": "C1 causality", "prefix": "C3 order", "sum": "C2 normalisation", "ranks": "the score depends on ranks"}
+SELFTESTS = {"flip": "C1 causality", "ends": "C1 causality", "prefix": "C3 order", "sum": "C2 normalisation",
+             "ranks": "the score depends on ranks"}
 
 
 def reading(s):
@@ -6788,10 +6790,11 @@ def _check_bytes(run, sp, val):
     documents, wrong, share = prove_bytes(sp, val, run.rt)
     counted = int(val.bytes.sum())
     by = "sidecar" if val.sidecar else "table"
-    run.validity.need_for_record(not text_changes(sp), text_changes(sp))
-    if doubt := foreign_tokens(sp, val):
-        run.validity.need_for_record(False, doubt)
-        run.log("warning", note=doubt)
+    changes, foreign = text_changes(sp), foreign_tokens(sp, val)
+    run.validity.need_for_record(not changes, changes)
+    run.validity.need_for_record(not foreign, foreign)
+    if foreign:
+        run.log("warning", note=foreign)
     run.validity.need(not wrong, f"bytes: {wrong} of {documents} decoded documents differ from the byte {by}")
     run.validity.need(share == 1, f"bytes: {share:.1%} of the text was compared with what it decodes to, not all of it")
     run.facts.update(documents_decoded=documents, decoded_share=round(share, 6))
@@ -6813,6 +6816,7 @@ def _check_bytes(run, sp, val):
 def summarise(run):
     """The last line of log and console: everything a table, a plot or submission.json needs."""
     s, rt, facts, validity = run.s, run.rt, run.facts, run.validity
+    validity.share(rt)
     phases = ("train", "calibrate", "export", "eval", "validate", "warmup", "selftest")
     seconds = {f"{name}_seconds": round(run.clock.seconds.get(name, 0.0), 3) for name in phases}
     need, spent = validity.need_for_record, seconds["train_seconds"] + seconds["calibrate_seconds"]
@@ -6821,7 +6825,6 @@ def summarise(run):
     need(seconds["eval_seconds"] < 600, f"evaluation took {seconds['eval_seconds']:.1f} s, the limit is 600")
     need(rt.world == 8 and "H100" in rt.device_name(), f"hardware {rt.world} x {rt.device_name()}, not 8 x H100")
     need("val_bpb" in facts, "not scored in this run")
-    validity.share(rt)
     need(not validity.reasons, "the score is not valid")
     summary = {**facts, "valid": "yes" if "val_bpb" in facts and not validity.reasons else "no",
                "reasons": validity.reasons, "eligible": "no" if validity.eligible_reasons else "yes",

@@ -525,7 +525,7 @@ def check_small_run(folder, out_dir, args):
     wanted, broken = tg.Settings.parse(small(folder, *args)), published(folder).breaks
     summary = json.loads((out_dir / "summary.json").read_text())
     assert summary["valid"] == ("no" if broken else "yes") and bool(broken) == bool(summary["reasons"])
-    assert all(reason.startswith(broken) for reason in summary["reasons"])
+    assert not broken or any(reason.startswith(broken) for reason in summary["reasons"])  # a self-test finds more
     assert summary["steps"] == 3 and 0 < summary["val_bpb"] < 5
     assert summary["params"] == count(parameters(wanted))
     ran = tg.Settings.parse(shlex.split(summary["settings"]))
