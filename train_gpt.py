@@ -5390,7 +5390,7 @@ def _attention_error_at(attend, s, rt, length):
 
     results = []
     for function, dtype in ((kernel, rt.dtype), (reference, torch.float32)):
-        leaves = [z.to(rt.device, dtype).requires_grad_() for z in inputs]
+        leaves = [z.to(rt.device, rt.dtype).to(dtype).requires_grad_() for z in inputs]  # both from the same numbers
         try:
             out = function(*leaves)
             results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
