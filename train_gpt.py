@@ -2311,7 +2311,7 @@ def coprime_order(counts, rng, chunk):
 class Copies:
     """Which documents of a text occur in another one: those whose first PREFIX tokens do, behind a BOS there, too."""
 
-    PREFIX = 32
+    PREFIX = 64  # as for data/prepare.py, which leaves out such training documents
     POWERS = np.array([pow(6364136223846793005, i, 1 << 64) for i in range(1, PREFIX + 1)], np.uint64)
 
     def __init__(self, tokens):

@@ -321,7 +321,7 @@ def data(toy, tmp_path):
     """A copy of the toy data set; the settings that train on it."""
     folder = tmp_path / "data"
     shutil.copytree(toy[0].partition("=")[2], folder)
-    return folder, [*toy[1:], f"DATA_PATH={folder}", "ITERATIONS=40", "VAL_TOKENS=600", "EVAL_STRIDE=0", "NUM_LAYERS=1", "XSA_LAST_N=0", "VE_LAYERS=0"]
+    return folder, [*toy[1:], f"DATA_PATH={folder}", "ITERATIONS=30", "TRAIN_SEQ_LEN=256", "TRAIN_BATCH_TOKENS=1024", "VAL_TOKENS=600", "EVAL_STRIDE=0", "NUM_LAYERS=1", "XSA_LAST_N=0", "VE_LAYERS=0"]
 
 
 LINKS = {"symbolic": os.symlink, "hard": os.link, "itself": lambda path, new: new.unlink(missing_ok=True)}
