@@ -19,7 +19,7 @@ import torch
 
 import train_gpt as tg
 from conftest import REPO, write_shard
-from runs import Started, call, command, events, good, on_ranks, refused, summary
+from runs import Started, call, command, events, good, on_ranks, refused, summary, torchrun
 
 C1, C2, C3, C4 = "C1", "C2 normalisation", "C3", "C4 coverage"
 LENGTH = 24  # of the windows: longer than what is looked at in one of them
@@ -352,6 +352,15 @@ def test_validation_text_among_the_training_shards_is_named(data, tmp_path, kind
     assert any("of 6 validation documents begin as some did that were trained on" in reason for reason in told), told
     new.unlink()
     assert reasons(command(settings, tmp_path / "other", f"LOADER={loader}"), tmp_path / "other") == []
+
+
+def test_ranks_that_trained_on_parts_of_the_validation_text_say_so_together(data, tmp_path):
+    folder, settings = data
+    shutil.copy(folder / "fineweb_val_000000.bin", folder / "fineweb_train_000002.bin")
+    with Started(torchrun(command(settings, tmp_path / "run"))) as run:
+        told = summary(good(run.finish()))
+    alone = reasons(command(settings, tmp_path / "alone"), tmp_path / "alone")
+    assert told["reasons"] == alone and "begin as some did that were trained on" in alone[0]
 
 
 def test_a_seed_that_was_trained_with_is_scored_with(toy, tmp_path):
