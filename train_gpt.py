@@ -3332,6 +3332,13 @@ def brief(value, most=80):
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
+def need_number(what, value, kind, least, most):
+    """The number, if it is of this type and between these bounds (nan never is); else ValueError."""
+    if type(value) is not kind or not least <= value <= most:
+        raise ValueError(f"{what} is {brief(value, 30)}, not {kind.__name__} from {least} to {most}")
+    return value
+
+
 def read_file(path):
     """Bytes of a regular file: a device or a pipe may never end."""
     try:
@@ -3678,27 +3685,20 @@ def _no_name_twice(pairs):
     return dict(pairs)
 
 
-def _whole(what, value, least, most):
-    """A whole number from JSON: true and 1.0 are none."""
-    if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"{what}: {brief(value, 30)} is no whole number from {least} to {most}")
-    return value
-
-
 def _tensor_row(name, shape, codec, bits, rank, group):
     if codec not in CODECS:
         raise ValueError(f"unknown codec {brief(codec, 30)}")
-    shape = tuple(_whole("shape", size, 1, MAX_LOADED) for size in shape)
+    shape = tuple(need_number("shape", size, int, 1, MAX_LOADED) for size in shape)
     if len(shape) < 2 and codec != "float16":
         raise ValueError(f"{codec} stores matrices")
     if rank:
         if codec == "float16":
             raise ValueError("a correction of float16")
-        _whole("rank", rank, 1, min(shape[0], math.prod(shape[1:]), MAX_RANK))
-        _whole("group", group, 1, MAX_GROUP)
-    _whole("rank", rank, 0, MAX_RANK)
-    _whole("group", group, 0, MAX_GROUP)
-    return TensorRow(str(name), shape, codec, _whole("bits", bits, 1, 16), rank, group)
+        need_number("rank", rank, int, 1, min(shape[0], math.prod(shape[1:]), MAX_RANK))
+        need_number("group", group, int, 1, MAX_GROUP)
+    need_number("rank", rank, int, 0, MAX_RANK)
+    need_number("group", group, int, 0, MAX_GROUP)
+    return TensorRow(str(name), shape, codec, need_number("bits", bits, int, 1, 16), rank, group)
 
 
 def _stream_row(stream, compressor, size, length, checksum):
@@ -3707,9 +3707,9 @@ def _stream_row(stream, compressor, size, length, checksum):
         raise ValueError(f"unknown stream {brief(stream, 30)}")
     if compressor not in COMPRESSORS and not (compressor == "rans" and stream in CODED):
         raise ValueError(f"unknown compressor {brief(compressor, 30)} of {stream}")
-    _whole("size", size, 0, MAX_LOADED)
-    _whole("length", length, 0, MAX_LOADED)
-    return StreamRow(stream, compressor, size, length, _whole("checksum", checksum, 0, 2**32 - 1))
+    need_number("size", size, int, 0, MAX_LOADED)
+    need_number("length", length, int, 0, MAX_LOADED)
+    return StreamRow(stream, compressor, size, length, need_number("checksum", checksum, int, 0, 2**32 - 1))
 
 
 def loading_bytes(tensors):
@@ -4065,42 +4065,51 @@ class Examiner:
         self.asked = None
         due = self.every and self.random.random() < max(2 / (self.chunks + 2), 1 / self.every)
         self.chunks += 1
-        if not due:
-            return
+        if due:
+            self._ask(chunk)
+
+    def _ask(self, chunk):
+        inputs = chunk.inputs
         live = chunk.index.cpu().numpy() >= 0
-        rows, width = live.shape
-        anywhere = np.where(live, self.random.random(live.shape), -1.0).argmax(1)
-        last = np.where(live, np.arange(width), 0).max(1)
-        end = np.where(self.random.random(rows) < 0.5, anywhere, last)[:, None]
-        begin = np.maximum(end - LOOK + 1, 0)
-        places = np.minimum(begin + np.arange(width), width - 1)  # as many as ever: one shape, one graph
+        width = live.shape[1]
+        history = inputs.run.size(1) - width
         count = min(LOOK, width)
+        end = self._last_places(live)
+        begin = np.maximum(end - LOOK + 1, 0)
+        # The first `count` places are those that are looked at. As many as ever are asked for: one shape, one graph.
+        places = np.minimum(begin + np.arange(width), width - 1)
+        span = np.minimum(begin + np.arange(history + width), history + width - 1)
         looked = np.take_along_axis(live, places, 1)[:, :count] & (places[:, :count] <= end)
 
-        device, (x, take, run, step) = chunk.index.device, chunk.inputs
-        history = run.size(1) - width
-        span = np.minimum(begin + np.arange(history + width), history + width - 1)
-        places, span, end, looked = (torch.from_numpy(z).to(device) for z in (places, span, end, looked))
-        take, run = take.gather(1, places), run.gather(1, span)
-        said = self.predictor.predict(Inputs(x, take, run, step), count)
-        noise = [torch.from_numpy(self.random.integers(said.size(-1), size=z.shape)).to(device) for z in (x, run)]
-        later = torch.arange(x.size(1), device=device) > chunk.inputs.take.gather(1, end)
-        other = Inputs(torch.where(later, noise[0], x), take, torch.where(span > history + end, noise[1], run), step)
-        self._note_change(said, self.predictor.predict(other, count), looked)
-        self.asked = said.clone(), places[:, :count], looked
-
-    def _note_change(self, said, other, looked):
-        change = torch.where(said == other, 0.0, said.clamp(min=-30) - other.clamp(min=-30)).abs()
+        places, span, end, looked = (torch.from_numpy(z).to(chunk.index.device) for z in (places, span, end, looked))
+        asked = inputs._replace(take=inputs.take.gather(1, places), run=inputs.run.gather(1, span))
+        log_probs = self.predictor.predict(asked, count)
+        vocab = log_probs.size(-1)
+        later = torch.arange(inputs.x.size(1), device=end.device) > inputs.take.gather(1, end)
+        changed = asked._replace(x=torch.where(later, self._noise(asked.x, vocab), asked.x),
+                                 run=torch.where(span > history + end, self._noise(asked.run, vocab), asked.run))
+        others = self.predictor.predict(changed, count)
+        change = torch.where(log_probs == others, 0.0, log_probs.clamp(min=-30) - others.clamp(min=-30)).abs()
         self.changed = max(self.changed, _or_infinite(torch.where(looked[..., None], change, 0.0).max()))
+        self.asked = log_probs.clone(), places[:, :count], looked
+
+    def _last_places(self, live):
+        """(B, 1): of each row one of the places that it scores, or, half of the time, the last of them."""
+        anywhere = np.where(live, self.random.random(live.shape), -1.0).argmax(1)
+        last = np.where(live, np.arange(live.shape[1]), 0).max(1)
+        return np.where(self.random.random(len(live)) < 0.5, anywhere, last)[:, None]
+
+    def _noise(self, like, vocab):
+        return torch.from_numpy(self.random.integers(vocab, size=like.shape)).to(like.device)
 
     def compare(self, chunk, nll):
         """After it was scored at `nll` (B, K)."""
         if self.asked is None:
             return
-        said, places, looked = self.asked
-        sums = said.double().logsumexp(-1)
-        logs = said.gather(-1, chunk.targets.gather(1, places)[..., None]).squeeze(-1)
-        off = torch.maximum(sums.abs(), (logs + nll.gather(1, places)).abs())
+        log_probs, places, looked = self.asked
+        sums = log_probs.double().logsumexp(-1)
+        of_targets = log_probs.gather(-1, chunk.targets.gather(1, places)[..., None]).squeeze(-1)
+        off = torch.maximum(sums.abs(), (of_targets + nll.gather(1, places)).abs())
         self.off = max(self.off, _or_infinite(torch.where(looked, off, 0.0).max()))
         self.sums += sums[looked].exp().tolist()
 
@@ -4217,6 +4226,9 @@ def code_tests(nats, ids, vocab, flips, cuts, sums, said=None, ends=()):
     return worst | ({"ends": most(moved)} if moved else {})
 
 
+EARLY = "C3: validation shards opened before the artifact was frozen"
+
+
 class Validity:
     """The ledger behind `valid` (a true code length: C1-C4 of #1017) and `eligible` (could be a record)."""
 
@@ -4281,7 +4293,7 @@ class Validity:
         for split in ("train", "val"):
             for path in Path(folder).glob(f"fineweb_{split}_*.bin"):
                 with contextlib.suppress(OSError):
-                    self._files[_identity(path)] = split
+                    self._files[_inode(path)] = split
         _install_audit()
         _watching.append(self)
         try:
@@ -4295,12 +4307,12 @@ class Validity:
         if event != "open" or not isinstance(args[0], (str, bytes)):
             return
         split = None
-        with contextlib.suppress(OSError, ValueError):
-            split = self._files.get(_identity(args[0]))
+        with contextlib.suppress(OSError, ValueError):  # a file that is not there
+            split = self._files.get(_inode(args[0]))
         if split == "train":
             self.opened("train")
         elif split == "val" and not self._loading:
-            self.need(self.frozen, "C3: validation shards opened before the artifact was frozen")
+            self.need(self.frozen, EARLY)
             self.need(not self.frozen, "C1: validation shards were opened again while they were scored")
 
     def freeze(self):
@@ -4311,7 +4323,7 @@ class Validity:
         if split == "train":
             self.need(not self.frozen, "training shards were read after the artifact was frozen")
         else:
-            self.need(self.frozen or self._reporting, "C3: validation shards opened before the artifact was frozen")
+            self.need(self.frozen or self._reporting, EARLY)
 
 
 _watching = []  # the ledgers of runs that are on
@@ -4327,9 +4339,9 @@ def _install_audit():
     sys.addaudithook(hook)
 
 
-def _identity(path):
-    found = os.stat(path)
-    return found.st_dev, found.st_ino
+def _inode(path):
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
 def fingerprint(model):
@@ -5245,11 +5257,15 @@ def attend_varlen(q, k, v, docs, *, kernel, longest):
 
 def attend_reference(q, k, v, docs=None):
     """The same, written out."""
+    causal = torch.ones(q.size(1), q.size(1), dtype=torch.bool, device=q.device).tril()
+    return attend_seen(q, k, v, causal if docs is None or docs.mask is None else docs.mask)
+
+
+def attend_seen(q, k, v, seen):
+    """The same, of any queries q (B, R, H, C) to the keys that `seen` (..., R, S) says."""
     k, v = (z.repeat_interleave(q.size(2) // z.size(2), dim=2) for z in (k, v))
-    scores = torch.einsum("bthc,bshc->bhts", q, k) * q.size(-1) ** -0.5
-    hidden = torch.ones(q.size(1), q.size(1), dtype=torch.bool, device=q.device).triu(1)
-    hidden = hidden if docs is None or docs.mask is None else ~docs.mask
-    return torch.einsum("bhts,bshc->bthc", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+    scores = torch.einsum("brhc,bshc->bhrs", q, k) * q.size(-1) ** -0.5
+    return torch.einsum("bhrs,bshc->brhc", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
 def attend_past(q, k, v, past):
@@ -5380,9 +5396,7 @@ def _attention_error_at(attend, s, rt, length):
     seen = (place <= queries[:, None]) & (place >= begin[queries][:, None])
 
     def reference(q, k, v):
-        k, v = (z.repeat_interleave(q.size(2) // z.size(2), dim=2) for z in (k, v))
-        scores = torch.einsum("bqhc,bshc->bhqs", q[:, queries], k) * q.size(-1) ** -0.5
-        return torch.einsum("bhqs,bshc->bqhc", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+        return attend_seen(q[:, queries], k, v, seen)
 
     def kernel(q, k, v):
         docs = documents(ids.to(rt.device), s.doc_mask, s.longest_sequence, getattr(attend, "varlen", False))
@@ -6128,13 +6142,6 @@ class Training:
 
 
 MOST_STEPS, MOST_SECONDS = 2**53, 1e9  # of any run
-
-
-def need_number(what, value, kind, least, most):
-    """The number, if it is of this type and between these bounds (nan never is); else ValueError."""
-    if type(value) is not kind or not least <= value <= most:
-        raise ValueError(f"{what} is {brief(value, 30)}, not {kind.__name__} from {least} to {most}")
-    return value
 
 
 def need_names(what, found, names=None):
@@ -6885,13 +6892,16 @@ def run_phases(s, argv, interrupt=None):
     except BadInput as error:
         hint = f". {s.artifact} does not hold the DATA_PATH of its run: repeat that, or its settings file" if s.artifact else ""
         raise BadInput(f"{error}{hint}") from None
-    rt, run, watch = Runtime(s), None, contextlib.ExitStack()
-    lock, interrupt = None, interrupt or Interrupt()
+    rt, run, held = Runtime(s), None, contextlib.ExitStack()
+    held.callback(rt.close)
+    interrupt = interrupt or Interrupt()
     try:
         attend = pick_attention(s, rt)
         run, lock = open_run(s, rt, attend)
+        if lock:
+            held.callback(lock.release)
         log, path = run.log, Path(s.artifact)
-        watch.enter_context(run.validity.watch(s.data_path))
+        held.enter_context(run.validity.watch(s.data_path))
         log_header(run, argv)
         log("tokenizer", f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={tokenizer_path}",
             path=tokenizer_path, sha256=tokenizer_sha256)
@@ -6929,10 +6939,7 @@ def run_phases(s, argv, interrupt=None):
             raise
         raise ended from None
     finally:
-        watch.close()
-        if lock:
-            lock.release()
-        rt.close()
+        held.close()
     if run.too_large:
         raise Stopped(run.too_large, 3)
 

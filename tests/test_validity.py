@@ -448,30 +448,18 @@ def test_a_run_that_tests_itself_prints_a_line_for_each_test(trained, tmp_path, 
     assert summary(done)["valid"] == "yes" and summary(done)["reasons"] == []
 
 
-class UnsureOfWhatNeverCame(tg.Predictor):
+class UnsureOfWhatNeverCame(tg.Over):
     """An honest predictor whose nats of tokens that the validation text does not hold are no numbers."""
 
     def __init__(self, honest, known):
-        self.honest, self.known = honest, known
-        self.history, self.learns, self.invalid = honest.history, honest.learns, honest.invalid
-
-    def __getattr__(self, name):
-        return getattr(self.honest, name)
+        super().__init__(honest, None, None)
+        self.known, self.history, self.learns = known, honest.history, honest.learns
 
     def predict(self, inputs, most=None):
-        return self.honest.predict(inputs, most)
+        return self.base.predict(inputs, most)
 
     def nll(self, inputs, targets):
-        return torch.where(torch.isin(targets, self.known), self.honest.nll(inputs, targets), math.nan)
-
-    def observe(self, chunk):
-        self.honest.observe(chunk)
-
-    def learn(self, part, stream):
-        self.honest.learn(part, stream)
-
-    def reset(self):
-        self.honest.reset()
+        return torch.where(torch.isin(targets, self.known), self.base.nll(inputs, targets), math.nan)
 
 
 def test_a_run_whose_self_test_finds_no_number_is_not_valid(trained, toy, tmp_path):

@@ -273,7 +273,7 @@ def test_an_attention_that_leaks_behind_the_check_is_seen_in_the_run(trained, tm
     assert [reason.partition(":")[0] for reason in told] == ["C1 causality"]
 
 
-class Unigram(tg.Predictor):
+class Uniform(tg.Predictor):
     """What the README recommends to begin with: predict() and nothing else."""
 
     def predict(self, inputs, most=None):
@@ -282,7 +282,7 @@ class Unigram(tg.Predictor):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_plain_predictor_is_scored_and_tested(trained, tmp_path, world):
-    make = dict(make_predictor=lambda *_, **__: Unigram())
+    make = dict(make_predictor=lambda *_, **__: Uniform())
     assert reasons([*trained, "SELFTEST=1"], tmp_path, world, **make) == []
     told = json.loads((tmp_path / "summary.json").read_text())
     assert told["val_loss"] == pytest.approx(math.log(512), rel=1e-6)
@@ -292,7 +292,7 @@ def test_a_plain_predictor_is_scored_and_tested(trained, tmp_path, world):
 def test_a_plain_predictor_is_scored_where_graphs_are_compiled(trained, tmp_path):
     """What is state in it is forgotten behind the warm-up."""
     with mock.patch.object(torch, "compile", lambda function, **_: function):
-        make = dict(make_predictor=lambda *_, **__: Unigram())
+        make = dict(make_predictor=lambda *_, **__: Uniform())
         assert reasons([*trained, "COMPILE=on"], tmp_path, **make) == []
 
 
