@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a command, it has to find the trainer
 
 from conftest import REPO, clean_env, make_toy
-from runs import SCRIPT, checkpoints, command, events, free_port, log_lines, read_checkpoint
+from runs import SCRIPT, checkpoints, command, events, free_port, heard, log_lines, read_checkpoint
 
 # A run whose phases take some tenths of a second each.
 PHASES = {  # the beginning of the line of the log after which the phase begins, and the settings that make it last
@@ -133,6 +133,7 @@ def become_trainer(code, order):
         os.close(number)
     streams = [None if n in order["closed"] else open(n, "w", encoding="utf-8", closefd=False) for n in (1, 2)]
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__ = streams
+    heard()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in order["ignored"]:
         signal.signal(number, signal.SIG_IGN)

@@ -132,6 +132,12 @@ def family(pid):
     return found[1:]
 
 
+def heard():
+    """Not ignored, as nohup would have it for all that it starts: a shell cannot trap what it was told to ignore."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Started:
     """A process that is running, killed with all its children after `limit` seconds or at the end of the block."""
 

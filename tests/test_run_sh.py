@@ -10,6 +10,7 @@ import time
 
 import pytest
 from conftest import REPO, clean_env
+from runs import heard
 
 # Records how it was called, then does what BEHAVE says; handles signals as train_gpt.py does.
 TRAINER = """
@@ -445,12 +446,6 @@ def test_new_environment(tree):
 
 
 # ---- signals --------------------------------------------------------------------------------------------------------
-
-
-def heard():
-    """Not ignored, as nohup would have it for all that it starts: a shell cannot trap what it was told to ignore."""
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
 
 
 def interrupt(tree, signals, wait_for="trainer up", group=False, **env):

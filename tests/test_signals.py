@@ -227,6 +227,14 @@ def patched(monkeypatch, name, number):
     monkeypatch.setattr(train_gpt, name, first)
 
 
+@pytest.fixture(autouse=True)
+def hangup_is_heard():
+    """Under nohup, too, where the process of the tests ignores it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 CALIBRATED = ("MATRIX_QUANT=gptq", "GPTQ_CALIBRATION_TOKENS=512", "EVAL_STRIDE=0", "AVERAGE=none")
 AFTER = {"_report_never_reached": "RESUME=auto", "save_artifact": "RESUME=auto", "evaluate": "PHASES=eval ARTIFACT="}
 
