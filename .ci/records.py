@@ -30,9 +30,10 @@ def run(folder):
     """(the summary of the small run, its seconds)."""
     out, began = ROOT / "logs" / f"ci-{Path(folder).name}", time.monotonic()
     shutil.rmtree(out, ignore_errors=True)
-    done = subprocess.run(["bash", "run.sh", f"records/{folder}", "--small", f"OUT_DIR={out}"], cwd=ROOT, text=True,
+    limited = ["timeout", "--kill-after=60", "1500"]  # seconds: four times what the longest takes on a slow machine
+    done = subprocess.run([*limited, "bash", "run.sh", f"records/{folder}", "--small", f"OUT_DIR={out}"], cwd=ROOT,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, check=False)
+                          stderr=subprocess.STDOUT, check=False, text=True)
     assert done.returncode == 0, f"{folder}: exit code {done.returncode}\n{done.stdout[-3000:]}"
     word, _, text = (out / "train.log").read_text(encoding="utf-8").splitlines()[-1].partition(" ")
     assert word == "summary", f"{folder}: the last line of the log is no summary: {word} {text[:200]}"

@@ -36,6 +36,7 @@ PHASES = {  # the beginning of the line of the log after which the phase begins,
 }
 SETTINGS = ["MATRIX_QUANT=gptq", "VAL_TOKENS=1024", *(setting for _, setting in PHASES.values())]
 ACTIONS = ("SIGTERM", "SIGHUP", "SIGINT", "SIGKILL", "console")
+SILENCE = 200  # seconds in which one of the runs ends, on the busiest machine
 
 
 # ---- runs that cost no import ---------------------------------------------------------------------------------------
@@ -45,18 +46,18 @@ class Forge:
     """A process that has imported the trainer and forks a child for each run."""
 
     def __enter__(self):
-        self._server = subprocess.Popen([sys.executable, __file__, "--forge"], env=clean_env(), text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self._codes, self._begun = {}, set()
+        self.server = subprocess.Popen([sys.executable, __file__, "--forge"], env=clean_env(), bufsize=0,
+                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._pending, self._codes, self._begun = b"", {}, []
         return self
 
     def __exit__(self, *_):
-        for pid in self._begun - self._codes.keys():
+        for pid in set(self._begun) - self._codes.keys():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self._server.stdin.close()
-        self._server.wait(20)
-        self._server.stdout.close()
+        self.server.stdin.close()
+        self.server.wait(20)
+        self.server.stdout.close()
 
     def start(self, args, out, err=None, env=None, cwd=REPO, closed=(), ignored=()):
         """Process id of `train_gpt.py args`, its output in these files. `closed`: descriptors that it begins without;
@@ -64,29 +65,38 @@ class Forge:
         """
         order = dict(args=[str(arg) for arg in args], out=str(out), err=str(err or out), env=env or {}, cwd=str(cwd),
                      closed=list(closed), ignored=list(ignored))
-        print(json.dumps(order), file=self._server.stdin, flush=True)
-        pid = self._read("begun")
-        self._begun.add(pid)
-        return pid
+        number = len(self._begun)
+        self.server.stdin.write(json.dumps(order).encode() + b"\n")
+        while len(self._begun) == number:
+            self._hear(SILENCE)
+        return self._begun[number]
 
     def wait(self, pid):
         """Exit code of a run, negative for the signal that ended it."""
         while pid not in self._codes:
-            self._read("ended")
+            self._hear(SILENCE)
         return self._codes[pid]
 
     def ended(self, pid):
-        while pid not in self._codes and select.select([self._server.stdout], [], [], 0)[0]:
-            self._read("ended")
+        self._hear(0)
         return pid in self._codes
 
-    def _read(self, wanted):
-        while True:
-            row = json.loads(self._server.stdout.readline())
-            if row["event"] == "ended":
+    def _hear(self, seconds):
+        """Take note of all that the process has to say; it may be silent for so long, AssertionError if it is longer.
+        Its pipe is read without a buffer: a line that waits in one is nothing that select() knows of.
+        """
+        if not select.select([self.server.stdout], [], [], seconds)[0]:
+            assert not seconds, f"none of the runs {sorted(set(self._begun) - self._codes.keys())} has ended in {seconds} s"
+            return
+        received = self.server.stdout.read(65536)
+        assert received, "the process that forks the runs is gone"
+        *lines, self._pending = (self._pending + received).split(b"\n")
+        for row in map(json.loads, lines):
+            if row["event"] == "begun":
+                self._begun.append(row["pid"])
+                self._codes.pop(row["pid"], None)  # of a run long ago, where numbers begin again
+            else:
                 self._codes[row["pid"]] = row["code"]
-            if row["event"] == wanted:
-                return row["pid"]
 
 
 def serve():

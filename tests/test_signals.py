@@ -39,6 +39,19 @@ def waits_for(condition, seconds=60):
         time.sleep(0.005)
 
 
+def test_runs_that_end_at_once_are_both_noticed(forge, toy, tmp_path):
+    """As the ranks of a run do: both ends are told in one breath."""
+    args = command(toy, tmp_path / "run", "PHASES=train", "ITERATIONS=1000000")
+    pids = [forge.start([*args, f"OUT_DIR={tmp_path / name}"], tmp_path / f"{name}.out") for name in ("a", "b")]
+    os.kill(forge.server.pid, signal.SIGSTOP)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    os.kill(forge.server.pid, signal.SIGCONT)
+    time.sleep(0.5)
+    waits_for(lambda: all(forge.ended(pid) for pid in pids), 10)
+    assert [forge.wait(pid) for pid in pids] == [-signal.SIGKILL] * 2
+
+
 # A folder belongs to one run
 
 
