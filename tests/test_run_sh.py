@@ -503,6 +503,7 @@ def test_ctrl_c_on_a_terminal(tree):
 
     pid, terminal = pty.fork()
     if pid == 0:
+        heard()
         os.chdir(tree)
         os.execvpe("bash", ["bash", "run.sh", "OUT_DIR=elsewhere"], variables(BEHAVE="wait"))
     out = b""
