@@ -1049,6 +1049,7 @@ class GPT(nn.Module):
         super().__init__()
         self.dtype, self.softcap, self.doc_mask, self.looping = dtype, s.logit_softcap, s.doc_mask, s.loops
         self.temperature = None  # of its predictions, once fitted (EVAL_TEMPERATURE=0)
+        self.reasons = []  # why no score of these weights is valid: what was found while they were trained
         attend, width = attend or attend_sdpa, s.embed_dim or s.model_dim
         self.varlen = getattr(attend, "varlen", False)
         self.embed = Table(s.vocab_size, width, s.tied_embed_init_std)  # tied: also the head
@@ -2331,6 +2332,15 @@ class Copies:
             at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
             self.met[at[self.keys[at] == keys]] = True
 
+    def found(self, rt):
+        """Keys of the openings that any rank has met. Collective."""
+        met = rt.sum(torch.from_numpy(self.met.astype(np.int32)).to(rt.device)) > 0
+        return self.keys[met.cpu().numpy()]
+
+    def restore(self, keys):
+        """Those of an earlier part of the run."""
+        self.met |= np.isin(self.keys, keys)
+
 
 class TokenStream:
     """Training batches; each target is used at most once an epoch. LOADER says in which order:
@@ -2344,7 +2354,7 @@ class TokenStream:
 
     def __init__(self, paths, s, rt, documents=None):
         self.paths, self.s, self.rt, self.position, self.documents = paths, s, rt, 0, documents
-        self.copies = None  # Copies of validation documents, which are looked for in all that is read
+        self.copies = Copies(np.empty(0, np.uint16))  # of validation documents; looked for in all that is read
         self.shards = [read_shard(path) for path in paths]
         self.hold_out(s.holdout_tokens if s.average == "best" else 0)
         self.ends = np.cumsum([len(shard) for shard in self.shards])
@@ -2407,8 +2417,7 @@ class TokenStream:
             check_tokens(part, self.s.vocab_size, self.paths[i], offset)
             out[filled : filled + len(part)] = part
             filled += len(part)
-        if self.copies:
-            self.copies.look(out)
+        self.copies.look(out)
         return out
 
     def _starts(self, epoch):
@@ -3339,6 +3348,13 @@ def need_number(what, value, kind, least, most):
     return value
 
 
+def need_reasons(reasons):
+    """ValueError unless these are reasons why a score is not valid, as brief() leaves them."""
+    texts = type(reasons) is list and all(type(one) is str and one == brief(one, MAX_VALUE) for one in reasons)
+    if not texts:
+        raise ValueError(f"reasons is {brief(reasons, 30)}, not a list of texts")
+
+
 def read_file(path):
     """Bytes of a regular file: a device or a pipe may never end."""
     try:
@@ -3592,6 +3608,7 @@ def save_artifact(path, model, s, tokenizer_sha256="", log=None, moments=None, r
     # `looping`: a loop that training never reached stays off.
     header = {"settings": settings, "looping": model.looping, "tokenizer_sha256": tokenizer_sha256}
     header |= {"temperature": model.temperature} if model.temperature else {}
+    header |= {"reasons": model.reasons} if model.reasons else {}
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
     quantiser = Quantiser(model, s, moments)
 
@@ -3651,7 +3668,7 @@ def _checked_header(text):
     """
     header = json.loads(text, parse_constant=_no_number, object_pairs_hook=_no_name_twice)
     wanted = {"settings", "looping", "tokenizer_sha256", "tensors", "streams"}
-    if set(header) - {"temperature"} != wanted:
+    if set(header) - {"temperature", "reasons"} != wanted:
         raise ValueError(f"its fields are {', '.join(sorted(header))}")
     for name, value in header["settings"].items():
         if type(value) is not str or len(value) > MAX_VALUE:
@@ -3663,6 +3680,7 @@ def _checked_header(text):
     temperature = header.setdefault("temperature", 0)
     if type(temperature) not in (int, float) or not 0 <= temperature <= 10:
         raise ValueError("temperature is no number from 0 to 10")
+    need_reasons(header.setdefault("reasons", []))
     digest = bytes.fromhex(header["tokenizer_sha256"])
     if len(digest) not in (0, 32):
         raise ValueError("tokenizer_sha256 is no SHA-256")
@@ -3806,6 +3824,7 @@ def load_artifact(path, settings=None, dtype=torch.float32, attend=None, device=
             raise BadInput(f"{path}: holds values that are not finite ({name})")
         weights[name].copy_(weight)
     model.looping, model.temperature = s.loops and header["looping"], float(header["temperature"]) or None
+    model.reasons = header["reasons"]
     return s, model.to(device)
 
 
@@ -5828,7 +5847,12 @@ TEMPERATURE_TOKENS = 16384
 
 
 class Training:
-    """What a training run changes from step to step: all of it, and nothing else, is in a checkpoint."""
+    """What a training run changes from step to step: all of it, and nothing else, is in a checkpoint. What has been
+    found against the run is part of that.
+    """
+
+    YOUNGER = {"data": None, "done": False, "average_begun": 0, "reasons": [],  # what older checkpoints do not have
+               "copies": torch.empty(0, dtype=torch.int64)}
 
     def __init__(self, run, model):
         s, rt = run.s, run.rt
@@ -5996,6 +6020,7 @@ class Training:
 
         settings = {name: value for name, value in identity(run).items() if name not in PLACES}
         average = {kind: [by_name(one) for one in taken] for kind, taken in self.average.taken.items()}
+        run.validity.share(run.rt)
         return {"step": self.step, "tokens": self.tokens,
                 "stage": (self.stage, self.stage_start, self.model.looping),
                 "settings": settings, "data": self.data,
@@ -6004,7 +6029,9 @@ class Training:
                 "average": average, "average_count": self.average.count,
                 "complement": self.complement.state_dict() if self.complement else None,
                 "qat": self.qat.state_dict() if self.qat else None, "reserve": self.reserve,
-                "optimizer": self.optimizer.state_dict(), "done": self.done, "average_begun": self.average.begun}
+                "optimizer": self.optimizer.state_dict(), "done": self.done, "average_begun": self.average.begun,
+                "reasons": [brief(reason, MAX_VALUE) for reason in run.validity.reasons],
+                "copies": torch.from_numpy(self.stream.copies.found(run.rt).view(np.int64))}
 
     def _save(self):
         run, state = self.run, self.state()
@@ -6029,8 +6056,7 @@ class Training:
         state of a training that has not begun, and its numbers are possible ones. Nothing is changed.
         """
         s, sizes = self.run.s, [tokens for _, _, tokens in self.run.s.stages]
-        younger = {"data": None, "done": False, "average_begun": 0}  # what older checkpoints do not have
-        state = {**younger, **state}
+        state = {**self.YOUNGER, **state}
         need_names("the checkpoint", state, fresh)
         for name in ("stage", "weights", "optimizer", "rng"):
             need_like(name, state[name], fresh[name])
@@ -6058,6 +6084,8 @@ class Training:
             raise ValueError("rng is not the state of a generator") from None
         need_like("done", state["done"], False)
         need_number("average_begun", state["average_begun"], int, 0, step)
+        need_reasons(state["reasons"])
+        need_like("copies", state["copies"], torch.empty(_length(state["copies"]), dtype=torch.int64))
         self._check_average(state, fresh["weights"])
         self._check_complement(state["complement"])
         self._check_qat(state["qat"], fresh["qat"], step)
@@ -6083,10 +6111,9 @@ class Training:
             return
         need_names("complement", state, ("pairs", "times"))
         pairs, times = state["pairs"], state["times"]
-        length = len(pairs) if isinstance(pairs, Tensor) and pairs.ndim == 1 else 0
-        counts = torch.empty(length, dtype=torch.int64)
+        counts = torch.empty(_length(pairs), dtype=torch.int64)
         need_like("complement", state, {"pairs": counts, "times": counts})
-        outside = length and (pairs[0] < 0 or pairs[-1] >= self.complement.vocab**2)
+        outside = len(pairs) and (pairs[0] < 0 or pairs[-1] >= self.complement.vocab**2)
         if outside or (pairs.diff() < 1).any():
             raise ValueError("complement pairs are not rising pairs of tokens of the vocabulary")
         if (times < 1).any():
@@ -6118,6 +6145,7 @@ class Training:
     @torch.no_grad()
     def load(self, state):
         """Go on from the state of a checkpoint, which check() has found to be one of this run."""
+        state = {**self.YOUNGER, **state}
         self.step, self.stream.position, self.average.count = state["step"], state["position"], state["average_count"]
         self.tokens, (self.stage, self.stage_start, self.model.looping) = state["tokens"], state["stage"]
 
@@ -6137,11 +6165,18 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.run.clock.seconds.update({k: v for k, v in state["seconds"].items() if k != "setup"})
         torch.set_rng_state(state["rng"])
-        self.done = state.get("done", False)
-        self.average.begun = state.get("average_begun", 0)
+        self.done, self.average.begun = state["done"], state["average_begun"]
+        self.stream.copies.restore(state["copies"].numpy().view(np.uint64))
+        for reason in state["reasons"]:
+            self.run.validity.need(False, reason)
 
 
 MOST_STEPS, MOST_SECONDS = 2**53, 1e9  # of any run
+
+
+def _length(vector):
+    """Its length, if it is one; else 0."""
+    return len(vector) if isinstance(vector, Tensor) and vector.ndim == 1 else 0
 
 
 def need_names(what, found, names=None):
@@ -6330,6 +6365,8 @@ def train(run, model, val):
     s, rt, log = run.s, run.rt, run.log
     need_loadable("the artifact of this model", largest_rows(model, s))
     training = Training(run, model)
+    copies = training.stream.copies = Copies(val.tokens.cpu().numpy())
+    copies.look(training.stream.held)
     state = checkpoint_to_resume(run, training)  # before minutes are spent on warm-up
     for role, (tensors, count, how) in training.optimizer.table.items():
         log("optimizer", role=role, tensors=tensors, parameters=count, **how._asdict())
@@ -6354,8 +6391,6 @@ def train(run, model, val):
         training.load(state)
         del state
         log("resume", step=training.step, train_seconds=round(run.clock["train"], 3))
-    copies = training.stream.copies = Copies(val.tokens.cpu().numpy())
-    copies.look(training.stream.held)
     if rt.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(rt.device)
     was_done = training.done
@@ -6366,7 +6401,6 @@ def train(run, model, val):
         keep_weights(run, training)
     if not was_done:
         _report_never_reached(run, training, lowest)
-    _check_copies(run, copies)
     kind, weights = _choose_average(run, training, predictor)
     if kind == "ema":
         _report_young_average(run, training)
@@ -6380,18 +6414,23 @@ def train(run, model, val):
     log("peak_memory", f"peak memory allocated: {peak} MiB", mib=peak)
     model.temperature = training.fit_temperature() if s.eval_temperature == 0 else None
     learned = training.qat and training.qat.moments
-    return learned or (training.calibrate() if s.needs_moments else None)
+    moments = learned or (training.calibrate() if s.needs_moments else None)
+    _check_copies(run, copies)
+    run.validity.share(rt)
+    model.reasons = [brief(reason, MAX_VALUE) for reason in run.validity.reasons]
+    return moments
 
 
 def _check_copies(run, copies):
     """Validation documents in the training text. FineWeb was deduplicated within each crawl only, so that a few openings
     are in both; 20 % were in the folders of #2127.
     """
-    met = run.rt.sum(torch.from_numpy(copies.met.astype(np.int32)).to(run.rt.device)) > 0
-    count = int(met.sum())
+    count = len(copies.found(run.rt))
+    documents = len(copies.keys)
     run.facts.update(val_documents_in_training=count)
-    run.validity.need(count <= max(len(met) // 100, 1), f"C3: {count} of {len(met)} validation documents begin as some did "
-                      f"that were trained on, with the same {copies.PREFIX} tokens")
+    run.validity.need(count <= max(documents // 100, 1),
+                      f"C3: {count} of {documents} validation documents begin as some did that were trained on, with the "
+                      f"same {copies.PREFIX} tokens")
 
 
 def keep_weights(run, training):
@@ -6624,6 +6663,8 @@ def evaluate(run, path):
         stored = read_artifact(path, data)[0]["tokenizer_sha256"]
         s = replace(s, **{f.name: f.default for f in model_fields()})  # the model is what the file says, alone
         s, model = load_artifact(path, s, rt.dtype, run.attend, rt.device, data)
+        for reason in model.reasons:
+            run.validity.need(False, reason)
         loaded = fingerprint(model)
         if s.eval_temperature == 0 and model.temperature is None:
             raise BadInput(f"EVAL_TEMPERATURE=0, but {path} was written without a fitted one; train with it, or give it")

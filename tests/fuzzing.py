@@ -746,6 +746,8 @@ class Trainee:
         with contextlib.redirect_stdout(io.StringIO()):
             self.run = tg.Run(tg.replace(s, resume="auto"), rt, Path(out_dir), tg.attend_sdpa)
             self.training = tg.Training(self.run, tg.GPT(s, rt.dtype))
+        documents = [[tg.BOS, *range(first, first + 70)] for first in range(2, 10)]
+        self.training.stream.copies = tg.Copies(np.concatenate(documents))
         self.fresh = self.state()
 
     def state(self):
@@ -757,6 +759,11 @@ class Trainee:
         self.run.s = tg.replace(self.run.s, resume=str(path))
         return tg.checkpoint_to_resume(self.run, self.training)
 
+    def begin_again(self):
+        self.training.load({**self.fresh, "seconds": {}})
+        self.training.stream.copies.met[:] = False
+        self.run.validity.reasons.clear()
+
 
 class Checkpoints:
     """Damaged checkpoints, and what becomes of them."""
@@ -764,6 +771,8 @@ class Checkpoints:
     def __init__(self, folder, args, path):
         self.path, self.trainee = Path(folder) / "damaged.pt", Trainee(args, Path(folder) / "trainee")
         self.state = torch.load(io.BytesIO(Path(path).read_bytes()[19:-32]), weights_only=True)
+        keys = self.trainee.training.stream.copies.keys[[3, 5]]
+        self.state |= {"reasons": ["C3: one", "C1: another"], "copies": torch.from_numpy(keys.view(np.int64))}
 
     def damage(self, rng):
         kind = rng.choice(STATE_KINDS)
@@ -780,10 +789,14 @@ class Checkpoints:
             return "refused"
         trainee.training.load(state)
         now = trainee.state()
-        trainee.training.load({**trainee.fresh, "seconds": {}})
+        trainee.begin_again()
         # The data and settings at their default may be missing; some bytes of the generator mean nothing.
         expected = {name: state.get(name, now[name]) for name in now}
         expected["settings"] = {**now["settings"], **state["settings"]}
+        expected["reasons"] = list(dict.fromkeys(expected["reasons"]))
+        keys = expected["copies"].numpy().view(np.uint64)  # of documents; those of another text mean nothing here
+        keys = np.intersect1d(keys, trainee.training.stream.copies.keys)
+        expected["copies"] = torch.from_numpy(keys.view(np.int64))
         expected["rng"] = torch.Generator().set_state(state["rng"]).get_state()
         assert same(now, expected), "the training is not what the file says"
         return "good"

@@ -282,7 +282,7 @@ def main():
         place = Path(place)
         (place / "toy").mkdir()
         toy = make_toy(place / "toy")
-        references = {n: Reference(forge, toy, place / f"reference{n}", n) for n in args.ranks}
+        references = {n: Reference(forge, toy, place / f"reference{n}", n) for n in set(args.ranks)}
         for number in range(args.rounds):
             ranks = args.ranks[number % len(args.ranks)]
             phase, action = dice.choice(list(PHASES)), dice.choice(ACTIONS)

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 
+import fuzzing
 import train_gpt as tg
 from conftest import REPO, write_shard
-from runs import Started, call, command, events, good, on_ranks, refused, summary, torchrun
+from runs import Started, call, checkpoints, command, events, good, on_ranks, read_checkpoint, refused, summary, torchrun
 
 C1, C2, C3, C4 = "C1", "C2 normalisation", "C3", "C4 coverage"
 LENGTH = 24  # of the windows: longer than what is looked at in one of them
@@ -324,6 +325,7 @@ def data(toy, tmp_path):
     return folder, [*toy[1:], f"DATA_PATH={folder}", "ITERATIONS=30", "TRAIN_SEQ_LEN=256", "TRAIN_BATCH_TOKENS=1024", "VAL_TOKENS=600", "EVAL_STRIDE=0", "NUM_LAYERS=1", "XSA_LAST_N=0", "VE_LAYERS=0"]
 
 
+COPIES = "of 6 validation documents begin as some did that were trained on"
 LINKS = {"symbolic": os.symlink, "hard": os.link, "itself": lambda path, new: new.unlink(missing_ok=True)}
 
 
@@ -349,7 +351,7 @@ def test_validation_text_among_the_training_shards_is_named(data, tmp_path, kind
     path, new = folder / "fineweb_val_000000.bin", folder / "fineweb_train_000002.bin"
     shutil.copy(path, new) if kind == "copy" else new.symlink_to(path)
     told = reasons(command(settings, tmp_path / "run", f"LOADER={loader}"), tmp_path / "run")
-    assert any("of 6 validation documents begin as some did that were trained on" in reason for reason in told), told
+    assert any(COPIES in reason for reason in told), told
     new.unlink()
     assert reasons(command(settings, tmp_path / "other", f"LOADER={loader}"), tmp_path / "other") == []
 
@@ -357,10 +359,58 @@ def test_validation_text_among_the_training_shards_is_named(data, tmp_path, kind
 def test_ranks_that_trained_on_parts_of_the_validation_text_say_so_together(data, tmp_path):
     folder, settings = data
     shutil.copy(folder / "fineweb_val_000000.bin", folder / "fineweb_train_000002.bin")
-    with Started(torchrun(command(settings, tmp_path / "run"))) as run:
+    with Started(torchrun(command(settings, tmp_path / "run", "CHECKPOINT_EVERY=29"))) as run:
         told = summary(good(run.finish()))
+    assert len(read_checkpoint(checkpoints(tmp_path / "run")[29])["copies"]) == 6
     alone = reasons(command(settings, tmp_path / "alone"), tmp_path / "alone")
-    assert told["reasons"] == alone and "begin as some did that were trained on" in alone[0]
+    assert told["reasons"] == alone and COPIES in alone[0]
+
+
+@pytest.fixture
+def invalid(data):
+    """Settings of a run whose first steps train on the validation text."""
+    folder, settings = data
+    for number in (1, 0):
+        (folder / f"fineweb_train_00000{number}.bin").rename(folder / f"fineweb_train_00000{number + 1}.bin")
+    shutil.copy(folder / "fineweb_val_000000.bin", folder / "fineweb_train_000000.bin")
+    return command(settings, folder.parent / "run", "ITERATIONS=6")
+
+
+def test_what_was_found_before_a_run_was_stopped_is_known_to_the_one_that_goes_on(invalid, tmp_path):
+    """What the loader read, and what else was seen; no step after that meets it again."""
+    step = tg._train_step
+
+    def until_five(run, training, *more):
+        if training.step == 5:
+            raise tg.Stopped("enough", 1)
+        run.validity.need(training.step != 2, tg.EARLY)
+        return step(run, training, *more)
+
+    args = [*invalid, "CHECKPOINT_EVERY=5"]
+    with pytest.raises(tg.Stopped):
+        reasons(args, tmp_path / "run", _train_step=until_five)
+    (state,) = map(read_checkpoint, checkpoints(tmp_path / "run").values())
+    assert state["step"] == 5 and len(state["copies"]) == 6 and state["reasons"] == [tg.EARLY]
+    early, copies = reasons([*args, "RESUME=auto"], tmp_path / "run")
+    assert early == tg.EARLY and COPIES in copies
+    # A checkpoint from before these were noted is gone on with.
+    old = {name: value for name, value in state.items() if name not in ("reasons", "copies")}
+    (tmp_path / "old.pt").write_bytes(fuzzing.checkpoint(old))
+    assert reasons([*args, f"RESUME={tmp_path}/old.pt"], tmp_path / "other") == []
+
+
+def test_what_was_found_in_training_goes_with_the_artifact(invalid, tmp_path):
+    """Scored later, by itself, it is as invalid; one whose header is no list of reasons is refused."""
+    told = reasons([*invalid, "PHASES=train"], tmp_path / "run")
+    assert len(told) == 1 and COPIES in told[0]
+    path = tmp_path / "run/model.pg"
+    assert reasons([*invalid, "PHASES=eval", f"ARTIFACT={path}"], tmp_path / "later") == told
+    header, streams = fuzzing.unseal(path.read_bytes())
+    assert header["reasons"] == told
+    for wrong in ("C3", [1], ["two\nlines"], ["x" * 5000], {"a": 1}):
+        path.write_bytes(fuzzing.seal(header | {"reasons": wrong}, b"".join(streams.values())))
+        with pytest.raises(tg.BadInput, match="unusable header .*reasons"):
+            tg.load_artifact(path)
 
 
 def test_a_seed_that_was_trained_with_is_scored_with(toy, tmp_path):
