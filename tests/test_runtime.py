@@ -315,9 +315,3 @@ def test_a_scheduler_that_ends_a_job_of_several_ranks_leaves_a_checkpoint(toy, o
     (step,) = checkpoints(tmp_path)
     assert step >= 7 and f"interrupted by SIGTERM after step {step}" in done.stderr
     assert max(losses(tmp_path)) == step, "all ranks stopped after the same step"
-
-
-def test_a_used_folder_is_refused_by_all_ranks(toy, one):
-    with Started(torchrun(command(toy, one, *STEPS))) as run:
-        done = run.finish()
-    assert done.returncode != 0 and f"{one}/train.log belongs to an earlier run" in done.stderr

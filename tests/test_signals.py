@@ -105,6 +105,17 @@ def test_a_folder_in_use_is_refused_and_named_with_its_process_and_free_when_tha
     assert forge.wait(pid) == 143 and not killing.left_over(folder)
 
 
+def test_a_folder_of_an_earlier_run_is_refused_by_all_ranks(forge, toy, tmp_path):
+    folder = tmp_path / "run"
+    assert forge.wait(forge.start(command(toy, folder), tmp_path / "first")) == 0
+    before = (folder / "train.log").read_text()
+    pids = killing.ranks_of(forge, command(toy, folder), 2, tmp_path / "out")
+    assert [forge.wait(pid) for pid in pids] == [2, 2]
+    said = (tmp_path / "out").read_text()
+    assert said.count(f"{folder}/train.log belongs to an earlier run") == 2 and "Traceback" not in said
+    assert (folder / "train.log").read_text() == before
+
+
 def test_run_sh_gives_two_names_in_one_second(tmp_path):
     """What makes the name, alone: ten at once, ten folders."""
     text = (REPO / "run.sh").read_text()
