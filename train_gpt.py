@@ -4275,6 +4275,16 @@ class Validity:
         self.reasons = list(dict.fromkeys(chain.from_iterable(reasons)))
         self.eligible_reasons = list(dict.fromkeys(chain.from_iterable(eligible_reasons)))
 
+    def to_keep(self, rt):
+        """The reasons of all ranks, as a file may hold them. Collective."""
+        self.share(rt)
+        return [brief(reason, MAX_VALUE) for reason in self.reasons]
+
+    def restore(self, reasons):
+        """Those that were kept."""
+        for reason in reasons:
+            self.need(False, reason)
+
     @contextlib.contextmanager
     def report(self):
         """A score that nothing learns from: the only use of validation text before the artifact is frozen."""
@@ -6020,7 +6030,6 @@ class Training:
 
         settings = {name: value for name, value in identity(run).items() if name not in PLACES}
         average = {kind: [by_name(one) for one in taken] for kind, taken in self.average.taken.items()}
-        run.validity.share(run.rt)
         return {"step": self.step, "tokens": self.tokens,
                 "stage": (self.stage, self.stage_start, self.model.looping),
                 "settings": settings, "data": self.data,
@@ -6030,7 +6039,7 @@ class Training:
                 "complement": self.complement.state_dict() if self.complement else None,
                 "qat": self.qat.state_dict() if self.qat else None, "reserve": self.reserve,
                 "optimizer": self.optimizer.state_dict(), "done": self.done, "average_begun": self.average.begun,
-                "reasons": [brief(reason, MAX_VALUE) for reason in run.validity.reasons],
+                "reasons": run.validity.to_keep(run.rt),
                 "copies": torch.from_numpy(self.stream.copies.found(run.rt).view(np.int64))}
 
     def _save(self):
@@ -6165,10 +6174,10 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.run.clock.seconds.update({k: v for k, v in state["seconds"].items() if k != "setup"})
         torch.set_rng_state(state["rng"])
-        self.done, self.average.begun = state["done"], state["average_begun"]
+        self.done = state["done"]
+        self.average.begun = state["average_begun"]
         self.stream.copies.restore(state["copies"].numpy().view(np.uint64))
-        for reason in state["reasons"]:
-            self.run.validity.need(False, reason)
+        self.run.validity.restore(state["reasons"])
 
 
 MOST_STEPS, MOST_SECONDS = 2**53, 1e9  # of any run
@@ -6416,8 +6425,7 @@ def train(run, model, val):
     learned = training.qat and training.qat.moments
     moments = learned or (training.calibrate() if s.needs_moments else None)
     _check_copies(run, copies)
-    run.validity.share(rt)
-    model.reasons = [brief(reason, MAX_VALUE) for reason in run.validity.reasons]
+    model.reasons = run.validity.to_keep(rt)
     return moments
 
 
@@ -6663,8 +6671,7 @@ def evaluate(run, path):
         stored = read_artifact(path, data)[0]["tokenizer_sha256"]
         s = replace(s, **{f.name: f.default for f in model_fields()})  # the model is what the file says, alone
         s, model = load_artifact(path, s, rt.dtype, run.attend, rt.device, data)
-        for reason in model.reasons:
-            run.validity.need(False, reason)
+        run.validity.restore(model.reasons)
         loaded = fingerprint(model)
         if s.eval_temperature == 0 and model.temperature is None:
             raise BadInput(f"EVAL_TEMPERATURE=0, but {path} was written without a fitted one; train with it, or give it")
