@@ -7,18 +7,23 @@ the lowest bits per byte (BPB) whose code + compressed weights fit in 16,000,000
     python train_gpt.py --help                                      every setting with its default and a sentence
 
 The rooms of this file, in reading order
-     1 Settings     one frozen dataclass: the field is the environment variable
-     2 Model parts  norm, Linear, tables, rotary, smear, n-gram hash, value embedding, gates, attention, MLP
-     3 Model        skips, lanes, layer plan, Block, GPT, the training objective, roles
-     4 Runtime      settings from outside; device, dtype, ranks; the only other reader of the environment
-     5 Optimizer    orthogonalisation, MuonAdam for 1..N ranks, schedules, complementary weights, weight averages
-     6 Data         shard format, token stream, validation stream, bytes per token
-     7 Quantisation codecs: encode / decode; the entropy coder of integer codes
-     8 Artifact     container, compressors, save, load, size
-     9 Evaluation   windows, the one score loop, the validity ledger: the definition of the metric
-    10 Predictors   what is scored
-    11 Kernels      fused kernels beside their reference, and who was chosen
-    12 Clock, log, train loop, main
+     1 Settings      one frozen dataclass: the field is the environment variable; settings from outside
+     2 Model parts   norm, Linear, tables, rotary, SmearGate, n-gram hash, value embedding, gates, attention, MLP
+     3 Model         skips, parallel lanes, layer plan, Block, GPT, the training objective, roles
+     4 Runtime       device, dtype, ranks
+     5 Optimizer     orthogonalisation, MuonAdam for 1..N ranks, schedules, complementary weights, weight averages
+     6 Data          shards, tokenizer and bytes per token, training stream, validation stream
+     7 Quantisation  calibration, rounding, GPTQ, LQER, codecs, allocation, pruning, late QAT
+     8 Entropy coder of integer codes
+     9 Artifact      container, compressors, save, load, size
+    10 Evaluation    windows and the one score loop: the definition of the metric
+    11 Validity      the ledger, the examiner, the proof of the bytes, the self-test
+    12 Predictors    what is scored: the model, test-time training, n-grams, the tilt
+    13 Invalid originals, whose score is not valid
+    14 Kernels       fused kernels beside their reference, and who was chosen
+    15 Run           clock, console, log, folder, signals
+    16 Training      the steps, checkpoints, the training phase
+    17 Phases        export, evaluate, summarise, main
 
 Axes: B sequences, T positions, D model width, H query heads, K key/value heads, C channels of a head, V vocabulary.
 "#N" is pull request or issue N of openai/parameter-golf.
@@ -92,15 +97,17 @@ class Stopped(Exception):
         self.code = code
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1 Settings
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# 1 Settings: one frozen dataclass. The field matrix_lr is the environment variable MATRIX_LR.
+# --------------------------------------------------------------------------------------------------
 
 Layers = tuple[int, ...]  # "9,10"; an empty value means none
 Betas = tuple[float, ...]  # "0.9,0.95"; empty: BETA1,BETA2
 Stages = tuple[tuple[int, float], ...]  # "1024@0.1,2048@1": a size, and the fraction of the run up to which it holds
 Widths = tuple[tuple[int, int], ...]  # "0@8,10@8": a layer, and the bits of its matrices
 Names = tuple[str, ...]  # "q,v,head"; an empty value means none
+LISTS = {Layers: "layers", Betas: "two numbers", Stages: "size@fraction, ...", Widths: "number@number, ...",  # for --help
+         Names: "names"}
 
 
 def opt(room, default, doc, lo=None, hi=None, on=""):
@@ -514,794 +521,73 @@ class Settings:
         return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2 Model parts
-# Every module that creates a parameter states its role; optimizer, codec and compression group are tables over roles.
-# Weights are fp32 masters, cast to the activation dtype where they are used; there is no autocast.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Docs(NamedTuple):
-    """Where documents begin. One object for everything that must not look across a boundary."""
-
-    first: Tensor  # (B, T) bool: this token begins a document
-    mask: Tensor | None = None  # (B, 1, T, T) bool: who sees whom, for attention kernels that take a mask
-    cu: Tensor | None = None  # (segments + 1,) int32: their starts in the flattened batch, for those that take lengths
-
-
-def documents(ids, mode, longest=0, varlen=False):
-    """What BOS says about ids (B, T), or None with DOC_MASK=none. With "attention" also who sees whom: documents, cut
-    every `longest` tokens (0: not), as lengths for a `varlen` kernel (waits for the device) or as a mask.
-    """
-    if mode == "none":
-        return None
-    first = ids == BOS
-    if mode == "inputs":
-        return Docs(first)
-    at = torch.arange(ids.size(1), device=ids.device).expand_as(ids)
-    since = at - torch.where(first, at, 0).cummax(1).values  # the row's start begins a segment, too
-    cut = (since % longest if longest else since) == 0
-    if varlen:
-        starts = cut.flatten().nonzero().squeeze(1)
-        return Docs(first, cu=F.pad(starts, (0, 1), value=ids.numel()).int())
-    segment = cut.cumsum(1)
-    return Docs(first, mask=(segment[:, :, None] == segment[:, None]).tril()[:, None])
-
-
-class Slot(NamedTuple):
-    """Adapters of one visit to a block: functions whose result is added beside its linear layers, or None."""
-
-    q: Callable | None = None
-    k: Callable | None = None
-    v: Callable | None = None
-    o: Callable | None = None  # from the attention's output, as the layer o
-    attn: Callable | None = None  # beside the whole attention, from its normed input (#1530)
-    mlp: Callable | None = None  # beside the whole MLP, from its normed input
-    scaled: bool = False  # the last three pass attn_scale or mlp_scale, as what they stand beside does (#1530)
-
-
-class Past(NamedTuple):
-    """What a forward sees of the text before its tokens, as Cache kept it."""
-
-    ids: Tensor  # (B, 3 at most) the last tokens, which SmearGate and the n-gram hashes read
-    rope: tuple[Tensor, Tensor]  # of the new tokens' positions
-    seen: Tensor  # (B or 1, T, S + T) bool: who sees whom of the S kept keys and the T new ones
-    kept: list  # [(k, v)] of each visit, (B, S, K, C); k rotated
-    new: list  # those of the new tokens, filled by the forward
-
-
-class Context(NamedTuple):
-    """What every block sees beside the residual stream."""
-
-    x0: Tensor  # (B, T, D) the stream as it entered the first block
-    rope: tuple[Tensor, Tensor]  # cos, sin: (T, rope_dims / 2)
-    docs: Docs | None
-    ve: Tensor | None  # (B, T, K*C) value embedding
-    first_v: list  # the values of layer 0, once it has made them
-    past: Past | None = None
-
-
-def norm(x):
-    """RMSNorm over the last axis without a learned weight."""
-    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
-
-
-def precise(x):
-    """x in float32; float64, in which the self-test computes, stays."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def through(module, x, *args):
-    """An optional stage: absent modules pass x on."""
-    return x if module is None else module(x, *args)
-
-
-def plus(y, adapter, x, scale=None):
-    """y with an adapter's contribution computed from x, times `scale`; nothing reaches the graph when there is none."""
-    if adapter is None:
-        return y
-    return y + (adapter(x) if scale is None else scale.to(x.dtype) * adapter(x))
-
-
-class Grid(nn.Module):
-    """Late QAT: a weight (R, C) as the artifact would hold it, at the exporter's `step` (R, C or 1) and range -top..top.
-
-    "ste": the gradient passes straight through. "soft" (#967): steps that are smooth, and steepen with `sharpness`.
-    """
-
-    def __init__(self, weight, top, soft):
-        super().__init__()
-        self.top, self.soft = top, soft
-        self.register_buffer("step", weight.new_ones(len(weight), 1), persistent=False)
-        self.register_buffer("sharpness", weight.new_ones(()), persistent=False)
-
-    def forward(self, weight):
-        at = weight / self.step
-        if not self.soft:
-            return weight + (at.round().clamp(-self.top, self.top) * self.step - weight).detach()
-        low = at.floor().detach()
-        rise = torch.tanh(self.sharpness * (at - low - 0.5)) / torch.tanh(self.sharpness / 2)
-        return (low + 0.5 + 0.5 * rise).clamp(-self.top, self.top) * self.step
-
-
-class Linear(nn.Module):
-    """y = x W^T, W (out, in); no bias anywhere. `scale` (out,) multiplies the rows of W instead of the output: the
-    same map, but its gradient comes from dW and not from a reduction over all tokens of the batch.
-    """
-
-    def __init__(self, inputs, outputs, zero=False, role="matrix"):
-        super().__init__()
-        self.zero, self.role, self.weight = zero, role, nn.Parameter(torch.empty(outputs, inputs))
-        self.register_module("grid", None)  # Grid, while late QAT is on; a plain attribute would be traced a third time
-
-    def init(self, generator):
-        nn.init.zeros_(self.weight) if self.zero else nn.init.orthogonal_(self.weight, generator=generator)
-
-    def forward(self, x, scale=None):
-        weight = through(self.grid, self.weight)
-        weight = weight if scale is None else scale[:, None] * weight
-        return F.linear(x, weight.to(x.dtype))
-
-
-class Table(nn.Module):
-    """Rows looked up by id."""
-
-    role = "embed"
-
-    def __init__(self, rows, width, std):
-        super().__init__()
-        self.std, self.weight = std, nn.Parameter(torch.empty(rows, width))
-        self.register_module("grid", None)
-
-    def init(self, generator):
-        nn.init.normal_(self.weight, std=self.std, generator=generator) if self.std else nn.init.zeros_(self.weight)
-
-    def forward(self, ids, dtype):
-        return F.embedding(ids, through(self.grid, self.weight)).to(dtype)
-
-
-def rotary_tables(positions, dims, base):
-    """cos and sin (T, dims/2) of position * base^(-2j/dims) for positions (T,), in float64."""
-    frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64, device=positions.device) / max(dims, 1))
-    angle = positions.double()[:, None] * frequency
-    return angle.cos(), angle.sin()
-
-
-def rotate(x, cos, sin):
-    """Partial RoPE (#315): the first 2n channels of x (B, T, H, C) turn by minus the angle, half against half."""
-    n = cos.size(-1)
-    if n == 0:
-        return x
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    a, b, rest = x.split((n, n, x.size(-1) - 2 * n), dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
-
-
-def exclude_self(y, v):
-    """Exclusive self-attention (#265): y (B, T, H, C) less its component along the token's own value v (B, T, K, C)."""
-    groups = y.unflatten(2, (v.size(2), -1))
-    v = v.unsqueeze(3)
-    share = (groups * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-24)
-    return (groups - share * v).flatten(2, 3)
-
-
-class Smear(nn.Module):
-    """SmearGate: (1 - g) x[t] + g x[t-1] per channel, g = sigmoid(gate); g = 0 where a document begins (#1855)."""
-
-    role = "scalar"
-
-    def __init__(self, dim):
-        super().__init__()
-        self.gate = nn.Parameter(torch.empty(dim))
-
-    def init(self, generator):
-        nn.init.zeros_(self.gate)
-
-    def forward(self, x, docs):
-        gate = self.gate.sigmoid().to(x.dtype)
-        if docs is not None:
-            gate = gate * ~docs.first[..., None]
-        return torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), gate.expand_as(x))
-
-
-class ScalarSmear(nn.Module):
-    """The later SmearGate (#1667): x[t] + lambda sigmoid(w . x[t, :window]) x[t-1], before the first norm."""
-
-    role = "scalar"
-
-    def __init__(self, window):
-        super().__init__()
-        self.weight, self.scale = nn.Parameter(torch.empty(window)), nn.Parameter(torch.empty(()))
-
-    def init(self, generator):
-        nn.init.zeros_(self.weight), nn.init.zeros_(self.scale)
-
-    def forward(self, x, docs):
-        gate = self.scale.to(x.dtype) * (x[..., : len(self.weight)] @ self.weight.to(x.dtype)).sigmoid()
-        if docs is not None:
-            gate = gate * ~docs.first
-        return x + gate[..., None] * F.pad(x[:, :-1], (0, 0, 1, 0))
-
-
-# Factors of this token, the one before, ...; a second row serves where the first has not enough predecessors.
-BIGRAM, SHARED_TRIGRAM = ((36313, 27191),), ((36313, 27191, 51497),)
-TRIGRAM = ((48271, 36313, 27191), (36313, 27191))
-
-
-def ngram_bucket(ids, hashes, buckets, docs):
-    """Hash of each token and its predecessors (B, T): the products, xored, modulo `buckets`. Where a predecessor is
-    missing - at the row's start, and with `docs` at a document's - the next of `hashes`, in the end `buckets` itself.
-    """
-    factors, width = hashes[0], ids.size(1)
-    n = min(len(factors) - 1, width)
-    bucket = factors[0] * ids[:, n:]
-    for back in range(1, n + 1):
-        bucket = bucket ^ factors[back] * ids[:, n - back : width - back]
-    bucket = F.pad(bucket % buckets, (n, 0), value=buckets)
-    for back in range(n if docs is not None else 0):
-        bucket = bucket.masked_fill(F.pad(docs.first[:, : width - back], (back, 0)), buckets)
-    if hashes[1:]:
-        bucket = torch.where(bucket == buckets, ngram_bucket(ids, hashes[1:], buckets, docs), bucket)
-    return bucket
-
-
-class NgramHash(nn.Module):
-    """Embedding of the hashed bigram or trigram: a zero table whose last row stands for "no predecessor", projected.
-
-    Several n-grams add rows of the same table (TRIGRAM, #1539).
-    """
-
-    role = "scalar"
-
-    def __init__(self, rows, width, dim, scale, *ngrams):
-        super().__init__()
-        self.buckets, self.ngrams, self.start = rows - 1, ngrams, scale
-        self.table = Table(rows, width, std=0)
-        self.proj = Linear(width, dim) if width != dim else None
-        self.scale = nn.Parameter(torch.empty(()))
-
-    def init(self, generator):
-        nn.init.constant_(self.scale, self.start)
-
-    def forward(self, ids, docs, dtype):
-        rows = sum(self.table(ngram_bucket(ids, n, self.buckets, docs), dtype) for n in self.ngrams)
-        return self.scale.to(dtype) * through(self.proj, rows)
-
-
-class ValueEmbedding(nn.Module):
-    """A second, narrow token table whose projection is added to the values of some layers (#374)."""
-
-    role = "scalar"
-
-    def __init__(self, vocab, width, kv_dim):
-        super().__init__()
-        self.table, self.proj = Table(vocab, width, std=0.01), Linear(width, kv_dim)
-        self.scale = nn.Parameter(torch.empty(()))
-
-    def init(self, generator):
-        nn.init.constant_(self.scale, 0.1)
-
-    def forward(self, ids, dtype):
-        return self.scale.to(dtype) * self.proj(self.table(ids, dtype))
-
-
-class ValueResidual(nn.Module):
-    """The values v of a later layer with those of layer 0, v0: "vrl" v + c v0 (#1033), "pair" a v0 + b v (#1311),
-    "sigmoid" v + sigmoid(c) v0 (#1539).
-    """
-
-    role = "scalar"
-
-    def __init__(self, kind):
-        super().__init__()
-        self.kind, self.mix = kind, nn.Parameter(torch.empty(2 if kind == "pair" else ()))
-
-    def init(self, generator):
-        nn.init.constant_(self.mix, 0.5 if self.kind == "pair" else 0.0)
-
-    def forward(self, v, v0):
-        mix = self.mix.to(v.dtype)
-        if self.kind == "pair":
-            return mix[0] * v0 + mix[1] * v
-        return v + (mix if self.kind == "vrl" else mix.sigmoid()) * v0
-
-
-class HeadGate(nn.Module):
-    """Factor per head, from the normed input x: "head" 2 sigmoid(W x[:window]) (#1667), "dense" sigmoid(W x) (#1736),
-    "sparse" sigmoid(scale W x[:window]) (#1787).
-    """
-
-    role = "gate"
-
-    def __init__(self, s):
-        super().__init__()
-        self.dense, self.top = s.attn_gate == "dense", 2.0 if s.attn_gate == "head" else 1.0
-        self.scale = s.sparse_attn_gate_scale if s.attn_gate == "sparse" else 1.0
-        self.weight = nn.Parameter(torch.empty(s.num_heads, s.model_dim if self.dense else s.gate_window))
-
-    def init(self, generator):
-        nn.init.normal_(self.weight, std=0.01, generator=generator) if self.dense else nn.init.zeros_(self.weight)
-
-    def forward(self, x):
-        """x (B, T, D) -> (B, T, H, 1)."""
-        inner = F.linear(x[..., : self.weight.size(1)], self.weight.to(x.dtype))
-        return (self.top * (self.scale * inner).sigmoid())[..., None]
-
-
-class Attention(nn.Module):
-    """Causal grouped-query attention with QK norm, query gain, partial RoPE, value embedding and residual, XSA and head
-    gates. The only one.
-    """
-
-    role = "scalar"
-
-    def __init__(self, s, layer, attend):
-        super().__init__()
-        self.head_dim, self.attend, self.xsa = s.head_dim, attend, layer >= s.num_layers - s.xsa_last_n
-        kv_dim = s.num_kv_heads * s.head_dim
-        self.q, self.o = Linear(s.model_dim, s.model_dim), Linear(s.model_dim, s.model_dim, zero=True)
-        self.k, self.v = Linear(s.model_dim, kv_dim), Linear(s.model_dim, kv_dim)
-        self.gain_init, self.q_gain = s.qk_gain_init, nn.Parameter(torch.empty(s.num_heads))
-        self.ve_scale = nn.Parameter(torch.empty(())) if s.ve_dim and layer in s.ve_layers else None
-        self.residual = ValueResidual(s.value_residual) if s.value_residual != "none" and layer else None
-        self.before_ve = s.value_residual == "vrl"  # what layer 0 hands on
-        self.gate = HeadGate(s) if s.attn_gate != "none" else None
-
-    def init(self, generator):
-        nn.init.constant_(self.q_gain, self.gain_init)
-        if self.ve_scale is not None:
-            nn.init.ones_(self.ve_scale)
-
-    def values(self, x, context, adapter):
-        """(B, T, K*C)."""
-        v = plain = plus(self.v(x), adapter, x)
-        if self.ve_scale is not None:
-            v = v + self.ve_scale.to(x.dtype) * context.ve
-        if not context.first_v:
-            context.first_v.append(plain if self.before_ve else v)
-        return v if self.residual is None else self.residual(v, context.first_v[0])
-
-    def forward(self, x, scale, context, slot):
-        """x (B, T, D) normed -> (B, T, D), its channels multiplied by `scale` (D,)."""
-        q, k, v = plus(self.q(x), slot.q, x), plus(self.k(x), slot.k, x), self.values(x, context, slot.v)
-        q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in (q, k, v))
-        q = rotate(norm(q), *context.rope) * self.q_gain.to(x.dtype)[:, None]
-        k = rotate(norm(k), *context.rope)
-        y = self.attend(q, k, v, context.docs) if context.past is None else attend_past(q, k, v, context.past)
-        y = exclude_self(y, v) if self.xsa else y
-        y = (y if self.gate is None else y * self.gate(x)).flatten(2)
-        adapter_scale = scale if slot.scaled else None
-        return plus(plus(self.o(y, scale), slot.o, y, adapter_scale), slot.attn, x, adapter_scale)
-
-
-class MLP(nn.Module):
-    """down(leaky_relu(up(x), slope)^2)."""
-
-    def __init__(self, s):
-        super().__init__()
-        self.slope = s.leaky_slope
-        self.up, self.down = Linear(s.model_dim, s.mlp_hidden), Linear(s.mlp_hidden, s.model_dim, zero=True)
-
-    def forward(self, x, scale, slot):
-        y = self.down(F.leaky_relu(self.up(x), self.slope).square(), scale)
-        return plus(y, slot.mlp, x, scale if slot.scaled else None)
-
-
-class LogitCaps(nn.Module):
-    """Soft caps of the logits: one of positive, one of negative ones (#1923). As published, they begin equal and are in no
-    optimizer of the training: what moves them is training of the weights at test time.
-    """
-
-    role = "cap"
-
-    def __init__(self, cap):
-        super().__init__()
-        self.start, self.caps = cap, nn.Parameter(torch.empty(2), requires_grad=False)
-
-    def init(self, generator):
-        nn.init.constant_(self.caps, self.start)
-
-    def forward(self, logits):
-        """The cap of each."""
-        return torch.where(logits > 0, self.caps[0], self.caps[1])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 3 Model
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Skips(nn.Module):
-    """U-Net skips onto the stream x: "linear" x + w kept, "sigmoid" x + sigmoid(w) kept (#1539), "gated"
-    g x + (1 - g) w kept, g = sigmoid(gate) (#1394); per channel, one row a pair.
-    """
-
-    role = "scalar"
-
-    def __init__(self, kind, pairs, dim):
-        super().__init__()
-        self.kind, self.weight = kind, nn.Parameter(torch.empty(pairs, dim))
-        self.gate = nn.Parameter(torch.empty(pairs, dim)) if kind == "gated" else None
-
-    def init(self, generator):
-        nn.init.constant_(self.weight, 2.2 if self.kind == "sigmoid" else 1.0)
-        if self.gate is not None:
-            nn.init.zeros_(self.gate)
-
-    def forward(self, x, kept, pair):
-        weight = self.weight[pair].to(x.dtype)
-        if self.gate is None:
-            return x + (weight.sigmoid() if self.kind == "sigmoid" else weight) * kept
-        return torch.lerp(weight * kept, x, self.gate[pair].sigmoid().to(x.dtype).expand_as(x))
-
-
-class Lanes(nn.Module):
-    """Two residual lanes (#1539, #1529): attention writes lane 0, the MLP lane 1; "routed": both write both, with
-    learned weights, r lane + p a + q m. Merged at the end by their mean or a learned m lane0 + (1 - m) lane1.
-    Every layer has its row of weights, as published; those below PARALLEL_START_LAYER rest.
-    """
-
-    role = "scalar"
-
-    def __init__(self, s):
-        super().__init__()
-        routed = s.parallel_residual == "routed"
-        self.keep = nn.Parameter(torch.empty(s.num_layers, 2)) if routed else None  # [layer, lane]
-        self.write = nn.Parameter(torch.empty(s.num_layers, 2, 2)) if routed else None  # [layer, attention | MLP, lane]
-        self.merge = nn.Parameter(torch.empty(())) if s.parallel_final_lane == "learned" else None
-
-    def init(self, generator):
-        if self.keep is not None:
-            nn.init.constant_(self.keep, 1.1), nn.init.ones_(self.write)
-        if self.merge is not None:
-            nn.init.constant_(self.merge, 0.5)
-
-    def route(self, lanes, attended, fed, layer):
-        keep, write = self.keep[layer].to(fed.dtype), self.write[layer].to(fed.dtype)
-        return tuple(keep[j] * lanes[j] + write[0, j] * attended + write[1, j] * fed for j in (0, 1))
-
-    def forward(self, lanes):
-        share = 0.5 if self.merge is None else self.merge.to(lanes[0].dtype)
-        return share * lanes[0] + (1 - share) * lanes[1]
-
-
-class Visit(NamedTuple):
-    """One application of a block. The forward is a loop over visits; skips, recurrence and lanes are data."""
-
-    block: int
-    push: bool  # keep the stream after it, for a later skip
-    pop: int | None  # before it, take back the stream kept last, with this skip's weights
-    parallel: bool  # attention and MLP side by side
-    split: Literal["", "before_skip", "after_skip"] = ""  # here the stream becomes two lanes
-
-
-def layer_plan(s, looping):
-    """The visits of one forward. U-Net: of the first half the last `pairs` push, the second half pops, last in first
-    out; a loop in range order is unrolled before the halves are taken (#1394), one that repeats each layer keeps the
-    pairs of the plain order, popping before the first pass and pushing after the last (#1033).
-    """
-    passes = s.num_loops if looping else 0
-    loop = range(s.loop_start, s.loop_end + 1)
-    order = list(range(s.num_layers))
-    if s.loop_order == "range" and passes:
-        order[s.loop_end + 1 : s.loop_end + 1] = [*loop] * passes
-    half = len(order) // 2
-    pairs = 0 if s.skips == "none" else min(half, s.skip_pairs or half)
-    start = s.parallel_start_layer if s.parallel_residual != "none" else s.num_layers
-    plan = []
-    for j, i in enumerate(order):
-        parallel = i >= start or s.parallel_residual != "gptj" and any(k >= start for k in order[:j])
-        visit = Visit(i, half - pairs <= j < half, j - half if half <= j < half + pairs else None, parallel)
-        again = passes if s.loop_order == "layer" and i in loop else 0
-        plan += [visit._replace(push=visit.push and not k, pop=visit.pop if k == again else None)
-                 for k in range(again, -1, -1)]
-    first = next((j for j, visit in enumerate(plan) if visit.parallel), None)
-    if first is not None and s.parallel_residual in ("lanes", "routed"):
-        plan[first] = plan[first]._replace(split="before_skip" if s.parallel_first_skip == "lane0" else "after_skip")
-    return plan
-
-
-class Block(nn.Module):
-    role = "scalar"
-
-    def __init__(self, s, layer, attend):
-        super().__init__()
-        self.layer, self.ln_scale = layer, (layer + 1) ** -0.5 if s.ln_scale else 1.0
-        self.attn, self.mlp = Attention(s, layer, attend), MLP(s)
-        self.attn_scale, self.mlp_scale = nn.Parameter(torch.empty(s.model_dim)), nn.Parameter(torch.empty(s.model_dim))
-        self.resid_mix = nn.Parameter(torch.empty(2, s.model_dim)) if s.resid_mix else None
-
-    def init(self, generator):
-        nn.init.ones_(self.attn_scale), nn.init.ones_(self.mlp_scale)
-        if self.resid_mix is not None:
-            nn.init.ones_(self.resid_mix[0]), nn.init.zeros_(self.resid_mix[1])
-
-    def forward(self, lanes, context, slot, parallel=False, route=None):
-        """Attention reads and writes the first lane, the MLP the last; with one lane that is the ordinary block, or
-        with `parallel` GPT-J's. `route` (routed lanes) decides what is kept and written instead, of the unmixed lane.
-        """
-        x = lanes[0]
-        if self.resid_mix is not None:
-            mix = self.resid_mix.to(x.dtype)
-            x = mix[0] * x + mix[1] * context.x0
-        attended = self.attn(norm(x) * self.ln_scale, self.attn_scale, context, slot)
-        if len(lanes) == 1:
-            y = x + attended
-            return (y + self._feed(x if parallel else y, slot),)
-        fed = self._feed(lanes[1], slot)
-        if route is not None:
-            return route(lanes, attended, fed, self.layer)
-        return x + attended, lanes[1] + fed
-
-    def _feed(self, x, slot):
-        return self.mlp(norm(x) * self.ln_scale, self.mlp_scale, slot)
-
-
-class GPT(nn.Module):
-    """The model. hidden -> logits -> loss is the only forward: training, scoring and adaptation call it.
-
-    GPT(settings) has the initial weights of SEED, equal on every device and rank; init=False leaves them to be loaded.
-    `attend` is the attention kernel (room 11), `dtype` that of activations. It loops, if NUM_LOOPS says so, unless
-    `looping` is set to False; no graph is built anew for that, if warm-up has seen both.
-    """
-
-    def __init__(self, s, dtype=torch.float32, attend=None, init=True):
-        super().__init__()
-        self.dtype, self.softcap, self.doc_mask, self.looping = dtype, s.logit_softcap, s.doc_mask, s.loops
-        self.temperature = None  # of its predictions, once fitted (EVAL_TEMPERATURE=0)
-        self.reasons = []  # why no score of these weights is valid: what was found while they were trained
-        attend, width = attend or attend_sdpa, s.embed_dim or s.model_dim
-        self.varlen = getattr(attend, "varlen", False)
-        self.embed = Table(s.vocab_size, width, s.tied_embed_init_std)  # tied: also the head
-        self.embed_proj = Linear(width, s.model_dim) if s.embed_dim else None
-        self.head_proj = Linear(s.model_dim, width) if s.embed_dim else None
-        self.head = None if s.tie_embeddings else Linear(width, s.vocab_size, zero=True, role="head")
-        ngrams = (BIGRAM, SHARED_TRIGRAM) if s.trigram else (BIGRAM,)
-        self.bigram = NgramHash(s.bigram_vocab_size, s.bigram_dim, s.model_dim, 0.05,
-                                *ngrams) if s.bigram_vocab_size else None
-        self.trigram = NgramHash(s.trigram_vocab_size, s.trigram_dim, s.model_dim, 0.03,
-                                 TRIGRAM) if s.trigram_vocab_size else None
-        self.early_smear = ScalarSmear(s.gate_window) if s.smear_gate == "scalar" else None
-        self.smear = Smear(s.model_dim) if s.smear_gate == "channel" else None
-        self.value_embed = ValueEmbedding(s.vocab_size, s.ve_dim, s.num_kv_heads * s.head_dim) if s.ve_dim else None
-        self.blocks = nn.ModuleList(Block(s, i, attend) for i in range(s.num_layers))
-        self.lanes = Lanes(s) if s.parallel_residual in ("lanes", "routed") else None
-        self.caps = LogitCaps(s.logit_softcap) if s.asym_logit_rescale else None
-        self.plans = layer_plan(s, False), layer_plan(s, True)
-        pairs = max(sum(visit.pop is not None for visit in plan) for plan in self.plans)
-        self.skips = Skips(s.skips, pairs, s.model_dim) if pairs else None
-        # Buffers built before the first call: a lazily grown cache would recompile the graph.
-        self.rope = s.rope_dims, s.rope_base
-        for name, table in zip(("cos", "sin"), rotary_tables(torch.arange(s.longest_row), *self.rope)):
-            self.register_buffer(name, table.float(), persistent=False)
-        if init:
-            generator = torch.Generator().manual_seed(s.seed)
-            with torch.no_grad():
-                for module in self.modules():
-                    if hasattr(module, "init"):
-                        module.init(generator)
-
-    @property
-    def plan(self):
-        return self.plans[1] if self.looping else self.plans[0]  # dynamo of torch 2.9 indexes by no bool
-
-    def documents(self, ids, longest=0):
-        """Docs of ids (B, T) as this model's DOC_MASK and attention kernel want them."""
-        return documents(ids, self.doc_mask, longest, self.varlen)
-
-    def outside(self, ids):
-        """Docs of ids that a graph cannot make, because how many documents there are is in the data; None if it can."""
-        if not self.varlen:
-            return None
-        docs = self.documents(ids)
-        torch._dynamo.maybe_mark_dynamic(docs.cu, 0)
-        return docs
-
-    def hidden(self, ids, docs=None, adapters=None, past=None):
-        """ids (B, T) -> normed final states (B, T, D). docs defaults to what BOS says, unless DOC_MASK=none. With a
-        past, ids go on with its text.
-        """
-        new, text = ids.size(1), ids if past is None else torch.cat((past.ids, ids), 1)
-        if docs is None:  # who sees whom is in the past, where there is one
-            docs = self.documents(ids) if past is None or self.doc_mask == "none" else documents(text, "inputs")
-        x = through(self.embed_proj, self.embed(text, self.dtype))
-        for table in (self.bigram, self.trigram):
-            x = x if table is None else x + table(text, docs, self.dtype)
-        x = through(self.smear, norm(through(self.early_smear, x, docs)), docs)[:, -new:]
-        ve = self.value_embed(ids, self.dtype) if self.value_embed is not None else None
-        rope = (self.cos[:new], self.sin[:new]) if past is None else past.rope
-        context = Context(x, rope, docs, ve, [], past)
-        route = self.lanes.route if self.lanes is not None and self.lanes.keep is not None else None
-        lanes, kept = (x,), []
-        for j, visit in enumerate(self.plan):
-            if visit.split == "before_skip":
-                lanes = 2 * lanes
-            if visit.pop is not None:
-                lanes = (self.skips(lanes[0], kept.pop(), visit.pop), *lanes[1:])
-            if visit.split == "after_skip":
-                lanes = 2 * lanes
-            slot = adapters.slots[j] if adapters is not None else Slot()
-            lanes = self.blocks[visit.block](lanes, context, slot, visit.parallel, route)
-            if visit.push:
-                kept.append(lanes[0])
-        return norm(self.lanes(lanes) if len(lanes) == 2 else lanes[0])
-
-    def logits(self, hidden, adapters=None, head=None):
-        """hidden (..., D) -> float32 logits (..., V), soft-capped; `head`: another head's weight (V, width)."""
-        if head is None:
-            module = self.embed if self.head is None else self.head
-            head = through(module.grid, module.weight)
-        logits = F.linear(through(self.head_proj, hidden), head.to(hidden.dtype))
-        logits = plus(logits, adapters.head if adapters is not None else None, hidden)
-        logits = precise(logits)
-        cap = self.cap_of(logits)
-        return cap * torch.tanh(logits / cap) if self.softcap else logits
-
-    def cap_of(self, logits):
-        """Soft cap: a number, or one for each of the logits."""
-        return self.softcap if self.caps is None else self.caps(logits)
-
-    def loss(self, hidden, targets, adapters=None, head=None, reduction="mean"):
-        """Cross entropy in nats of targets (B, T): the mean over all tokens, or (B, T) with reduction="none"."""
-        logits = self.logits(hidden, adapters, head)
-        loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction)
-        return loss if reduction == "mean" else loss.view_as(targets)
-
-    def forward(self, ids, targets, docs=None, adapters=None, reduction="mean"):
-        return self.loss(self.hidden(ids, docs, adapters), targets, adapters, None, reduction)
-
-
-class Cache:
-    """Keys and values of the text so far: rows that go on token by token, each token seeing the `width` up to itself.
-
-    A forward reads past(ids) and leaves its own keys there; only commit() takes them in, so that it can be repeated.
-    """
-
-    def __init__(self, model, rows, width):
-        self.model, self.width, self.at, self.kept = model, width, 0, None
-        device = model.embed.weight.device
-        self.ids = torch.empty(rows, 0, dtype=torch.int64, device=device)
-        self.where = torch.full((width,), -width, device=device)  # position of each kept key, far back where none is
-        self.doc = torch.zeros(rows, width, dtype=torch.int64, device=device)  # and the number of its document
-
-    def past(self, ids):
-        """What hidden(ids, past=...) needs to go on with ids (B, T), at most `width` tokens."""
-        model, new = self.model, torch.arange(self.at, self.at + ids.size(1), device=ids.device)
-        where = torch.cat((self.where, new)) if self.at else new
-        seen = ((where <= new[:, None]) & (where > new[:, None] - self.width))[None]
-        if model.doc_mask == "attention":
-            doc = self._documents(ids)
-            seen = seen & (doc[:, -len(new):, None] == doc[:, None])
-        rope = tuple(table.to(model.cos.dtype) for table in rotary_tables(new, *model.rope))
-        return Past(self.ids, rope, seen, self.kept or [(None, None)] * len(model.plan), [])
-
-    def _documents(self, ids):
-        new = (ids == BOS).cumsum(1)
-        return torch.cat((self.doc, new + self.doc.amax(1, keepdim=True)), 1) if self.at else new
-
-    def commit(self, ids, new):
-        """Go on behind ids, whose keys and values are `new`."""
-        at = torch.arange(self.at, self.at + ids.size(1), device=ids.device)
-        slots, self.at = at % self.width, self.at + len(at)
-        if self.kept is None:
-            self.kept = [tuple(z.new_zeros(len(z), self.width, *z.shape[2:]) for z in pair) for pair in new]
-        self.doc[:, slots] = self._documents(ids)[:, -len(at):]
-        self.where[slots] = at
-        for old, pair in zip(self.kept, new):
-            for z, part in zip(old, pair):
-                z[:, slots] = part.detach()
-        last = torch.cat((self.ids, ids), 1)[:, -3:]
-        self.ids = last.clone(memory_format=torch.contiguous_format)  # one layout, one graph
-
-    def advance(self, ids):
-        """States (B, T, D) of the model on the next ids, which are taken in."""
-        past = self.past(ids)
-        hidden = self.model.hidden(ids, past=past)
-        self.commit(ids, past.new)
-        return hidden
-
-    def narrow(self, rows):
-        """Go on with the first rows only."""
-        self.ids, self.doc = self.ids[:rows], self.doc[:rows]
-        self.kept = self.kept and [tuple(z[:rows] for z in pair) for pair in self.kept]
-
-
-class Objective(nn.Module):
-    """What training minimises: the model's loss, each token weighted (complementary training), and that of heads which
-    predict the tokens after the next (MTP). Those heads live here and not in the model: no artifact ever has them.
-    """
-
-    def __init__(self, model, s):
-        super().__init__()
-        self.model, self.mtp_weight = model, s.mtp_loss_weight
-        width = s.embed_dim or s.model_dim
-        self.mtp = nn.ModuleList(Linear(width, s.vocab_size, zero=True, role="head") for _ in range(s.mtp_num_heads))
-        with torch.no_grad():
-            for head in self.mtp:
-                head.init(None)
-
-    def forward(self, ids, targets, docs=None, weights=None):
-        hidden = self.model.hidden(ids, docs)
-        loss = self.model.loss(hidden, targets) if weights is None else (
-            weights * self.model.loss(hidden, targets, reduction="none")).mean()
-        for ahead, head in enumerate(self.mtp, 1):
-            further = self.model.loss(hidden[:, :-ahead], targets[:, ahead:], head=head.weight)
-            loss = loss + self.mtp_weight / len(self.mtp) * further
-        return loss
-
-
-def roles(model):
-    """{parameter name: role}; a module that creates parameters without stating their role is an error."""
-    table = {}
-    for prefix, module in model.named_modules():
-        for name, _ in module.named_parameters(recurse=False):
-            full = f"{prefix}.{name}" if prefix else name
-            if not isinstance(getattr(module, "role", None), str):
-                raise TypeError(f"{type(module).__name__} creates the parameter {full} but states no role")
-            table[full] = module.role
-    return table
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 4 Runtime: settings from outside, then device, dtype and ranks
-# ---------------------------------------------------------------------------------------------------------------------
-
-LISTS = {Layers: "layers", Betas: "two numbers", Stages: "size@fraction, ...", Widths: "number@number, ...",  # for --help
-         Names: "names"}
-# Names of published commands that mean something else here: the answer is what to write instead.
-RENAMED = {
-    "VE_ENABLED": "VE_DIM=0 turns value embeddings off", "EMA_ENABLED": "AVERAGE=ema",
-    "SWA_ENABLED": "AVERAGE=swa (beside EMA it did nothing in #549)",
-    "TORCH_COMPILE": "COMPILE", "VAL_BATCH_SIZE": "EVAL_BATCH_SEQS", "LR_FLOOR": "MIN_LR", "NO_COMPILE": "COMPILE=off",
-    "LEAKY_RELU": "LEAKY_SLOPE", "NEGATIVE_SLOPE": "LEAKY_SLOPE", "LEAKY_RELU_SQ_SLOPE": "LEAKY_SLOPE",
-    "COMPRESS_METHOD": "COMPRESSOR", "DATA_DIR": "DATA_PATH, the folder of the shards", "FORCE_STOP_STEP": "ITERATIONS",
-    "FUSED_CE_ENABLED": "KERNELS; the loss is the same", "SKYLIGHT_MUON": "NORMUON (0 is NORMUON=0)",
-    "TRAIN_SEQ_SCHEDULE_MODE": "TRAIN_SEQ_SCHEDULE, of the clock, or of ITERATIONS where that ends the run first",
-    "SMEAR_GATE_ENABLED": "SMEAR_GATE=scalar", "EVAL_ONLY": "PHASES=eval ARTIFACT=file", "EMBEDDING_DIM": "EMBED_DIM",
-    "ROPE_TRAIN_SEQ_LEN": "ROPE_BASE, the base in force at every length", "VRL_ENABLED": "VALUE_RESIDUAL=vrl",
-    "ATTN_OUT_GATE_ENABLED": "ATTN_GATE=head", "GATED_ATTN_ENABLED": "ATTN_GATE=dense",
-    "GATED_ATTENTION": "ATTN_GATE=dense", "SPARSE_ATTN_GATE_ENABLED": "ATTN_GATE=sparse",
-    "SKIP_GATES_ENABLED": "SKIPS=gated", "SIGMOID_SKIPS": "SKIPS=sigmoid", "SMEAR_GATE_BOS_FIX": "DOC_MASK=inputs",
-    "RECUR_LAYERS": "NUM_LOOPS=1 LOOP_START=first LOOP_END=last", "DEPTH_RECURRENCE": "NUM_LOOPS=1 LOOP_ORDER=layer",
-    "DEPTH_RECUR_LAYERS": "LOOP_START, LOOP_END with LOOP_ORDER=layer", "DEPTH_RECUR_PASSES": "NUM_LOOPS (one less)",
-    "RECUR_START_STEP": "ENABLE_LOOPING_AT, a fraction of the run", "MUONEQ_R": "MUON_ROW_NORMALIZE",
-    "PARALLEL_RESIDUAL_START": "PARALLEL_RESIDUAL=gptj PARALLEL_START_LAYER", "LAWA_ENABLED": "AVERAGE=lawa",
-    "COMPILE_SHAPE_WARMUP": "WARMUP_STEPS, which compiles every stage", "LATE_QAT": "LATE_QAT_THRESHOLD",
-    "QAT_ENABLED": "LATE_QAT_THRESHOLD", "SOFT_ROUND_QAT": "QAT_ROUNDING=soft", "SDCLIP_ENABLED": "MATRIX_CLIP_SIGMAS",
-    "SDCLIP_K_INT6": "MATRIX_CLIP_SIGMAS", "SDCLIP_K_INT8": "EMBED_CLIP_SIGMAS", "INT6_LAST_N": "LAYER_BITS",
-    "TARGET_MB": "SIZE_LIMIT, in bytes, with FIT=prune or allocate", "GATED_ATTN_QUANT_GATE": "GATE_BITS=8",
-    "GPTQ_CALIBRATION_BATCHES": "GPTQ_CALIBRATION_TOKENS, of all ranks together",
-    "GPTQ_CALIB_BATCHES": "GPTQ_CALIBRATION_TOKENS, of all ranks together",
-    "GPTQ_CALIB_SEQS": "GPTQ_CALIBRATION_TOKENS with GPTQ_CALIBRATION=generated", "LQER_ENABLED": "LQER_RANK=4",
-    "LQER_ASYM_ENABLED": "LQER_RANK, whose factors always have 2 and 4 bits",
-    "LQER_FACTOR_BITS": "LQER_RANK, whose factors always have 2 and 4 bits",
-    "LQER_GAIN_SELECT": "LQER_TOP_K, which always goes by what the loss feels",
-    "LQER_GROUP_SIZE": "LQER_ASYM_GROUP", "AWQ_LITE_ENABLED": "AWQ_LITE_GROUP_TOP_K=1 (0: off)",
-    "TTT_ENABLED": "TTT=full, or TTT=lora_docs with adapters of each document", "TTT_USE_LORA": "TTT=lora",
-    "TTT_LORA_ENABLED": "TTT=lora_docs",
-    "TTT_EVAL_SEQ_LEN": "EVAL_SEQ_LEN", "TTT_TEMPERATURE": "EVAL_TEMPERATURE",
-    "TTT_EVAL_ONLY": "PHASES=eval ARTIFACT=file", "TTT_ONLY": "PHASES=eval ARTIFACT=file", "TTT_MASK": "TTT_LORA_TARGETS",
-    **{f"TTT_{what}_LORA": f"TTT_LORA_TARGETS with {name}" for what, name in (
-        ("Q", "q"), ("K", "k"), ("V", "v"), ("O", "attn"), ("MLP", "mlp"), ("LM_HEAD", "head"))},
-    "TTT_LOCAL_LR_MULT": "TTT_LORA_LR, times it", "TTT_WEIGHT_DECAY": "TTT_WD",
-    **dict.fromkeys(("TTT_SHORT_SCORE_FIRST_ENABLED", "TTT_SHORT_SCORE_FIRST_STEPS", "TTT_SHORT_CHUNK_SIZE",
-                     "TTT_SHORT_DOC_LEN"), "TTT_SHORT_CHUNKS such as 8@256,24@2000, by the place in a document"),
-    "PREQUANT_TTT_ENABLED": "TTT=prequant",
-    "PREQUANT_TTT_EPOCHS": "TTT_EPOCHS", "PREQUANT_TTT_LR": "TTT_LR", "PHASED_TTT_ENABLED": "PHASED_TTT_PREFIX_DOCS",
-    "GLOBAL_TTT_LR": "TTT_LR", "GLOBAL_TTT_EPOCHS": "TTT_EPOCHS", "GLOBAL_TTT_MOMENTUM": "TTT_MOMENTUM",
-    "GLOBAL_TTT_GRAD_CLIP": "TTT_GRAD_CLIP", "GLOBAL_TTT_BATCH_SEQS": "TTT_BATCH_SEQS", "ADAPTIVE_LR": "ADAPTIVE_LR_MAX",
-    "USE_POLYAK": "POLYAK_DECAY", "USE_MIXER": "MIXER=hedge", "USE_HEDGE_MIXER": "MIXER=backoff (#1033's is hashed)",
-    "SKIP_SLIDING": "EVAL_STRIDE=0", "SKIP_SLIDING_WINDOW": "EVAL_STRIDE=0",
-    "EVAL_INCLUDE_TAIL": "what always happens: the tail is scored",
-    "CASEOPS_ENABLED": "DATA_PATH: shards with a byte sidecar are CaseOps", "NGRAM_TILT_ENABLED": "TOKEN_BOOST",
-}
-# How the names of the contest's other techniques begin: they are meant for a trainer, and not read here.
-FOREIGN = tuple("""
-    AGREE_ CACHE_ALPHA CALIBRATE_TEMP CROWN_Q DTG_ GATED_ATTN_ NGRAM_HINT PPM_ALPHA PREQUANT_ QTTT ROPE_YARN SKYLIGHT_ SLOT_
-    SOFT_ROUND SPARSE_ATTN_GATE_INIT TTT_GRAD_STEPS TTT_HASH TTT_LORA_EMA TTT_MAX_CHUNKS TTT_UPDATE_EVERY
-    TTT_WARM_START_MEAN USE_CACHE WITHIN_ WORD_""".split())
-# How names begin that other programs read or set: OMP_NUM_THREADS is near MTP_NUM_HEADS, torchrun sets GROUP_RANK.
-ELSEWHERE = ("OMP_", "MKL_", "NCCL_", "CUDA_", "TORCH", "PARALLEL_SEQ", "GROUP_RANK", "DATA_DIR")
+# ---- conditions: what a setting waits for --------------------------------------------------------
+
+
+def _conditions(rule):
+    """An `on` rule as one would type it: AVERAGE=swa|best, VE_DIM, or NORMUON with MATRIX_OPTIMIZER=muon."""
+    def typed(name, equals, values):
+        further = Settings.rule(name)
+        return name.upper() + equals + {"False": "0"}.get(values, values) + (
+            f" with {_conditions(further)}" if further else "")
+
+    return " or ".join(" and ".join(typed(*one.partition("=")) for one in part.split("&")) for part in rule.split(","))
+
+
+# ---- values as text ------------------------------------------------------------------------------
+
+
+def _show(value):
+    if isinstance(value, bool):
+        return str(int(value))
+    return ",".join("@".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in value) if isinstance(
+        value, tuple) else str(value)
+
+
+def _convert(f, text):
+    """The value of one setting; ValueError says what would be right."""
+    kind, lo, hi = f.type, f.metadata["lo"], f.metadata["hi"]
+    if get_origin(kind) is Literal:
+        if text not in get_args(kind):
+            near = [meant for meant in get_args(kind) if meant in {"0": ("none", "off"), "pergroup": ("rans",)}.get(text, ())]
+            near = near or difflib.get_close_matches(text, get_args(kind), 1, 0.5)
+            raise ValueError(f"one of {', '.join(get_args(kind))}" + (f" (did you mean {near[0]}?)" if near else ""))
+        return text
+    if kind is bool:
+        if text not in ("0", "1", "true", "false"):
+            raise ValueError("0 or 1")
+        return text in ("1", "true")
+    if kind in LISTS:
+        read, example = {Layers: (int, "layer numbers separated by commas, such as 9,10"),
+                         Betas: (float, "numbers separated by commas, such as 0.9,0.99"),
+                         Stages: (_pair(float), "size@fraction separated by commas, such as 1024@0.1,2048@1"),
+                         Widths: (_pair(int), "number@number separated by commas, such as 0@8,10@8"),
+                         Names: (str, "names separated by commas")}[kind]
+        try:
+            return tuple(read(part) for part in text.split(",")) if text else ()
+        except ValueError:
+            raise ValueError(example) from None
+    if kind is str:
+        return text
+    try:
+        value = int(text.replace("_", "")) if kind is int else float(text)
+    except ValueError:
+        raise ValueError("a whole number" if kind is int else "a number") from None
+    most = (2**63 - 1 if kind is int else 1e30) if hi is None else hi  # what torch can hold
+    if not lo <= value <= most:  # also false for nan
+        raise ValueError(f"between {lo} and {hi}" if hi is not None else f"at least {lo}, and at most {most}")
+    return value
+
+
+def _pair(second):
+    def read(text):
+        a, _, b = text.partition("@")
+        return int(a), second(b)
+
+    return read
+
+
+# ---- impossible combinations ---------------------------------------------------------------------
 
 
 def _conflicts(s, given):
@@ -1430,64 +716,30 @@ def _evaluation_conflicts(s, need):
          f"PHASED_TTT_NUM_PHASES={s.phased_ttt_num_phases} exceeds PHASED_TTT_PREFIX_DOCS={s.phased_ttt_prefix_docs}")
 
 
-def _show(value):
-    if isinstance(value, bool):
-        return str(int(value))
-    return ",".join("@".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in value) if isinstance(
-        value, tuple) else str(value)
+# ---- settings from outside: files, environment, names of other scripts ---------------------------
 
 
-def _convert(f, text):
-    """The value of one setting; ValueError says what would be right."""
-    kind, lo, hi = f.type, f.metadata["lo"], f.metadata["hi"]
-    if get_origin(kind) is Literal:
-        if text not in get_args(kind):
-            near = [meant for meant in get_args(kind) if meant in {"0": ("none", "off"), "pergroup": ("rans",)}.get(text, ())]
-            near = near or difflib.get_close_matches(text, get_args(kind), 1, 0.5)
-            raise ValueError(f"one of {', '.join(get_args(kind))}" + (f" (did you mean {near[0]}?)" if near else ""))
-        return text
-    if kind is bool:
-        if text not in ("0", "1", "true", "false"):
-            raise ValueError("0 or 1")
-        return text in ("1", "true")
-    if kind in LISTS:
-        read, example = {Layers: (int, "layer numbers separated by commas, such as 9,10"),
-                         Betas: (float, "numbers separated by commas, such as 0.9,0.99"),
-                         Stages: (_pair(float), "size@fraction separated by commas, such as 1024@0.1,2048@1"),
-                         Widths: (_pair(int), "number@number separated by commas, such as 0@8,10@8"),
-                         Names: (str, "names separated by commas")}[kind]
-        try:
-            return tuple(read(part) for part in text.split(",")) if text else ()
-        except ValueError:
-            raise ValueError(example) from None
-    if kind is str:
-        return text
+def _file_pairs(path, complaints):
+    """(where, KEY=VALUE) of each assignment in a settings file, or in settings.env of a record folder."""
+    path = Path(path) / "settings.env" if Path(path).is_dir() else Path(path)
     try:
-        value = int(text.replace("_", "")) if kind is int else float(text)
-    except ValueError:
-        raise ValueError("a whole number" if kind is int else "a number") from None
-    most = (2**63 - 1 if kind is int else 1e30) if hi is None else hi  # what torch can hold
-    if not lo <= value <= most:  # also false for nan
-        raise ValueError(f"between {lo} and {hi}" if hi is not None else f"at least {lo}, and at most {most}")
-    return value
-
-
-def _conditions(rule):
-    """An `on` rule as one would type it: AVERAGE=swa|best, VE_DIM, or NORMUON with MATRIX_OPTIMIZER=muon."""
-    def typed(name, equals, values):
-        further = Settings.rule(name)
-        return name.upper() + equals + {"False": "0"}.get(values, values) + (
-            f" with {_conditions(further)}" if further else "")
-
-    return " or ".join(" and ".join(typed(*one.partition("=")) for one in part.split("&")) for part in rule.split(","))
-
-
-def _pair(second):
-    def read(text):
-        a, _, b = text.partition("@")
-        return int(a), second(b)
-
-    return read
+        text = path.read_text(encoding="utf-8")
+        lines = os.fsdecode(text.encode()).splitlines()  # as arguments are decoded: a path may have an accent
+    except (OSError, UnicodeDecodeError) as error:
+        complaints.append(f"@{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})")
+        return
+    seen = set()
+    for number, line in enumerate(lines, 1):
+        try:
+            parts = shlex.split(line, comments=True)
+        except ValueError as error:
+            complaints.append(f"{path}:{number}: {error}")
+            continue
+        for pair in parts:
+            if (name := pair.partition("=")[0]) in seen:
+                complaints.append(f"{path}:{number}: {name} is set twice in this file")
+            seen.add(name)
+            yield f"{path}:{number}", pair
 
 
 def _unknown(name, known):
@@ -1518,27 +770,793 @@ def doubtful_names(env):
                   and words.issuperset(name.split("_")))
 
 
-def _file_pairs(path, complaints):
-    """(where, KEY=VALUE) of each assignment in a settings file, or in settings.env of a record folder."""
-    path = Path(path) / "settings.env" if Path(path).is_dir() else Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        lines = os.fsdecode(text.encode()).splitlines()  # as arguments are decoded: a path may have an accent
-    except (OSError, UnicodeDecodeError) as error:
-        complaints.append(f"@{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})")
-        return
-    seen = set()
-    for number, line in enumerate(lines, 1):
-        try:
-            parts = shlex.split(line, comments=True)
-        except ValueError as error:
-            complaints.append(f"{path}:{number}: {error}")
-            continue
-        for pair in parts:
-            if (name := pair.partition("=")[0]) in seen:
-                complaints.append(f"{path}:{number}: {name} is set twice in this file")
-            seen.add(name)
-            yield f"{path}:{number}", pair
+# How names begin that other programs read or set: OMP_NUM_THREADS is near MTP_NUM_HEADS, torchrun sets GROUP_RANK.
+ELSEWHERE = ("OMP_", "MKL_", "NCCL_", "CUDA_", "TORCH", "PARALLEL_SEQ", "GROUP_RANK", "DATA_DIR")
+# How the names of the contest's other techniques begin: they are meant for a trainer, and not read here.
+FOREIGN = tuple("""
+    AGREE_ CACHE_ALPHA CALIBRATE_TEMP CROWN_Q DTG_ GATED_ATTN_ NGRAM_HINT PPM_ALPHA PREQUANT_ QTTT ROPE_YARN SKYLIGHT_ SLOT_
+    SOFT_ROUND SPARSE_ATTN_GATE_INIT TTT_GRAD_STEPS TTT_HASH TTT_LORA_EMA TTT_MAX_CHUNKS TTT_UPDATE_EVERY
+    TTT_WARM_START_MEAN USE_CACHE WITHIN_ WORD_""".split())
+# Names of published commands that mean something else here: the answer is what to write instead.
+RENAMED = {
+    "VE_ENABLED": "VE_DIM=0 turns value embeddings off", "EMA_ENABLED": "AVERAGE=ema",
+    "SWA_ENABLED": "AVERAGE=swa (beside EMA it did nothing in #549)",
+    "TORCH_COMPILE": "COMPILE", "VAL_BATCH_SIZE": "EVAL_BATCH_SEQS", "LR_FLOOR": "MIN_LR", "NO_COMPILE": "COMPILE=off",
+    "LEAKY_RELU": "LEAKY_SLOPE", "NEGATIVE_SLOPE": "LEAKY_SLOPE", "LEAKY_RELU_SQ_SLOPE": "LEAKY_SLOPE",
+    "COMPRESS_METHOD": "COMPRESSOR", "DATA_DIR": "DATA_PATH, the folder of the shards", "FORCE_STOP_STEP": "ITERATIONS",
+    "FUSED_CE_ENABLED": "KERNELS; the loss is the same", "SKYLIGHT_MUON": "NORMUON (0 is NORMUON=0)",
+    "TRAIN_SEQ_SCHEDULE_MODE": "TRAIN_SEQ_SCHEDULE, of the clock, or of ITERATIONS where that ends the run first",
+    "SMEAR_GATE_ENABLED": "SMEAR_GATE=scalar", "EVAL_ONLY": "PHASES=eval ARTIFACT=file", "EMBEDDING_DIM": "EMBED_DIM",
+    "ROPE_TRAIN_SEQ_LEN": "ROPE_BASE, the base in force at every length", "VRL_ENABLED": "VALUE_RESIDUAL=vrl",
+    "ATTN_OUT_GATE_ENABLED": "ATTN_GATE=head", "GATED_ATTN_ENABLED": "ATTN_GATE=dense",
+    "GATED_ATTENTION": "ATTN_GATE=dense", "SPARSE_ATTN_GATE_ENABLED": "ATTN_GATE=sparse",
+    "SKIP_GATES_ENABLED": "SKIPS=gated", "SIGMOID_SKIPS": "SKIPS=sigmoid", "SMEAR_GATE_BOS_FIX": "DOC_MASK=inputs",
+    "RECUR_LAYERS": "NUM_LOOPS=1 LOOP_START=first LOOP_END=last", "DEPTH_RECURRENCE": "NUM_LOOPS=1 LOOP_ORDER=layer",
+    "DEPTH_RECUR_LAYERS": "LOOP_START, LOOP_END with LOOP_ORDER=layer", "DEPTH_RECUR_PASSES": "NUM_LOOPS (one less)",
+    "RECUR_START_STEP": "ENABLE_LOOPING_AT, a fraction of the run", "MUONEQ_R": "MUON_ROW_NORMALIZE",
+    "PARALLEL_RESIDUAL_START": "PARALLEL_RESIDUAL=gptj PARALLEL_START_LAYER", "LAWA_ENABLED": "AVERAGE=lawa",
+    "COMPILE_SHAPE_WARMUP": "WARMUP_STEPS, which compiles every stage", "LATE_QAT": "LATE_QAT_THRESHOLD",
+    "QAT_ENABLED": "LATE_QAT_THRESHOLD", "SOFT_ROUND_QAT": "QAT_ROUNDING=soft", "SDCLIP_ENABLED": "MATRIX_CLIP_SIGMAS",
+    "SDCLIP_K_INT6": "MATRIX_CLIP_SIGMAS", "SDCLIP_K_INT8": "EMBED_CLIP_SIGMAS", "INT6_LAST_N": "LAYER_BITS",
+    "TARGET_MB": "SIZE_LIMIT, in bytes, with FIT=prune or allocate", "GATED_ATTN_QUANT_GATE": "GATE_BITS=8",
+    "GPTQ_CALIBRATION_BATCHES": "GPTQ_CALIBRATION_TOKENS, of all ranks together",
+    "GPTQ_CALIB_BATCHES": "GPTQ_CALIBRATION_TOKENS, of all ranks together",
+    "GPTQ_CALIB_SEQS": "GPTQ_CALIBRATION_TOKENS with GPTQ_CALIBRATION=generated", "LQER_ENABLED": "LQER_RANK=4",
+    "LQER_ASYM_ENABLED": "LQER_RANK, whose factors always have 2 and 4 bits",
+    "LQER_FACTOR_BITS": "LQER_RANK, whose factors always have 2 and 4 bits",
+    "LQER_GAIN_SELECT": "LQER_TOP_K, which always goes by what the loss feels",
+    "LQER_GROUP_SIZE": "LQER_ASYM_GROUP", "AWQ_LITE_ENABLED": "AWQ_LITE_GROUP_TOP_K=1 (0: off)",
+    "TTT_ENABLED": "TTT=full, or TTT=lora_docs with adapters of each document", "TTT_USE_LORA": "TTT=lora",
+    "TTT_LORA_ENABLED": "TTT=lora_docs",
+    "TTT_EVAL_SEQ_LEN": "EVAL_SEQ_LEN", "TTT_TEMPERATURE": "EVAL_TEMPERATURE",
+    "TTT_EVAL_ONLY": "PHASES=eval ARTIFACT=file", "TTT_ONLY": "PHASES=eval ARTIFACT=file", "TTT_MASK": "TTT_LORA_TARGETS",
+    **{f"TTT_{what}_LORA": f"TTT_LORA_TARGETS with {name}" for what, name in (
+        ("Q", "q"), ("K", "k"), ("V", "v"), ("O", "attn"), ("MLP", "mlp"), ("LM_HEAD", "head"))},
+    "TTT_LOCAL_LR_MULT": "TTT_LORA_LR, times it", "TTT_WEIGHT_DECAY": "TTT_WD",
+    **dict.fromkeys(("TTT_SHORT_SCORE_FIRST_ENABLED", "TTT_SHORT_SCORE_FIRST_STEPS", "TTT_SHORT_CHUNK_SIZE",
+                     "TTT_SHORT_DOC_LEN"), "TTT_SHORT_CHUNKS such as 8@256,24@2000, by the place in a document"),
+    "PREQUANT_TTT_ENABLED": "TTT=prequant",
+    "PREQUANT_TTT_EPOCHS": "TTT_EPOCHS", "PREQUANT_TTT_LR": "TTT_LR", "PHASED_TTT_ENABLED": "PHASED_TTT_PREFIX_DOCS",
+    "GLOBAL_TTT_LR": "TTT_LR", "GLOBAL_TTT_EPOCHS": "TTT_EPOCHS", "GLOBAL_TTT_MOMENTUM": "TTT_MOMENTUM",
+    "GLOBAL_TTT_GRAD_CLIP": "TTT_GRAD_CLIP", "GLOBAL_TTT_BATCH_SEQS": "TTT_BATCH_SEQS", "ADAPTIVE_LR": "ADAPTIVE_LR_MAX",
+    "USE_POLYAK": "POLYAK_DECAY", "USE_MIXER": "MIXER=hedge", "USE_HEDGE_MIXER": "MIXER=backoff (#1033's is hashed)",
+    "SKIP_SLIDING": "EVAL_STRIDE=0", "SKIP_SLIDING_WINDOW": "EVAL_STRIDE=0",
+    "EVAL_INCLUDE_TAIL": "what always happens: the tail is scored",
+    "CASEOPS_ENABLED": "DATA_PATH: shards with a byte sidecar are CaseOps", "NGRAM_TILT_ENABLED": "TOKEN_BOOST",
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# 2 Model parts
+# Every module that creates a parameter states its role; optimizer, codec and compression group are tables over roles.
+# Weights are fp32 masters, cast to the activation dtype where they are used; there is no autocast.
+# --------------------------------------------------------------------------------------------------
+
+
+class Docs(NamedTuple):
+    """Where documents begin. One object for everything that must not look across a boundary."""
+
+    first: Tensor  # (B, T) bool: this token begins a document
+    mask: Tensor | None = None  # (B, 1, T, T) bool: who sees whom, for attention kernels that take a mask
+    cu: Tensor | None = None  # (segments + 1,) int32: their starts in the flattened batch, for those that take lengths
+
+
+def find_documents(ids, mode, longest=0, varlen=False):
+    """What BOS says about ids (B, T), or None with DOC_MASK=none. With "attention" also who sees whom: documents, cut
+    every `longest` tokens (0: not), as lengths for a `varlen` kernel (waits for the device) or as a mask.
+    """
+    if mode == "none":
+        return None
+    first = ids == BOS
+    if mode == "inputs":
+        return Docs(first)
+    at = torch.arange(ids.size(1), device=ids.device).expand_as(ids)
+    since = at - torch.where(first, at, 0).cummax(1).values  # the row's start begins a segment, too
+    cut = (since % longest if longest else since) == 0
+    if varlen:
+        starts = cut.flatten().nonzero().squeeze(1)
+        return Docs(first, cu=F.pad(starts, (0, 1), value=ids.numel()).int())
+    segment = cut.cumsum(1)
+    return Docs(first, mask=(segment[:, :, None] == segment[:, None]).tril()[:, None])
+
+
+class Slot(NamedTuple):
+    """Adapters of one visit to a block: functions whose result is added beside its linear layers, or None."""
+
+    q: Callable | None = None
+    k: Callable | None = None
+    v: Callable | None = None
+    o: Callable | None = None  # from the attention's output, as the layer o
+    attn: Callable | None = None  # beside the whole attention, from its normed input (#1530)
+    mlp: Callable | None = None  # beside the whole MLP, from its normed input
+    scaled: bool = False  # the last three pass attn_scale or mlp_scale, as what they stand beside does (#1530)
+
+
+class Past(NamedTuple):
+    """What a forward sees of the text before its tokens, as Cache kept it."""
+
+    ids: Tensor  # (B, 3 at most) the last tokens, which SmearGate and the n-gram hashes read
+    rope: tuple[Tensor, Tensor]  # of the new tokens' positions
+    seen: Tensor  # (B or 1, T, S + T) bool: who sees whom of the S kept keys and the T new ones
+    kept: list  # [(k, v)] of each visit, (B, S, K, C); k rotated
+    new: list  # those of the new tokens, filled by the forward
+
+
+class Context(NamedTuple):
+    """What every block sees beside the residual stream."""
+
+    x0: Tensor  # (B, T, D) the stream as it entered the first block
+    rope: tuple[Tensor, Tensor]  # cos, sin: (T, rope_dims / 2)
+    docs: Docs | None
+    ve: Tensor | None  # (B, T, K*C) value embedding
+    first_v: list  # the values of layer 0, once it has made them
+    past: Past | None = None
+
+
+def norm(x):
+    """RMSNorm over the last axis without a learned weight."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+def at_least_float32(x):
+    """x in float32; float64, in which the self-test computes, stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def through(module, x, *args):
+    """An optional stage: absent modules pass x on."""
+    return x if module is None else module(x, *args)
+
+
+def add_adapter(y, adapter, x, scale=None):
+    """y with an adapter's contribution computed from x, times `scale`; nothing reaches the graph when there is none."""
+    if adapter is None:
+        return y
+    return y + (adapter(x) if scale is None else scale.to(x.dtype) * adapter(x))
+
+
+class FakeQuant(nn.Module):
+    """Late QAT: a weight (R, C) as the artifact would hold it, at the exporter's `step` (R, C or 1) and range -top..top.
+
+    "ste": the gradient passes straight through. "soft" (#967): steps that are smooth, and steepen with `sharpness`.
+    """
+
+    def __init__(self, weight, top, soft):
+        super().__init__()
+        self.top, self.soft = top, soft
+        self.register_buffer("step", weight.new_ones(len(weight), 1), persistent=False)
+        self.register_buffer("sharpness", weight.new_ones(()), persistent=False)
+
+    def forward(self, weight):
+        at = weight / self.step
+        if not self.soft:
+            return weight + (at.round().clamp(-self.top, self.top) * self.step - weight).detach()
+        low = at.floor().detach()
+        rise = torch.tanh(self.sharpness * (at - low - 0.5)) / torch.tanh(self.sharpness / 2)
+        return (low + 0.5 + 0.5 * rise).clamp(-self.top, self.top) * self.step
+
+
+class Linear(nn.Module):
+    """y = x W^T, W (out, in); no bias anywhere. `scale` (out,) multiplies the rows of W instead of the output: the
+    same map, but its gradient comes from dW and not from a reduction over all tokens of the batch.
+    """
+
+    def __init__(self, inputs, outputs, zero=False, role="matrix"):
+        super().__init__()
+        self.zero, self.role, self.weight = zero, role, nn.Parameter(torch.empty(outputs, inputs))
+        self.register_module("fake_quant", None)  # FakeQuant, while late QAT is on; a plain attribute would be traced a third time
+
+    def init(self, generator):
+        nn.init.zeros_(self.weight) if self.zero else nn.init.orthogonal_(self.weight, generator=generator)
+
+    def forward(self, x, scale=None):
+        weight = through(self.fake_quant, self.weight)
+        weight = weight if scale is None else scale[:, None] * weight
+        return F.linear(x, weight.to(x.dtype))
+
+
+class Table(nn.Module):
+    """Rows looked up by id."""
+
+    role = "embed"
+
+    def __init__(self, rows, width, std):
+        super().__init__()
+        self.std, self.weight = std, nn.Parameter(torch.empty(rows, width))
+        self.register_module("fake_quant", None)
+
+    def init(self, generator):
+        nn.init.normal_(self.weight, std=self.std, generator=generator) if self.std else nn.init.zeros_(self.weight)
+
+    def forward(self, ids, dtype):
+        return F.embedding(ids, through(self.fake_quant, self.weight)).to(dtype)
+
+
+def rotary_tables(positions, dims, base):
+    """cos and sin (T, dims/2) of position * base^(-2j/dims) for positions (T,), in float64."""
+    frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64, device=positions.device) / max(dims, 1))
+    angle = positions.double()[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Partial RoPE (#315): the first 2n channels of x (B, T, H, C) turn by minus the angle, half against half."""
+    n = cos.size(-1)
+    if n == 0:
+        return x
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    a, b, rest = x.split((n, n, x.size(-1) - 2 * n), dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+
+
+def xsa(y, v):
+    """Exclusive self-attention (#265): y (B, T, H, C) less its component along the token's own value v (B, T, K, C)."""
+    groups = y.unflatten(2, (v.size(2), -1))
+    v = v.unsqueeze(3)
+    share = (groups * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-24)
+    return (groups - share * v).flatten(2, 3)
+
+
+class SmearGate(nn.Module):
+    """SmearGate: (1 - g) x[t] + g x[t-1] per channel, g = sigmoid(gate); g = 0 where a document begins (#1855)."""
+
+    role = "scalar"
+
+    def __init__(self, dim):
+        super().__init__()
+        self.gate = nn.Parameter(torch.empty(dim))
+
+    def init(self, generator):
+        nn.init.zeros_(self.gate)
+
+    def forward(self, x, docs):
+        gate = self.gate.sigmoid().to(x.dtype)
+        if docs is not None:
+            gate = gate * ~docs.first[..., None]
+        return torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), gate.expand_as(x))
+
+
+class ScalarSmearGate(nn.Module):
+    """The later SmearGate (#1667): x[t] + lambda sigmoid(w . x[t, :window]) x[t-1], before the first norm."""
+
+    role = "scalar"
+
+    def __init__(self, window):
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.empty(window)), nn.Parameter(torch.empty(()))
+
+    def init(self, generator):
+        nn.init.zeros_(self.weight), nn.init.zeros_(self.scale)
+
+    def forward(self, x, docs):
+        gate = self.scale.to(x.dtype) * (x[..., : len(self.weight)] @ self.weight.to(x.dtype)).sigmoid()
+        if docs is not None:
+            gate = gate * ~docs.first
+        return x + gate[..., None] * F.pad(x[:, :-1], (0, 0, 1, 0))
+
+
+# Factors of this token, the one before, ...; a second row serves where the first has not enough predecessors.
+BIGRAM, SHARED_TRIGRAM = ((36313, 27191),), ((36313, 27191, 51497),)
+TRIGRAM = ((48271, 36313, 27191), (36313, 27191))
+
+
+def hash_ngrams(ids, hashes, buckets, docs):
+    """Hash of each token and its predecessors (B, T): the products, xored, modulo `buckets`. Where a predecessor is
+    missing - at the row's start, and with `docs` at a document's - the next of `hashes`, in the end `buckets` itself.
+    """
+    factors, width = hashes[0], ids.size(1)
+    n = min(len(factors) - 1, width)
+    bucket = factors[0] * ids[:, n:]
+    for back in range(1, n + 1):
+        bucket = bucket ^ factors[back] * ids[:, n - back : width - back]
+    bucket = F.pad(bucket % buckets, (n, 0), value=buckets)
+    for back in range(n if docs is not None else 0):
+        bucket = bucket.masked_fill(F.pad(docs.first[:, : width - back], (back, 0)), buckets)
+    if hashes[1:]:
+        bucket = torch.where(bucket == buckets, hash_ngrams(ids, hashes[1:], buckets, docs), bucket)
+    return bucket
+
+
+class BigramHash(nn.Module):
+    """Embedding of the hashed bigram or trigram: a zero table whose last row stands for "no predecessor", projected.
+
+    Several n-grams add rows of the same table (TRIGRAM, #1539).
+    """
+
+    role = "scalar"
+
+    def __init__(self, rows, width, dim, scale, *ngrams):
+        super().__init__()
+        self.buckets, self.ngrams, self.start = rows - 1, ngrams, scale
+        self.table = Table(rows, width, std=0)
+        self.proj = Linear(width, dim) if width != dim else None
+        self.scale = nn.Parameter(torch.empty(()))
+
+    def init(self, generator):
+        nn.init.constant_(self.scale, self.start)
+
+    def forward(self, ids, docs, dtype):
+        rows = sum(self.table(hash_ngrams(ids, n, self.buckets, docs), dtype) for n in self.ngrams)
+        return self.scale.to(dtype) * through(self.proj, rows)
+
+
+class ValueEmbedding(nn.Module):
+    """A second, narrow token table whose projection is added to the values of some layers (#374)."""
+
+    role = "scalar"
+
+    def __init__(self, vocab, width, kv_dim):
+        super().__init__()
+        self.table, self.proj = Table(vocab, width, std=0.01), Linear(width, kv_dim)
+        self.scale = nn.Parameter(torch.empty(()))
+
+    def init(self, generator):
+        nn.init.constant_(self.scale, 0.1)
+
+    def forward(self, ids, dtype):
+        return self.scale.to(dtype) * self.proj(self.table(ids, dtype))
+
+
+class ValueResidual(nn.Module):
+    """The values v of a later layer with those of layer 0, v0: "vrl" v + c v0 (#1033), "pair" a v0 + b v (#1311),
+    "sigmoid" v + sigmoid(c) v0 (#1539).
+    """
+
+    role = "scalar"
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.mix = kind, nn.Parameter(torch.empty(2 if kind == "pair" else ()))
+
+    def init(self, generator):
+        nn.init.constant_(self.mix, 0.5 if self.kind == "pair" else 0.0)
+
+    def forward(self, v, v0):
+        mix = self.mix.to(v.dtype)
+        if self.kind == "pair":
+            return mix[0] * v0 + mix[1] * v
+        return v + (mix if self.kind == "vrl" else mix.sigmoid()) * v0
+
+
+class HeadGate(nn.Module):
+    """Factor per head, from the normed input x: "head" 2 sigmoid(W x[:window]) (#1667), "dense" sigmoid(W x) (#1736),
+    "sparse" sigmoid(scale W x[:window]) (#1787).
+    """
+
+    role = "gate"
+
+    def __init__(self, s):
+        super().__init__()
+        self.dense, self.top = s.attn_gate == "dense", 2.0 if s.attn_gate == "head" else 1.0
+        self.scale = s.sparse_attn_gate_scale if s.attn_gate == "sparse" else 1.0
+        self.weight = nn.Parameter(torch.empty(s.num_heads, s.model_dim if self.dense else s.gate_window))
+
+    def init(self, generator):
+        nn.init.normal_(self.weight, std=0.01, generator=generator) if self.dense else nn.init.zeros_(self.weight)
+
+    def forward(self, x):
+        """x (B, T, D) -> (B, T, H, 1)."""
+        inner = F.linear(x[..., : self.weight.size(1)], self.weight.to(x.dtype))
+        return (self.top * (self.scale * inner).sigmoid())[..., None]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with QK norm, query gain, partial RoPE, value embedding and residual, XSA and head
+    gates. The only one.
+    """
+
+    role = "scalar"
+
+    def __init__(self, s, layer, attend):
+        super().__init__()
+        self.head_dim, self.attend, self.xsa = s.head_dim, attend, layer >= s.num_layers - s.xsa_last_n
+        kv_dim = s.num_kv_heads * s.head_dim
+        self.q, self.o = Linear(s.model_dim, s.model_dim), Linear(s.model_dim, s.model_dim, zero=True)
+        self.k, self.v = Linear(s.model_dim, kv_dim), Linear(s.model_dim, kv_dim)
+        self.gain_init, self.q_gain = s.qk_gain_init, nn.Parameter(torch.empty(s.num_heads))
+        self.ve_scale = nn.Parameter(torch.empty(())) if s.ve_dim and layer in s.ve_layers else None
+        self.residual = ValueResidual(s.value_residual) if s.value_residual != "none" and layer else None
+        self.before_ve = s.value_residual == "vrl"  # what layer 0 hands on
+        self.gate = HeadGate(s) if s.attn_gate != "none" else None
+
+    def init(self, generator):
+        nn.init.constant_(self.q_gain, self.gain_init)
+        if self.ve_scale is not None:
+            nn.init.ones_(self.ve_scale)
+
+    def values(self, x, context, adapter):
+        """(B, T, K*C)."""
+        v = plain = add_adapter(self.v(x), adapter, x)
+        if self.ve_scale is not None:
+            v = v + self.ve_scale.to(x.dtype) * context.ve
+        if not context.first_v:
+            context.first_v.append(plain if self.before_ve else v)
+        return v if self.residual is None else self.residual(v, context.first_v[0])
+
+    def forward(self, x, scale, context, slot):
+        """x (B, T, D) normed -> (B, T, D), its channels multiplied by `scale` (D,)."""
+        q, k, v = add_adapter(self.q(x), slot.q, x), add_adapter(self.k(x), slot.k, x), self.values(x, context, slot.v)
+        q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in (q, k, v))
+        q = rotate(norm(q), *context.rope) * self.q_gain.to(x.dtype)[:, None]
+        k = rotate(norm(k), *context.rope)
+        y = self.attend(q, k, v, context.docs) if context.past is None else attend_past(q, k, v, context.past)
+        y = xsa(y, v) if self.xsa else y
+        y = (y if self.gate is None else y * self.gate(x)).flatten(2)
+        adapter_scale = scale if slot.scaled else None
+        return add_adapter(add_adapter(self.o(y, scale), slot.o, y, adapter_scale), slot.attn, x, adapter_scale)
+
+
+class MLP(nn.Module):
+    """down(leaky_relu(up(x), slope)^2)."""
+
+    def __init__(self, s):
+        super().__init__()
+        self.slope = s.leaky_slope
+        self.up, self.down = Linear(s.model_dim, s.mlp_hidden), Linear(s.mlp_hidden, s.model_dim, zero=True)
+
+    def forward(self, x, scale, slot):
+        y = self.down(F.leaky_relu(self.up(x), self.slope).square(), scale)
+        return add_adapter(y, slot.mlp, x, scale if slot.scaled else None)
+
+
+class LogitCaps(nn.Module):
+    """Soft caps of the logits: one of positive, one of negative ones (#1923). As published, they begin equal and are in no
+    optimizer of the training: what moves them is training of the weights at test time.
+    """
+
+    role = "cap"
+
+    def __init__(self, cap):
+        super().__init__()
+        self.start, self.caps = cap, nn.Parameter(torch.empty(2), requires_grad=False)
+
+    def init(self, generator):
+        nn.init.constant_(self.caps, self.start)
+
+    def forward(self, logits):
+        """The cap of each."""
+        return torch.where(logits > 0, self.caps[0], self.caps[1])
+
+
+# --------------------------------------------------------------------------------------------------
+# 3 Model
+# --------------------------------------------------------------------------------------------------
+
+
+class Skips(nn.Module):
+    """U-Net skips onto the stream x: "linear" x + w kept, "sigmoid" x + sigmoid(w) kept (#1539), "gated"
+    g x + (1 - g) w kept, g = sigmoid(gate) (#1394); per channel, one row a pair.
+    """
+
+    role = "scalar"
+
+    def __init__(self, kind, pairs, dim):
+        super().__init__()
+        self.kind, self.weight = kind, nn.Parameter(torch.empty(pairs, dim))
+        self.gate = nn.Parameter(torch.empty(pairs, dim)) if kind == "gated" else None
+
+    def init(self, generator):
+        nn.init.constant_(self.weight, 2.2 if self.kind == "sigmoid" else 1.0)
+        if self.gate is not None:
+            nn.init.zeros_(self.gate)
+
+    def forward(self, x, kept, pair):
+        weight = self.weight[pair].to(x.dtype)
+        if self.gate is None:
+            return x + (weight.sigmoid() if self.kind == "sigmoid" else weight) * kept
+        return torch.lerp(weight * kept, x, self.gate[pair].sigmoid().to(x.dtype).expand_as(x))
+
+
+class ParallelLanes(nn.Module):
+    """Two residual lanes (#1539, #1529): attention writes lane 0, the MLP lane 1; "routed": both write both, with
+    learned weights, r lane + p a + q m. Merged at the end by their mean or a learned m lane0 + (1 - m) lane1.
+    Every layer has its row of weights, as published; those below PARALLEL_START_LAYER rest.
+    """
+
+    role = "scalar"
+
+    def __init__(self, s):
+        super().__init__()
+        routed = s.parallel_residual == "routed"
+        self.keep = nn.Parameter(torch.empty(s.num_layers, 2)) if routed else None  # [layer, lane]
+        self.write = nn.Parameter(torch.empty(s.num_layers, 2, 2)) if routed else None  # [layer, attention | MLP, lane]
+        self.merge = nn.Parameter(torch.empty(())) if s.parallel_final_lane == "learned" else None
+
+    def init(self, generator):
+        if self.keep is not None:
+            nn.init.constant_(self.keep, 1.1), nn.init.ones_(self.write)
+        if self.merge is not None:
+            nn.init.constant_(self.merge, 0.5)
+
+    def route(self, lanes, attended, fed, layer):
+        keep, write = self.keep[layer].to(fed.dtype), self.write[layer].to(fed.dtype)
+        return tuple(keep[j] * lanes[j] + write[0, j] * attended + write[1, j] * fed for j in (0, 1))
+
+    def forward(self, lanes):
+        share = 0.5 if self.merge is None else self.merge.to(lanes[0].dtype)
+        return share * lanes[0] + (1 - share) * lanes[1]
+
+
+class Visit(NamedTuple):
+    """One application of a block. The forward is a loop over visits; skips, recurrence and lanes are data."""
+
+    block: int
+    push: bool  # keep the stream after it, for a later skip
+    pop: int | None  # before it, take back the stream kept last, with this skip's weights
+    parallel: bool  # attention and MLP side by side
+    split: Literal["", "before_skip", "after_skip"] = ""  # here the stream becomes two lanes
+
+
+def layer_plan(s, looping):
+    """The visits of one forward. U-Net: of the first half the last `pairs` push, the second half pops, last in first
+    out; a loop in range order is unrolled before the halves are taken (#1394), one that repeats each layer keeps the
+    pairs of the plain order, popping before the first pass and pushing after the last (#1033).
+    """
+    passes = s.num_loops if looping else 0
+    loop = range(s.loop_start, s.loop_end + 1)
+    order = list(range(s.num_layers))
+    if s.loop_order == "range" and passes:
+        order[s.loop_end + 1 : s.loop_end + 1] = [*loop] * passes
+    half = len(order) // 2
+    pairs = 0 if s.skips == "none" else min(half, s.skip_pairs or half)
+    start = s.parallel_start_layer if s.parallel_residual != "none" else s.num_layers
+    plan = []
+    for j, i in enumerate(order):
+        parallel = i >= start or s.parallel_residual != "gptj" and any(k >= start for k in order[:j])
+        visit = Visit(i, half - pairs <= j < half, j - half if half <= j < half + pairs else None, parallel)
+        again = passes if s.loop_order == "layer" and i in loop else 0
+        plan += [visit._replace(push=visit.push and not k, pop=visit.pop if k == again else None)
+                 for k in range(again, -1, -1)]
+    first = next((j for j, visit in enumerate(plan) if visit.parallel), None)
+    if first is not None and s.parallel_residual in ("lanes", "routed"):
+        plan[first] = plan[first]._replace(split="before_skip" if s.parallel_first_skip == "lane0" else "after_skip")
+    return plan
+
+
+class Block(nn.Module):
+    role = "scalar"
+
+    def __init__(self, s, layer, attend):
+        super().__init__()
+        self.layer, self.ln_scale = layer, (layer + 1) ** -0.5 if s.ln_scale else 1.0
+        self.attn, self.mlp = Attention(s, layer, attend), MLP(s)
+        self.attn_scale, self.mlp_scale = nn.Parameter(torch.empty(s.model_dim)), nn.Parameter(torch.empty(s.model_dim))
+        self.resid_mix = nn.Parameter(torch.empty(2, s.model_dim)) if s.resid_mix else None
+
+    def init(self, generator):
+        nn.init.ones_(self.attn_scale), nn.init.ones_(self.mlp_scale)
+        if self.resid_mix is not None:
+            nn.init.ones_(self.resid_mix[0]), nn.init.zeros_(self.resid_mix[1])
+
+    def forward(self, lanes, context, slot, parallel=False, route=None):
+        """Attention reads and writes the first lane, the MLP the last; with one lane that is the ordinary block, or
+        with `parallel` GPT-J's. `route` (routed lanes) decides what is kept and written instead, of the unmixed lane.
+        """
+        x = lanes[0]
+        if self.resid_mix is not None:
+            mix = self.resid_mix.to(x.dtype)
+            x = mix[0] * x + mix[1] * context.x0
+        attended = self.attn(norm(x) * self.ln_scale, self.attn_scale, context, slot)
+        if len(lanes) == 1:
+            y = x + attended
+            return (y + self._feed(x if parallel else y, slot),)
+        fed = self._feed(lanes[1], slot)
+        if route is not None:
+            return route(lanes, attended, fed, self.layer)
+        return x + attended, lanes[1] + fed
+
+    def _feed(self, x, slot):
+        return self.mlp(norm(x) * self.ln_scale, self.mlp_scale, slot)
+
+
+class GPT(nn.Module):
+    """The model. hidden -> logits -> loss is the only forward: training, scoring and adaptation call it.
+
+    GPT(settings) has the initial weights of SEED, equal on every device and rank; init=False leaves them to be loaded.
+    `attend` is the attention kernel (room 14), `dtype` that of activations. It loops, if NUM_LOOPS says so, unless
+    `looping` is set to False; no graph is built anew for that, if warm-up has seen both.
+    """
+
+    def __init__(self, s, dtype=torch.float32, attend=None, init=True):
+        super().__init__()
+        self.dtype, self.softcap, self.doc_mask, self.looping = dtype, s.logit_softcap, s.doc_mask, s.loops
+        self.temperature = None  # of its predictions, once fitted (EVAL_TEMPERATURE=0)
+        self.reasons = []  # why no score of these weights is valid: what was found while they were trained
+        attend, width = attend or attend_sdpa, s.embed_dim or s.model_dim
+        self.varlen = getattr(attend, "varlen", False)
+        self.embed = Table(s.vocab_size, width, s.tied_embed_init_std)  # tied: also the head
+        self.embed_proj = Linear(width, s.model_dim) if s.embed_dim else None
+        self.head_proj = Linear(s.model_dim, width) if s.embed_dim else None
+        self.head = None if s.tie_embeddings else Linear(width, s.vocab_size, zero=True, role="head")
+        ngrams = (BIGRAM, SHARED_TRIGRAM) if s.trigram else (BIGRAM,)
+        self.bigram = BigramHash(s.bigram_vocab_size, s.bigram_dim, s.model_dim, 0.05,
+                                *ngrams) if s.bigram_vocab_size else None
+        self.trigram = BigramHash(s.trigram_vocab_size, s.trigram_dim, s.model_dim, 0.03,
+                                 TRIGRAM) if s.trigram_vocab_size else None
+        self.early_smear = ScalarSmearGate(s.gate_window) if s.smear_gate == "scalar" else None
+        self.smear = SmearGate(s.model_dim) if s.smear_gate == "channel" else None
+        self.value_embed = ValueEmbedding(s.vocab_size, s.ve_dim, s.num_kv_heads * s.head_dim) if s.ve_dim else None
+        self.blocks = nn.ModuleList(Block(s, i, attend) for i in range(s.num_layers))
+        self.lanes = ParallelLanes(s) if s.parallel_residual in ("lanes", "routed") else None
+        self.caps = LogitCaps(s.logit_softcap) if s.asym_logit_rescale else None
+        self.plans = layer_plan(s, False), layer_plan(s, True)
+        pairs = max(sum(visit.pop is not None for visit in plan) for plan in self.plans)
+        self.skips = Skips(s.skips, pairs, s.model_dim) if pairs else None
+        # Buffers built before the first call: a lazily grown cache would recompile the graph.
+        self.rope = s.rope_dims, s.rope_base
+        for name, table in zip(("cos", "sin"), rotary_tables(torch.arange(s.longest_row), *self.rope)):
+            self.register_buffer(name, table.float(), persistent=False)
+        if init:
+            generator = torch.Generator().manual_seed(s.seed)
+            with torch.no_grad():
+                for module in self.modules():
+                    if hasattr(module, "init"):
+                        module.init(generator)
+
+    @property
+    def plan(self):
+        return self.plans[1] if self.looping else self.plans[0]  # dynamo of torch 2.9 indexes by no bool
+
+    def find_documents(self, ids, longest=0):
+        """Docs of ids (B, T) as this model's DOC_MASK and attention kernel want them."""
+        return find_documents(ids, self.doc_mask, longest, self.varlen)
+
+    def docs_outside_graph(self, ids):
+        """Docs of ids that a graph cannot make, because how many documents there are is in the data; None if it can."""
+        if not self.varlen:
+            return None
+        docs = self.find_documents(ids)
+        torch._dynamo.maybe_mark_dynamic(docs.cu, 0)
+        return docs
+
+    def hidden(self, ids, docs=None, adapters=None, past=None):
+        """ids (B, T) -> normed final states (B, T, D). docs defaults to what BOS says, unless DOC_MASK=none. With a
+        past, ids go on with its text.
+        """
+        new, text = ids.size(1), ids if past is None else torch.cat((past.ids, ids), 1)
+        if docs is None:  # who sees whom is in the past, where there is one
+            docs = self.find_documents(ids) if past is None or self.doc_mask == "none" else find_documents(text, "inputs")
+        x = through(self.embed_proj, self.embed(text, self.dtype))
+        for table in (self.bigram, self.trigram):
+            x = x if table is None else x + table(text, docs, self.dtype)
+        x = through(self.smear, norm(through(self.early_smear, x, docs)), docs)[:, -new:]
+        ve = self.value_embed(ids, self.dtype) if self.value_embed is not None else None
+        rope = (self.cos[:new], self.sin[:new]) if past is None else past.rope
+        context = Context(x, rope, docs, ve, [], past)
+        route = self.lanes.route if self.lanes is not None and self.lanes.keep is not None else None
+        lanes, kept = (x,), []
+        for j, visit in enumerate(self.plan):
+            if visit.split == "before_skip":
+                lanes = 2 * lanes
+            if visit.pop is not None:
+                lanes = (self.skips(lanes[0], kept.pop(), visit.pop), *lanes[1:])
+            if visit.split == "after_skip":
+                lanes = 2 * lanes
+            slot = adapters.slots[j] if adapters is not None else Slot()
+            lanes = self.blocks[visit.block](lanes, context, slot, visit.parallel, route)
+            if visit.push:
+                kept.append(lanes[0])
+        return norm(self.lanes(lanes) if len(lanes) == 2 else lanes[0])
+
+    def logits(self, hidden, adapters=None, head=None):
+        """hidden (..., D) -> float32 logits (..., V), soft-capped; `head`: another head's weight (V, width)."""
+        if head is None:
+            module = self.embed if self.head is None else self.head
+            head = through(module.fake_quant, module.weight)
+        logits = F.linear(through(self.head_proj, hidden), head.to(hidden.dtype))
+        logits = add_adapter(logits, adapters.head if adapters is not None else None, hidden)
+        logits = at_least_float32(logits)
+        cap = self.cap_of(logits)
+        return cap * torch.tanh(logits / cap) if self.softcap else logits
+
+    def cap_of(self, logits):
+        """Soft cap: a number, or one for each of the logits."""
+        return self.softcap if self.caps is None else self.caps(logits)
+
+    def loss(self, hidden, targets, adapters=None, head=None, reduction="mean"):
+        """Cross entropy in nats of targets (B, T): the mean over all tokens, or (B, T) with reduction="none"."""
+        logits = self.logits(hidden, adapters, head)
+        loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction)
+        return loss if reduction == "mean" else loss.view_as(targets)
+
+    def forward(self, ids, targets, docs=None, adapters=None, reduction="mean"):
+        return self.loss(self.hidden(ids, docs, adapters), targets, adapters, None, reduction)
+
+
+class Cache:
+    """Keys and values of the text so far: rows that go on token by token, each token seeing the `width` up to itself.
+
+    A forward reads past(ids) and leaves its own keys there; only commit() takes them in, so that it can be repeated.
+    """
+
+    def __init__(self, model, rows, width):
+        self.model, self.width, self.at, self.kept = model, width, 0, None
+        device = model.embed.weight.device
+        self.ids = torch.empty(rows, 0, dtype=torch.int64, device=device)
+        self.where = torch.full((width,), -width, device=device)  # position of each kept key, far back where none is
+        self.doc = torch.zeros(rows, width, dtype=torch.int64, device=device)  # and the number of its document
+
+    def past(self, ids):
+        """What hidden(ids, past=...) needs to go on with ids (B, T), at most `width` tokens."""
+        model, new = self.model, torch.arange(self.at, self.at + ids.size(1), device=ids.device)
+        where = torch.cat((self.where, new)) if self.at else new
+        seen = ((where <= new[:, None]) & (where > new[:, None] - self.width))[None]
+        if model.doc_mask == "attention":
+            doc = self._documents(ids)
+            seen = seen & (doc[:, -len(new):, None] == doc[:, None])
+        rope = tuple(table.to(model.cos.dtype) for table in rotary_tables(new, *model.rope))
+        return Past(self.ids, rope, seen, self.kept or [(None, None)] * len(model.plan), [])
+
+    def _documents(self, ids):
+        new = (ids == BOS).cumsum(1)
+        return torch.cat((self.doc, new + self.doc.amax(1, keepdim=True)), 1) if self.at else new
+
+    def commit(self, ids, new):
+        """Go on behind ids, whose keys and values are `new`."""
+        at = torch.arange(self.at, self.at + ids.size(1), device=ids.device)
+        slots, self.at = at % self.width, self.at + len(at)
+        if self.kept is None:
+            self.kept = [tuple(z.new_zeros(len(z), self.width, *z.shape[2:]) for z in pair) for pair in new]
+        self.doc[:, slots] = self._documents(ids)[:, -len(at):]
+        self.where[slots] = at
+        for old, pair in zip(self.kept, new):
+            for z, part in zip(old, pair):
+                z[:, slots] = part.detach()
+        last = torch.cat((self.ids, ids), 1)[:, -3:]
+        self.ids = last.clone(memory_format=torch.contiguous_format)  # one layout, one graph
+
+    def advance(self, ids):
+        """States (B, T, D) of the model on the next ids, which are taken in."""
+        past = self.past(ids)
+        hidden = self.model.hidden(ids, past=past)
+        self.commit(ids, past.new)
+        return hidden
+
+    def narrow(self, rows):
+        """Go on with the first rows only."""
+        self.ids, self.doc = self.ids[:rows], self.doc[:rows]
+        self.kept = self.kept and [tuple(z[:rows] for z in pair) for pair in self.kept]
+
+
+class Objective(nn.Module):
+    """What training minimises: the model's loss, each token weighted (complementary training), and that of heads which
+    predict the tokens after the next (MTP). Those heads live here and not in the model: no artifact ever has them.
+    """
+
+    def __init__(self, model, s):
+        super().__init__()
+        self.model, self.mtp_weight = model, s.mtp_loss_weight
+        width = s.embed_dim or s.model_dim
+        self.mtp = nn.ModuleList(Linear(width, s.vocab_size, zero=True, role="head") for _ in range(s.mtp_num_heads))
+        with torch.no_grad():
+            for head in self.mtp:
+                head.init(None)
+
+    def forward(self, ids, targets, docs=None, weights=None):
+        hidden = self.model.hidden(ids, docs)
+        loss = self.model.loss(hidden, targets) if weights is None else (
+            weights * self.model.loss(hidden, targets, reduction="none")).mean()
+        for ahead, head in enumerate(self.mtp, 1):
+            further = self.model.loss(hidden[:, :-ahead], targets[:, ahead:], head=head.weight)
+            loss = loss + self.mtp_weight / len(self.mtp) * further
+        return loss
+
+
+def roles(model):
+    """{parameter name: role}; a module that creates parameters without stating their role is an error."""
+    table = {}
+    for prefix, module in model.named_modules():
+        for name, _ in module.named_parameters(recurse=False):
+            full = f"{prefix}.{name}" if prefix else name
+            if not isinstance(getattr(module, "role", None), str):
+                raise TypeError(f"{type(module).__name__} creates the parameter {full} but states no role")
+            table[full] = module.role
+    return table
+
+
+# --------------------------------------------------------------------------------------------------
+# 4 Runtime: device, dtype, ranks
+# --------------------------------------------------------------------------------------------------
 
 
 class Runtime:
@@ -1602,13 +1620,13 @@ class Runtime:
                 self._events.popleft().synchronize()
         return len(self._events)
 
-    def fetch(self, tensor):
+    def to_cpu(self, tensor):
         """A copy on the CPU, whole once throttle() has passed this step: reading it never waits for later work."""
         if self.device.type == "cpu":
             return tensor
         return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
-    def agree(self, *values):
+    def max(self, *values):
         """The maximum over ranks of each number, equal on all ranks."""
         if self.world == 1:
             return values
@@ -1622,7 +1640,7 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
-    def same(self, value):
+    def broadcast(self, value):
         """Rank 0's (picklable) value on all ranks."""
         if self.world == 1:
             return value
@@ -1652,10 +1670,9 @@ class Runtime:
             dist.destroy_process_group()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 5 Optimizer
-# ---------------------------------------------------------------------------------------------------------------------
-
+# --------------------------------------------------------------------------------------------------
 
 # Coefficients a, b, c of X <- a X + (b A + c A A) X, A = X X^T, one row an iteration, the last for all further ones.
 NEWTON_SCHULZ = {
@@ -1686,7 +1703,7 @@ def newton_schulz(update, steps, coefficients="classic", row_normalize=False, dt
     return x.mT if tall else x
 
 
-def scale_neurons(update, moment, beta2):
+def normuon(update, moment, beta2):
     """NorMuon (arXiv 2510.05491): divide each row by the root of its running mean square `moment` (N, rows, 1), which
     is updated in place. The norm of each matrix is kept, so learning rates mean the same with and without it.
     """
@@ -1710,7 +1727,7 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class Treatment(NamedTuple):
+class UpdateRule(NamedTuple):
     """How the parameters of a role are optimised."""
 
     kind: Literal["muon", "adam"]
@@ -1719,15 +1736,15 @@ class Treatment(NamedTuple):
     betas: Betas  # AdamW
 
 
-def treatments(s):
+def update_rules(s):
     betas, embed_lr = (s.beta1, s.beta2), s.tied_embed_lr if s.tie_embeddings else s.embed_lr
     matrix = "muon" if s.matrix_optimizer == "muon" else "adam"
-    return {"matrix": Treatment(matrix, s.matrix_lr, s.muon_wd, s.matrix_betas or betas),
-            "embed": Treatment("adam", embed_lr, s.embed_wd, s.embed_betas or betas),
-            "head": Treatment("adam", s.head_lr, s.head_wd, s.head_betas or betas),
-            "gate": Treatment("adam", s.scalar_lr, s.adam_wd, betas),
-            "cap": Treatment("adam", 0.0, 0.0, betas),
-            "scalar": Treatment("adam", s.scalar_lr, s.adam_wd, betas)}
+    return {"matrix": UpdateRule(matrix, s.matrix_lr, s.muon_wd, s.matrix_betas or betas),
+            "embed": UpdateRule("adam", embed_lr, s.embed_wd, s.embed_betas or betas),
+            "head": UpdateRule("adam", s.head_lr, s.head_wd, s.head_betas or betas),
+            "gate": UpdateRule("adam", s.scalar_lr, s.adam_wd, betas),
+            "cap": UpdateRule("adam", 0.0, 0.0, betas),
+            "scalar": UpdateRule("adam", s.scalar_lr, s.adam_wd, betas)}
 
 
 class Bank:
@@ -1773,7 +1790,7 @@ class MuonAdam:
 
     def __init__(self, model, s, rt):
         self.s, self.rt, self.t = s, rt, 0
-        table, params = treatments(s), dict(model.named_parameters())
+        table, params = update_rules(s), dict(model.named_parameters())
         groups = {}
         for name, role in roles(model).items():
             if role not in table:
@@ -1835,7 +1852,7 @@ class MuonAdam:
                 buffer = bank.state[0].mul_(momentum).add_(grad)
                 update = self.orthogonalise(grad.add_(buffer, alpha=momentum))
                 if self.s.normuon:
-                    update = scale_neurons(update, bank.state[1], self.s.muon_beta2)
+                    update = normuon(update, bank.state[1], self.s.muon_beta2)
                 pending.append((bank, *self._gather(update)))
         for bank, grad in zip(self.banks, grads):
             if bank.kind == "adam":
@@ -1887,6 +1904,9 @@ class MuonAdam:
                 share.copy_(whole[bank.mine])
 
 
+# ---- schedules -----------------------------------------------------------------------------------
+
+
 def lr_scale(s, progress, step, total_steps, since_stage=None, seconds=None):
     """Multiplier of every learning rate at progress in [0, 1]: linear warm-up, 1, a line to 0 that stops at MIN_LR.
 
@@ -1919,6 +1939,9 @@ def momentum_at(s, step):
     """Momentum of Muon: linear from its start value over the first steps."""
     part = min(step / s.muon_momentum_warmup_steps, 1.0) if s.muon_momentum_warmup_steps else 1.0
     return s.muon_momentum_warmup_start + (s.muon_momentum - s.muon_momentum_warmup_start) * part
+
+
+# ---- complementary training ----------------------------------------------------------------------
 
 
 class Complement:
@@ -1962,6 +1985,9 @@ class Complement:
         self.count_pairs(state["pairs"].to(self.rt.device), state["times"].to(self.rt.device))
 
 
+# ---- weight averages -----------------------------------------------------------------------------
+
+
 class Average:
     """Candidates for the exported weights, in fp32: bf16 would swallow the small steps of a slow average (#1699).
 
@@ -1970,14 +1996,14 @@ class Average:
     """
 
     def __init__(self, s, banks):
-        self.s, self.banks, self.taken, self.count = s, banks, {}, 0
+        self.s, self.banks, self.snapshots, self.count = s, banks, {}, 0
         self.begun = 0  # the step whose weights EMA began with; 0: the initial weights
         self.kinds = {"none": (), "best": ("ema", "swa", "lawa")}.get(s.average, (s.average,))
 
     def start(self):
         """Before the first step: an average that runs from the beginning starts at the initial weights."""
         if "ema" in self.kinds and self.s.ema_start_frac == 0:
-            self.taken["ema"] = [self.copy()]
+            self.snapshots["ema"] = [self.copy()]
 
     def copy(self):
         return [bank.weight.clone() for bank in self.banks]
@@ -1987,25 +2013,25 @@ class Average:
         """After optimizer step number `step` (from 1), begun at `progress` with learning-rate scale `scale`."""
         s = self.s
         if "ema" in self.kinds and progress >= s.ema_start_frac:
-            if "ema" in self.taken:
-                for mean, bank in zip(self.taken["ema"][0], self.banks):
+            if "ema" in self.snapshots:
+                for mean, bank in zip(self.snapshots["ema"][0], self.banks):
                     mean.lerp_(bank.weight, 1 - s.ema_decay)
             else:
-                self.taken["ema"], self.begun = [self.copy()], step
+                self.snapshots["ema"], self.begun = [self.copy()], step
         if "swa" in self.kinds and scale < s.swa_start_scale and step % s.swa_every == 0:
-            sums = self.taken.setdefault("swa", [[torch.zeros_like(bank.weight) for bank in self.banks]])[0]
+            sums = self.snapshots.setdefault("swa", [[torch.zeros_like(bank.weight) for bank in self.banks]])[0]
             for total, bank in zip(sums, self.banks):
                 total.add_(bank.weight)
             self.count += 1
         if "lawa" in self.kinds and step % s.lawa_freq == 0:
-            self.taken["lawa"] = [*self.taken.get("lawa", []), self.copy()][-s.lawa_k :]
+            self.snapshots["lawa"] = [*self.snapshots.get("lawa", []), self.copy()][-s.lawa_k :]
 
     def mean(self, kind):
         """The average of a kind, shaped like the banks, or None if nothing was ever taken."""
-        if kind not in self.taken:
+        if kind not in self.snapshots:
             return None
-        count = self.count if kind == "swa" else len(self.taken[kind])
-        return [sum(parts) / count for parts in zip(*self.taken[kind])]
+        count = self.count if kind == "swa" else len(self.snapshots[kind])
+        return [sum(parts) / count for parts in zip(*self.snapshots[kind])]
 
     @torch.no_grad()
     def apply(self, weights):
@@ -2014,9 +2040,9 @@ class Average:
             bank.weight.copy_(weight)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 6 Data
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 1024  # 256 little-endian int32 words, then uint16 tokens
 SPACE = "\u2581"  # what SentencePiece writes for a space
@@ -2026,6 +2052,9 @@ LETTERS = "".join(map(chr, range(33, 127))) + "\xc9\xdf\u03a3\u042f"
 CONTEST_NORMALISATIONS = "identity", "nfkc", "nmt_nfkc"  # nmt_nfkc, or less
 CASE_OPERATORS = "\ue001\ue002\ue003\ue004"  # of a CaseOps tokenizer (#1729); the last one escapes the others
 FINEWEB_VAL_BYTES = 151_080_891  # of the 50,000 validation documents, whatever the tokenizer (rules of the contest)
+
+
+# ---- shards --------------------------------------------------------------------------------------
 
 
 def read_shard(path, vocab_size=None):
@@ -2083,6 +2112,9 @@ def find_shards(folder, split):
         raise BadInput(f"no fineweb_{split}_*.bin in DATA_PATH={folder}; make them with: {fix}"
                        "   (or, with no download: python data/prepare.py --source builtin)")
     return paths
+
+
+# ---- tokenizer and bytes -------------------------------------------------------------------------
 
 
 def load_tokenizer(s):
@@ -2262,7 +2294,10 @@ def read_sidecar(paths):
     return np.concatenate([read_shard(path) for path in found]).astype(np.int32) if found else None
 
 
-def join_short(lengths, least):
+# ---- training stream -----------------------------------------------------------------------------
+
+
+def merge_short_shards(lengths, least):
     """Lengths of the parts that blocks are dealt from: the shards, but one shorter than `least` is joined to
     the next ones until it is long enough, at the end to the one before.
     """
@@ -2309,7 +2344,7 @@ def coprime_order(counts, rng, chunk):
     return np.concatenate(order)
 
 
-class Copies:
+class Contamination:
     """Which documents of a text occur in another one: those whose first PREFIX tokens do, behind a BOS there, too."""
 
     PREFIX = 64  # as for data/prepare.py, which leaves out such training documents
@@ -2354,7 +2389,7 @@ class TokenStream:
 
     def __init__(self, paths, s, rt, documents=None):
         self.paths, self.s, self.rt, self.position, self.documents = paths, s, rt, 0, documents
-        self.copies = Copies(np.empty(0, np.uint16))  # of validation documents; looked for in all that is read
+        self.copies = Contamination(np.empty(0, np.uint16))  # of validation documents; looked for in all that is read
         self.shards = [read_shard(path) for path in paths]
         self.hold_out(s.holdout_tokens if s.average == "best" else 0)
         self.ends = np.cumsum([len(shard) for shard in self.shards])
@@ -2366,7 +2401,7 @@ class TokenStream:
                 raise BadInput(f"LOADER=packed makes rows of {share[1] * length} tokens, but {rt.world} ranks have "
                                f"{share[0] * length} each; MICRO_BATCH_TOKENS={share[0] * length} makes them fit")
         self.block = max(length for _, length, _ in s.stages)
-        self.lengths = join_short([len(shard) for shard in self.shards], self.block + 1)
+        self.lengths = merge_short_shards([len(shard) for shard in self.shards], self.block + 1)
         self.counts = [(length - 1) // self.block for length in self.lengths]
         if self.ends[-1] < 2:
             raise BadInput(f"{paths[0]}: the training stream holds fewer than 2 tokens")
@@ -2489,6 +2524,9 @@ class TokenStream:
         return [(part[:, :-1].contiguous(), part[:, 1:].contiguous(), d) for part, d in zip(parts, docs)]
 
 
+# ---- validation stream ---------------------------------------------------------------------------
+
+
 class ValStream(NamedTuple):
     """The validation text: every token after the first is a target."""
 
@@ -2518,9 +2556,12 @@ def load_validation(s, rt, sp):
     return ValStream(ids.to(rt.device), counted.to(rt.device), whole, given is not None)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 7 Quantisation: moments, grids, rounding, codecs
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# 7 Quantisation
+# --------------------------------------------------------------------------------------------------
+
+
+# ---- calibration: what the loss feels of an error ------------------------------------------------
 
 
 class Moments(NamedTuple):
@@ -2655,6 +2696,9 @@ def generate(model, rows, length, temperature, seed, world=1, rank=0):
     return ids
 
 
+# ---- how each parameter is stored ----------------------------------------------------------------
+
+
 class Store(NamedTuple):
     """How a parameter is stored: float16; "int", integers at a step per row; "mixed", the same with finer steps in the
     columns that AWQ-lite chooses; "grid", integers at a step per row and column that FIT=allocate chooses.
@@ -2737,41 +2781,10 @@ def round_to_grid(weight, step, top):
     return (weight / step).round().clamp(-top, top)
 
 
-QUARTERS = (2.0 ** (np.arange(4) / 4)).astype(np.float32)  # rounded once: float32 powers differ between machines
+# ---- GPTQ, AWQ-lite, LQER ------------------------------------------------------------------------
 
 
-def quarter_octaves(exponents):
-    """2^(e/4) of int8 exponents, float32, to the bit the same on every machine."""
-    e = exponents.numpy().astype(np.int32)
-    return torch.from_numpy(np.ldexp(QUARTERS[e & 3], e >> 2))
-
-
-LOGIT_NOISE = 0.1  # most variance of a logit that rounding may make
-WIDEST = 127 + 127 * 127  # code of a grid: q + 127 over, both of one byte. Few weights are over 0, and cost little
-
-
-def sensitive_grid(weight, moments, pivots, spacing):
-    """Parts of a grid for weight (R, C): step[r, c] = spacing / sqrt(gain[r] pivot[c]), to the nearest quarter octave.
-
-    The pivots (C,) are what an error in a column costs once the columns behind it make up for it as well as they can.
-    Every weight then costs the loss spacing^2 / 24 nats a token, and no bits can be moved to where they save more: the
-    answer of rate-distortion theory ("reverse water-filling"), which fixed bits and clips by the spread of a row miss.
-    The rows of a head are finer where that would move a logit much: a token that is never likely has next to no gain,
-    but it would become likely. Without this, the token table cost three times the loss; 0.03 and 0.3 were worse.
-    """
-    def exponents(felt):
-        return (-2 * (felt / felt.mean().clamp_min(1e-30)).clamp_min(1e-6).log2()).round()
-
-    gain, pivots = moments.gain.float(), pivots.float()
-    gain = gain.clamp_min(moments.logits * len(pivots) * spacing**2 / (12 * LOGIT_NOISE))
-    unit = spacing / (gain.mean() * pivots.mean()).sqrt().clamp_min(1e-30)
-    row, col = exponents(gain), exponents(pivots).clamp(-60, 60)
-    widest = (weight.abs() / (2 ** (col / 4))).amax(1) / unit  # in units of a row's step
-    row = torch.maximum(row, (4 * (widest / WIDEST).clamp_min(1e-30).log2()).ceil()).clamp(-120, 120)
-    return {"row": row.to(torch.int8), "col": col.to(torch.int8), "unit": unit.reshape(1)}
-
-
-def factorise(moments, damp, act_order):
+def factor_hessian(moments, damp, act_order):
     """(order (C,), U (C, C) float32) for gptq(): columns by falling diagonal of the Hessian, and the upper U with U^T U
     its damped inverse in that order. U comes from one Cholesky factor of the reversed Hessian and its inverse.
     """
@@ -2830,7 +2843,7 @@ def salient_groups(weights, inputs, size, count):
     return chosen
 
 
-def low_rank(error, hessian, gain, rank, group):
+def lqer(error, hessian, gain, rank, group):
     """Parts of a correction A B of error (R, C), with the steps of LQER (#1797): A (R, rank) from the singular vectors
     that are felt most, in 2 bits (-2..1, one step); B (rank, C), the best for that A as it is stored, in 4 bits (-8..7,
     a step per `group` weights).
@@ -2849,6 +2862,17 @@ def low_rank(error, hessian, gain, rank, group):
     steps = (padded.abs().amax(1) / 7.5).clamp_min(SCALE_FLOOR).half()
     b_codes = (padded / steps.double()[:, None]).round().clamp(-8, 7).flatten()[: len(b)]
     return {"a": codes.to(torch.int8), "a_step": step, "b": b_codes.to(torch.int8).view(rank, -1), "b_step": steps}
+
+
+# ---- codecs --------------------------------------------------------------------------------------
+
+QUARTERS = (2.0 ** (np.arange(4) / 4)).astype(np.float32)  # rounded once: float32 powers differ between machines
+
+
+def quarter_octaves(exponents):
+    """2^(e/4) of int8 exponents, float32, to the bit the same on every machine."""
+    e = exponents.numpy().astype(np.int32)
+    return torch.from_numpy(np.ldexp(QUARTERS[e & 3], e >> 2))
 
 
 def decode_int(parts, shape):
@@ -2907,6 +2931,37 @@ class Encoded(NamedTuple):
         for k in range(self.rank):  # summed in one order everywhere
             weight = weight + a[:, k, None] * b[k]
         return weight
+
+
+def _to_cpu(parts):
+    return {name: part.cpu() for name, part in parts.items()}
+
+
+# ---- allocation: FIT=allocate --------------------------------------------------------------------
+
+LOGIT_NOISE = 0.1  # most variance of a logit that rounding may make
+WIDEST = 127 + 127 * 127  # code of a grid: q + 127 over, both of one byte. Few weights are over 0, and cost little
+
+
+def allocation_grid(weight, moments, pivots, spacing):
+    """Parts of a grid for weight (R, C): step[r, c] = spacing / sqrt(gain[r] pivot[c]), to the nearest quarter octave.
+
+    The pivots (C,) are what an error in a column costs once the columns behind it make up for it as well as they can.
+    Every weight then costs the loss spacing^2 / 24 nats a token, and no bits can be moved to where they save more: the
+    answer of rate-distortion theory ("reverse water-filling"), which fixed bits and clips by the spread of a row miss.
+    The rows of a head are finer where that would move a logit much: a token that is never likely has next to no gain,
+    but it would become likely. Without this, the token table cost three times the loss; 0.03 and 0.3 were worse.
+    """
+    def exponents(felt):
+        return (-2 * (felt / felt.mean().clamp_min(1e-30)).clamp_min(1e-6).log2()).round()
+
+    gain, pivots = moments.gain.float(), pivots.float()
+    gain = gain.clamp_min(moments.logits * len(pivots) * spacing**2 / (12 * LOGIT_NOISE))
+    unit = spacing / (gain.mean() * pivots.mean()).sqrt().clamp_min(1e-30)
+    row, col = exponents(gain), exponents(pivots).clamp(-60, 60)
+    widest = (weight.abs() / (2 ** (col / 4))).amax(1) / unit  # in units of a row's step
+    row = torch.maximum(row, (4 * (widest / WIDEST).clamp_min(1e-30).log2()).ceil()).clamp(-120, 120)
+    return {"row": row.to(torch.int8), "col": col.to(torch.int8), "unit": unit.reshape(1)}
 
 
 RATE_STEP = 1 / 16
@@ -2978,13 +3033,13 @@ class Quantiser:
         return columns
 
     def factor(self, name):
-        """factorise() of a parameter's Hessian, once for q, k and v, which share theirs."""
+        """factor_hessian() of a parameter's Hessian, once for q, k and v, which share theirs."""
         if self.moments is None:
             raise ValueError(f"{name} is to be stored by its Hessian, but there are no moments")
         key = id(self.moments[name].hessian)
         if key not in self.factors:
             try:
-                self.factors[key] = factorise(self.moments[name], self.s.gptq_damp, self.s.gptq_act_order)
+                self.factors[key] = factor_hessian(self.moments[name], self.s.gptq_damp, self.s.gptq_act_order)
             except Stopped as error:
                 raise Stopped(f"{name}: {error}", error.code) from None
         return self.factors[key]
@@ -3029,7 +3084,7 @@ class Quantiser:
             fine, salient = row_scales(rows, self.s.awq_lite_bits, *how).view(len(names), -1), self._salient(names)
             parts = [{"scale": a, "fine": b, "salient": c} for a, b, c in zip(scales, fine, salient[:, 0].to(torch.int8))]
             return parts, torch.where(salient, fine.float()[:, :, None], scales.float()[:, :, None])
-        parts = [_to_cpu(sensitive_grid(self.weights[n], self.moments[n], self.pivots(n), spacing)) for n in names]
+        parts = [_to_cpu(allocation_grid(self.weights[n], self.moments[n], self.pivots(n), spacing)) for n in names]
         ones = torch.ones(weights.shape[1:], dtype=torch.int8)
         return parts, torch.stack([decode_grid({**part, "q": ones}, ones.shape) for part in parts]).to(weights.device)
 
@@ -3065,13 +3120,13 @@ class Quantiser:
                 wide = {"over": over.to(torch.int8)} if over.any() else {}
                 done[name] = Encoded("wide" if wide else store.codec, store.bits, 0, 0, _to_cpu(part | wide))
         if self.s.lqer_rank:
-            self._correct(done)
+            self._add_lqer(done)
         for name, store in self.stores.items():
             if store.codec == "float16":
                 done[name] = Encoded("float16", 16, 0, 0, _to_cpu({"half": self.weights[name].half()}))
         return {name: done[name] for name in self.stores}
 
-    def _correct(self, done):
+    def _add_lqer(self, done):
         """LQER where the error is felt most, if it is felt less for it. By its plain norm it would always be the largest
         tensors (#1797).
         """
@@ -3084,14 +3139,32 @@ class Quantiser:
         for name in sorted(found, key=lambda name: found[name][0])[-self.s.lqer_top_k :]:
             before, error = found[name]
             fitting, group = min(self.s.lqer_rank, *error.shape), self.s.lqer_asym_group
-            parts = _to_cpu(low_rank(error, *self.moments[name][:2], fitting, group))
+            parts = _to_cpu(lqer(error, *self.moments[name][:2], fitting, group))
             one = done[name]._replace(rank=fitting, group=group, parts=done[name].parts | parts)
             if felt(name, one)[0] < before:
                 done[name] = one
 
 
-def _to_cpu(parts):
-    return {name: part.cpu() for name, part in parts.items()}
+def allocate(quantiser, packed_of, room, log):
+    """The artifact (Packed) at the spacing that fills `room` bytes to within 5,000, or at the finest that means anything.
+    Bytes follow Quantiser.rate() up to a factor, which each try corrects.
+    """
+    finest = math.sqrt(24e-5 / max(quantiser.quantised, 1))  # 1e-5 nats in all
+    bounds, factor, best = [finest, math.inf], 1.0, None  # too many bytes, few enough
+    for attempt in range(1, 11):
+        spacing = quantiser.spacing_for(room - 2500, factor, *bounds)
+        packed = packed_of(quantiser.encode(spacing))
+        log("allocate", attempt=attempt, spacing=spacing, expected_loss=quantiser.quantised * spacing**2 / 24,
+            bytes=packed.size, room_bytes=room)
+        if packed.size <= room or best is None:
+            best = packed
+        if packed.size <= room and (packed.size >= room - 5000 or spacing <= 1.001 * finest):
+            break
+        bounds[packed.size <= room], factor = spacing, packed.size / quantiser.rate(spacing)
+    return best
+
+
+# ---- pruning: FIT=prune --------------------------------------------------------------------------
 
 
 def without_cheapest(encoded, count):
@@ -3113,6 +3186,98 @@ def without_cheapest(encoded, count):
         done[name] = encoded[name]._replace(parts=encoded[name].parts | {"q": q})
     return done
 
+
+def prune_to_fit(encoded, packed_of, room, log):
+    """The artifact (Packed) with few of its cheapest codes dropped (without_cheapest) that fits `room` bytes; with all of
+    them, if even that is too large.
+    """
+    first = packed_of(encoded)
+    if first.size <= room:
+        log("prune", dropped=0, bytes=first.size, room_bytes=room)
+        return first
+    low, high = 0, sum(int((one.parts["q"].abs() == 1).sum()) for one in encoded.values() if one.codec in ("int", "mixed"))
+    best, over = packed_of(without_cheapest(encoded, high)), first.size  # sizes at high and low
+    for _ in range(8 if best.size <= room else 0):
+        if best.size >= room - 2000 or high - low <= 1:
+            break
+        count = low + round((high - low) * (over - room + 500) / (over - best.size))
+        count = min(max(count, low + 1), high - 1)
+        tried = packed_of(without_cheapest(encoded, count))
+        if tried.size <= room:
+            high, best = count, tried
+        else:
+            low, over = count, tried.size
+    log("prune", dropped=high, bytes=best.size, room_bytes=room)
+    return best
+
+
+# ---- late QAT ------------------------------------------------------------------------------------
+
+
+class LateQAT:
+    """Training on weights as the artifact will hold them, from LATE_QAT_THRESHOLD on: on the exporter's own grid. That
+    of scales follows the weights, every 10 steps; that of FIT=allocate is chosen once, after a calibration of its own.
+    """
+
+    def __init__(self, model, s):
+        self.model, self.s, self.begun, self.on, self.moments = model, s, None, False, None
+        stores = storage(model, s)
+        self.modules = {f"{name}.weight": module for name, module in model.named_modules()
+                        if isinstance(module, (Linear, Table)) and stores[f"{name}.weight"].codec != "float16"}
+        self.grids = {name: FakeQuant(module.weight, stores[name].top, s.qat_rounding == "soft").to(module.weight.device)
+                      for name, module in self.modules.items()}
+        if s.fit == "allocate":
+            for name, grid in self.grids.items():
+                grid.step = torch.ones_like(self.modules[name].weight.data)
+
+    def switch(self, on):
+        """Round, or do not: two graphs of the same model, both compiled in warm-up."""
+        if on != self.on:
+            for name, module in self.modules.items():
+                module.fake_quant = self.grids[name] if on else None
+            self.on = on
+
+    def enter(self, run, training, progress):
+        """At each step that trains on rounded weights; progress from 0 to 1 sharpens soft rounding (1 to 16)."""
+        if self.begun is None:
+            self.begun = training.step
+            run.log("late_qat", step=training.step, tensors=len(self.grids), rounding=self.s.qat_rounding)
+            if self.s.fit == "allocate":
+                self.moments = training.calibrate()  # the export's, too: another grid would undo what was learned
+                try:
+                    quantiser = Quantiser(self.model, self.s, self.moments)
+                    spacing = quantiser.spacing_for(self.s.size_limit - len(run.source))
+                except Stopped:  # the steps so far are worth keeping
+                    self.begun = self.moments = None
+                    training.save()
+                    raise
+                self._set(quantiser.steps(spacing))
+        if self.s.fit != "allocate" and (training.step - self.begun) % 10 == 0:
+            self._set(Quantiser(self.model, self.s).steps())
+        for grid in self.grids.values() if self.s.qat_rounding == "soft" else ():
+            grid.sharpness.fill_(1 + 15 * progress)
+        self.switch(True)
+
+    def _set(self, steps):
+        for name, grid in self.grids.items():
+            grid.step.copy_(steps[name])
+
+    def state_dict(self):
+        moments = self.moments and {name: (*one.to("cpu"),) for name, one in self.moments.items()}
+        return {"begun": self.begun, "steps": {name: grid.step.cpu() for name, grid in self.grids.items()},
+                "moments": moments}
+
+    def load_state_dict(self, state):
+        self.begun = state["begun"]
+        self._set(state["steps"])
+        if state["moments"]:
+            device = self.model.embed.weight.device
+            self.moments = {name: Moments(*one).to(device) for name, one in state["moments"].items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# 8 Entropy coder of integer codes
+# --------------------------------------------------------------------------------------------------
 
 # The entropy coder of integer codes: interleaved rANS (Duda 2013, Giesen 2014), one stream over all matrices.
 # A code has the frequencies of its bucket, the magnitude expected of it: the mean of its column so far times how much
@@ -3319,11 +3484,11 @@ def decode_codes(data, shapes, where):
     return groups
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 8 Artifact
+# --------------------------------------------------------------------------------------------------
+# 9 Artifact
 # magic | version, packed and raw header length, header checksum | header (zlib, JSON) | streams.
 # No pickle: loading a hostile file can fail, but not execute, nor allocate beyond sizes checked against the model.
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 MAGIC, ARTIFACT_VERSION, PREFIX = b"PGOLF\r\n\x1a", 1, struct.Struct("<8sHIII")
 MAX_HEADER = 1 << 22
@@ -3333,6 +3498,9 @@ MAX_LOADED = 1 << 30
 MAX_CORRECTION_WORK = 1 << 33  # multiplications of all low-rank corrections, some ten seconds
 MAX_RANK = Settings.__dataclass_fields__["lqer_rank"].metadata["hi"]
 MAX_GROUP = Settings.__dataclass_fields__["lqer_asym_group"].metadata["hi"]
+
+
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def brief(value, most=80):
@@ -3383,6 +3551,9 @@ def write_atomic(path, chunks):
             part.unlink()
         raise BadInput(f"{path} cannot be written ({error.strerror}); nothing under that name was changed") from None
     return digest.hexdigest()
+
+
+# ---- compressors ---------------------------------------------------------------------------------
 
 
 def _zstd(data):
@@ -3444,10 +3615,12 @@ def _unplanes(data, dtype):
     return np.ascontiguousarray(planes.T).view(dtype).ravel()
 
 
+# ---- tables of the header ------------------------------------------------------------------------
+
 CODED = ("q", "over")  # streams of integer matrices, which COMPRESSOR=rans codes
 
 
-class TensorRow(NamedTuple):
+class TensorEntry(NamedTuple):
     """A line of the header's table of tensors: how a parameter is stored (Encoded)."""
 
     name: str
@@ -3458,7 +3631,7 @@ class TensorRow(NamedTuple):
     group: int
 
 
-class StreamRow(NamedTuple):
+class StreamEntry(NamedTuple):
     """A line of the header's table of streams."""
 
     stream: str
@@ -3507,6 +3680,14 @@ def code_groups(rows):
     return [(count, *shape) for (_, *shape), count in groups]
 
 
+def model_fields():
+    """The settings that define the model, stored in the artifact; SEED among them, from which adapters start."""
+    return [f for f in fields(Settings) if f.metadata["room"] == "Model" or f.name in ("vocab_size", "seed")]
+
+
+# ---- save ----------------------------------------------------------------------------------------
+
+
 def pack_stream(rows, encoded, compressor):
     """Bytes of one stream, packed."""
     arrays = [encoded[name].parts[part].numpy() for name, part, _, _ in rows]
@@ -3515,11 +3696,6 @@ def pack_stream(rows, encoded, compressor):
         ends = np.cumsum([math.prod(shape) for shape in groups])
         return encode_codes([part.reshape(shape) for part, shape in zip(np.split(flat, ends[:-1]), groups)])
     return COMPRESSORS[compressor][0](_planes(np.concatenate([array.ravel() for array in arrays])))
-
-
-def model_fields():
-    """The settings that define the model, stored in the artifact; SEED among them, from which adapters start."""
-    return [f for f in fields(Settings) if f.metadata["room"] == "Model" or f.name in ("vocab_size", "seed")]
 
 
 class Packed(NamedTuple):
@@ -3545,7 +3721,7 @@ def pack(encoded, shapes, s, header):
             packed = dict(zip(candidates, pool.map(partial(pack_stream, rows, encoded), candidates)))
         best = min(candidates, key=lambda name: len(packed[name]))
         size = sizes[stream]
-        streams.append(StreamRow(stream, best, size, len(packed[best]), zlib.crc32(packed[best])))
+        streams.append(StreamEntry(stream, best, size, len(packed[best]), zlib.crc32(packed[best])))
         payload.append(packed[best])
         by_name = {f"{name}_bytes": len(data) for name, data in packed.items()}
         report.append({"stream": stream, "raw_bytes": size, **by_name, "chosen": best})
@@ -3553,49 +3729,6 @@ def pack(encoded, shapes, s, header):
     packed = zlib.compress(header, 9)
     chunks = [PREFIX.pack(MAGIC, ARTIFACT_VERSION, len(packed), len(header), zlib.crc32(packed)), packed, *payload]
     return Packed(encoded, chunks, report)
-
-
-def allocate(quantiser, packed_of, room, log):
-    """The artifact (Packed) at the spacing that fills `room` bytes to within 5,000, or at the finest that means anything.
-    Bytes follow Quantiser.rate() up to a factor, which each try corrects.
-    """
-    finest = math.sqrt(24e-5 / max(quantiser.quantised, 1))  # 1e-5 nats in all
-    bounds, factor, best = [finest, math.inf], 1.0, None  # too many bytes, few enough
-    for attempt in range(1, 11):
-        spacing = quantiser.spacing_for(room - 2500, factor, *bounds)
-        packed = packed_of(quantiser.encode(spacing))
-        log("allocate", attempt=attempt, spacing=spacing, expected_loss=quantiser.quantised * spacing**2 / 24,
-            bytes=packed.size, room_bytes=room)
-        if packed.size <= room or best is None:
-            best = packed
-        if packed.size <= room and (packed.size >= room - 5000 or spacing <= 1.001 * finest):
-            break
-        bounds[packed.size <= room], factor = spacing, packed.size / quantiser.rate(spacing)
-    return best
-
-
-def prune_to_fit(encoded, packed_of, room, log):
-    """The artifact (Packed) with few of its cheapest codes dropped (without_cheapest) that fits `room` bytes; with all of
-    them, if even that is too large.
-    """
-    first = packed_of(encoded)
-    if first.size <= room:
-        log("prune", dropped=0, bytes=first.size, room_bytes=room)
-        return first
-    low, high = 0, sum(int((one.parts["q"].abs() == 1).sum()) for one in encoded.values() if one.codec in ("int", "mixed"))
-    best, over = packed_of(without_cheapest(encoded, high)), first.size  # sizes at high and low
-    for _ in range(8 if best.size <= room else 0):
-        if best.size >= room - 2000 or high - low <= 1:
-            break
-        count = low + round((high - low) * (over - room + 500) / (over - best.size))
-        count = min(max(count, low + 1), high - 1)
-        tried = packed_of(without_cheapest(encoded, count))
-        if tried.size <= room:
-            high, best = count, tried
-        else:
-            low, over = count, tried.size
-    log("prune", dropped=high, bytes=best.size, room_bytes=room)
-    return best
 
 
 def save_artifact(path, model, s, tokenizer_sha256="", log=None, moments=None, room=None):
@@ -3632,6 +3765,9 @@ def save_artifact(path, model, s, tokenizer_sha256="", log=None, moments=None, r
     return {"bytes": packed.size, "sha256": write_atomic(path, packed.chunks), "compressor": used}
 
 
+# ---- read and check ------------------------------------------------------------------------------
+
+
 def read_artifact(path, data=None):
     """(header, {stream: (compressor, packed bytes, raw size)}): all that can be checked without a model is checked.
 
@@ -3663,7 +3799,7 @@ def read_artifact(path, data=None):
 
 
 def _checked_header(text):
-    """The header from JSON, its tables as TensorRow and StreamRow. An error means that save_artifact() did
+    """The header from JSON, its tables as TensorEntry and StreamEntry. An error means that save_artifact() did
     not write it; whether it is that of a model is still to be seen.
     """
     header = json.loads(text, parse_constant=_no_number, object_pairs_hook=_no_name_twice)
@@ -3685,8 +3821,8 @@ def _checked_header(text):
     if len(digest) not in (0, 32):
         raise ValueError("tokenizer_sha256 is no SHA-256")
     header["tokenizer_sha256"] = digest.hex()
-    header["tensors"] = [_tensor_row(*row) for row in header["tensors"]]
-    header["streams"] = [_stream_row(*row) for row in header["streams"]]
+    header["tensors"] = [_tensor_entry(*row) for row in header["tensors"]]
+    header["streams"] = [_stream_entry(*row) for row in header["streams"]]
     names = [row.stream for row in header["streams"]]
     if len(set(names)) != len(names):
         raise ValueError("a stream is listed twice")
@@ -3703,7 +3839,7 @@ def _no_name_twice(pairs):
     return dict(pairs)
 
 
-def _tensor_row(name, shape, codec, bits, rank, group):
+def _tensor_entry(name, shape, codec, bits, rank, group):
     if codec not in CODECS:
         raise ValueError(f"unknown codec {brief(codec, 30)}")
     shape = tuple(need_number("shape", size, int, 1, MAX_LOADED) for size in shape)
@@ -3716,10 +3852,10 @@ def _tensor_row(name, shape, codec, bits, rank, group):
         need_number("group", group, int, 1, MAX_GROUP)
     need_number("rank", rank, int, 0, MAX_RANK)
     need_number("group", group, int, 0, MAX_GROUP)
-    return TensorRow(str(name), shape, codec, need_number("bits", bits, int, 1, 16), rank, group)
+    return TensorEntry(str(name), shape, codec, need_number("bits", bits, int, 1, 16), rank, group)
 
 
-def _stream_row(stream, compressor, size, length, checksum):
+def _stream_entry(stream, compressor, size, length, checksum):
     known = {part for _, parts in CODECS.values() for part in parts} | set(CORRECTION)
     if stream not in known:
         raise ValueError(f"unknown stream {brief(stream, 30)}")
@@ -3727,11 +3863,11 @@ def _stream_row(stream, compressor, size, length, checksum):
         raise ValueError(f"unknown compressor {brief(compressor, 30)} of {stream}")
     need_number("size", size, int, 0, MAX_LOADED)
     need_number("length", length, int, 0, MAX_LOADED)
-    return StreamRow(stream, compressor, size, length, need_number("checksum", checksum, int, 0, 2**32 - 1))
+    return StreamEntry(stream, compressor, size, length, need_number("checksum", checksum, int, 0, 2**32 - 1))
 
 
 def loading_bytes(tensors):
-    """Most memory that loading these rows (TensorRow) takes: the weights in float32; their parts three times
+    """Most memory that loading these rows (TensorEntry) takes: the weights in float32; their parts three times
     (unpacked, in order, tensor by tensor), which is enough for the entropy coder; four copies of the largest
     tensor, while it is decoded.
     """
@@ -3740,7 +3876,7 @@ def loading_bytes(tensors):
 
 
 def need_loadable(what, tensors):
-    """BadInput if these rows (TensorRow) take too much memory or time to load, whatever is in a stream."""
+    """BadInput if these rows (TensorEntry) take too much memory or time to load, whatever is in a stream."""
     counts = [math.prod(row.shape) for row in tensors]
     need = loading_bytes(tensors)
     if need > MAX_LOADED:
@@ -3752,10 +3888,10 @@ def need_loadable(what, tensors):
 
 
 def largest_rows(model, s):
-    """The table of tensors (TensorRow) of the largest artifact that these settings can make of a model."""
+    """The table of tensors (TensorEntry) of the largest artifact that these settings can make of a model."""
     wider = {"grid": "wide"} | ({"int": "mixed"} if s.awq_lite_group_top_k else {})
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
-    rows = [TensorRow(name, shapes[name], wider.get(store.codec, store.codec), store.bits, 0, 0)
+    rows = [TensorEntry(name, shapes[name], wider.get(store.codec, store.codec), store.bits, 0, 0)
             for name, store in storage(model, s).items()]
     rows.sort(key=lambda row: math.prod(row.shape), reverse=True)
     corrections = s.lqer_top_k if s.lqer_rank else 0
@@ -3795,6 +3931,9 @@ def artifact_settings(path, header, given):
     return s
 
 
+# ---- load ----------------------------------------------------------------------------------------
+
+
 def _unpacked(path, tensors, streams):
     """{tensor: {part: array as a Tensor}} from the streams of read_artifact()."""
     parts = {row.name: {} for row in tensors}
@@ -3828,20 +3967,20 @@ def load_artifact(path, settings=None, dtype=torch.float32, attend=None, device=
     return s, model.to(device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 9 Evaluation: the definition of the metric
+# --------------------------------------------------------------------------------------------------
+# 10 Evaluation: the definition of the metric
 # bits per byte = sum of nats / (ln 2 * sum of bytes), over the same targets, every target of the stream exactly once.
 # Target i of a stream is its token i + 1, to be predicted after token i.
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Inputs(NamedTuple):
     """What a predictor knows of a chunk: rows of text, and the places after which a token is to be predicted."""
 
-    x: Tensor  # (B, T) tokens
-    take: Tensor  # (B, K) neighbouring places in x
-    run: Tensor  # (B, h + K) the tokens up to each of them, and the h before the first; -1 before the row begins
-    step: int | None = None  # None: rows on their own; 0: rows that begin; n: the first B rows of step n - 1 go on
+    ids: Tensor  # (B, T) tokens
+    places: Tensor  # (B, K) neighbouring positions in ids, after each of which a token is to be predicted
+    recent: Tensor  # (B, h + K) the tokens up to each place, and the h before the first; -1 before the row begins
+    turn: int | None = None  # None: rows on their own; 0: rows that begin; n: the first B rows of turn n - 1 continue
 
 
 class Chunk(NamedTuple):
@@ -3850,26 +3989,26 @@ class Chunk(NamedTuple):
     inputs: Inputs
     targets: Tensor  # (B, K) the tokens after those places
     index: Tensor  # (B, K) their numbers among the targets of the stream; -1 where a row or a place is only padding
-    more: int = 0  # so many of the first rows go on after this chunk
+    continuing: int = 0  # number of leading rows that continue in the next chunk
 
 
 class Part(NamedTuple):
     """What is scored before anything may learn from it."""
 
     number: int
-    of: int
+    total: int  # parts of the text
     ranges: np.ndarray  # (n, 2) its targets [a, b), in the order in which they are read
     chunks: Iterable[Chunk]  # those of this rank
 
 
-def documents_of(stream):
+def document_ranges(stream):
     """(n, 2) targets [a, b) of each document: what follows its BOS, up to and with the next BOS."""
     starts = (stream.tokens[1:-1] == BOS).nonzero().squeeze(1).cpu().numpy() + 1
     edges = np.concatenate(([0], starts, [len(stream.bytes)]))
     return np.stack((edges[:-1], edges[1:]), 1)
 
 
-def windows(rows, length, stride=0):
+def sliding_windows(rows, length, stride=0):
     """(starts, lengths, keeps) of windows over rows (n, 2) of targets [a, b): the first of a row scores all of its
     targets, each later one begins `stride` further on and scores its last `stride`, the final one what is left. Every
     target once; and what it is predicted from does not depend on where the row ends, which comes after it.
@@ -3897,14 +4036,14 @@ def parts_of(batch):
 class Reader:
     """How a stream is read: in parts, and they in this rank's chunks. Settings decide, and never the number of ranks.
 
-    unit: targets of a part; 0: all, for a predictor that does not learn. history: h of Inputs.run. of: number of parts
+    unit: targets of a part; 0: all, for a predictor that does not learn. history: h of Inputs.recent. of: number of parts
     of the text that this one is the beginning of.
     """
 
     def __init__(self, stream, s, rt, unit=0, history=0, of=0):
         self.stream, self.s, self.rt, self.history, self.of = stream, s, rt, history, of
         self.by_document = s.eval_docs or s.ttt == "lora_docs"
-        self.rows = documents_of(stream) if self.by_document else np.array([[0, len(stream.bytes)]])
+        self.rows = document_ranges(stream) if self.by_document else np.array([[0, len(stream.bytes)]])
         self.grain = max(s.eval_seq_len // SIZES, 1) if self.by_document else s.eval_seq_len
         self.learning, self.unit, self.forwarded = unit > 0, unit or len(stream.bytes), 0  # forwarded: tokens so far
 
@@ -3934,7 +4073,7 @@ class Reader:
                       key=lambda shape: (shape[3], -shape[0]))
 
     def _windows_by_part(self):
-        start, length, keep = windows(self.rows, self.s.eval_seq_len, self.s.eval_stride)
+        start, length, keep = sliding_windows(self.rows, self.s.eval_seq_len, self.s.eval_stride)
         done = np.cumsum(keep)
         cuts = np.flatnonzero(np.diff((done - keep) // self.unit)) + 1
         for some in np.split(np.arange(len(start)), cuts):
@@ -4032,27 +4171,22 @@ class Reader:
         return Chunk(Inputs(x, take, run, step), targets, torch.where(place < stop, place, -1), more)
 
 
-def train_on_validation(run, model, stream):
-    """TTT=prequant (#1539) and TTT=before (#518): steps on the whole validation text before any of it is scored. What is
-    reported afterwards is a training loss, and no score; it is here so that this can be measured.
-    """
-    s, rt = run.s, run.rt
-    run.validity.need(False, f"C3 order: TTT={s.ttt} trains on the validation text before it is scored")
-    with run.clock.phase("eval"), run.validity.report(), torch.enable_grad():
-        adaptation = adaptation_of_weights(model, s, rt)
-        log_trainable(run, model, adaptation)
-        adaptation.fit(stream, np.arange(len(stream.bytes)), s.ttt_epochs, partial(cosine, s))
-    model.requires_grad_(True)
-
-
 def reader_for(predictor, stream, s, rt, of=0):
     """The stream as a predictor reads it: in parts if it learns from them."""
     return Reader(stream, s, rt, s.ttt_chunk_tokens if predictor.learns else 0, predictor.history, of)
 
 
-def side_by_side(stream, s, rt):
+def contiguous_reader(stream, s, rt):
     """The stream in windows that do not overlap, read by the model alone: how scores are reported on the way."""
     return Reader(stream, replace(s, eval_stride=0, eval_docs=False, eval_context="window", ttt="off"), rt)
+
+
+def scoring_name(s):
+    """How a stream is read and by what it is scored, in a word."""
+    how = "cache" if s.eval_context == "cache" else "contiguous" if s.eval_stride in (0, s.eval_seq_len) else "sliding_window"
+    how = f"documents_{how}" if s.eval_docs else "" if s.ttt == "lora_docs" else how
+    words = [how, f"ttt_{s.ttt}" * (s.ttt != "off"), s.mixer * (s.mixer != "off"), "tilt" * (s.token_boost > 0)]
+    return "_".join(word for word in words if word)
 
 
 class Score(NamedTuple):
@@ -4060,93 +4194,6 @@ class Score(NamedTuple):
     bpb: float
     tokens: int
     bytes: int
-
-
-LOOK = 8  # neighbouring places of each row that are looked at
-TOLERANCE = 2e-5  # in log, at those places: worth 0.00001 BPB at most; honest runs are at 5e-7
-
-
-class Examiner:
-    """Looks at some chunks of a scoring, at places which nobody can know beforehand: does each distribution sum to 1, does
-    nll() say the same, and does it stay as it is whatever comes later in its row? (C2, C2, C1)
-
-    The places are drawn anew in each run, half of them at the end of what a row scores.
-    """
-
-    def __init__(self, predictor, every):
-        self.predictor, self.every, self.chunks = predictor, every, 0
-        self.random = np.random.default_rng()  # from the system's entropy
-        self.sums, self.off, self.changed = [], 0.0, 0.0
-        self.asked = None
-
-    def ask(self, chunk):
-        """Before a chunk is scored: predict() may be called at any time, but observe() follows on nll()."""
-        self.asked = None
-        due = self.every and self.random.random() < max(2 / (self.chunks + 2), 1 / self.every)
-        self.chunks += 1
-        if due:
-            self._ask(chunk)
-
-    def _ask(self, chunk):
-        inputs = chunk.inputs
-        live = chunk.index.cpu().numpy() >= 0
-        width = live.shape[1]
-        history = inputs.run.size(1) - width
-        count = min(LOOK, width)
-        end = self._last_places(live)
-        begin = np.maximum(end - LOOK + 1, 0)
-        # The first `count` places are those that are looked at. As many as ever are asked for: one shape, one graph.
-        places = np.minimum(begin + np.arange(width), width - 1)
-        span = np.minimum(begin + np.arange(history + width), history + width - 1)
-        looked = np.take_along_axis(live, places, 1)[:, :count] & (places[:, :count] <= end)
-
-        places, span, end, looked = (torch.from_numpy(z).to(chunk.index.device) for z in (places, span, end, looked))
-        asked = inputs._replace(take=inputs.take.gather(1, places), run=inputs.run.gather(1, span))
-        log_probs = self.predictor.predict(asked, count)
-        vocab = log_probs.size(-1)
-        later = torch.arange(inputs.x.size(1), device=end.device) > inputs.take.gather(1, end)
-        changed = asked._replace(x=torch.where(later, self._noise(asked.x, vocab), asked.x),
-                                 run=torch.where(span > history + end, self._noise(asked.run, vocab), asked.run))
-        others = self.predictor.predict(changed, count)
-        change = torch.where(log_probs == others, 0.0, log_probs.clamp(min=-30) - others.clamp(min=-30)).abs()
-        self.changed = max(self.changed, _or_infinite(torch.where(looked[..., None], change, 0.0).max()))
-        self.asked = log_probs.clone(), places[:, :count], looked
-
-    def _last_places(self, live):
-        """(B, 1): of each row one of the places that it scores, or, half of the time, the last of them."""
-        anywhere = np.where(live, self.random.random(live.shape), -1.0).argmax(1)
-        last = np.where(live, np.arange(live.shape[1]), 0).max(1)
-        return np.where(self.random.random(len(live)) < 0.5, anywhere, last)[:, None]
-
-    def _noise(self, like, vocab):
-        return torch.from_numpy(self.random.integers(vocab, size=like.shape)).to(like.device)
-
-    def compare(self, chunk, nll):
-        """After it was scored at `nll` (B, K)."""
-        if self.asked is None:
-            return
-        log_probs, places, looked = self.asked
-        sums = log_probs.double().logsumexp(-1)
-        of_targets = log_probs.gather(-1, chunk.targets.gather(1, places)[..., None]).squeeze(-1)
-        off = torch.maximum(sums.abs(), (of_targets + nll.gather(1, places)).abs())
-        self.off = max(self.off, _or_infinite(torch.where(looked, off, 0.0).max()))
-        self.sums += sums[looked].exp().tolist()
-
-    def report(self, rt, validity, log):
-        """What was found on all ranks."""
-        off, changed, largest = rt.agree(self.off, self.changed, max(self.sums, default=0.0))
-        if log:
-            log("normalisation", positions=len(self.sums) * rt.world, worst_log=off, largest_sum=largest,
-                mean_sum=sum(self.sums) / max(len(self.sums), 1), changed_by_later=changed)
-        validity.need(off < TOLERANCE, f"C2 normalisation: off by {off:.1e} in log on sampled positions")
-        validity.need(changed < TOLERANCE, f"C1 causality: what comes later in its row changes a prediction by {changed:.1e}"
-                      " in log on sampled positions")
-
-
-def _or_infinite(value):
-    """A number that is not finite is the largest of all: max() lets nan pass."""
-    value = float(value)
-    return value if math.isfinite(value) else math.inf
 
 
 def score(predictor, parts, stream, rt, validity, log=None, check_every=64, nats=None, spied=None):
@@ -4174,7 +4221,7 @@ def score(predictor, parts, stream, rt, validity, log=None, check_every=64, nats
                     row += predictor.predict(chunk.inputs)[hit][0].double().exp()
             nll = torch.where(live, predictor.nll(chunk.inputs, chunk.targets).double(), 0.0)
             foreign = chunk.targets != stream.tokens[where + 1]
-            foreign |= chunk.inputs.x.gather(1, chunk.inputs.take) != stream.tokens[where]
+            foreign |= chunk.inputs.ids.gather(1, chunk.inputs.places) != stream.tokens[where]
             meters += torch.stack((nll.sum(), live.sum(), (stream.bytes[where] * live).sum(), (foreign & live).sum()))
             lowest = torch.minimum(lowest, nll.min())
             marks = torch.where(live, where, length).flatten()
@@ -4199,7 +4246,7 @@ def score(predictor, parts, stream, rt, validity, log=None, check_every=64, nats
             rt.sum(record)
     seen = rt.sum(seen)[:length]
     twice, never = int((seen > 1).sum()), int((seen == 0).sum())
-    below, = rt.agree(0.0 if lowest.isnan() else -lowest.item())  # nan is in the total, too
+    below, = rt.max(0.0 if lowest.isnan() else -lowest.item())  # nan is in the total, too
     examiner.report(rt, validity, log)
     validity.need(not twice and not never and tokens == length,
                   f"C4 coverage: {twice} targets scored more than once, {never} never")
@@ -4209,41 +4256,9 @@ def score(predictor, parts, stream, rt, validity, log=None, check_every=64, nats
     return Score(total / max(tokens, 1), total / math.log(2) / max(nbytes, 1), int(tokens), int(nbytes))
 
 
-def code_tests(nats, ids, vocab, flips, cuts, sums, said=None, ends=()):
-    """{test: by how much it fails}: is nats(ids (N + 1,)) -> (N,) what a code of #1017 costs?
-
-    flip (C1): nats before target t do not change with what comes from t on. prefix (C3, C4): nor when the text ends
-    there; `cuts` are where windows and parts end. sum (C2, and whatever looks at the target first): the nats of all tokens
-    that could be target t, each scored as if it were, make a distribution; a token follows it, so that a row of text shows
-    the target to who looks ahead. Where the predictor says(ids, t) (V,) which, that must sum to 1, and a sample of tokens
-    must cost what it says. ends (C1): nor do nats change with where a document ends later: `ends` moves BOS tokens,
-    (from, to), to an earlier place.
-    """
-    def most(errors):
-        return torch.stack(list(errors)).abs().max().item()  # nan stays nan: max() lets it pass
-
-    whole, generator, worst = nats(ids), torch.Generator().manual_seed(0), {}
-    other = torch.randint(vocab - 1, ids.shape, generator=generator).to(ids)
-    other = torch.where(ids == BOS, BOS, other + (other >= BOS))  # where documents begin is left as it is
-    worst["flip"] = most((nats(torch.cat((ids[: t + 1], other[t + 1 :])))[:t] - whole[:t]).abs().max() for t in flips)
-    worst["prefix"] = most((nats(ids[: t + 1]) - whole[:t]).abs().max() for t in cuts)
-    errors = []
-    for t in sums:
-        some = range(vocab) if said is None else torch.randperm(vocab, generator=generator)[:2].tolist()
-        found = torch.stack([nats(torch.cat((ids[: t + 1], ids.new_tensor([v]), ids[t + 2 : t + 3])))[t] for v in some])
-        if said is None:
-            errors.append(found.neg().exp().sum() - 1)
-        else:
-            p = said(ids[: t + 3], t)
-            errors += [p.sum() - 1, (found + p[list(some)].log()).abs().max()]
-    worst["sum"] = most(errors)
-    moved = []
-    for end, earlier in ends:
-        text = ids.clone()
-        text[end], text[earlier] = ids[earlier], BOS
-        moved.append((nats(text)[: earlier - 1] - whole[: earlier - 1]).abs().max())
-    return worst | ({"ends": most(moved)} if moved else {})
-
+# --------------------------------------------------------------------------------------------------
+# 11 Validity: is the score that of a true code?
+# --------------------------------------------------------------------------------------------------
 
 EARLY = "C3: validation shards opened before the artifact was frozen"
 
@@ -4373,6 +4388,95 @@ def _inode(path):
     return status.st_dev, status.st_ino
 
 
+# ---- while it is scored --------------------------------------------------------------------------
+
+LOOK = 8  # neighbouring places of each row that are looked at
+TOLERANCE = 2e-5  # in log, at those places: worth 0.00001 BPB at most; honest runs are at 5e-7
+
+
+class Examiner:
+    """Looks at some chunks of a scoring, at places which nobody can know beforehand: does each distribution sum to 1, does
+    nll() say the same, and does it stay as it is whatever comes later in its row? (C2, C2, C1)
+
+    The places are drawn anew in each run, half of them at the end of what a row scores.
+    """
+
+    def __init__(self, predictor, every):
+        self.predictor, self.every, self.chunks = predictor, every, 0
+        self.random = np.random.default_rng()  # from the system's entropy
+        self.sums, self.off, self.changed = [], 0.0, 0.0
+        self.asked = None
+
+    def ask(self, chunk):
+        """Before a chunk is scored: predict() may be called at any time, but observe() follows on nll()."""
+        self.asked = None
+        due = self.every and self.random.random() < max(2 / (self.chunks + 2), 1 / self.every)
+        self.chunks += 1
+        if due:
+            self._ask(chunk)
+
+    def _ask(self, chunk):
+        inputs = chunk.inputs
+        live = chunk.index.cpu().numpy() >= 0
+        width = live.shape[1]
+        history = inputs.recent.size(1) - width
+        count = min(LOOK, width)
+        end = self._last_places(live)
+        begin = np.maximum(end - LOOK + 1, 0)
+        # The first `count` places are those that are looked at. As many as ever are asked for: one shape, one graph.
+        places = np.minimum(begin + np.arange(width), width - 1)
+        span = np.minimum(begin + np.arange(history + width), history + width - 1)
+        looked = np.take_along_axis(live, places, 1)[:, :count] & (places[:, :count] <= end)
+
+        places, span, end, looked = (torch.from_numpy(z).to(chunk.index.device) for z in (places, span, end, looked))
+        asked = inputs._replace(places=inputs.places.gather(1, places), recent=inputs.recent.gather(1, span))
+        log_probs = self.predictor.predict(asked, count)
+        vocab = log_probs.size(-1)
+        later = torch.arange(inputs.ids.size(1), device=end.device) > inputs.places.gather(1, end)
+        changed = asked._replace(ids=torch.where(later, self._noise(asked.ids, vocab), asked.ids),
+                                 recent=torch.where(span > history + end, self._noise(asked.recent, vocab), asked.recent))
+        others = self.predictor.predict(changed, count)
+        change = torch.where(log_probs == others, 0.0, log_probs.clamp(min=-30) - others.clamp(min=-30)).abs()
+        self.changed = max(self.changed, _or_infinite(torch.where(looked[..., None], change, 0.0).max()))
+        self.asked = log_probs.clone(), places[:, :count], looked
+
+    def _last_places(self, live):
+        """(B, 1): of each row one of the places that it scores, or, half of the time, the last of them."""
+        anywhere = np.where(live, self.random.random(live.shape), -1.0).argmax(1)
+        last = np.where(live, np.arange(live.shape[1]), 0).max(1)
+        return np.where(self.random.random(len(live)) < 0.5, anywhere, last)[:, None]
+
+    def _noise(self, like, vocab):
+        return torch.from_numpy(self.random.integers(vocab, size=like.shape)).to(like.device)
+
+    def compare(self, chunk, nll):
+        """After it was scored at `nll` (B, K)."""
+        if self.asked is None:
+            return
+        log_probs, places, looked = self.asked
+        sums = log_probs.double().logsumexp(-1)
+        of_targets = log_probs.gather(-1, chunk.targets.gather(1, places)[..., None]).squeeze(-1)
+        off = torch.maximum(sums.abs(), (of_targets + nll.gather(1, places)).abs())
+        self.off = max(self.off, _or_infinite(torch.where(looked, off, 0.0).max()))
+        self.sums += sums[looked].exp().tolist()
+
+    def report(self, rt, validity, log):
+        """What was found on all ranks."""
+        off, changed, largest = rt.max(self.off, self.changed, max(self.sums, default=0.0))
+        if log:
+            log("normalisation", positions=len(self.sums) * rt.world, worst_log=off, largest_sum=largest,
+                mean_sum=sum(self.sums) / max(len(self.sums), 1), changed_by_later=changed)
+        validity.need(off < TOLERANCE, f"C2 normalisation: off by {off:.1e} in log on sampled positions")
+        validity.need(changed < TOLERANCE, f"C1 causality: what comes later in its row changes a prediction by {changed:.1e}"
+                      " in log on sampled positions")
+
+
+def _or_infinite(value):
+    """A number that is not finite is the largest of all: max() lets nan pass."""
+    value = float(value)
+    return value if math.isfinite(value) else math.inf
+
+
 def fingerprint(model):
     """SHA-256 of everything in a model that a forward could read: parameters, buffers, other attributes."""
     digest = hashlib.sha256()
@@ -4392,6 +4496,14 @@ def fingerprint(model):
         add(name)
         add({key: value for key, value in vars(module).items() if key != "_modules"})
     return digest.hexdigest()
+
+
+def text_sha256(stream):
+    """SHA-256 of a text's tokens as the shards hold them: uint16, little-endian, one shard after the other."""
+    return hashlib.sha256(stream.tokens.cpu().numpy().astype("<u2").tobytes()).hexdigest()
+
+
+# ---- the denominator -----------------------------------------------------------------------------
 
 
 def _cased_length(text):
@@ -4437,9 +4549,133 @@ def prove_bytes(sp, stream, rt):
     return int(count), int(wrong), targets / max(len(counted), 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 10 Predictors: what is scored. They compose: mixtures and the tilt take another predictor as their base.
-# ---------------------------------------------------------------------------------------------------------------------
+def _check_bytes(run, sp, val):
+    """The denominator against all decoded documents, and against the totals of whoever made the shards; returns it."""
+    documents, wrong, share = prove_bytes(sp, val, run.rt)
+    counted = int(val.bytes.sum())
+    by = "sidecar" if val.sidecar else "table"
+    changes, foreign = text_changes(sp), foreign_tokens(sp, val)
+    run.validity.need_for_record(not changes, changes)
+    run.validity.need_for_record(not foreign, foreign)
+    if foreign:
+        run.log("warning", note=foreign)
+    run.validity.need(not wrong, f"bytes: {wrong} of {documents} decoded documents differ from the byte {by}")
+    run.validity.need(share == 1, f"bytes: {share:.1%} of the text was compared with what it decodes to, not all of it")
+    run.facts.update(documents_decoded=documents, decoded_share=round(share, 6))
+    run.log("bytes", documents_decoded=documents, share=share, wrong=wrong, val_tokens=len(val.bytes), val_bytes=counted,
+            bytes_per_token=round(counted / len(val.bytes), 6), counted_by=by)
+    path = Path(run.s.data_path) / "manifest.json"
+    if not path.is_file() or not val.whole:
+        return counted
+    try:
+        split = json.loads(path.read_text(encoding="utf-8"))["splits"]["val"]
+        stated = int(split["tokens"]) - 1, int(split["bytes"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise BadInput(f"{path}: not a manifest of data/prepare.py ({type(error).__name__}: {error})") from None
+    run.validity.need((len(val.bytes), counted) == stated,
+                      f"bytes: {len(val.bytes)} targets, {counted} bytes; the manifest says {stated[0]}, {stated[1]}")
+    return counted
+
+
+# ---- the self-test -------------------------------------------------------------------------------
+
+
+def code_tests(nats, ids, vocab, flips, cuts, sums, said=None, ends=()):
+    """{test: by how much it fails}: is nats(ids (N + 1,)) -> (N,) what a code of #1017 costs?
+
+    flip (C1): nats before target t do not change with what comes from t on. prefix (C3, C4): nor when the text ends
+    there; `cuts` are where windows and parts end. sum (C2, and whatever looks at the target first): the nats of all tokens
+    that could be target t, each scored as if it were, make a distribution; a token follows it, so that a row of text shows
+    the target to who looks ahead. Where the predictor says(ids, t) (V,) which, that must sum to 1, and a sample of tokens
+    must cost what it says. ends (C1): nor do nats change with where a document ends later: `ends` moves BOS tokens,
+    (from, to), to an earlier place.
+    """
+    def most(errors):
+        return torch.stack(list(errors)).abs().max().item()  # nan stays nan: max() lets it pass
+
+    whole, generator, worst = nats(ids), torch.Generator().manual_seed(0), {}
+    other = torch.randint(vocab - 1, ids.shape, generator=generator).to(ids)
+    other = torch.where(ids == BOS, BOS, other + (other >= BOS))  # where documents begin is left as it is
+    worst["flip"] = most((nats(torch.cat((ids[: t + 1], other[t + 1 :])))[:t] - whole[:t]).abs().max() for t in flips)
+    worst["prefix"] = most((nats(ids[: t + 1]) - whole[:t]).abs().max() for t in cuts)
+    errors = []
+    for t in sums:
+        some = range(vocab) if said is None else torch.randperm(vocab, generator=generator)[:2].tolist()
+        found = torch.stack([nats(torch.cat((ids[: t + 1], ids.new_tensor([v]), ids[t + 2 : t + 3])))[t] for v in some])
+        if said is None:
+            errors.append(found.neg().exp().sum() - 1)
+        else:
+            p = said(ids[: t + 3], t)
+            errors += [p.sum() - 1, (found + p[list(some)].log()).abs().max()]
+    worst["sum"] = most(errors)
+    moved = []
+    for end, earlier in ends:
+        text = ids.clone()
+        text[end], text[earlier] = ids[earlier], BOS
+        moved.append((nats(text)[: earlier - 1] - whole[: earlier - 1]).abs().max())
+    return worst | ({"ends": most(moved)} if moved else {})
+
+
+SELFTEST_TOLERANCE = 1e-6  # nats
+SELFTESTS = {"flip": "C1 causality", "ends": "C1 causality", "prefix": "C3 order", "sum": "C2 normalisation",
+             "ranks": "the score depends on ranks"}
+
+
+def selftest(run, s, path, data, val):
+    """Is what scored a code? code_tests() with its settings, but for sizes, in float64 and uncompiled, on the beginning of
+    the validation text, whose documents are made to get shorter; and the same on one rank as on all. A line each.
+
+    Float64, because learning multiplies rounding: float32 with TTT_LORA_LR=0.3 was off by 0.05. What the run's own kernels
+    do at its own lengths, pick_attention() and the Examiner look at.
+    """
+    n, rt = min(s.eval_seq_len, 8), copy(run.rt)
+    rt.compiled, rt.dtype = False, torch.float64
+    alone = copy(rt)
+    alone.rank, alone.world = 0, 1
+    s = replace(s, eval_seq_len=n, eval_stride=n // 2 if 0 < s.eval_stride < s.eval_seq_len else 0, eval_batch_seqs=2,
+                ttt_chunk_tokens=3 * n, ttt_batch_seqs=min(s.ttt_batch_seqs, 3), ttt_epochs=min(s.ttt_epochs, 2),
+                ttt_chunk_size=min(s.ttt_chunk_size, n // 2), ttt_short_chunks=(), ttt_batch_size=2, ttt_group_docs=2,
+                phased_ttt_prefix_docs=min(s.phased_ttt_prefix_docs, 2), phased_ttt_num_phases=1, mixer_min_tokens=0,
+                ngram_buckets=min(s.ngram_buckets, 64))
+    model = load_artifact(path, s, torch.float64, attend_reference, rt.device, data)[1].double()
+    shift = n // 4  # by which ends of documents are moved; their order by length stays
+    lengths = [4 * n, 3 * n, 2 * n, 2 * n, n, shift + 1]  # the ends of the first ones are ends of windows and parts, too
+    ids = val.tokens.repeat(-(-(sum(lengths) + 1) // len(val.tokens)))[: sum(lengths) + 1].long()
+    ids[ids == BOS] = BOS + 1
+    ids[[0, *np.cumsum(lengths)[:-1]]] = BOS
+    before = adaptation_of_weights(model, s, rt) if s.ttt == "before" else None
+    predictors = {where: make_predictor(model, s, where, len(ids), s.eval_temperature or model.temperature)
+                  for where in (rt, alone)}
+
+    def nats(ids, where=rt, spied=None):
+        stream = ValStream(ids.int(), torch.ones(len(ids) - 1, dtype=torch.int16, device=ids.device), False)
+        predictor, found = predictors[where], torch.zeros(len(ids) - 1, dtype=torch.float64, device=ids.device)
+        predictor.reset()
+        if before:
+            before.reset()
+            before.fit(stream, np.arange(len(found)), 1, partial(cosine, s))
+        score(predictor, reader_for(predictor, stream, s, where, of=8), stream, where, Validity(), None, 0, found, spied)
+        return found
+
+    def said(ids, t):
+        spied = {t: torch.zeros(s.vocab_size, dtype=torch.float64, device=ids.device)}
+        nats(ids, spied=spied)
+        return spied[t]
+
+    with run.clock.phase("selftest"):
+        ends = [(end, end - shift) for end in (7 * n, 12 * n)] if shift else ()
+        worst = code_tests(nats, ids, s.vocab_size, (5 * n + 3, 11 * n), (4 * n, 9 * n), (7 * n + 3, 9 * n), said, ends)
+        if rt.world > 1:
+            worst["ranks"] = (nats(ids) - nats(ids, alone)).abs().max().item()
+    for name, error in worst.items():
+        good = run.validity.tests[name] = error < SELFTEST_TOLERANCE  # nan is not
+        run.log("selftest", test=name, ok="yes" if good else "no", off_by=error, ranks=rt.world)
+        run.validity.need(good, f"{SELFTESTS[name]}: the {name} test is off by {error:.1e}")
+
+
+# --------------------------------------------------------------------------------------------------
+# 12 Predictors: what is scored. They compose: mixtures and the tilt take another predictor as their base.
+# --------------------------------------------------------------------------------------------------
 
 
 class Predictor:
@@ -4449,7 +4685,7 @@ class Predictor:
 
     invalid = ""  # the condition that it breaks
     learns = False  # has it a use for learn()?
-    history = 0  # tokens that it reads before a place, of Inputs.run
+    history = 0  # tokens that it reads before a place, of Inputs.recent
     adaptation = adapters = flat = None  # what learns at test time: Adaptation; Adapters, and their tensor
 
     def predict(self, inputs, most=None):
@@ -4494,17 +4730,17 @@ class ModelPredictor(Predictor):
         past, adapters = past and Past(*past, []), flat if flat is None else self.adapters.of(flat)
         hidden = self.model.hidden(x, docs, adapters, past)
         hidden = hidden.gather(1, take[..., None].expand(*take.shape, hidden.size(-1)))
-        return self.model.logits(precise(hidden), adapters) / self.temperature, past and past.new
+        return self.model.logits(at_least_float32(hidden), adapters) / self.temperature, past and past.new
 
     def logits(self, inputs):
-        x, past = inputs.x, None
-        if inputs.step is not None and self.width:
-            if inputs.step == 0:
+        x, past = inputs.ids, None
+        if inputs.turn is not None and self.width:
+            if inputs.turn == 0:
                 self.cache = Cache(self.model, len(x), self.width)
             self.cache.narrow(len(x))
             past = self.cache.past(x)[:-1]
-        docs = self.model.outside(x) if past is None else None
-        logits, self.new = self._forward(x, docs, inputs.take, past, self.flat)
+        docs = self.model.docs_outside_graph(x) if past is None else None
+        logits, self.new = self._forward(x, docs, inputs.places, past, self.flat)
         return logits
 
     @torch.no_grad()
@@ -4517,10 +4753,13 @@ class ModelPredictor(Predictor):
 
     def observe(self, chunk):
         if self.new:
-            self.cache.commit(chunk.inputs.x, self.new)
+            self.cache.commit(chunk.inputs.ids, self.new)
 
     def reset(self):
         self.cache, self.new = None, []
+
+
+# ---- test-time training --------------------------------------------------------------------------
 
 
 class Adaptation:
@@ -4551,7 +4790,7 @@ class Adaptation:
 
     def _weighted_loss(self, x, y, weight, docs):
         adapters = self.adapters()
-        return (weight * nats_of(self.model.logits(precise(self.model.hidden(x, docs, adapters)), adapters), y)).sum()
+        return (weight * nats_of(self.model.logits(at_least_float32(self.model.hidden(x, docs, adapters)), adapters), y)).sum()
 
     def fit(self, stream, targets, epochs, scale, after=lambda: None):
         """Learn targets (n,) of the stream, in this order, in sequences of EVAL_SEQ_LEN; scale(progress) is that of the
@@ -4575,7 +4814,7 @@ class Adaptation:
         most = max(s.micro_batch_tokens // s.eval_seq_len, 1)
         size = max(n for n in range(1, most + 1) if len(rows[0]) % n == 0)  # one shape, one graph
         for x, y, part in zip(*(z.split(size) for z in rows)):
-            self._loss(x, y, part, self.model.outside(x)).backward()
+            self._loss(x, y, part, self.model.docs_outside_graph(x)).backward()
         if rt.world > 1:
             grads = rt.sum(torch.cat([param.grad.flatten() for param in self.params]))
             for param, grad in zip(self.params, grads.split([param.numel() for param in self.params])):
@@ -4647,8 +4886,8 @@ class ScoreFirst(ModelPredictor):
         self.adaptation.fit(stream, np.arange(len(stream.bytes)), 1, lambda _: 0.0)
 
     def learn(self, part, stream):
-        s, adaptation, progress = self.s, self.adaptation, part.number / max(part.of - 1, 1)
-        if part.number + 1 == part.of:
+        s, adaptation, progress = self.s, self.adaptation, part.number / max(part.total - 1, 1)
+        if part.number + 1 == part.total:
             return
         scale = cosine(s, progress) * (1 + (s.adaptive_lr_max - 1) * min(progress / 0.3, 1))
         (a, b), = part.ranges
@@ -4672,7 +4911,7 @@ class AdapterSet(NamedTuple):
     head: Callable | None
 
 
-def low_rank_map(a, b, scale, x):
+def lora(a, b, scale, x):
     """scale B A x for A (R, r, in), B (R, out, r), x (B, T, in); R is B, or 1 for all rows."""
     return (x @ a.mT * scale) @ b.mT
 
@@ -4707,7 +4946,7 @@ class Adapters:
         n = 2 * sum(visit is not None for visit, *_ in self.shapes)
         body, head = flat.split((sum(self.sizes[:n]), sum(self.sizes[n:])), 1)
         parts = [*body.to(self.dtype).split(self.sizes[:n], 1), *(head.split(self.sizes[n:], 1) if self.sizes[n:] else ())]
-        maps = [partial(low_rank_map, a.view(-1, self.rank, inputs), b.view(-1, outputs, self.rank), self.scale)
+        maps = [partial(lora, a.view(-1, self.rank, inputs), b.view(-1, outputs, self.rank), self.scale)
                 for a, b, (_, _, inputs, outputs) in zip(parts[::2], parts[1::2], self.shapes)]
         slots = [{"scaled": self.scaled} for _ in range(self.visits)]
         for (visit, what, *_), each in zip(self.shapes, maps):
@@ -4770,8 +5009,8 @@ class DocumentAdapters(ModelPredictor):
 
     @torch.enable_grad()
     def logits(self, inputs):
-        rows = len(inputs.x)
-        if inputs.step == 0:
+        rows = len(inputs.ids)
+        if inputs.turn == 0:
             weight = self._begin(rows)
             self.state = [weight, torch.zeros_like(weight), torch.zeros_like(weight)]
         self.state = [z[:rows] for z in self.state]
@@ -4780,14 +5019,14 @@ class DocumentAdapters(ModelPredictor):
         return self.said.detach()
 
     def observe(self, chunk):
-        s, n, live = self.s, chunk.more, chunk.index >= 0
+        s, n, live = self.s, chunk.continuing, chunk.index >= 0
         super().observe(chunk)
-        self.batch += chunk.inputs.step == 0
+        self.batch += chunk.inputs.turn == 0
         if n:
             nll = (nats_of(self.said, chunk.targets) * live).sum(1) / live.sum(1).clamp(min=1)
             grad, = torch.autograd.grad(nll[:n].sum(), self.flat)
             weight, mean, square = (z[:n] for z in self.state)
-            betas, step = (s.ttt_beta1, s.ttt_beta2), chunk.inputs.step + 1
+            betas, step = (s.ttt_beta1, s.ttt_beta2), chunk.inputs.turn + 1
             adamw(weight, grad[:n], mean, square, step, s.ttt_lora_lr, s.ttt_wd, betas, 1e-10)
         if s.ttt_warm_start_a and s.ttt_lora_a == "shared":
             done = live.any(1).double()
@@ -4804,6 +5043,27 @@ class DocumentAdapters(ModelPredictor):
         if self.phases and sum(map(len, self.read)) in phase_ends(s):
             self.places, self.draw = {}, self.draw + 1
             self._train(stream, np.concatenate([np.arange(a, b) for a, b in np.concatenate(self.read)]), s.ttt_epochs)
+
+
+def log_adaptation(run, model, predictor):
+    """What test-time training may change, and what it may not."""
+    while isinstance(predictor, WrappingPredictor):
+        predictor = predictor.base
+    if predictor.adapters:
+        run.log("ttt_adapters", parameters=sum(predictor.adapters.sizes), beside=run.s.ttt_lora_targets,
+                rank=run.s.ttt_lora_rank, of_each="document" if run.s.ttt == "lora_docs" else "stream")
+    if predictor.adaptation and predictor.adaptation.params[0] is not predictor.flat:
+        log_trainable(run, model, predictor.adaptation)
+
+
+def log_trainable(run, model, adaptation):
+    learns = set(adaptation.params)
+    blocks = [sum(p.numel() for p in block.parameters() if p in learns) for block in model.blocks]
+    total, count = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in learns)
+    run.log("ttt_trainable", parameters=count, frozen=total - count, by_block=blocks, outside_blocks=count - sum(blocks))
+
+
+# ---- n-grams of the scored text ------------------------------------------------------------------
 
 
 class HashTable:
@@ -4838,7 +5098,7 @@ class HashTable:
         return found
 
 
-class Counts:
+class NgramCounts:
     """How often each n-gram of up to `order` tokens occurred, exactly: a trie whose nodes have (parent, token) as key, so
     no two n-grams share a count; `most` n-grams have room.
 
@@ -4923,7 +5183,7 @@ DISCOUNT = 0.9  # of 0.5, 0.6, ..., 0.9 and Witten-Bell the best for English of 
 ORDERS = {"unigram": 1, "bigram": 2, "trigram": 3}  # of MIXER_EXPERTS; backoff has NGRAM_ORDER
 
 
-class Over(Predictor):
+class WrappingPredictor(Predictor):
     """A predictor that changes what another one says."""
 
     learns = True
@@ -4944,7 +5204,7 @@ class Over(Predictor):
         self.base.rehearse(stream)
 
 
-def text_of(part, stream, back, s):
+def scored_text(part, stream, back, s):
     """(the scored text of a part (L,), places of it that are new): each range behind up to `back` tokens before its first
     target; but documents that are read in another order (TTT=lora_docs) alone. They are kept apart by the token VOCAB_SIZE.
     """
@@ -4958,13 +5218,13 @@ def text_of(part, stream, back, s):
     return torch.cat(pieces).long(), torch.cat(new)
 
 
-def doubt(s, said):
+def ngram_weight(s, said):
     """Weight of the n-grams (B, K): it rises with the model's entropy (#1033)."""
     entropy = -(said.exp() * said).sum(-1).double()
     return s.alpha_base + s.alpha_range * torch.sigmoid(2 * (entropy - s.alpha_center))
 
 
-class Mixture(Over):
+class NgramMixture(WrappingPredictor):
     """The model beside n-grams that are counted in the scored text, each a distribution. MIXER=backoff: the longest order,
     at a weight that rises with the model's entropy (#1033, made normal). MIXER=hedge: MIXER_EXPERTS by their record: at the
     end of a part each log weight falls by MIXER_ETA times its expert's mean nats, over all ranks (#967, made normal).
@@ -4976,7 +5236,7 @@ class Mixture(Over):
         super().__init__(base, s, rt)
         self.names = ("backoff",) if s.mixer == "backoff" else s.mixer_experts
         order = max((ORDERS.get(name, s.ngram_order) for name in self.names if name != "entropy"), default=1)
-        self.counts = Counts(s.vocab_size, order, targets * (order - 1), rt.device)
+        self.counts = NgramCounts(s.vocab_size, order, targets * (order - 1), rt.device)
         self.history = max(order - 2, base.history)
         if "entropy" in self.names:
             self.invalid = "C2 normalisation: MIXER_EXPERTS=entropy is no distribution (#967)"
@@ -5000,7 +5260,7 @@ class Mixture(Over):
         if self.s.mixer == "hedge":
             weights = self.weights.log_softmax(0).view(-1, 1, 1, *more)
         else:
-            alpha = doubt(self.s, said).view(*said.shape[:2], *more)
+            alpha = ngram_weight(self.s, said).view(*said.shape[:2], *more)
             weights = torch.stack((torch.log1p(-alpha), alpha.log()))
         return (experts + weights).logsumexp(0), experts
 
@@ -5013,7 +5273,7 @@ class Mixture(Over):
         said = self.base.predict(inputs, most)
         if self.seen < self.s.mixer_min_tokens:
             return said
-        contexts = self._contexts(self.counts.walk(inputs.run), inputs.run.size(1) - inputs.take.size(1), said.size(1))
+        contexts = self._contexts(self.counts.walk(inputs.recent), inputs.recent.size(1) - inputs.places.size(1), said.size(1))
         everyone = torch.arange(said.size(-1), device=said.device).expand(said.shape)
         contexts = [node[..., None].expand(said.shape) for node in contexts]
         grams = [everyone, *(self.counts.find(node, everyone) for node in contexts[1:])]
@@ -5021,12 +5281,12 @@ class Mixture(Over):
 
     @torch.no_grad()
     def nll(self, inputs, targets):
-        said, k = self.base.predict(inputs), inputs.take.size(1)
+        said, k = self.base.predict(inputs), inputs.places.size(1)
         own, self.experts = said.gather(-1, targets[..., None]).squeeze(-1), None
         if self.seen < self.s.mixer_min_tokens:
             return -own
-        h = inputs.run.size(1) - k
-        nodes = self.counts.walk(torch.cat((inputs.run[:, : h + 1], targets), 1))
+        h = inputs.recent.size(1) - k
+        nodes = self.counts.walk(torch.cat((inputs.recent[:, : h + 1], targets), 1))
         mixed, self.experts = self._mix(said, own, self._contexts(nodes, h, k), [node[:, h + 1 :] for node in nodes])
         return -mixed
 
@@ -5043,8 +5303,11 @@ class Mixture(Over):
         if self.s.mixer == "hedge" and nats[-1] > 0:
             self.weights -= self.s.mixer_eta * nats[:-1] / nats[-1]
         nats.zero_()
-        self.counts.add(*text_of(part, stream, self.counts.order - 1, self.s))
+        self.counts.add(*scored_text(part, stream, self.counts.order - 1, self.s))
         self.seen += int(np.diff(part.ranges).sum())
+
+
+# ---- token-only tilt -----------------------------------------------------------------------------
 
 
 class Followers:
@@ -5101,7 +5364,7 @@ def mix_bits(keys):
     return (keys ^ keys >> 29) * -4658895280553007687 >> 2 & (1 << 62) - 1
 
 
-class Tilt(Over):
+class Tilt(WrappingPredictor):
     """Token-only tilt (#1145, #1514): the token that followed most often on the last TOKEN_ORDER - 1, if it did in at least
     TOKEN_THRESHOLD of the cases, is the hint, and p'(v) = p(v) e^(TOKEN_BOOST [v = hint]) / Z with Z = 1 + p(hint)
     (e^TOKEN_BOOST - 1). Whatever the hint, that sums to 1, so contexts may go by a hash.
@@ -5126,7 +5389,7 @@ class Tilt(Over):
 
     def _contexts(self, inputs):
         """(keys (B, K) of what precedes each place, the same with the row's number, is it all there?)."""
-        run = inputs.run[:, inputs.run.size(1) - inputs.take.size(1) - self.context + 1 :]
+        run = inputs.recent[:, inputs.recent.size(1) - inputs.places.size(1) - self.context + 1 :]
         keys, number = self._hashes(run), torch.arange(1, 1 + len(run), device=run.device)[:, None]
         return keys, mix_bits(keys + number * -7046029254386353131), (run.unfold(-1, self.context, 1) >= 0).all(-1)
 
@@ -5134,7 +5397,7 @@ class Tilt(Over):
         """(B, K), -1 where there is none."""
         keys, own, known = self._contexts(inputs)
         total, best = self.text.look(keys.flatten())
-        if inputs.step:  # what the row has added to a context's best token is in its own best
+        if inputs.turn:  # what the row has added to a context's best token is in its own best
             here, its_best = self.row.look(own.flatten())
             total, best = total + here, torch.maximum(best, its_best)
         share = (best >> Followers.PACK).double() / total.clamp(min=1)
@@ -5151,7 +5414,7 @@ class Tilt(Over):
 
     def observe(self, chunk):
         super().observe(chunk)
-        step = chunk.inputs.step
+        step = chunk.inputs.turn
         if step == 0:
             self.row.reset()
         if step is not None:
@@ -5162,13 +5425,49 @@ class Tilt(Over):
     def learn(self, part, stream):
         super().learn(part, stream)
         self.row.reset()
-        run, new = text_of(part, stream, self.context, self.s)
+        run, new = scored_text(part, stream, self.context, self.s)
         new = new[new >= self.context]
         if len(new):
             self.text.add(self._hashes(run)[new - self.context], run[new])
 
 
-class Hashed(Over):
+# ---- composition ---------------------------------------------------------------------------------
+
+
+def make_predictor(model, s, rt, targets, temperature=1.0):
+    """What the settings say is to be scored, over a stream of so many targets."""
+    width = s.eval_seq_len if s.eval_context == "cache" else 0
+    if s.ttt == "lora_docs":
+        predictor = DocumentAdapters(model, s, rt, temperature)
+    elif s.ttt in ("full", "lora"):
+        predictor = ScoreFirst(model, s, rt, temperature, width)
+    else:
+        predictor = ModelPredictor(model, rt, temperature, width)
+    predictor = Tilt(predictor, s, rt, targets) if s.token_boost else predictor
+    if s.mixer != "off":
+        predictor = HashedMixture(predictor, s, rt) if s.mixer == "hashed" else NgramMixture(predictor, s, rt, targets)
+    return predictor
+
+
+# --------------------------------------------------------------------------------------------------
+# 13 Invalid originals: techniques of the reference systems whose score is not valid. No valid run comes here.
+# --------------------------------------------------------------------------------------------------
+
+
+def train_on_validation(run, model, stream):
+    """TTT=prequant (#1539) and TTT=before (#518): steps on the whole validation text before any of it is scored. What is
+    reported afterwards is a training loss, and no score; it is here so that this can be measured.
+    """
+    s, rt = run.s, run.rt
+    run.validity.need(False, f"C3 order: TTT={s.ttt} trains on the validation text before it is scored")
+    with run.clock.phase("eval"), run.validity.report(), torch.enable_grad():
+        adaptation = adaptation_of_weights(model, s, rt)
+        log_trainable(run, model, adaptation)
+        adaptation.fit(stream, np.arange(len(stream.bytes)), s.ttt_epochs, partial(cosine, s))
+    model.requires_grad_(True)
+
+
+class HashedMixture(WrappingPredictor):
     """The mixer of #1033 as published: the share of the target among what a context's bucket saw, both found by hashes, of
     the longest order whose context's bucket has MIN_COUNT; no sum is ever 1, and with full buckets each is nearly V.
     """
@@ -5211,8 +5510,8 @@ class Hashed(Over):
         return p
 
     def _mixed(self, inputs, said, own, tokens):
-        alpha, k = doubt(self.s, said).view(*said.shape[:2], *(1,) * (own.dim() - 2)), inputs.take.size(1)
-        p = self._share(inputs.run[:, : inputs.run.size(1) - k + own.size(1)], own.size(1), tokens)
+        alpha, k = ngram_weight(self.s, said).view(*said.shape[:2], *(1,) * (own.dim() - 2)), inputs.places.size(1)
+        p = self._share(inputs.recent[:, : inputs.recent.size(1) - k + own.size(1)], own.size(1), tokens)
         return torch.log(((1 - alpha) * own.double().exp() + alpha * p).clamp(min=1e-12))
 
     @torch.no_grad()
@@ -5229,7 +5528,7 @@ class Hashed(Over):
 
     def learn(self, part, stream):
         super().learn(part, stream)
-        run, new = text_of(part, stream, self.s.ngram_order - 1, self.s)
+        run, new = scored_text(part, stream, self.s.ngram_order - 1, self.s)
         one = torch.ones_like(new, dtype=torch.int32)
         self.single.index_add_(0, run[new], one.long())
         for n in range(2, self.s.ngram_order + 1):
@@ -5242,24 +5541,9 @@ class Hashed(Over):
         self.seen += len(new)
 
 
-def make_predictor(model, s, rt, targets, temperature=1.0):
-    """What the settings say is to be scored, over a stream of so many targets."""
-    width = s.eval_seq_len if s.eval_context == "cache" else 0
-    if s.ttt == "lora_docs":
-        predictor = DocumentAdapters(model, s, rt, temperature)
-    elif s.ttt in ("full", "lora"):
-        predictor = ScoreFirst(model, s, rt, temperature, width)
-    else:
-        predictor = ModelPredictor(model, rt, temperature, width)
-    predictor = Tilt(predictor, s, rt, targets) if s.token_boost else predictor
-    if s.mixer != "off":
-        predictor = Hashed(predictor, s, rt) if s.mixer == "hashed" else Mixture(predictor, s, rt, targets)
-    return predictor
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 11 Kernels: each fused kernel beside its reference, same signature
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# 14 Kernels: each fused kernel beside its reference, same signature
+# --------------------------------------------------------------------------------------------------
 
 
 def attend_sdpa(q, k, v, docs=None):
@@ -5428,7 +5712,7 @@ def _attention_error_at(attend, s, rt, length):
         return attend_seen(q[:, queries], k, v, seen)
 
     def kernel(q, k, v):
-        docs = documents(ids.to(rt.device), s.doc_mask, s.longest_sequence, getattr(attend, "varlen", False))
+        docs = find_documents(ids.to(rt.device), s.doc_mask, s.longest_sequence, getattr(attend, "varlen", False))
         return attend(q, k, v, docs)[:, queries]
 
     results = []
@@ -5447,9 +5731,9 @@ def _attention_error_at(attend, s, rt, length):
     return None if worst < allowed else f"differs from the reference by {worst:.1e}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 12 Clock, log, train loop, main
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# 15 Run: clock, console, log, folder, signals
+# --------------------------------------------------------------------------------------------------
 
 
 class Clock:
@@ -5771,7 +6055,7 @@ def open_run(s, rt, attend):
             run = Run(s, rt, folder, attend)
         except BadInput as error:
             refusal = str(error)
-    folder, refusal = rt.same((folder, refusal))
+    folder, refusal = rt.broadcast((folder, refusal))
     if refusal:
         if lock:
             lock.release()
@@ -5779,7 +6063,12 @@ def open_run(s, rt, attend):
     return run or Run(s, rt, folder, attend), lock
 
 
+# --------------------------------------------------------------------------------------------------
+# 16 Training
+# --------------------------------------------------------------------------------------------------
+
 CALIBRATION_MICRO_TOKENS = 16384  # forwarded at once: a backward pass that is not compiled takes much memory
+TEMPERATURE_TOKENS = 16384
 
 
 def calibration_steps(s):
@@ -5790,70 +6079,6 @@ def calibration_steps(s):
 def calibration_rows(s):
     """Sequences of generated text that do."""
     return -(-s.gptq_calibration_tokens // s.stages[-1][1])
-
-
-class LateQAT:
-    """Training on weights as the artifact will hold them, from LATE_QAT_THRESHOLD on: on the exporter's own grid. That
-    of scales follows the weights, every 10 steps; that of FIT=allocate is chosen once, after a calibration of its own.
-    """
-
-    def __init__(self, model, s):
-        self.model, self.s, self.begun, self.on, self.moments = model, s, None, False, None
-        stores = storage(model, s)
-        self.modules = {f"{name}.weight": module for name, module in model.named_modules()
-                        if isinstance(module, (Linear, Table)) and stores[f"{name}.weight"].codec != "float16"}
-        self.grids = {name: Grid(module.weight, stores[name].top, s.qat_rounding == "soft").to(module.weight.device)
-                      for name, module in self.modules.items()}
-        if s.fit == "allocate":
-            for name, grid in self.grids.items():
-                grid.step = torch.ones_like(self.modules[name].weight.data)
-
-    def switch(self, on):
-        """Round, or do not: two graphs of the same model, both compiled in warm-up."""
-        if on != self.on:
-            for name, module in self.modules.items():
-                module.grid = self.grids[name] if on else None
-            self.on = on
-
-    def enter(self, run, training, progress):
-        """At each step that trains on rounded weights; progress from 0 to 1 sharpens soft rounding (1 to 16)."""
-        if self.begun is None:
-            self.begun = training.step
-            run.log("late_qat", step=training.step, tensors=len(self.grids), rounding=self.s.qat_rounding)
-            if self.s.fit == "allocate":
-                self.moments = training.calibrate()  # the export's, too: another grid would undo what was learned
-                try:
-                    quantiser = Quantiser(self.model, self.s, self.moments)
-                    spacing = quantiser.spacing_for(self.s.size_limit - len(run.source))
-                except Stopped:  # the steps so far are worth keeping
-                    self.begun = self.moments = None
-                    training.save()
-                    raise
-                self._set(quantiser.steps(spacing))
-        if self.s.fit != "allocate" and (training.step - self.begun) % 10 == 0:
-            self._set(Quantiser(self.model, self.s).steps())
-        for grid in self.grids.values() if self.s.qat_rounding == "soft" else ():
-            grid.sharpness.fill_(1 + 15 * progress)
-        self.switch(True)
-
-    def _set(self, steps):
-        for name, grid in self.grids.items():
-            grid.step.copy_(steps[name])
-
-    def state_dict(self):
-        moments = self.moments and {name: (*one.to("cpu"),) for name, one in self.moments.items()}
-        return {"begun": self.begun, "steps": {name: grid.step.cpu() for name, grid in self.grids.items()},
-                "moments": moments}
-
-    def load_state_dict(self, state):
-        self.begun = state["begun"]
-        self._set(state["steps"])
-        if state["moments"]:
-            device = self.model.embed.weight.device
-            self.moments = {name: Moments(*one).to(device) for name, one in state["moments"].items()}
-
-
-TEMPERATURE_TOKENS = 16384
 
 
 class Training:
@@ -5870,7 +6095,7 @@ class Training:
         self.objective = Objective(model, s).to(rt.device)
         self.step_loss = rt.compile(self.objective)
         self.optimizer = MuonAdam(self.objective, s, rt)
-        given = model.documents if model.varlen or s.loader == "packed" else None  # else the graph finds them itself
+        given = model.find_documents if model.varlen or s.loader == "packed" else None  # else the graph finds them itself
         self.stream = TokenStream(find_shards(s.data_path, "train"), s, rt, given)
         self.average = Average(s, self.optimizer.banks)
         self.complement = Complement(s, rt) if s.complement_alpha else None
@@ -5955,7 +6180,7 @@ class Training:
             self._meter_step(meter, micro[:1], length)
             rt.sync()
             seconds = once - began + (time.monotonic() - once) * len(micro) * calibration_steps(s)
-        return rt.agree(1.1 * seconds)[0]
+        return rt.max(1.1 * seconds)[0]
 
     def _meter_step(self, meter, micro, length):
         for ids, targets, _ in micro:
@@ -6029,7 +6254,7 @@ class Training:
             return {name: part.cpu().clone() for name, part in self.optimizer.named(tensors).items()}
 
         settings = {name: value for name, value in identity(run).items() if name not in PLACES}
-        average = {kind: [by_name(one) for one in taken] for kind, taken in self.average.taken.items()}
+        average = {kind: [by_name(one) for one in taken] for kind, taken in self.average.snapshots.items()}
         return {"step": self.step, "tokens": self.tokens,
                 "stage": (self.stage, self.stage_start, self.model.looping),
                 "settings": settings, "data": self.data,
@@ -6163,7 +6388,7 @@ class Training:
                 view.copy_(parts[name])
             return tensors
 
-        self.average.taken = {kind: [read(self.average.copy(), parts) for parts in taken]
+        self.average.snapshots = {kind: [read(self.average.copy(), parts) for parts in taken]
                               for kind, taken in state["average"].items()}
         read([bank.weight for bank in self.optimizer.banks], state["weights"])
         if self.complement:
@@ -6179,6 +6404,8 @@ class Training:
         self.stream.copies.restore(state["copies"].numpy().view(np.uint64))
         self.run.validity.restore(state["reasons"])
 
+
+# ---- checkpoints ---------------------------------------------------------------------------------
 
 MOST_STEPS, MOST_SECONDS = 2**53, 1e9  # of any run
 
@@ -6322,13 +6549,13 @@ def checkpoint_to_resume(run, training):
     """
     paths = checkpoints(run.out_dir) if run.s.resume == "auto" else [Path(run.s.resume)] if run.s.resume else []
     found, problem = None, ""
-    if run.rt.same(bool(paths)):
+    if run.rt.broadcast(bool(paths)):
         fresh = training.state()
         try:
             found = _newest_usable(run, training, fresh, paths) if run.rt.rank == 0 else None
         except BadInput as error:
             problem = str(error)
-    found, problem = run.rt.same((found, problem))
+    found, problem = run.rt.broadcast((found, problem))
     if problem:
         raise BadInput(problem)
     if found is None and run.s.resume:
@@ -6359,12 +6586,15 @@ def _newest_usable(run, training, fresh, paths):
     return None
 
 
+# ---- the training phase --------------------------------------------------------------------------
+
+
 def report_score(run, predictor, stream):
     """Contiguous score of the validation stream as a report that nothing learns from."""
     s, rt = run.s, run.rt
     with run.clock.phase("validate"), run.validity.report():
         before = fingerprint(predictor.model)
-        result = score(predictor, side_by_side(stream, s, rt), stream, rt, run.validity)
+        result = score(predictor, contiguous_reader(stream, s, rt), stream, rt, run.validity)
         run.validity.need(fingerprint(predictor.model) == before, "C3: a report on the validation text changed the model")
     return result
 
@@ -6374,7 +6604,7 @@ def train(run, model, val):
     s, rt, log = run.s, run.rt, run.log
     need_loadable("the artifact of this model", largest_rows(model, s))
     training = Training(run, model)
-    copies = training.stream.copies = Copies(val.tokens.cpu().numpy())
+    copies = training.stream.copies = Contamination(val.tokens.cpu().numpy())
     copies.look(training.stream.held)
     state = checkpoint_to_resume(run, training)  # before minutes are spent on warm-up
     for role, (tensors, count, how) in training.optimizer.table.items():
@@ -6483,7 +6713,7 @@ def _choose_average(run, training, predictor):
     with run.clock.phase("calibrate"), torch.no_grad():
         for kind, weights in candidates.items():
             average.apply(weights)
-            losses[kind] = score(predictor, side_by_side(stream, s, rt), stream, rt, Validity()).loss
+            losses[kind] = score(predictor, contiguous_reader(stream, s, rt), stream, rt, Validity()).loss
     best = min(losses, key=losses.get)
     run.log("candidates", chosen=best, held_out_tokens=len(held) - 1, **{f"{k}_loss": v for k, v in losses.items()})
     return best, candidates[best]
@@ -6500,7 +6730,7 @@ def _train_steps(run, training, predictor, val, interrupt):
                        f"{s.max_wallclock_seconds}; lower {lower.upper()}={getattr(s, lower)}")
     while True:
         # Rank 0's clock decides for all; a step is begun only if, as slow as the slowest of late, it ends in time.
-        elapsed, stop = rt.agree(clock["train"] if rt.rank == 0 else 0.0, interrupt.signal)
+        elapsed, stop = rt.max(clock["train"] if rt.rank == 0 else 0.0, interrupt.signal)
         step = training.step
         marks.append(elapsed)
         pace = max((b - a for a, b in zip(marks, list(marks)[1:])), default=0.0)
@@ -6539,7 +6769,7 @@ def _train_steps(run, training, predictor, val, interrupt):
         training.qat.switch(False)
     while losses:
         _check_loss(run, *losses.popleft())
-    if stop := int(rt.agree(interrupt.signal)[0]):
+    if stop := int(rt.max(interrupt.signal)[0]):
         saved = training.save()
         then = f"go on with RESUME=auto OUT_DIR={run.out_dir}" if saved else "no checkpoint could be written"
         raise Stopped(f"interrupted by {signal.Signals(stop).name} after step {step}; {then}", 128 + stop)
@@ -6559,7 +6789,7 @@ def _next_batch(run, training, length, tokens):
         micro = stream.next(length, tokens)
     except BadInput as found:
         error = found
-    if any(run.rt.agree(error is not None)):
+    if any(run.rt.max(error is not None)):
         stream.position = position  # that of the checkpoint, on the ranks that could read, too
         training.save()
         raise error or Stopped("another rank cannot read its part of the training data", 2)
@@ -6583,7 +6813,7 @@ def _train_step(run, training, progress, scale):
         log_step(run, "train", training.step, rt.sum(loss.clone()).item() / rt.world, scale, training.tokens)
     if int(stream.epoch) > epoch:
         run.log("epoch", number=int(stream.epoch), step=training.step, note="the training stream starts again")
-    return training.step, rt.fetch(loss)
+    return training.step, rt.to_cpu(loss)
 
 
 def log_step(run, event, step, result, scale=None, tokens=0):
@@ -6626,6 +6856,11 @@ def _report_never_reached(run, training, lowest):
             run.log("never_reached", what=what, consequence=consequence)
 
 
+# --------------------------------------------------------------------------------------------------
+# 17 Phases: export, evaluate, summarise, main
+# --------------------------------------------------------------------------------------------------
+
+
 def export(run, model, tokenizer_sha256, moments=None):
     """Write the artifact, account for every byte of the submission; returns the artifact's path."""
     s, path, code_bytes = run.s, run.out_dir / "model.pg", len(run.source)
@@ -6639,7 +6874,7 @@ def export(run, model, tokenizer_sha256, moments=None):
             failed = str(error), 2
         except Stopped as error:
             failed = str(error), error.code
-    info, failed = run.rt.same((info, failed))
+    info, failed = run.rt.broadcast((info, failed))
     if failed:  # on all ranks: one that waited for the artifact would die of that
         raise Stopped(*failed)
     run.kept = f"the artifact is kept, go on with PHASES=eval ARTIFACT={path}"
@@ -6665,7 +6900,7 @@ def evaluate(run, path):
     """Load the artifact that was written, and nothing else, and score it."""
     s, rt = run.s, run.rt
     with run.clock.phase("eval"), run.validity.evaluation():
-        data = rt.same(read_file(path) if rt.rank == 0 else None)  # over nodes, only rank 0's disk has the file
+        data = rt.broadcast(read_file(path) if rt.rank == 0 else None)  # over nodes, only rank 0's disk has the file
         found = hashlib.sha256(data).hexdigest()
         run.validity.need(found == run.facts.setdefault("artifact_sha256", found), "the artifact changed after it was written")
         stored = read_artifact(path, data)[0]["tokenizer_sha256"]
@@ -6683,7 +6918,7 @@ def evaluate(run, path):
             val = load_validation(s, rt, sp)
         text, proved = text_sha256(val), _check_bytes(run, sp, val)
         predictor = make_predictor(model, s, rt, len(val.bytes), s.eval_temperature or model.temperature)
-        if reading(s) != "contiguous":  # comparable with the scores before quantisation: what packing cost
+        if scoring_name(s) != "contiguous":  # comparable with the scores before quantisation: what packing cost
             plain = predictor if type(predictor) is ModelPredictor and predictor.temperature == 1 else ModelPredictor(model, rt)
             result = report_score(run, plain, val)
             run.log("eval", name=f"{s.format}_contiguous", val_loss=result.loss, val_bpb=result.bpb,
@@ -6701,14 +6936,14 @@ def evaluate(run, path):
         run.validity.need(text_sha256(val) == text, "the text changed while it was scored")
         forwarded, = rt.sum(torch.tensor([float(reader.forwarded)], dtype=torch.float64, device=rt.device)).tolist()
         recompiled = graphs_so_far() - graphs if rt.compiled else 0
-        unchanged = rt.same(path.is_file() and hashlib.sha256(read_file(path)).hexdigest() == found if rt.rank == 0 else None)
+        unchanged = rt.broadcast(path.is_file() and hashlib.sha256(read_file(path)).hexdigest() == found if rt.rank == 0 else None)
         run.validity.need(unchanged, "the artifact changed while it was scored")
     if s.selftest:
         selftest(run, s, path, data, val)
     tested = "yes" if run.validity.tests and all(run.validity.tests.values()) else "no"
     run.validity.need_for_record(s.selftest, "the self-test was left out: SELFTEST=0")
     run.validity.share(rt)
-    name = f"{s.format}_{reading(s)}"
+    name = f"{s.format}_{scoring_name(s)}"
     verdict = run.validity.verdict() | {"tested": tested}
     run.log("final", f"final_{name} val_loss:{result.loss:.8f} val_bpb:{result.bpb:.8f} eval_time:"
             f"{1e3 * run.clock['eval']:.0f}ms " + " ".join(f"{key}:{_word(value)}" for key, value in verdict.items()),
@@ -6716,15 +6951,10 @@ def evaluate(run, path):
     run.facts.update(val_bpb=result.bpb, val_loss=result.loss, val_tokens=result.tokens, val_bytes=result.bytes,
                      predictor=name, params=sum(p.numel() for p in model.parameters()), recompiles=recompiled,
                      tested=tested, tests=list(run.validity.tests), val_sha256=text, forwarded_per_token=round(forwarded / result.tokens, 4))
-    documents = len(documents_of(val))
+    documents = len(document_ranges(val))
     run.validity.need_for_record(val.whole and documents == 50_000 and abs(result.bytes / FINEWEB_VAL_BYTES - 1) < 1e-4,
                                  f"{result.bytes} validation bytes in {documents} documents; FineWeb's 50,000 documents: "
                                  f"{FINEWEB_VAL_BYTES}")
-
-
-def text_sha256(stream):
-    """SHA-256 of a text's tokens as the shards hold them: uint16, little-endian, one shard after the other."""
-    return hashlib.sha256(stream.tokens.cpu().numpy().astype("<u2").tobytes()).hexdigest()
 
 
 def graphs_so_far():
@@ -6755,117 +6985,6 @@ def warm_up_scoring(run, predictor, reader):
     graphs = graphs_so_far()
     run.log("warmup_scoring", graphs=graphs, seconds=round(time.monotonic() - began, 2))
     return graphs
-
-
-def selftest(run, s, path, data, val):
-    """Is what scored a code? code_tests() with its settings, but for sizes, in float64 and uncompiled, on the beginning of
-    the validation text, whose documents are made to get shorter; and the same on one rank as on all. A line each.
-
-    Float64, because learning multiplies rounding: float32 with TTT_LORA_LR=0.3 was off by 0.05. What the run's own kernels
-    do at its own lengths, pick_attention() and the Examiner look at.
-    """
-    n, rt = min(s.eval_seq_len, 8), copy(run.rt)
-    rt.compiled, rt.dtype = False, torch.float64
-    alone = copy(rt)
-    alone.rank, alone.world = 0, 1
-    s = replace(s, eval_seq_len=n, eval_stride=n // 2 if 0 < s.eval_stride < s.eval_seq_len else 0, eval_batch_seqs=2,
-                ttt_chunk_tokens=3 * n, ttt_batch_seqs=min(s.ttt_batch_seqs, 3), ttt_epochs=min(s.ttt_epochs, 2),
-                ttt_chunk_size=min(s.ttt_chunk_size, n // 2), ttt_short_chunks=(), ttt_batch_size=2, ttt_group_docs=2,
-                phased_ttt_prefix_docs=min(s.phased_ttt_prefix_docs, 2), phased_ttt_num_phases=1, mixer_min_tokens=0,
-                ngram_buckets=min(s.ngram_buckets, 64))
-    model = load_artifact(path, s, torch.float64, attend_reference, rt.device, data)[1].double()
-    shift = n // 4  # by which ends of documents are moved; their order by length stays
-    lengths = [4 * n, 3 * n, 2 * n, 2 * n, n, shift + 1]  # the ends of the first ones are ends of windows and parts, too
-    ids = val.tokens.repeat(-(-(sum(lengths) + 1) // len(val.tokens)))[: sum(lengths) + 1].long()
-    ids[ids == BOS] = BOS + 1
-    ids[[0, *np.cumsum(lengths)[:-1]]] = BOS
-    before = adaptation_of_weights(model, s, rt) if s.ttt == "before" else None
-    predictors = {where: make_predictor(model, s, where, len(ids), s.eval_temperature or model.temperature)
-                  for where in (rt, alone)}
-
-    def nats(ids, where=rt, spied=None):
-        stream = ValStream(ids.int(), torch.ones(len(ids) - 1, dtype=torch.int16, device=ids.device), False)
-        predictor, found = predictors[where], torch.zeros(len(ids) - 1, dtype=torch.float64, device=ids.device)
-        predictor.reset()
-        if before:
-            before.reset()
-            before.fit(stream, np.arange(len(found)), 1, partial(cosine, s))
-        score(predictor, reader_for(predictor, stream, s, where, of=8), stream, where, Validity(), None, 0, found, spied)
-        return found
-
-    def said(ids, t):
-        spied = {t: torch.zeros(s.vocab_size, dtype=torch.float64, device=ids.device)}
-        nats(ids, spied=spied)
-        return spied[t]
-
-    with run.clock.phase("selftest"):
-        ends = [(end, end - shift) for end in (7 * n, 12 * n)] if shift else ()
-        worst = code_tests(nats, ids, s.vocab_size, (5 * n + 3, 11 * n), (4 * n, 9 * n), (7 * n + 3, 9 * n), said, ends)
-        if rt.world > 1:
-            worst["ranks"] = (nats(ids) - nats(ids, alone)).abs().max().item()
-    for name, error in worst.items():
-        good = run.validity.tests[name] = error < SELFTEST_TOLERANCE  # nan is not
-        run.log("selftest", test=name, ok="yes" if good else "no", off_by=error, ranks=rt.world)
-        run.validity.need(good, f"{SELFTESTS[name]}: the {name} test is off by {error:.1e}")
-
-
-SELFTEST_TOLERANCE = 1e-6  # nats
-SELFTESTS = {"flip": "C1 causality", "ends": "C1 causality", "prefix": "C3 order", "sum": "C2 normalisation",
-             "ranks": "the score depends on ranks"}
-
-
-def reading(s):
-    """How a stream is read and by what it is scored, in a word."""
-    how = "cache" if s.eval_context == "cache" else "contiguous" if s.eval_stride in (0, s.eval_seq_len) else "sliding_window"
-    how = f"documents_{how}" if s.eval_docs else "" if s.ttt == "lora_docs" else how
-    words = [how, f"ttt_{s.ttt}" * (s.ttt != "off"), s.mixer * (s.mixer != "off"), "tilt" * (s.token_boost > 0)]
-    return "_".join(word for word in words if word)
-
-
-def log_adaptation(run, model, predictor):
-    """What test-time training may change, and what it may not."""
-    while isinstance(predictor, Over):
-        predictor = predictor.base
-    if predictor.adapters:
-        run.log("ttt_adapters", parameters=sum(predictor.adapters.sizes), beside=run.s.ttt_lora_targets,
-                rank=run.s.ttt_lora_rank, of_each="document" if run.s.ttt == "lora_docs" else "stream")
-    if predictor.adaptation and predictor.adaptation.params[0] is not predictor.flat:
-        log_trainable(run, model, predictor.adaptation)
-
-
-def log_trainable(run, model, adaptation):
-    learns = set(adaptation.params)
-    blocks = [sum(p.numel() for p in block.parameters() if p in learns) for block in model.blocks]
-    total, count = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in learns)
-    run.log("ttt_trainable", parameters=count, frozen=total - count, by_block=blocks, outside_blocks=count - sum(blocks))
-
-
-def _check_bytes(run, sp, val):
-    """The denominator against all decoded documents, and against the totals of whoever made the shards; returns it."""
-    documents, wrong, share = prove_bytes(sp, val, run.rt)
-    counted = int(val.bytes.sum())
-    by = "sidecar" if val.sidecar else "table"
-    changes, foreign = text_changes(sp), foreign_tokens(sp, val)
-    run.validity.need_for_record(not changes, changes)
-    run.validity.need_for_record(not foreign, foreign)
-    if foreign:
-        run.log("warning", note=foreign)
-    run.validity.need(not wrong, f"bytes: {wrong} of {documents} decoded documents differ from the byte {by}")
-    run.validity.need(share == 1, f"bytes: {share:.1%} of the text was compared with what it decodes to, not all of it")
-    run.facts.update(documents_decoded=documents, decoded_share=round(share, 6))
-    run.log("bytes", documents_decoded=documents, share=share, wrong=wrong, val_tokens=len(val.bytes), val_bytes=counted,
-            bytes_per_token=round(counted / len(val.bytes), 6), counted_by=by)
-    path = Path(run.s.data_path) / "manifest.json"
-    if not path.is_file() or not val.whole:
-        return counted
-    try:
-        split = json.loads(path.read_text(encoding="utf-8"))["splits"]["val"]
-        stated = int(split["tokens"]) - 1, int(split["bytes"])
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise BadInput(f"{path}: not a manifest of data/prepare.py ({type(error).__name__}: {error})") from None
-    run.validity.need((len(val.bytes), counted) == stated,
-                      f"bytes: {len(val.bytes)} targets, {counted} bytes; the manifest says {stated[0]}, {stated[1]}")
-    return counted
 
 
 def summarise(run):

@@ -747,7 +747,7 @@ class Trainee:
             self.run = tg.Run(tg.replace(s, resume="auto"), rt, Path(out_dir), tg.attend_sdpa)
             self.training = tg.Training(self.run, tg.GPT(s, rt.dtype))
         documents = [[tg.BOS, *range(first, first + 70)] for first in range(2, 10)]
-        self.training.stream.copies = tg.Copies(np.concatenate(documents))
+        self.training.stream.copies = tg.Contamination(np.concatenate(documents))
         self.fresh = self.state()
 
     def state(self):

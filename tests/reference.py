@@ -475,7 +475,7 @@ class Rank:
     def sync(self):
         pass
 
-    def agree(self, *values):
+    def max(self, *values):
         return tuple(map(max, zip(*self.ranks.exchange(self.rank, values)))) if self.world > 1 else values
 
     def sum(self, tensor):
@@ -484,7 +484,7 @@ class Rank:
     def gather(self, value):
         return self.ranks.exchange(self.rank, value) if self.world > 1 else [value]
 
-    def same(self, value):
+    def broadcast(self, value):
         return self.ranks.exchange(self.rank, value)[0] if self.world > 1 else value
 
 

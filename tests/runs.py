@@ -53,8 +53,8 @@ def on_ranks(args, world):
             super().__init__(settings, {})
             self.member, self.rank, self.world = here.member, here.member.rank, world
 
-        def agree(self, *values):
-            return self.member.agree(*values) if self.world > 1 else values
+        def max(self, *values):
+            return self.member.max(*values) if self.world > 1 else values
 
         def sum(self, tensor):
             return self.member.sum(tensor) if self.world > 1 else tensor
@@ -62,7 +62,7 @@ def on_ranks(args, world):
         def gather(self, value):
             return self.member.gather(value) if self.world > 1 else [value]
 
-        def same(self, value):
+        def broadcast(self, value):
             return self.member.same(value) if self.world > 1 else value
 
         def close(self):

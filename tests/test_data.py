@@ -462,7 +462,7 @@ class Table(tg.Predictor):
         self.logs = torch.from_numpy(np.random.default_rng(0).standard_normal((vocab, vocab))).log_softmax(-1)
 
     def predict(self, inputs, most=None):
-        return self.logs[inputs.x.gather(1, inputs.take)][:, :most]
+        return self.logs[inputs.ids.gather(1, inputs.places)][:, :most]
 
 
 ANYTHING = st.text(st.one_of(st.sampled_from(SPECIAL + "\0\x07\x1b\x85ptkbd gmnrls aeiou,. "),

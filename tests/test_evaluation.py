@@ -51,7 +51,7 @@ def rows(draw):
 @given(rows(), st.integers(1, 30), st.data())
 def test_windows_score_every_target_of_every_row_once_with_its_context(table, length, data):
     stride = data.draw(st.integers(0, length))
-    starts, lengths, keeps = tg.windows(table, length, stride)
+    starts, lengths, keeps = tg.sliding_windows(table, length, stride)
     stride, at = stride or length, 0
     for a, b in table.tolist():
         target = a
@@ -68,17 +68,17 @@ def test_windows_score_every_target_of_every_row_once_with_its_context(table, le
 def test_contiguous_windows_are_a_stride_of_the_length():
     for targets in (3, 8, 9, 15, 16, 17, 100):
         table = np.array([[0, targets], [targets, 2 * targets + 1]])
-        assert [x.tolist() for x in tg.windows(table, 8, 0)] == [x.tolist() for x in tg.windows(table, 8, 8)]
-    starts, lengths, keeps = tg.windows(np.array([[0, 21]]), 8)
+        assert [x.tolist() for x in tg.sliding_windows(table, 8, 0)] == [x.tolist() for x in tg.sliding_windows(table, 8, 8)]
+    starts, lengths, keeps = tg.sliding_windows(np.array([[0, 21]]), 8)
     assert (starts.tolist(), lengths.tolist(), keeps.tolist()) == ([0, 8, 16], [8, 8, 5], [8, 8, 5])
 
 
 def test_fineweb_window_counts():
     """62,021,845 targets at 2048 and stride 64: the tail is scored, nothing twice; and so it is by document."""
-    starts, lengths, keeps = tg.windows(np.array([[0, 62_021_845]]), 2048, 64)
+    starts, lengths, keeps = tg.sliding_windows(np.array([[0, 62_021_845]]), 2048, 64)
     assert keeps.sum() == 62_021_845 == starts[-1] + lengths[-1] and (lengths[:-1] == 2048).all() and lengths[-1] == 2048 - 64 + 21
     edges = np.unique(np.append(np.random.default_rng(0).integers(1, 62_021_845, 49_999), (0, 62_021_845)))
-    starts, lengths, keeps = tg.windows(np.stack((edges[:-1], edges[1:]), 1), 2048, 64)
+    starts, lengths, keeps = tg.sliding_windows(np.stack((edges[:-1], edges[1:]), 1), 2048, 64)
     assert keeps.sum() == 62_021_845 and (np.sort(starts + lengths - keeps) == np.cumsum(keeps) - keeps).all()
 
 
@@ -90,7 +90,7 @@ def test_a_document_is_what_follows_its_bos_up_to_and_with_the_next(ids):
         if ids[target] == ref.BOS:
             found.append([at, target])
             at = target
-    assert tg.documents_of(stream_of(ids)).tolist() == [*found, [at, len(ids) - 1]]
+    assert tg.document_ranges(stream_of(ids)).tolist() == [*found, [at, len(ids) - 1]]
 
 
 # --- the reader ------------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def expected_parts(s, rows, unit):
     if s.eval_context == "cache":  # whole documents, by where they end
         blocks = [((b - 1) // unit, a, b) for a, b in rows]
     else:  # whole windows, by where their first target is
-        starts, lengths, keeps = tg.windows(np.array(rows), s.eval_seq_len, s.eval_stride)
+        starts, lengths, keeps = tg.sliding_windows(np.array(rows), s.eval_seq_len, s.eval_stride)
         blocks = [((b - keep) // unit, b - keep, b) for b, keep in zip((starts + lengths).tolist(), keeps.tolist())]
     groups = [list(group) for _, group in itertools.groupby(blocks, key=lambda block: block[0])]
     return [[[group[0][1], group[-1][2]]] for group in groups]
@@ -170,7 +170,7 @@ def shown(chunks, kept):
             rows = [[] for _ in x]
         else:
             assert len(x) >= more > 0 and step == before + 1
-        rows, before, more = [(row if kept else []) + new for row, new in zip(rows, x.tolist())], step, chunk.more
+        rows, before, more = [(row if kept else []) + new for row, new in zip(rows, x.tolist())], step, chunk.continuing
         for row, column in (chunk.index >= 0).nonzero().tolist():
             yield chunk, row, column, chunk.index[row, column].item(), rows[row][: len(rows[row]) - x.size(1) + take[row, column] + 1]
     assert more == 0, "rows were to go on"
@@ -184,7 +184,7 @@ def test_the_reader_brings_every_target_once_with_the_text_that_the_settings_pro
     s, unit = reading(mode, seed)
     stream = random_text(targets if by_document(s) else max(targets, s.eval_seq_len), seed=seed)  # no shorter stream is accepted
     ids, n = stream.tokens.tolist(), len(stream.bytes)
-    rows = tg.documents_of(stream).tolist() if by_document(s) else [[0, n]]
+    rows = tg.document_ranges(stream).tolist() if by_document(s) else [[0, n]]
     origin = {target: a for a, b in rows for target in range(a, b)}
     with mock.patch.multiple(tg, CACHE_STEP=steps[0], CACHE_SEGMENT=steps[1]):
         parts = expected_parts(s, rows, unit)
@@ -196,7 +196,7 @@ def test_the_reader_brings_every_target_once_with_the_text_that_the_settings_pro
         read = [[part._replace(chunks=list(part.chunks)) for part in reader] for reader in readers]
     for member in read:
         assert [part.ranges.tolist() for part in member] == parts
-        assert [(part.number, part.of) for part in member] == [(i, max(len(parts), 3)) for i in range(len(parts))]
+        assert [(part.number, part.total) for part in member] == [(i, max(len(parts), 3)) for i in range(len(parts))]
     for of_ranks in zip(*read):
         scored = []
         for part in of_ranks:
@@ -204,7 +204,7 @@ def test_the_reader_brings_every_target_once_with_the_text_that_the_settings_pro
                 scored.append(target)
                 assert text == ids[begin[target] : target + 1] and chunk.targets[row, column] == ids[target + 1]
                 assert s.eval_context == "window" or len(text) >= min(s.eval_seq_len, target + 1 - origin[target])
-                assert chunk.inputs.run[row, column : column + history + 1].tolist() == [
+                assert chunk.inputs.recent[row, column : column + history + 1].tolist() == [
                     ids[i] if i >= origin[target] else -1 for i in range(target - history, target + 1)]
         assert sorted(scored) == sorted(target for a, b in of_ranks[0].ranges.tolist() for target in range(a, b))
     batch = s.ttt_batch_size if s.ttt == "lora_docs" else s.eval_batch_seqs
@@ -212,7 +212,7 @@ def test_the_reader_brings_every_target_once_with_the_text_that_the_settings_pro
         chunks = [chunk for part in member for chunk in part.chunks]
         for chunk in chunks:
             x, take, run, step = chunk.inputs
-            assert x.dtype == chunk.targets.dtype == run.dtype == torch.int64 and len(x) <= batch and chunk.more <= len(x)
+            assert x.dtype == chunk.targets.dtype == run.dtype == torch.int64 and len(x) <= batch and chunk.continuing <= len(x)
             assert take.shape == chunk.targets.shape == chunk.index.shape and run.shape[1] == history + take.shape[1]
             for row, live in enumerate((chunk.index >= 0).sum(1).tolist()):
                 if live:  # nothing tells the end of a row: it begins anew, and shows nothing that comes later
@@ -221,7 +221,7 @@ def test_the_reader_brings_every_target_once_with_the_text_that_the_settings_pro
                     again = run[row, history + live :].tolist()
                     assert again == list(itertools.islice(itertools.cycle(text), len(again)))
             assert not compiled or (*x.shape, take.size(1), step and 1) in shapes
-        assert reader.forwarded == sum(chunk.inputs.x.numel() for chunk in chunks)
+        assert reader.forwarded == sum(chunk.inputs.ids.numel() for chunk in chunks)
 
 
 def test_a_reader_can_be_read_again():
@@ -229,14 +229,14 @@ def test_a_reader_can_be_read_again():
     for kind in scoring.HONEST:
         reader = tg.Reader(scoring.text(), settings(kind), ref.alone(), 24, 2)
         first, second = [[chunk for part in reader for chunk in part.chunks] for _ in range(2)]
-        assert all(torch.equal(a.index, b.index) and torch.equal(a.inputs.x, b.inputs.x) for a, b in zip(first, second, strict=True))
+        assert all(torch.equal(a.index, b.index) and torch.equal(a.inputs.ids, b.inputs.ids) for a, b in zip(first, second, strict=True))
 
 
 def test_windows_of_documents_are_scored_with_those_of_about_their_length():
     """A text of which the model has to forward hardly more than there is."""
     stream = stream_of([token for length in range(3, 65) for token in [1, *[5] * length]])
     reader = tg.Reader(stream, replace(BASE, eval_seq_len=64, eval_docs=True, eval_batch_seqs=4), ref.alone())
-    widths = {chunk.inputs.x.size(1) for part in reader for chunk in part.chunks}
+    widths = {chunk.inputs.ids.size(1) for part in reader for chunk in part.chunks}
     assert widths == {16, 32, 48, 64} and reader.forwarded < 1.3 * len(stream.bytes)
 
 
@@ -250,7 +250,7 @@ def test_the_score_is_that_of_a_brute_force_scorer(more, stride, docs, seed):
     s = replace(BASE, eval_stride=stride, eval_docs=docs)
     stream = random_text(8 + more, seed=seed)
     parameters, ids, nats = ref.arrays(model_of(s)), stream.tokens.tolist(), []
-    for a, b in tg.documents_of(stream).tolist() if docs else [[0, 8 + more]]:
+    for a, b in tg.document_ranges(stream).tolist() if docs else [[0, 8 + more]]:
         for target in range(a, b):
             start = a + window_start(target - a, 8, stride or 8)
             logits = ref.forward(parameters, s, ids[start : min(start + 8, b)])[1]
@@ -271,7 +271,7 @@ def test_with_kept_keys_every_token_sees_the_window_up_to_itself_in_every_layer(
     """
     s, stream = replace(s, eval_docs=docs), random_text(targets, s.vocab_size, seed)
     model, ids, found = ref.double(s, seed), stream.tokens.tolist(), torch.zeros(targets, dtype=torch.float64)
-    rows = tg.documents_of(stream).tolist() if docs else [[0, targets]]
+    rows = tg.document_ranges(stream).tolist() if docs else [[0, targets]]
     with mock.patch.multiple(tg, CACHE_STEP=steps[0], CACHE_SEGMENT=steps[1]):
         predictor, validity = tg.ModelPredictor(model, ref.alone(), width=5), tg.Validity()
         tg.score(predictor, tg.Reader(stream, s, ref.alone(), unit), stream, ref.alone(), validity, nats=found)
@@ -309,11 +309,11 @@ def test_contiguous_equals_a_stride_of_the_length():
 def test_a_contiguous_report_reads_windows_side_by_side_whatever_the_score_does(kind):
     """However a run scores, it reports on windows that do not overlap and forwards every token once."""
     stream, s = random_text(45), settings(kind, eval_batch_seqs=3)
-    reader = tg.side_by_side(stream, s, ref.alone())
+    reader = tg.contiguous_reader(stream, s, ref.alone())
     chunks = [chunk for part in reader for chunk in part.chunks]
     firsts = sorted(row[0] for chunk in chunks for row in chunk.index.tolist())
     assert firsts == [0, 8, 16, 24, 32, 40] and reader.forwarded == 48
-    assert all(chunk.inputs.take.tolist() == len(chunk.index) * [[*range(8)]] for chunk in chunks)
+    assert all(chunk.inputs.places.tolist() == len(chunk.index) * [[*range(8)]] for chunk in chunks)
     predictor = tg.ModelPredictor(model_of(BASE), ref.alone())
     reported = tg.score(predictor, reader, stream, ref.alone(), tg.Validity())
     assert reported == scored(predictor, stream, 8, 0)[0]
@@ -326,9 +326,9 @@ def test_more_context_lowers_the_loss_of_a_model_that_uses_it():
         """Knows what comes after four inputs, and nothing before."""
 
         def predict(self, inputs, most=None):
-            logits = torch.zeros(*inputs.x.shape, 32)
-            logits[:, 4:].scatter_(-1, inputs.x[:, : inputs.x.size(1) - 4, None], 5.0)
-            return logits.log_softmax(-1).take_along_dim(inputs.take[..., None], 1)[:, :most]
+            logits = torch.zeros(*inputs.ids.shape, 32)
+            logits[:, 4:].scatter_(-1, inputs.ids[:, : inputs.ids.size(1) - 4, None], 5.0)
+            return logits.log_softmax(-1).take_along_dim(inputs.places[..., None], 1)[:, :most]
 
     stream = stream_of([3, 1, 4, 15, 9] * 12)
     losses = [scored(Copy(), stream, 8, stride)[0].loss for stride in (4, 6, 0)]
@@ -368,7 +368,7 @@ class Flat(tg.Predictor):
         self.vocab = vocab
 
     def predict(self, inputs, most=None):
-        return torch.full((*inputs.take[:, :most].shape, self.vocab), -math.log(self.vocab))
+        return torch.full((*inputs.places[:, :most].shape, self.vocab), -math.log(self.vocab))
 
 
 def test_sums_are_float64():
@@ -416,7 +416,7 @@ def test_a_predictor_needs_only_predict():
         scored(tg.Predictor(), random_text(50), 8)
 
 
-class Watched(tg.Over):
+class Watched(tg.WrappingPredictor):
     """Looks at every chunk whether the short way says what the distributions say, and whether they are such."""
 
     def __init__(self, base, s, rt):
@@ -429,7 +429,7 @@ class Watched(tg.Over):
     def nll(self, inputs, targets):
         said, first = self.base.predict(inputs), self.base.predict(inputs, 2)
         nll = self.base.nll(inputs, targets)
-        same = targets[:, :-1] == inputs.run[:, self.history + 1 :]  # up to the end of the row
+        same = targets[:, :-1] == inputs.recent[:, self.history + 1 :]  # up to the end of the row
         live = torch.cat((torch.ones(len(same), 1, dtype=torch.bool), same.cumprod(1).bool()), 1)
         errors = [(said.gather(-1, targets[..., None]).squeeze(-1) + nll)[live], said.double().logsumexp(-1)[live], (said[:, :2] - first)[live[:, :2]]]
         self.worst = max([self.worst, *(error.abs().max().item() for error in errors if len(error))])
@@ -511,7 +511,7 @@ def test_learning_comes_after_scoring_and_is_legal():
 
         def predict(self, inputs, most=None):
             self.calls.append("predict")
-            return (self.counts / self.counts.sum()).log().expand(*inputs.take[:, :most].shape, 32)
+            return (self.counts / self.counts.sum()).log().expand(*inputs.places[:, :most].shape, 32)
 
         def observe(self, chunk):
             self.calls.append("observe")
@@ -629,7 +629,7 @@ def test_nobody_knows_which_chunks_and_places_will_be_looked_at():
         def predict(self, inputs, most=None):
             if most is not None:  # else for the nats
                 self.chunks.add(self.chunk)
-                self.places |= set(inputs.take[:, :most].flatten().tolist())
+                self.places |= set(inputs.places[:, :most].flatten().tolist())
             return super().predict(inputs, most)
 
         def observe(self, chunk):
@@ -677,15 +677,15 @@ def test_a_prediction_that_later_tokens_of_its_row_change_is_c1():
     class Long(Flat):
         def predict(self, inputs, most=None):
             said = super().predict(inputs, most)
-            odd = inputs.x[:, -1:, None] % 2 * (torch.arange(32) < 16)
-            return said if inputs.x.size(1) <= 128 else (said + 1e-3 * odd).log_softmax(-1)
+            odd = inputs.ids[:, -1:, None] % 2 * (torch.arange(32) < 16)
+            return said if inputs.ids.size(1) <= 128 else (said + 1e-3 * odd).log_softmax(-1)
 
     class End(Flat):
         """Says BOS where the text begins anew behind the place: what the tail of a row holds."""
 
         def predict(self, inputs, most=None):
-            x = torch.cat((inputs.x, inputs.x[:, :1]), 1)
-            ends = x.gather(1, inputs.take[:, :most] + 1) == x[:, :1]
+            x = torch.cat((inputs.ids, inputs.ids[:, :1]), 1)
+            ends = x.gather(1, inputs.places[:, :most] + 1) == x[:, :1]
             return (super().predict(inputs, most) + 3.0 * ends[..., None] * (torch.arange(32) == 1)).log_softmax(-1)
 
     for predictor, length, docs, text in ((Long(), 129, False, random_text(129 * 8)), (End(), 64, True, random_text(3000, bos=0.05))):
@@ -699,7 +699,7 @@ def test_targets_that_are_not_those_of_the_text_are_c4():
     stream = random_text(50)
     chunks = list(next(iter(tg.Reader(stream, BASE, ref.alone()))).chunks)
     for change in (lambda chunk: chunk._replace(targets=torch.full_like(chunk.targets, 3)),
-                   lambda chunk: chunk._replace(inputs=chunk.inputs._replace(x=chunk.inputs.x + 1))):
+                   lambda chunk: chunk._replace(inputs=chunk.inputs._replace(ids=chunk.inputs.ids + 1))):
         validity = tg.Validity()
         part = tg.Part(0, 1, np.array([[0, 50]]), [*chunks[:1], change(chunks[1]), *chunks[2:]])
         tg.score(Flat(), [part], stream, ref.alone(), validity)
@@ -741,7 +741,7 @@ def test_nats_that_are_no_numbers_are_not_valid_where_nobody_looked(bonus):
 def test_infinite_nats_are_not_valid():
     class Certain(Flat):
         def predict(self, inputs, most=None):
-            out = torch.full((*inputs.take[:, :most].shape, 32), -math.inf)
+            out = torch.full((*inputs.places[:, :most].shape, 32), -math.inf)
             out[..., 0] = 0.0
             return out
 

@@ -102,7 +102,7 @@ KERNELS = {"sdpa": tg.attend_sdpa, "reference": tg.attend_reference, "varlen": v
 def test_attention_stays_in_documents(name, shape, longest):
     (q, k, v), attend = inputs(*shape), KERNELS[name]
     ids = ref.tokens(8, *shape[:2], seed=shape[-2], bos=0.3)
-    docs = tg.documents(ids, "attention", longest, varlen=getattr(attend, "varlen", False))
+    docs = tg.find_documents(ids, "attention", longest, varlen=getattr(attend, "varlen", False))
     starts = [ref.document_starts(row, longest=longest) for row in ids.tolist()]
     out = attend(q, k, v, docs)
     np.testing.assert_allclose(out.detach().numpy(), loops(q, k, v, starts), rtol=1e-8, atol=1e-9)
@@ -116,7 +116,7 @@ def test_gradients_within_documents_are_those_of_the_reference(name, shape, long
     weight = torch.randn(leaves[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     grads = []
     for attend in (KERNELS[name], tg.attend_reference):
-        docs = tg.documents(ids, "attention", longest, varlen=getattr(attend, "varlen", False))
+        docs = tg.find_documents(ids, "attention", longest, varlen=getattr(attend, "varlen", False))
         grads.append(torch.autograd.grad((attend(*leaves, docs) * weight).sum(), leaves))
     for x, y in zip(*grads):
         torch.testing.assert_close(x, y, rtol=1e-7, atol=1e-9)
@@ -126,7 +126,7 @@ def test_gradients_within_documents_are_those_of_the_reference(name, shape, long
 def test_documents_without_a_mask_are_no_bound_for_attention(attend):
     """DOC_MASK=inputs: where documents begin is known, but attention is not confined to them."""
     q, k, v = inputs(2, 9, 2, 2, 3)
-    assert torch.equal(attend(q, k, v, tg.documents(ref.tokens(8, 2, 9, bos=0.4), "inputs")), attend(q, k, v))
+    assert torch.equal(attend(q, k, v, tg.find_documents(ref.tokens(8, 2, 9, bos=0.4), "inputs")), attend(q, k, v))
 
 
 def same_twice(s, attend, spread=0.4):
@@ -148,7 +148,7 @@ def test_a_model_with_lengths_is_the_model_with_masks(s, length, longest, seed):
     ids, targets = ref.tokens(s.vocab_size, 2, length, seed=seed, bos=0.3), ref.tokens(s.vocab_size, 2, length)
     results = []
     for model in (masked, lengths):
-        docs = model.documents(ids, longest)
+        docs = model.find_documents(ids, longest)
         assert (docs.mask is None) == (docs.cu is not None) == (model is lengths)
         model(ids, targets, docs).backward()
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]

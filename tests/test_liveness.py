@@ -663,13 +663,13 @@ def test_the_selftest_says_its_lines_and_changes_no_score(toy, changes):
 # This check finds what is dead
 
 DEAD = {
-    "xsa_last_n": ("exclude_self", lambda y, v: y),
+    "xsa_last_n": ("xsa", lambda y, v: y),
     "skips": ("Skips.forward", lambda self, x, kept, pair: x),
-    "smear_gate": ("Smear.forward", lambda self, x, docs: x),
+    "smear_gate": ("SmearGate.forward", lambda self, x, docs: x),
     "value_residual": ("ValueResidual.forward", lambda self, v, v0: v),
     "attn_gate": ("HeadGate.forward", lambda self, x: x.new_ones(*x.shape[:2], len(self.weight), 1)),
     "num_loops": ("GPT.plan", property(lambda self: self.plans[0])),
-    "normuon": ("scale_neurons", lambda update, moment, beta2: update),
+    "normuon": ("normuon", lambda update, moment, beta2: update),
     "wd_taper_start_frac": ("wd_scale", lambda s, progress: 1.0),
     "min_lr": ("lr_scale", lambda s, *_: 1.0),
     "complement_alpha": ("Complement.weights", lambda self, micro: [torch.ones(x.shape) for x, *_ in micro]),
@@ -678,22 +678,22 @@ DEAD = {
     "grad_clip_norm": ("MuonAdam._clip", lambda self, grads: None),
     "loader": ("TokenStream.sequence", lambda self, position, length: self.read(position, length + 1)),
     "late_qat_threshold": ("LateQAT.switch", lambda self, on: None),
-    "qat_rounding": ("Grid.forward", lambda self, weight: weight),
-    "lqer_rank": ("Quantiser._correct", lambda self, done: None),
+    "qat_rounding": ("FakeQuant.forward", lambda self, weight: weight),
+    "lqer_rank": ("Quantiser._add_lqer", lambda self, done: None),
     "size_limit": ("allocate", lambda quantiser, packed_of, *_: packed_of(quantiser.encode(1e-3))),
-    "token_boost": ("Tilt._hints", lambda self, inputs: torch.full_like(inputs.take, -1)),
-    "alpha_base": ("doubt", lambda s, said: torch.full(said.shape[:2], 0.5, dtype=torch.float64)),
+    "token_boost": ("Tilt._hints", lambda self, inputs: torch.full_like(inputs.places, -1)),
+    "alpha_base": ("ngram_weight", lambda s, said: torch.full(said.shape[:2], 0.5, dtype=torch.float64)),
     "ttt_min_lr": ("cosine", lambda s, progress: 1.0),
-    "ttt_lora_alpha": ("low_rank_map", lambda a, b, scale, x, true=tg.low_rank_map: true(a, b, 1.0, x)),
+    "ttt_lora_alpha": ("lora", lambda a, b, scale, x, true=tg.lora: true(a, b, 1.0, x)),
     "ttt_warm_start_a": ("DocumentAdapters.learn", lambda self, part, stream: None),
     "phased_ttt_prefix_docs": ("DocumentAdapters._train", lambda self, stream, targets, epochs: None),
     "parallel_first_skip": ("layer_plan", lambda s, looping, true=tg.layer_plan: [
         visit._replace(split=visit.split and "after_skip") for visit in true(s, looping)]),
     "asym_logit_rescale": ("GPT.cap_of", lambda self, logits: self.softcap),
     "awq_lite_group_top_k": ("salient_groups", lambda weights, inputs, size, count: {}),
-    "ttt_lora_scaled": ("plus", lambda y, adapter, x, scale=None: y if adapter is None else y + adapter(x)),
+    "ttt_lora_scaled": ("add_adapter", lambda y, adapter, x, scale=None: y if adapter is None else y + adapter(x)),
     "ttt_lora_a": ("DocumentAdapters._begin", lambda self, rows: self.start.expand(rows, -1).clone()),
-    "gptq_act_order": ("factorise", lambda moments, damp, act_order, true=tg.factorise: true(moments, damp, True)),
+    "gptq_act_order": ("factor_hessian", lambda moments, damp, act_order, true=tg.factor_hessian: true(moments, damp, True)),
 }
 
 

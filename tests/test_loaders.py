@@ -370,7 +370,7 @@ def test_a_packed_micro_batch_is_one_row_of_documents(folder, ids, length, rows,
             stream_of(paths, s, 0, world)
         return
     for varlen in (False, True):
-        find = partial(tg.documents, mode="attention", varlen=varlen)
+        find = partial(tg.find_documents, mode="attention", varlen=varlen)
         for rank in range(world):
             stream = stream_of(paths, s, rank, world, lambda x, longest: find(x, longest=longest))
             for x, y, docs in stream.next() + stream.next():
@@ -392,7 +392,7 @@ def test_the_loss_of_a_packed_row_is_that_of_its_documents_alone(tmp_path):
     s = ref.small(loader="packed", doc_mask="attention", smear_gate="none", bigram_vocab_size=0, train_seq_len=8,
                   train_batch_tokens=24, micro_batch_tokens=24, eval_seq_len=8)
     model = ref.double(s, spread=0.3)
-    ((x, y, docs),) = stream_of(write(tmp_path, [ids]), s, documents=model.documents).next()
+    ((x, y, docs),) = stream_of(write(tmp_path, [ids]), s, documents=model.find_documents).next()
     number = segments(x[0].tolist(), 8)
     assert len(set(number)) == 5, "a long document twice, cut"
     apart, open_ended = 0.0, model.loss(model.hidden(x, tg.Docs(x == 1)), y)
@@ -423,7 +423,7 @@ def test_the_model_has_positions_for_the_longest_packed_row_of_any_stage(tmp_pat
 def test_synthetic_batches_have_the_layout_of_real_ones_in_every_stage(tmp_path, loader):
     stages = [(4, 16), (8, 48)]
     s = settings(loader, stages=stages, micro_batch_tokens=16)
-    find = partial(tg.documents, mode="attention") if loader == "packed" else None
+    find = partial(tg.find_documents, mode="attention") if loader == "packed" else None
     stream = stream_of(write(tmp_path, numbered(300)), s,
                        documents=find and (lambda x, longest: find(x, longest=longest)))
     for stage in stages:

@@ -126,12 +126,12 @@ class RowNumbers(nn.Module):
        st.sampled_from(["none", "inputs"]))
 def test_ngram_hashes_are_exact_for_every_id_of_a_large_vocabulary(ids, rows, doc_mask):
     """Python integers are the reference; products of ids up to 65535 overflow 32 bits and must not here."""
-    docs = tg.documents(torch.tensor([ids]), doc_mask)
+    docs = tg.find_documents(torch.tensor([ids]), doc_mask)
     hashes = {(tg.BIGRAM,): [ref.bigram_buckets], (tg.TRIGRAM,): [ref.trigram_buckets],
               (tg.BIGRAM, tg.SHARED_TRIGRAM): [ref.bigram_buckets, ref.shared_trigram_buckets]}
     for ngrams, expected in hashes.items():
         with torch.device("meta"):
-            embedding = tg.NgramHash(rows, 1, 1, 1.0, *ngrams)
+            embedding = tg.BigramHash(rows, 1, 1, 1.0, *ngrams)
         embedding.table, embedding.scale = RowNumbers(), nn.Parameter(torch.ones(()))
         got = embedding(torch.tensor([ids]), docs, torch.float64)[0, :, 0]
         want = zip(*(buckets(ids, rows, doc_mask == "inputs") for buckets in expected))
@@ -144,7 +144,7 @@ def test_the_last_row_of_a_hash_table_is_only_for_what_has_no_predecessor():
     for ngram, alone in ((tg.BIGRAM, {0, 7, 8, 100}), (tg.SHARED_TRIGRAM, {0, 1, 7, 8, 9, 100, 101}),
                          (tg.TRIGRAM, {0, 7, 8, 100})):
         for docs, expected in ((None, {t for t in alone if t < 2}), (tg.Docs(ids == ref.BOS), alone)):
-            bucket = tg.ngram_bucket(ids, ngram, 2999, docs)[0]
+            bucket = tg.hash_ngrams(ids, ngram, 2999, docs)[0]
             assert set((bucket == 2999).nonzero().flatten().tolist()) == expected
             assert bucket.max() == 2999 and bucket.min() >= 0 and bucket.unique().numel() > 2900
 
@@ -212,7 +212,7 @@ def test_xsa_leaves_nothing_along_the_tokens_own_value(s, seed):
 
 def test_xsa_survives_a_zero_value():
     y, v = torch.randn(1, 3, 4, 5, requires_grad=True), torch.zeros(1, 3, 2, 5, requires_grad=True)
-    out = tg.exclude_self(y, v)
+    out = tg.xsa(y, v)
     out.sum().backward()
     assert torch.equal(out, y) and torch.isfinite(y.grad).all() and torch.isfinite(v.grad).all()
 
@@ -425,7 +425,7 @@ def test_packed_rows_are_cut_at_documents_and_after_the_longest_sequence(s, seed
     model, ids = ref.double(s, seed), ref.tokens(s.vocab_size, 1, length, seed=seed)
     starts = ref.document_starts(ids[0].tolist(), longest=longest)
     with torch.no_grad():
-        hidden = model.hidden(ids, model.documents(ids, longest))
+        hidden = model.hidden(ids, model.find_documents(ids, longest))
         want = ref.forward(ref.arrays(model), s, ids[0].tolist(), longest=longest)[0]
         np.testing.assert_allclose(hidden[0].numpy(), want, rtol=1e-7, atol=1e-8)
         for a in sorted(set(starts)):
@@ -439,10 +439,10 @@ def test_packed_rows_are_cut_at_documents_and_after_the_longest_sequence(s, seed
 def test_documents_are_where_bos_says(rows, length, longest, seed):
     """Mask and lengths by brute force; every row begins a segment, and no segment is longer than `longest`."""
     ids = ref.tokens(8, rows, length, seed=seed, bos=0.3)
-    assert tg.documents(ids, "none", longest) is None
-    inputs = tg.documents(ids, "inputs", longest)
+    assert tg.find_documents(ids, "none", longest) is None
+    inputs = tg.find_documents(ids, "inputs", longest)
     assert inputs.mask is None and inputs.cu is None and torch.equal(inputs.first, ids == ref.BOS)
-    masked, lengths = (tg.documents(ids, "attention", longest, varlen) for varlen in (False, True))
+    masked, lengths = (tg.find_documents(ids, "attention", longest, varlen) for varlen in (False, True))
     starts = [ref.document_starts(row, longest=longest) for row in ids.tolist()]
     want = [[[starts[b][t] <= u <= t for u in range(length)] for t in range(length)] for b in range(rows)]
     assert masked.mask[:, 0].tolist() == want and masked.cu is None

@@ -128,11 +128,11 @@ def part_of(ranges):
 @ref.tries(100)
 @given(texts(), st.integers(1, 9), st.lists(st.integers(1, 100)), st.sampled_from([8, 50_000]))
 def test_counts_are_those_of_a_dictionary_wherever_the_text_is_cut(ids, order, cuts, vocab):
-    s, counts = settings(), tg.Counts(vocab, order, (len(ids) - 1) * (order - 1), CPU)
+    s, counts = settings(), tg.NgramCounts(vocab, order, (len(ids) - 1) * (order - 1), CPU)
     s, shift = tg.replace(s, vocab_size=vocab), vocab - 8
     ids = [token if token == ref.BOS else token + shift for token in ids]
     for ranges in cut(ids, cuts):
-        counts.add(*tg.text_of(part_of(ranges), stream_of(ids), order - 1, s))
+        counts.add(*tg.scored_text(part_of(ranges), stream_of(ids), order - 1, s))
         same_counts(counts, counted(ids, range(1, ranges[0, 1] + 1), order))
     counts.reset()
     same_counts(counts, {})
@@ -142,12 +142,12 @@ def test_counts_are_those_of_a_dictionary_wherever_the_text_is_cut(ids, order, c
 @given(texts(), st.integers(1, 9), st.randoms(use_true_random=False))
 def test_documents_are_counted_on_their_own_in_any_order(ids, order, random):
     """Longest first, or any other way: no n-gram of two documents, and room for all of them."""
-    s, counts = settings(ttt="lora_docs"), tg.Counts(32, order, (len(ids) - 1) * (order - 1), CPU)
+    s, counts = settings(ttt="lora_docs"), tg.NgramCounts(32, order, (len(ids) - 1) * (order - 1), CPU)
     stream = stream_of(ids)
-    rows = tg.documents_of(stream)[random.sample(range(len(tg.documents_of(stream))), len(tg.documents_of(stream)))]
+    rows = tg.document_ranges(stream)[random.sample(range(len(tg.document_ranges(stream))), len(tg.document_ranges(stream)))]
     start, ends = {}, []
     for group in np.array_split(rows, random.randint(1, len(rows))):
-        counts.add(*tg.text_of(part_of(group), stream, order - 1, s))
+        counts.add(*tg.scored_text(part_of(group), stream, order - 1, s))
         for a, b in group.tolist():
             start |= {end: a for end in range(a + 1, b + 1)}
             ends += range(a + 1, b + 1)
@@ -159,11 +159,11 @@ def test_there_is_room_for_a_text_that_never_repeats_itself(ttt, unit):
     """A token a part, documents of three tokens: the longest n-grams of all, each of them new."""
     ids = [ref.BOS if i % 3 == 0 else 4 + i for i in range(304)]
     s, stream, targets, apart = settings(ttt=ttt, vocab_size=400), stream_of(ids), len(ids) - 1, ttt == "lora_docs"
-    counts = tg.Counts(400, 10, 9 * targets, CPU)
-    rows = tg.documents_of(stream) if apart else np.stack((np.arange(targets), np.arange(1, targets + 1)), 1)
+    counts = tg.NgramCounts(400, 10, 9 * targets, CPU)
+    rows = tg.document_ranges(stream) if apart else np.stack((np.arange(targets), np.arange(1, targets + 1)), 1)
     for at in range(0, len(rows), unit):
         group = rows[at : at + unit]
-        counts.add(*tg.text_of(part_of(group if apart else [[group[0, 0], group[-1, 1]]]), stream, 9, s))
+        counts.add(*tg.scored_text(part_of(group if apart else [[group[0, 0], group[-1, 1]]]), stream, 9, s))
         assert int((counts.table.keys != 0).sum()) <= 9 * targets
     same_counts(counts, counted(ids, range(1, 304), 10, lambda end: end - 1 - (end - 1) % 3 if apart else 0))
 
@@ -187,9 +187,9 @@ def discounted(table, context, order, vocab):
 @given(texts(), st.integers(1, 6), st.lists(st.integers(1, 100)), st.sampled_from([9, 21]))
 def test_probabilities_are_those_of_the_formula(ids, order, cuts, vocab):
     """Of every token, behind every context of the text and some that it does not have."""
-    counts, table = tg.Counts(vocab, order, (len(ids) - 1) * (order - 1), CPU), {}
+    counts, table = tg.NgramCounts(vocab, order, (len(ids) - 1) * (order - 1), CPU), {}
     for ranges in cut(ids, cuts):
-        counts.add(*tg.text_of(part_of(ranges), stream_of(ids), order - 1, settings(vocab_size=vocab)))
+        counts.add(*tg.scored_text(part_of(ranges), stream_of(ids), order - 1, settings(vocab_size=vocab)))
     table = counted(ids, range(1, len(ids)), order)
     for context in [ids[max(at - 6, 0) : at] for at in range(0, len(ids), 5)] + [[0, 1, 2, 3], [7, 7, 7]]:
         run = torch.tensor([[-1] * (order + 6 - len(context)) + context])
@@ -210,7 +210,7 @@ class Bigram(tg.Predictor):
         self.table = torch.from_numpy(rng.standard_normal((vocab, vocab)) * sharpness).log_softmax(-1)
 
     def predict(self, inputs, most=None):
-        return self.table[inputs.x.gather(1, inputs.take)][:, :most]
+        return self.table[inputs.ids.gather(1, inputs.places)][:, :most]
 
 
 class Watched(tg.Predictor):
@@ -239,7 +239,7 @@ class Watched(tg.Predictor):
 
     def learn(self, part, stream):
         self.inner.learn(part, stream)
-        if isinstance(self.inner, tg.Mixture) and self.inner.s.ttt == "off":
+        if isinstance(self.inner, tg.NgramMixture) and self.inner.s.ttt == "off":
             same_counts(self.inner.counts, counted(self.ids, range(1, part.ranges[-1, 1] + 1), self.inner.counts.order))
 
 
@@ -249,7 +249,7 @@ def predictor_of(s, base, targets, rt=None):
     base = tg.Tilt(base, s, rt, targets) if s.token_boost else base
     if s.mixer == "off":
         return base
-    return tg.Hashed(base, s, rt) if s.mixer == "hashed" else tg.Mixture(base, s, rt, targets)
+    return tg.HashedMixture(base, s, rt) if s.mixer == "hashed" else tg.NgramMixture(base, s, rt, targets)
 
 
 def scored(predictor, s, ids, rt=None, **words):

@@ -160,7 +160,7 @@ def test_normuon_equals_the_loop_over_rows_and_steps(count, rows, cols, beta2, s
     moment, moments = torch.zeros(count, rows, 1), np.zeros((count, rows))
     for _ in range(4):
         update = rng.normal(size=(count, rows, cols)) * np.exp(rng.normal(size=(count, rows, 1)))
-        got = tg.scale_neurons(torch.from_numpy(update), moment, beta2)
+        got = tg.normuon(torch.from_numpy(update), moment, beta2)
         for i in range(count):
             np.testing.assert_allclose(got[i].numpy(), neurons_loop(update[i], moments[i], beta2), rtol=1e-4, atol=1e-6)
             assert np.linalg.norm(got[i]) == pytest.approx(np.linalg.norm(update[i]), rel=1e-5)
@@ -169,9 +169,9 @@ def test_normuon_equals_the_loop_over_rows_and_steps(count, rows, cols, beta2, s
 
 def test_normuon_makes_the_rows_of_a_first_update_equally_long_and_zero_stays_zero():
     update = torch.randn(1, 5, 7, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 6)[:, None]
-    lengths = tg.scale_neurons(update, torch.zeros(1, 5, 1), 0.95).norm(dim=-1)
+    lengths = tg.normuon(update, torch.zeros(1, 5, 1), 0.95).norm(dim=-1)
     torch.testing.assert_close(lengths, lengths.mean().expand(1, 5))
-    assert not tg.scale_neurons(torch.zeros(2, 3, 4), torch.zeros(2, 3, 1), 0.95).any()
+    assert not tg.normuon(torch.zeros(2, 3, 4), torch.zeros(2, 3, 1), 0.95).any()
 
 
 # --- updates ---------------------------------------------------------------------------------------------------------
@@ -585,7 +585,7 @@ def one_rank_of_two(rank, port, folder):
                                                          half_time(folder / f"one {variant}"))
         results["complement weights"] = complement_weights(rt)
         total = rt.sum(torch.tensor([1.0 + rank])).item()
-        torch.save({**results, "agree": rt.agree(rank, -rank), "same": rt.same(f"from {rank}"), "sum": total},
+        torch.save({**results, "agree": rt.max(rank, -rank), "same": rt.broadcast(f"from {rank}"), "sum": total},
                    folder / f"{rank}.pt")
     finally:
         rt.close()
@@ -703,7 +703,7 @@ class Lagging(tg.Runtime):
         super().__init__(*args)
         self.flying, self.marks = [], []
 
-    def fetch(self, tensor):
+    def to_cpu(self, tensor):
         self.flying.append((torch.full_like(tensor, math.nan), tensor.clone()))
         return self.flying[-1][0]
 

@@ -35,7 +35,7 @@ def losses(rows):
 @pytest.mark.parametrize("soft", [False, True])
 def test_a_grid_rounds_as_the_exporter_does_and_hands_gradients_on(soft):
     w = torch.linspace(-3.3, 3.3, 67)[None].repeat(2, 1).requires_grad_()
-    grid = tg.Grid(w, 3, soft)
+    grid = tg.FakeQuant(w, 3, soft)
     grid.step.copy_(torch.tensor([[0.5], [2.0]]))
     for sharpness in (1.0, 4.0, 1000.0):
         grid.sharpness.fill_(sharpness)
@@ -84,7 +84,7 @@ def test_the_rounded_forward_is_that_of_the_decoded_artifact(tmp_path, changes):
         torch.testing.assert_close(rounded, want, rtol=1e-5, atol=1e-5)
         training.qat.switch(False)
         assert (model.logits(model.hidden(ids)) - rounded).abs().max() > 1e-3
-    assert all(module.grid is None for module in training.qat.modules.values())
+    assert all(module.fake_quant is None for module in training.qat.modules.values())
 
 
 def test_scales_follow_the_weights_every_ten_steps(tmp_path, monkeypatch):

@@ -467,7 +467,7 @@ def test_gptq_is_optimal_brain_surgery(rows, cols, damp, act_order, block, wide,
     steps = np.exp(rng.normal(size=(rows, cols if wide else 1))).astype(np.float32) * np.float32(0.4)
     codes, margins, order = surgery(w, np.broadcast_to(steps, w.shape).astype(float), 7, hessian, damp, act_order)
     moments = tg.Moments(torch.from_numpy(hessian).float(), torch.ones(rows))
-    chosen, factor = tg.factorise(moments, damp, act_order)
+    chosen, factor = tg.factor_hessian(moments, damp, act_order)
     alive = moments.hessian.diagonal() > 0
     found = tg.gptq((torch.from_numpy(w) * alive)[None], torch.from_numpy(steps)[None], 7, chosen[None], factor[None], block)
     assert found.dtype == torch.int16 and chosen.tolist() == order
@@ -500,7 +500,7 @@ def test_matrices_of_one_shape_are_rounded_together_as_each_alone():
     rng, n = np.random.default_rng(0), 3
     moments = [tg.Moments(torch.from_numpy(random_hessian(12, 40, i)).float(), torch.ones(6)) for i in range(n)]
     w, steps = torch.from_numpy(rng.normal(size=(n, 6, 12))).float(), torch.full((n, 6, 1), 0.2)
-    orders, factors = (torch.stack(z) for z in zip(*(tg.factorise(m, 0.01, True) for m in moments)))
+    orders, factors = (torch.stack(z) for z in zip(*(tg.factor_hessian(m, 0.01, True) for m in moments)))
     together = tg.gptq(w, steps, 31, orders, factors, 5)
     for i in range(n):
         assert torch.equal(together[i], tg.gptq(w[i : i + 1], steps[i : i + 1], 31, orders[i : i + 1], factors[i : i + 1], 128)[0])
@@ -508,11 +508,11 @@ def test_matrices_of_one_shape_are_rounded_together_as_each_alone():
 
 def test_a_hessian_without_an_inverse_is_one_line_that_says_what_to_raise():
     with pytest.raises(tg.Stopped, match="GPTQ_DAMP") as error:
-        tg.factorise(tg.Moments(torch.full((4, 4), math.nan), torch.ones(2)), 0.01, False)
+        tg.factor_hessian(tg.Moments(torch.full((4, 4), math.nan), torch.ones(2)), 0.01, False)
     assert error.value.code == 4
     indefinite = torch.tensor([[1.0, 5.0], [5.0, 1.0]])
     with pytest.raises(tg.Stopped, match="GPTQ_CALIBRATION_TOKENS"):
-        tg.factorise(tg.Moments(indefinite, torch.ones(2)), 1e-6, True)
+        tg.factor_hessian(tg.Moments(indefinite, torch.ones(2)), 1e-6, True)
 
 
 @ref.tries(40)
@@ -758,7 +758,7 @@ def test_steps_follow_what_a_weight_costs(rows, cols, spacing, seed):
     gain, pivots = np.exp(2 * rng.normal(size=rows)), np.exp(2 * rng.normal(size=cols)) * 1e-3
     w = torch.from_numpy(rng.normal(size=(rows, cols))).float()
     moments = tg.Moments(torch.eye(cols), torch.from_numpy(gain).float())
-    parts = tg.sensitive_grid(w, moments, torch.from_numpy(pivots).float(), spacing)
+    parts = tg.allocation_grid(w, moments, torch.from_numpy(pivots).float(), spacing)
     assert {name: part.dtype for name, part in parts.items()} == {"row": torch.int8, "col": torch.int8, "unit": torch.float32}
     step = tg.decode_grid({"q": torch.ones(rows, cols, dtype=torch.int8), **parts}, (rows, cols)).double().numpy()
     codes = np.rint(w.double().numpy() / step)
@@ -782,7 +782,7 @@ def test_rounding_moves_no_logit_much(spacing, seed):
     hessian = torch.from_numpy(x.T @ x / len(x)).float()
     errors, steps = {}, {}
     for logits in (0.0, 1.0):
-        parts = tg.sensitive_grid(w, tg.Moments(hessian, gain, logits), hessian.diagonal(), spacing)
+        parts = tg.allocation_grid(w, tg.Moments(hessian, gain, logits), hessian.diagonal(), spacing)
         steps[logits] = tg.decode_grid({"q": torch.ones(40, 24, dtype=torch.int8), **parts}, (40, 24)).double().numpy()
         noise = steps[logits] * rng.uniform(-0.5, 0.5, size=(40, 24))
         errors[logits] = (x @ noise.T).var(0)
@@ -991,7 +991,7 @@ def test_a_correction_is_felt_less_than_none(rows, cols, rank, group, seed):
     rng = np.random.default_rng(seed)
     error = rng.normal(size=(rows, 2)) @ rng.normal(size=(2, cols)) + 0.1 * rng.normal(size=(rows, cols))
     gain, rank = np.exp(rng.normal(size=rows)), min(rank, rows, cols)
-    parts = tg.low_rank(torch.from_numpy(error).float(), torch.eye(cols), torch.from_numpy(gain).float(), rank, group)
+    parts = tg.lqer(torch.from_numpy(error).float(), torch.eye(cols), torch.from_numpy(gain).float(), rank, group)
     a, b = parts["a"].numpy().astype(int), parts["b"].numpy().astype(int)
     assert a.shape == (rows, rank) and b.shape == (rank, cols) and len(parts["b_step"]) == -(-rank * cols // group)
     assert a.min() >= -2 and a.max() <= 1 and b.min() >= -8 and b.max() <= 7
@@ -1022,7 +1022,7 @@ def test_a_correction_is_the_published_one_weighed_by_gains_and_inputs(rows, col
     rng = np.random.default_rng(seed)
     error, gain = rng.normal(size=(rows, cols)), np.exp(2 * rng.normal(size=rows))
     hessian = random_hessian(cols, 3 * cols, seed) if correlated else np.diag(np.exp(rng.normal(size=cols)))
-    parts = tg.low_rank(*(torch.from_numpy(z).float() for z in (error, hessian, gain)), rank, 5)
+    parts = tg.lqer(*(torch.from_numpy(z).float() for z in (error, hessian, gain)), rank, 5)
     root = np.sqrt(gain)[:, None]
     damped = hessian + 1e-3 * np.diag(hessian).mean() * np.eye(cols)
     values, vectors = np.linalg.eigh((root * error) @ damped @ (root * error).T)
@@ -1045,7 +1045,7 @@ def test_a_correction_goes_by_the_hessian_too():
     error, hessian = torch.zeros(8, 8), torch.diag(torch.tensor([1e-3] * 4 + [1.0] * 4))
     error[0, :4], error[1, 4:] = 3.0, 1.0
     fixed = tg.Encoded("int", 8, 1, 4, {"q": torch.zeros(8, 8, dtype=torch.int8), "scale": torch.ones(8).half(),
-                                        **tg.low_rank(error, hessian, torch.ones(8), 1, 4)}).decode((8, 8))
+                                        **tg.lqer(error, hessian, torch.ones(8), 1, 4)}).decode((8, 8))
     assert felt(error - fixed, tg.Moments(hessian, torch.ones(8))) < 0.1 * felt(error, tg.Moments(hessian, torch.ones(8)))
 
 

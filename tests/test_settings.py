@@ -408,7 +408,7 @@ def test_the_stages_are_what_both_schedules_say_at_every_progress(data):
 
 def test_betas_are_two_numbers_or_those_of_all():
     s = Settings.parse(["MATRIX_OPTIMIZER=adamw", "MATRIX_BETAS=0.8,0.99", "EMBED_BETAS=0,0", "BETA1=0.7"])
-    table = train_gpt.treatments(s)
+    table = train_gpt.update_rules(s)
     assert table["matrix"].betas == (0.8, 0.99) and table["embed"].betas == (0.0, 0.0)
     assert table["head"].betas == table["scalar"].betas == table["gate"].betas == (0.7, 0.95)
 

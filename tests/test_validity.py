@@ -101,7 +101,7 @@ class Counting(tg.Predictor):
         self.rt, self.counts = rt, torch.ones(VOCAB, dtype=torch.float64)
 
     def predict(self, inputs, most=None):
-        return (self.counts / self.counts.sum()).log().expand(*inputs.take[:, :most].shape, VOCAB)
+        return (self.counts / self.counts.sum()).log().expand(*inputs.places[:, :most].shape, VOCAB)
 
     def learn(self, part, stream):
         for a, b in part.ranges.tolist():
@@ -142,7 +142,7 @@ class HashesTheTarget(Counting):
         self.pairs, self.single = torch.ones(8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
 
     def predict(self, inputs, most=None):
-        last = inputs.x.gather(1, inputs.take)[:, :most, None]
+        last = inputs.ids.gather(1, inputs.places)[:, :most, None]
         return (self.pairs[(5 * last + 3 * torch.arange(VOCAB)) % 8].minimum(self.single[last % 8]) / self.single[last % 8]).log()
 
     def learn(self, part, stream):
@@ -181,7 +181,7 @@ class LooksAhead(Counting):
     far = 1
 
     def predict(self, inputs, most=None):
-        there = inputs.x.gather(1, (inputs.take + self.far).clamp(max=inputs.x.size(1) - 1))[:, :most]
+        there = inputs.ids.gather(1, (inputs.places + self.far).clamp(max=inputs.ids.size(1) - 1))[:, :most]
         return (0.5 / VOCAB + 0.5 * torch.nn.functional.one_hot(there, VOCAB).double()).log()
 
 
@@ -195,8 +195,8 @@ class FitsItsWindow(Counting):
     learns = False
 
     def predict(self, inputs, most=None):
-        seen = torch.nn.functional.one_hot(inputs.x, VOCAB).double().mean(1, keepdim=True) + 0.01
-        return (seen / seen.sum(-1, keepdim=True)).log().expand(*inputs.take[:, :most].shape, VOCAB)
+        seen = torch.nn.functional.one_hot(inputs.ids, VOCAB).double().mean(1, keepdim=True) + 0.01
+        return (seen / seen.sum(-1, keepdim=True)).log().expand(*inputs.places[:, :most].shape, VOCAB)
 
 
 class CountsItsShare(Counting):
@@ -448,7 +448,7 @@ def test_a_run_that_tests_itself_prints_a_line_for_each_test(trained, tmp_path, 
     assert summary(done)["valid"] == "yes" and summary(done)["reasons"] == []
 
 
-class UnsureOfWhatNeverCame(tg.Over):
+class UnsureOfWhatNeverCame(tg.WrappingPredictor):
     """An honest predictor whose nats of tokens that the validation text does not hold are no numbers."""
 
     def __init__(self, honest, known):
@@ -678,7 +678,7 @@ def test_only_a_score_of_all_of_fineweb_can_be_a_record(trained, toy, tmp_path):
     def complaints(name, share, documents, val_tokens=0):
         ranges = np.zeros((documents, 2), dtype=np.int64)
         arguments = [*trained, "EVAL_STRIDE=0", f"VAL_TOKENS={val_tokens}", f"OUT_DIR={tmp_path / name}"]
-        with mock.patch.multiple(tg, FINEWEB_VAL_BYTES=share * nbytes, documents_of=lambda stream: ranges):
+        with mock.patch.multiple(tg, FINEWEB_VAL_BYTES=share * nbytes, document_ranges=lambda stream: ranges):
             said = summary(good(call(arguments)))
         return [why for why in said["eligible_reasons"] if "FineWeb" in why]
 

@@ -95,8 +95,8 @@ class SeesTheEnd(tg.ModelPredictor):
 
     def logits(self, inputs):
         logits = super().logits(inputs)
-        x = torch.cat((inputs.x, inputs.x[:, :1]), 1)
-        ends = x.gather(1, inputs.take + 1) == tg.BOS
+        x = torch.cat((inputs.ids, inputs.ids[:, :1]), 1)
+        ends = x.gather(1, inputs.places + 1) == tg.BOS
         return logits + 5.0 * ends[..., None] * (torch.arange(logits.size(-1)) == tg.BOS)
 
 
@@ -105,7 +105,7 @@ class SeesTheWidth(tg.ModelPredictor):
 
     def logits(self, inputs):
         logits = super().logits(inputs)
-        return logits + (inputs.x.size(1) % 5) * (torch.arange(logits.size(-1)) == tg.BOS)
+        return logits + (inputs.ids.size(1) % 5) * (torch.arange(logits.size(-1)) == tg.BOS)
 
 
 class Forger(tg.ModelPredictor):
@@ -278,7 +278,7 @@ class Uniform(tg.Predictor):
     """What the README recommends to begin with: predict() and nothing else."""
 
     def predict(self, inputs, most=None):
-        return torch.full((*inputs.take[:, :most].shape, 512), -math.log(512))
+        return torch.full((*inputs.places[:, :most].shape, 512), -math.log(512))
 
 
 @pytest.mark.parametrize("world", [1, 2])

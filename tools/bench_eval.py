@@ -83,7 +83,7 @@ class Scoring:
 
     Relied on: Settings.parse, .text and the fields named here; read_artifact, artifact_settings, load_artifact;
     Runtime, pick_attention, Clock, Validity with .freeze .need .reasons, train_on_validation, warm_up_scoring,
-    graphs_so_far; load_tokenizer, load_validation, documents_of; make_predictor, Reader with .forwarded, reader_for, score; of
+    graphs_so_far; load_tokenizer, load_validation, document_ranges; make_predictor, Reader with .forwarded, reader_for, score; of
     predictors .base .adaptation._loss and DocumentAdapters.observe; Mixture and Hashed over a bare Predictor with .learn
     .counts ._contexts ._share.
     """
@@ -99,7 +99,7 @@ class Scoring:
         self.rt = trainer.Runtime(s)
         self.attend = trainer.pick_attention(s, self.rt)
         self.val = trainer.load_validation(s, self.rt, sp)
-        self.documents = len(trainer.documents_of(self.val))
+        self.documents = len(trainer.document_ranges(self.val))
 
     def settings(self, text):
         """Those of the command line, then of a row, scaled to the text where they are nobody's choice."""
@@ -146,7 +146,7 @@ def count_gradients(predictor, trainer):
             adaptation._loss = loss
         if isinstance(predictor, trainer.DocumentAdapters):
             def observe(chunk, of=predictor.observe):
-                found.append(chunk.inputs.x.numel() * (chunk.more > 0))
+                found.append(chunk.inputs.ids.numel() * (chunk.continuing > 0))
                 of(chunk)
 
             predictor.observe = observe
@@ -197,7 +197,7 @@ def measure_counts(scoring, text):
     if rt.device.type == "cpu":
         torch.set_num_threads(1)
     exact = s.mixer == "backoff"
-    mixer = trainer.Mixture(trainer.Predictor(), s, rt, len(val.bytes)) if exact else trainer.Hashed(trainer.Predictor(), s, rt)
+    mixer = trainer.NgramMixture(trainer.Predictor(), s, rt, len(val.bytes)) if exact else trainer.HashedMixture(trainer.Predictor(), s, rt)
     seconds, nats = {"score": 0.0, "update": 0.0}, 0.0
     clock = time.process_time if rt.device.type == "cpu" else time.perf_counter
 
@@ -211,7 +211,7 @@ def measure_counts(scoring, text):
 
     for part in trainer.Reader(val, s, rt, s.ttt_chunk_tokens, mixer.history):
         for chunk in part.chunks:
-            run, k = chunk.inputs.run, chunk.targets.size(1)
+            run, k = chunk.inputs.recent, chunk.targets.size(1)
             with timed("score"):
                 if exact:
                     h = run.size(1) - k

@@ -83,7 +83,7 @@ class Subject:
     .observe(x, y) .tokens .moments(rt); Quantiser(model, s, moments) with .encode(spacing) .spacing_for(bytes) .quantised
     .stores and .groups (rewritten where each tensor has its own clip) and .factors (shared between settings: most of its
     time); pack().chunks; load_tokenizer, load_validation,
-    ModelPredictor, side_by_side, score, Validity; of Loaded: row_scales, round_to_grid. The containers: Encoded, stream_layout, pack_stream, code_groups,
+    ModelPredictor, contiguous_reader, score, Validity; of Loaded: row_scales, round_to_grid. The containers: Encoded, stream_layout, pack_stream, code_groups,
     decode_codes, decompress, _unplanes, _kind, COMPRESSORS.
     """
 
@@ -168,7 +168,7 @@ class Subject:
     def score(self, model):
         """Score of a model on the validation text, in windows of EVAL_SEQ_LEN side by side."""
         trainer, validity = self.trainer, self.trainer.Validity()
-        parts = trainer.side_by_side(self.val, self.s, self.rt)
+        parts = trainer.contiguous_reader(self.val, self.s, self.rt)
         found = trainer.score(trainer.ModelPredictor(model, self.rt), parts, self.val, self.rt, validity)
         if validity.reasons:
             raise BadInput(f"the score is not valid: {validity.reasons[0]}")
@@ -194,7 +194,7 @@ class Subject:
         val, predictor = self.val, self.trainer.ModelPredictor(self.model, self.rt)
         text = val._replace(tokens=val.tokens[: DIVERGENCE_TOKENS + 1], bytes=val.bytes[:DIVERGENCE_TOKENS])
         s = dataclasses.replace(self.s, eval_batch_seqs=max(4096 // self.s.eval_seq_len, 1))
-        for part in self.trainer.side_by_side(text, s, self.rt):
+        for part in self.trainer.contiguous_reader(text, s, self.rt):
             for chunk in part.chunks:
                 yield predictor.predict(chunk.inputs)[chunk.index >= 0]
 

@@ -235,9 +235,9 @@ def test_attention_kernels_do_not_look_ahead(name):
     assert torch.equal(before[:, :150], after[:, :150]) and not torch.equal(before[:, 150:], after[:, 150:])
 
 
-def documents_of(ids, longest):
+def document_ranges(ids, longest):
     """(for a kernel of lengths, for one of masks) of ids (B, T)."""
-    return tuple(tg.documents(ids.to(DEVICE), "attention", longest, varlen) for varlen in (True, False))
+    return tuple(tg.find_documents(ids.to(DEVICE), "attention", longest, varlen) for varlen in (True, False))
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -250,7 +250,7 @@ def test_attention_kernels_stay_in_documents(name, heads, channels, rows, length
     rt = runtime(s)
     attend = kernel(name, s, rt)
     assert getattr(attend, "varlen", False) == (name in ("fa3", "flash"))
-    lengths, masks = documents_of(ref.tokens(512, rows, length, bos=bos), s.longest_sequence)
+    lengths, masks = document_ranges(ref.tokens(512, rows, length, bos=bos), s.longest_sequence)
     generator = torch.Generator().manual_seed(0)
     rounded = [torch.randn(rows, length, h, channels, generator=generator).bfloat16().to(DEVICE)
                for h in (heads[0], heads[1], heads[1])]
@@ -277,7 +277,7 @@ def test_attention_kernels_do_not_look_into_other_documents(name):
     attend = kernel(name, s, rt)
     ids = torch.full((1, 256), 7)
     ids[0, [0, 100, 180]] = tg.BOS
-    docs = documents_of(ids, s.longest_sequence)[0 if getattr(attend, "varlen", False) else 1]
+    docs = document_ranges(ids, s.longest_sequence)[0 if getattr(attend, "varlen", False) else 1]
     q, k, v = (torch.randn(1, 256, h, 64, device=DEVICE, dtype=torch.bfloat16) for h in (4, 2, 2))
     with torch.no_grad():
         before = attend(q, k, v, docs)
@@ -299,7 +299,7 @@ def test_one_graph_serves_any_number_of_documents(name):
     for i, bos in enumerate((0.02, 0.3, 0.0, 0.1, 1.0)):
         ids = ref.tokens(512, 2, 257, seed=i, bos=bos).to(DEVICE)
         x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-        docs = model.documents(x, 256)
+        docs = model.find_documents(x, 256)
         if docs.cu is not None:
             torch._dynamo.maybe_mark_dynamic(docs.cu, 0)
         with torch._dynamo.config.patch(error_on_recompile=i > 1):
@@ -605,7 +605,7 @@ def test_the_cpu_runs_at_most_two_steps_ahead():
         torch.cuda._sleep(20_000_000)
         ahead = rt.throttle()
     assert ahead == 2
-    value = rt.fetch(torch.full((), 7.0, device=DEVICE))
+    value = rt.to_cpu(torch.full((), 7.0, device=DEVICE))
     rt.sync()
     assert value.device.type == "cpu" and value.item() == 7.0
 
