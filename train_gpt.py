@@ -1,32 +1,78 @@
-"""One file that trains, averages, quantises, packs, reloads and scores a small GPT for the Parameter Golf contest:
-the lowest bits per byte (BPB) whose code + compressed weights fit in 16,000,000 bytes.
+"""One file that trains, averages, quantises, packs, reloads and scores a small GPT for the Parameter
+Golf contest: the lowest bits per byte (BPB) whose code + compressed weights fit in 16,000,000 bytes.
 
-    bash run.sh                                                     the demo: sets everything up, trains, scores
+    bash run.sh                                                     the demo: set up, train, score
     torchrun --standalone --nproc_per_node=8 train_gpt.py           the real thing
-    python train_gpt.py @records/small.env MATRIX_LR=0.03 SEED=7    settings: default < @file < environment < KEY=VALUE
-    python train_gpt.py --help                                      every setting with its default and a sentence
+    python train_gpt.py @records/small.env MATRIX_LR=0.03 SEED=7    with other settings
+    python train_gpt.py --help                                      every setting in a sentence
+
+Settings: default < @file < environment < KEY=VALUE.
 
 The rooms of this file, in reading order
-     1 Settings      one frozen dataclass: the field is the environment variable; settings from outside
-     2 Model parts   norm, Linear, tables, rotary, SmearGate, n-gram hash, value embedding, gates, attention, MLP
-     3 Model         skips, parallel lanes, layer plan, Block, GPT, the training objective, roles
-     4 Runtime       device, dtype, ranks
-     5 Optimizer     orthogonalisation, MuonAdam for 1..N ranks, schedules, complementary weights, weight averages
-     6 Data          shards, tokenizer and bytes per token, training stream, validation stream
-     7 Quantisation  calibration, rounding, GPTQ, LQER, codecs, allocation, pruning, late QAT
-     8 Entropy coder of integer codes
-     9 Artifact      container, compressors, save, load, size
-    10 Evaluation    windows and the one score loop: the definition of the metric
-    11 Validity      the ledger, the examiner, the proof of the bytes, the self-test
-    12 Predictors    what is scored: the model, test-time training, n-grams, the tilt
+     1 Settings         one frozen dataclass: the field is the environment variable
+     2 Model parts      norm, Linear, tables, rotary, gates, n-gram hash, attention, MLP
+     3 Model            skips, parallel lanes, layer plan, Block, GPT, objective, roles
+     4 Runtime          device, dtype, ranks
+     5 Optimizer        Muon and AdamW on 1..N ranks, schedules, weight averages
+     6 Data             shards, tokenizer and bytes, training and validation stream
+     7 Quantisation     calibration, rounding, GPTQ, LQER, codecs, allocation, late QAT
+     8 Entropy coder    of integer codes
+     9 Artifact         container, compressors, save, load, size
+    10 Evaluation       windows and the one score loop: the definition of the metric
+    11 Validity         ledger, examiner, proof of the bytes, self-test
+    12 Predictors       what is scored: the model, test-time training, n-grams, the tilt
     13 Invalid originals, whose score is not valid
-    14 Kernels       fused kernels beside their reference, and who was chosen
-    15 Run           clock, console, log, folder, signals
-    16 Training      the steps, checkpoints, the training phase
-    17 Phases        export, evaluate, summarise, main
+    14 Kernels          attention kernels beside their reference, and the choice of one
+    15 Run              clock, console, log, folder, signals
+    16 Training         the steps, checkpoints, the training phase
+    17 Phases           export, evaluate, summarise, main
 
-Axes: B sequences, T positions, D model width, H query heads, K key/value heads, C channels of a head, V vocabulary.
-"#N" is pull request or issue N of openai/parameter-golf.
+Techniques: the setting that turns each one on, and its function or class
+    U-Net skips                       SKIPS                   Skips
+    depth recurrence                  NUM_LOOPS               depth_recurrence
+    parallel residual lanes           PARALLEL_RESIDUAL       ParallelLanes
+    exclusive self-attention (XSA)    XSA_LAST_N              xsa
+    partial RoPE                      ROPE_DIMS               rotate
+    LeakyReLU^2                       LEAKY_SLOPE             MLP
+    gates on heads                    ATTN_GATE               HeadGate
+    value residual                    VALUE_RESIDUAL          ValueResidual
+    value embedding                   VE_DIM                  ValueEmbedding
+    SmearGate                         SMEAR_GATE              SmearGate
+    BigramHash                        BIGRAM_VOCAB_SIZE       BigramHash
+    soft caps of the logits           LOGIT_SOFTCAP           GPT.logits
+    document mask                     DOC_MASK                find_documents
+    multi-token prediction (MTP)      MTP_NUM_HEADS           Objective
+    Muon                              MATRIX_OPTIMIZER        MuonAdam
+    Newton-Schulz, Polar Express      NEWTON_SCHULZ           newton_schulz
+    NorMuon                           NORMUON                 normuon
+    warmdown                          WARMDOWN_FRAC           warmdown
+    weight decay taper                WD_TAPER_START_FRAC     wd_scale
+    complementary training            COMPLEMENT_ALPHA        Complement
+    EMA, SWA, LAWA                    AVERAGE                 Average
+    coprime strides, packing          LOADER                  TokenStream
+    GPTQ                              MATRIX_QUANT            gptq
+    act order                         GPTQ_ACT_ORDER          factor_hessian
+    SDClip                            MATRIX_CLIP_SIGMAS      row_scales
+    AWQ-lite                          AWQ_LITE_GROUP_TOP_K    salient_groups
+    LQER                              LQER_RANK               lqer
+    calibration on generated text     GPTQ_CALIBRATION        generate
+    allocation of bits                FIT                     allocate
+    late QAT                          LATE_QAT_THRESHOLD      LateQAT
+    soft rounding                     QAT_ROUNDING            FakeQuant
+    entropy coder (rANS), its context COMPRESSOR              encode_codes
+    sliding windows                   EVAL_STRIDE             sliding_windows
+    kept keys and values              EVAL_CONTEXT            Cache
+    fitted temperature                EVAL_TEMPERATURE        Training.fit_temperature
+    score-first TTT                   TTT                     ScoreFirst
+    adapters of documents             TTT_WARM_START_A        DocumentAdapters
+    low-rank adapters (LoRA)          TTT_LORA_RANK           Adapters
+    phased TTT                        PHASED_TTT_PREFIX_DOCS  phase_ends
+    n-gram backoff, hedge mixture     MIXER                   NgramMixture
+    token-only tilt                   TOKEN_BOOST             Tilt
+    self-test of the score            SELFTEST                selftest
+
+Axes: B sequences, T positions, D model width, H query heads, K key/value heads, C channels of a
+head, V vocabulary. "#N" is pull request or issue N of openai/parameter-golf.
 """
 
 import contextlib
@@ -103,34 +149,99 @@ class Stopped(Exception):
 
 Layers = tuple[int, ...]  # "9,10"; an empty value means none
 Betas = tuple[float, ...]  # "0.9,0.95"; empty: BETA1,BETA2
-Stages = tuple[tuple[int, float], ...]  # "1024@0.1,2048@1": a size, and the fraction of the run up to which it holds
-Widths = tuple[tuple[int, int], ...]  # "0@8,10@8": a layer, and the bits of its matrices
+Stages = tuple[tuple[int, float], ...]  # "1024@0.1,2048@1": size@fraction of the run up to which it holds
+Widths = tuple[tuple[int, int], ...]  # "0@8,10@8": layer@bits, or size@place
 Names = tuple[str, ...]  # "q,v,head"; an empty value means none
-LISTS = {Layers: "layers", Betas: "two numbers", Stages: "size@fraction, ...", Widths: "number@number, ...",  # for --help
-         Names: "names"}
+LISTS = {  # how --help names them
+    Layers: "layers",
+    Betas: "two numbers",
+    Stages: "size@fraction, ...",
+    Widths: "number@number, ...",
+    Names: "names",
+}
 
 
-def opt(room, default, doc, lo=None, hi=None, on=""):
-    """`on`: the settings without which this one does nothing, as "ve_dim" or "average=swa|best"; a comma means or, an &
-    (which binds tighter) and. Where such a setting waits for another itself, this one waits for both.
+class Condition(NamedTuple):
+    """One condition of an `on` rule, such as VE_DIM, AVERAGE=swa|best or TTT!=lora_docs."""
+
+    setting: str  # the field
+    values: tuple[str, ...] = ()  # as a user types them; none: the setting is neither 0 nor empty
+    negated: bool = False  # none of the values
+
+    def holds(self, value):
+        if not self.values:
+            return bool(value)
+        words = set(value) if isinstance(value, tuple) else {format_value(value)}
+        met = bool(words & set(self.values))  # of a list, one of its words is enough
+        return met != self.negated
+
+
+def parse_rule(text):
+    """((Condition, ...), ...) of an `on` rule: one tuple for each alternative."""
+    alternatives = []
+    for alternative in text.split(",") if text else ():
+        conditions = []
+        for condition in alternative.split("&"):
+            setting, equals, values = condition.partition("=")
+            negated = setting.endswith("!")
+            words = tuple(values.split("|")) if equals else ()
+            conditions.append(Condition(setting.removesuffix("!"), words, negated))
+        alternatives.append(tuple(conditions))
+    return tuple(alternatives)
+
+
+def opt(room, default, doc, lo=None, hi=None, on="", code=""):
+    """A field of Settings: its default, its sentence in --help, its bounds.
+
+    `code` names the function or class that a reader of the setting wants to see. `on` is the rule
+    without which the setting does nothing:
+
+        rule        = alternative {"," alternative}    one of them must hold
+        alternative = condition {"&" condition}        all of them must hold
+        condition   = setting                          it is neither 0 nor empty
+                    | setting "=" value {"|" value}    it has one of these values
+                    | setting "!=" value {"|" value}   it has none of them
+
+    Where a condition's setting waits for a rule of its own, that rule must hold, too.
     """
-    return field(default=default, metadata=dict(room=room, doc=doc, lo=lo, hi=hi, on=on))
+    metadata = dict(room=room, doc=doc, lo=lo, hi=hi, on=parse_rule(on), code=code)
+    return field(default=default, metadata=metadata)
 
 
-# What many settings wait for.
-GATES, SKIPS = "attn_gate=head|sparse,smear_gate=scalar", "skips=linear|sigmoid|gated"
-MUON, HEADS = "matrix_optimizer=muon", "tie_embeddings=False,mtp_num_heads"
-STAGES, LANES = "train_seq_schedule,train_batch_schedule", "parallel_residual=lanes|routed"
-LANES_SKIPS = f"{LANES}&{SKIPS}"
-FIXED, EMBED_FIXED = "fit=off|prune&matrix_quant=rtn|gptq_lite|gptq", "fit=off|prune&embed_quant=rtn|gptq_lite|gptq"
-FULL_TTT, LORA, DOCS_TTT = "ttt=full|before|prequant,phased_ttt_prefix_docs", "ttt=lora|lora_docs", "ttt=lora_docs"
-BASE_TTT, STREAM = "ttt=full|before|prequant", "off|full|lora|before|prequant"
-COUNTS, STEPS_TTT = "mixer=backoff|hedge|hashed", BASE_TTT + "|lora,phased_ttt_prefix_docs"
-LEARNS, GROUPS = f"ttt=full|lora,{COUNTS},token_boost", f"ttt_warm_start_a,{DOCS_TTT}&{COUNTS},{DOCS_TTT}&token_boost"
+# Rules that several settings share.
+GATE_OF_A_WINDOW = "attn_gate=head|sparse,smear_gate=scalar"
+SKIPPING = "skips!=none"
+TWO_LANES = "parallel_residual=lanes|routed"
+TWO_LANES_SKIPPING = f"{TWO_LANES}&{SKIPPING}"
+MUON = "matrix_optimizer=muon"
+ADAMW_MATRICES = "matrix_optimizer=adamw"
+SEPARATE_HEADS = "tie_embeddings=0,mtp_num_heads"
+STAGED = "train_seq_schedule,train_batch_schedule"
+FALLING_LR = "warmdown_frac,warmdown_iters,warmdown_seconds"
+FIXED_GRID = "fit!=allocate&matrix_quant!=ternary"
+FIXED_EMBED_GRID = "fit!=allocate&embed_quant!=ternary"
+ANY_FIXED_GRID = f"{FIXED_GRID},{FIXED_EMBED_GRID}"
 GPTQ = "matrix_quant=gptq,embed_quant=gptq"
-MOMENTS = GPTQ + ",fit=allocate,lqer_rank,awq_lite_group_top_k"
-_run, _data, _model, _train, _average, _pack, _eval = (partial(opt, room) for room in (
-    "Run", "Data", "Model", "Training", "Averaging", "Quantisation and packing", "Evaluation"))
+CALIBRATED = f"{GPTQ},fit=allocate,lqer_rank,awq_lite_group_top_k"
+ONE_STREAM = "ttt!=lora_docs"
+WINDOWS = f"eval_context=window&{ONE_STREAM}"
+STREAM_TTT = "ttt=full|lora"
+DOCS_TTT = "ttt=lora_docs"
+ADAPTERS = "ttt=lora|lora_docs"
+WEIGHTS_TTT = "ttt=full|before|prequant,phased_ttt_prefix_docs"
+BATCHED_TTT = "ttt=full|before|prequant|lora,phased_ttt_prefix_docs"
+NGRAMS = "mixer!=off"
+LEARNS_BY_CHUNK = f"{STREAM_TTT},{NGRAMS},token_boost"
+LEARNS_BY_GROUP = f"ttt_warm_start_a,{DOCS_TTT}&{NGRAMS},{DOCS_TTT}&token_boost"
+ENTROPY_WEIGHT = "mixer=backoff|hashed"
+
+_run = partial(opt, "Run")
+_data = partial(opt, "Data")
+_model = partial(opt, "Model")
+_train = partial(opt, "Training")
+_average = partial(opt, "Averaging")
+_pack = partial(opt, "Quantisation and packing")
+_eval = partial(opt, "Evaluation")
 
 
 @dataclass(frozen=True)
@@ -138,258 +249,561 @@ class Settings:
     """Everything a person chooses. MATRIX_LR in a command is the field matrix_lr; derived values are properties."""
 
     run_id: str = _run("", "name of the run; empty: date, time, settings hash and seed")
-    out_dir: str = _run("", "folder for everything the run writes; empty: logs/RUN_ID")
+    out_dir: str = _run(
+        "", "folder for everything the run writes; empty: logs/RUN_ID", code="make_folder")
     seed: int = _run(1337, "seed of the initial weights", 0)
-    phases: Literal["all", "train", "eval"] = _run("all", "train: stop after the artifact; eval: only score ARTIFACT")
-    artifact: str = _run("", "artifact that PHASES=eval scores")
-    resume: str = _run("", "auto: newest whole checkpoint of OUT_DIR, if any; or a checkpoint file")
-    checkpoint_every: int = _run(0, "steps between checkpoints; 0: only when interrupted", 0)
-    train_log_every: int = _run(200, "steps between train lines in the log", 1)
-    val_loss_every: int = _run(1000, "steps between validations, outside the clock; 0: only at the end", 0)
-    device: Literal["auto", "cuda", "cpu"] = _run("auto", "auto: CUDA where there is one")
-    dtype: Literal["auto", "float32", "bfloat16"] = _run("auto", "of activations; auto: bfloat16 on CUDA, else float32")
-    compile: Literal["auto", "on", "off"] = _run("auto", "torch.compile; auto: on CUDA only")
-    attention: Literal["auto", "fa3", "cudnn", "flash", "math"] = _run("auto", "auto: the first that passes a check")
-    kernels: Literal["auto", "off", "require"] = _run("auto", "fused kernels; off: reference; require: no fallback")
-    strict_env: bool = _run(False, "a doubtful name in the environment is an error, not a warning")
+    phases: Literal["all", "train", "eval"] = _run(
+        "all", "train: stop after the artifact; eval: only score ARTIFACT", code="run_phases")
+    artifact: str = _run("", "artifact that PHASES=eval scores", code="load_artifact")
+    resume: str = _run(
+        "", "auto: newest whole checkpoint of OUT_DIR, if any; or a checkpoint file",
+        code="checkpoint_to_resume")
+    checkpoint_every: int = _run(
+        0, "steps between checkpoints; 0: only when interrupted", 0, code="Training.save")
+    train_log_every: int = _run(200, "steps between train lines in the log", 1, code="log_step")
+    val_loss_every: int = _run(
+        1000, "steps between validations, outside the clock; 0: only at the end",
+        0, code="report_score")
+    device: Literal["auto", "cuda", "cpu"] = _run(
+        "auto", "where to compute; auto: CUDA where there is one", code="Runtime")
+    dtype: Literal["auto", "float32", "bfloat16"] = _run(
+        "auto", "type of the activations; auto: bfloat16 on CUDA, else float32", code="Runtime")
+    compile: Literal["auto", "on", "off"] = _run(
+        "auto", "torch.compile; auto: on CUDA only", code="Runtime.compile")
+    attention: Literal["auto", "fa3", "cudnn", "flash", "math"] = _run(
+        "auto", "attention kernel; auto: the first that passes a check", code="pick_attention")
+    kernels: Literal["auto", "off", "require"] = _run(
+        "auto", "fused kernels; off: only the reference; require: a fallback is an error",
+        code="pick_attention")
+    strict_env: bool = _run(
+        False, "a doubtful name in the environment is an error, not a warning",
+        code="doubtful_names")
 
-    data_path: str = _data("data/datasets/fineweb10B_sp1024", "folder with fineweb_train_*.bin and fineweb_val_*.bin")
-    tokenizer_path: str = _data("", "SentencePiece model; empty: DATA_PATH/tokenizer.model, else the contest's place")
+    data_path: str = _data(
+        "data/datasets/fineweb10B_sp1024", "folder with fineweb_train_*.bin and fineweb_val_*.bin",
+        code="find_shards")
+    tokenizer_path: str = _data(
+        "", "SentencePiece model; empty: DATA_PATH/tokenizer.model, else the contest's place",
+        code="load_tokenizer")
     vocab_size: int = _data(1024, "vocabulary of tokenizer and shards", 8, 65536)
-    val_tokens: int = _data(0, "score only the first N validation targets (never record-eligible); 0: all", 0)
+    val_tokens: int = _data(
+        0, "score only the first N validation targets (never record-eligible); 0: all",
+        0, code="load_validation")
 
-    num_layers: int = _model(11, "physical transformer blocks", 1, 256)
+    num_layers: int = _model(11, "physical transformer blocks", 1, 256, code="layer_plan")
     model_dim: int = _model(512, "width of the residual stream", 8, 16384)
-    num_heads: int = _model(8, "query heads", 1, 512)
-    num_kv_heads: int = _model(4, "key/value heads (grouped-query attention)", 1, 512)
-    mlp_mult: float = _model(3.0, "hidden width of the MLP as a multiple of MODEL_DIM", 0.25, 16)
-    leaky_slope: float = _model(0.5, "MLP activation leaky_relu(x, slope)^2; 0 is ReLU^2 (#549)", 0, 1)
-    logit_softcap: float = _model(30.0, "logits = cap * tanh(logits / cap); 0: no cap", 0)
+    num_heads: int = _model(8, "query heads", 1, 512, code="Attention")
+    num_kv_heads: int = _model(
+        4, "key/value heads (grouped-query attention)", 1, 512, code="Attention")
+    mlp_mult: float = _model(
+        3.0, "hidden width of the MLP as a multiple of MODEL_DIM", 0.25, 16, code="MLP")
+    leaky_slope: float = _model(
+        0.5, "MLP activation leaky_relu(x, slope)^2; 0 is ReLU^2 (#549)", 0, 1, code="MLP")
+    logit_softcap: float = _model(
+        30.0, "logits = cap * tanh(logits / cap); 0: no cap", 0, code="GPT.logits")
     asym_logit_rescale: bool = _model(
-        False, "a cap for positive and one for negative logits, equal until test-time training of the weights (#1923)",
-        on=FULL_TTT)
-    tie_embeddings: bool = _model(True, "the token table is also the head; 0: a head of its own, zero at first")
-    embed_dim: int = _model(0, "width of the token table, projected to MODEL_DIM (factorised); 0: MODEL_DIM", 0, 16384)
-    tied_embed_init_std: float = _model(0.005, "initial standard deviation of the token table", 0)
-    qk_gain_init: float = _model(1.5, "initial learned gain of the normalised queries, per head", 0)
-    rope_dims: int = _model(16, "channels of a head that rotate with position; the rest carry no position", 0, 1024)
-    rope_base: float = _model(22081.8, "rotary base at every length: 10000 * 2^(8/7), the NTK rule at 2048", 1,
-                              on="rope_dims")
-    xsa_last_n: int = _model(4, "exclusive self-attention on the last N layers (#265)", 0, 256)
-    attn_gate: Literal["none", "head", "dense", "sparse"] = _model("none", "gate on each head (#1667, #1736, #1787)")
-    gate_window: int = _model(12, "channels such gates read", 1, 16384, on=GATES)
-    sparse_attn_gate_scale: float = _model(1.0, "factor inside the sparse gate's sigmoid", 0, on="attn_gate=sparse")
-    value_residual: Literal["none", "vrl", "pair", "sigmoid"] = _model("none", "layer 0's values in later layers")
-    ln_scale: bool = _model(True, "scale the normed input of layer i by 1/sqrt(i+1)")
-    resid_mix: bool = _model(True, "each block starts from a learned mix of the stream and the first embedding")
-    skips: Literal["none", "linear", "sigmoid", "gated"] = _model("linear", "U-Net skips (sigmoid #1539, gated #1394)")
-    skip_pairs: int = _model(0, "most skips; 0: half the visits of the longest plan", 0, 256, on=SKIPS)
-    num_loops: int = _model(0, "depth recurrence: further passes over layers LOOP_START..LOOP_END (#1394)", 0, 16)
-    loop_start: int = _model(3, "first layer of the loop", 0, 255, on="num_loops")
-    loop_end: int = _model(5, "last layer of the loop", 0, 255, on="num_loops")
-    loop_order: Literal["range", "layer"] = _model("range", "3,4,3,4 or (#1033) 3,3,4,4", on="num_loops")
-    enable_looping_at: float = _model(0.35, "fraction of the run from which it loops", 0, 0.999, on="num_loops")
+        False, "one cap for positive and one for negative logits, which test-time training of the "
+        "weights moves apart (#1923)",
+        on=WEIGHTS_TTT, code="LogitCaps")
+    tie_embeddings: bool = _model(
+        True, "the token table is also the head; 0: a head of its own, which begins at zero",
+        code="GPT")
+    embed_dim: int = _model(
+        0, "width of a factorised token table, which is projected to MODEL_DIM; 0: MODEL_DIM",
+        0, 16384, code="GPT")
+    tied_embed_init_std: float = _model(
+        0.005, "initial standard deviation of the token table", 0, code="Table")
+    qk_gain_init: float = _model(
+        1.5, "initial gain of the normalised queries, learned for each head", 0, code="Attention")
+    rope_dims: int = _model(
+        16, "channels of a head that rotate with position (partial RoPE); the others carry none",
+        0, 1024, code="rotate")
+    rope_base: float = _model(
+        22081.8, "rotary base at every length: 10000 * 2^(8/7), the NTK rule at 2048",
+        1, on="rope_dims", code="rotary_tables")
+    xsa_last_n: int = _model(
+        4, "exclusive self-attention (XSA) on the last N layers (#265)", 0, 256, code="xsa")
+    attn_gate: Literal["none", "head", "dense", "sparse"] = _model(
+        "none", "gate on the output of each head (#1667, #1736, #1787)", code="HeadGate")
+    gate_window: int = _model(
+        12, "channels that ATTN_GATE=head|sparse and SMEAR_GATE=scalar read",
+        1, 16384, on=GATE_OF_A_WINDOW, code="HeadGate")
+    sparse_attn_gate_scale: float = _model(
+        1.0, "factor inside the sigmoid of ATTN_GATE=sparse",
+        0, on="attn_gate=sparse", code="HeadGate")
+    value_residual: Literal["none", "vrl", "pair", "sigmoid"] = _model(
+        "none", "add layer 0's values to those of later layers (#1033, #1311, #1539)",
+        code="ValueResidual")
+    ln_scale: bool = _model(True, "scale the normed input of layer i by 1/sqrt(i+1)", code="Block")
+    resid_mix: bool = _model(
+        True, "each block starts from a learned mix of the stream and the first embedding",
+        code="Block")
+    skips: Literal["none", "linear", "sigmoid", "gated"] = _model(
+        "linear", "U-Net skips (sigmoid #1539, gated #1394)", code="Skips")
+    skip_pairs: int = _model(
+        0, "most U-Net skips; 0: half the visits of the longest plan",
+        0, 256, on=SKIPPING, code="layer_plan")
+    num_loops: int = _model(
+        0, "depth recurrence: further passes over layers LOOP_START..LOOP_END (#1394)",
+        0, 16, code="depth_recurrence")
+    loop_start: int = _model(3, "depth recurrence: first layer of the loop", 0, 255, on="num_loops")
+    loop_end: int = _model(5, "depth recurrence: last layer of the loop", 0, 255, on="num_loops")
+    loop_order: Literal["range", "layer"] = _model(
+        "range", "depth recurrence: visit the loop as 3,4,3,4 or, layer by layer, as 3,3,4,4 "
+        "(#1033)",
+        on="num_loops", code="depth_recurrence")
+    enable_looping_at: float = _model(
+        0.35, "depth recurrence: fraction of the run after which it is on",
+        0, 0.999, on="num_loops", code="Training.enter")
     parallel_residual: Literal["none", "gptj", "lanes", "routed"] = _model(
-        "none", "attention beside MLP: on one stream (#1412), on two lanes (#1539), with learned routing (#1529)")
-    parallel_start_layer: int = _model(7, "from this layer on", 0, 255, on=LANES + "|gptj")
+        "none", "attention next to the MLP: on one stream (gptj, #1412), on two parallel lanes "
+        "(#1539), on two lanes with learned routing (#1529)",
+        code="ParallelLanes")
+    parallel_start_layer: int = _model(
+        7, "first layer of PARALLEL_RESIDUAL",
+        0, 255, on="parallel_residual!=none", code="layer_plan")
     parallel_first_skip: Literal["both", "lane0"] = _model(
-        "both", "the lanes part after the U-Net skip of their first layer (#1529), or before it: lane 0 alone gets it (#1855)",
-        on=LANES_SKIPS)
-    parallel_final_lane: Literal["mean", "learned"] = _model("mean", "merge of the two lanes", on=LANES)
+        "both", "the U-Net skip of the first layer with two lanes enters both (#1529), or lane 0 "
+        "alone (#1855)",
+        on=TWO_LANES_SKIPPING, code="layer_plan")
+    parallel_final_lane: Literal["mean", "learned"] = _model(
+        "mean", "how the two lanes are merged after the last layer",
+        on=TWO_LANES, code="ParallelLanes")
     smear_gate: Literal["none", "channel", "scalar"] = _model(
-        "channel", "mix of each embedding with the previous one: a gate per channel, or one from 12 features (#1667)")
+        "channel", "SmearGate, a mix of each embedding with the one before: a gate for each "
+        "channel, or one computed from GATE_WINDOW channels (#1667)",
+        code="SmearGate")
     doc_mask: Literal["none", "inputs", "attention"] = _model(
-        "inputs", "what stops at BOS: nothing; SmearGate and n-gram hash (#1855); attention, too (#1530)")
-    bigram_vocab_size: int = _model(2048, "rows of the hashed bigram table; 0: off", 0, 2**24)
-    bigram_dim: int = _model(128, "width of the bigram table", 1, 16384, on="bigram_vocab_size")
-    trigram: bool = _model(False, "add the hashed trigram's row of the bigram table (#1539)", on="bigram_vocab_size")
-    trigram_vocab_size: int = _model(0, "rows of a hashed trigram table of its own (#1311); 0: off", 0, 2**24)
-    trigram_dim: int = _model(128, "width of the trigram table", 1, 16384, on="trigram_vocab_size")
-    ve_dim: int = _model(128, "width of the value embedding table; 0: off", 0, 16384)
-    ve_layers: Layers = _model((9, 10), "layers whose values get the value embedding", on="ve_dim")
+        "inputs", "what stops at the beginning of a document: nothing; SmearGate and n-gram hash "
+        "(#1855); attention, too (#1530)",
+        code="find_documents")
+    bigram_vocab_size: int = _model(
+        2048, "BigramHash: rows of the hashed bigram table; 0: off", 0, 2**24, code="BigramHash")
+    bigram_dim: int = _model(
+        128, "BigramHash: width of the bigram table",
+        1, 16384, on="bigram_vocab_size", code="BigramHash")
+    trigram: bool = _model(
+        False, "BigramHash: add the row of the hashed trigram in the same table (#1539)",
+        on="bigram_vocab_size", code="hash_ngrams")
+    trigram_vocab_size: int = _model(
+        0, "rows of a hashed trigram table of its own (#1311); 0: off", 0, 2**24, code="BigramHash")
+    trigram_dim: int = _model(
+        128, "width of that trigram table", 1, 16384, on="trigram_vocab_size", code="BigramHash")
+    ve_dim: int = _model(
+        128, "width of the value embedding table; 0: off", 0, 16384, code="ValueEmbedding")
+    ve_layers: Layers = _model(
+        (9, 10), "layers whose values get the value embedding",
+        on="ve_dim", code="Attention.values")
 
     iterations: int = _train(20000, "stop after N steps; 0: no limit", 0)
-    max_wallclock_seconds: float = _train(600.0, "stop before the training clock passes this; 0: no limit", 0)
+    max_wallclock_seconds: float = _train(
+        600.0, "stop before the training clock passes this; 0: no limit", 0, code="Clock")
     train_batch_tokens: int = _train(786432, "tokens of a step over all ranks", 1)
-    train_batch_schedule: Stages = _train((), "such as 196608@0.2,786432@1; replaces TRAIN_BATCH_TOKENS")
+    train_batch_schedule: Stages = _train(
+        (), "tokens of a step in stages, such as 196608@0.2,786432@1; replaces TRAIN_BATCH_TOKENS",
+        code="Settings.stages")
     train_seq_len: int = _train(2048, "length of a training sequence", 2, 2**20)
-    train_seq_schedule: Stages = _train((), "such as 1024@0.1,2048@1 (#2014); replaces TRAIN_SEQ_LEN")
-    seq_change_warmup_steps: int = _train(0, "steps over which the learning rate rises in a new stage", 0, on=STAGES)
-    micro_batch_tokens: int = _train(98304, "most tokens forwarded at once on a rank, or in a packed row", 1)
+    train_seq_schedule: Stages = _train(
+        (), "length of a training sequence in stages, such as 1024@0.1,2048@1 (#2014); replaces "
+        "TRAIN_SEQ_LEN",
+        code="Settings.stages")
+    seq_change_warmup_steps: int = _train(
+        0, "steps over which the learning rate rises again in a new stage",
+        0, on=STAGED, code="lr_scale")
+    micro_batch_tokens: int = _train(
+        98304, "most tokens forwarded at once on a rank, or in a packed row", 1, code="TokenStream")
     loader: Literal["sequential", "coprime", "shuffled", "packed"] = _train(
-        "sequential", "the stream in order; blocks by coprime strides (#1060), shuffled (#1394); documents (#1530)")
-    warmup_steps: int = _train(3, "steps on synthetic tokens that compile everything and are undone", 0)
-    lr_warmup_steps: int = _train(0, "steps over which the learning rate rises from 0", 0)
-    warmdown_frac: float = _train(0.5, "last fraction of the run in which the learning rate falls linearly", 0, 1)
-    warmdown_iters: int = _train(0, "the same in (estimated) steps; replaces WARMDOWN_FRAC when > 0", 0)
-    warmdown_seconds: float = _train(0.0, "the same in seconds; replaces WARMDOWN_FRAC when > 0", 0)
-    min_lr: float = _train(0.0, "floor of the warmdown as a fraction of the peak", 0, 1,
-                           on="warmdown_frac,warmdown_iters,warmdown_seconds")
-    matrix_optimizer: Literal["muon", "adamw"] = _train("muon", "of the matrices")
-    matrix_lr: float = _train(0.025, "learning rate of the matrices", 0)
-    scalar_lr: float = _train(0.025, "learning rate of gains, gates and scales (AdamW)", 0)
-    tied_embed_lr: float = _train(0.035, "learning rate of the embedding tables (AdamW)", 0, on="tie_embeddings")
-    embed_lr: float = _train(0.6, "the same without TIE_EMBEDDINGS", 0, on="tie_embeddings=False")
-    head_lr: float = _train(0.008, "learning rate of an untied head and of MTP heads (AdamW)", 0, on=HEADS)
-    muon_momentum: float = _train(0.99, "momentum of Muon (Nesterov)", 0, 0.9999, on=MUON)
-    muon_momentum_warmup_start: float = _train(0.92, "momentum at the first step", 0, 0.9999,
-                                               on="muon_momentum_warmup_steps")
-    muon_momentum_warmup_steps: int = _train(1500, "steps over which it rises to MUON_MOMENTUM", 0, on=MUON)
-    muon_backend_steps: int = _train(5, "Newton-Schulz iterations", 1, 20, on=MUON)
-    newton_schulz: Literal["classic", "polar_express"] = _train("classic", "coefficients of the iterations", on=MUON)
-    muon_row_normalize: bool = _train(False, "MuonEq-R: rows of the update to norm 1 before them (#1285)", on=MUON)
-    normuon: bool = _train(False, "NorMuon: rows scaled by their second moment after them", on=MUON)
-    muon_beta2: float = _train(0.95, "decay of NorMuon's second moment", 0, 0.99999, on="normuon")
-    muon_wd: float = _train(0.04, "decoupled weight decay of the matrices", 0)
-    adam_wd: float = _train(0.04, "decoupled weight decay of gains, gates and scales", 0)
-    embed_wd: float = _train(0.04, "decoupled weight decay of the embedding tables", 0)
-    head_wd: float = _train(0.0, "decoupled weight decay of an untied head and of MTP heads", 0, on=HEADS)
-    wd_taper_start_frac: float = _train(0.0, "fraction of the run from which MUON_WD changes (#1729); 0: off", 0, 0.999)
-    wd_taper_final_mult: float = _train(0.5, "multiple of itself at which it ends", 0, 10, on="wd_taper_start_frac")
-    beta1: float = _train(0.9, "AdamW, first moment", 0, 0.9999)
-    beta2: float = _train(0.95, "AdamW, second moment", 0, 0.99999)
-    matrix_betas: Betas = _train((), "both for the matrices; empty: BETA1,BETA2", on="matrix_optimizer=adamw")
-    embed_betas: Betas = _train((), "both for the embedding tables; empty: BETA1,BETA2")
-    head_betas: Betas = _train((), "both for an untied head and MTP heads", on=HEADS)
-    adam_eps: float = _train(1e-8, "AdamW, added to the root of the second moment", 1e-20)
-    grad_clip_norm: float = _train(0.3, "clip the global gradient (all ranks, all parameters) to this norm; 0: off", 0)
-    complement_alpha: float = _train(0.0, "weigh tokens less that bigram counts predict (#1033); 0: off", 0, 1)
-    mtp_num_heads: int = _train(0, "heads that predict further tokens in training and are not exported; 0: off", 0, 16)
-    mtp_loss_weight: float = _train(0.2, "weight of their mean loss", 0, on="mtp_num_heads")
+        "sequential", "order of the training text: as it is; blocks by coprime strides (#1060); "
+        "shuffled blocks (#1394); whole documents packed into rows (#1530)",
+        code="TokenStream")
+    warmup_steps: int = _train(
+        3, "steps on synthetic tokens that compile everything and are undone",
+        0, code="Training.warm_up")
+    lr_warmup_steps: int = _train(
+        0, "steps over which the learning rate rises from 0", 0, code="lr_scale")
+    warmdown_frac: float = _train(
+        0.5, "last fraction of the run in which the learning rate falls linearly",
+        0, 1, code="warmdown")
+    warmdown_iters: int = _train(
+        0, "length of the warmdown in (estimated) steps; replaces WARMDOWN_FRAC when > 0",
+        0, code="warmdown")
+    warmdown_seconds: float = _train(
+        0.0, "length of the warmdown in seconds; replaces WARMDOWN_FRAC when > 0",
+        0, code="warmdown")
+    min_lr: float = _train(
+        0.0, "floor of the warmdown as a fraction of the peak learning rate",
+        0, 1, on=FALLING_LR, code="warmdown")
+    matrix_optimizer: Literal["muon", "adamw"] = _train(
+        "muon", "optimizer of the matrices", code="update_rules")
+    matrix_lr: float = _train(0.025, "learning rate of the matrices", 0, code="update_rules")
+    scalar_lr: float = _train(
+        0.025, "learning rate of gains, gates and scales (AdamW)", 0, code="update_rules")
+    tied_embed_lr: float = _train(
+        0.035, "learning rate of the embedding tables (AdamW) with TIE_EMBEDDINGS=1",
+        0, on="tie_embeddings", code="update_rules")
+    embed_lr: float = _train(
+        0.6, "learning rate of the embedding tables (AdamW) with TIE_EMBEDDINGS=0",
+        0, on="tie_embeddings=0", code="update_rules")
+    head_lr: float = _train(
+        0.008, "learning rate of an untied head and of MTP heads (AdamW)",
+        0, on=SEPARATE_HEADS, code="update_rules")
+    muon_momentum: float = _train(
+        0.99, "Nesterov momentum of Muon", 0, 0.9999, on=MUON, code="MuonAdam")
+    muon_momentum_warmup_start: float = _train(
+        0.92, "momentum of Muon at the first step",
+        0, 0.9999, on="muon_momentum_warmup_steps", code="momentum_at")
+    muon_momentum_warmup_steps: int = _train(
+        1500, "steps over which the momentum rises to MUON_MOMENTUM",
+        0, on=MUON, code="momentum_at")
+    muon_backend_steps: int = _train(
+        5, "Newton-Schulz iterations of Muon", 1, 20, on=MUON, code="newton_schulz")
+    newton_schulz: Literal["classic", "polar_express"] = _train(
+        "classic", "coefficients of the Newton-Schulz iterations", on=MUON, code="newton_schulz")
+    muon_row_normalize: bool = _train(
+        False, "MuonEq-R: rows of the update get norm 1 before the Newton-Schulz iterations "
+        "(#1285)",
+        on=MUON, code="newton_schulz")
+    normuon: bool = _train(
+        False, "NorMuon: rows of the update are scaled by their second moment after the "
+        "Newton-Schulz iterations",
+        on=MUON, code="normuon")
+    muon_beta2: float = _train(
+        0.95, "decay of NorMuon's second moment", 0, 0.99999, on="normuon", code="normuon")
+    muon_wd: float = _train(0.04, "decoupled weight decay of the matrices", 0, code="update_rules")
+    adam_wd: float = _train(
+        0.04, "decoupled weight decay of gains, gates and scales", 0, code="update_rules")
+    embed_wd: float = _train(
+        0.04, "decoupled weight decay of the embedding tables", 0, code="update_rules")
+    head_wd: float = _train(
+        0.0, "decoupled weight decay of an untied head and of MTP heads",
+        0, on=SEPARATE_HEADS, code="update_rules")
+    wd_taper_start_frac: float = _train(
+        0.0, "fraction of the run after which MUON_WD changes (#1729); 0: off",
+        0, 0.999, code="wd_scale")
+    wd_taper_final_mult: float = _train(
+        0.5, "multiple of MUON_WD at the end of the run",
+        0, 10, on="wd_taper_start_frac", code="wd_scale")
+    beta1: float = _train(0.9, "decay of AdamW's first moment", 0, 0.9999, code="adamw")
+    beta2: float = _train(0.95, "decay of AdamW's second moment", 0, 0.99999, code="adamw")
+    matrix_betas: Betas = _train(
+        (), "AdamW's two decays for the matrices; empty: BETA1,BETA2",
+        on=ADAMW_MATRICES, code="update_rules")
+    embed_betas: Betas = _train(
+        (), "AdamW's two decays for the embedding tables; empty: BETA1,BETA2", code="update_rules")
+    head_betas: Betas = _train(
+        (), "AdamW's two decays for an untied head and MTP heads; empty: BETA1,BETA2",
+        on=SEPARATE_HEADS, code="update_rules")
+    adam_eps: float = _train(
+        1e-8, "AdamW: added to the root of the second moment", 1e-20, code="adamw")
+    grad_clip_norm: float = _train(
+        0.3, "clip the global gradient (all ranks, all parameters) to this norm; 0: off",
+        0, code="MuonAdam")
+    complement_alpha: float = _train(
+        0.0, "complementary training: tokens that bigram counts predict weigh less (#1033); 0: off",
+        0, 1, code="Complement")
+    mtp_num_heads: int = _train(
+        0, "multi-token prediction (MTP): heads that predict further tokens in training and are "
+        "not exported; 0: off",
+        0, 16, code="Objective")
+    mtp_loss_weight: float = _train(
+        0.2, "weight of the mean loss of the MTP heads", 0, on="mtp_num_heads", code="Objective")
 
     average: Literal["none", "ema", "swa", "lawa", "best"] = _average(
-        "ema", "exported: last weights; running mean; mean of all or the last snapshots; best on held-out training")
-    ema_decay: float = _average(0.997, "decay of the exponential average, per step", 0, 0.999999, on="average=ema|best")
-    ema_start_frac: float = _average(0.0, "fraction of the run at which it starts", 0, 0.999, on="average=ema|best")
-    swa_every: int = _average(50, "steps between snapshots", 1, on="average=swa|best")
-    swa_start_scale: float = _average(0.2, "taken below this fraction of the peak learning rate", 0, 1,
-                                      on="average=swa|best")
-    lawa_freq: int = _average(100, "steps between snapshots", 1, on="average=lawa|best")
-    lawa_k: int = _average(10, "snapshots that are averaged, the last ones", 1, 100, on="average=lawa|best")
-    holdout_tokens: int = _average(2**20, "end of the training stream that is not trained on, but chooses the best",
-                                   2, on="average=best")
+        "ema", "weights that are exported: the last; a running mean (ema); the mean of all "
+        "snapshots (swa) or of the last ones (lawa); the best of these on held-out training text",
+        code="Average")
+    ema_decay: float = _average(
+        0.997, "EMA: decay of the running mean, per step",
+        0, 0.999999, on="average=ema|best", code="Average")
+    ema_start_frac: float = _average(
+        0.0, "EMA: fraction of the run at which it starts",
+        0, 0.999, on="average=ema|best", code="Average")
+    swa_every: int = _average(
+        50, "SWA: steps between snapshots", 1, on="average=swa|best", code="Average")
+    swa_start_scale: float = _average(
+        0.2, "SWA: snapshots are taken below this fraction of the peak learning rate",
+        0, 1, on="average=swa|best", code="Average")
+    lawa_freq: int = _average(
+        100, "LAWA: steps between snapshots", 1, on="average=lawa|best", code="Average")
+    lawa_k: int = _average(
+        10, "LAWA: number of last snapshots that are averaged",
+        1, 100, on="average=lawa|best", code="Average")
+    holdout_tokens: int = _average(
+        2**20, "tokens at the end of the training stream that choose the best average and are not "
+        "trained on",
+        2, on="average=best", code="TokenStream.hold_out")
 
     fit: Literal["off", "prune", "allocate"] = _pack(
-        "allocate", "to SIZE_LIMIT: not; zero the cheapest codes; choose every step of the grid by what its error costs")
+        "allocate", "how the artifact is fitted to SIZE_LIMIT: not at all; by zeroing the cheapest "
+        "codes; by choosing every step size of the grid by what its error costs",
+        code="allocate")
     matrix_quant: Literal["rtn", "gptq_lite", "gptq", "ternary"] = _pack(
-        "gptq", "to nearest, clipped at the row's maximum or best percentile; errors fed forward; -1, 0, 1 (BitNet)")
-    matrix_bits: int = _pack(6, "bits of a matrix weight: 2 to 8, or 16 for float16", 2, 16, on=FIXED)
-    attn_bits: int = _pack(0, "the same of q, k, v, o; 0: MATRIX_BITS", 0, 16, on=FIXED)
-    mlp_bits: int = _pack(0, "the same of the MLP; 0: MATRIX_BITS", 0, 16, on=FIXED)
-    layer_bits: Widths = _pack((), "the same of whole layers, such as 0@8,10@8; goes before the others", on=FIXED)
-    matrix_clip_sigmas: float = _pack(0.0, "clip rows at so many standard deviations (SDClip, #1394); 0: as MATRIX_QUANT",
-                                      0, 100, on=FIXED)
-    attn_clip_sigmas: float = _pack(0.0, "the same of q, k, v, o; 0: MATRIX_CLIP_SIGMAS", 0, 100, on=FIXED)
-    mlp_clip_sigmas: float = _pack(0.0, "the same of the MLP; 0: MATRIX_CLIP_SIGMAS", 0, 100, on=FIXED)
-    embed_quant: Literal["rtn", "gptq_lite", "gptq", "ternary"] = _pack("gptq", "MATRIX_QUANT of embedding tables")
-    embed_bits: int = _pack(8, "bits of an embedding weight: 2 to 8, or 16", 2, 16, on=EMBED_FIXED)
-    embed_clip_sigmas: float = _pack(0.0, "MATRIX_CLIP_SIGMAS of embedding tables", 0, 100, on=EMBED_FIXED)
-    gate_bits: int = _pack(16, "bits of a gate's weight, by row (#1736): 2 to 8, or 16", 2, 16,
-                           on="attn_gate=head|dense|sparse")
-    proj_bits: int = _pack(0, "bits of matrices outside the layers: projections of n-gram, value and token tables; 0: "
-                           "MATRIX_BITS", 0, 16, on=FIXED)
-    clip_floor: float = _pack(0.0, "rows are clipped at this magnitude or more: 1 in the early records (#414)", 0, 100,
-                              on=f"{FIXED},{EMBED_FIXED}")
-    awq_lite_group_top_k: int = _pack(0, "groups of columns, the most salient ones, that get AWQ_LITE_BITS (#1908); 0: off",
-                                      0, 1000, on=f"{FIXED},{EMBED_FIXED}")
-    awq_lite_bits: int = _pack(8, "bits of a salient group", 3, 8, on="awq_lite_group_top_k")
-    awq_lite_group_size: int = _pack(64, "neighbouring columns of a salient group", 1, 2**16, on="awq_lite_group_top_k")
-    prune_pct: float = _pack(0.0, "share of each quantised tensor, its smallest weights, that become 0 (#967)", 0, 0.99)
-    gptq_damp: float = _pack(0.01, "share of the mean of a Hessian's diagonal that is added to it", 1e-6, 10, on=GPTQ)
-    gptq_act_order: bool = _pack(True, "columns by falling diagonal of the Hessian", on=GPTQ)
-    gptq_block_size: int = _pack(128, "columns whose errors are fed forward together (speed only)", 1, 2**16, on=GPTQ)
+        "gptq", "rounding of the matrices: to nearest, clipped at the row's maximum (rtn) or best "
+        "percentile (gptq_lite); errors fed forward (gptq); to -1, 0, 1 (ternary, BitNet)",
+        code="gptq")
+    matrix_bits: int = _pack(
+        6, "bits of a matrix weight: 2 to 8, or 16 for float16",
+        2, 16, on=FIXED_GRID, code="storage")
+    attn_bits: int = _pack(
+        0, "bits of a weight of q, k, v, o; 0: MATRIX_BITS", 0, 16, on=FIXED_GRID, code="storage")
+    mlp_bits: int = _pack(
+        0, "bits of a weight of the MLP; 0: MATRIX_BITS", 0, 16, on=FIXED_GRID, code="storage")
+    layer_bits: Widths = _pack(
+        (), "bits of whole layers, such as 0@8,10@8; goes before ATTN_BITS and MLP_BITS",
+        on=FIXED_GRID, code="storage")
+    matrix_clip_sigmas: float = _pack(
+        0.0, "SDClip: clip rows of matrices at this number of standard deviations (#1394); 0: as "
+        "MATRIX_QUANT does",
+        0, 100, on=FIXED_GRID, code="row_scales")
+    attn_clip_sigmas: float = _pack(
+        0.0, "SDClip of q, k, v, o; 0: MATRIX_CLIP_SIGMAS",
+        0, 100, on=FIXED_GRID, code="row_scales")
+    mlp_clip_sigmas: float = _pack(
+        0.0, "SDClip of the MLP; 0: MATRIX_CLIP_SIGMAS", 0, 100, on=FIXED_GRID, code="row_scales")
+    embed_quant: Literal["rtn", "gptq_lite", "gptq", "ternary"] = _pack(
+        "gptq", "rounding of the embedding tables, as MATRIX_QUANT", code="gptq")
+    embed_bits: int = _pack(
+        8, "bits of an embedding weight: 2 to 8, or 16", 2, 16, on=FIXED_EMBED_GRID, code="storage")
+    embed_clip_sigmas: float = _pack(
+        0.0, "SDClip of the embedding tables; 0: as EMBED_QUANT does",
+        0, 100, on=FIXED_EMBED_GRID, code="row_scales")
+    gate_bits: int = _pack(
+        16, "bits of a weight of ATTN_GATE, by row (#1736): 2 to 8, or 16",
+        2, 16, on="attn_gate!=none", code="storage")
+    proj_bits: int = _pack(
+        0, "bits of matrices outside the layers: projections of n-gram, value and token tables; 0: "
+        "MATRIX_BITS",
+        0, 16, on=FIXED_GRID, code="storage")
+    clip_floor: float = _pack(
+        0.0, "least magnitude at which a row is clipped: 1 in the early records (#414)",
+        0, 100, on=ANY_FIXED_GRID, code="row_scales")
+    awq_lite_group_top_k: int = _pack(
+        0, "AWQ-lite: number of groups of columns, the most salient ones, that get AWQ_LITE_BITS "
+        "(#1908); 0: off",
+        0, 1000, on=ANY_FIXED_GRID, code="salient_groups")
+    awq_lite_bits: int = _pack(
+        8, "AWQ-lite: bits of a salient group",
+        3, 8, on="awq_lite_group_top_k", code="salient_groups")
+    awq_lite_group_size: int = _pack(
+        64, "AWQ-lite: neighbouring columns of a salient group",
+        1, 2**16, on="awq_lite_group_top_k", code="salient_groups")
+    prune_pct: float = _pack(
+        0.0, "share of each quantised tensor, its smallest weights, that becomes 0 before rounding "
+        "(#967)",
+        0, 0.99, code="Quantiser")
+    gptq_damp: float = _pack(
+        0.01, "GPTQ: share of the mean of a Hessian's diagonal that is added to it",
+        1e-6, 10, on=GPTQ, code="factor_hessian")
+    gptq_act_order: bool = _pack(
+        True, "GPTQ: round columns in the order of the Hessian's falling diagonal",
+        on=GPTQ, code="factor_hessian")
+    gptq_block_size: int = _pack(
+        128, "GPTQ: columns whose errors are fed forward together (speed only)",
+        1, 2**16, on=GPTQ, code="gptq")
     gptq_calibration: Literal["train", "generated"] = _pack(
-        "train", "text of the Hessians: further training text, or what the model writes (#1019)", on=MOMENTS)
-    gptq_calibration_tokens: int = _pack(2**20, "at least so many tokens of it, in whole steps", 1, on=MOMENTS)
-    gptq_temperature: float = _pack(0.8, "of the text that the model writes", 0.01, 10, on="gptq_calibration=generated")
-    gptq_reserve_seconds: float = _pack(0.0, "kept of MAX_WALLCLOCK_SECONDS for that; 0: as it took in warm-up", 0,
-                                        on=MOMENTS)
-    lqer_rank: int = _pack(0, "rank of a low-rank correction of the worst tensors (LQER, #1797); 0: off", 0, 256)
-    lqer_top_k: int = _pack(3, "how many tensors get one, if it helps", 1, 1000, on="lqer_rank")
-    lqer_asym_group: int = _pack(64, "weights of its second factor that share a step", 1, 2**16, on="lqer_rank")
-    late_qat_threshold: float = _pack(0.0, "train on rounded weights below this fraction of the peak learning rate; 0: off",
-                                      0, 1)
+        "train", "text of the calibration: further training text, or text that the model writes "
+        "(#1019)",
+        on=CALIBRATED, code="generate")
+    gptq_calibration_tokens: int = _pack(
+        2**20, "least tokens of the calibration text, which has whole steps",
+        1, on=CALIBRATED, code="Training.calibrate")
+    gptq_temperature: float = _pack(
+        0.8, "temperature of the calibration text that the model writes",
+        0.01, 10, on="gptq_calibration=generated", code="generate")
+    gptq_reserve_seconds: float = _pack(
+        0.0, "seconds of MAX_WALLCLOCK_SECONDS that are kept for the calibration; 0: as measured "
+        "in warm-up",
+        0, on=CALIBRATED, code="Training.measure_reserve")
+    lqer_rank: int = _pack(
+        0, "LQER: rank of a low-rank correction of the worst tensors (#1797); 0: off",
+        0, 256, code="lqer")
+    lqer_top_k: int = _pack(
+        3, "LQER: number of tensors that get a correction, if it helps",
+        1, 1000, on="lqer_rank", code="lqer")
+    lqer_asym_group: int = _pack(
+        64, "LQER: weights of the second factor that share a step size",
+        1, 2**16, on="lqer_rank", code="lqer")
+    late_qat_threshold: float = _pack(
+        0.0, "late QAT: train on rounded weights below this fraction of the peak learning rate; 0: "
+        "off",
+        0, 1, code="LateQAT")
     qat_rounding: Literal["ste", "soft"] = _pack(
-        "ste", "straight through; or a step that steepens to one (#967)", on="late_qat_threshold")
+        "ste", "late QAT: gradients pass the rounding straight through (ste), or a smooth step "
+        "that steepens (soft, #967)",
+        on="late_qat_threshold", code="FakeQuant")
     compressor: Literal["auto", "rans", "brotli", "zstd", "lzma", "zlib"] = _pack(
-        "rans", "rans: the codes by our entropy coder, the rest by lzma; auto: the smallest of all, per stream")
-    size_limit: int = _pack(SIZE_LIMIT, "most bytes of code + artifact; beyond it: scored, but exit code 3", 1, SIZE_LIMIT)
+        "rans", "compressor; rans: the codes by our entropy coder, the rest by lzma; auto: the "
+        "smallest for each stream",
+        code="encode_codes")
+    size_limit: int = _pack(
+        SIZE_LIMIT, "most bytes of code + artifact; beyond it: scored, but exit code 3",
+        1, SIZE_LIMIT, code="export")
 
-    eval_seq_len: int = _eval(2048, "length of an evaluation window", 2, 2**20)
-    eval_stride: int = _eval(64, "step of the sliding window; 0: contiguous windows", 0, on="eval_context=window&ttt=" + STREAM)
-    eval_batch_seqs: int = _eval(32, "rows a rank scores at once (changes speed, never the score)", 1)
-    eval_docs: bool = _eval(False, "each document is read on its own: nothing before its BOS is seen", on="ttt=" + STREAM)
+    eval_seq_len: int = _eval(
+        2048, "length of an evaluation window", 2, 2**20, code="sliding_windows")
+    eval_stride: int = _eval(
+        64, "tokens by which the sliding window moves; 0: contiguous windows",
+        0, on=WINDOWS, code="sliding_windows")
+    eval_batch_seqs: int = _eval(
+        32, "rows that a rank scores at once (changes speed, never the score)", 1, code="Reader")
+    eval_docs: bool = _eval(
+        False, "each document is read on its own: nothing before its BOS is seen",
+        on=ONE_STREAM, code="Reader")
     eval_context: Literal["window", "cache"] = _eval(
-        "window", "each window anew; or keys and values are kept, and every token sees the EVAL_SEQ_LEN up to itself")
-    eval_temperature: float = _eval(1.0, "divides the logits; 0: fitted on training text, in the training clock", 0, 10)
+        "window", "what a token sees: a window that is forwarded anew; or kept keys and values, so "
+        "that every token sees the EVAL_SEQ_LEN up to itself",
+        code="Cache")
+    eval_temperature: float = _eval(
+        1.0, "divisor of the logits; 0: fitted on training text, in the training clock",
+        0, 10, code="Training.fit_temperature")
     ttt: Literal["off", "full", "lora", "lora_docs", "before", "prequant"] = _eval(
-        "off", "test-time training: on scored chunks (#549), the same by adapters, adapters a document (#1530); invalid: "
-        "before scoring (#518), before quantisation (#1539)")
-    ttt_chunk_tokens: int = _eval(32768, "targets scored before anything learns from them", 1, on=LEARNS)
-    ttt_epochs: int = _eval(3, "passes over a chunk (TTT=before and prequant: over all; phases: the documents so far)", 1,
-                            on=STEPS_TTT)
-    ttt_batch_seqs: int = _eval(32, "sequences of EVAL_SEQ_LEN a gradient step, over all ranks", 1, on=STEPS_TTT)
-    ttt_optimizer: Literal["sgd", "adamw"] = _eval("sgd", "of the weights themselves", on=FULL_TTT)
-    ttt_lr: float = _eval(0.002, "its learning rate, falling by a cosine over the chunks", 0, on=FULL_TTT)
-    ttt_min_lr: float = _eval(0.0, "where it ends, as a fraction", 0, 1, on=STEPS_TTT)
-    ttt_momentum: float = _eval(0.9, "momentum of SGD", 0, 0.9999, on="ttt_optimizer=sgd")
-    ttt_grad_clip: float = _eval(1.0, "clip the global gradient to this norm; 0: off", 0, on=STEPS_TTT)
-    ttt_lr_mult_proj: float = _eval(1.0, "multiple of TTT_LR for o and the MLP's down (#518)", 0, on=FULL_TTT)
-    ttt_lr_mult_fc: float = _eval(1.0, "multiple of TTT_LR for the MLP's up", 0, on=FULL_TTT)
-    ttt_freeze_blocks: int = _eval(0, "first blocks that do not learn", 0, 256, on=FULL_TTT)
-    ttt_freeze_embed: bool = _eval(False, "embedding tables and head do not learn (#967)", on=FULL_TTT)
-    ttt_train_scales: bool = _eval(False, "gains and scales of frozen blocks learn all the same (#967)",
-                                   on="ttt_freeze_blocks")
-    adaptive_lr_max: float = _eval(1.0, "multiple to which learning rates rise over the first 30 % (#967)", 0.01, 100,
-                                   on="ttt=full|lora")
-    byte_weighted_ttt: bool = _eval(False, "tokens weigh as many as they have bytes (#967)", on=STEPS_TTT)
-    polyak_decay: float = _eval(0.0, "score with a running mean of what TTT learns (#967); 0: off", 0, 0.999999,
-                                on="ttt=full|lora")
-    ttt_lora_rank: int = _eval(8, "rank of the adapters", 1, 1024, on=LORA)
-    ttt_lora_alpha: float = _eval(0.0, "their product counts alpha / rank times; 0: once", 0, on=LORA)
-    ttt_lora_targets: Names = _eval(("q", "v", "head"), "what gets one: q, k, v, o, attn, mlp, head; attn: the whole "
-                                    "attention, from its input (#1530)", on=LORA)
-    ttt_lora_scaled: bool = _eval(False, "adapters beside o, attn and mlp pass attn_scale and mlp_scale (#1530)",
-                                  on="ttt_lora_targets=o|attn|mlp")
+        "off", "test-time training: of the weights on scored chunks (full, #549), of adapters on "
+        "scored chunks (lora), of adapters for each document (lora_docs, #1530); invalid: before "
+        "scoring (before, #518), before quantisation (prequant, #1539)",
+        code="ScoreFirst")
+    ttt_chunk_tokens: int = _eval(
+        32768, "targets that are scored before anything learns from them",
+        1, on=LEARNS_BY_CHUNK, code="Reader")
+    ttt_epochs: int = _eval(
+        3, "TTT: passes over a chunk (over the whole text with TTT=before|prequant, over the "
+        "documents so far with phases)",
+        1, on=BATCHED_TTT, code="Adaptation.fit")
+    ttt_batch_seqs: int = _eval(
+        32, "TTT: sequences of EVAL_SEQ_LEN in a gradient step, over all ranks",
+        1, on=BATCHED_TTT, code="Adaptation.fit")
+    ttt_optimizer: Literal["sgd", "adamw"] = _eval(
+        "sgd", "TTT: optimizer of the weights", on=WEIGHTS_TTT, code="adaptation_of_weights")
+    ttt_lr: float = _eval(
+        0.002, "TTT: learning rate of the weights, which falls by a cosine over the chunks",
+        0, on=WEIGHTS_TTT, code="adaptation_of_weights")
+    ttt_min_lr: float = _eval(
+        0.0, "TTT: final learning rate as a fraction of the first",
+        0, 1, on=BATCHED_TTT, code="cosine")
+    ttt_momentum: float = _eval(
+        0.9, "TTT: momentum of SGD",
+        0, 0.9999, on="ttt_optimizer=sgd", code="adaptation_of_weights")
+    ttt_grad_clip: float = _eval(
+        1.0, "TTT: clip the global gradient to this norm; 0: off",
+        0, on=BATCHED_TTT, code="Adaptation")
+    ttt_lr_mult_proj: float = _eval(
+        1.0, "TTT: multiple of TTT_LR for o and the MLP's down (#518)",
+        0, on=WEIGHTS_TTT, code="adaptation_of_weights")
+    ttt_lr_mult_fc: float = _eval(
+        1.0, "TTT: multiple of TTT_LR for the MLP's up (#518)",
+        0, on=WEIGHTS_TTT, code="adaptation_of_weights")
+    ttt_freeze_blocks: int = _eval(
+        0, "TTT: number of first blocks that do not learn",
+        0, 256, on=WEIGHTS_TTT, code="adaptation_of_weights")
+    ttt_freeze_embed: bool = _eval(
+        False, "TTT: embedding tables and head do not learn (#967)",
+        on=WEIGHTS_TTT, code="adaptation_of_weights")
+    ttt_train_scales: bool = _eval(
+        False, "TTT: gains and scales of frozen blocks learn all the same (#967)",
+        on="ttt_freeze_blocks", code="adaptation_of_weights")
+    adaptive_lr_max: float = _eval(
+        1.0, "TTT: multiple to which learning rates rise over the first 30 % of the chunks (#967)",
+        0.01, 100, on=STREAM_TTT, code="ScoreFirst")
+    byte_weighted_ttt: bool = _eval(
+        False, "TTT: tokens weigh as much as they have bytes (#967)",
+        on=BATCHED_TTT, code="Adaptation")
+    polyak_decay: float = _eval(
+        0.0, "TTT: score with a running mean of what is learned (#967); 0: off",
+        0, 0.999999, on=STREAM_TTT, code="ScoreFirst")
+    ttt_lora_rank: int = _eval(8, "adapters: rank", 1, 1024, on=ADAPTERS, code="Adapters")
+    ttt_lora_alpha: float = _eval(
+        0.0, "adapters: the product B A counts alpha / rank times; 0: once",
+        0, on=ADAPTERS, code="lora")
+    ttt_lora_targets: Names = _eval(
+        ("q", "v", "head"),
+        "adapters: what gets one, of q, k, v, o, attn, mlp, head; attn: the whole attention, from "
+        "its input (#1530)",
+        on=ADAPTERS, code="Adapters")
+    ttt_lora_scaled: bool = _eval(
+        False, "adapters of o, attn and mlp are multiplied by attn_scale or mlp_scale, as the "
+        "layers are (#1530)",
+        on="ttt_lora_targets=o|attn|mlp", code="add_adapter")
     ttt_lora_a: Literal["shared", "own"] = _eval(
-        "shared", "all documents begin with one A; or each place of TTT_GROUP_DOCS has its own, drawn anew after a phase "
-        "(#1530)", on=DOCS_TTT)
-    ttt_lora_lr: float = _eval(0.01, "their learning rate (AdamW)", 0, on=LORA)
-    ttt_beta1: float = _eval(0.9, "their first moment", 0, 0.9999, on=LORA)
-    ttt_beta2: float = _eval(0.95, "their second moment", 0, 0.99999, on=LORA)
-    ttt_wd: float = _eval(0.0, "their decoupled weight decay", 0, on=LORA)
-    ttt_chunk_size: int = _eval(48, "targets of a document between two steps of its adapters", 1, 2**20, on=DOCS_TTT)
-    ttt_short_chunks: Widths = _eval((), "the same where a document begins, such as 8@256,24@2000: size@up to there",
-                                     on=DOCS_TTT)
-    ttt_batch_size: int = _eval(64, "documents a rank reads side by side (speed only)", 1, 4096, on=DOCS_TTT)
+        "shared", "adapters: all documents begin with one A; or each place of TTT_GROUP_DOCS has "
+        "its own, drawn anew after a phase (#1530)",
+        on=DOCS_TTT, code="DocumentAdapters")
+    ttt_lora_lr: float = _eval(
+        0.01, "adapters: learning rate of AdamW", 0, on=ADAPTERS, code="DocumentAdapters")
+    ttt_beta1: float = _eval(
+        0.9, "adapters: decay of AdamW's first moment", 0, 0.9999, on=ADAPTERS, code="adamw")
+    ttt_beta2: float = _eval(
+        0.95, "adapters: decay of AdamW's second moment", 0, 0.99999, on=ADAPTERS, code="adamw")
+    ttt_wd: float = _eval(0.0, "adapters: decoupled weight decay", 0, on=ADAPTERS, code="adamw")
+    ttt_chunk_size: int = _eval(
+        48, "adapters: targets of a document between two steps",
+        1, 2**20, on=DOCS_TTT, code="Reader")
+    ttt_short_chunks: Widths = _eval(
+        (), "adapters: fewer targets between two steps where a document begins, such as "
+        "8@256,24@2000: size@place up to which it holds",
+        on=DOCS_TTT, code="Reader")
+    ttt_batch_size: int = _eval(
+        64, "documents that a rank reads side by side (speed only)",
+        1, 4096, on=DOCS_TTT, code="Reader")
     ttt_warm_start_a: bool = _eval(
-        False, "A begins where those of the last TTT_GROUP_DOCS ended: at their mean, or with TTT_LORA_A=own at that of the "
-        "same place (#1767)", on=DOCS_TTT)
-    ttt_group_docs: int = _eval(512, "documents, over all ranks, before anything else learns from them", 1, on=GROUPS)
-    phased_ttt_prefix_docs: int = _eval(0, "documents, longest first, after which TTT_LR trains the weights (#1610)", 0,
-                                        on=DOCS_TTT)
-    phased_ttt_num_phases: int = _eval(1, "phases in which they are reached (#1626)", 1, 100,
-                                       on="phased_ttt_prefix_docs")
+        False, "adapters: A begins at the mean of those with which the last TTT_GROUP_DOCS "
+        "documents ended, or with TTT_LORA_A=own where that of the same place did (#1767)",
+        on=DOCS_TTT, code="DocumentAdapters")
+    ttt_group_docs: int = _eval(
+        512, "documents, over all ranks, that are scored before n-grams, the tilt or a warm start "
+        "learn from them",
+        1, on=LEARNS_BY_GROUP, code="Reader")
+    phased_ttt_prefix_docs: int = _eval(
+        0, "phased TTT: number of documents, the longest ones, from which the weights learn "
+        "(#1610); 0: off",
+        0, on=DOCS_TTT, code="phase_ends")
+    phased_ttt_num_phases: int = _eval(
+        1, "phased TTT: phases in which those documents are reached (#1626)",
+        1, 100, on="phased_ttt_prefix_docs", code="phase_ends")
     mixer: Literal["off", "backoff", "hedge", "hashed"] = _eval(
-        "off", "n-gram counts of the scored text: all orders, at a weight by entropy; experts weighed by their record "
-        "(#967); invalid: hashes of the target (#1033)")
-    ngram_order: int = _eval(10, "longest n-gram", 2, 64, on=COUNTS)
-    mixer_experts: Names = _eval(("unigram", "bigram", "trigram"), "experts beside the model: unigram, bigram, trigram, "
-                                 "backoff; invalid: entropy", on="mixer=hedge")
-    mixer_eta: float = _eval(0.1, "by how much an expert's mean nats of a chunk lower its log weight", 0, on="mixer=hedge")
-    mixer_min_tokens: int = _eval(10000, "scored targets before counts are asked", 0, on=COUNTS)
-    alpha_base: float = _eval(0.2, "weight of the counts where the model is certain", 0, 1, on="mixer=backoff|hashed")
-    alpha_range: float = _eval(0.55, "what is added where it is not: times sigmoid(2 (entropy - ALPHA_CENTER))", 0, 1,
-                               on="mixer=backoff|hashed")
-    alpha_center: float = _eval(3.0, "entropy in nats at which half of it is added", 0, on="mixer=backoff|hashed")
-    ngram_buckets: int = _eval(4194304, "buckets of a hashed table", 2, 2**30, on="mixer=hashed")
-    min_count: int = _eval(2, "occurrences of a bucket before it is believed", 1, on="mixer=hashed")
-    token_boost: float = _eval(0.0, "token-only tilt (#1514): logit added to the likely next token after TOKEN_ORDER-1 "
-                               "equal ones; 0: off", 0, 50)
-    token_order: int = _eval(16, "n-gram order of the tilt", 2, 64, on="token_boost")
-    token_threshold: float = _eval(0.8, "share of the occurrences that the next token must have", 0, 1, on="token_boost")
-    allow_invalid: bool = _eval(False, "let techniques run whose score is not valid, and say so everywhere")
-    selftest: bool = _eval(True, "test the predictor that scored, a line for each test; a record needs it")
+        "off", "n-grams counted in the scored text: backoff over all orders, at a weight by "
+        "entropy; experts weighed by their record (hedge, #967); invalid: hashes of the target "
+        "(hashed, #1033)",
+        code="NgramMixture")
+    ngram_order: int = _eval(10, "longest n-gram of MIXER", 2, 64, on=NGRAMS, code="NgramCounts")
+    mixer_experts: Names = _eval(
+        ("unigram", "bigram", "trigram"),
+        "experts next to the model: unigram, bigram, trigram, backoff; invalid: entropy",
+        on="mixer=hedge", code="NgramMixture")
+    mixer_eta: float = _eval(
+        0.1, "by how much an expert's mean nats of a chunk lower its log weight",
+        0, on="mixer=hedge", code="NgramMixture")
+    mixer_min_tokens: int = _eval(
+        10000, "scored targets before n-gram counts are asked", 0, on=NGRAMS, code="NgramMixture")
+    alpha_base: float = _eval(
+        0.2, "weight of the n-grams where the model is certain",
+        0, 1, on=ENTROPY_WEIGHT, code="ngram_weight")
+    alpha_range: float = _eval(
+        0.55, "added to ALPHA_BASE where the model is not certain: times sigmoid(2 (entropy - "
+        "ALPHA_CENTER))",
+        0, 1, on=ENTROPY_WEIGHT, code="ngram_weight")
+    alpha_center: float = _eval(
+        3.0, "entropy in nats at which half of ALPHA_RANGE is added",
+        0, on=ENTROPY_WEIGHT, code="ngram_weight")
+    ngram_buckets: int = _eval(
+        4194304, "buckets of a table of MIXER=hashed",
+        2, 2**30, on="mixer=hashed", code="HashedMixture")
+    min_count: int = _eval(
+        2, "occurrences of a bucket before MIXER=hashed believes it",
+        1, on="mixer=hashed", code="HashedMixture")
+    token_boost: float = _eval(
+        0.0, "token-only tilt (#1514): logit added to the likely next token after TOKEN_ORDER-1 "
+        "equal ones; 0: off",
+        0, 50, code="Tilt")
+    token_order: int = _eval(
+        16, "token-only tilt: order of its n-grams", 2, 64, on="token_boost", code="Tilt")
+    token_threshold: float = _eval(
+        0.8, "token-only tilt: least share of the occurrences that the next token must have",
+        0, 1, on="token_boost", code="Tilt")
+    allow_invalid: bool = _eval(
+        False, "let techniques run whose score is not valid, and say so everywhere",
+        code="Validity")
+    selftest: bool = _eval(
+        True, "test the predictor that scored, a line for each test; a record needs it",
+        code="selftest")
 
     @property
     def head_dim(self):
@@ -405,32 +819,46 @@ class Settings:
 
     @property
     def needs_moments(self):
-        """Is anything about the artifact decided by what the loss feels?"""
-        widths = [self.matrix_bits, self.attn_bits, self.mlp_bits, self.proj_bits, *(b for _, b in self.layer_bits)]
-        rounded = self.matrix_quant == "gptq" and not {*widths} <= {0, 16} or (
-            self.embed_quant == "gptq" and self.embed_bits != 16)
-        return self.fit == "allocate" or self.lqer_rank > 0 or self.awq_lite_group_top_k > 0 or rounded
+        """Does anything about the artifact depend on calibration (Moments)?"""
+        layer_bits = [bits for _, bits in self.layer_bits]
+        widths = {self.matrix_bits, self.attn_bits, self.mlp_bits, self.proj_bits, *layer_bits}
+        rounds_matrices = not widths <= {0, 16}
+        matrices_by_gptq = self.matrix_quant == "gptq" and rounds_matrices
+        tables_by_gptq = self.embed_quant == "gptq" and self.embed_bits != 16
+        chooses = self.fit == "allocate" or self.lqer_rank > 0 or self.awq_lite_group_top_k > 0
+        return chooses or matrices_by_gptq or tables_by_gptq
 
     @property
     def format(self):
-        """Of the matrices, for names of scores."""
-        return "allocated" if self.fit == "allocate" else ("ternary" if self.matrix_quant == "ternary" else
-                                                           f"int{self.matrix_bits}")
+        """How matrices are stored, for names of scores."""
+        if self.fit == "allocate":
+            return "allocated"
+        if self.matrix_quant == "ternary":
+            return "ternary"
+        return f"int{self.matrix_bits}"
 
     @property
     def stages(self):
-        """[(until, sequence length, tokens of a step)]: the two schedules merged; `until` is a fraction of the run."""
+        """[(until, sequence length, tokens of a step)]: both schedules merged; `until` is a fraction of the run."""
         lengths = self.train_seq_schedule or ((self.train_seq_len, 1.0),)
         batches = self.train_batch_schedule or ((self.train_batch_tokens, 1.0),)
-        return [(until, *(next((size for size, end in table if until <= end), table[-1][0])
-                          for table in (lengths, batches)))
-                for until in sorted({end for _, end in (*lengths, *batches)})]
+
+        def value_at(schedule, fraction):
+            for value, end in schedule:
+                if fraction <= end:
+                    return value
+            return schedule[-1][0]
+
+        ends = sorted({end for _, end in (*lengths, *batches)})
+        return [(end, value_at(lengths, end), value_at(batches, end)) for end in ends]
 
     @property
     def longest_row(self):
         """Most positions of a row that the model meets."""
-        packed = min(self.micro_batch_tokens, max(tokens for *_, tokens in self.stages))
-        return max(packed if self.loader == "packed" else 0, self.longest_sequence)
+        if self.loader != "packed":
+            return self.longest_sequence
+        most_tokens = max(tokens for _, _, tokens in self.stages)
+        return max(min(self.micro_batch_tokens, most_tokens), self.longest_sequence)
 
     @property
     def longest_sequence(self):
@@ -439,17 +867,25 @@ class Settings:
 
     def idle(self):
         """{changed setting: what it waits for}: settings without effect, such as VE_LAYERS while VE_DIM=0."""
-        return {f.name.upper(): _conditions(f.metadata["on"]) for f in fields(self)
-                if getattr(self, f.name) != f.default and not self.holds(f.metadata["on"])}
+        waiting = {}
+        for f in fields(self):
+            changed = getattr(self, f.name) != f.default
+            if changed and not self.holds(f.metadata["on"]):
+                waiting[f.name.upper()] = describe_rule(f.metadata["on"])
+        return waiting
 
     def holds(self, rule):
-        """Is one of the conditions of an `on` rule met, and what that one waits for? An empty rule holds."""
-        def met(name, equals, values):
-            value = getattr(self, name)
-            found = {*value} if isinstance(value, tuple) else {str(value)}  # of a list, one of its words will do
-            return (bool(found & {*values.split("|")}) if equals else bool(value)) and self.holds(self.rule(name))
+        """Does one alternative of an `on` rule (see opt) hold, with what it waits for? An empty rule holds."""
+        def met(condition):
+            value = getattr(self, condition.setting)
+            return condition.holds(value) and self.holds(self.rule(condition.setting))
 
-        return not rule or any(all(met(*one.partition("=")) for one in part.split("&")) for part in rule.split(","))
+        return not rule or any(all(map(met, alternative)) for alternative in rule)
+
+    @classmethod
+    def rule(cls, name):
+        """The `on` rule of a field."""
+        return cls.__dataclass_fields__[name].metadata["on"]
 
     @classmethod
     def parse(cls, args=(), env=None):
@@ -459,261 +895,368 @@ class Settings:
         variables of its own; see doubtful_names). Raises BadInput that lists every complaint, one a line.
         """
         known = {f.name.upper(): f for f in fields(cls)}
-        complaints, values, wrong = [], {}, set()
-        from_env = {name: value for name, value in (env or {}).items() if name in known}
-        from_files, from_args = {}, {}
+        complaints = []
+        from_files = {}
+        from_args = {}
         for arg in args:
-            source = from_files if arg.startswith("@") else from_args
-            for where, pair in _file_pairs(arg[1:], complaints) if arg.startswith("@") else [("argument", arg)]:
+            is_file = arg.startswith("@")
+            pairs = _file_pairs(arg[1:], complaints) if is_file else [("argument", arg)]
+            for where, pair in pairs:
                 name, equals, value = pair.partition("=")
                 if not equals:
                     complaints.append(f"{where}: {pair!r} is not KEY=VALUE (or @file)")
                 elif name not in known:
                     complaints.append(f"{where}: {_unknown(name, known)}")
+                elif is_file:
+                    from_files[name] = value
                 else:
-                    source[name] = value
-        given = {**from_files, **from_env, **from_args}
-        for name, text in given.items():
+                    from_args[name] = value
+        env = env or {}
+        from_env = {name: value for name, value in env.items() if name in known}
+
+        values = {}
+        wrong = []
+        for name, text in {**from_files, **from_env, **from_args}.items():
             try:
-                values[known[name].name] = _convert(known[name], text)
+                values[known[name].name] = parse_value(known[name], text)
             except ValueError as error:
                 complaints.append(f"{name}={text}: {error}")
-                wrong.add(name)
+                wrong.append(name)
         settings = cls(**values)
-        for name in env or {}:
-            if name not in known and (why := _why_not_env(name, known, settings.strict_env)):
-                complaints.append(f"environment: {why}")
+        for name in env:
+            problem = None if name in known else _why_not_env(name, known, settings.strict_env)
+            if problem:
+                complaints.append(f"environment: {problem}")
         # A conflict with a setting whose value is wrong would be about its default, which nobody asked for.
-        complaints += [c for c in _conflicts(settings, set(values)) if not any(name in c for name in wrong)]
+        for conflict in _conflicts(settings, given=set(values)):
+            if not any(name in conflict for name in wrong):
+                complaints.append(conflict)
         if complaints:
             raise BadInput("\n".join(complaints))
         return settings
 
-    @classmethod
-    def rule(cls, name):
-        return cls.__dataclass_fields__[name].metadata["on"]
-
     def text(self):
         """The settings that were changed, as one line of KEY=VALUE that parse accepts."""
-        return " ".join(shlex.quote(f"{f.name.upper()}={_show(getattr(self, f.name))}")
-                        for f in fields(self) if getattr(self, f.name) != f.default)
+        changed = [f for f in fields(self) if getattr(self, f.name) != f.default]
+        return " ".join(shlex.quote(f"{f.name.upper()}={format_value(getattr(self, f.name))}") for f in changed)
 
     def experiment(self):
         """{name: value as text} of every setting outside the room Run: equal for the runs of one experiment."""
-        return {f.name.upper(): _show(getattr(self, f.name)) for f in fields(self) if f.metadata["room"] != "Run"}
+        chosen = [f for f in fields(self) if f.metadata["room"] != "Run"]
+        return {f.name.upper(): format_value(getattr(self, f.name)) for f in chosen}
 
     def sha256(self):
         """Hash of experiment(), whatever the seed."""
-        return hashlib.sha256("\n".join(f"{k}={v}" for k, v in self.experiment().items())
-                              .encode("utf-8", "surrogateescape")).hexdigest()
+        lines = [f"{name}={value}" for name, value in self.experiment().items()]
+        return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
     @classmethod
     def help(cls):
-        lines, room = [__doc__.split("\nThe rooms")[0]], None
+        lines = [__doc__.split("\nThe rooms")[0]]
+        room = None
         for f in fields(cls):
-            if f.metadata["room"] != room:
-                room = f.metadata["room"]
+            about = f.metadata
+            if about["room"] != room:
+                room = about["room"]
                 lines.append(f"\n{room}")
-            choice = get_origin(f.type) is Literal
-            kind = "|".join(get_args(f.type)) if choice else LISTS.get(f.type) or f.type.__name__
-            name, on = f"{f.name.upper()}={_show(f.default) or '(empty)'}", f.metadata["on"]
-            lines.append(f"  {name:<42} {f.metadata['doc']}  [{kind}]" + (f" with {_conditions(on)}" if on else ""))
+            if get_origin(f.type) is Literal:
+                kind = "|".join(get_args(f.type))
+            else:
+                kind = LISTS.get(f.type) or f.type.__name__
+            setting = f"{f.name.upper()}={format_value(f.default) or '(empty)'}"
+            line = f"  {setting:<42} {about['doc']}  [{kind}]"
+            if about["on"]:
+                line += f" with {describe_rule(about['on'])}"
+            if about["code"]:
+                line += f" -> {about['code']}"
+            lines.append(line)
         return "\n".join(lines)
 
 
-# ---- conditions: what a setting waits for --------------------------------------------------------
+def describe_rule(rule):
+    """An `on` rule as a user would type it: AVERAGE=swa|best, VE_DIM, or NORMUON with MATRIX_OPTIMIZER=muon."""
+    def describe(condition):
+        text = condition.setting.upper()
+        if condition.values:
+            text += ("!=" if condition.negated else "=") + "|".join(condition.values)
+        further = Settings.rule(condition.setting)
+        return f"{text} with {describe_rule(further)}" if further else text
 
-
-def _conditions(rule):
-    """An `on` rule as one would type it: AVERAGE=swa|best, VE_DIM, or NORMUON with MATRIX_OPTIMIZER=muon."""
-    def typed(name, equals, values):
-        further = Settings.rule(name)
-        return name.upper() + equals + {"False": "0"}.get(values, values) + (
-            f" with {_conditions(further)}" if further else "")
-
-    return " or ".join(" and ".join(typed(*one.partition("=")) for one in part.split("&")) for part in rule.split(","))
+    return " or ".join(" and ".join(map(describe, alternative)) for alternative in rule)
 
 
 # ---- values as text ------------------------------------------------------------------------------
 
 
-def _show(value):
+def format_value(value):
+    """A value as a user types it: 1 for True, 1024@0.1,2048@1 for stages."""
     if isinstance(value, bool):
         return str(int(value))
-    return ",".join("@".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in value) if isinstance(
-        value, tuple) else str(value)
+    if isinstance(value, tuple):
+        parts = ["@".join(map(str, part)) if isinstance(part, tuple) else str(part) for part in value]
+        return ",".join(parts)
+    return str(value)
 
 
-def _convert(f, text):
-    """The value of one setting; ValueError says what would be right."""
-    kind, lo, hi = f.type, f.metadata["lo"], f.metadata["hi"]
-    if get_origin(kind) is Literal:
-        if text not in get_args(kind):
-            near = [meant for meant in get_args(kind) if meant in {"0": ("none", "off"), "pergroup": ("rans",)}.get(text, ())]
-            near = near or difflib.get_close_matches(text, get_args(kind), 1, 0.5)
-            raise ValueError(f"one of {', '.join(get_args(kind))}" + (f" (did you mean {near[0]}?)" if near else ""))
-        return text
-    if kind is bool:
+def parse_value(f, text):
+    """The value of the setting of field f; ValueError says what would be right."""
+    if get_origin(f.type) is Literal:
+        return _parse_choice(get_args(f.type), text)
+    if f.type is bool:
         if text not in ("0", "1", "true", "false"):
             raise ValueError("0 or 1")
         return text in ("1", "true")
-    if kind in LISTS:
-        read, example = {Layers: (int, "layer numbers separated by commas, such as 9,10"),
-                         Betas: (float, "numbers separated by commas, such as 0.9,0.99"),
-                         Stages: (_pair(float), "size@fraction separated by commas, such as 1024@0.1,2048@1"),
-                         Widths: (_pair(int), "number@number separated by commas, such as 0@8,10@8"),
-                         Names: (str, "names separated by commas")}[kind]
-        try:
-            return tuple(read(part) for part in text.split(",")) if text else ()
-        except ValueError:
-            raise ValueError(example) from None
-    if kind is str:
+    if f.type in LISTS:
+        return _parse_list(f.type, text)
+    if f.type is str:
         return text
+    return _parse_number(f.type, text, f.metadata["lo"], f.metadata["hi"])
+
+
+# What other scripts call a choice of ours.
+ALSO_CALLED = {"0": ("none", "off"), "pergroup": ("rans",)}
+
+
+def _parse_choice(choices, text):
+    if text in choices:
+        return text
+    meant = [choice for choice in choices if choice in ALSO_CALLED.get(text, ())]
+    near = meant or difflib.get_close_matches(text, choices, 1, 0.5)
+    advice = f" (did you mean {near[0]}?)" if near else ""
+    raise ValueError(f"one of {', '.join(choices)}{advice}")
+
+
+def _parse_list(kind, text):
+    read, example = {
+        Layers: (int, "layer numbers separated by commas, such as 9,10"),
+        Betas: (float, "numbers separated by commas, such as 0.9,0.99"),
+        Stages: (_pair_reader(float), "size@fraction separated by commas, such as 1024@0.1,2048@1"),
+        Widths: (_pair_reader(int), "number@number separated by commas, such as 0@8,10@8"),
+        Names: (str, "names separated by commas"),
+    }[kind]
     try:
-        value = int(text.replace("_", "")) if kind is int else float(text)
+        return tuple(read(part) for part in text.split(",")) if text else ()
     except ValueError:
-        raise ValueError("a whole number" if kind is int else "a number") from None
-    most = (2**63 - 1 if kind is int else 1e30) if hi is None else hi  # what torch can hold
+        raise ValueError(example) from None
+
+
+def _pair_reader(second):
+    def read(text):
+        before, _, after = text.partition("@")
+        return int(before), second(after)
+
+    return read
+
+
+def _parse_number(kind, text, lo, hi):
+    whole = kind is int
+    try:
+        value = int(text.replace("_", "")) if whole else float(text)
+    except ValueError:
+        raise ValueError("a whole number" if whole else "a number") from None
+    torch_holds = 2**63 - 1 if whole else 1e30
+    most = torch_holds if hi is None else hi
     if not lo <= value <= most:  # also false for nan
         raise ValueError(f"between {lo} and {hi}" if hi is not None else f"at least {lo}, and at most {most}")
     return value
-
-
-def _pair(second):
-    def read(text):
-        a, _, b = text.partition("@")
-        return int(a), second(b)
-
-    return read
 
 
 # ---- impossible combinations ---------------------------------------------------------------------
 
 
 def _conflicts(s, given):
-    """Impossible combinations, each naming both settings and their values."""
-    bad = []
+    """Impossible combinations, in words that name the settings and their values; `given`: fields that were set."""
+    conflicts = []
+    _model_conflicts(s, conflicts.append)
+    _training_conflicts(s, given, conflicts.append)
+    _run_conflicts(s, conflicts.append)
+    _packing_conflicts(s, conflicts.append)
+    _evaluation_conflicts(s, conflicts.append)
+    return conflicts
 
-    def need(ok, text):
-        if not ok:
-            bad.append(text)
 
-    need(s.model_dim % s.num_heads == 0, f"MODEL_DIM={s.model_dim} is not a multiple of NUM_HEADS={s.num_heads}")
-    need(s.num_heads % s.num_kv_heads == 0,
-         f"NUM_HEADS={s.num_heads} is not a multiple of NUM_KV_HEADS={s.num_kv_heads}")
-    need(s.rope_dims % 2 == 0 and s.rope_dims <= s.head_dim,
-         f"ROPE_DIMS={s.rope_dims} must be even and at most MODEL_DIM/NUM_HEADS={s.head_dim}")
-    need(abs(s.mlp_mult * s.model_dim - s.mlp_hidden) < 1e-6,
-         f"MLP_MULT={s.mlp_mult} times MODEL_DIM={s.model_dim} is not a whole number")
-    need(s.xsa_last_n <= s.num_layers, f"XSA_LAST_N={s.xsa_last_n} exceeds NUM_LAYERS={s.num_layers}")
-    need(not s.ve_dim or all(0 <= i < s.num_layers for i in s.ve_layers),
-         f"VE_LAYERS={','.join(map(str, s.ve_layers))} names a layer outside 0..NUM_LAYERS-1={s.num_layers - 1}")
-    need(not s.ve_dim or s.ve_layers, f"VE_DIM={s.ve_dim} but VE_LAYERS is empty; VE_DIM=0 turns them off")
+def _model_conflicts(s, complain):
+    if s.model_dim % s.num_heads:
+        complain(f"MODEL_DIM={s.model_dim} is not a multiple of NUM_HEADS={s.num_heads}")
+    if s.num_heads % s.num_kv_heads:
+        complain(f"NUM_HEADS={s.num_heads} is not a multiple of NUM_KV_HEADS={s.num_kv_heads}")
+    if s.rope_dims % 2 or s.rope_dims > s.head_dim:
+        complain(f"ROPE_DIMS={s.rope_dims} must be even and at most MODEL_DIM/NUM_HEADS={s.head_dim}")
+    if abs(s.mlp_mult * s.model_dim - s.mlp_hidden) >= 1e-6:
+        complain(f"MLP_MULT={s.mlp_mult} times MODEL_DIM={s.model_dim} is not a whole number")
+    if s.xsa_last_n > s.num_layers:
+        complain(f"XSA_LAST_N={s.xsa_last_n} exceeds NUM_LAYERS={s.num_layers}")
+    if s.ve_dim and not all(0 <= layer < s.num_layers for layer in s.ve_layers):
+        complain(f"VE_LAYERS={format_value(s.ve_layers)} names a layer outside 0..NUM_LAYERS-1={s.num_layers - 1}")
+    if s.ve_dim and not s.ve_layers:
+        complain(f"VE_DIM={s.ve_dim} but VE_LAYERS is empty; VE_DIM=0 turns them off")
     for name in ("bigram_vocab_size", "trigram_vocab_size"):
-        need(getattr(s, name) != 1, f"{name.upper()}=1 leaves no bucket beside the reserved one; 0 turns it off")
-    need(s.gate_window <= s.model_dim or not s.holds(s.rule("gate_window")),
-         f"GATE_WINDOW={s.gate_window} exceeds MODEL_DIM={s.model_dim}")
-    need(not s.num_loops or s.loop_start <= s.loop_end < s.num_layers,
-         f"LOOP_START={s.loop_start} LOOP_END={s.loop_end} is no range of layers 0..{s.num_layers - 1}")
-    need(s.parallel_residual == "none" or s.parallel_start_layer < s.num_layers,
-         f"PARALLEL_START_LAYER={s.parallel_start_layer}: there is no such layer (NUM_LAYERS={s.num_layers})")
-    need(s.parallel_residual != "routed" or s.parallel_final_lane != "learned" or s.parallel_start_layer !=
-         s.num_layers - 1 or s.loops and s.loop_end == s.num_layers - 1,
-         f"PARALLEL_FINAL_LANE=learned learns nothing from PARALLEL_START_LAYER={s.parallel_start_layer}: the last "
-         "layer alone leaves two equal lanes; mean is the same")
-    need(s.parallel_first_skip == "both" or not s.holds(LANES_SKIPS) or any(
-        visit.split and visit.pop is not None for looping in (False, s.loops) for visit in layer_plan(s, looping)),
-         f"PARALLEL_FIRST_SKIP=lane0 changes nothing: no skip enters where the lanes part, PARALLEL_START_LAYER="
-         f"{s.parallel_start_layer}")
-    need(not s.asym_logit_rescale or s.logit_softcap, "ASYM_LOGIT_RESCALE=1 rescales the cap of LOGIT_SOFTCAP, which is 0")
-    need(s.loader != "packed" or s.doc_mask == "attention",
-         f"LOADER=packed puts many documents in a row: it needs DOC_MASK=attention, not {s.doc_mask}")
-    need(not s.complement_alpha or s.vocab_size <= 16384,
-         f"COMPLEMENT_ALPHA={s.complement_alpha} counts pairs of tokens: VOCAB_SIZE={s.vocab_size} exceeds 16384")
-    for name in ("train_seq_schedule", "train_batch_schedule"):
-        table = getattr(s, name)
-        ends = [end for _, end in table]
-        need(not table or sorted(set(ends)) == ends and ends[0] > 0 and ends[-1] == 1 and
-             all(size >= (2 if "seq" in name else 1) for size, _ in table),
-             f"{name.upper()}={_show(table)}: sizes, at fractions of the run that rise to 1")
-    lengths = [length for _, length, _ in s.stages]
-    longest, where = max(lengths), " in a stage" if s.train_seq_schedule or s.train_batch_schedule else ""
-    for _, length, tokens in s.stages:
-        need(length and tokens % length == 0,
-             f"TRAIN_BATCH_TOKENS={tokens} is not a multiple of TRAIN_SEQ_LEN={length}{where}")
-        need(s.micro_batch_tokens >= length,
-             f"MICRO_BATCH_TOKENS={s.micro_batch_tokens} is less than one sequence, TRAIN_SEQ_LEN={length}{where}")
-        need(s.loader not in ("coprime", "shuffled") or length and longest % length == 0,
-             f"LOADER={s.loader} deals out blocks of the longest sequence: {longest} of TRAIN_SEQ_SCHEDULE is no "
-             f"multiple of {length}")
-    need(s.mtp_num_heads < min(lengths),
-         f"MTP_NUM_HEADS={s.mtp_num_heads} look beyond the end of TRAIN_SEQ_LEN={min(lengths)}{where}")
+        if getattr(s, name) == 1:
+            complain(f"{name.upper()}=1 leaves no bucket beside the reserved one; 0 turns it off")
+    if s.gate_window > s.model_dim and s.holds(s.rule("gate_window")):
+        complain(f"GATE_WINDOW={s.gate_window} exceeds MODEL_DIM={s.model_dim}")
+    if s.loops and not s.loop_start <= s.loop_end < s.num_layers:
+        complain(f"LOOP_START={s.loop_start} LOOP_END={s.loop_end} is no range of layers 0..{s.num_layers - 1}")
+    if s.asym_logit_rescale and not s.logit_softcap:
+        complain("ASYM_LOGIT_RESCALE=1 rescales the cap of LOGIT_SOFTCAP, which is 0")
+    _lane_conflicts(s, complain)
+
+
+def _lane_conflicts(s, complain):
+    """PARALLEL_*: what would learn or change nothing."""
+    if s.parallel_residual == "none":
+        return
+    if s.parallel_start_layer >= s.num_layers:
+        complain(f"PARALLEL_START_LAYER={s.parallel_start_layer}: there is no such layer (NUM_LAYERS={s.num_layers})")
+    last_layer = s.num_layers - 1
+    visited_again = s.loops and s.loop_end == last_layer
+    last_layer_alone = s.parallel_start_layer == last_layer and not visited_again
+    learned_merge = s.parallel_residual == "routed" and s.parallel_final_lane == "learned"
+    if learned_merge and last_layer_alone:
+        complain(f"PARALLEL_FINAL_LANE=learned learns nothing from PARALLEL_START_LAYER={s.parallel_start_layer}: the "
+                 "last layer alone leaves two equal lanes; mean is the same")
+    if s.parallel_first_skip == "lane0" and s.holds(parse_rule(TWO_LANES_SKIPPING)):
+        visits = [*layer_plan(s, looping=False), *layer_plan(s, looping=s.loops)]
+        if not any(visit.split and visit.pop is not None for visit in visits):
+            complain("PARALLEL_FIRST_SKIP=lane0 changes nothing: no skip enters where the lanes part, "
+                     f"PARALLEL_START_LAYER={s.parallel_start_layer}")
+
+
+def _training_conflicts(s, given, complain):
+    if s.loader == "packed" and s.doc_mask != "attention":
+        complain(f"LOADER=packed puts many documents in a row: it needs DOC_MASK=attention, not {s.doc_mask}")
+    if s.complement_alpha and s.vocab_size > 16384:
+        complain(f"COMPLEMENT_ALPHA={s.complement_alpha} counts pairs of tokens: VOCAB_SIZE={s.vocab_size} exceeds "
+                 "16384")
+    _stage_conflicts(s, complain)
     for name in ("matrix_betas", "embed_betas", "head_betas"):
         betas = getattr(s, name)
-        need(not betas or len(betas) == 2 and all(0 <= b < 1 for b in betas),
-             f"{name.upper()}={_show(betas)}: two numbers from 0 to below 1, such as 0.9,0.99")
-    need(s.eval_stride <= s.eval_seq_len, f"EVAL_STRIDE={s.eval_stride} exceeds EVAL_SEQ_LEN={s.eval_seq_len}")
-    need(s.iterations or s.max_wallclock_seconds, "ITERATIONS=0 and MAX_WALLCLOCK_SECONDS=0: this run never ends")
-    said = [f"{name.upper()}={_show(getattr(s, name))}" for name in ("warmdown_iters", "warmdown_frac",
-            "warmdown_seconds") if getattr(s, name) and name in given]
-    need(len(said) <= 1, f"{' and '.join(said)} say the same; make all but one of them 0")
-    need(not s.warmdown_seconds or s.max_wallclock_seconds,
-         f"WARMDOWN_SECONDS={s.warmdown_seconds} counts back from MAX_WALLCLOCK_SECONDS, which is 0")
-    need(s.average != "best" or s.holdout_tokens > s.eval_seq_len,
-         f"HOLDOUT_TOKENS={s.holdout_tokens} is less than a window of EVAL_SEQ_LEN={s.eval_seq_len}")
-    need(s.resume != "auto" or s.run_id or s.out_dir, "RESUME=auto needs the RUN_ID or OUT_DIR to go on with")
-    need((s.phases == "eval") == bool(s.artifact), f"PHASES={s.phases} and ARTIFACT={s.artifact or '(empty)'}: "
-         "PHASES=eval needs an ARTIFACT, and nothing else reads one")
-    _packing_conflicts(s, need)
-    _evaluation_conflicts(s, need)
-    return bad
+        two_decays = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+        if betas and not two_decays:
+            complain(f"{name.upper()}={format_value(betas)}: two numbers from 0 to below 1, such as 0.9,0.99")
+    warmdowns = [name for name in ("warmdown_iters", "warmdown_frac", "warmdown_seconds")
+                 if getattr(s, name) and name in given]
+    if len(warmdowns) > 1:
+        pairs = [f"{name.upper()}={format_value(getattr(s, name))}" for name in warmdowns]
+        complain(f"{' and '.join(pairs)} say the same; make all but one of them 0")
+    if s.warmdown_seconds and not s.max_wallclock_seconds:
+        complain(f"WARMDOWN_SECONDS={s.warmdown_seconds} counts back from MAX_WALLCLOCK_SECONDS, which is 0")
+    if s.average == "best" and s.holdout_tokens <= s.eval_seq_len:
+        complain(f"HOLDOUT_TOKENS={s.holdout_tokens} is less than a window of EVAL_SEQ_LEN={s.eval_seq_len}")
 
 
-def _packing_conflicts(s, need):
-    """The part of _conflicts that is about quantisation and packing."""
-    widths = [(name.upper(), getattr(s, name)) for name in ("matrix_bits", "attn_bits", "mlp_bits", "proj_bits",
-                                                            "embed_bits", "gate_bits")]
-    for name, bits in [*widths, *((f"LAYER_BITS={_show(s.layer_bits)}", bits) for _, bits in s.layer_bits)]:
-        need(2 <= bits <= 8 or bits == 16 or not bits and name in ("ATTN_BITS", "MLP_BITS", "PROJ_BITS"),
-             f"{name if '=' in name else f'{name}={bits}'}: bits are 2 to 8, or 16")
+def _stage_conflicts(s, complain):
+    """Lengths and batches of training, in each stage."""
+    for name, least in (("train_seq_schedule", 2), ("train_batch_schedule", 1)):
+        schedule = getattr(s, name)
+        ends = [end for _, end in schedule]
+        rising = sorted(set(ends)) == ends
+        sizes_fit = all(size >= least for size, _ in schedule)
+        if schedule and not (rising and ends[0] > 0 and ends[-1] == 1 and sizes_fit):
+            complain(f"{name.upper()}={format_value(schedule)}: sizes, at fractions of the run that rise to 1")
+    lengths = [length for _, length, _ in s.stages]
+    where = " in a stage" if s.train_seq_schedule or s.train_batch_schedule else ""
+    for _, length, tokens in s.stages:
+        if not length or tokens % length:
+            complain(f"TRAIN_BATCH_TOKENS={tokens} is not a multiple of TRAIN_SEQ_LEN={length}{where}")
+        if s.micro_batch_tokens < length:
+            complain(f"MICRO_BATCH_TOKENS={s.micro_batch_tokens} is less than one sequence, TRAIN_SEQ_LEN={length}"
+                     f"{where}")
+        deals_blocks = s.loader in ("coprime", "shuffled")
+        if deals_blocks and (not length or max(lengths) % length):
+            complain(f"LOADER={s.loader} deals out blocks of the longest sequence: {max(lengths)} of "
+                     f"TRAIN_SEQ_SCHEDULE is no multiple of {length}")
+    if s.mtp_num_heads >= min(lengths):
+        complain(f"MTP_NUM_HEADS={s.mtp_num_heads} look beyond the end of TRAIN_SEQ_LEN={min(lengths)}{where}")
+
+
+def _run_conflicts(s, complain):
+    if not s.iterations and not s.max_wallclock_seconds:
+        complain("ITERATIONS=0 and MAX_WALLCLOCK_SECONDS=0: this run never ends")
+    if s.resume == "auto" and not (s.run_id or s.out_dir):
+        complain("RESUME=auto needs the RUN_ID or OUT_DIR to go on with")
+    if (s.phases == "eval") != bool(s.artifact):
+        complain(f"PHASES={s.phases} and ARTIFACT={s.artifact or '(empty)'}: PHASES=eval needs an ARTIFACT, and "
+                 "nothing else reads one")
+
+
+def _packing_conflicts(s, complain):
+    widths = {f"{name.upper()}={getattr(s, name)}": (name, getattr(s, name))
+              for name in ("matrix_bits", "attn_bits", "mlp_bits", "proj_bits", "embed_bits", "gate_bits")}
+    for pair, (name, bits) in widths.items():
+        falls_back = bits == 0 and name in ("attn_bits", "mlp_bits", "proj_bits")
+        if not _storable(bits) and not falls_back:
+            complain(f"{pair}: bits are 2 to 8, or 16")
+    layer_bits = f"LAYER_BITS={format_value(s.layer_bits)}"
+    for _, bits in s.layer_bits:
+        if not _storable(bits):
+            complain(f"{layer_bits}: bits are 2 to 8, or 16")
     layers = [layer for layer, _ in s.layer_bits]
-    need(len(set(layers)) == len(layers) and all(0 <= layer < s.num_layers for layer in layers),
-         f"LAYER_BITS={_show(s.layer_bits)} names a layer twice, or one outside 0..NUM_LAYERS-1={s.num_layers - 1}")
-    need(not s.awq_lite_group_top_k or s.awq_lite_group_size <= s.model_dim, f"AWQ_LITE_GROUP_SIZE={s.awq_lite_group_size} "
-         f"exceeds MODEL_DIM={s.model_dim}: no matrix has such a group of columns")
+    if len(set(layers)) < len(layers) or not all(0 <= layer < s.num_layers for layer in layers):
+        complain(f"{layer_bits} names a layer twice, or one outside 0..NUM_LAYERS-1={s.num_layers - 1}")
+    if s.awq_lite_group_top_k and s.awq_lite_group_size > s.model_dim:
+        complain(f"AWQ_LITE_GROUP_SIZE={s.awq_lite_group_size} exceeds MODEL_DIM={s.model_dim}: no matrix has such a "
+                 "group of columns")
     for name in ("matrix_quant", "embed_quant"):
-        need(s.fit != "allocate" or getattr(s, name) in ("rtn", "gptq"), f"FIT=allocate chooses the grid, so "
-             f"{name.upper()} says only how to round to it: rtn or gptq, not {getattr(s, name)}")
+        method = getattr(s, name)
+        if s.fit == "allocate" and method not in ("rtn", "gptq"):
+            complain(f"FIT=allocate chooses the grid, so {name.upper()} says only how to round to it: rtn or gptq, "
+                     f"not {method}")
     packages = {"auto": ("zstandard", "brotli"), "zstd": ("zstandard",), "brotli": ("brotli",)}
     for package in packages.get(s.compressor, ()):
-        need(importlib.util.find_spec(package), f"COMPRESSOR={s.compressor} needs {package}: pip install {package}")
+        if not importlib.util.find_spec(package):
+            complain(f"COMPRESSOR={s.compressor} needs {package}: pip install {package}")
 
 
-def _evaluation_conflicts(s, need):
-    """The part of _conflicts that is about evaluation."""
-    invalid = [(s.ttt == "before", "TTT=before trains on the text before scoring it (C3; #518)"),
-               (s.ttt == "prequant", "TTT=prequant trains on the text before scoring it (C3; #1539)"),
-               (s.mixer == "hashed", "MIXER=hashed looks targets up in a hash of themselves (C2; #1033)"),
-               (s.mixer == "hedge" and "entropy" in s.mixer_experts, "MIXER_EXPERTS=entropy is no distribution (C2; #967)")]
-    for used, why in invalid:
-        need(not used or s.allow_invalid, f"{why}: ALLOW_INVALID=1 runs it, and calls the score invalid")
-    need(s.ttt != "prequant" or s.phases != "eval", "TTT=prequant happens before the artifact, and PHASES=eval after it")
-    need(not s.holds(s.rule("alpha_range")) or s.alpha_base + s.alpha_range < 1 + 1e-12,
-         f"ALPHA_BASE={s.alpha_base} and ALPHA_RANGE={s.alpha_range} come to more than 1, which is all the weight there is")
-    for name, known in (("ttt_lora_targets", ("q", "k", "v", "o", "attn", "mlp", "head")),
-                        ("mixer_experts", ("unigram", "bigram", "trigram", "backoff", "entropy"))):
-        names = getattr(s, name)
-        need(names and len(set(names)) == len(names) and set(names) <= set(known),
-             f"{name.upper()}={_show(names)}: some of {','.join(known)}, each once")
-    need(s.ttt != "lora_docs" or max([s.ttt_chunk_size, *(size for size, _ in s.ttt_short_chunks)]) <= s.eval_seq_len,
-         f"TTT_CHUNK_SIZE={s.ttt_chunk_size} TTT_SHORT_CHUNKS={_show(s.ttt_short_chunks)}: no chunk may exceed "
-         f"EVAL_SEQ_LEN={s.eval_seq_len}")
-    need(all(size > 0 for size, _ in s.ttt_short_chunks), f"TTT_SHORT_CHUNKS={_show(s.ttt_short_chunks)}: sizes are positive")
-    need(not s.holds(s.rule("ttt_freeze_blocks")) or s.ttt_freeze_blocks < s.num_layers or not s.ttt_freeze_embed,
-         f"TTT_FREEZE_BLOCKS={s.ttt_freeze_blocks} of NUM_LAYERS={s.num_layers} and TTT_FREEZE_EMBED=1 leave hardly "
-         "anything to learn")
-    need(not s.phased_ttt_prefix_docs or s.phased_ttt_num_phases <= s.phased_ttt_prefix_docs,
-         f"PHASED_TTT_NUM_PHASES={s.phased_ttt_num_phases} exceeds PHASED_TTT_PREFIX_DOCS={s.phased_ttt_prefix_docs}")
+def _storable(bits):
+    return 2 <= bits <= 8 or bits == 16
+
+
+# Settings whose score is not valid (room 13), and why.
+INVALID = {
+    "ttt=before": "TTT=before trains on the text before scoring it (C3; #518)",
+    "ttt=prequant": "TTT=prequant trains on the text before scoring it (C3; #1539)",
+    "mixer=hashed": "MIXER=hashed looks targets up in a hash of themselves (C2; #1033)",
+    "mixer=hedge&mixer_experts=entropy": "MIXER_EXPERTS=entropy is no distribution (C2; #967)",
+}
+
+
+def _evaluation_conflicts(s, complain):
+    for rule, why in INVALID.items():
+        if s.holds(parse_rule(rule)) and not s.allow_invalid:
+            complain(f"{why}: ALLOW_INVALID=1 runs it, and calls the score invalid")
+    if s.eval_stride > s.eval_seq_len:
+        complain(f"EVAL_STRIDE={s.eval_stride} exceeds EVAL_SEQ_LEN={s.eval_seq_len}")
+    if s.ttt == "prequant" and s.phases == "eval":
+        complain("TTT=prequant happens before the artifact, and PHASES=eval after it")
+    if s.alpha_base + s.alpha_range >= 1 + 1e-12 and s.holds(s.rule("alpha_range")):
+        complain(f"ALPHA_BASE={s.alpha_base} and ALPHA_RANGE={s.alpha_range} come to more than 1, which is all the "
+                 "weight there is")
+    known = {"ttt_lora_targets": ("q", "k", "v", "o", "attn", "mlp", "head"),
+             "mixer_experts": ("unigram", "bigram", "trigram", "backoff", "entropy")}
+    for setting, words in known.items():
+        names = getattr(s, setting)
+        named_twice = len(set(names)) < len(names)
+        if not names or named_twice or not set(names) <= set(words):
+            complain(f"{setting.upper()}={format_value(names)}: some of {','.join(words)}, each once")
+    _adaptation_conflicts(s, complain)
+
+
+def _adaptation_conflicts(s, complain):
+    short_chunks = f"TTT_SHORT_CHUNKS={format_value(s.ttt_short_chunks)}"
+    short_sizes = [size for size, _ in s.ttt_short_chunks]
+    if s.ttt == "lora_docs" and max(s.ttt_chunk_size, *short_sizes, 0) > s.eval_seq_len:
+        complain(f"TTT_CHUNK_SIZE={s.ttt_chunk_size} {short_chunks}: no chunk may exceed "
+                 f"EVAL_SEQ_LEN={s.eval_seq_len}")
+    if not all(size > 0 for size in short_sizes):
+        complain(f"{short_chunks}: sizes are positive")
+    all_blocks_frozen = s.ttt_freeze_blocks >= s.num_layers and s.holds(s.rule("ttt_freeze_blocks"))
+    if all_blocks_frozen and s.ttt_freeze_embed:
+        complain(f"TTT_FREEZE_BLOCKS={s.ttt_freeze_blocks} of NUM_LAYERS={s.num_layers} and TTT_FREEZE_EMBED=1 leave "
+                 "hardly anything to learn")
+    if s.phased_ttt_prefix_docs and s.phased_ttt_num_phases > s.phased_ttt_prefix_docs:
+        complain(f"PHASED_TTT_NUM_PHASES={s.phased_ttt_num_phases} exceeds "
+                 f"PHASED_TTT_PREFIX_DOCS={s.phased_ttt_prefix_docs}")
 
 
 # ---- settings from outside: files, environment, names of other scripts ---------------------------
@@ -721,30 +1264,36 @@ def _evaluation_conflicts(s, need):
 
 def _file_pairs(path, complaints):
     """(where, KEY=VALUE) of each assignment in a settings file, or in settings.env of a record folder."""
-    path = Path(path) / "settings.env" if Path(path).is_dir() else Path(path)
+    path = Path(path)
+    if path.is_dir():
+        path = path / "settings.env"
     try:
         text = path.read_text(encoding="utf-8")
-        lines = os.fsdecode(text.encode()).splitlines()  # as arguments are decoded: a path may have an accent
     except (OSError, UnicodeDecodeError) as error:
-        complaints.append(f"@{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})")
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        complaints.append(f"@{path}: cannot be read ({reason})")
         return
+    lines = os.fsdecode(text.encode()).splitlines()  # as arguments are decoded: a path may have an accent
     seen = set()
     for number, line in enumerate(lines, 1):
         try:
-            parts = shlex.split(line, comments=True)
+            pairs = shlex.split(line, comments=True)
         except ValueError as error:
             complaints.append(f"{path}:{number}: {error}")
             continue
-        for pair in parts:
-            if (name := pair.partition("=")[0]) in seen:
+        for pair in pairs:
+            name = pair.partition("=")[0]
+            if name in seen:
                 complaints.append(f"{path}:{number}: {name} is set twice in this file")
             seen.add(name)
             yield f"{path}:{number}", pair
 
 
 def _unknown(name, known):
-    if name in RENAMED:
-        return f"{name} is now {RENAMED[name]}"
+    """What is to be said of a name that is no setting."""
+    renamed = other_names()
+    if name in renamed:
+        return f"{name} is now {renamed[name]}"
     if name.startswith(FOREIGN):
         return f"{name} is a switch of other contest scripts; this one does not have it"
     near = difflib.get_close_matches(name.upper(), known, 1, 0.6)
@@ -753,77 +1302,131 @@ def _unknown(name, known):
 
 def _why_not_env(name, known, strict):
     """Why an environment variable that is no setting cannot be let pass, or None."""
-    if name.startswith(ELSEWHERE) and name not in RENAMED or name in ELSEWHERE:
+    of_other_script = name in other_names() or name.startswith(FOREIGN)
+    if name in ELSEWHERE or (name.startswith(ELSEWHERE) and not of_other_script):
         return None
-    if name in RENAMED or name.startswith(FOREIGN):  # before the near misses: TTT_EVAL_SEQ_LEN is none of EVAL_SEQ_LEN
+    if of_other_script:  # before the near misses: TTT_EVAL_SEQ_LEN is none of EVAL_SEQ_LEN
         return _unknown(name, known)
-    if near := difflib.get_close_matches(name, known, 1, 0.85):
+    near = difflib.get_close_matches(name, known, 1, 0.85)
+    if near:
         return f"{name} is not a setting; did you mean {near[0]}? (unset it if it is not meant for this script)"
-    return f"{name} looks like a setting but is none (STRICT_ENV=1)" if strict and doubtful_names([name]) else None
+    if strict and doubtful_names([name]):
+        return f"{name} looks like a setting but is none (STRICT_ENV=1)"
+    return None
 
 
 def doubtful_names(env):
     """Names in the environment that are made only of words of our settings, such as MODEL_LR, but are no setting."""
     known = {f.name.upper() for f in fields(Settings)}
     words = {word for name in known for word in name.split("_")}
-    return sorted(name for name in env if name not in known and "_" in name and not name.startswith(ELSEWHERE)
-                  and words.issuperset(name.split("_")))
+
+    def doubtful(name):
+        several_words = "_" in name and words.issuperset(name.split("_"))
+        return several_words and name not in known and not name.startswith(ELSEWHERE)
+
+    return sorted(filter(doubtful, env))
 
 
 # How names begin that other programs read or set: OMP_NUM_THREADS is near MTP_NUM_HEADS, torchrun sets GROUP_RANK.
 ELSEWHERE = ("OMP_", "MKL_", "NCCL_", "CUDA_", "TORCH", "PARALLEL_SEQ", "GROUP_RANK", "DATA_DIR")
 # How the names of the contest's other techniques begin: they are meant for a trainer, and not read here.
 FOREIGN = tuple("""
-    AGREE_ CACHE_ALPHA CALIBRATE_TEMP CROWN_Q DTG_ GATED_ATTN_ NGRAM_HINT PPM_ALPHA PREQUANT_ QTTT ROPE_YARN SKYLIGHT_ SLOT_
-    SOFT_ROUND SPARSE_ATTN_GATE_INIT TTT_GRAD_STEPS TTT_HASH TTT_LORA_EMA TTT_MAX_CHUNKS TTT_UPDATE_EVERY
+    AGREE_ CACHE_ALPHA CALIBRATE_TEMP CROWN_Q DTG_ GATED_ATTN_ NGRAM_HINT PPM_ALPHA PREQUANT_ QTTT ROPE_YARN SKYLIGHT_
+    SLOT_ SOFT_ROUND SPARSE_ATTN_GATE_INIT TTT_GRAD_STEPS TTT_HASH TTT_LORA_EMA TTT_MAX_CHUNKS TTT_UPDATE_EVERY
     TTT_WARM_START_MEAN USE_CACHE WITHIN_ WORD_""".split())
-# Names of published commands that mean something else here: the answer is what to write instead.
-RENAMED = {
-    "VE_ENABLED": "VE_DIM=0 turns value embeddings off", "EMA_ENABLED": "AVERAGE=ema",
-    "SWA_ENABLED": "AVERAGE=swa (beside EMA it did nothing in #549)",
-    "TORCH_COMPILE": "COMPILE", "VAL_BATCH_SIZE": "EVAL_BATCH_SEQS", "LR_FLOOR": "MIN_LR", "NO_COMPILE": "COMPILE=off",
-    "LEAKY_RELU": "LEAKY_SLOPE", "NEGATIVE_SLOPE": "LEAKY_SLOPE", "LEAKY_RELU_SQ_SLOPE": "LEAKY_SLOPE",
-    "COMPRESS_METHOD": "COMPRESSOR", "DATA_DIR": "DATA_PATH, the folder of the shards", "FORCE_STOP_STEP": "ITERATIONS",
-    "FUSED_CE_ENABLED": "KERNELS; the loss is the same", "SKYLIGHT_MUON": "NORMUON (0 is NORMUON=0)",
-    "TRAIN_SEQ_SCHEDULE_MODE": "TRAIN_SEQ_SCHEDULE, of the clock, or of ITERATIONS where that ends the run first",
-    "SMEAR_GATE_ENABLED": "SMEAR_GATE=scalar", "EVAL_ONLY": "PHASES=eval ARTIFACT=file", "EMBEDDING_DIM": "EMBED_DIM",
-    "ROPE_TRAIN_SEQ_LEN": "ROPE_BASE, the base in force at every length", "VRL_ENABLED": "VALUE_RESIDUAL=vrl",
-    "ATTN_OUT_GATE_ENABLED": "ATTN_GATE=head", "GATED_ATTN_ENABLED": "ATTN_GATE=dense",
-    "GATED_ATTENTION": "ATTN_GATE=dense", "SPARSE_ATTN_GATE_ENABLED": "ATTN_GATE=sparse",
-    "SKIP_GATES_ENABLED": "SKIPS=gated", "SIGMOID_SKIPS": "SKIPS=sigmoid", "SMEAR_GATE_BOS_FIX": "DOC_MASK=inputs",
-    "RECUR_LAYERS": "NUM_LOOPS=1 LOOP_START=first LOOP_END=last", "DEPTH_RECURRENCE": "NUM_LOOPS=1 LOOP_ORDER=layer",
-    "DEPTH_RECUR_LAYERS": "LOOP_START, LOOP_END with LOOP_ORDER=layer", "DEPTH_RECUR_PASSES": "NUM_LOOPS (one less)",
-    "RECUR_START_STEP": "ENABLE_LOOPING_AT, a fraction of the run", "MUONEQ_R": "MUON_ROW_NORMALIZE",
-    "PARALLEL_RESIDUAL_START": "PARALLEL_RESIDUAL=gptj PARALLEL_START_LAYER", "LAWA_ENABLED": "AVERAGE=lawa",
-    "COMPILE_SHAPE_WARMUP": "WARMUP_STEPS, which compiles every stage", "LATE_QAT": "LATE_QAT_THRESHOLD",
-    "QAT_ENABLED": "LATE_QAT_THRESHOLD", "SOFT_ROUND_QAT": "QAT_ROUNDING=soft", "SDCLIP_ENABLED": "MATRIX_CLIP_SIGMAS",
-    "SDCLIP_K_INT6": "MATRIX_CLIP_SIGMAS", "SDCLIP_K_INT8": "EMBED_CLIP_SIGMAS", "INT6_LAST_N": "LAYER_BITS",
-    "TARGET_MB": "SIZE_LIMIT, in bytes, with FIT=prune or allocate", "GATED_ATTN_QUANT_GATE": "GATE_BITS=8",
-    "GPTQ_CALIBRATION_BATCHES": "GPTQ_CALIBRATION_TOKENS, of all ranks together",
-    "GPTQ_CALIB_BATCHES": "GPTQ_CALIBRATION_TOKENS, of all ranks together",
-    "GPTQ_CALIB_SEQS": "GPTQ_CALIBRATION_TOKENS with GPTQ_CALIBRATION=generated", "LQER_ENABLED": "LQER_RANK=4",
-    "LQER_ASYM_ENABLED": "LQER_RANK, whose factors always have 2 and 4 bits",
-    "LQER_FACTOR_BITS": "LQER_RANK, whose factors always have 2 and 4 bits",
-    "LQER_GAIN_SELECT": "LQER_TOP_K, which always goes by what the loss feels",
-    "LQER_GROUP_SIZE": "LQER_ASYM_GROUP", "AWQ_LITE_ENABLED": "AWQ_LITE_GROUP_TOP_K=1 (0: off)",
-    "TTT_ENABLED": "TTT=full, or TTT=lora_docs with adapters of each document", "TTT_USE_LORA": "TTT=lora",
-    "TTT_LORA_ENABLED": "TTT=lora_docs",
-    "TTT_EVAL_SEQ_LEN": "EVAL_SEQ_LEN", "TTT_TEMPERATURE": "EVAL_TEMPERATURE",
-    "TTT_EVAL_ONLY": "PHASES=eval ARTIFACT=file", "TTT_ONLY": "PHASES=eval ARTIFACT=file", "TTT_MASK": "TTT_LORA_TARGETS",
-    **{f"TTT_{what}_LORA": f"TTT_LORA_TARGETS with {name}" for what, name in (
-        ("Q", "q"), ("K", "k"), ("V", "v"), ("O", "attn"), ("MLP", "mlp"), ("LM_HEAD", "head"))},
-    "TTT_LOCAL_LR_MULT": "TTT_LORA_LR, times it", "TTT_WEIGHT_DECAY": "TTT_WD",
-    **dict.fromkeys(("TTT_SHORT_SCORE_FIRST_ENABLED", "TTT_SHORT_SCORE_FIRST_STEPS", "TTT_SHORT_CHUNK_SIZE",
-                     "TTT_SHORT_DOC_LEN"), "TTT_SHORT_CHUNKS such as 8@256,24@2000, by the place in a document"),
-    "PREQUANT_TTT_ENABLED": "TTT=prequant",
-    "PREQUANT_TTT_EPOCHS": "TTT_EPOCHS", "PREQUANT_TTT_LR": "TTT_LR", "PHASED_TTT_ENABLED": "PHASED_TTT_PREFIX_DOCS",
-    "GLOBAL_TTT_LR": "TTT_LR", "GLOBAL_TTT_EPOCHS": "TTT_EPOCHS", "GLOBAL_TTT_MOMENTUM": "TTT_MOMENTUM",
-    "GLOBAL_TTT_GRAD_CLIP": "TTT_GRAD_CLIP", "GLOBAL_TTT_BATCH_SEQS": "TTT_BATCH_SEQS", "ADAPTIVE_LR": "ADAPTIVE_LR_MAX",
-    "USE_POLYAK": "POLYAK_DECAY", "USE_MIXER": "MIXER=hedge", "USE_HEDGE_MIXER": "MIXER=backoff (#1033's is hashed)",
-    "SKIP_SLIDING": "EVAL_STRIDE=0", "SKIP_SLIDING_WINDOW": "EVAL_STRIDE=0",
-    "EVAL_INCLUDE_TAIL": "what always happens: the tail is scored",
-    "CASEOPS_ENABLED": "DATA_PATH: shards with a byte sidecar are CaseOps", "NGRAM_TILT_ENABLED": "TOKEN_BOOST",
-}
+
+# Names of published commands that mean something else here, and what to write instead.
+OTHER_NAMES = """
+    VE_ENABLED: VE_DIM=0 turns value embeddings off
+    EMA_ENABLED: AVERAGE=ema
+    SWA_ENABLED: AVERAGE=swa (beside EMA it did nothing in #549)
+    TORCH_COMPILE: COMPILE
+    VAL_BATCH_SIZE: EVAL_BATCH_SEQS
+    LR_FLOOR: MIN_LR
+    NO_COMPILE: COMPILE=off
+    LEAKY_RELU NEGATIVE_SLOPE LEAKY_RELU_SQ_SLOPE: LEAKY_SLOPE
+    COMPRESS_METHOD: COMPRESSOR
+    DATA_DIR: DATA_PATH, the folder of the shards
+    FORCE_STOP_STEP: ITERATIONS
+    FUSED_CE_ENABLED: KERNELS; the loss is the same
+    SKYLIGHT_MUON: NORMUON (0 is NORMUON=0)
+    TRAIN_SEQ_SCHEDULE_MODE: TRAIN_SEQ_SCHEDULE, of the clock, or of ITERATIONS where that ends the run first
+    SMEAR_GATE_ENABLED: SMEAR_GATE=scalar
+    EVAL_ONLY TTT_EVAL_ONLY TTT_ONLY: PHASES=eval ARTIFACT=file
+    EMBEDDING_DIM: EMBED_DIM
+    ROPE_TRAIN_SEQ_LEN: ROPE_BASE, the base in force at every length
+    VRL_ENABLED: VALUE_RESIDUAL=vrl
+    ATTN_OUT_GATE_ENABLED: ATTN_GATE=head
+    GATED_ATTN_ENABLED GATED_ATTENTION: ATTN_GATE=dense
+    SPARSE_ATTN_GATE_ENABLED: ATTN_GATE=sparse
+    SKIP_GATES_ENABLED: SKIPS=gated
+    SIGMOID_SKIPS: SKIPS=sigmoid
+    SMEAR_GATE_BOS_FIX: DOC_MASK=inputs
+    RECUR_LAYERS: NUM_LOOPS=1 LOOP_START=first LOOP_END=last
+    DEPTH_RECURRENCE: NUM_LOOPS=1 LOOP_ORDER=layer
+    DEPTH_RECUR_LAYERS: LOOP_START, LOOP_END with LOOP_ORDER=layer
+    DEPTH_RECUR_PASSES: NUM_LOOPS (one less)
+    RECUR_START_STEP: ENABLE_LOOPING_AT, a fraction of the run
+    MUONEQ_R: MUON_ROW_NORMALIZE
+    PARALLEL_RESIDUAL_START: PARALLEL_RESIDUAL=gptj PARALLEL_START_LAYER
+    LAWA_ENABLED: AVERAGE=lawa
+    COMPILE_SHAPE_WARMUP: WARMUP_STEPS, which compiles every stage
+    LATE_QAT QAT_ENABLED: LATE_QAT_THRESHOLD
+    SOFT_ROUND_QAT: QAT_ROUNDING=soft
+    SDCLIP_ENABLED SDCLIP_K_INT6: MATRIX_CLIP_SIGMAS
+    SDCLIP_K_INT8: EMBED_CLIP_SIGMAS
+    INT6_LAST_N: LAYER_BITS
+    TARGET_MB: SIZE_LIMIT, in bytes, with FIT=prune or allocate
+    GATED_ATTN_QUANT_GATE: GATE_BITS=8
+    GPTQ_CALIBRATION_BATCHES GPTQ_CALIB_BATCHES: GPTQ_CALIBRATION_TOKENS, of all ranks together
+    GPTQ_CALIB_SEQS: GPTQ_CALIBRATION_TOKENS with GPTQ_CALIBRATION=generated
+    LQER_ENABLED: LQER_RANK=4
+    LQER_ASYM_ENABLED LQER_FACTOR_BITS: LQER_RANK, whose factors always have 2 and 4 bits
+    LQER_GAIN_SELECT: LQER_TOP_K, which always goes by what the loss feels
+    LQER_GROUP_SIZE: LQER_ASYM_GROUP
+    AWQ_LITE_ENABLED: AWQ_LITE_GROUP_TOP_K=1 (0: off)
+    TTT_ENABLED: TTT=full, or TTT=lora_docs with adapters of each document
+    TTT_USE_LORA: TTT=lora
+    TTT_LORA_ENABLED: TTT=lora_docs
+    TTT_EVAL_SEQ_LEN: EVAL_SEQ_LEN
+    TTT_TEMPERATURE: EVAL_TEMPERATURE
+    TTT_MASK: TTT_LORA_TARGETS
+    TTT_Q_LORA: TTT_LORA_TARGETS with q
+    TTT_K_LORA: TTT_LORA_TARGETS with k
+    TTT_V_LORA: TTT_LORA_TARGETS with v
+    TTT_O_LORA: TTT_LORA_TARGETS with attn
+    TTT_MLP_LORA: TTT_LORA_TARGETS with mlp
+    TTT_LM_HEAD_LORA: TTT_LORA_TARGETS with head
+    TTT_LOCAL_LR_MULT: TTT_LORA_LR, times it
+    TTT_WEIGHT_DECAY: TTT_WD
+    TTT_SHORT_SCORE_FIRST_ENABLED TTT_SHORT_SCORE_FIRST_STEPS: TTT_SHORT_CHUNKS such as 8@256,24@2000, by the place in a document
+    TTT_SHORT_CHUNK_SIZE TTT_SHORT_DOC_LEN: TTT_SHORT_CHUNKS such as 8@256,24@2000, by the place in a document
+    PREQUANT_TTT_ENABLED: TTT=prequant
+    PREQUANT_TTT_EPOCHS GLOBAL_TTT_EPOCHS: TTT_EPOCHS
+    PREQUANT_TTT_LR GLOBAL_TTT_LR: TTT_LR
+    PHASED_TTT_ENABLED: PHASED_TTT_PREFIX_DOCS
+    GLOBAL_TTT_MOMENTUM: TTT_MOMENTUM
+    GLOBAL_TTT_GRAD_CLIP: TTT_GRAD_CLIP
+    GLOBAL_TTT_BATCH_SEQS: TTT_BATCH_SEQS
+    ADAPTIVE_LR: ADAPTIVE_LR_MAX
+    USE_POLYAK: POLYAK_DECAY
+    USE_MIXER: MIXER=hedge
+    USE_HEDGE_MIXER: MIXER=backoff (#1033's is hashed)
+    SKIP_SLIDING SKIP_SLIDING_WINDOW: EVAL_STRIDE=0
+    EVAL_INCLUDE_TAIL: what always happens: the tail is scored
+    CASEOPS_ENABLED: DATA_PATH: shards with a byte sidecar are CaseOps
+    NGRAM_TILT_ENABLED: TOKEN_BOOST
+"""
+
+
+@cache
+def other_names():
+    """{name of a published command: what to write instead}, from OTHER_NAMES."""
+    answers = {}
+    for line in OTHER_NAMES.strip().splitlines():
+        names, _, answer = line.partition(": ")
+        answers.update(dict.fromkeys(names.split(), answer))
+    return answers
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3737,7 +4340,7 @@ def save_artifact(path, model, s, tokenizer_sha256="", log=None, moments=None, r
     `moments`: of calibrate(), where the settings need them; `room`: bytes that FIT may fill (default: SIZE_LIMIT).
     """
     log, room = log or (lambda *_, **__: None), s.size_limit if room is None else room
-    settings = {f.name.upper(): _show(getattr(s, f.name)) for f in model_fields()}
+    settings = {f.name.upper(): format_value(getattr(s, f.name)) for f in model_fields()}
     # `looping`: a loop that training never reached stays off.
     header = {"settings": settings, "looping": model.looping, "tokenizer_sha256": tokenizer_sha256}
     header |= {"temperature": model.temperature} if model.temperature else {}
@@ -3917,8 +4520,8 @@ def artifact_settings(path, header, given):
     for f in model_fields():
         mine, its = getattr(given, f.name), getattr(stored, f.name)
         if mine not in (f.default, its):
-            raise BadInput(f"{f.name.upper()}={brief(_show(mine))} contradicts {path}, which was made with "
-                           f"{brief(_show(its))}")
+            raise BadInput(f"{f.name.upper()}={brief(format_value(mine))} contradicts {path}, which was made with "
+                           f"{brief(format_value(its))}")
     s = replace(given, **{f.name: getattr(stored, f.name) for f in model_fields()})
     with torch.device("meta"):
         skeleton = GPT(s, init=False)

@@ -642,7 +642,7 @@ class Artifacts:
             assert np.array_equal(weight, expected[name]), f"{name} is not what the file holds"
         for name, text in unseal(data)[0]["settings"].items():
             f = tg.Settings.__dataclass_fields__[name.lower()]
-            assert getattr(s, f.name) == tg._convert(f, text), f"{name} is not that of the file"
+            assert getattr(s, f.name) == tg.parse_value(f, text), f"{name} is not that of the file"
         return "good"
 
     def describe(self, case):

@@ -8,6 +8,8 @@ import contextlib
 import math
 import os
 import threading
+from dataclasses import fields
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import torch
@@ -490,3 +492,24 @@ class Rank:
 
 def alone():
     return Ranks(1).members[0]
+
+
+# Rules of settings (`on`)
+
+
+def typed_choices(f):
+    """What a user may type for a field whose values a condition names."""
+    if get_origin(f.type) is Literal:
+        return get_args(f.type)
+    return ("0", "1") if f.type is bool else ("q", "k", "v", "o", "attn", "mlp", "head")
+
+
+def alternatives(rule):
+    """[[(field, the typed values that meet its condition; none: anything but 0 and empty)]], one list an alternative."""
+    choices = {f.name: typed_choices(f) for f in fields(tg.Settings)}
+
+    def meeting(condition):
+        return [value for value in choices[condition.setting] if condition.values
+                and (value in condition.values) != condition.negated]
+
+    return [[(condition.setting, meeting(condition)) for condition in alternative] for alternative in rule]

@@ -20,6 +20,7 @@ from unittest import mock
 import pytest
 import torch
 
+import reference as ref
 import train_gpt as tg
 from runs import events
 from train_gpt import Settings
@@ -491,14 +492,7 @@ def test_every_choice_is_tried():
             tried = {case.value for case in CASES[name]} | {getattr(base, name)}
             assert tried == set(get_args(f.type)), name
         elif f.type is bool:
-            assert {tg._convert(f, case.value) for case in CASES[name]} == {not f.default}, name
-
-
-def conditions(part):
-    """[(field, value or None for anything but 0)] of one part of an `on` rule, whose conditions are joined by &."""
-    for condition in part.split("&"):
-        name, equals, values = condition.partition("=")
-        yield from ((name, value) for value in values.split("|")) if equals else [(name, None)]
+            assert {tg.parse_value(f, case.value) for case in CASES[name]} == {not f.default}, name
 
 
 WAITING = [name for name, f in FIELDS.items() if f.metadata["on"]]
@@ -506,13 +500,14 @@ WAITING = [name for name, f in FIELDS.items() if f.metadata["on"]]
 
 @pytest.mark.parametrize("name", [name for name in WAITING if name not in ELSEWHERE])
 def test_every_condition_that_wakes_a_setting_is_tried(name):
-    runs, parts = [Settings.parse([*BASE, *case.beside.split()]) for case in CASES[name]], FIELDS[name].metadata["on"].split(",")
-    for part in parts:
-        for other, value in conditions(part):
-            met = [s for s in runs if s.holds(part) and (value is None or value in tg._show(getattr(s, other)).split(",") or
-                                                         str(getattr(s, other)) == value)]
-            alone = [s for s in met if sum(map(s.holds, parts)) == 1]
-            assert alone, f"no case wakes {name} by {other}={value} alone"
+    rule, runs = FIELDS[name].metadata["on"], [Settings.parse([*BASE, *case.beside.split()]) for case in CASES[name]]
+    for alternative, conditions in zip(rule, ref.alternatives(rule)):
+        alone = [s for s in runs if s.holds((alternative,)) and sum(s.holds((other,)) for other in rule) == 1]
+        for other, values in conditions:
+            for value in values:
+                met = [s for s in alone if value in tg.format_value(getattr(s, other)).split(",")]
+                assert met, f"no case wakes {name.upper()} by {other.upper()}={value} alone: add one to CASES[{name!r}]"
+            assert alone, f"no case wakes {name.upper()} by {other.upper()} alone: add one to CASES[{name!r}]"
 
 
 OFF = {"none": "none", bool: "0", int: "0", float: "0", tuple: ""}
@@ -520,19 +515,17 @@ OFF = {"none": "none", bool: "0", int: "0", float: "0", tuple: ""}
 
 def unmet(name):
     """Settings under each of which none of a field's conditions holds: of those joined by & one is not met."""
-    parts = [part.split("&") for part in FIELDS[name].metadata["on"].split(",")]
-    for which in range(max(map(len, parts))):
+    alternatives = ref.alternatives(FIELDS[name].metadata["on"])
+    for which in range(max(map(len, alternatives))):
         pairs = []
-        for part in parts:
-            other, equals, values = part[min(which, len(part) - 1)].partition("=")
-            f, values = FIELDS[other], values.split("|")
-            if not equals:
-                pairs.append(f"{other.upper()}={OFF[get_origin(f.type) or f.type]}")
-            elif f.type is bool:
-                pairs.append(f"{other.upper()}={int('True' not in values)}")
+        for conditions in alternatives:
+            other, values = conditions[min(which, len(conditions) - 1)]
+            f = FIELDS[other]
+            if values:
+                off = next(value for value in ref.typed_choices(f) if value not in values)
             else:
-                choices = ("q",) if f.type is tg.Names else get_args(f.type)
-                pairs.append(f"{other.upper()}={next(v for v in choices if v not in values)}")
+                off = OFF[get_origin(f.type) or f.type]
+            pairs.append(f"{other.upper()}={off}")
         if "FIT=allocate" in pairs:
             pairs += [f"{kind}_QUANT=gptq" for kind in ("MATRIX", "EMBED")]
         yield " ".join(pairs)
@@ -570,7 +563,7 @@ def test_idle_says_the_truth_beside_any_way_to_score(toy, beside, known):
     for name, cases in CASES.items():
         if not FIELDS[name].metadata["on"] or FIELDS[name].metadata["room"] != SCORING or name in known:
             continue
-        read, values = functools.partial(tg._convert, FIELDS[name]), [*(case.value for case in cases), "0"]
+        read, values = functools.partial(tg.parse_value, FIELDS[name]), [*(case.value for case in cases), "0"]
         value = next(value for value in values if read(value) != getattr(plain.s, name))
         change = f"{name.upper()}={value}"
         if name.upper() in tg.replace(plain.s, **{name: read(value)}).idle():

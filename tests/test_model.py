@@ -761,10 +761,12 @@ def others(f, value):
 
 def bases(f):
     """Changes under each of which a setting must act: one for every way to meet its `on` rule."""
-    for part in f.metadata["on"].split(","):
-        name, _, values = part.partition("&")[0].partition("=")  # what follows an & is in MORE
-        for value in values.split("|") if values else [ON.get(name)]:
-            yield {**({name: value} if name else {}), **MORE.get(f.name, {})}
+    if not f.metadata["on"]:
+        yield MORE.get(f.name, {})
+    for (name, values), *_ in ref.alternatives(f.metadata["on"]):  # what follows an & is in MORE
+        kind = tg.Settings.__dataclass_fields__[name]
+        for value in values or [ON.get(name)]:
+            yield {name: tg.parse_value(kind, value) if values else value, **MORE.get(f.name, {})}
 
 
 def losses(s, backend=None, steps=3):

@@ -16,10 +16,11 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
+import reference as ref
 import train_gpt
 from conftest import REPO, clean_env, run_trainer
 from runs import SCRIPT, call, events, good, refused
-from train_gpt import RENAMED, BadInput, Settings
+from train_gpt import BadInput, Settings
 
 FIELDS = {f.name.upper(): f for f in fields(Settings)}
 TREE = ast.parse(SCRIPT.read_text())
@@ -118,6 +119,9 @@ def test_every_name_with_a_letter_lost_is_caught_in_the_environment():
             if len(name) >= 6 and typo not in FIELDS and difflib.SequenceMatcher(None, typo, name).ratio() >= 0.85 and not complaints(env={typo: "1"}):
                 missed.append(typo)
     assert not missed
+
+
+RENAMED = train_gpt.other_names()
 
 
 @pytest.mark.parametrize("answer", RENAMED.items(), ids=lambda pair: pair[0])
@@ -278,12 +282,12 @@ def test_every_number_is_accepted_at_its_bounds_and_refused_beyond():
             if bound is None:
                 continue
             outside = bound + beyond if f.type is int else math.nextafter(bound, beyond * math.inf)
-            assert train_gpt._convert(f, repr(bound)) == bound
+            assert train_gpt.parse_value(f, repr(bound)) == bound
             assert any(line.startswith(f"{name}={outside!r}: ") for line in complaints(f"{name}={outside!r}")), (name, outside)
 
 
 def test_every_setting_has_a_default_of_its_type_within_its_bounds_and_a_sentence():
-    assert complaints(*(f"{name}={train_gpt._show(f.default)}" for name, f in FIELDS.items() if f.default != "")) == []
+    assert complaints(*(f"{name}={train_gpt.format_value(f.default)}" for name, f in FIELDS.items() if f.default != "")) == []
     for name, f in FIELDS.items():
         kind = str if get_origin(f.type) is Literal else tuple if get_origin(f.type) is tuple else f.type
         assert type(f.default) is kind, name
@@ -431,56 +435,63 @@ def other_value(f):
     return f.metadata["lo"] if f.default != f.metadata["lo"] else f.metadata["hi"] or f.default + 1
 
 
-def parts_of(rule):
-    """[[(field, its values, or none for anything but 0)]]: a comma means or, an & and."""
-    split = lambda one: (one.partition("=")[0], [value for value in one.partition("=")[2].split("|") if value])
-    return [[split(one) for one in part.split("&")] for part in rule.split(",")]
+def test_a_rule_is_read_as_its_grammar_says():
+    condition = train_gpt.Condition
+    assert train_gpt.parse_rule("") == ()
+    assert train_gpt.parse_rule("ve_dim") == ((condition("ve_dim"),),)
+    assert train_gpt.parse_rule("average=swa|best,ttt!=off&mixer") == (
+        (condition("average", ("swa", "best")),), (condition("ttt", ("off",), True), condition("mixer")))
+    rope, words = condition("rope_dims"), condition("ttt_lora_targets", ("o", "mlp"))
+    assert [rope.holds(value) for value in (0, 16, (), (1,), "")] == [False, True, False, True, False]
+    assert [words.holds(value) for value in ((), ("q",), ("q", "mlp"))] == [False, False, True]
+    assert [condition("fit", ("off", "prune"), True).holds(value) for value in ("off", "allocate")] == [False, True]
+    assert [condition("tie_embeddings", ("0",)).holds(value) for value in (True, False)] == [False, True]
 
 
-@pytest.mark.parametrize("name, rule", RULES.items(), ids=lambda value: value)
+@pytest.mark.parametrize("name, rule", RULES.items(), ids=list(RULES))
 def test_a_rule_names_settings_and_values_that_exist(name, rule):
-    for other, values in sum(parts_of(rule), []):
-        f = FIELDS[other.upper()]
-        allowed = {str(choice) for choice in get_args(f.type)} if get_origin(f.type) is Literal else {"True", "False"}
-        allowed = {"q", "k", "v", "o", "attn", "mlp", "head"} if other == "ttt_lora_targets" else allowed
-        assert not values or set(values) < allowed, (other, values)
+    for condition in sum(rule, ()):
+        f = FIELDS[condition.setting.upper()]
+        assert not condition.values or set(condition.values) < set(ref.typed_choices(f)), condition
         assert f.name != name.lower()
 
 
 def wrong_value(other, values):
-    kind = FIELDS[other.upper()]
-    if kind.type is train_gpt.Names:
+    f = FIELDS[other.upper()]
+    if f.type is train_gpt.Names:
         return ("q",)
-    return next(choice for choice in get_args(kind.type) or (True, False) if str(choice) not in values) if values else type(kind.default)()
+    if not values:
+        return type(f.default)()
+    return train_gpt.parse_value(f, next(choice for choice in ref.typed_choices(f) if choice not in values))
 
 
 def right_values(other, values):
-    kind = FIELDS[other.upper()]
-    if kind.type is train_gpt.Names:
+    f = FIELDS[other.upper()]
+    if f.type is train_gpt.Names:
         return [("q", value) for value in values]
-    return [next(choice for choice in (True, False, *values) if str(choice) == value) for value in values] or \
-        [kind.default or other_value(kind)]
+    return [train_gpt.parse_value(f, value) for value in values] or [f.default or other_value(f)]
 
 
 def waited_for(others):
     """{field: value} with which settings are not idle: for each one the first alternative of its rule."""
-    first = {other: right_values(other, values)[0] for name in others for other, values in parts_of(RULES.get(name.upper(), ""))[0] if other}
+    rules = [RULES[name.upper()] for name in others if name.upper() in RULES]
+    first = {other: right_values(other, values)[0] for rule in rules for other, values in ref.alternatives(rule)[0]}
     return {**waited_for(first), **first} if first else {}
 
 
 def said_of(rule):
     """How many alternatives the words for a rule have, those that its own conditions wait for included."""
-    return sum(max(said_of(RULES[other.upper()]) if other.upper() in RULES else 1 for other, _ in part) for part in parts_of(rule))
+    return sum(max(said_of(RULES.get(condition.setting.upper(), ())) or 1 for condition in part) for part in rule)
 
 
-@pytest.mark.parametrize("name, rule", RULES.items(), ids=lambda value: value)
+@pytest.mark.parametrize("name, rule", RULES.items(), ids=list(RULES))
 def test_a_setting_is_idle_until_one_of_its_conditions_holds(name, rule):
     f = FIELDS[name]
-    changed, parts = {f.name: other_value(f)}, parts_of(rule)
+    changed, parts = {f.name: other_value(f)}, ref.alternatives(rule)
     off = {other: wrong_value(other, values) for part in parts for other, values in part}
     said = Settings(**off, **changed).idle()[name]
     for condition in re.split(" or | and | with ", said):  # in the words in which it can be typed
-        other, equals, values = condition.partition("=")
+        other, equals, values = condition.replace("!=", "=").partition("=")
         assert other in FIELDS and (not equals or not any(other in line and "one of" in line for value in values.split("|")
                                                           for line in complaints(f"{other}={value}")))
     assert len(said.split(" or ")) == said_of(rule) and set(Settings(**off, **changed).idle()) <= {name, *map(str.upper, off)}
@@ -623,12 +634,34 @@ def test_help_lists_every_setting_once_with_its_default_and_needs_nothing(tmp_pa
     for name, f in FIELDS.items():
         lines = [line for line in done.stdout.splitlines() if re.match(rf"\s+{name}=", line)]
         assert len(lines) == 1, name
-        shown = train_gpt._show(f.default) or "(empty)"
+        shown = train_gpt.format_value(f.default) or "(empty)"
         assert lines[0].split()[0] == f"{name}={shown}" and f.metadata["doc"] in lines[0]
         assert all(choice in lines[0] for choice in get_args(f.type) if isinstance(choice, str))
     assert [line for line in done.stdout.splitlines() if line in {f.metadata["room"] for f in FIELDS.values()}] == \
         list(dict.fromkeys(f.metadata["room"] for f in FIELDS.values())), "each room once, in order"
     assert [path.name for path in tmp_path.iterdir()] == ["train_gpt.py"]
+
+
+def code_at(name):
+    """What a dotted name of the trainer stands for, or None."""
+    place = train_gpt
+    for word in name.split("."):
+        place = getattr(place, word, None)
+    return place
+
+
+def test_the_code_of_every_setting_is_there():
+    lost = {name: f.metadata["code"] for name, f in FIELDS.items() if f.metadata["code"] and not code_at(f.metadata["code"])}
+    assert not lost, "settings whose opt(code=...) names no function or class of train_gpt.py"
+
+
+def test_the_table_of_techniques_names_settings_and_their_code():
+    table = train_gpt.__doc__.partition("\nTechniques")[2].partition("\n\n")[0].splitlines()[1:]
+    rows = [line.rsplit(maxsplit=2) for line in table]
+    assert len(rows) > 40 and len({technique for technique, _, _ in rows}) == len(rows)
+    for technique, setting, code in rows:
+        assert setting in FIELDS, f"{technique}: {setting} is no setting"
+        assert code_at(code), f"{technique}: there is no {code}"
 
 
 def _settings_class():

@@ -690,7 +690,7 @@ def test_every_predictor_scores_on_the_gpu_as_on_the_cpu(name):
 @pytest.mark.parametrize("name", READINGS)
 def test_no_predictor_is_compiled_after_its_rehearsal(toy, tmp_path, name):
     """A whole evaluation in bfloat16: valid, no graph beyond those of the warm-up, tested by itself."""
-    words = [f"{key.upper()}={tg._show(value)}" for key, value in READINGS[name].items()]
+    words = [f"{key.upper()}={tg.format_value(value)}" for key, value in READINGS[name].items()]
     made = run_trainer([*toy, f"DEVICE={DEVICE}", "ITERATIONS=5", "COMPRESSOR=zlib", "PHASES=train", f"OUT_DIR={tmp_path / 'a'}"],
                        timeout=900)
     assert made.returncode == 0, made.stderr[-2000:]
