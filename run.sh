@@ -102,31 +102,35 @@ find_python() { # sets python
     fail "no python3 found: $advice"
 }
 
-# Prints the pinned requirements of the given files that the environment does not have, one a line. No network, 0.1 s.
+# missing FILE...: prints the pinned requirements that the environment does not have, one a line. No network, 0.1 s.
 missing() {
     "$py" - "$@" <<'CODE'
-import re, sys
+import sys
 from importlib.metadata import PackageNotFoundError, version
 
-def pins(path):
+try:
+    from packaging.requirements import Requirement
+except ImportError:  # a new environment has only pip, which carries a copy
+    from pip._vendor.packaging.requirements import Requirement
+
+def requirements(path):
     for line in open(path, encoding="utf-8"):
         line = line.partition("#")[0].strip()
-        if line.startswith("-r"):
-            continue
-        pin, _, marker = (part.strip() for part in line.partition(";"))
-        test = re.fullmatch(r'python_version\s*(<|>=)\s*"3\.(\d+)"', marker)
-        if pin and (not test or (sys.version_info[1] < int(test[2])) == (test[1] == "<")):
-            yield pin
+        if line and not line.startswith("-r"):
+            yield Requirement(line)
+
+def satisfied(requirement):
+    try:
+        installed = version(requirement.name)
+    except PackageNotFoundError:
+        return False
+    return requirement.specifier.contains(installed, prereleases=True)  # 2.13.0+cpu is a build of 2.13.0
 
 for path in sys.argv[1:]:
-    for pin in pins(path):
-        name, _, wanted = pin.partition("==")
-        try:
-            found = version(name).partition("+")[0]  # 2.13.0+cpu is a build of 2.13.0
-        except PackageNotFoundError:
-            found = None
-        if found != wanted:
-            print(pin)
+    for requirement in requirements(path):
+        applies = requirement.marker is None or requirement.marker.evaluate()
+        if applies and not satisfied(requirement):
+            print(f"{requirement.name}{requirement.specifier}")
 CODE
 }
 
@@ -138,6 +142,11 @@ try:
 except KeyboardInterrupt:
     sys.exit(130)
 '
+
+need_pip() { # an environment has none if making it was interrupted
+    "$py" -c 'from importlib.metadata import version; version("pip")' 2>/dev/null ||
+        step "$py" -c "$module" ensurepip --upgrade >/dev/null || fail "$VENV has no pip: remove it"
+}
 
 environment() { # environment FILE...: the virtual environment with these requirements; sets py
     local files=("$@") last=${!#} lacking log
@@ -154,15 +163,15 @@ environment() { # environment FILE...: the virtual environment with these requir
     elif [ -n "${PYTHON:-}" ] && [ "$(version_of "$PYTHON")" != "$(version_of "$py")" ]; then
         fail "$VENV has Python $(version_of "$py"), not that of PYTHON=$PYTHON: remove $VENV, or set VENV"
     fi
-    lacking=$(missing "${files[@]}")
+    "$py" -c 'import packaging' 2>/dev/null || need_pip
+    lacking=$(missing "${files[@]}") || fail "the requirements in $last cannot be checked: see above"
     [ -n "$lacking" ] || return 0
     log=$VENV/pip.log
-    say "installing $(echo $lacking) (minutes; torch is large)"
+    say "installing $(echo $lacking) (minutes; torch is large; every line of pip: $log)"
     rm -f "$log"
-    "$py" -c 'from importlib.metadata import version; version("pip")' 2>/dev/null || # else making it was interrupted
-        step "$py" -c "$module" ensurepip --upgrade >/dev/null || fail "$VENV has no pip: remove it"
-    step "$py" -m pip install --disable-pip-version-check --log "$log" -r "$last" ||
-        fail "pip could not install $last: its last lines are above, all are in $log (PIP_PROXY, PIP_INDEX_URL help it)"
+    need_pip
+    step "$py" -m pip install -qq --progress-bar off --disable-pip-version-check --log "$log" -r "$last" ||
+        fail "pip could not install $last: its errors are above, all its lines in $log (PIP_PROXY, PIP_INDEX_URL help it)"
     lacking=$(missing "${files[@]}")
     [ -z "$lacking" ] || fail "pip ended well, but $VENV still lacks $(echo $lacking): see $log"
 }
@@ -170,55 +179,31 @@ environment() { # environment FILE...: the virtual environment with these requir
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 embedded=data/datasets/builtin_sp1024
-fineweb=data/datasets/fineweb10B_sp1024
 
-# embedded_data FOLDER: makes it, if it is one of those two that are made of the embedded text.
+# embedded_data FOLDER: makes it, if it is one of the two that are made of the embedded text. All that is said of a new
+# one is in FOLDER.log; of one that is there, prepare.py says a single line.
 embedded_data() {
-    local caseops=()
-    case $1 in
+    local folder=$1 caseops=() log
+    case $folder in
     "$embedded") ;;
     "${embedded}_caseops") caseops=(--caseops) ;;
     *) return 0 ;;
     esac
-    step "$py" data/prepare.py --source builtin --out "$1" ${caseops[@]+"${caseops[@]}"} ||
+    set -- data/prepare.py --source builtin --out "$folder" ${caseops[@]+"${caseops[@]}"}
+    if [ -e "$folder/manifest.json" ]; then
+        step "$py" "$@" || fail "no embedded data set: see above"
+        return
+    fi
+    log=$folder.log
+    mkdir -p "$(dirname "$log")" || fail "no embedded data set: see above"
+    say "making the data set $folder and proving it (a minute; every line: $log)"
+    step "$py" "$@" >"$log" || {
+        cat "$log" >&2
         fail "no embedded data set: see above"
+    }
 }
-
-has_shards() { ls "$1"/fineweb_train_*.bin "$1"/fineweb_val_*.bin >/dev/null 2>&1; }
 
 # ---- commands -------------------------------------------------------------------------------------------------------
-
-# Settings files as train_gpt.py reads them (Settings.parse); what is wrong with one, the trainer will say.
-reader='
-import os, shlex, sys
-
-name, value, *words = sys.argv[1:]
-files = [word[1:] for word in words if word.startswith("@")]
-pairs = []
-for file in files:
-    file = os.path.join(file, "settings.env") if os.path.isdir(file) else file
-    try:
-        lines = open(file, encoding="utf-8").read().splitlines()
-    except (OSError, ValueError):
-        continue
-    for line in lines:
-        try:
-            pairs += shlex.split(line, comments=True)
-        except ValueError:
-            continue
-if name in os.environ:
-    pairs.append(f"{name}={os.environ[name]}")
-pairs += [word for word in words if not word.startswith("@")]
-for pair in pairs:
-    if pair.startswith(f"{name}="):
-        value = pair.partition("=")[2]
-sys.stdout.buffer.write(os.fsencode(value) + b"\n")
-'
-
-# setting NAME DEFAULT: the value that the trainer will use.
-setting() {
-    "$py" -IS -c "$reader" "$@" ${files[@]+"${files[@]/#/@}"} ${pairs[@]+"${pairs[@]}"}
-}
 
 find_settings() { # find_settings WORD: prints the settings file or record folder that it names
     local word=${1#@} place
@@ -235,14 +220,6 @@ unknown() {
     near=$("$python" -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1, 0.5))' \
         "$1" "${words[@]}")
     fail "'$1' is no command, settings file or KEY=VALUE${near:+; did you mean $near?} (bash run.sh help)"
-}
-
-count_gpus() { # sets gpus: those that torch can use
-    gpus=0
-    if [ "$(setting DEVICE auto)" = cpu ] || ! nvidia-smi -L >/dev/null 2>&1; then return; fi
-    gpus=$("$py" -c 'from torch import cuda; print(cuda.device_count() if cuda.is_available() else 0)' 2>/dev/null) ||
-        gpus=0
-    [ "$gpus" -gt 0 ] || say "there is a GPU, but this torch cannot use it (its build or the driver): using the CPU"
 }
 
 # torchrun with the trainer's exit code, and without its own traceback where a signal or the trainer said it all.
@@ -274,44 +251,26 @@ new_run_id() { # new_run_id NAME: prints a name and makes its folder, which no o
 }
 
 train() {
-    local small="" word place name sizes sized=() launch run_id out_dir status
-    files=() pairs=()
+    local word place words=() answer launch cores status
+    local arguments notes name gpus data_path out_dir run_id # what tools/launch.py answers
     for word in "$@"; do
-        if [[ $word =~ ^[A-Za-z_][A-Za-z0-9_]*= ]]; then
-            pairs+=("$word")
-        elif [ "$word" = --small ]; then
-            small=1
+        if [[ $word =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || [ "$word" = --small ]; then
+            words+=("$word")
         else
             place=$(find_settings "$word") || unknown "$word"
             [ ! -d "$place" ] || [ -e "$place/settings.env" ] || fail "$place is no record: it has no settings.env"
-            files+=("$place")
+            words+=("@$place")
         fi
     done
     environment requirements.txt
-    count_gpus
-    name=default
-    [ "${#files[@]}" -eq 0 ] || name=$(basename "${files[0]%/settings.env}" .env)
-    if [ -n "$small" ] && [ "${#files[@]}" -gt 0 ]; then
-        sizes=$("$py" tools/shrink.py "${files[@]/#/@}" ${pairs[@]+"${pairs[@]}"}) || exit 2
-        while IFS= read -r word; do [ -z "$word" ] || sized+=("$word"); done <<<"$sizes"
-        pairs=(${sized[@]+"${sized[@]}"} ${pairs[@]+"${pairs[@]}"}) name=$name-small
-    elif [ -n "$small" ]; then
-        files=(records/small.env) name=small
-    elif [ "${#files[@]}" -eq 0 ] && [ "$gpus" -eq 0 ]; then
-        say "no GPU: training the small model of records/small.env on the embedded text"
-        files=(records/small.env) name=small
-    elif [ "${#files[@]}" -eq 0 ] && [ "$(setting DATA_PATH "$fineweb")" = "$fineweb" ] && ! has_shards "$fineweb"; then
-        say "FineWeb is not prepared: training on the embedded text; to get it: $py data/fineweb.py --variant sp1024"
-        pairs=("DATA_PATH=$embedded" ${pairs[@]+"${pairs[@]}"})
-    elif [ "$gpus" -eq 0 ] && [ "$(setting MODEL_DIM 512)" -ge 384 ]; then
-        say "no GPU: this is the full-size model, far too slow for a CPU; add --small for a size that fits"
-    fi
-    embedded_data "$(setting DATA_PATH "$fineweb")"
+    answer=$("$py" tools/launch.py ${words[@]+"${words[@]}"}) || exit
+    eval "$answer"
+    for word in ${notes[@]+"${notes[@]}"}; do say "$word"; done
+    embedded_data "$data_path"
 
-    out_dir=$(setting OUT_DIR "") run_id=$(setting RUN_ID "")
-    if [ -z "$out_dir$run_id" ] && [ "$(setting RESUME "")" != auto ]; then
+    if [ -z "$out_dir$run_id" ]; then
         run_id=$(new_run_id "$name") || exit 2
-        pairs+=("RUN_ID=$run_id")
+        arguments+=("RUN_ID=$run_id")
     fi
     out_dir=${out_dir:-logs/$run_id}
     NPROC=${NPROC:-$((gpus > 1 ? gpus : 1))}
@@ -319,11 +278,11 @@ train() {
     if [ "$NPROC" -gt 1 ]; then
         [ "$NPROC" -le "$gpus" ] || [ "$gpus" -eq 0 ] || fail "NPROC=$NPROC, but torch sees $gpus GPU(s)"
         launch+=(-c "$torchrun" --standalone "--nproc_per_node=$NPROC")
-        word=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
-        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((word > NPROC ? word / NPROC : 1))}
+        cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}
     fi
     say "training on ${gpus/#0/no} GPU(s), $NPROC process(es); results in $out_dir"
-    run "${launch[@]}" train_gpt.py ${files[@]+"${files[@]/#/@}"} ${pairs[@]+"${pairs[@]}"}
+    run "${launch[@]}" train_gpt.py ${arguments[@]+"${arguments[@]}"}
     status=$?
     [ -z "$run_id" ] || rmdir "logs/$run_id" 2>/dev/null # if nothing was run
     # 2: nothing was run; a second signal: wanted to be gone

@@ -88,10 +88,12 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import signal
 import struct
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 import zipfile
@@ -6422,6 +6424,7 @@ class Log:
     """train.log, metrics.jsonl and the console, written by rank 0, flushed line by line.
 
     A line is `event key:value ...`; the contest's own forms are given as text. metrics.jsonl gets every event as JSON.
+    A terminal shows long lines wrapped, and in place of one that only programs read, its `short` form.
     """
 
     def __init__(self, out_dir, main, append=False):
@@ -6429,20 +6432,22 @@ class Log:
         if main:
             self._files = [_open_log(Path(out_dir) / name, append) for name in ("train.log", "metrics.jsonl")]
 
-    def __call__(self, event, text=None, **values):
+    def __call__(self, event, text=None, short=None, **values):
         if text is None:
             text = " ".join([event] + [f"{key}:{_word(value)}" for key, value in values.items()])
-        self.line(text)
+        self.line(text, short=short)
         self._write(1, to_json({"event": event, **values}))
         lost = getattr(sys.stdout, "lost", "")
         if lost and self.main and not self._told:
             self._told = True
             self("warning", note=f"the console is gone ({lost}); the files of the run go on")
 
-    def line(self, text, console=True):
+    def line(self, text, console=True, short=None):
         text = readable(text)
         self._write(0, text)
         if self.main and console:
+            if sys.stdout.isatty():
+                text = _wrapped(readable(short or text))
             print(("\r\x1b[K" if self._bar else "") + text, flush=True)
             self._bar = False
 
@@ -6491,10 +6496,20 @@ def _plain(value):
 
 
 def _word(value):
+    """A value as a line of the log shows it: text with spaces stands in double quotes, with the escapes of JSON."""
     if isinstance(value, (tuple, list)):
         return ",".join(map(_word, value))
     text = f"{value:.8g}" if isinstance(value, float) else str(value)
-    return "_".join(text.split())
+    words = text.split()
+    if len(words) > 1 or text.startswith('"'):
+        return json.dumps(" ".join(words), ensure_ascii=False)
+    return "".join(words)
+
+
+def _wrapped(text):
+    """Text in lines of the terminal's width."""
+    width = shutil.get_terminal_size((120, 24)).columns
+    return textwrap.fill(text, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 
 def _began(metrics):
@@ -7377,8 +7392,8 @@ def _train_steps(run, training, predictor, val, interrupt):
         then = f"go on with RESUME=auto OUT_DIR={run.out_dir}" if saved else "no checkpoint could be written"
         raise Stopped(f"interrupted by {signal.Signals(stop).name} after step {step}; {then}", 128 + stop)
     if by_step < 1:
-        log("stopping_early", f"stopping_early: wallclock_cap train_time:{1e3 * elapsed:.0f}ms "
-            f"step:{step}/{s.iterations}", step=step)
+        ms = 1e3 * elapsed
+        log("stopping_early", f"stopping_early: wallclock_cap train_time:{ms:.0f}ms {step_of(s, step)}", step=step)
     return lowest
 
 
@@ -7419,16 +7434,22 @@ def _train_step(run, training, progress, scale):
     return training.step, rt.to_cpu(loss)
 
 
+def step_of(s, step):
+    """The contest's `step:N/M`, or `step:N` where the clock alone ends the run."""
+    return f"step:{step}/{s.iterations}" if s.iterations else f"step:{step}"
+
+
 def log_step(run, event, step, result, scale=None, tokens=0):
     """The contest's line for a training loss or a validation score."""
-    ms, of = 1e3 * run.clock["train"], run.s.iterations
+    ms = 1e3 * run.clock["train"]
+    count = step_of(run.s, step)
     times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
     if event == "val":
-        text = f"step:{step}/{of} val_loss:{result.loss:.4f} val_bpb:{result.bpb:.4f} {times}"
+        text = f"{count} val_loss:{result.loss:.4f} val_bpb:{result.bpb:.4f} {times}"
         run.log(event, text, step=step, val_loss=result.loss, val_bpb=result.bpb, train_time_ms=ms)
     else:
         rate = tokens / max(ms / 1e3, 1e-9)
-        run.log(event, f"step:{step}/{of} train_loss:{result:.4f} {times}",
+        run.log(event, f"{count} train_loss:{result:.4f} {times}",
                 step=step, train_loss=result, train_time_ms=ms, lr_scale=scale, tokens_per_second=rate)
 
 
@@ -7591,7 +7612,7 @@ def warm_up_scoring(run, predictor, reader):
 
 
 def summarise(run):
-    """The last line of log and console: everything a table, a plot or submission.json needs."""
+    """The last line of log and console: everything a table, a plot or submission.json needs. A terminal shows its file."""
     s, rt, facts, validity = run.s, run.rt, run.facts, run.validity
     validity.share(rt)
     phases = ("train", "calibrate", "export", "eval", "validate", "warmup", "selftest")
@@ -7614,7 +7635,8 @@ def summarise(run):
             write_atomic(run.out_dir / "summary.json", [to_json(summary, indent=1).encode()])
     except BadInput as error:
         run.log("warning", note=str(error))
-    run.log("summary", f"summary {to_json(summary)}", **summary)
+    file = _word(run.out_dir / "summary.json")
+    run.log("summary", f"summary {to_json(summary)}", short=f"summary file:{file}", **summary)
 
 
 def log_header(run, argv):

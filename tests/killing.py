@@ -263,7 +263,7 @@ def check_end(folder, reference, action, codes, last, said):
     assert action != "console", f"the run ended with its console: {codes} {last}"
     number = signal.Signals[action]
     assert set(codes) == {128 + number}, f"{codes} {said[-1500:]}"
-    assert last.startswith(f"ended reason:interrupted_by_{action}"), last
+    assert last.startswith(f'ended reason:"interrupted by {action}'), last
     assert "Traceback" not in said and f"interrupted by {action}" in said, said[-1500:]
 
 

@@ -526,7 +526,7 @@ def test_an_interrupt_during_the_evaluation_leaves_the_artifact_and_no_traceback
         run.signal(signal.SIGINT)
         done = run.finish()
     refused(done, 130, "interrupted by SIGINT", "the same command starts again")
-    assert log_lines(tmp_path)[-1].startswith("ended reason:interrupted_by_SIGINT")
+    assert log_lines(tmp_path)[-1].startswith('ended reason:"interrupted by SIGINT')
     assert (trained / "model.pg").read_bytes() == before and not parts_left(tmp_path)
 
 

@@ -175,6 +175,35 @@ def test_plot(run, capsys, tmp_path, suffix, magic):
     assert file.read_bytes().startswith(magic)
 
 
+def test_the_axis_leaves_the_first_steps_out_and_shows_every_level():
+    points = [(1, 9.0), (2, 8.0), (50, 3.0), (100, 2.0)]
+    bottom, top = report.loss_limits(points, 100, [2.5])
+    assert bottom < 2.0 and 3.0 < top < 8.0
+    bottom, top = report.loss_limits(points, 100, [5.0, 1.0])
+    assert bottom < 1.0 and 5.0 < top < 8.0
+    bottom, top = report.loss_limits(points[:1], 100)  # nothing but first steps: the last of them
+    assert bottom < 9.0 < top
+    assert report.loss_limits([], 100, [1.0])[0] < 1.0
+
+
+@pytest.mark.parametrize("event", ["train", "val"])
+def test_plot_of_a_run_that_has_only_begun(run, tmp_path, event):
+    """One point is a plot, too."""
+    pytest.importorskip("matplotlib")
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (run / "summary.json").unlink()
+    first = next(row for row in events if row["event"] == event)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (*events[:2], first)))
+    assert report.main([str(run), "--plot", str(tmp_path / "curve.svg")]) == 0
+
+
+def test_the_demo_has_twelve_validation_points():
+    """In the 811 steps that two slow cores make in its three minutes."""
+    from train_gpt import Settings
+
+    assert 811 // Settings.parse([f"@{REPO}/records/small.env"]).val_loss_every >= 12
+
+
 def test_curves_are_those_of_the_run(run, capsys):
     found = facts(run, capsys)
     assert [len(found["train_curve"]), len(found["val_curve"])] == [12, 3]

@@ -145,7 +145,7 @@ def test_events_go_to_both_files_and_the_console_at_once(tmp_path, capsys):
     log("second", "contest form:1", form=1)
     log.line("only a line", console=False)
     text = (tmp_path / "new/folder/train.log").read_text()  # flushed line by line: readable while the run goes on
-    assert text == "first number:3 rate:0.12345679 words:two_words\ncontest form:1\nonly a line\n"
+    assert text == 'first number:3 rate:0.12345679 words:"two words"\ncontest form:1\nonly a line\n'
     assert capsys.readouterr().out == text.replace("only a line\n", "")
     rows = [strict_json(line) for line in (tmp_path / "new/folder/metrics.jsonl").read_text().splitlines()]
     assert rows == [{"event": "first", "number": 3, "rate": 0.123456789, "words": "two words"}, {"event": "second", "form": 1}]
@@ -159,12 +159,19 @@ def test_the_other_ranks_write_nothing(tmp_path, capsys):
     assert capsys.readouterr().out == "" and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("value", ["a\nb", "a\tb", "a  b"])
+@pytest.mark.parametrize("value", ["a\nb", "a\tb", "a  b", "a\u2028b"])
 def test_an_event_is_one_line_whatever_its_values_hold(tmp_path, value):
     log = Log(tmp_path, True)
     log("event", a=value, b=1)
     (line,) = (tmp_path / "train.log").read_text().splitlines()
-    assert len(line.split()) == 3, line
+    assert line == 'event a:"a b" b:1'
+
+
+@pytest.mark.parametrize("value, form", [
+    ("word", "word"), ("", ""), (0.123456789, "0.12345679"), ([1, "two words"], '1,"two words"'),
+    ('"', r'"\""'), ('say "it"', r'"say \"it\""'), ("é é", '"é é"')])
+def test_a_sentence_in_the_log_is_quoted(value, form):
+    assert train_gpt._word(value) == form
 
 
 def test_a_number_that_is_not_finite_is_still_json(tmp_path):
@@ -184,6 +191,24 @@ def test_a_bar_is_drawn_on_terminals_only(tmp_path, monkeypatch, capsys):
     log("event")
     assert capsys.readouterr().out == "\r\x1b[Kevent\n", "a line of the log replaces the bar"
     assert (tmp_path / "train.log").read_text() == "event\n", "the bar is not part of the log"
+
+
+def test_long_lines_are_wrapped_and_replaced_on_terminals_only(tmp_path, monkeypatch, capsys):
+    log = Log(tmp_path, True)
+    monkeypatch.setenv("COLUMNS", "40")
+    text = "settings " + " ".join(f"NAME_{number}=1" for number in range(20))
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal, raising=False)
+        log("settings", text)
+        log("summary", "summary {}", short="summary file:there", steps=1)
+        out = capsys.readouterr().out
+        if terminal:
+            *lines, last = out.splitlines()
+            assert max(map(len, lines)) <= 40 and " ".join(out.split()).startswith(text) and last == "summary file:there"
+        else:
+            assert out.splitlines() == [text, "summary {}"]
+    assert (tmp_path / "train.log").read_text().splitlines() == 2 * [text, "summary {}"]
+    assert strict_json((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]) == {"event": "summary", "steps": 1}
 
 
 def test_a_full_disk_ends_the_log_but_not_the_run(tmp_path, capsys):

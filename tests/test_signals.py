@@ -274,7 +274,7 @@ def test_after_training_a_signal_loses_nothing_and_resume_makes_the_same_artifac
         patched(patch, phase, number)
         stopped = call(args)
     refused(stopped, 128 + number, f"interrupted by {number.name}; ", "kept", AFTER[phase])
-    assert log_lines(tmp_path)[-1].startswith(f"ended reason:interrupted_by_{number.name};_the_")
+    assert log_lines(tmp_path)[-1].startswith(f'ended reason:"interrupted by {number.name}; the ')
     ((step, path),) = checkpoints(tmp_path).items()
     state, before = read_checkpoint(path), (tmp_path / "model.pg").exists() and (tmp_path / "model.pg").read_bytes()
     assert state["step"] == step and state["done"]
@@ -298,7 +298,7 @@ def test_a_run_ended_before_its_first_step_says_so_and_can_be_repeated(toy, tmp_
     with monkeypatch.context() as patch:
         patched(patch, "train", signal.SIGTERM)
         refused(call(args), 143, "interrupted by SIGTERM; the same command starts again")
-    assert log_lines(tmp_path)[-1].startswith("ended reason:interrupted_by_SIGTERM")
+    assert log_lines(tmp_path)[-1].startswith('ended reason:"interrupted by SIGTERM')
     good(call(args))
 
 
@@ -354,6 +354,6 @@ def test_a_dropped_connection_ends_torchrun_with_everything_kept(toy, tmp_path):
         run.signal(signal.SIGHUP)
         run.process.wait(60)
         said = run.errors()
-    assert log_lines(tmp_path)[-1].startswith("ended reason:interrupted_by_SIGHUP;_the_artifact_is_kept")
+    assert log_lines(tmp_path)[-1].startswith('ended reason:"interrupted by SIGHUP; the artifact is kept')
     assert "error: interrupted by SIGHUP" in said and train_gpt.load_artifact(tmp_path / "model.pg")
     assert not killing.left_over(tmp_path)

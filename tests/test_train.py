@@ -864,7 +864,8 @@ CONTEST = [  # forms of the contest's own scripts, kept so that existing parsers
     r"step:\d+/\d+ val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms",
     r"stopping_early: wallclock_cap train_time:\d+ms step:\d+/\d+", r"peak memory allocated: \d+ MiB.*",
     r"Total submission size \S+: \d+ bytes", r"final_\w+ val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8} eval_time:\d+ms valid:(yes|no) tested:(yes|no)", r"summary \{.*\}"]
-EVENT = r"[a-z]\w*( [a-z]\w*:\S*)+"
+TEXT = r'"([^"\\]|\\.)*"'  # what has spaces: in double quotes, with the escapes of JSON
+EVENT = rf"[a-z]\w*( [a-z]\w*:([^\s\"]|{TEXT})*)+"
 
 
 def test_every_line_of_the_log_parses(whole):
@@ -875,6 +876,11 @@ def test_every_line_of_the_log_parses(whole):
     assert done.stdout.splitlines() == lines, "the console shows the same lines"
     for form in CONTEST[1:]:
         assert "stopping_early" in form or sum(bool(re.fullmatch(form, line)) for line in lines) >= 1, form
+
+
+def test_a_run_by_the_clock_alone_has_no_number_of_steps_to_reach():
+    assert train_gpt.step_of(Settings.parse(["ITERATIONS=20000"]), 50) == "step:50/20000"
+    assert train_gpt.step_of(Settings.parse(["ITERATIONS=0"]), 50) == "step:50"
 
 
 def test_the_log_starts_with_the_source_and_the_versions(whole):

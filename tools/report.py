@@ -341,41 +341,86 @@ def table(f):
 # ---- the plot -------------------------------------------------------------------------------------------------------
 
 
-def plot(f, path):
+INK, CURVE, FINAL, XZ, BROTLI = "#24292f", "#2f66b0", "#c2452d", "#6a6f75", "#8a6914"
+STYLE = {
+    "figure.facecolor": "#fafaf8", "axes.facecolor": "#fafaf8",  # its own ground, so a dark page does not matter
+    "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": "#888888",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e3e3e0",
+    "axes.axisbelow": True, "font.size": 10, "figure.dpi": 130, "svg.hashsalt": "report"}
+FIRST_STEPS = 0.1  # share of the training time whose values may lie above the axis
+
+
+def plot(facts, path):
+    """Training loss and validation score over the seconds of training, as .png or .svg."""
     try:
         import matplotlib
     except ImportError:
         raise BadInput("--plot needs matplotlib: pip install -r requirements-dev.txt") from None
-    if not f["train_curve"] and not f["val_curve"]:
-        raise BadInput(f"{f['run_dir']} has no training or validation lines to plot yet")
+    if not facts["train_curve"] and not facts["val_curve"]:
+        raise BadInput(f"{facts['run_dir']} has no training or validation lines to plot yet")
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-                         "grid.color": "#e6e6e6", "axes.edgecolor": "#888888", "axes.axisbelow": True,
-                         "figure.dpi": 130, "svg.hashsalt": "report"})
-    figure, (loss, bpb) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    if f["train_curve"]:
-        loss.plot(*zip(*f["train_curve"]), color="#3b6fb6", linewidth=1.4)
-    loss.set(title="training loss, nats per token", xlabel="seconds of training", xlim=(0, None))
-    end = max(point[0] for point in f["train_curve"] + f["val_curve"])
-    if f["val_curve"]:
-        bpb.plot(*zip(*f["val_curve"]), color="#3b6fb6", linewidth=1.4, marker="o", markersize=3.5,
-                 label="during training, contiguous windows")
-    if f["final_bpb"] is not None:
-        bpb.plot([end], [f["final_bpb"]], color="#c2452d", marker="D", linestyle="none",
-                 label=f"final, packed: {f['final_bpb']:.4f}")
-    for name, key, color in (("xz -9e", "xz_bpb", "#777777"), ("brotli -q 11", "brotli_bpb", "#b08a2e")):
-        if (level := f["compressors"].get(key)) is not None:
-            bpb.axhline(level, color=color, linestyle="--", linewidth=1, label=f"{name}: {level:.4f}")
-    bpb.set(title="validation, bits per byte", xlabel="seconds of training", xlim=(0, 1.03 * end or 1))
-    if bpb.get_legend_handles_labels()[0]:
-        bpb.legend(frameon=False, fontsize=9)
-    try:
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    except OSError as error:
-        raise BadInput(f"{path} cannot be written ({error.strerror})") from None
-    plt.close(figure)
+    with plt.rc_context(STYLE):
+        figure, (loss_axes, score_axes) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+        end = max(seconds for seconds, _ in facts["train_curve"] + facts["val_curve"]) or 1.0
+        plot_loss(loss_axes, facts["train_curve"], end)
+        plot_score(score_axes, facts, end)
+        try:
+            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        except OSError as error:
+            raise BadInput(f"{path} cannot be written ({error.strerror})") from None
+        finally:
+            plt.close(figure)
+
+
+def plot_loss(axes, curve, end):
+    axes.set(title="training loss, nats per token", xlabel="seconds of training", xlim=(0, 1.02 * end))
+    if curve:
+        axes.plot(*zip(*curve), color=CURVE, linewidth=1.4)
+        axes.set_ylim(*loss_limits(curve, end))
+
+
+def plot_score(axes, facts, end):
+    """The validation curve; the packed model to the right of it; each compressor's score as a line with its name."""
+    axes.set(title="validation, bits per byte", xlabel="seconds of training", xlim=(0, 1.12 * end))
+    curve, final = facts["val_curve"], facts["final_bpb"]
+    if curve:
+        axes.plot(*zip(*curve), color=CURVE, linewidth=1.4, marker="o", markersize=3.5)
+        first = after_first_steps(curve, end)[0]
+        early = first[0] < end / 2  # then there is room to the right of it
+        axes.annotate("during training, contiguous windows", first, (6 if early else -6, 2), color=CURVE,
+                      textcoords="offset points", ha="left" if early else "right", va="bottom", fontsize=9)
+    rivals = [(facts["compressors"][key], name, color)
+              for name, key, color in (("xz -9e", "xz_bpb", XZ), ("brotli -q 11", "brotli_bpb", BROTLI))
+              if key in facts["compressors"]]
+    if final is not None:
+        above = bool(curve) and final > curve[-1][1]
+        axes.plot([1.06 * end], [final], color=FINAL, marker="D", markersize=6, linestyle="none", clip_on=False)
+        axes.annotate(f"final, packed: {final:.4f}", (1.06 * end, final), (10, 9 if above else -9), color=FINAL,
+                      textcoords="offset points", ha="right", va="bottom" if above else "top")
+    for level, name, color in rivals:
+        highest = level == max(rivals)[0]  # its name goes above the line, the other's below
+        axes.axhline(level, color=color, linestyle="--", linewidth=1)
+        axes.annotate(f"{name}: {level:.4f}", (1.12 * end, level), (0, 3 if highest else -3), color=color,
+                      textcoords="offset points", ha="right", va="bottom" if highest else "top", fontsize=9)
+    levels = [level for level, _, _ in rivals] + ([] if final is None else [final])
+    if curve or levels:
+        axes.set_ylim(*loss_limits(curve, end, levels))
+
+
+def after_first_steps(curve, end):
+    """The points of a curve that an axis must show: at least its last one."""
+    late = [(seconds, value) for seconds, value in curve if seconds >= FIRST_STEPS * end]
+    return late or curve[-1:]
+
+
+def loss_limits(curve, end, levels=()):
+    """(bottom, top) of an axis that shows these levels and the curve after its first steps."""
+    values = [value for _, value in after_first_steps(curve, end)]
+    values += levels
+    margin = 0.1 * (max(values) - min(values)) or 0.1
+    return min(values) - 1.5 * margin, max(values) + margin
 
 
 def main(argv):
