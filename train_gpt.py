@@ -104,7 +104,7 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial, reduce
-from itertools import chain
+from itertools import chain, pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin
@@ -143,6 +143,11 @@ class Stopped(Exception):
     def __init__(self, message, code):
         super().__init__(message)
         self.code = code
+
+
+def ceil_div(total, size):
+    """How many parts of this size hold the total."""
+    return -(-total // size)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -244,6 +249,14 @@ _train = partial(opt, "Training")
 _average = partial(opt, "Averaging")
 _pack = partial(opt, "Quantisation and packing")
 _eval = partial(opt, "Evaluation")
+
+
+class Stage(NamedTuple):
+    """Length and batch of the training up to a fraction of the run."""
+
+    until: float
+    length: int  # of a sequence
+    tokens: int  # of a step, over all ranks
 
 
 @dataclass(frozen=True)
@@ -841,7 +854,7 @@ class Settings:
 
     @property
     def stages(self):
-        """[(until, sequence length, tokens of a step)]: both schedules merged; `until` is a fraction of the run."""
+        """[Stage]: both schedules merged."""
         lengths = self.train_seq_schedule or ((self.train_seq_len, 1.0),)
         batches = self.train_batch_schedule or ((self.train_batch_tokens, 1.0),)
 
@@ -852,20 +865,20 @@ class Settings:
             return schedule[-1][0]
 
         ends = sorted({end for _, end in (*lengths, *batches)})
-        return [(end, value_at(lengths, end), value_at(batches, end)) for end in ends]
+        return [Stage(end, value_at(lengths, end), value_at(batches, end)) for end in ends]
 
     @property
     def longest_row(self):
         """Most positions of a row that the model meets."""
         if self.loader != "packed":
             return self.longest_sequence
-        most_tokens = max(tokens for _, _, tokens in self.stages)
+        most_tokens = max(stage.tokens for stage in self.stages)
         return max(min(self.micro_batch_tokens, most_tokens), self.longest_sequence)
 
     @property
     def longest_sequence(self):
         """Most tokens that attention joins: where rows are longer, documents are cut."""
-        return max(self.eval_seq_len, *(length for _, length, _ in self.stages))
+        return max(self.eval_seq_len, *(stage.length for stage in self.stages))
 
     def idle(self):
         """{changed setting: what it waits for}: settings without effect, such as VE_LAYERS while VE_DIM=0."""
@@ -1156,7 +1169,7 @@ def _stage_conflicts(s, complain):
         sizes_fit = all(size >= least for size, _ in schedule)
         if schedule and not (rising and ends[0] > 0 and ends[-1] == 1 and sizes_fit):
             complain(f"{name.upper()}={format_value(schedule)}: sizes, at fractions of the run that rise to 1")
-    lengths = [length for _, length, _ in s.stages]
+    lengths = [stage.length for stage in s.stages]
     where = " in a stage" if s.train_seq_schedule or s.train_batch_schedule else ""
     for _, length, tokens in s.stages:
         if not length or tokens % length:
@@ -6345,17 +6358,26 @@ class Clock:
     """The phase ledger: wall seconds per phase, each second charged to the innermost phase only."""
 
     def __init__(self, sync=lambda: None):
-        self.seconds, self._sync, self._phase, self._since = {}, sync, "setup", time.monotonic()
+        self.seconds = {}
+        self._sync = sync
+        self._phase = "setup"
+        self._since = time.monotonic()
 
     def __getitem__(self, phase):
         """Seconds so far, without waiting for the device."""
-        return self.seconds.get(phase, 0.0) + (time.monotonic() - self._since if phase == self._phase else 0.0)
+        seconds = self.seconds.get(phase, 0.0)
+        if phase == self._phase:
+            seconds += time.monotonic() - self._since
+        return seconds
 
     def _enter(self, phase):
+        """Begin a phase; returns the one that it interrupts."""
         self._sync()
-        now, outer = time.monotonic(), self._phase
+        now = time.monotonic()
+        outer = self._phase
         self.seconds[outer] = self.seconds.get(outer, 0.0) + now - self._since
-        self._phase, self._since = phase, now
+        self._phase = phase
+        self._since = now
         return outer
 
     @contextlib.contextmanager
@@ -6368,7 +6390,7 @@ class Clock:
 
 
 class Console:
-    """Standard output or error, which may go away while the run goes on: a pipe without reader, a full disk,
+    """Standard output or error, which may go away during the run: a pipe without reader, a full disk,
     a closed terminal. From then on text for it is dropped; `lost` says why.
     """
 
@@ -6410,14 +6432,17 @@ class Console:
 @contextlib.contextmanager
 def guarded_console():
     """Prints of the block, of Python's warnings, too, never end the run."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
+    stdout = sys.stdout
+    stderr = sys.stderr
+    sys.stdout = Console(stdout)
+    sys.stderr = Console(stderr)
     try:
         yield
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        sys.stdout, sys.stderr = before
+        sys.stdout = stdout
+        sys.stderr = stderr
 
 
 class Log:
@@ -6428,9 +6453,13 @@ class Log:
     """
 
     def __init__(self, out_dir, main, append=False):
-        self.main, self._files, self._bar, self._told = main, [], False, False
+        self.main = main
+        self._files = []
+        self._bar = False  # the console ends in a progress bar
+        self._told = False  # that the console is gone
         if main:
-            self._files = [_open_log(Path(out_dir) / name, append) for name in ("train.log", "metrics.jsonl")]
+            names = "train.log", "metrics.jsonl"
+            self._files = [_open_log(Path(out_dir) / name, append) for name in names]
 
     def __call__(self, event, text=None, short=None, **values):
         if text is None:
@@ -6465,8 +6494,10 @@ class Log:
         """A bar on a terminal, nothing elsewhere. `rate` is text."""
         if not self.main or not sys.stdout.isatty():
             return
-        full = int(24 * min(done / total, 1.0))
-        print(f"\r\x1b[K{what} [{'#' * full}{'.' * (24 - full)}] {done / total:4.0%} {rate}", end="", flush=True)
+        width = 24
+        full = int(width * min(done / total, 1.0))
+        bar = "#" * full + "." * (width - full)
+        print(f"\r\x1b[K{what} [{bar}] {done / total:4.0%} {rate}", end="", flush=True)
         self._bar = True
 
 
@@ -6512,15 +6543,16 @@ def _wrapped(text):
     return textwrap.fill(text, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 
-def _began(metrics):
+def _has_results(metrics):
     """Did a run get as far as a result? One that stopped at its input may be repeated in its folder."""
+    results = '{"event": "train"', '{"event": "final"'
     with contextlib.suppress(OSError), open(metrics, encoding="utf-8", errors="replace") as lines:
-        return any(line.startswith(('{"event": "train"', '{"event": "final"')) for line in lines)
+        return any(line.startswith(results) for line in lines)
     return False
 
 
 def _open_log(path, append):
-    if path.exists() and not append and _began(path.with_name("metrics.jsonl")):
+    if path.exists() and not append and _has_results(path.with_name("metrics.jsonl")):
         raise BadInput(f"{path} belongs to an earlier run: choose another RUN_ID or OUT_DIR, or RESUME=auto to go on")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -6531,19 +6563,25 @@ def _open_log(path, append):
 
 def make_folder(s):
     """The folder of the run: the one that settings name, or a new one that no other run can get."""
-    named = s.out_dir or (s.run_id and Path("logs") / s.run_id)
-    name = Path(named or Path("logs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{s.sha256()[:8]}-seed{s.seed}")
-    folder, tries = name, 1
+    named = bool(s.out_dir or s.run_id)
+    if s.out_dir:
+        first = Path(s.out_dir)
+    elif s.run_id:
+        first = Path("logs") / s.run_id
+    else:
+        first = Path("logs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{s.sha256()[:8]}-seed{s.seed}"
+    folder = first
+    tries = 1
     try:
         while True:
             try:
-                folder.mkdir(parents=True, exist_ok=bool(named))
+                folder.mkdir(parents=True, exist_ok=named)
                 return folder
             except FileExistsError:
                 if named:  # a file
                     raise
                 tries += 1
-                folder = name.with_name(f"{name.name}-{tries}")
+                folder = first.with_name(f"{first.name}-{tries}")
     except OSError as error:
         raise BadInput(f"{folder} cannot be written ({error.strerror}); choose another OUT_DIR") from None
 
@@ -6556,14 +6594,15 @@ class FolderLock:
 
     def __init__(self, folder, rt):
         """BadInput if another run has the folder. Where files cannot be locked, a line of the log says so."""
-        self._path, self._file, held = folder / LOCK_FILE, None, False
+        self._path = folder / LOCK_FILE
+        self._file = None
         try:
-            while not held:
+            while True:
                 self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
                 self._lock(rt)
-                held = self._is_there()
-                if not held:  # its run ended after we opened the file, and removed it
-                    os.close(self._file)
+                if self._is_there():
+                    break
+                os.close(self._file)  # its run ended after we opened the file, and removed it
             os.ftruncate(self._file, 0)
         except OSError as error:
             reason = error.strerror
@@ -6619,17 +6658,20 @@ class Interrupt:
     """
 
     def __init__(self, at_once=False):
-        self.signal, self.at_once = 0, at_once
+        self.signal = 0  # the first one that came
+        self.at_once = at_once
         self.over = False  # the run is complete: a signal changes nothing any more
 
     def _note(self, number, frame):
         if self.over:
             return
-        again, self.signal = self.signal, self.signal or number
+        first = not self.signal
+        if first:
+            self.signal = number
         unwinding = sys.exc_info()[0] is not None  # of another rank that is gone, say: that must end in order
         if self.at_once and not unwinding:
             raise Interrupted
-        if again and number == signal.SIGINT and not self.at_once:
+        if number == signal.SIGINT and not first and not self.at_once:
             raise KeyboardInterrupt
 
     def check(self):
@@ -6654,17 +6696,25 @@ class Run:
     """What the phases of one run share; `facts` end in the summary."""
 
     def __init__(self, s, rt, out_dir, attend):
-        self.s, self.rt, self.out_dir, self.attend = s, rt, out_dir, attend
-        self.source = Path(__file__).read_bytes()  # once: what is counted and hashed is what runs, edited since or not
+        self.s = s
+        self.rt = rt
+        self.out_dir = out_dir
+        self.attend = attend
+        self.source = Path(__file__).read_bytes()  # once: what is counted and hashed is what runs
         self.log = Log(out_dir, rt.rank == 0, append=bool(s.resume))
-        self.clock, self.validity, self.facts, self.too_large = Clock(rt.sync), Validity(), {}, ""
-        self.kept = ""  # what an end from now on leaves behind, and how to go on from there
+        self.clock = Clock(rt.sync)
+        self.validity = Validity()
+        self.facts = {}
+        self.too_large = ""  # by how much, in words
+        self.kept = ""  # what an end from now on leaves behind, and how to continue from there
         self.last_checkpoint = None  # of the end of training, until nothing can lose the weights any more
 
 
 def open_run(s, rt, attend):
     """(Run, its FolderLock or None). Rank 0 takes the folder; if it cannot, all ranks raise its BadInput."""
-    run = lock = folder = None
+    run = None
+    lock = None
+    folder = None
     refusal = ""
     if rt.rank == 0:
         try:
@@ -6685,36 +6735,56 @@ def open_run(s, rt, attend):
 # 16 Training
 # --------------------------------------------------------------------------------------------------
 
-CALIBRATION_MICRO_TOKENS = 16384  # forwarded at once: a backward pass that is not compiled takes much memory
-TEMPERATURE_TOKENS = 16384
+# Tokens that calibration forwards at once: its backward pass is not compiled and takes much memory.
+CALIBRATION_MICRO_TOKENS = 16384
+TEMPERATURE_TOKENS = 16384  # from which EVAL_TEMPERATURE=0 is fitted
 
 
 def calibration_steps(s):
-    """Steps of the training stream that hold GPTQ_CALIBRATION_TOKENS."""
-    return -(-s.gptq_calibration_tokens // s.stages[-1][2])
+    """Number of training steps whose text holds GPTQ_CALIBRATION_TOKENS."""
+    return ceil_div(s.gptq_calibration_tokens, s.stages[-1].tokens)
 
 
 def calibration_rows(s):
-    """Sequences of generated text that do."""
-    return -(-s.gptq_calibration_tokens // s.stages[-1][1])
+    """Number of generated sequences that hold GPTQ_CALIBRATION_TOKENS."""
+    return ceil_div(s.gptq_calibration_tokens, s.stages[-1].length)
+
+
+class TrainingGraph(NamedTuple):
+    """A form of the training step, which torch.compile makes a graph of its own for."""
+
+    stage: int  # of Settings.stages
+    looping: bool  # depth recurrence is on
+    rounded: bool  # late QAT is on
 
 
 class Training:
-    """What a training run changes from step to step: all of it, and nothing else, is in a checkpoint. What has been
-    found against the run is part of that.
+    """Everything that a training run changes from step to step.
+
+    A checkpoint holds all of it and nothing else. What was found against the run is part of that.
     """
 
-    YOUNGER = {"data": None, "done": False, "average_begun": 0, "reasons": [],  # what older checkpoints do not have
-               "copies": torch.empty(0, dtype=torch.int64)}
+    # Fields of a state that older checkpoints do not have.
+    ADDED_LATER = {
+        "data": None, "done": False, "average_begun": 0, "reasons": [],
+        "copies": torch.empty(0, dtype=torch.int64),
+    }
 
     def __init__(self, run, model):
-        s, rt = run.s, run.rt
-        self.run, self.model, self.step, self.tokens, self.stage, self.stage_start = run, model, 0, 0, 0, 0
+        s = run.s
+        rt = run.rt
+        self.run = run
+        self.model = model
+        self.step = 0
+        self.tokens = 0
+        self.stage = 0
+        self.stage_start = 0
         self.objective = Objective(model, s).to(rt.device)
         self.step_loss = rt.compile(self.objective)
         self.optimizer = MuonAdam(self.objective, s, rt)
-        given = model.find_documents if model.varlen or s.loader == "packed" else None  # else the graph finds them itself
-        self.stream = TokenStream(find_shards(s.data_path, "train"), s, rt, given)
+        docs_from_loader = model.varlen or s.loader == "packed"  # else the graph finds documents itself
+        find_docs = model.find_documents if docs_from_loader else None
+        self.stream = TokenStream(find_shards(s.data_path, "train"), s, rt, find_docs)
         self.average = Average(s, self.optimizer.banks)
         self.complement = Complement(s, rt) if s.complement_alpha else None
         self.qat = LateQAT(model, s) if s.late_qat_threshold else None
@@ -6723,176 +6793,214 @@ class Training:
         self.done = False  # all steps were made
 
     def enter(self, progress, falling=1.0):
-        """What progress switches on: the stage of length and batch, depth recurrence, and, once the learning rate has
-        fallen to LATE_QAT_THRESHOLD, training on rounded weights.
+        """Switch on what begins at this progress of the run, before a step is made.
+
+        That is a stage of length and batch, depth recurrence, and, once the falling part of the
+        learning rate is below LATE_QAT_THRESHOLD, training on rounded weights.
         """
         s = self.run.s
-        stage = next(i for i, (until, _, _) in enumerate(s.stages) if progress < until or until == 1)
+        last = len(s.stages) - 1
+        stage = next(i for i, row in enumerate(s.stages) if progress < row.until or i == last)
         if stage != self.stage:
-            self.stage, self.stage_start = stage, self.step
+            self.stage = stage
+            self.stage_start = self.step
         self.model.looping = s.loops and progress >= s.enable_looping_at
         if self.qat and (self.qat.begun is not None or falling < s.late_qat_threshold):
             self.qat.enter(self.run, self, 1 - falling / s.late_qat_threshold)
 
-    def plans(self):
-        """[(stage, looping, rounded)] that the run will meet, if it lasts."""
-        s, begin, met = self.run.s, 0.0, []
-        switch = s.enable_looping_at if s.loops else 1.0
+    def graphs(self):
+        """[TrainingGraph] that the run will meet, if it lasts."""
+        s = self.run.s
+        looping_from = s.enable_looping_at if s.loops else 1.0
         # Where the warmdown is in steps or seconds, rounding may begin anywhere.
-        late = 1 - s.late_qat_threshold * (1.0 if s.warmdown_iters or s.warmdown_seconds else s.warmdown_frac)
-        for stage, (until, _, _) in enumerate(s.stages):
-            loops = [False] * (begin < switch) + [True] * (until > switch)
-            met += [(stage, loop, False) for loop in loops]
-            met += [(stage, loop, True) for loop in loops if self.qat and (until if loop else min(until, switch)) > late]
-            begin = until
-        return met
+        begins_anywhere = s.warmdown_iters or s.warmdown_seconds
+        falling_part = 1.0 if begins_anywhere else s.warmdown_frac
+        rounded_from = 1 - s.late_qat_threshold * falling_part
+        graphs = []
+        begin = 0.0
+        for stage, row in enumerate(s.stages):
+            ends = {}  # {looping: fraction of the run at which that part of the stage ends}
+            if begin < looping_from:
+                ends[False] = min(row.until, looping_from)
+            if row.until > looping_from:
+                ends[True] = row.until
+            graphs += [TrainingGraph(stage, looping, False) for looping in ends]
+            if self.qat:
+                rounded = [looping for looping, end in ends.items() if end > rounded_from]
+                graphs += [TrainingGraph(stage, looping, True) for looping in rounded]
+            begin = row.until
+        return graphs
 
     def backward(self, micro):
-        """Gradients of a step's micro-batches; this rank's mean loss."""
-        weights = self.complement.weights(micro) if self.complement else [None] * len(micro)
+        """Gradients of a step's micro-batches [(ids, targets, docs)]; returns this rank's mean loss."""
+        weights = [None] * len(micro)
+        if self.complement:
+            weights = self.complement.weights(micro)
         total = torch.zeros((), device=self.run.rt.device)
-        for (x, y, docs), weight in zip(micro, weights):
-            loss = self.step_loss(x, y, docs, weight) / len(micro)
+        for (ids, targets, docs), weight in zip(micro, weights):
+            loss = self.step_loss(ids, targets, docs, weight) / len(micro)
             loss.backward()
             total += loss.detach()
         return total
 
     def warm_up(self):
-        """Compile every graph that the run will use on synthetic tokens through the real step, then undo all of it."""
-        s, rt, banks = self.run.s, self.run.rt, self.optimizer.banks
-        before, generator = self.average.copy(), torch.Generator().manual_seed(s.seed)
-        for stage, self.model.looping, rounded in self.plans():
+        """Compile every graph of the run by real steps on synthetic tokens, then undo all of them."""
+        s = self.run.s
+        generator = torch.Generator().manual_seed(s.seed)
+        weights = self.average.copy()
+        for graph in self.graphs():
+            self.model.looping = graph.looping
             if self.qat:
-                self.qat.switch(rounded)
+                self.qat.switch(graph.rounded)
+            stage = s.stages[graph.stage]
             for _ in range(s.warmup_steps):
-                self.optimizer.zero_grad()
-                try:
-                    self.backward(self.stream.synthetic(generator, *s.stages[stage][1:])[:2])
-                    self.optimizer.step(1.0, s.muon_momentum)
-                except RuntimeError as error:
-                    if not rt.compiled or isinstance(error, torch.OutOfMemoryError):
-                        raise
-                    reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
-                    raise BadInput(f"torch.compile failed ({reason}); COMPILE=off runs without it") from error
-        self.average.apply(before)
-        for bank in banks:
+                self._synthetic_step(self.stream.synthetic(generator, stage.length, stage.tokens))
+        self.average.apply(weights)
+        for bank in self.optimizer.banks:
             for tensor in bank.state:
                 tensor.zero_()
-        self.optimizer.t, self.model.looping = 0, s.loops
+        self.optimizer.t = 0
+        self.model.looping = s.loops
         if self.qat:
             self.qat.switch(False)
 
+    def _synthetic_step(self, micro):
+        self.optimizer.zero_grad()
+        try:
+            self.backward(micro[:2])
+            self.optimizer.step(1.0, self.run.s.muon_momentum)
+        except RuntimeError as error:
+            if not self.run.rt.compiled or isinstance(error, torch.OutOfMemoryError):
+                raise
+            first_line = str(error).strip().partition("\n")[0][:120]
+            raise BadInput(f"torch.compile failed ({type(error).__name__}: {first_line}); COMPILE=off "
+                           "runs without it") from error
+
+    # Calibration: what rounding will cost, measured inside the training clock
+
     def measure_reserve(self):
-        """How long calibration will take, from a second try at it on synthetic tokens; the first is all set-up."""
-        s, rt = self.run.s, self.run.rt
-        generator, (_, length, tokens) = torch.Generator().manual_seed(s.seed), s.stages[-1]
+        """Seconds that calibration will take, from a second try on synthetic tokens.
+
+        The first try is all set-up.
+        """
+        s = self.run.s
+        rt = self.run.rt
+        stage = s.stages[-1]
+        generator = torch.Generator().manual_seed(s.seed)
         for _ in range(2):
             rt.sync()
-            began, meter = time.monotonic(), MomentMeter(self.model)
+            began = time.monotonic()
+            meter = MomentMeter(self.model)
             if s.gptq_calibration == "generated":
-                part = max(length // 32, 1)
-                generate(self.model, calibration_rows(s) // rt.world + 1, part, s.gptq_temperature, s.seed)
+                part = max(stage.length // 32, 1)  # of the length, then scaled up to all of it
+                rows = calibration_rows(s) // rt.world + 1
+                generate(self.model, rows, part, s.gptq_temperature, s.seed)
                 rt.sync()
-                began -= (time.monotonic() - began) * (length / part - 1)
-            once, micro = time.monotonic(), self.stream.synthetic(generator, length, tokens)
-            self._meter_step(meter, micro[:1], length)
+                began -= (time.monotonic() - began) * (stage.length / part - 1)
+            prepared = time.monotonic()
+            micro = self.stream.synthetic(generator, stage.length, stage.tokens)
+            self._measure(meter, micro[:1], stage.length)
             rt.sync()
-            seconds = once - began + (time.monotonic() - once) * len(micro) * calibration_steps(s)
+            one_micro_batch = time.monotonic() - prepared
+            seconds = prepared - began + one_micro_batch * len(micro) * calibration_steps(s)
         return rt.max(1.1 * seconds)[0]
 
-    def _meter_step(self, meter, micro, length):
+    def _measure(self, meter, micro, length):
+        rows = max(CALIBRATION_MICRO_TOKENS // length, 1)
         for ids, targets, _ in micro:
-            rows = max(CALIBRATION_MICRO_TOKENS // length, 1)
-            for x, y in zip(ids.view(-1, length).split(rows), targets.view(-1, length).split(rows)):
-                meter.observe(x, y)
+            ids_parts = ids.view(-1, length).split(rows)
+            target_parts = targets.view(-1, length).split(rows)
+            for ids_part, target_part in zip(ids_parts, target_parts):
+                meter.observe(ids_part, target_part)
 
     def calibrate(self):
-        """{parameter: Moments} of the model as it is, inside the training clock: from the next steps of the training
-        stream, or from text that the model writes itself.
+        """{parameter: Moments} of the model as it is, inside the training clock.
+
+        The text is that of the next training steps, or text that the model writes itself.
         """
-        s, rt, run, meter = self.run.s, self.run.rt, self.run, MomentMeter(self.model)
-        _, length, tokens = s.stages[self.stage]
+        run = self.run
+        s = run.s
+        rt = run.rt
+        meter = MomentMeter(self.model)
+        stage = s.stages[self.stage]
         with run.clock.phase("calibrate"):
             if s.gptq_calibration == "generated":
-                text = generate(self.model, calibration_rows(s), length, s.gptq_temperature, s.seed, rt.world, rt.rank)
-                self._meter_step(meter, [(text[:, :-1].contiguous(), text[:, 1:].contiguous(), None)], length)
+                rows = calibration_rows(s)
+                text = generate(
+                    self.model, rows, stage.length, s.gptq_temperature, s.seed, rt.world, rt.rank)
+                ids = text[:, :-1].contiguous()
+                targets = text[:, 1:].contiguous()
+                self._measure(meter, [(ids, targets, None)], stage.length)
             else:
                 run.validity.opened("train")
                 for _ in range(calibration_steps(s)):
-                    self._meter_step(meter, _next_batch(run, self, length, tokens), length)
+                    self._measure(meter, _next_batch(run, self, stage), stage.length)
             moments = meter.moments(rt)
-        run.log("calibrate", source=s.gptq_calibration, tokens=int(rt.sum(torch.tensor(meter.tokens, device=rt.device))),
+        tokens = int(rt.sum(torch.tensor(meter.tokens, device=rt.device)))
+        run.log("calibrate", source=s.gptq_calibration, tokens=tokens,
                 seconds=round(run.clock["calibrate"], 3), reserved_seconds=round(self.reserve, 3))
         return moments
 
     @torch.no_grad()
     def fit_temperature(self):
-        """The divisor of the logits at which further training text costs least, by Newton's method on its inverse: rows of
-        the next step, evenly spaced over all ranks, so that it does not depend on their number.
-        """
-        run, (_, length, tokens) = self.run, self.run.s.stages[self.stage]
+        """The divisor of the logits at which further training text costs least."""
+        run = self.run
         with run.clock.phase("calibrate"):
             run.validity.opened("train")
-            rows = [(x[i : i + 1], y[i : i + 1], docs if len(x) == 1 else None)
-                    for x, y, docs in _next_batch(run, self, length, tokens) for i in range(len(x))]
-            count = len(rows) * run.rt.world
-            some = min(max(TEMPERATURE_TOKENS // rows[0][0].size(1), 1), count)
-            taken = {i * count // some for i in range(some)}
-            states, y = [rows[0][0].new_empty(0, run.s.model_dim, dtype=self.model.dtype)], [rows[0][1][0, :0]]
-            for i, (x, targets, docs) in enumerate(rows, len(rows) * run.rt.rank):
-                if i in taken:
-                    states.append(self.model.hidden(x, docs)[0, :TEMPERATURE_TOKENS])
-                    y.append(targets[0, :TEMPERATURE_TOKENS])
-            logits, y, inverse = self.model.logits(torch.cat(states).float()).double(), torch.cat(y)[:, None], 1.0
-            for _ in range(8):
-                share = (inverse * logits).softmax(-1)
-                mean = (share * logits).sum(-1)
-                slope = (mean - logits.gather(-1, y).squeeze(-1)).sum()
-                bend = ((share * logits.square()).sum(-1) - mean.square()).sum()
-                slope, bend = run.rt.sum(torch.stack((slope, bend))).tolist()
-                inverse = min(max(inverse - slope / max(bend, 1e-9), 0.2), 5.0)
-        read, = run.rt.sum(torch.tensor([float(len(y))], dtype=torch.float64, device=run.rt.device)).tolist()
-        run.log("temperature", fitted=1 / inverse, tokens=int(read))
+            states, targets = self._states_of_next_step()
+            logits = self.model.logits(states.float()).double()
+            inverse = _best_inverse_temperature(logits, targets, run.rt)
+        count = torch.tensor([float(len(targets))], dtype=torch.float64, device=run.rt.device)
+        tokens = int(run.rt.sum(count).item())
+        run.log("temperature", fitted=1 / inverse, tokens=tokens)
         return round(1 / inverse, 4)
+
+    def _states_of_next_step(self):
+        """Final states (N, D) and targets (N, 1) of rows of the next step, TEMPERATURE_TOKENS in all.
+
+        The rows are evenly spaced over all ranks, so that they do not depend on their number.
+        """
+        run = self.run
+        rows = []
+        for ids, targets, docs in _next_batch(run, self, run.s.stages[self.stage]):
+            row_docs = docs if len(ids) == 1 else None
+            rows += [(ids[i : i + 1], targets[i : i + 1], row_docs) for i in range(len(ids))]
+        count = len(rows) * run.rt.world
+        length = rows[0][0].size(1)
+        wanted_rows = min(max(TEMPERATURE_TOKENS // length, 1), count)
+        chosen = {i * count // wanted_rows for i in range(wanted_rows)}
+
+        ids, targets, _ = rows[0]
+        states = [ids.new_empty(0, run.s.model_dim, dtype=self.model.dtype)]  # a rank may have none
+        state_targets = [targets[0, :0]]
+        first = len(rows) * run.rt.rank
+        for number, (ids, targets, docs) in enumerate(rows, first):
+            if number in chosen:
+                states.append(self.model.hidden(ids, docs)[0, :TEMPERATURE_TOKENS])
+                state_targets.append(targets[0, :TEMPERATURE_TOKENS])
+        return torch.cat(states), torch.cat(state_targets)[:, None]
+
+    # Checkpoints
 
     def save(self):
         """Write a checkpoint, outside the training clock, by parameter name; the last two are kept. Collective.
 
-        One that cannot be written (full disk) is a line in the log: the run and the older checkpoints are worth more.
-        Returns whether it was written.
+        One that cannot be written (full disk) is a line in the log: the run and the older checkpoints
+        are worth more. Returns whether it was written.
         """
         with self.run.clock.phase("checkpoint"):
             return self._save()
 
-    def state(self):
-        """What a checkpoint holds, by parameter name, on the CPU. Collective."""
-        run, weights = self.run, [bank.weight for bank in self.optimizer.banks]
-
-        def by_name(tensors):
-            return {name: part.cpu().clone() for name, part in self.optimizer.named(tensors).items()}
-
-        settings = {name: value for name, value in identity(run).items() if name not in PLACES}
-        average = {kind: [by_name(one) for one in taken] for kind, taken in self.average.snapshots.items()}
-        return {"step": self.step, "tokens": self.tokens,
-                "stage": (self.stage, self.stage_start, self.model.looping),
-                "settings": settings, "data": self.data,
-                "position": self.stream.position, "rng": torch.get_rng_state(),
-                "seconds": dict(run.clock.seconds), "weights": by_name(weights),
-                "average": average, "average_count": self.average.count,
-                "complement": self.complement.state_dict() if self.complement else None,
-                "qat": self.qat.state_dict() if self.qat else None, "reserve": self.reserve,
-                "optimizer": self.optimizer.state_dict(), "done": self.done, "average_begun": self.average.begun,
-                "reasons": run.validity.to_keep(run.rt),
-                "copies": torch.from_numpy(self.stream.copies.found(run.rt).view(np.int64))}
-
     def _save(self):
-        run, state = self.run, self.state()
+        run = self.run
+        state = self.state()
         if run.rt.rank:
             return True
         buffer = io.BytesIO(CHECKPOINT_MAGIC)
         buffer.seek(0, io.SEEK_END)
         torch.save(state, buffer)
-        data, path = buffer.getvalue(), run.out_dir / f"checkpoint_{self.step:07d}.pt"
+        data = buffer.getvalue()
+        path = checkpoint_path(run.out_dir, self.step)
         try:
             write_atomic(path, [data, hashlib.sha256(data).digest()])
         except BadInput as error:
@@ -6903,111 +7011,56 @@ class Training:
             old.unlink()
         return True
 
-    def check(self, state, fresh):
-        """ValueError, naming the field, unless load() can take this state: it has the form of `fresh`, the
-        state of a training that has not begun, and its numbers are possible ones. Nothing is changed.
-        """
-        s, sizes = self.run.s, [tokens for _, _, tokens in self.run.s.stages]
-        state = {**self.YOUNGER, **state}
-        need_names("the checkpoint", state, fresh)
-        for name in ("stage", "weights", "optimizer", "rng"):
-            need_like(name, state[name], fresh[name])
-        step = need_number("step", state["step"], int, 0, s.iterations or MOST_STEPS)
-        need_number("optimizer t", state["optimizer"]["t"], int, step, step)
-        stage, since, looping = state["stage"]
-        need_number("stage", stage, int, 0, len(sizes) - 1)
-        need_number("beginning of the stage", since, int, 0, step)
-        if looping and not s.loops:
-            raise ValueError("stage says that the model loops, but NUM_LOOPS=0")
-        tokens = need_number("tokens", state["tokens"], int, step * min(sizes), step * max(sizes))
-        # Calibration reads ahead, and each stage begins at a multiple of its length.
-        ahead = calibration_steps(s) * max(sizes) + (len(sizes) + 1) * s.longest_sequence
-        need_number("position", state["position"], int, tokens, tokens + ahead)
-        need_number("reserve", state["reserve"], float, 0, MOST_SECONDS)
-        need_names("seconds", state["seconds"])
-        for phase, seconds in state["seconds"].items():
-            need_number(f"seconds of {brief(phase, 20)}", seconds, float, 0, MOST_SECONDS)
-        for name, moments in state["optimizer"].items():
-            if name != "t" and any((second < 0).any() for second in moments[1:]):
-                raise ValueError(f"optimizer {name} has a negative second moment")
-        try:
-            torch.Generator().set_state(state["rng"])
-        except RuntimeError:
-            raise ValueError("rng is not the state of a generator") from None
-        need_like("done", state["done"], False)
-        need_number("average_begun", state["average_begun"], int, 0, step)
-        need_reasons(state["reasons"])
-        need_like("copies", state["copies"], torch.empty(_length(state["copies"]), dtype=torch.int64))
-        self._check_average(state, fresh["weights"])
-        self._check_complement(state["complement"])
-        self._check_qat(state["qat"], fresh["qat"], step)
+    def state(self):
+        """What a checkpoint holds, by parameter name, on the CPU. Collective."""
+        run = self.run
 
-    def _check_average(self, state, weights):
-        kinds, s = self.average.kinds, self.run.s
-        most = {"ema": 1, "swa": 1, "lawa": s.lawa_k}
-        need_names("average", state["average"])
-        for kind, snapshots in state["average"].items():
-            if kind not in kinds:
-                raise ValueError(f"average has {brief(kind, 20)}, which AVERAGE={s.average} does not take")
-            if type(snapshots) is not list or not 1 <= len(snapshots) <= most[kind]:
-                raise ValueError(f"average {kind} is no list of at most {most[kind]} snapshots")
-            need_like(f"average {kind}", snapshots, [weights] * len(snapshots))
-        if "ema" in kinds and not s.ema_start_frac and "ema" not in state["average"]:
-            raise ValueError("average has no ema, which is taken from the first step on")
-        swa = "swa" in state["average"]
-        need_number("average_count", state["average_count"], int, int(swa), state["step"] if swa else 0)
+        def by_name(tensors):
+            parts = self.optimizer.named(tensors)
+            return {name: part.cpu().clone() for name, part in parts.items()}
 
-    def _check_complement(self, state):
-        if self.complement is None:
-            need_like("complement", state, None)
-            return
-        need_names("complement", state, ("pairs", "times"))
-        pairs, times = state["pairs"], state["times"]
-        counts = torch.empty(_length(pairs), dtype=torch.int64)
-        need_like("complement", state, {"pairs": counts, "times": counts})
-        outside = len(pairs) and (pairs[0] < 0 or pairs[-1] >= self.complement.vocab**2)
-        if outside or (pairs.diff() < 1).any():
-            raise ValueError("complement pairs are not rising pairs of tokens of the vocabulary")
-        if (times < 1).any():
-            raise ValueError("complement times has a pair that never occurred")
-
-    def _check_qat(self, state, fresh, step):
-        if self.qat is None:
-            need_like("qat", state, None)
-            return
-        need_names("qat", state, fresh)
-        need_like("qat steps", state["steps"], fresh["steps"])
-        for name, steps in state["steps"].items():
-            if (steps <= 0).any():
-                raise ValueError(f"qat steps {name} are not positive")
-        if state["begun"] is not None:
-            need_number("qat begun", state["begun"], int, 0, step)
-        if state["begun"] is None or self.run.s.fit != "allocate":
-            need_like("qat moments", state["moments"], None)
-            return
-        modules = {f"{name}.weight": module for name, module in self.model.named_modules()
-                   if isinstance(module, (Linear, Table))}
-        need_names("qat moments", state["moments"], modules)
-        for name, moments in state["moments"].items():
-            rows, columns = modules[name].weight.shape
-            felt = torch.empty(columns, columns), torch.empty(rows), 0.0
-            inputs = None if type(moments) is tuple and moments[-1] is None else torch.empty(columns)
-            need_like(f"qat moments {name}", moments, (*felt, inputs))
+        settings = {name: value for name, value in identity(run).items() if name not in PLACES}
+        copies = self.stream.copies.found(run.rt)
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "stage": (self.stage, self.stage_start, self.model.looping),
+            "settings": settings,
+            "data": self.data,
+            "position": self.stream.position,
+            "rng": torch.get_rng_state(),
+            "seconds": dict(run.clock.seconds),
+            "weights": by_name([bank.weight for bank in self.optimizer.banks]),
+            "average": {kind: [by_name(snapshot) for snapshot in snapshots]
+                        for kind, snapshots in self.average.snapshots.items()},
+            "average_count": self.average.count,
+            "complement": self.complement.state_dict() if self.complement else None,
+            "qat": self.qat.state_dict() if self.qat else None,
+            "reserve": self.reserve,
+            "optimizer": self.optimizer.state_dict(),
+            "done": self.done,
+            "average_begun": self.average.begun,
+            "reasons": run.validity.to_keep(run.rt),
+            "copies": torch.from_numpy(copies.view(np.int64)),
+        }
 
     @torch.no_grad()
     def load(self, state):
-        """Go on from the state of a checkpoint, which check() has found to be one of this run."""
-        state = {**self.YOUNGER, **state}
-        self.step, self.stream.position, self.average.count = state["step"], state["position"], state["average_count"]
-        self.tokens, (self.stage, self.stage_start, self.model.looping) = state["tokens"], state["stage"]
+        """Continue from the state of a checkpoint, which check_state() has found to be one of this run."""
+        state = {**self.ADDED_LATER, **state}
+        self.step = state["step"]
+        self.tokens = state["tokens"]
+        self.stage, self.stage_start, self.model.looping = state["stage"]
+        self.stream.position = state["position"]
 
         def read(tensors, parts):
             for name, view in self.optimizer.named(tensors).items():
                 view.copy_(parts[name])
             return tensors
 
-        self.average.snapshots = {kind: [read(self.average.copy(), parts) for parts in taken]
-                              for kind, taken in state["average"].items()}
+        self.average.snapshots = {kind: [read(self.average.copy(), parts) for parts in snapshots]
+                                  for kind, snapshots in state["average"].items()}
+        self.average.count = state["average_count"]
         read([bank.weight for bank in self.optimizer.banks], state["weights"])
         if self.complement:
             self.complement.load_state_dict(state["complement"])
@@ -7015,7 +7068,8 @@ class Training:
             self.qat.load_state_dict(state["qat"])
         self.reserve = state["reserve"]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.run.clock.seconds.update({k: v for k, v in state["seconds"].items() if k != "setup"})
+        seconds = {phase: value for phase, value in state["seconds"].items() if phase != "setup"}
+        self.run.clock.seconds.update(seconds)
         torch.set_rng_state(state["rng"])
         self.done = state["done"]
         self.average.begun = state["average_begun"]
@@ -7023,98 +7077,31 @@ class Training:
         self.run.validity.restore(state["reasons"])
 
 
+def _best_inverse_temperature(logits, targets, rt):
+    """1 / T at which targets (N, 1) cost least under logits (N, V) / T, by Newton's method, over all ranks."""
+    inverse = 1.0
+    for _ in range(8):
+        share = (inverse * logits).softmax(-1)
+        mean = (share * logits).sum(-1)
+        slope = (mean - logits.gather(-1, targets).squeeze(-1)).sum()
+        bend = ((share * logits.square()).sum(-1) - mean.square()).sum()
+        slope, bend = rt.sum(torch.stack((slope, bend))).tolist()
+        inverse = min(max(inverse - slope / max(bend, 1e-9), 0.2), 5.0)
+    return inverse
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------
-
-MOST_STEPS, MOST_SECONDS = 2**53, 1e9  # of any run
-
-
-def _length(vector):
-    """Its length, if it is one; else 0."""
-    return len(vector) if isinstance(vector, Tensor) and vector.ndim == 1 else 0
-
-
-def need_names(what, found, names=None):
-    """ValueError unless this is a dict with these names, or with any that are text."""
-    if type(found) is not dict or not all(type(name) is str for name in found):
-        raise ValueError(f"{what} is {_form(found)}, not a dict of names")
-    for name in names or ():
-        if name not in found:
-            raise ValueError(f"{what} has no {name}")
-    for name in found:
-        if names is not None and name not in names:
-            raise ValueError(f"{what} has an unknown {brief(name, 60)}")
-
-
-def need_like(what, found, like):
-    """ValueError unless `found` has types, names, lengths, dtypes and shapes of `like`, and is finite."""
-    if type(found) is not type(like) or _form(found) != _form(like):
-        raise ValueError(f"{what} is {_form(found)}, not {_form(like)}")
-    if isinstance(like, Tensor):
-        if found.is_floating_point() and not found.isfinite().all():
-            raise ValueError(f"{what} has values that are not finite")
-    elif isinstance(like, dict):
-        need_names(what, found, like)
-        for name in like:
-            need_like(f"{what} {name}", found[name], like[name])
-    elif isinstance(like, (list, tuple)):
-        for one, other in zip(found, like):
-            need_like(what, one, other)
-    elif isinstance(like, float) and not math.isfinite(found):
-        raise ValueError(f"{what} is {found}")
-
-
-def _form(value):
-    """What need_like() compares, in words."""
-    kind = type(value).__name__
-    if isinstance(value, Tensor):
-        ordinary = type(value) is Tensor and value.layout == torch.strided and value.device.type == "cpu"
-        dtype = str(value.dtype).removeprefix("torch.")
-        return brief(f"{'' if ordinary else f'special {kind} '}{dtype} {tuple(value.shape)}", 60)
-    return f"{kind} of {len(value)}" if isinstance(value, (list, tuple)) else kind
-
-
-PLACES = ("DATA_PATH", "TOKENIZER_PATH")  # a checkpoint knows its data by what they hold, wherever they lie
-HEAD_TOKENS = 64  # of each shard that tell it from others; one that was repaired further in is the same
-
-
-def identity(run):
-    """{setting: value as text} that must be equal for a checkpoint to be gone on with."""
-    return {**run.s.experiment(), "SEED": str(run.s.seed), "DTYPE": str(run.rt.dtype).removeprefix("torch.")}
-
-
-def training_data(s):
-    """{"shards", "tokens", "sha256"} of the training shards; hashed are the length and the head of each."""
-    digest, tokens, paths = hashlib.sha256(), 0, find_shards(s.data_path, "train")
-    for path in paths:
-        shard = read_shard(path)
-        tokens += len(shard)
-        digest.update(struct.pack("<q", len(shard)) + shard[:HEAD_TOKENS].tobytes())
-    return {"shards": len(paths), "tokens": tokens, "sha256": digest.hexdigest()}
-
-
-def need_same_run(path, run, state, data):
-    """BadInput if the state of a checkpoint is that of other settings, or of other data than `data` of
-    training_data(). Settings may be younger than the checkpoint.
-    """
-    mine, theirs, defaults = identity(run), state["settings"], Settings().experiment()
-    if "data" in state:
-        for name in PLACES:
-            del mine[name]
-    values = {name: theirs.get(name, defaults.get(name)) for name in {**mine, **theirs}}
-    if different := [f"{name}={value}" for name, value in values.items() if value != mine.get(name)]:
-        raise BadInput(f"{path}: the checkpoint has other settings: {brief(' '.join(different), 120)}; "
-                       "repeat them, or take another RUN_ID")
-    if state.get("data", data) != data:
-        raise BadInput(f"{path}: the checkpoint has other data ({_data_in_words(state['data'])}) than "
-                       f"DATA_PATH ({_data_in_words(data)}); set it right, or take another RUN_ID")
-
-
-def _data_in_words(data):
-    tokens, sha256 = brief(data["tokens"], 20), brief(data["sha256"], 64)[:12]
-    return f"{brief(data['shards'], 20)} shards, {tokens} tokens, SHA-256 {sha256}"
-
+# magic | state as torch.save writes it | SHA-256 of both. Nothing in a file is executed.
 
 CHECKPOINT_MAGIC = b"PGOLF checkpoint 2\n"
+PLACES = ("DATA_PATH", "TOKENIZER_PATH")  # a checkpoint knows its data by content, wherever they lie
+HEAD_TOKENS = 64  # of each shard that tell it from others; one that was repaired further in is the same
+MOST_STEPS = 2**53  # of any run
+MOST_SECONDS = 1e9
+
+
+def checkpoint_path(out_dir, step):
+    return Path(out_dir) / f"checkpoint_{step:07d}.pt"
 
 
 def checkpoints(out_dir):
@@ -7122,22 +7109,97 @@ def checkpoints(out_dir):
     return sorted(Path(out_dir).glob("checkpoint_*.pt"), reverse=True)
 
 
+def identity(run):
+    """{setting: value as text} that must be equal for a checkpoint to be continued."""
+    dtype = str(run.rt.dtype).removeprefix("torch.")
+    return {**run.s.experiment(), "SEED": str(run.s.seed), "DTYPE": dtype}
+
+
+def training_data(s):
+    """{"shards", "tokens", "sha256"} of the training shards; the hash covers the length and head of each."""
+    paths = find_shards(s.data_path, "train")
+    digest = hashlib.sha256()
+    tokens = 0
+    for path in paths:
+        shard = read_shard(path)
+        tokens += len(shard)
+        digest.update(struct.pack("<q", len(shard)) + shard[:HEAD_TOKENS].tobytes())
+    return {"shards": len(paths), "tokens": tokens, "sha256": digest.hexdigest()}
+
+
+def checkpoint_to_resume(run, training):
+    """The state to continue from, found to be one of this run, or None. Changes nothing of the run. Collective.
+
+    RESUME=file must be usable. RESUME=auto takes the newest checkpoint that is; each that is not gets a
+    line. Other settings are an error in both. Rank 0's disk counts, and what it finds ends all ranks alike.
+    """
+    paths = []
+    if run.s.resume == "auto":
+        paths = checkpoints(run.out_dir)
+    elif run.s.resume:
+        paths = [Path(run.s.resume)]
+    data = None
+    problem = ""
+    if run.rt.broadcast(bool(paths)):
+        fresh = training.state()
+        try:
+            if run.rt.rank == 0:
+                data = _newest_usable(run, training, fresh, paths)
+        except BadInput as error:
+            problem = str(error)
+    data, problem = run.rt.broadcast((data, problem))
+    if problem:
+        raise BadInput(problem)
+    if data is None:
+        if run.s.resume:
+            run.log("started_anew", reason=f"no whole checkpoint in {run.out_dir}")
+        return None
+    return _unpickled(data)
+
+
+def _newest_usable(run, training, fresh, paths):
+    """Bytes of the first of these checkpoints that can be used, or None."""
+    must_be_usable = run.s.resume != "auto"
+    for path in paths:
+        try:
+            data = read_checkpoint(path)
+            state = checkpoint_state(path, data)
+        except BadInput as error:
+            if must_be_usable:
+                raise
+            run.log("checkpoint_skipped", reason=str(error))
+            continue
+        need_same_run(path, run, state, training.data)
+        try:
+            check_state(training, state, fresh)
+            return data
+        except ValueError as error:
+            reason = f"{path}: its content is not that of this run ({brief(error, 150)})"
+        if must_be_usable:
+            raise BadInput(f"{reason}; take another checkpoint, or start anew")
+        run.log("checkpoint_skipped", reason=reason)
+    return None
+
+
 def read_checkpoint(path):
     """Bytes of a whole checkpoint, or BadInput that says what is wrong with the file."""
     data = read_file(path)
-    if not data.startswith(CHECKPOINT_MAGIC) or hashlib.sha256(data[:-32]).digest() != data[-32:]:
+    body, digest = data[:-32], data[-32:]
+    if not data.startswith(CHECKPOINT_MAGIC) or hashlib.sha256(body).digest() != digest:
         raise BadInput(f"{path}: not a whole checkpoint of this script (its beginning or its checksum is wrong)")
-    return data[len(CHECKPOINT_MAGIC) : -32]
+    return body[len(CHECKPOINT_MAGIC) :]
 
 
 def checkpoint_state(path, data):
-    """The state in the bytes of read_checkpoint(); BadInput if there is none, or none that says of which run
-    it is. Nothing is executed, and no more is unpacked than the file has bytes.
+    """The state in the bytes of read_checkpoint(); BadInput if there is none, or none that says of which run it is.
+
+    Nothing is executed, and no more is unpacked than the file has bytes.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             records = archive.infolist()
-        if any(record.compress_type for record in records) or sum(r.file_size for r in records) > len(data):
+        unpacked = sum(record.file_size for record in records)
+        if any(record.compress_type for record in records) or unpacked > len(data):
             raise ValueError("it is compressed")
         state = _unpickled(data)
         need_names("the checkpoint", state)
@@ -7147,8 +7209,9 @@ def checkpoint_state(path, data):
         if "data" in state:
             need_like("data", state["data"], {"shards": 0, "tokens": 0, "sha256": ""})
     except Exception as error:  # torch says whatever it likes of a file that is broken inside
+        first_line = str(error).strip().partition("\n")[0]
         raise BadInput(f"{path}: not a checkpoint of this script ({type(error).__name__}: "
-                       f"{brief(str(error).strip().partition(chr(10))[0], 120)})") from None
+                       f"{brief(first_line, 120)})") from None
     return state
 
 
@@ -7159,49 +7222,190 @@ def _unpickled(data):
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
-def checkpoint_to_resume(run, training):
-    """The state to go on from, found to be one of this run, or None. Changes nothing of the run. Collective.
+def need_same_run(path, run, state, data):
+    """BadInput if the state of a checkpoint is that of other settings, or of other data than `data`.
 
-    RESUME=file must be usable. RESUME=auto takes the newest checkpoint that is; each that is not gets a line.
-    Other settings are an error in both. Rank 0's disk counts, and what it finds ends all ranks alike.
+    Settings may be younger than the checkpoint; `data` is that of training_data().
     """
-    paths = checkpoints(run.out_dir) if run.s.resume == "auto" else [Path(run.s.resume)] if run.s.resume else []
-    found, problem = None, ""
-    if run.rt.broadcast(bool(paths)):
-        fresh = training.state()
-        try:
-            found = _newest_usable(run, training, fresh, paths) if run.rt.rank == 0 else None
-        except BadInput as error:
-            problem = str(error)
-    found, problem = run.rt.broadcast((found, problem))
-    if problem:
-        raise BadInput(problem)
-    if found is None and run.s.resume:
-        run.log("started_anew", reason=f"no whole checkpoint in {run.out_dir}")
-    return None if found is None else _unpickled(found)
+    ours = identity(run)
+    theirs = state["settings"]
+    defaults = Settings().experiment()
+    if "data" in state:
+        for name in PLACES:
+            del ours[name]
+    different = []
+    for name in {**ours, **theirs}:
+        value = theirs.get(name, defaults.get(name))
+        if value != ours.get(name):
+            different.append(f"{name}={value}")
+    if different:
+        raise BadInput(f"{path}: the checkpoint has other settings: {brief(' '.join(different), 120)}; "
+                       "repeat them, or take another RUN_ID")
+    if state.get("data", data) != data:
+        raise BadInput(f"{path}: the checkpoint has other data ({_data_in_words(state['data'])}) than "
+                       f"DATA_PATH ({_data_in_words(data)}); set it right, or take another RUN_ID")
 
 
-def _newest_usable(run, training, fresh, paths):
-    """Bytes of the first of these checkpoints that can be used, or None."""
-    for path in paths:
-        try:
-            data = read_checkpoint(path)
-            state = checkpoint_state(path, data)
-        except BadInput as error:
-            if run.s.resume != "auto":
-                raise
-            run.log("checkpoint_skipped", reason=str(error))
-            continue
-        need_same_run(path, run, state, training.data)
-        try:
-            training.check(state, fresh)
-            return data
-        except ValueError as error:
-            reason = f"{path}: its content is not that of this run ({brief(error, 150)})"
-        if run.s.resume != "auto":
-            raise BadInput(f"{reason}; take another checkpoint, or start anew")
-        run.log("checkpoint_skipped", reason=reason)
-    return None
+def _data_in_words(data):
+    shards = brief(data["shards"], 20)
+    tokens = brief(data["tokens"], 20)
+    sha256 = brief(data["sha256"], 64)[:12]
+    return f"{shards} shards, {tokens} tokens, SHA-256 {sha256}"
+
+
+def check_state(training, state, fresh):
+    """ValueError, naming the field, unless training.load() can take this state. Nothing is changed.
+
+    It must have the form of `fresh`, the state of a training that has not begun, and possible numbers.
+    """
+    s = training.run.s
+    state = {**Training.ADDED_LATER, **state}
+    need_names("the checkpoint", state, fresh)
+    for name in ("stage", "weights", "optimizer", "rng"):
+        need_like(name, state[name], fresh[name])
+    step = need_number("step", state["step"], int, 0, s.iterations or MOST_STEPS)
+    need_number("optimizer t", state["optimizer"]["t"], int, step, step)
+    _check_position(s, state)
+    need_number("reserve", state["reserve"], float, 0, MOST_SECONDS)
+    need_names("seconds", state["seconds"])
+    for phase, seconds in state["seconds"].items():
+        need_number(f"seconds of {brief(phase, 20)}", seconds, float, 0, MOST_SECONDS)
+    for name, moments in state["optimizer"].items():
+        if name != "t" and any((second < 0).any() for second in moments[1:]):
+            raise ValueError(f"optimizer {name} has a negative second moment")
+    try:
+        torch.Generator().set_state(state["rng"])
+    except RuntimeError:
+        raise ValueError("rng is not the state of a generator") from None
+    need_like("done", state["done"], False)
+    need_number("average_begun", state["average_begun"], int, 0, step)
+    need_reasons(state["reasons"])
+    need_like("copies", state["copies"], torch.empty(_length(state["copies"]), dtype=torch.int64))
+    _check_average(training.average, s, state, fresh["weights"])
+    _check_complement(training.complement, state["complement"])
+    _check_qat(training, state["qat"], fresh["qat"], step)
+
+
+def _check_position(s, state):
+    """Stage, tokens and place in the stream, which follow from the number of steps."""
+    step = state["step"]
+    batches = [stage.tokens for stage in s.stages]
+    stage, stage_start, looping = state["stage"]
+    need_number("stage", stage, int, 0, len(batches) - 1)
+    need_number("beginning of the stage", stage_start, int, 0, step)
+    if looping and not s.loops:
+        raise ValueError("stage says that the model loops, but NUM_LOOPS=0")
+    tokens = need_number("tokens", state["tokens"], int, step * min(batches), step * max(batches))
+    # Calibration reads ahead, and each stage begins at a multiple of its length.
+    read_ahead = calibration_steps(s) * max(batches)
+    rounded_up = (len(batches) + 1) * s.longest_sequence
+    need_number("position", state["position"], int, tokens, tokens + read_ahead + rounded_up)
+
+
+def _check_average(average, s, state, weights):
+    most = {"ema": 1, "swa": 1, "lawa": s.lawa_k}
+    need_names("average", state["average"])
+    for kind, snapshots in state["average"].items():
+        if kind not in average.kinds:
+            raise ValueError(f"average has {brief(kind, 20)}, which AVERAGE={s.average} does not take")
+        if type(snapshots) is not list or not 1 <= len(snapshots) <= most[kind]:
+            raise ValueError(f"average {kind} is no list of at most {most[kind]} snapshots")
+        need_like(f"average {kind}", snapshots, [weights] * len(snapshots))
+    ema_from_start = "ema" in average.kinds and not s.ema_start_frac
+    if ema_from_start and "ema" not in state["average"]:
+        raise ValueError("average has no ema, which is taken from the first step on")
+    if "swa" in state["average"]:
+        need_number("average_count", state["average_count"], int, 1, state["step"])
+    else:
+        need_number("average_count", state["average_count"], int, 0, 0)
+
+
+def _check_complement(complement, state):
+    if complement is None:
+        need_like("complement", state, None)
+        return
+    need_names("complement", state, ("pairs", "times"))
+    pairs = state["pairs"]
+    times = state["times"]
+    counts = torch.empty(_length(pairs), dtype=torch.int64)
+    need_like("complement", state, {"pairs": counts, "times": counts})
+    outside = len(pairs) and (pairs[0] < 0 or pairs[-1] >= complement.vocab**2)
+    if outside or (pairs.diff() < 1).any():
+        raise ValueError("complement pairs are not rising pairs of tokens of the vocabulary")
+    if (times < 1).any():
+        raise ValueError("complement times has a pair that never occurred")
+
+
+def _check_qat(training, state, fresh, step):
+    if training.qat is None:
+        need_like("qat", state, None)
+        return
+    need_names("qat", state, fresh)
+    need_like("qat steps", state["steps"], fresh["steps"])
+    for name, step_sizes in state["steps"].items():
+        if (step_sizes <= 0).any():
+            raise ValueError(f"qat steps {name} are not positive")
+    if state["begun"] is not None:
+        need_number("qat begun", state["begun"], int, 0, step)
+    if state["begun"] is None or training.run.s.fit != "allocate":
+        need_like("qat moments", state["moments"], None)
+        return
+    modules = {f"{name}.weight": module for name, module in training.model.named_modules()
+               if isinstance(module, (Linear, Table))}
+    need_names("qat moments", state["moments"], modules)
+    for name, moments in state["moments"].items():
+        rows, columns = modules[name].weight.shape
+        hessian = torch.empty(columns, columns)
+        gain = torch.empty(rows)
+        looked_up = type(moments) is tuple and moments[-1] is None
+        inputs = None if looked_up else torch.empty(columns)
+        need_like(f"qat moments {name}", moments, (hessian, gain, 0.0, inputs))
+
+
+def _length(vector):
+    """The length of a one-dimensional tensor; of anything else 0."""
+    return len(vector) if isinstance(vector, Tensor) and vector.ndim == 1 else 0
+
+
+def need_names(what, value, names=None):
+    """ValueError unless the value is a dict with these names, or with any that are text."""
+    if type(value) is not dict or not all(type(name) is str for name in value):
+        raise ValueError(f"{what} is {_form(value)}, not a dict of names")
+    for name in names or ():
+        if name not in value:
+            raise ValueError(f"{what} has no {name}")
+    for name in value:
+        if names is not None and name not in names:
+            raise ValueError(f"{what} has an unknown {brief(name, 60)}")
+
+
+def need_like(what, value, like):
+    """ValueError unless the value has types, names, lengths, dtypes and shapes of `like`, and is finite."""
+    if type(value) is not type(like) or _form(value) != _form(like):
+        raise ValueError(f"{what} is {_form(value)}, not {_form(like)}")
+    if isinstance(like, Tensor):
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{what} has values that are not finite")
+    elif isinstance(like, dict):
+        need_names(what, value, like)
+        for name in like:
+            need_like(f"{what} {name}", value[name], like[name])
+    elif isinstance(like, (list, tuple)):
+        for item, like_item in zip(value, like):
+            need_like(what, item, like_item)
+    elif isinstance(like, float) and not math.isfinite(value):
+        raise ValueError(f"{what} is {value}")
+
+
+def _form(value):
+    """What need_like() compares, in words."""
+    kind = type(value).__name__
+    if isinstance(value, Tensor):
+        on_cpu = value.layout == torch.strided and value.device.type == "cpu"
+        special = "" if type(value) is Tensor and on_cpu else f"special {kind} "
+        dtype = str(value.dtype).removeprefix("torch.")
+        return brief(f"{special}{dtype} {tuple(value.shape)}", 60)
+    return f"{kind} of {len(value)}" if isinstance(value, (list, tuple)) else kind
 
 
 # ---- the training phase --------------------------------------------------------------------------
@@ -7209,40 +7413,33 @@ def _newest_usable(run, training, fresh, paths):
 
 def report_score(run, predictor, stream):
     """Contiguous score of the validation stream as a report that nothing learns from."""
-    s, rt = run.s, run.rt
+    s = run.s
+    rt = run.rt
     with run.clock.phase("validate"), run.validity.report():
         before = fingerprint(predictor.model)
         result = score(predictor, contiguous_reader(stream, s, rt), stream, rt, run.validity)
-        run.validity.need(fingerprint(predictor.model) == before, "C3: a report on the validation text changed the model")
+        run.validity.need(
+            fingerprint(predictor.model) == before,
+            "C3: a report on the validation text changed the model")
     return result
 
 
 def train(run, model, val):
-    """The training phase: leaves the weights to export in the model. Returns their Moments, where settings need them."""
-    s, rt, log = run.s, run.rt, run.log
+    """The training phase: leaves the weights to export in the model.
+
+    Returns their Moments ({parameter: Moments}), or None where the settings need none.
+    """
+    s = run.s
+    rt = run.rt
+    log = run.log
     need_loadable("the artifact of this model", largest_rows(model, s))
     training = Training(run, model)
     copies = training.stream.copies = Contamination(val.tokens.cpu().numpy())
     copies.look(training.stream.held)
     state = checkpoint_to_resume(run, training)  # before minutes are spent on warm-up
-    for role, (tensors, count, how) in training.optimizer.table.items():
-        log("optimizer", role=role, tensors=tensors, parameters=count, **how._asdict())
-    name, shards, tokens = Path(s.data_path).name, len(training.stream.paths), int(training.stream.ends[-1])
-    log("train_loader", f"train_loader:dataset:{name} train_shards:{shards} tokens:{tokens} order:{s.loader}",
-        dataset=name, train_shards=shards, tokens=tokens, order=s.loader, held_out=len(training.stream.held))
+    _log_training(run, training)
     predictor = ModelPredictor(model, rt)
-    if s.warmup_steps:
-        with run.clock.phase("warmup"):
-            training.warm_up()
-            if rt.compiled:  # the scoring graphs too, on synthetic tokens
-                tokens = torch.zeros_like(val.tokens[: s.eval_seq_len + 1])
-                for model.looping in sorted({looping for _, looping, _ in training.plans()}):  # ends as the run will
-                    report_score(run, predictor, ValStream(tokens, val.bytes[: s.eval_seq_len], False))
-        log("warmup", steps=s.warmup_steps, graphs=len(training.plans()), seconds=round(run.clock["warmup"], 2))
-    if s.needs_moments and s.max_wallclock_seconds:
-        with run.clock.phase("warmup"):
-            training.reserve = s.gptq_reserve_seconds or training.measure_reserve()
-        log("reserve", seconds=round(training.reserve, 3))
+    _warm_up(run, training, predictor, val)
     training.average.start()
     if state:
         training.load(state)
@@ -7253,11 +7450,12 @@ def train(run, model, val):
     was_done = training.done
     with Interrupt() as interrupt:
         with run.clock.phase("train"):
-            lowest = _train_steps(run, training, predictor, val, interrupt)
+            lowest_scale = _train_steps(run, training, predictor, val, interrupt)
         training.done = True
         keep_weights(run, training)
     if not was_done:
-        _report_never_reached(run, training, lowest)
+        _report_never_reached(run, training, lowest_scale)
+
     kind, weights = _choose_average(run, training, predictor)
     if kind == "ema":
         _report_young_average(run, training)
@@ -7266,27 +7464,72 @@ def train(run, model, val):
         result = report_score(run, predictor, val)
         log("eval", name=f"{kind}_weights", val_loss=result.loss, val_bpb=result.bpb)
     peak = rt.peak_memory_mib()
-    run.facts.update(steps=training.step, train_tokens=training.tokens, peak_memory_mib=peak, weights=kind,
-                     epochs=round(training.stream.epoch, 4))
+    run.facts.update(
+        steps=training.step, train_tokens=training.tokens, peak_memory_mib=peak, weights=kind,
+        epochs=round(training.stream.epoch, 4))
     log("peak_memory", f"peak memory allocated: {peak} MiB", mib=peak)
+
     model.temperature = training.fit_temperature() if s.eval_temperature == 0 else None
-    learned = training.qat and training.qat.moments
-    moments = learned or (training.calibrate() if s.needs_moments else None)
+    moments = training.qat and training.qat.moments
+    if s.needs_moments and not moments:
+        moments = training.calibrate()
     _check_copies(run, copies)
     model.reasons = run.validity.to_keep(rt)
-    return moments
+    return moments or None
+
+
+def _log_training(run, training):
+    for role, (tensors, parameters, rule) in training.optimizer.table.items():
+        run.log("optimizer", role=role, tensors=tensors, parameters=parameters, **rule._asdict())
+    stream = training.stream
+    name = Path(run.s.data_path).name
+    shards = len(stream.paths)
+    tokens = int(stream.ends[-1])
+    text = f"train_loader:dataset:{name} train_shards:{shards} tokens:{tokens} order:{run.s.loader}"
+    run.log("train_loader", text, dataset=name, train_shards=shards, tokens=tokens,
+            order=run.s.loader, held_out=len(stream.held))
+
+
+def _warm_up(run, training, predictor, val):
+    """Compile every graph of training and of its reports, and measure how long calibration takes."""
+    s = run.s
+    clock = run.clock
+    if s.warmup_steps:
+        with clock.phase("warmup"):
+            training.warm_up()
+            if run.rt.compiled:
+                _warm_up_reports(run, training, predictor, val)
+        run.log("warmup", steps=s.warmup_steps, graphs=len(training.graphs()),
+                seconds=round(clock["warmup"], 2))
+    if s.needs_moments and s.max_wallclock_seconds:
+        with clock.phase("warmup"):
+            training.reserve = s.gptq_reserve_seconds or training.measure_reserve()
+        run.log("reserve", seconds=round(training.reserve, 3))
+
+
+def _warm_up_reports(run, training, predictor, val):
+    """Compile the graphs of report_score() on synthetic tokens."""
+    length = run.s.eval_seq_len
+    tokens = torch.zeros_like(val.tokens[: length + 1])
+    stream = ValStream(tokens, val.bytes[:length], False)
+    for looping in sorted({graph.looping for graph in training.graphs()}):  # ends as the run will
+        training.model.looping = looping
+        report_score(run, predictor, stream)
 
 
 def _check_copies(run, copies):
-    """Validation documents in the training text. FineWeb was deduplicated within each crawl only, so that a few openings
-    are in both; 20 % were in the folders of #2127.
+    """Validation documents in the training text.
+
+    FineWeb was deduplicated within each crawl only, so that a few openings are in both; 20 % were in the
+    folders of #2127.
     """
     count = len(copies.found(run.rt))
     documents = len(copies.keys)
     run.facts.update(val_documents_in_training=count)
-    run.validity.need(count <= max(documents // 100, 1),
-                      f"C3: {count} of {documents} validation documents begin as some did that were trained on, with the "
-                      f"same {copies.PREFIX} tokens")
+    run.validity.need(
+        count <= max(documents // 100, 1),
+        f"C3: {count} of {documents} validation documents begin as some did that were trained on, with the "
+        f"same {copies.PREFIX} tokens")
 
 
 def keep_weights(run, training):
@@ -7294,143 +7537,187 @@ def keep_weights(run, training):
     if not training.save():
         run.kept = "the trained weights could not be kept: no checkpoint could be written"
         return
-    run.last_checkpoint = run.out_dir / f"checkpoint_{training.step:07d}.pt"
+    run.last_checkpoint = checkpoint_path(run.out_dir, training.step)
     run.kept = f"the trained weights are kept, go on with RESUME=auto OUT_DIR={run.out_dir}"
 
 
 def _report_young_average(run, training):
     """An average that began a short while ago is still what it began with."""
-    average, decay = training.average, run.s.ema_decay
+    average = training.average
+    decay = run.s.ema_decay
     steps = training.step - average.begun
     share = decay**steps
     if share <= 0.01:
         return
-    what = f"the weights after step {average.begun}" if average.begun else "the initial weights"
-    lower = math.floor(1e4 * 0.01 ** (1 / max(steps, 1))) / 1e4
+    first = f"the weights after step {average.begun}" if average.begun else "the initial weights"
+    enough = 0.01 ** (1 / max(steps, 1))
+    lower = math.floor(1e4 * enough) / 1e4
     run.log("young_average", ema_decay=decay, steps=steps, share=share,
-            note=f"{share:.1%} of the exported average is {what}, {decay}**{steps}; "
+            note=f"{share:.1%} of the exported average is {first}, {decay}**{steps}; "
                  f"more steps, EMA_DECAY={lower} or AVERAGE=none make that less")
 
 
 def _choose_average(run, training, predictor):
-    """(its name, weights to export in place of the last ones, or None). AVERAGE=best is decided by the loss on the
-    end of the *training* stream, on the training side of the ledger; validation text has no say.
+    """(name of the average, weights to export in place of the last ones, or None).
+
+    AVERAGE=best is decided by the loss on the end of the *training* stream, on the training side of the
+    ledger; validation text has no say.
     """
-    s, rt, average = run.s, run.rt, training.average
-    candidates = {kind: average.mean(kind) for kind in average.kinds}
-    for kind in [kind for kind, weights in candidates.items() if weights is None]:
-        del candidates[kind]
-        if s.average != "best":
+    average = training.average
+    candidates = {}
+    for kind in average.kinds:
+        weights = average.mean(kind)
+        if weights is not None:
+            candidates[kind] = weights
+        elif run.s.average != "best":
             run.log("never_reached", what=f"AVERAGE={kind}", consequence="the last weights are exported")
-    if s.average != "best":
-        return next(iter(candidates.items()), ("last", None))
+    if run.s.average == "best":
+        return _best_average(run, training, predictor, {"last": average.copy(), **candidates})
+    return next(iter(candidates.items()), ("last", None))
+
+
+def _best_average(run, training, predictor, candidates):
+    """(name, weights) of the candidate with the lowest loss on the held-out end of the training stream."""
+    s = run.s
+    rt = run.rt
     run.validity.opened("train")
     held = torch.from_numpy(training.stream.held.astype(np.int32)).to(rt.device)
-    stream = ValStream(held, torch.ones(len(held) - 1, dtype=torch.int16, device=rt.device), False)
-    losses, candidates = {}, {"last": average.copy(), **candidates}
+    no_bytes = torch.ones(len(held) - 1, dtype=torch.int16, device=rt.device)
+    stream = ValStream(held, no_bytes, False)
+    losses = {}
     with run.clock.phase("calibrate"), torch.no_grad():
         for kind, weights in candidates.items():
-            average.apply(weights)
-            losses[kind] = score(predictor, contiguous_reader(stream, s, rt), stream, rt, Validity()).loss
+            training.average.apply(weights)
+            reader = contiguous_reader(stream, s, rt)
+            losses[kind] = score(predictor, reader, stream, rt, Validity()).loss
     best = min(losses, key=losses.get)
-    run.log("candidates", chosen=best, held_out_tokens=len(held) - 1, **{f"{k}_loss": v for k, v in losses.items()})
+    run.log("candidates", chosen=best, held_out_tokens=len(held) - 1,
+            **{f"{kind}_loss": loss for kind, loss in losses.items()})
     return best, candidates[best]
+
+
+def _seconds_to_train(run, training):
+    """Seconds of MAX_WALLCLOCK_SECONDS that are left for steps; 0: no limit."""
+    s = run.s
+    limit = max(s.max_wallclock_seconds - training.reserve, 0.0)
+    if s.max_wallclock_seconds and not limit:
+        name = "gptq_reserve_seconds" if s.gptq_reserve_seconds else "gptq_calibration_tokens"
+        raise BadInput(f"calibration will take {training.reserve:.1f} s of MAX_WALLCLOCK_SECONDS="
+                       f"{s.max_wallclock_seconds}; lower {name.upper()}={getattr(s, name)}")
+    return limit
 
 
 def _train_steps(run, training, predictor, val, interrupt):
     """Steps until the clock or ITERATIONS says stop; returns the lowest learning-rate scale that was used."""
-    s, rt, log, clock = run.s, run.rt, run.log, run.clock
-    losses, lowest, first, marks = deque(), 1.0, training.step, deque(maxlen=20)
-    limit = max(s.max_wallclock_seconds - training.reserve, 0.0)
-    if s.max_wallclock_seconds and not limit:
-        lower = "gptq_reserve_seconds" if s.gptq_reserve_seconds else "gptq_calibration_tokens"
-        raise BadInput(f"calibration will take {training.reserve:.1f} s of MAX_WALLCLOCK_SECONDS="
-                       f"{s.max_wallclock_seconds}; lower {lower.upper()}={getattr(s, lower)}")
+    s = run.s
+    rt = run.rt
+    clock = run.clock
+    limit = _seconds_to_train(run, training)
+    first_step = training.step
+    lowest_scale = 1.0
+    losses = deque()  # of steps that the device may not have finished
+    marks = deque(maxlen=20)  # the clock at the last steps
     while True:
-        # Rank 0's clock decides for all; a step is begun only if, as slow as the slowest of late, it ends in time.
+        # Rank 0's clock decides for all; a step begins only if, as slow as the slowest of late, it ends in time.
         elapsed, stop = rt.max(clock["train"] if rt.rank == 0 else 0.0, interrupt.signal)
+        if stop:
+            break
         step = training.step
         marks.append(elapsed)
-        pace = max((b - a for a, b in zip(marks, list(marks)[1:])), default=0.0)
+        pace = max((later - earlier for earlier, later in pairwise(marks)), default=0.0)
         by_time = elapsed / limit if limit else 0.0
         by_step = step / s.iterations if s.iterations else 0.0
         progress = min(max(by_time, by_step), 1.0)
         out_of_time = limit and elapsed + pace * (1 + len(losses)) > limit
         done = by_step >= 1 or out_of_time or training.done
-        if stop:
-            break
-        if done or (s.val_loss_every and step % s.val_loss_every == 0 and step > first):
+        due = s.val_loss_every and step % s.val_loss_every == 0 and step > first_step
+        if done or due:
             if training.qat:  # what is scored is the weights themselves
                 training.qat.switch(False)
             log_step(run, "val", step, report_score(run, predictor, val))
         if done:
             break
+
         # A run that ends by the clock has as many steps as fit at this pace; WARMDOWN_ITERS is measured against it.
-        steps = step / by_time if by_time > by_step else s.iterations
-        training.enter(progress, warmdown(s, progress, steps, limit))
-        since = step - training.stage_start if training.stage else None
-        scale = lr_scale(s, progress, step, steps, since, limit)
-        lowest = min(lowest, scale)
+        total_steps = step / by_time if by_time > by_step else s.iterations
+        training.enter(progress, warmdown(s, progress, total_steps, limit))
+        since_stage = step - training.stage_start if training.stage else None
+        scale = lr_scale(s, progress, step, total_steps, since_stage, limit)
+        lowest_scale = min(lowest_scale, scale)
         losses.append(_train_step(run, training, progress, scale))
         in_flight = rt.throttle()
-        every = s.checkpoint_every and training.step % s.checkpoint_every == 0
-        if every:
+        save = s.checkpoint_every and training.step % s.checkpoint_every == 0
+        if save:
             rt.sync()
-        while len(losses) > (0 if every else in_flight):
+            in_flight = 0
+        while len(losses) > in_flight:
             _check_loss(run, *losses.popleft())
-        if every:
+        if save:
             training.save()
-        log.progress("training", progress, 1.0, f"step {training.step} {1e3 * pace:.0f} ms/step "
-                     f"ETA {elapsed * (1 - progress) / max(progress, 1e-9):.0f} s")
+        eta = elapsed * (1 - progress) / max(progress, 1e-9)
+        run.log.progress("training", progress, 1.0,
+                         f"step {training.step} {1e3 * pace:.0f} ms/step ETA {eta:.0f} s")
     rt.sync()
     if training.qat:
         training.qat.switch(False)
     while losses:
         _check_loss(run, *losses.popleft())
-    if stop := int(rt.max(interrupt.signal)[0]):
-        saved = training.save()
-        then = f"go on with RESUME=auto OUT_DIR={run.out_dir}" if saved else "no checkpoint could be written"
-        raise Stopped(f"interrupted by {signal.Signals(stop).name} after step {step}; {then}", 128 + stop)
+    stop = int(rt.max(interrupt.signal)[0])
+    if stop:
+        then = "no checkpoint could be written"
+        if training.save():
+            then = f"go on with RESUME=auto OUT_DIR={run.out_dir}"
+        name = signal.Signals(stop).name
+        raise Stopped(f"interrupted by {name} after step {training.step}; {then}", 128 + stop)
     if by_step < 1:
         ms = 1e3 * elapsed
-        log("stopping_early", f"stopping_early: wallclock_cap train_time:{ms:.0f}ms {step_of(s, step)}", step=step)
-    return lowest
+        run.log("stopping_early", f"stopping_early: wallclock_cap train_time:{ms:.0f}ms {step_of(s, step)}",
+                step=step)
+    return lowest_scale
 
 
-def _next_batch(run, training, length, tokens):
-    """The next batch; or, if a rank meets a token outside the vocabulary deep in a shard, the end of the run on all
-    ranks together, for which what was trained so far is kept.
+def _next_batch(run, training, stage):
+    """The next batch of a stage; or the end of the run on all ranks together.
+
+    It ends if a rank meets a token outside the vocabulary deep in a shard. What was trained so far is kept.
     """
-    stream, error = training.stream, None
+    stream = training.stream
     position = stream.position
+    problem = None
     try:
-        micro = stream.next(length, tokens)
-    except BadInput as found:
-        error = found
-    if any(run.rt.max(error is not None)):
+        micro = stream.next(stage.length, stage.tokens)
+    except BadInput as error:
+        problem = error
+    if any(run.rt.max(problem is not None)):
         stream.position = position  # that of the checkpoint, on the ranks that could read, too
         training.save()
-        raise error or Stopped("another rank cannot read its part of the training data", 2)
+        raise problem or Stopped("another rank cannot read its part of the training data", 2)
     return micro
 
 
 def _train_step(run, training, progress, scale):
     """One optimizer step; returns (its number, this rank's mean loss on its way to the CPU)."""
-    s, rt, stream = run.s, run.rt, training.stream
+    s = run.s
+    rt = run.rt
+    stream = training.stream
     run.validity.opened("train")
-    epoch, (_, length, tokens) = int(stream.epoch), s.stages[training.stage]
-    micro = _next_batch(run, training, length, tokens)
+    epoch = int(stream.epoch)
+    stage = s.stages[training.stage]
+    micro = _next_batch(run, training, stage)
     training.optimizer.zero_grad()
     loss = training.backward(micro)
     training.optimizer.step(scale, momentum_at(s, training.step), wd_scale(s, progress))
-    training.step, training.tokens = training.step + 1, training.tokens + tokens
+    training.step += 1
+    training.tokens += stage.tokens
     training.average.update(training.step, progress, scale)
     if training.complement:
         training.complement.observe(micro)
     if training.step <= 10 or training.step % s.train_log_every == 0:
-        log_step(run, "train", training.step, rt.sum(loss.clone()).item() / rt.world, scale, training.tokens)
+        mean = rt.sum(loss.clone()).item() / rt.world
+        log_step(run, "train", training.step, mean, scale, training.tokens)
     if int(stream.epoch) > epoch:
-        run.log("epoch", number=int(stream.epoch), step=training.step, note="the training stream starts again")
+        run.log("epoch", number=int(stream.epoch), step=training.step,
+                note="the training stream starts again")
     return training.step, rt.to_cpu(loss)
 
 
@@ -7457,27 +7744,37 @@ def _check_loss(run, step, loss):
     if math.isfinite(loss.item()):
         return
     # The loss of a step judges the weights that the step before left: a checkpoint of those is bad, too.
-    bad = [path for path in checkpoints(run.out_dir) if path.name >= f"checkpoint_{step - 1:07d}.pt"]
-    for path in bad if run.rt.rank == 0 else ():
-        path.rename(path.with_suffix(".bad"))
-    last = next((path.name for path in checkpoints(run.out_dir) if path not in bad), "none")
+    first_bad = checkpoint_path(run.out_dir, step - 1).name
+    bad = [path for path in checkpoints(run.out_dir) if path.name >= first_bad]
+    if run.rt.rank == 0:
+        for path in bad:
+            path.rename(path.with_suffix(".bad"))
+    good = [path.name for path in checkpoints(run.out_dir) if path not in bad]
+    last = good[0] if good else "none"
     raise Stopped(f"the loss is not finite at step {step}; last good checkpoint: {last}", 4)
 
 
-def _report_never_reached(run, training, lowest):
+def _report_never_reached(run, training, lowest_scale):
     """A scheduled event that did not happen is said, not left to be found in the result (#1798)."""
-    s, step, stages = run.s, training.step, run.s.stages
-    falls, muon = s.warmdown_frac or s.warmdown_iters or s.warmdown_seconds, s.matrix_optimizer == "muon"
-    ended = f"it ended at {momentum_at(s, step):.4f}"
-    events = [("MUON_MOMENTUM", muon and step < s.muon_momentum_warmup_steps, ended),
-              ("warmdown", falls and lowest >= 1, "the learning rate never fell"),
-              ("LR_WARMUP_STEPS", step < s.lr_warmup_steps, "the learning rate never reached its peak"),
-              ("LATE_QAT_THRESHOLD", training.qat and training.qat.begun is None, "no step was on rounded weights"),
-              ("ENABLE_LOOPING_AT", s.loops and not training.model.looping, "the exported model does not loop"),
-              ("stage", training.stage + 1 < len(stages), f"it ended in number {training.stage + 1} of {len(stages)}")]
-    for what, missed, consequence in events:
-        if missed:
-            run.log("never_reached", what=what, consequence=consequence)
+    s = run.s
+    step = training.step
+
+    def report(what, consequence):
+        run.log("never_reached", what=what, consequence=consequence)
+
+    if s.matrix_optimizer == "muon" and step < s.muon_momentum_warmup_steps:
+        report("MUON_MOMENTUM", f"it ended at {momentum_at(s, step):.4f}")
+    falls = s.warmdown_frac or s.warmdown_iters or s.warmdown_seconds
+    if falls and lowest_scale >= 1:
+        report("warmdown", "the learning rate never fell")
+    if step < s.lr_warmup_steps:
+        report("LR_WARMUP_STEPS", "the learning rate never reached its peak")
+    if training.qat and training.qat.begun is None:
+        report("LATE_QAT_THRESHOLD", "no step was on rounded weights")
+    if s.loops and not training.model.looping:
+        report("ENABLE_LOOPING_AT", "the exported model does not loop")
+    if training.stage + 1 < len(s.stages):
+        report("stage", f"it ended in number {training.stage + 1} of {len(s.stages)}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7487,8 +7784,11 @@ def _report_never_reached(run, training, lowest):
 
 def export(run, model, tokenizer_sha256, moments=None):
     """Write the artifact, account for every byte of the submission; returns the artifact's path."""
-    s, path, code_bytes = run.s, run.out_dir / "model.pg", len(run.source)
-    info = failed = None
+    s = run.s
+    path = run.out_dir / "model.pg"
+    code_bytes = len(run.source)
+    info = None
+    failed = None  # (message, exit code)
     with run.clock.phase("export"):
         try:
             if run.rt.rank == 0:
@@ -7504,81 +7804,135 @@ def export(run, model, tokenizer_sha256, moments=None):
     run.kept = f"the artifact is kept, go on with PHASES=eval ARTIFACT={path}"
     if run.last_checkpoint:
         run.kept += f" or RESUME=auto OUT_DIR={run.out_dir}"
-    total = code_bytes + info["bytes"]
-    run.facts.update(code_bytes=code_bytes, model_bytes=info["bytes"], total_bytes=total,
-                     artifact_sha256=info["sha256"], compressor=info["compressor"])
-    run.log("artifact", code_bytes=code_bytes, model_bytes=info["bytes"], total_bytes=total, limit_bytes=s.size_limit,
-            margin_bytes=s.size_limit - total, sha256=info["sha256"], file=path)
-    kind = f"{s.format}+{info['compressor']}"
-    run.log("submission_size", f"Total submission size {kind}: {total} bytes", total_bytes=total)
+
+    model_bytes = info["bytes"]
+    compressor = info["compressor"]
+    total = code_bytes + model_bytes
+    run.facts.update(
+        code_bytes=code_bytes, model_bytes=model_bytes, total_bytes=total,
+        artifact_sha256=info["sha256"], compressor=compressor)
+    run.log("artifact", code_bytes=code_bytes, model_bytes=model_bytes, total_bytes=total,
+            limit_bytes=s.size_limit, margin_bytes=s.size_limit - total, sha256=info["sha256"], file=path)
+    text = f"Total submission size {s.format}+{compressor}: {total} bytes"
+    run.log("submission_size", text, total_bytes=total)
     if total > s.size_limit:  # it is scored all the same, as the contest's scripts do
         run.validity.need_for_record(False, f"{total} bytes, the limit is {s.size_limit}")
-        run.too_large = (f"code {code_bytes} + artifact {info['bytes']} = {total} bytes, {total - s.size_limit} over the "
-                         f"limit of {s.size_limit}; {path} was kept. FIT=allocate or prune, or a trainer packed by "
-                         "tools/submit.py, makes it fit")
+        run.too_large = (
+            f"code {code_bytes} + artifact {model_bytes} = {total} bytes, {total - s.size_limit} over the "
+            f"limit of {s.size_limit}; {path} was kept. FIT=allocate or prune, or a trainer packed by "
+            "tools/submit.py, makes it fit")
         run.log("warning", note=run.too_large)
     return path
 
 
 def evaluate(run, path):
     """Load the artifact that was written, and nothing else, and score it."""
-    s, rt = run.s, run.rt
-    with run.clock.phase("eval"), run.validity.evaluation():
+    rt = run.rt
+    validity = run.validity
+    with run.clock.phase("eval"), validity.evaluation():
         data = rt.broadcast(read_file(path) if rt.rank == 0 else None)  # over nodes, only rank 0's disk has the file
-        found = hashlib.sha256(data).hexdigest()
-        run.validity.need(found == run.facts.setdefault("artifact_sha256", found), "the artifact changed after it was written")
-        stored = read_artifact(path, data)[0]["tokenizer_sha256"]
-        s = replace(s, **{f.name: f.default for f in model_fields()})  # the model is what the file says, alone
-        s, model = load_artifact(path, s, rt.dtype, run.attend, rt.device, data)
-        run.validity.restore(model.reasons)
+        artifact_sha256 = hashlib.sha256(data).hexdigest()
+        written = run.facts.setdefault("artifact_sha256", artifact_sha256)
+        validity.need(artifact_sha256 == written, "the artifact changed after it was written")
+        s, model = _load_to_score(run, path, data)
         loaded = fingerprint(model)
-        if s.eval_temperature == 0 and model.temperature is None:
-            raise BadInput(f"EVAL_TEMPERATURE=0, but {path} was written without a fitted one; train with it, or give it")
-        sp, _, tokenizer_sha256 = load_tokenizer(s)
-        if stored and stored != tokenizer_sha256:
-            raise BadInput(f"{path} was trained with another tokenizer (SHA-256 {stored[:12]}, this one "
-                           f"{tokenizer_sha256[:12]}); set TOKENIZER_PATH")
-        with run.validity.loading():
+        sp = _tokenizer_of(path, data, s)
+        with validity.loading():
             val = load_validation(s, rt, sp)
-        text, proved = text_sha256(val), _check_bytes(run, sp, val)
-        predictor = make_predictor(model, s, rt, len(val.bytes), s.eval_temperature or model.temperature)
-        if scoring_name(s) != "contiguous":  # comparable with the scores before quantisation: what packing cost
-            plain = predictor if type(predictor) is ModelPredictor and predictor.temperature == 1 else ModelPredictor(model, rt)
-            result = report_score(run, plain, val)
-            run.log("eval", name=f"{s.format}_contiguous", val_loss=result.loss, val_bpb=result.bpb,
-                    **run.validity.verdict())
+        text = text_sha256(val)
+        proved_bytes = _check_bytes(run, sp, val)
+        temperature = s.eval_temperature or model.temperature
+        predictor = make_predictor(model, s, rt, len(val.bytes), temperature)
+        _report_packed(run, s, model, predictor, val)
         if s.ttt == "before":
             train_on_validation(run, model, val)
-        run.validity.need(not predictor.invalid, predictor.invalid)
+        validity.need(not predictor.invalid, predictor.invalid)
         log_adaptation(run, model, predictor)
         reader = reader_for(predictor, val, s, rt)
         graphs = warm_up_scoring(run, predictor, reader) if rt.compiled else 0
         predictor.reset()
-        run.validity.need(s.ttt == "before" or fingerprint(model) == loaded, "C3: the model was changed before it was scored")
-        result = score(predictor, reader, val, rt, run.validity, run.log)
-        run.validity.need(result.bytes == proved, f"bytes: {result.bytes} were scored, {proved} had been proved")
-        run.validity.need(text_sha256(val) == text, "the text changed while it was scored")
-        forwarded, = rt.sum(torch.tensor([float(reader.forwarded)], dtype=torch.float64, device=rt.device)).tolist()
+        unchanged = s.ttt == "before" or fingerprint(model) == loaded
+        validity.need(unchanged, "C3: the model was changed before it was scored")
+
+        result = score(predictor, reader, val, rt, validity, run.log)
+
+        validity.need(
+            result.bytes == proved_bytes,
+            f"bytes: {result.bytes} were scored, {proved_bytes} had been proved")
+        validity.need(text_sha256(val) == text, "the text changed while it was scored")
+        read = torch.tensor([float(reader.forwarded)], dtype=torch.float64, device=rt.device)
+        forwarded = rt.sum(read).item()
         recompiled = graphs_so_far() - graphs if rt.compiled else 0
-        unchanged = rt.broadcast(path.is_file() and hashlib.sha256(read_file(path)).hexdigest() == found if rt.rank == 0 else None)
-        run.validity.need(unchanged, "the artifact changed while it was scored")
+        file_unchanged = rt.broadcast(_has_sha256(path, artifact_sha256) if rt.rank == 0 else None)
+        validity.need(file_unchanged, "the artifact changed while it was scored")
     if s.selftest:
         selftest(run, s, path, data, val)
-    tested = "yes" if run.validity.tests and all(run.validity.tests.values()) else "no"
-    run.validity.need_for_record(s.selftest, "the self-test was left out: SELFTEST=0")
-    run.validity.share(rt)
+    tests = validity.tests
+    tested = "yes" if tests and all(tests.values()) else "no"
+    validity.need_for_record(s.selftest, "the self-test was left out: SELFTEST=0")
+    validity.share(rt)
     name = f"{s.format}_{scoring_name(s)}"
-    verdict = run.validity.verdict() | {"tested": tested}
-    run.log("final", f"final_{name} val_loss:{result.loss:.8f} val_bpb:{result.bpb:.8f} eval_time:"
-            f"{1e3 * run.clock['eval']:.0f}ms " + " ".join(f"{key}:{_word(value)}" for key, value in verdict.items()),
-            name=name, val_loss=result.loss, val_bpb=result.bpb, **verdict)
-    run.facts.update(val_bpb=result.bpb, val_loss=result.loss, val_tokens=result.tokens, val_bytes=result.bytes,
-                     predictor=name, params=sum(p.numel() for p in model.parameters()), recompiles=recompiled,
-                     tested=tested, tests=list(run.validity.tests), val_sha256=text, forwarded_per_token=round(forwarded / result.tokens, 4))
+    _log_final(run, name, result, validity.verdict() | {"tested": tested})
+    run.facts.update(
+        val_bpb=result.bpb, val_loss=result.loss, val_tokens=result.tokens, val_bytes=result.bytes,
+        predictor=name, params=sum(param.numel() for param in model.parameters()),
+        recompiles=recompiled, tested=tested, tests=list(tests), val_sha256=text,
+        forwarded_per_token=round(forwarded / result.tokens, 4))
+    _need_fineweb(validity, val, result)
+
+
+def _load_to_score(run, path, data):
+    """(settings, model) of the artifact: the model is what the file says, alone."""
+    defaults = {f.name: f.default for f in model_fields()}
+    s = replace(run.s, **defaults)
+    s, model = load_artifact(path, s, run.rt.dtype, run.attend, run.rt.device, data)
+    run.validity.restore(model.reasons)
+    if s.eval_temperature == 0 and model.temperature is None:
+        raise BadInput(f"EVAL_TEMPERATURE=0, but {path} was written without a fitted one; train with it, or give it")
+    return s, model
+
+
+def _tokenizer_of(path, data, s):
+    """The tokenizer with which the artifact's model was trained, or BadInput."""
+    stored = read_artifact(path, data)[0]["tokenizer_sha256"]
+    sp, _, tokenizer_sha256 = load_tokenizer(s)
+    if stored and stored != tokenizer_sha256:
+        raise BadInput(f"{path} was trained with another tokenizer (SHA-256 {stored[:12]}, this one "
+                       f"{tokenizer_sha256[:12]}); set TOKENIZER_PATH")
+    return sp
+
+
+def _report_packed(run, s, model, predictor, val):
+    """The contiguous score of the packed model: next to the one before packing, it is what packing cost."""
+    if scoring_name(s) == "contiguous":
+        return
+    is_model_alone = type(predictor) is ModelPredictor and predictor.temperature == 1
+    plain = predictor if is_model_alone else ModelPredictor(model, run.rt)
+    result = report_score(run, plain, val)
+    run.log("eval", name=f"{s.format}_contiguous", val_loss=result.loss, val_bpb=result.bpb,
+            **run.validity.verdict())
+
+
+def _has_sha256(path, expected):
+    return path.is_file() and hashlib.sha256(read_file(path)).hexdigest() == expected
+
+
+def _log_final(run, name, result, verdict):
+    """The contest's line of the final score, with the verdict."""
+    ms = 1e3 * run.clock["eval"]
+    words = " ".join(f"{key}:{_word(value)}" for key, value in verdict.items())
+    text = f"final_{name} val_loss:{result.loss:.8f} val_bpb:{result.bpb:.8f} eval_time:{ms:.0f}ms {words}"
+    run.log("final", text, name=name, val_loss=result.loss, val_bpb=result.bpb, **verdict)
+
+
+def _need_fineweb(validity, val, result):
+    """A record is scored on the whole validation set of FineWeb."""
     documents = len(document_ranges(val))
-    run.validity.need_for_record(val.whole and documents == 50_000 and abs(result.bytes / FINEWEB_VAL_BYTES - 1) < 1e-4,
-                                 f"{result.bytes} validation bytes in {documents} documents; FineWeb's 50,000 documents: "
-                                 f"{FINEWEB_VAL_BYTES}")
+    right_bytes = abs(result.bytes / FINEWEB_VAL_BYTES - 1) < 1e-4
+    validity.need_for_record(
+        val.whole and documents == 50_000 and right_bytes,
+        f"{result.bytes} validation bytes in {documents} documents; FineWeb's 50,000 documents: "
+        f"{FINEWEB_VAL_BYTES}")
 
 
 def graphs_so_far():
@@ -7586,24 +7940,29 @@ def graphs_so_far():
 
 
 def warm_up_scoring(run, predictor, reader):
-    """Compile every graph of a scoring on synthetic tokens; returns how many there are in all so far. The limit of an
-    evaluation includes this.
+    """Compile every graph of a scoring on synthetic tokens; returns how many there are in all so far.
+
+    The limit of an evaluation includes this.
     """
-    s, device, vocab, began = reader.s, run.rt.device, reader.s.vocab_size, time.monotonic()  # as the artifact has them
+    began = time.monotonic()
+    s = reader.s  # as the artifact has them
+    device = run.rt.device
     generator = torch.Generator().manual_seed(s.seed)
 
     def tokens(*shape):
-        return torch.randint(vocab, shape, generator=generator).to(device)
+        return torch.randint(s.vocab_size, shape, generator=generator).to(device)
 
-    for rows, size, places, step in reader.shapes():
-        take = torch.arange(size - places, size, device=device).repeat(rows, 1)  # laid out as the reader's
-        inputs = Inputs(tokens(rows, size), take, tokens(rows, predictor.history + places), step)
-        chunk = Chunk(inputs, tokens(rows, places), take, rows)
+    for rows, length, width, turn in reader.shapes():
+        places = torch.arange(length - width, length, device=device).repeat(rows, 1)  # laid out as the reader's
+        recent = tokens(rows, predictor.history + width)
+        inputs = Inputs(tokens(rows, length), places, recent, turn)
+        chunk = Chunk(inputs, tokens(rows, width), places, rows)
         predictor.nll(inputs, chunk.targets)
         predictor.observe(chunk)
     if predictor.learns:
         count = min(s.ttt_chunk_tokens, len(reader.stream.bytes))
-        predictor.rehearse(ValStream(tokens(count + 1).int(), torch.ones(count, dtype=torch.int16, device=device), False))
+        one_byte_each = torch.ones(count, dtype=torch.int16, device=device)
+        predictor.rehearse(ValStream(tokens(count + 1).int(), one_byte_each, False))
     predictor.reset()
     run.rt.sync()
     graphs = graphs_so_far()
@@ -7612,31 +7971,56 @@ def warm_up_scoring(run, predictor, reader):
 
 
 def summarise(run):
-    """The last line of log and console: everything a table, a plot or submission.json needs. A terminal shows its file."""
-    s, rt, facts, validity = run.s, run.rt, run.facts, run.validity
+    """The last line of log and console: everything a table, a plot or submission.json needs.
+
+    A terminal shows the name of its file instead.
+    """
+    s = run.s
+    rt = run.rt
+    validity = run.validity
     validity.share(rt)
     phases = ("train", "calibrate", "export", "eval", "validate", "warmup", "selftest")
     seconds = {f"{name}_seconds": round(run.clock.seconds.get(name, 0.0), 3) for name in phases}
-    need, spent = validity.need_for_record, seconds["train_seconds"] + seconds["calibrate_seconds"]
-    need("steps" in facts, "not trained in this run")
-    need(spent < 600, f"training took {spent:.1f} s, the limit is 600")
-    need(seconds["eval_seconds"] < 600, f"evaluation took {seconds['eval_seconds']:.1f} s, the limit is 600")
-    need(rt.world == 8 and "H100" in rt.device_name(), f"hardware {rt.world} x {rt.device_name()}, not 8 x H100")
-    need("val_bpb" in facts, "not scored in this run")
-    need(not validity.reasons, "the score is not valid")
-    summary = {**facts, "valid": "yes" if "val_bpb" in facts and not validity.reasons else "no",
-               "reasons": validity.reasons, "eligible": "no" if validity.eligible_reasons else "yes",
-               "eligible_reasons": validity.eligible_reasons, **seconds, "seed": s.seed, "world_size": rt.world,
-               "device": rt.device_name(), "data": Path(s.data_path).name, "settings": s.text(),
-               "settings_hash": s.sha256(), "run_id": run.out_dir.name,
-               "code_sha256": hashlib.sha256(run.source).hexdigest()}
+    _need_record(run, seconds)
+    scored = "val_bpb" in run.facts
+    summary = {
+        **run.facts,
+        "valid": "yes" if scored and not validity.reasons else "no",
+        "reasons": validity.reasons,
+        "eligible": "no" if validity.eligible_reasons else "yes",
+        "eligible_reasons": validity.eligible_reasons,
+        **seconds,
+        "seed": s.seed,
+        "world_size": rt.world,
+        "device": rt.device_name(),
+        "data": Path(s.data_path).name,
+        "settings": s.text(),
+        "settings_hash": s.sha256(),
+        "run_id": run.out_dir.name,
+        "code_sha256": hashlib.sha256(run.source).hexdigest(),
+    }
+    path = run.out_dir / "summary.json"
     try:
         if rt.rank == 0:
-            write_atomic(run.out_dir / "summary.json", [to_json(summary, indent=1).encode()])
+            write_atomic(path, [to_json(summary, indent=1).encode()])
     except BadInput as error:
         run.log("warning", note=str(error))
-    file = _word(run.out_dir / "summary.json")
-    run.log("summary", f"summary {to_json(summary)}", short=f"summary file:{file}", **summary)
+    run.log("summary", f"summary {to_json(summary)}", short=f"summary file:{_word(path)}", **summary)
+
+
+def _need_record(run, seconds):
+    """What a record of the contest needs beside a valid score: trained here, in time, on its hardware."""
+    rt = run.rt
+    need = run.validity.need_for_record
+    train_seconds = seconds["train_seconds"] + seconds["calibrate_seconds"]
+    eval_seconds = seconds["eval_seconds"]
+    need("steps" in run.facts, "not trained in this run")
+    need(train_seconds < 600, f"training took {train_seconds:.1f} s, the limit is 600")
+    need(eval_seconds < 600, f"evaluation took {eval_seconds:.1f} s, the limit is 600")
+    on_8_h100 = rt.world == 8 and "H100" in rt.device_name()
+    need(on_8_h100, f"hardware {rt.world} x {rt.device_name()}, not 8 x H100")
+    need("val_bpb" in run.facts, "not scored in this run")
+    need(not run.validity.reasons, "the score is not valid")
 
 
 def log_header(run, argv):
@@ -7644,47 +8028,50 @@ def log_header(run, argv):
     log = run.log
     if not log.main:
         return
-
-    def output(*words):
-        try:
-            folder = Path(__file__).resolve().parent
-            done = subprocess.run(words, capture_output=True, timeout=20, cwd=folder,
-                                  encoding="utf-8", errors="replace")
-            return done.stdout.strip() if done.returncode == 0 else ""
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
-
-    rule, versions = "=" * 100, f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}"
     running = "".join(linecache.getlines(log_header.__code__.co_filename))  # not __file__, which may be packed
-    for text in (running, rule, versions, output("nvidia-smi"), rule):
+    versions = f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}"
+    rule = "=" * 100
+    for text in (running, rule, versions, _output_of("nvidia-smi"), rule):
         log.line(text, console=False)
-    log("run", out_dir=run.out_dir, commit=output("git", "rev-parse", "--short=12", "HEAD") or "none",
-        changed_files=len(output("git", "status", "--porcelain").splitlines()),
-        code_sha256=hashlib.sha256(run.source).hexdigest()[:16], torch=torch.__version__, numpy=np.__version__,
-        threads=torch.get_num_threads(), world_size=run.rt.world, command=shlex.join(argv))
-    log("settings", f"settings {run.s.text()}".strip(), settings=run.s.text(), settings_hash=run.s.sha256())
+    commit = _output_of("git", "rev-parse", "--short=12", "HEAD") or "none"
+    changed_files = len(_output_of("git", "status", "--porcelain").splitlines())
+    log("run", out_dir=run.out_dir, commit=commit, changed_files=changed_files,
+        code_sha256=hashlib.sha256(run.source).hexdigest()[:16], torch=torch.__version__,
+        numpy=np.__version__, threads=torch.get_num_threads(), world_size=run.rt.world,
+        command=shlex.join(argv))
+    settings = run.s.text()
+    log("settings", f"settings {settings}".strip(), settings=settings, settings_hash=run.s.sha256())
     for name, choice, reason in run.rt.choices:
         log("choice", **{name: choice}, reason=reason)
     for name, rule in run.s.idle().items():
         log("warning", setting=name, note=f"has no effect without {rule}")
     for name in doubtful_names(os.environ):
-        log("warning", environment=name, note="looks like a setting but is none; STRICT_ENV=1 makes that an error")
+        log("warning", environment=name,
+            note="looks like a setting but is none; STRICT_ENV=1 makes that an error")
+
+
+def _output_of(*command):
+    """What a command prints, run in the folder of this file; "" if it fails or is not there."""
+    folder = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=20, cwd=folder,
+                              encoding="utf-8", errors="replace")
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def run_phases(s, argv, interrupt=None):
     """Settings to summary, in the order in which data flows; inputs are looked at before anything is built.
+
     Whatever ends it before its time is the last line of its log. `interrupt`: the Interrupt that is in force.
     """
     if s.artifact:
         s = artifact_settings(s.artifact, read_artifact(s.artifact)[0], s)
-    try:
-        sp, tokenizer_path, tokenizer_sha256 = load_tokenizer(s)
-        for split in ("train", "val") if s.phases != "eval" else ("val",):
-            find_shards(s.data_path, split)
-    except BadInput as error:
-        hint = f". {s.artifact} does not hold the DATA_PATH of its run: repeat that, or its settings file" if s.artifact else ""
-        raise BadInput(f"{error}{hint}") from None
-    rt, run, held = Runtime(s), None, contextlib.ExitStack()
+    tokenizer = _look_at_inputs(s)
+    rt = Runtime(s)
+    run = None
+    held = contextlib.ExitStack()
     held.callback(rt.close)
     interrupt = interrupt or Interrupt()
     try:
@@ -7692,26 +8079,13 @@ def run_phases(s, argv, interrupt=None):
         run, lock = open_run(s, rt, attend)
         if lock:
             held.callback(lock.release)
-        log, path = run.log, Path(s.artifact)
         held.enter_context(run.validity.watch(s.data_path))
         log_header(run, argv)
-        log("tokenizer", f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={tokenizer_path}",
-            path=tokenizer_path, sha256=tokenizer_sha256)
-        if changes := text_changes(sp):
-            log("warning", tokenizer=tokenizer_path.name, note=changes)
-        if s.phases != "eval":
-            with run.validity.report(), run.validity.loading():
-                val = load_validation(s, rt, sp)
-            pattern = f"{s.data_path}/fineweb_val_*.bin"
-            log("val_loader", f"val_loader:shards pattern={pattern} tokens:{len(val.bytes)}", tokens=len(val.bytes))
-            model = GPT(s, rt.dtype, attend).to(rt.device)
-            count = sum(p.numel() for p in model.parameters())
-            log("model_params", f"model_params:{count}", params=count)
-            moments = train(run, model, val)
-            if s.ttt == "prequant":
-                train_on_validation(run, model, val)
-            path = export(run, model, tokenizer_sha256, moments)
-            del model, val, moments  # nothing but the file goes on from here
+        if s.phases == "eval":
+            _log_tokenizer(run, tokenizer)
+            path = Path(s.artifact)
+        else:
+            path = _train_and_export(run, tokenizer)
         interrupt.check()
         run.validity.freeze()
         if s.phases != "train":
@@ -7719,7 +8093,8 @@ def run_phases(s, argv, interrupt=None):
             interrupt.check()
         summarise(run)
         interrupt.over = True
-        if run.last_checkpoint and rt.rank == 0 and not s.checkpoint_every and not run.too_large:
+        may_go = run.last_checkpoint and not s.checkpoint_every and not run.too_large
+        if may_go and rt.rank == 0:
             run.last_checkpoint.unlink(missing_ok=True)
     except BaseException as error:
         ended = _end_of(run, error, interrupt)
@@ -7736,8 +8111,53 @@ def run_phases(s, argv, interrupt=None):
         raise Stopped(run.too_large, 3)
 
 
+def _look_at_inputs(s):
+    """load_tokenizer(), with the shards that the phases need found; BadInput if one is missing."""
+    splits = ("val",) if s.phases == "eval" else ("train", "val")
+    try:
+        tokenizer = load_tokenizer(s)
+        for split in splits:
+            find_shards(s.data_path, split)
+    except BadInput as error:
+        hint = ""
+        if s.artifact:
+            hint = (f". {s.artifact} does not hold the DATA_PATH of its run: repeat that, or its "
+                    "settings file")
+        raise BadInput(f"{error}{hint}") from None
+    return tokenizer
+
+
+def _log_tokenizer(run, tokenizer):
+    sp, path, sha256 = tokenizer
+    text = f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={path}"
+    run.log("tokenizer", text, path=path, sha256=sha256)
+    changes = text_changes(sp)
+    if changes:
+        run.log("warning", tokenizer=path.name, note=changes)
+
+
+def _train_and_export(run, tokenizer):
+    """Train a model and write it; nothing but the file, whose path this returns, goes on from here."""
+    s = run.s
+    rt = run.rt
+    _log_tokenizer(run, tokenizer)
+    sp, _, tokenizer_sha256 = tokenizer
+    with run.validity.report(), run.validity.loading():
+        val = load_validation(s, rt, sp)
+    targets = len(val.bytes)
+    text = f"val_loader:shards pattern={s.data_path}/fineweb_val_*.bin tokens:{targets}"
+    run.log("val_loader", text, tokens=targets)
+    model = GPT(s, rt.dtype, run.attend).to(rt.device)
+    params = sum(param.numel() for param in model.parameters())
+    run.log("model_params", f"model_params:{params}", params=params)
+    moments = train(run, model, val)
+    if s.ttt == "prequant":
+        train_on_validation(run, model, val)
+    return export(run, model, tokenizer_sha256, moments)
+
+
 def _end_of(run, error, interrupt):
-    """The error that ends the run, or, if a signal does, Stopped; with what is kept and how to go on."""
+    """The error that ends the run, or, if a signal does, Stopped; with what is kept and how to continue."""
     kept = run.kept if run else ""
     known = isinstance(error, (BadInput, Stopped))
     if interrupt.signal and not known:  # Interrupted, or what a rank meets when another one is gone
@@ -7751,25 +8171,32 @@ def _end_of(run, error, interrupt):
 
 def main(argv):
     """Returns the exit code: 0 done, 2 bad input, 3 artifact too large, 4 not finite, 128 + signal that ended it.
+
     A console that goes away changes neither the run nor the code.
     """
     with guarded_console():
         if {"--help", "-h"} & set(argv):
             print(Settings.help())
             return 0
-        rank, settings, message, code = os.environ.get("RANK", "0"), None, "", 0
+        rank = os.environ.get("RANK", "0")
+        settings = None
+        message = ""
+        code = 0
         with Interrupt(at_once=True) as interrupt:
             try:
                 settings = Settings.parse(argv, os.environ)
                 run_phases(settings, argv, interrupt)
             except (BadInput, Stopped) as error:
-                message, code = str(error), getattr(error, "code", 2)
+                message = str(error)
+                code = getattr(error, "code", 2)
             except KeyboardInterrupt:
-                message, code = "interrupted", 128 + (interrupt.signal or signal.SIGINT)
+                message = "interrupted"
+                code = 128 + (interrupt.signal or signal.SIGINT)
         # All ranks have the same wrong settings: one says so.
-        for line in message.splitlines() if settings or rank == "0" else ():
-            line = f"error: {line}" if rank == "0" else f"error (rank {rank}): {line}"
-            print(readable(line), file=sys.stderr, flush=True)
+        if settings or rank == "0":
+            who = "error" if rank == "0" else f"error (rank {rank})"
+            for line in message.splitlines():
+                print(readable(f"{who}: {line}"), file=sys.stderr, flush=True)
         return code
 
 

@@ -119,7 +119,7 @@ KINDS = dict(  # what a run may consist of beside its weights; 8 steps, some of 
     packed=("LOADER=packed", "DOC_MASK=attention", "TRAIN_BATCH_TOKENS=1024", "MICRO_BATCH_TOKENS=256"),
     qat=("LATE_QAT_THRESHOLD=0.9", "QAT_ROUNDING=soft"),
     allocated=("LATE_QAT_THRESHOLD=0.9", "FIT=allocate", "MATRIX_QUANT=gptq", "EMBED_QUANT=rtn",
-               "GPTQ_CALIBRATION_TOKENS=1024", "SIZE_LIMIT=400000"))
+               "GPTQ_CALIBRATION_TOKENS=1024", "SIZE_LIMIT=600000"))
 EVERYTHING = [word for kind in ("loops", "stages", "best", "extras") for word in KINDS[kind]] + ["LOADER=coprime"]
 
 
@@ -588,7 +588,7 @@ def test_the_planned_graphs_are_those_of_any_progress(seq, batch, switch, loops,
         assert bool(late and qat.begun) == rounded
         assert s.stages[fake.stage][1:] == (4 * 2**length, 32 * (tokens + 1)) and fake.model.looping == looping
         met.add((fake.stage, looping, rounded))
-    plans = Training.plans(SimpleNamespace(run=SimpleNamespace(s=s), qat=qat))
+    plans = Training.graphs(SimpleNamespace(run=SimpleNamespace(s=s), qat=qat))
     assert len(plans) == len(set(plans)) and met <= set(plans)
     assert all(not rounded and (stage, loop, True) in met for stage, loop, rounded in set(plans) - met), "but for what is rounded all along"
 
