@@ -100,7 +100,7 @@ def open_repository(name, variant):
 
 
 def place(repository, relative, part):
-    """Put the file of the repository under a temporary name: a link into the hub's cache where possible, else a copy."""
+    """Put a file of the repository under a temporary name: a link into the hub's cache where possible, else a copy."""
     source, may_link = repository.fetch(relative)
     part.unlink(missing_ok=True)
     if may_link:

@@ -41,7 +41,8 @@ def hold_standard_streams():
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number, this one
         if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "w" if number else "r", closefd=False))
+            stream = open(number, "w" if number else "r", closefd=False)  # noqa: SIM115 - it stays open
+            setattr(sys, name, stream)
 
 
 class Bar:

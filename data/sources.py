@@ -157,8 +157,8 @@ def _json_lines(pieces, offset, line):
 
 
 def _text_documents(pieces, offset, line):
-    """(byte offset, line, raw document). Documents end at a form feed or <|endoftext|>, and in a longer text at the last
-    paragraph before 100,000 bytes.
+    """(byte offset, line, raw document). Documents end at a form feed or <|endoftext|>, and in a longer text at the
+    last paragraph before 100,000 bytes.
 
     Where one ends depends only on the bytes after its beginning, so a resumed job cuts at the same places.
     """
@@ -225,7 +225,7 @@ class Block(NamedTuple):
 
 def blocks(files, start=START, limit=None, after=-1):
     """The documents numbered `after` + 1 to `limit` - 1, about half a megabyte at a time."""
-    def make_block():
+    def make_block(held, read):
         return Block(held, {where[0]: str(files[where[0]]) for where, _ in held}, read)
 
     held = []
@@ -239,11 +239,11 @@ def blocks(files, start=START, limit=None, after=-1):
             held.append((where, raw))
             size += len(raw)
         if size >= BLOCK_BYTES:
-            yield make_block()
+            yield make_block(held, read)
             held = []
             size = 0
     if held:
-        yield make_block()
+        yield make_block(held, read)
 
 
 # ---- texts ----------------------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ each way of storing a model costs in bytes and in loss, and each way of scoring 
     python tools/bench.py validity                                   published scores that are no code length, next to
                                                                      what is left of them when they are made one
 
-`python tools/bench.py train --help`, `pack --help`, ... have every option. train needs no data set: synthetic shards are
-written to a temporary folder and read by the trainer's own loader. The folder benchmarks/ has a module a command.
+`python tools/bench.py train --help`, `pack --help`, ... have every option. train needs no data set: synthetic shards
+are written to a temporary folder and read by the trainer's own loader. The folder benchmarks/ has a module for each
+command.
 
 Exit codes: 0 done, 1 a mode failed (its row says why, the others are kept), 2 bad input, 130 and 143 interrupted.
 """

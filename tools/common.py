@@ -119,6 +119,26 @@ def sha256(path):
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def locked(folder, in_use):
+    """Hold the lock of a folder; BadInput with the text `in_use` if another process holds it. Yields the descriptor of
+    the lock, which a child process may inherit and hold on to; None where there are no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not a Unix
+        yield None
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield handle
+    except BlockingIOError:
+        raise BadInput(in_use) from None
+    finally:
+        os.close(handle)
+
+
 def shard_header(tokens):
     """The header of a shard with this number of tokens."""
     return struct.pack("<3i", SHARD_MAGIC, SHARD_VERSION, tokens).ljust(SHARD_HEADER_BYTES, b"\0")

@@ -1,4 +1,6 @@
-"""Encodes a model at a given number of bytes: by the spacing of its grids, by where they clip, or between two widths."""
+"""Encodes a model at a given number of bytes, by the knob of each method: the spacing of grids, where they clip, or two
+neighbouring widths.
+"""
 
 import dataclasses
 import math

@@ -101,8 +101,8 @@ class Scoring:
     Relied on: Settings.parse, .text and the fields named here; read_artifact, artifact_settings, load_artifact;
     Runtime, pick_attention, Clock, Validity with .freeze .need .reasons, train_on_validation, warm_up_scoring,
     graphs_so_far; load_tokenizer, load_validation, documents_of; make_predictor, Reader with .forwarded, reader_for,
-    score; of predictors .base .adaptation._loss and DocumentAdapters.observe; Mixture and Hashed over a bare Predictor with .learn
-    .counts ._contexts ._share.
+    score; of predictors .base .adaptation._loss and DocumentAdapters.observe; Mixture and Hashed over a bare Predictor
+    with .learn .counts ._contexts ._share.
     """
 
     def __init__(self, path, words):

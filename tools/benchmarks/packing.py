@@ -40,7 +40,8 @@ from benchmarks.harness import (
 from benchmarks.weights import DIVERGENCE_TOKENS, LEAST, ONE_COMPRESSOR, Loaded, Subject
 from common import BadInput, Parser, names_of, positive, whole
 
-# How weights are stored, as settings of train_gpt.py: METHODS have a width or a knob still to choose, ROWS have it chosen.
+# How weights are stored, as settings of train_gpt.py: METHODS have a width or a knob still to choose, ROWS have it
+# chosen.
 BY_TENSOR = "GPTQ + SDClip (one k a tensor)"  # from the moments; int8, so that no step is too small for its range
 METHODS = {
     "RTN": "FIT=off MATRIX_QUANT=rtn EMBED_QUANT=rtn EMBED_BITS=8",
