@@ -13,18 +13,19 @@ import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
 
-import caseops
-import fineweb
 import numpy as np
-import prepare
 import pytest
-import reference as ref
-import report
 import sentencepiece
-import train_gpt as tg
-from conftest import REPO, toy_documents, write_shard
 from hypothesis import example, given
 from hypothesis import strategies as st
+
+import caseops
+import fineweb
+import prepare
+import reference as ref
+import report
+import train_gpt as tg
+from conftest import REPO, toy_documents, write_shard
 from runs import call, command, events, good, refused, summary
 from shards import list_shards
 from tokenizer import load, train_tokenizer

@@ -10,10 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 import fineweb
 import prepare
 import proof
-import pytest
 from common import sha256
 from conftest import toy_documents
 from shards import list_shards

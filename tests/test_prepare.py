@@ -13,20 +13,21 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+import sentencepiece
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 import builtin_text
 import fineweb
 import prepare
 import processes
 import proof
-import pytest
-import sentencepiece
 import shards
 import sources
 import tokenizer
-import zstandard
 from common import sha256
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 REPO = Path(__file__).resolve().parent.parent
 SCRIPT = REPO / "data" / "prepare.py"

@@ -6,7 +6,6 @@ Most tests use a stub in place of the trainer: the settings that it is given dec
 import json
 import math
 import os
-import random
 import shlex
 import signal
 import string
@@ -14,14 +13,14 @@ import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-import sweep
-from conftest import REPO, clean_env, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import sweep
+from conftest import REPO, clean_env, write_shard
 from runs import Started
 from train_gpt import Settings
 
