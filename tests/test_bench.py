@@ -6,6 +6,7 @@ Nothing here judges a speed.
 """
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -38,6 +39,19 @@ SHARED = ("command", "settings", "settings_hash", "commit", "changed_files", "st
 def command(words, env=None, launcher=()):
     return subprocess.run([sys.executable, *launcher, str(REPO / "tools/bench.py"), *map(str, words)], text=True,
                           env=clean_env(env), timeout=100, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+
+
+@contextlib.contextmanager
+def here(*modules):
+    """A command in this process: its jobs, too, and no settings from the environment. Gives the lines it prints."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in set(os.environ) - set(clean_env()):
+            patch.delenv(name)
+        for module in modules:
+            patch.setattr(module, "measure_apart", measure)
+        printed = []
+        patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
+        yield printed
 
 
 def settings(text=""):
@@ -152,12 +166,19 @@ def test_shards_of_any_vocabulary_are_the_same_again(tmp_path, vocab_size, token
 
 @pytest.fixture(scope="module")
 def toy_run(tmp_path_factory):
-    """(process, JSON) of both modes, twice each; with compilation off inside torch, because it takes half a minute."""
+    """(process, JSON) of both modes, twice each, in this process; torch does not compile, which takes half a minute."""
     path = tmp_path_factory.mktemp("bench") / "result.json"
-    done = command(["train", *TOY, "MICRO_BATCH_TOKENS=128", "--steps", 3, "--warmup", 1, "--repeats", 2,
-                    "--peak-tflops", "0.05", "--json", path], env={"TORCHDYNAMO_DISABLE": "1"})
-    assert done.returncode == 0, done.stderr
-    return done, json.loads(path.read_text())
+    words = ["train", *TOY, "MICRO_BATCH_TOKENS=128", "--steps", "3", "--warmup", "1", "--repeats", "2", "--peak-tflops",
+             "0.05", "--json", str(path)]
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda function, **options: function)
+        for name in set(os.environ) - set(clean_env()):
+            patch.delenv(name)
+        patch.setattr(training, "measure_apart", lambda work, job, env: measure(work, job))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            assert bench.main(words) == 0
+    return subprocess.CompletedProcess(words, 0, out.getvalue(), err.getvalue()), json.loads(path.read_text())
 
 
 def test_json_has_every_field(toy_run):
@@ -648,19 +669,6 @@ EVAL_ROWS = {"contiguous": "", "sliding": "EVAL_STRIDE=2", "TTT=full": "TTT=full
              "hashed": "MIXER=hashed ALLOW_INVALID=1"}
 
 
-@contextlib.contextmanager
-def here(*modules):
-    """A command in this process: its jobs, too, and no settings from the environment. Gives the lines it prints."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in set(os.environ) - set(clean_env()):
-            patch.delenv(name)
-        for module in modules:
-            patch.setattr(module, "measure_apart", measure)
-        printed = []
-        patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
-        yield printed
-
-
 @pytest.fixture(scope="module")
 def scored(raw, tmp_path_factory):
     """(console, JSON) of rows and counts, twice each."""
@@ -790,8 +798,10 @@ def test_eval_as_a_command(raw, tmp_path):
     done = command(["eval", path, *words, "--rows", "hedge", "--counts", "none", "--documents", 0, "--val-tokens", 640])
     assert done.returncode == 0, done.stderr
     assert "| hedge | " in done.stdout and "### Counts" not in done.stdout and "`MIXER=hedge` |" in done.stdout
-    done = command(["eval", path, *words, "EVAL_TEMPERATURE=0", "--rows", "cache", "--counts", "none", "--documents", 0])
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: EVAL_TEMPERATURE=0, but")
+    words = [*words, "EVAL_TEMPERATURE=0", "--rows", "cache", "--counts", "none", "--documents", "0"]
+    with here(evaluation) as printed:
+        assert bench.main(["eval", path, *words]) == 2
+    assert printed[-1].startswith("error: EVAL_TEMPERATURE=0, but")
 
 
 # ---- validity -------------------------------------------------------------------------------------------------------
@@ -807,7 +817,7 @@ def verdicts(raw, tmp_path_factory):
     path, words = raw
     out = tmp_path_factory.mktemp("verdicts") / "validity.json"
     with here() as printed:
-        assert bench.main(["validity", path, *words, *QUICK, "--val-tokens", "1280", "--json", str(out)]) == 0
+        assert bench.main(["validity", path, *words, *QUICK, "--val-tokens", "640", "--json", str(out)]) == 0
     return "\n".join(printed), json.loads(out.read_text())
 
 

@@ -809,10 +809,13 @@ def test_byte_accounting_holds_for_any_unicode_text(documents, base):
 # ---- the text that needs no download ------------------------------------------------------------------------------------
 
 
+BUILTIN = ("--source", "builtin", "--tokenizer-sample-mb", "1")  # a tokenizer of little text: its text is tested
+
+
 @pytest.fixture(scope="session")
 def builtin(tmp_path_factory):
     out = tmp_path_factory.mktemp("builtin") / "set"
-    done = command("--source", "builtin", "--out", out)
+    done = command(*BUILTIN, "--out", out)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -842,9 +845,9 @@ def test_builtin_does_not_repeat_validation_in_training(builtin):
 
 def test_builtin_a_second_time_answers_at_once_without_torch(builtin):
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import prepare\n"
-            "print(prepare.main(['--source', 'builtin', '--out', sys.argv[2]]), 'torch' in sys.modules)")
+            "print(prepare.main(sys.argv[2:]), 'torch' in sys.modules)")
     begin = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code, str(SCRIPT.parent), str(builtin)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(SCRIPT.parent), *BUILTIN, "--out", str(builtin)], capture_output=True, text=True)
     assert done.stdout.startswith("complete") and done.stdout.splitlines()[-1] == "0 False"
     assert time.monotonic() - begin < 2
 
