@@ -53,7 +53,8 @@ def main(words):
             assert summary["valid"] == valid, f"the table says valid:{valid}"
             assert bool(summary["reasons"]) == (valid == "no"), "a score is invalid if there is a reason, and only then"
             named = [reason for reason in summary["reasons"] if reason.startswith(broken)]
-            assert named or valid == "yes", f"the table says {broken}"  # what else its self-test finds follows from that
+            # What else its self-test finds follows from that.
+            assert named or valid == "yes", f"the table says {broken}"
             assert 0.3 < summary["val_bpb"] < 3, "no score of a trained model; an untrained one has 3.7"
 
 

@@ -17,17 +17,21 @@ import re
 import sys
 from pathlib import Path
 
-HERE = str(Path(__file__).resolve().parent)
-if HERE not in sys.path:  # python -P and PYTHONSAFEPATH leave it out
-    sys.path.insert(0, HERE)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))  # for common.py
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and PYTHONSAFEPATH leave it out
 
 import caseops
-import prepare
-from prepare import CASEOPS, FINEWEB, MANIFEST, READ, ROOT, BadInput, Bar, Workers, locked, say, sha256, shards, trainer
+from common import BOS, READ_BYTES, ROOT, BadInput, sha256
+from prepare import check_folder
+from processes import Bar, Stopped, Workers, hold_standard_streams, say, trainer
+from proof import CASEOPS, FINEWEB, charged_bytes, check, fineweb_checks
+from shards import MANIFEST, list_all_shards, locked, read_manifest, write_json
+from tokenizer import check_tokenizer
 
 TOOL = "fineweb 1"
 PUBLISHED = {"sp1024": "willdepueoai/parameter-golf", "sp4096": "kevclark/parameter-golf",
              "sp8192": "kevclark/parameter-golf", f"sp8192_{CASEOPS}": "romeerp/parameter-golf-caseops-v1"}
+COUNTED = 1 << 20  # tokens at a time
 VARIANT = re.compile(r"sp(\d+)((?:_\w+)?)")
 INSTEAD = "or make shards without a network: python data/prepare.py --source YOUR_TEXT --out DIR, or --source builtin"
 
@@ -36,7 +40,8 @@ class Folder:
     """A repository that is a folder on this machine."""
 
     def __init__(self, path):
-        self.name, self.path = str(path), Path(path)
+        self.name = str(path)
+        self.path = Path(path)
 
     def has(self, relative):
         return (self.path / relative).is_file()
@@ -95,17 +100,18 @@ def open_repository(name, variant):
 
 
 def place(repository, relative, part):
-    """The file of the repository under a temporary name: a link into the hub's cache where possible, else a copy."""
+    """Put a file of the repository under a temporary name: a link into the hub's cache where possible, else a copy."""
     source, may_link = repository.fetch(relative)
     part.unlink(missing_ok=True)
     if may_link:
         with contextlib.suppress(OSError):  # another file system
-            return os.link(source, part)
-    bar, done = Bar(part.name.strip(".").removesuffix(".part"), source.stat().st_size), 0
+            os.link(source, part)
+            return
+    bar = Bar(part.name.strip(".").removesuffix(".part"), source.stat().st_size)
     with open(source, "rb") as old, open(part, "wb") as new:
-        while piece := old.read(READ):
+        while piece := old.read(READ_BYTES):
             new.write(piece)
-            bar(done := done + len(piece))
+            bar(new.tell())
         os.fsync(new.fileno())
     bar.close()
 
@@ -115,29 +121,38 @@ class Download:
 
     def __init__(self, repository, variant, out, known):
         size, transform = VARIANT.fullmatch(variant).groups()
-        self.repository, self.vocab_size, self.known = repository, int(size), known
+        self.repository = repository
+        self.vocab_size = int(size)
+        self.known = known
         self.folder = Path(out) / "datasets" / f"fineweb10B_{variant}"
         self.model = Path(out) / "tokenizers" / f"fineweb_{size}_bpe{transform}.model"
-        self.manifest = prepare.read_manifest(self.folder) or dict(tokenizer={}, splits={}, shards=[])
+        self.manifest = read_manifest(self.folder) or dict(tokenizer={}, splits={}, shards=[])
         self.rows = {row["name"]: row for row in self.manifest["shards"]}
 
     def remote(self, path):
         """Where a file lies in the repository: below datasets/ in the contest's, at the root in others."""
-        inside = f"{path.parent.name}/{path.name}" if path == self.model else f"datasets/{path.parent.name}/{path.name}"
-        return next((r for r in (f"datasets/{inside}", inside) if self.repository.has(r)), None)
+        inside = f"{path.parent.name}/{path.name}"
+        if path != self.model:
+            inside = f"datasets/{inside}"
+        for relative in (f"datasets/{inside}", inside):
+            if self.repository.has(relative):
+                return relative
+        return None
 
     def verified(self, path):
         """True if the manifest knows this very file: a look at size and time, so repeating a command is quick."""
         row = self.manifest["tokenizer"] if path == self.model else self.rows.get(path.name)
-        return bool(row) and path.is_file() and [path.stat().st_size, path.stat().st_mtime_ns] == row.get("size_time")
+        return bool(row) and path.is_file() and size_time(path) == row.get("size_time")
 
     def row(self, path, final):
         """The manifest's line on a shard; BadInput for a file that is not a whole shard of this vocabulary."""
-        counts = "_val_bytes_" in final.name  # of bytes, not tokens
-        ids = trainer().read_shard(path, None if counts else self.vocab_size)
-        documents = sum(int((ids[i:i + READ] == prepare.BOS).sum()) for i in range(0, len(ids), READ))
-        return dict(name=final.name, tokens=len(ids), **({} if counts else dict(documents=documents)),
-                    sha256=sha256(path), size_time=[path.stat().st_size, path.stat().st_mtime_ns])
+        is_sidecar = "_val_bytes_" in final.name  # it holds counts of bytes, not tokens
+        values = trainer().read_shard(path, None if is_sidecar else self.vocab_size)
+        row = dict(name=final.name, tokens=len(values))
+        if not is_sidecar:
+            parts = (values[begin : begin + COUNTED] for begin in range(0, len(values), COUNTED))
+            row["documents"] = sum(int((part == BOS).sum()) for part in parts)
+        return dict(**row, sha256=sha256(path), size_time=size_time(path))
 
     def stage(self, path):
         """The file under a temporary name, or under its own if an interrupted run left it there complete."""
@@ -168,42 +183,48 @@ class Download:
         while self.remote(following := self.folder / f"fineweb_val_{len(val):06d}.bin"):
             val.append(following)
         sidecar = [path.with_name(path.name.replace("_val_", "_val_bytes_")) for path in val]
-        sidecar = sidecar if self.remote(sidecar[0]) else []
-        wanted = [self.model, *val, *sidecar]
-        parts = [self.stage(path) for path in wanted]
+        if not self.remote(sidecar[0]):
+            sidecar = []
+        paths = [self.model, *val, *sidecar]
+        parts = [self.stage(path) for path in paths]
         try:
             with open(parts[0], "rb") as file:
-                sp = prepare.check_tokenizer(file.read(), self.vocab_size, f"{self.repository.name}: {self.model.name}")
+                sp = check_tokenizer(file.read(), self.vocab_size, f"{self.repository.name}: {self.model.name}")
             self.match(val, sidecar, caseops.operator_ids(sp))
             totals = {key: sum(self.rows[path.name][key] for path in val) for key in ("documents", "tokens")}
-            tables, begin = trainer().byte_tables(sp, self.vocab_size), 1 + len(val)
-            totals["bytes"] = prepare.charged_bytes(trainer(), parts[1:begin], tables, parts[begin:])
-            for check in prepare.fineweb_checks(self.folder, self.vocab_size, totals, self.known, bool(sidecar)):
-                print(check, flush=True)
-                if not check.ok:
-                    raise BadInput(f"{self.repository.name}: not the published validation set ({str(check)[8:]})")
+            tables = trainer().byte_tables(sp, self.vocab_size)
+            val_parts = parts[1 : 1 + len(val)]
+            sidecar_parts = parts[1 + len(val) :]
+            totals["bytes"] = charged_bytes(trainer(), val_parts, tables, sidecar_parts)
+            for result in fineweb_checks(self.folder, self.vocab_size, totals, self.known, bool(sidecar)):
+                print(result, flush=True)
+                if not result.ok:
+                    raise BadInput(f"{self.repository.name}: not the published validation set ({str(result)[8:]})")
         except BadInput:
             for part in parts:
                 part.unlink()
             raise
-        for part, path in zip(parts, wanted):
+        for part, path in zip(parts, paths, strict=True):
             os.replace(part, path)
-        state = self.model.stat()
         self.manifest["tokenizer"] = dict(name=f"../../tokenizers/{self.model.name}", sha256=sha256(self.model),
-                                          size_time=[state.st_size, state.st_mtime_ns])
+                                          size_time=size_time(self.model))
         self.manifest["splits"]["val"] = totals
 
-    def match(self, val, sidecar, case):
+    def match(self, val, sidecar, operators):
         """BadInput unless a tokenizer with case operators, and no other, has a byte count for each validation token."""
-        if bool(case) != bool(sidecar):
-            fault = ("case operators, but there is no fineweb_val_bytes_000000.bin that counts the bytes of the text"
-                     if case else f"no case operators, but there is {sidecar[0].name}, which counts another text")
-            raise BadInput(f"{self.repository.name}: {self.model.name} has {fault}; mend it there")
+        tokenizer = f"{self.repository.name}: {self.model.name}"
+        if operators and not sidecar:
+            raise BadInput(f"{tokenizer} has case operators, but there is no fineweb_val_bytes_000000.bin that counts "
+                           "the bytes of the text; mend it there")
+        if sidecar and not operators:
+            raise BadInput(f"{tokenizer} has no case operators, but there is {sidecar[0].name}, which counts another "
+                           "text; mend it there")
         for tokens, counts in zip(val, sidecar):
-            expected, found = self.rows[tokens.name]["tokens"], self.rows[counts.name]["tokens"]
-            if found != expected:
-                raise BadInput(f"{self.repository.name}: {counts.name} has {found} byte counts for the {expected} "
-                               f"tokens of {tokens.name}; mend it there")
+            token_count = self.rows[tokens.name]["tokens"]
+            byte_counts = self.rows[counts.name]["tokens"]
+            if byte_counts != token_count:
+                raise BadInput(f"{self.repository.name}: {counts.name} has {byte_counts} byte counts for the "
+                               f"{token_count} tokens of {tokens.name}; mend it there")
 
     def training(self, count):
         """The first `count` training shards, each renamed as soon as it is verified."""
@@ -219,15 +240,22 @@ class Download:
 
     def finish(self):
         """The manifest of everything in the folder that was verified."""
-        here = [path.name for split in ("val", "val_bytes", "train") for path in shards(self.folder, split)]
-        rows = [self.rows[name] for name in here if name in self.rows]
+        names = [path.name for _, _, path in list_all_shards(self.folder)]
+        rows = [self.rows[name] for name in names if name in self.rows]
         train = [row for row in rows if "_train_" in row["name"]]
-        self.manifest["splits"]["train"] = {key: sum(row[key] for row in train) for key in ("documents", "tokens")}
-        prepare.write_json(self.folder / MANIFEST, {**self.manifest, "tool": TOOL, "source": self.repository.name,
-                                                    "vocab_size": self.vocab_size, "shards": rows})
+        splits = self.manifest["splits"]
+        splits["train"] = {key: sum(row[key] for row in train) for key in ("documents", "tokens")}
+        write_json(self.folder / MANIFEST, {**self.manifest, "tool": TOOL, "source": self.repository.name,
+                                            "vocab_size": self.vocab_size, "shards": rows})
         say("done", out=self.folder, tokenizer=self.model, train_shards=len(train),
-            val_tokens=self.manifest["splits"]["val"]["tokens"], val_bytes=self.manifest["splits"]["val"]["bytes"],
-            train_tokens=self.manifest["splits"]["train"]["tokens"])
+            val_tokens=splits["val"]["tokens"], val_bytes=splits["val"]["bytes"],
+            train_tokens=splits["train"]["tokens"])
+
+
+def size_time(path):
+    """What shows at a glance that a file is still the same one."""
+    state = path.stat()
+    return [state.st_size, state.st_mtime_ns]
 
 
 EXAMPLES = """examples:
@@ -263,9 +291,9 @@ def parser():
 def run(args, known):
     if not VARIANT.fullmatch(args.variant) or args.train_shards < 0:
         raise BadInput(f"--variant {args.variant} --train-shards {args.train_shards}: they look like sp1024 and 80")
-    prepare.check_folder("--out", args.out)
+    check_folder("--out", args.out)
     job = Download(open_repository(args.repo, args.variant), args.variant, args.out, known)
-    folders = job.folder, job.model.parent
+    folders = (job.folder, job.model.parent)
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -281,19 +309,19 @@ def run(args, known):
                 folder.rmdir()
     if args.check:
         with contextlib.closing(Workers(args.workers or os.cpu_count())) as workers:
-            return 0 if prepare.check(job.folder, workers, known=known) else 1
+            return 0 if check(job.folder, workers, known=known) else 1
     return 0
 
 
 def main(argv=None, known=FINEWEB):
-    prepare.hold_standard_streams()
+    hold_standard_streams()
     args = parser().parse_args(argv)
     try:
         return run(args, known)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (prepare.Stopped, OSError, KeyboardInterrupt) as error:
+    except (Stopped, OSError, KeyboardInterrupt) as error:
         print(f"stopped: {str(error) or 'interrupted'}; the same command continues", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 1
 

@@ -16,7 +16,6 @@ import torch
 import reference as ref
 import train_gpt as tg
 
-
 # --- the model, with adapters and with keys that are kept ------------------------------------------------------------
 
 

@@ -549,7 +549,7 @@ def bomb(rng, one):
 def wrong_codes(rng, one):
     """The head of a stream of the entropy coder, its states or its words, under right checksums."""
     header, streams = one.opened()
-    data = bytearray(streams["q"] if "q" in streams else one.data)
+    data = bytearray(streams.get("q", one.data))
     at = rng.choice((0, 4, 8, 4 * rng.randrange(2, 12), rng.randrange(0, max(len(data) - 4, 1))))
     value = rng.choice((0, 1, 65535, 65536, 2**31, 2**32 - 1, rng.getrandbits(32)))
     data[at : at + 4] = struct.pack("<I", value)

@@ -241,7 +241,7 @@ def embedded(p, s, ids):
     return np.array(x)
 
 
-def forward(p, s, ids, looping=True, longest=0, band=0, low=Adapters()):
+def forward(p, s, ids, looping=True, longest=0, band=0, low=Adapters()):  # noqa: B008 - it is immutable
     """Normed final states (T, D) and logits (T, V) of one sequence of token ids; p: parameters by name, float64. With a
     `band` every token sees, in every layer, that many tokens up to itself. low: adapters.
     """

@@ -13,19 +13,22 @@ import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
 
-import caseops
-import fineweb
 import numpy as np
-import prepare
 import pytest
-import reference as ref
-import report
 import sentencepiece
-import train_gpt as tg
-from conftest import REPO, toy_documents, write_shard
 from hypothesis import example, given
 from hypothesis import strategies as st
+
+import caseops
+import fineweb
+import prepare
+import reference as ref
+import report
+import train_gpt as tg
+from conftest import REPO, toy_documents, write_shard
 from runs import call, command, events, good, refused, summary
+from shards import list_shards
+from tokenizer import load, train_tokenizer
 
 V, FIRST, SHARD = 512, 40, 1500  # pieces, validation documents, tokens of a shard
 NAME = "fineweb10B_sp512_lossless_caps_caseops_v1_reserved"
@@ -131,7 +134,7 @@ DOCUMENTS = mixed_documents(90)
 @pytest.fixture(scope="session")
 def sp():
     texts = [caseops.encode(text) for text in DOCUMENTS]
-    return sentencepiece.SentencePieceProcessor(model_proto=prepare.train_tokenizer(texts, V, caseops.OPERATORS))
+    return sentencepiece.SentencePieceProcessor(model_proto=train_tokenizer(texts, V, caseops.OPERATORS))
 
 
 def test_operators_have_the_published_ids_and_the_byte_pieces_follow(sp):
@@ -200,10 +203,10 @@ def copy(made, tmp_path):
 
 def test_shards_and_sidecar_are_the_published_format(made):
     folder, _ = made
-    sp = prepare.load(folder / "tokenizer.model")
+    sp = load(folder / "tokenizer.model")
     for split, documents in (("val", DOCUMENTS[:FIRST]), ("train", DOCUMENTS[FIRST:])):
         rows = [[ref.BOS, *sp.encode(slow_encode(text))] for text in documents]
-        paths = prepare.shards(folder, split)
+        paths = list_shards(folder, split)
         assert [t for path in paths for t in read(path)] == sum(rows, []) and len(paths) > 2
         assert {len(read(path)) for path in paths[:-1]} == {SHARD}
         if split == "val":
@@ -224,7 +227,7 @@ def test_scores_of_plain_and_transformed_data_divide_by_the_same_bytes(made, tmp
     assert 0 <= raw - manifests[0]["splits"]["val"]["bytes"] < 10
     assert manifests[0]["job"]["transform"] == "lossless_caps_caseops_v1" and "transform" not in manifests[1]["job"]
     names = {row["name"] for row in manifests[0]["shards"]}
-    assert {path.name for path in prepare.shards(folder, "*")} == names, "the sidecar's SHA-256 is known too"
+    assert {path.name for path in list_shards(folder, "*")} == names, "the sidecar's SHA-256 is known too"
 
 
 def test_output_does_not_depend_on_the_number_of_workers(made, tmp_path):
@@ -271,7 +274,7 @@ def test_tokenizer_and_transform_must_belong_together(made, tmp_path, capsys):
     assert run("--source", source, "--out", tmp_path / "out", "--tokenizer", model) == 2
     assert "add --caseops" in capsys.readouterr().err
     for symbols, words in {(): "no case operators", (*operators, TITLE + "a"): "inside the piece '\\ue001a'"}.items():
-        (tmp_path / "other.model").write_bytes(prepare.train_tokenizer(toy_documents(), V, symbols))
+        (tmp_path / "other.model").write_bytes(train_tokenizer(toy_documents(), V, symbols))
         assert run("--source", source, "--out", tmp_path / "out", "--tokenizer", tmp_path / "other.model", "--caseops") == 2
         assert words in (error := capsys.readouterr().err) and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
@@ -337,9 +340,9 @@ def test_check_finds_a_corrupted_sidecar(case, copy, capsys):
 
 def test_check_finds_tokens_without_the_transform(copy, capsys):
     """Shards of plain text encoded by the CaseOps tokenizer, with a sidecar that fits them."""
-    sp = prepare.load(copy / "tokenizer.model")
+    sp = load(copy / "tokenizer.model")
     ids = [t for text in DOCUMENTS[:FIRST] for t in (ref.BOS, *sp.encode(text))]
-    for path in [*prepare.shards(copy, "val"), *prepare.shards(copy, "val_bytes"), copy / "manifest.json"]:
+    for path in [*list_shards(copy, "val"), *list_shards(copy, "val_bytes"), copy / "manifest.json"]:
         path.unlink()
     write_shard(copy / "fineweb_val_000000.bin", ids)
     write_shard(copy / "fineweb_val_bytes_000000.bin", caseops.byte_counts(np.array(ids), tg.byte_tables(sp, V), (4, 5, 6, 7)))
@@ -363,12 +366,12 @@ def validation(toy):
 def test_the_trainer_divides_by_the_sidecar(made, validation):
     folder, _ = made
     val, sp = validation(folder)
-    ids, counts = ([n for path in prepare.shards(folder, kind) for n in read(path)] for kind in ("val", "val_bytes"))
+    ids, counts = ([n for path in list_shards(folder, kind) for n in read(path)] for kind in ("val", "val_bytes"))
     assert val.tokens.tolist() == ids and val.bytes.tolist() == counts[1:] and val.whole and val.sidecar
     assert val.bytes.sum() == sum(len(caseops.decode(sp.decode(sp.encode(slow_encode(text)))).encode()) for text in DOCUMENTS[:FIRST])
     cut, _ = validation(folder, "VAL_TOKENS=3000")
     assert cut.bytes.tolist() == counts[1:3001] and len(cut.tokens) == 3001
-    assert [path.name for path in tg.find_shards(folder, "val")] == [path.name for path in prepare.shards(folder, "val")]
+    assert [path.name for path in tg.find_shards(folder, "val")] == [path.name for path in list_shards(folder, "val")]
 
 
 @pytest.fixture(scope="module")

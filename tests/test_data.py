@@ -16,8 +16,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import reference as ref
 import prepare
+import reference as ref
 import train_gpt as tg
 from conftest import toy_documents, write_shard
 from runs import call, command, events, good, refused, summary
@@ -202,7 +202,7 @@ def test_synthetic_batches_have_the_layout_of_real_ones(tmp_path):
         for a, b in ((x, u), (y, v)):
             assert (a.shape, a.stride(), a.dtype, a.storage_offset()) == (b.shape, b.stride(), b.dtype,
                                                                           b.storage_offset())
-        assert 0 <= u.min() and u.max() < 1000 and torch.equal(x[:, 1:], y[:, :-1]) and torch.equal(u[:, 1:], v[:, :-1])
+        assert u.min() >= 0 and u.max() < 1000 and torch.equal(x[:, 1:], y[:, :-1]) and torch.equal(u[:, 1:], v[:, :-1])
 
 
 def test_batches_that_ranks_cannot_share_are_refused(tmp_path):
@@ -354,7 +354,7 @@ def test_a_score_says_where_its_bytes_are_those_of_another_text(toy, tmp_path):
 def test_a_tokenizer_of_other_shards_is_refused_or_said(toy, tmp_path):
     """The manifest knows the tokenizer; without one, documents that get other tokens the second time do."""
     sp = make_tokenizer(tmp_path / "tokenizer.model", toy_documents(40, seed=3), vocab_size=420)
-    other = make_tokenizer(tmp_path / "other.model", toy_documents(40, seed=4), vocab_size=420)
+    make_tokenizer(tmp_path / "other.model", toy_documents(40, seed=4), vocab_size=420)
     data = write_data(tmp_path, sp, toy_documents(60))
     digest = hashlib.sha256((tmp_path / "tokenizer.model").read_bytes()).hexdigest()
     for model, doubts in (("tokenizer", 0), ("other", 1)):

@@ -2,7 +2,6 @@
 which kind, and nothing lost or half written."""
 
 import hashlib
-import io
 import json
 import os
 import pickle
@@ -23,7 +22,22 @@ from hypothesis import strategies as st
 
 import train_gpt
 from conftest import REPO, run_trainer, toy_documents, train_tokenizer, write_shard
-from runs import SCRIPT, Started, call, checkpoints, command, events, good, log_lines, losses, read_checkpoint, refused, strict_json, summary, trainer
+from runs import (
+    SCRIPT,
+    Started,
+    call,
+    checkpoints,
+    command,
+    events,
+    good,
+    log_lines,
+    losses,
+    read_checkpoint,
+    refused,
+    strict_json,
+    summary,
+    trainer,
+)
 from train_gpt import PREFIX, BadInput
 
 VOCAB = 512

@@ -649,11 +649,15 @@ def test_a_nll_that_is_wrong_at_a_late_place_of_a_row_is_c2(place):
     """Not only in the first ones; half as likely as it is said to be, too."""
 
     class Late(Flat):
+        wrong = 0.0
+
         def nll(self, inputs, targets):
-            return super().nll(inputs, targets) - wrong * (torch.arange(targets.size(1)) >= place)
+            return super().nll(inputs, targets) - self.wrong * (torch.arange(targets.size(1)) >= place)
 
     for wrong in (1.0, -math.log(2)):
-        reasons = scored(Late(), random_text(64 * 200), 64, batch=8, check_every=1)[1]
+        late = Late()
+        late.wrong = wrong
+        reasons = scored(late, random_text(64 * 200), 64, batch=8, check_every=1)[1]
         assert [reason.partition(":")[0] for reason in reasons] == ["C2 normalisation"]
 
 

@@ -10,10 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 import fineweb
 import prepare
-import pytest
+import proof
+from common import sha256
 from conftest import toy_documents
+from shards import list_shards
 
 SCRIPT = Path(__file__).resolve().parent.parent / "data" / "fineweb.py"
 V, NAME = 400, "fineweb10B_sp400"
@@ -33,7 +37,7 @@ def published(tmp_path_factory):
     for path in made.glob("fineweb_*.bin"):
         (repository / "datasets" / "datasets" / NAME / path.name).write_bytes(path.read_bytes())
     (repository / "datasets" / "tokenizers" / f"fineweb_{V}_bpe.model").write_bytes((made / "tokenizer.model").read_bytes())
-    assert len(prepare.shards(made, "val")) > 1 and len(prepare.shards(made, "train")) > 4
+    assert len(list_shards(made, "val")) > 1 and len(list_shards(made, "train")) > 4
     val = json.loads((made / "manifest.json").read_text())["splits"]["val"]
     return repository, dict(val, tokens={V: val["tokens"]}, bytes_per_token={})
 
@@ -74,7 +78,7 @@ def test_files_arrive_in_the_contests_layout_with_a_manifest(published, tmp_path
     assert manifest["splits"]["val"] == dict(documents=20, tokens=published[1]["tokens"][V], bytes=published[1]["bytes"])
     assert manifest["splits"]["train"]["tokens"] == 6000 and manifest["vocab_size"] == V
     for row in manifest["shards"]:
-        assert row["sha256"] == prepare.sha256(tmp_path / "datasets" / NAME / row["name"])
+        assert row["sha256"] == sha256(tmp_path / "datasets" / NAME / row["name"])
     out = capsys.readouterr().out
     assert "ok      FineWeb validation bytes" in out and "checks ok" in out and "FAILED" not in out
 
@@ -149,7 +153,7 @@ def test_a_damaged_file_is_named_and_never_gets_its_final_name(case, shard, publ
 
 
 def test_only_the_published_validation_set_is_accepted(published, mirror, tmp_path, capsys):
-    assert run(published, tmp_path / "out", known=prepare.FINEWEB) == 2
+    assert run(published, tmp_path / "out", known=proof.FINEWEB) == 2
     error = capsys.readouterr().err
     assert "not the published validation set" in error and "expected 50,000, found 20" in error
     assert not contents(tmp_path / "out")

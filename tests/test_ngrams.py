@@ -461,7 +461,7 @@ def test_a_row_with_kept_keys_knows_what_it_has_scored(segment, monkeypatch):
     s, ids = settings(token_boost=2, token_order=3, token_threshold=0.5, eval_context="cache", eval_seq_len=4,
                       ttt_chunk_tokens=480), repeated()
     ids = [*ids, *ids, *ids]
-    base, known, n = Bigram(32, 1), {}, len(ids) - 1
+    base, n = Bigram(32, 1), len(ids) - 1
     watched = Watched(tg.Tilt(base, s, ref.alone(), n), ids, 32)
     assert scored(watched, s, ids)[1] == []
     for at in range(n):

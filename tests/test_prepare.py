@@ -13,13 +13,21 @@ import sys
 import time
 from pathlib import Path
 
-import fineweb
-import prepare
 import pytest
 import sentencepiece
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import builtin_text
+import fineweb
+import prepare
+import processes
+import proof
+import shards
+import sources
+import tokenizer
+from common import sha256
 
 REPO = Path(__file__).resolve().parent.parent
 SCRIPT = REPO / "data" / "prepare.py"
@@ -123,9 +131,9 @@ def test_manifest_states_totals_hashes_and_origin(base):
             "documents": len(documents), "tokens": sum(1 + len(sp.encode(d)) for d in documents),
             "bytes": sum(len(sp.normalize(d).replace("\u2581", " ").encode()) for d in documents)}
     for row in manifest["shards"]:
-        assert row["tokens"] == len(read_tokens(out / row["name"])) and row["sha256"] == prepare.sha256(out / row["name"])
-    assert manifest["vocab_size"] == V and manifest["tool"] == prepare.TOOL and manifest["train_docs_dropped"] == 0
-    assert manifest["tokenizer"]["sha256"] == prepare.sha256(out / "tokenizer.model")
+        assert row["tokens"] == len(read_tokens(out / row["name"])) and row["sha256"] == sha256(out / row["name"])
+    assert manifest["vocab_size"] == V and manifest["tool"] == shards.TOOL and manifest["train_docs_dropped"] == 0
+    assert manifest["tokenizer"]["sha256"] == sha256(out / "tokenizer.model")
     assert manifest["job"]["source"]["first"] == "in.jsonl" and all("found" in row for row in manifest["proof"])
 
 
@@ -140,7 +148,7 @@ def test_tokenizer_has_the_contests_properties(base):
 def test_tokenizer_learns_from_training_documents_only(split, tmp_path):
     # The letters of validation would become pieces if it were seen: the greek text is in validation documents only.
     greek = "\u03b1\u03b2\u03b3\u03b4\u03b5 \u03b6\u03b7\u03b8\u03b9 " * 300
-    greek = next(text for n in range(99) if prepare._hashes(text := f"{greek} {n}")[0] < prepare.EVERY // 10)
+    greek = next(text for n in range(99) if sources.hashes(text := f"{greek} {n}")[0] < sources.HASHES // 10)
     source = write_jsonl(tmp_path / "in.jsonl", [greek, *DOCUMENTS, greek])
     args = [split, 1 if split == "--val-docs" else 0.1]
     assert run("--source", source, "--out", tmp_path / "out", "--vocab-size", V, *args) == 0
@@ -280,7 +288,7 @@ def test_a_long_text_is_cut_at_paragraphs(base, tmp_path):
 
 def test_text_without_any_break_is_cut_between_characters(tmp_path):
     (tmp_path / "a.txt").write_text("\u4e16" * 120_000)
-    parts = [raw.decode() for _, raw, _ in prepare.documents([tmp_path / "a.txt"], prepare.START)]
+    parts = [raw.decode() for _, raw, _ in sources.documents([tmp_path / "a.txt"], sources.START)]
     assert "".join(parts) == "\u4e16" * 120_000 and all(len(p.encode()) <= 100_000 for p in parts)
 
 
@@ -501,7 +509,7 @@ def test_a_killed_job_finds_its_place_in_a_long_compressed_text(base, tmp_path):
 
 
 def test_the_reader_does_not_run_ahead_of_the_workers():
-    workers, read = prepare.Workers(2), 0
+    workers, read = processes.Workers(2), 0
 
     def tasks():
         nonlocal read
@@ -605,7 +613,7 @@ def test_foreign_shards_are_not_touched(base, tmp_path, capsys):
 
 
 def test_two_writers_of_one_folder_are_refused(base, tmp_path, capsys):
-    with prepare.locked(tmp_path):
+    with shards.locked(tmp_path):
         assert run(*[tmp_path if a == base[0] else a for a in base[2]]) == 2
     assert "another process" in capsys.readouterr().err
 
@@ -672,7 +680,7 @@ def _append_validation(tokens, folder):
 
 def _spaced(folder):
     sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    return next(i for i in range(V) if sp.id_to_piece(i)[:1] == prepare.SPACE and len(sp.id_to_piece(i)) > 1)
+    return next(i for i in range(V) if sp.id_to_piece(i)[:1] == tokenizer.SPACE and len(sp.id_to_piece(i)) > 1)
 
 
 def _header(offset, value):
@@ -685,7 +693,7 @@ def _header(offset, value):
 
 
 def _other_tokenizer(folder):
-    (folder / "tokenizer.model").write_bytes(prepare.train_tokenizer(make_documents(100, seed=77), V))
+    (folder / "tokenizer.model").write_bytes(tokenizer.train_tokenizer(make_documents(100, seed=77), V))
 
 
 LAST, VAL = "fineweb_train_000005.bin", "fineweb_val_000000.bin"
@@ -760,19 +768,19 @@ def test_fineweb_constants_are_checked(base, tmp_path, capsys):
     (folder / "manifest.json").unlink()
     ratio = totals["bytes"] / (totals["tokens"] - 1)
     known = dict(documents=7, bytes=totals["bytes"], tokens={V: totals["tokens"]}, bytes_per_token={V: (1.0, round(ratio, 6))})
-    workers = prepare.Workers(1)
-    assert prepare.check(folder, workers, known=known)
+    workers = processes.Workers(1)
+    assert proof.check(folder, workers, known=known)
     out = capsys.readouterr().out
     assert out.count("ok      FineWeb") == 4 and f"tokenizer:fineweb_{V}_bpe.model" in out
     for change in (dict(documents=8), dict(bytes=totals["bytes"] + 1), dict(tokens={V: 5}), dict(bytes_per_token={V: (ratio * 1.001,)})):
-        assert not prepare.check(folder, workers, known={**known, **change})
+        assert not proof.check(folder, workers, known={**known, **change})
         assert capsys.readouterr().out.count("FAILED  FineWeb") == 1
     # A plain tokenizer needs no sidecar: whoever counts by one counts something that cannot be proven.
     write_tokens(folder / "fineweb_val_bytes_000000.bin", [0] * totals["tokens"])
-    assert not prepare.check(folder, workers, known=known)
+    assert not proof.check(folder, workers, known=known)
     assert "has no case operators" in capsys.readouterr().out
     (folder / "fineweb_val_bytes_000000.bin").unlink()
-    assert not prepare.check(folder, workers), "these are not the 50,000 documents of FineWeb"
+    assert not proof.check(folder, workers), "these are not the 50,000 documents of FineWeb"
 
 
 TRICKY = st.text(st.one_of(
@@ -786,10 +794,10 @@ def test_byte_accounting_holds_for_any_unicode_text(documents, base):
     import train_gpt
 
     model = str(base[0] / "tokenizer.model")
-    sp = prepare.load(model)
+    sp = tokenizer.load(model)
     rows = [(("f", 0, 1, i), json.dumps({"text": d}).encode()) for i, d in enumerate(documents)]
-    block = prepare.Block([((0, 0, 1, i), raw) for i, (_, raw) in enumerate(rows)], {0: "a.jsonl"}, 0)
-    got = prepare.encode_block((block, "text", model, 0, prepare.EVERY, None))  # raises if one cannot be given back
+    block = sources.Block([((0, 0, 1, i), raw) for i, (_, raw) in enumerate(rows)], {0: "a.jsonl"}, 0)
+    got = prepare.encode_block((block, "text", model, 0, sources.HASHES, None))  # raises if one cannot be given back
     kept = [d for d in documents if d.strip()]
     assert len(got.lengths) == len(kept) and len(got.empty) == len(documents) - len(kept)
     tables = train_gpt.byte_tables(sp, V)
@@ -801,10 +809,13 @@ def test_byte_accounting_holds_for_any_unicode_text(documents, base):
 # ---- the text that needs no download ------------------------------------------------------------------------------------
 
 
+BUILTIN = ("--source", "builtin", "--tokenizer-sample-mb", "1")  # a tokenizer of little text: its text is tested
+
+
 @pytest.fixture(scope="session")
 def builtin(tmp_path_factory):
     out = tmp_path_factory.mktemp("builtin") / "set"
-    done = command("--source", "builtin", "--out", out)
+    done = command(*BUILTIN, "--out", out)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -834,15 +845,15 @@ def test_builtin_does_not_repeat_validation_in_training(builtin):
 
 def test_builtin_a_second_time_answers_at_once_without_torch(builtin):
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import prepare\n"
-            "print(prepare.main(['--source', 'builtin', '--out', sys.argv[2]]), 'torch' in sys.modules)")
+            "print(prepare.main(sys.argv[2:]), 'torch' in sys.modules)")
     begin = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code, str(SCRIPT.parent), str(builtin)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(SCRIPT.parent), *BUILTIN, "--out", str(builtin)], capture_output=True, text=True)
     assert done.stdout.startswith("complete") and done.stdout.splitlines()[-1] == "0 False"
     assert time.monotonic() - begin < 2
 
 
 def test_builtin_reads_only_what_the_requirements_pull_in():
-    names = set(prepare.packages())
+    names = set(builtin_text.packages())
     assert {"torch", "numpy", "sympy", "zstandard"} <= names and not {"pytest", "hypothesis", "matplotlib"} & names
 
 
@@ -873,7 +884,7 @@ def test_docstrings_become_prose():
     Copyright 2020 by the authors of the library, who licensed it under the terms of some licence.
     """
     '''
-    assert list(prepare._prose(next(prepare._strings(source, False)))) == [
+    assert list(builtin_text.prose(next(builtin_text.docstrings(source)))) == [
         "Compute the weighted mean of the values that are given by the caller, ignoring those that are missing.",
         "The values to average, of any shape that can be turned into an array by the library.",
         "How much each of the values counts in the mean, in the same order as they are.",

@@ -67,7 +67,7 @@ def test_rtn_is_the_grid_of_the_row_maximum(w, bits):
     for row, codes, step, back in zip(w.astype(float), q, scale.astype(float), decoded):
         ideal = np.float32(np.abs(row).max()) / np.float32(top)
         assert step == float(np.float16(ideal)) if ideal >= 2**-14 else abs(step - max(ideal, TINY)) < TINY
-        np.testing.assert_array_equal(codes, np.clip(np.rint((row.astype(np.float32) / np.float32(step))), -top, top))
+        np.testing.assert_array_equal(codes, np.clip(np.rint(row.astype(np.float32) / np.float32(step)), -top, top))
         np.testing.assert_array_equal(back, np.float32(codes) * np.float32(step))
 
 
@@ -567,7 +567,6 @@ def by_hand(model, ids, targets):
         return forward
 
     copied = copy.deepcopy(model)
-    last = []
     for name, module in copied.named_modules():
         if isinstance(module, (tg.Linear, tg.Table)):
             module.forward = (linear if isinstance(module, tg.Linear) else table)(module, f"{name}.weight")

@@ -12,13 +12,13 @@ from dataclasses import fields
 from typing import NamedTuple
 
 import pytest
-import shrink
 import torch
-from conftest import REPO, clean_env
-from runs import call, events, good
 
 import reference as ref
+import shrink
 import train_gpt as tg
+from conftest import REPO, clean_env
+from runs import call, events, good
 
 RECORDS = REPO / "records"
 FOLDERS = sorted(path for path in RECORDS.glob("*/*/") if path.is_dir())

@@ -10,6 +10,7 @@ from pathlib import Path
 import brotli
 import numpy as np
 import pytest
+
 import report
 from conftest import REPO, clean_env, run_trainer, toy_documents
 

@@ -12,8 +12,25 @@ import torch
 
 import train_gpt
 from conftest import run_trainer
-from runs import (SCRIPT, Started, call, checkpoints, command, events, family, free_port, furthest, good, log_lines, losses, refused,
-                  strict_json, summary, torchrun, weights)
+from runs import (
+    SCRIPT,
+    Started,
+    call,
+    checkpoints,
+    command,
+    events,
+    family,
+    free_port,
+    furthest,
+    good,
+    log_lines,
+    losses,
+    refused,
+    strict_json,
+    summary,
+    torchrun,
+    weights,
+)
 from train_gpt import BadInput, Clock, Log, Runtime, Settings
 
 no_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the worker processes in /proc")

@@ -13,7 +13,7 @@ from dataclasses import fields
 from typing import Literal, get_args, get_origin
 
 import pytest
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import reference as ref

@@ -20,8 +20,20 @@ import torch
 import killing
 import train_gpt
 from conftest import REPO, clean_env
-from runs import (Started, call, checkpoints, command, events, good, log_lines, read_checkpoint, refused,
-                  strict_json, summary, torchrun)
+from runs import (
+    Started,
+    call,
+    checkpoints,
+    command,
+    events,
+    good,
+    log_lines,
+    read_checkpoint,
+    refused,
+    strict_json,
+    summary,
+    torchrun,
+)
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its runs")
 

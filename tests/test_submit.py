@@ -278,7 +278,7 @@ def test_any_bytes_survive_as_a_comment(data):
 
 def test_brotli_is_chosen_where_it_pays(tmp_path, capsys, monkeypatch):
     for limit, chosen in ((0, "brotli"), (10**6, "lzma")):
-        monkeypatch.setattr(submit, "SMALL", limit)
+        monkeypatch.setattr(submit, "WORTH_AN_IMPORT", limit)
         pack(REPO / "tools/common.py", tmp_path / "x.py")
         sizes = [int(line.rpartition("packed_bytes:")[2]) for line in capsys.readouterr().out.splitlines()[1:3]]
         assert (tmp_path / "x.py").stat().st_size == sizes[chosen == "brotli"]

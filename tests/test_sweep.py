@@ -6,7 +6,6 @@ Most tests use a stub in place of the trainer: the settings that it is given dec
 import json
 import math
 import os
-import random
 import shlex
 import signal
 import string
@@ -14,14 +13,14 @@ import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-import sweep
-from conftest import REPO, clean_env, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import sweep
+from conftest import REPO, clean_env, write_shard
 from runs import Started
 from train_gpt import Settings
 
@@ -264,15 +263,15 @@ def test_lists_are_divided_by_a_bar():
 
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=9))
-def test_spread_is_that_of_numpy(values):
-    found = sweep.spread(values)
+def test_sample_statistics_are_those_of_numpy(values):
+    found = sweep.sample_statistics(values)
     assert found["mean"] == pytest.approx(np.mean(values), abs=1e-12)
     assert (found["min"], found["max"], found["count"]) == (np.min(values), np.max(values), len(values))
     if len(values) > 1:
         assert found["std"] == pytest.approx(np.std(values, ddof=1), abs=1e-9)
     else:
         assert found["std"] is None
-    assert sweep.spread([]) is None
+    assert sweep.sample_statistics([]) is None
 
 
 @given(st.dictionaries(st.integers(0, 9), st.floats(-9, 9)), st.dictionaries(st.integers(0, 9), st.floats(-9, 9)))
@@ -459,9 +458,9 @@ def test_an_invalid_score_alone_is_no_failure(lab):
 
 
 def test_the_number_of_seeds_is_shown_where_some_are_missing():
-    assert sweep.span(sweep.spread([1.0, 2.0]), [1, 2]) == "1.5000 (1.0000 .. 2.0000)"
-    assert sweep.span(sweep.spread([1.0, 2.0]), [1, 2, 3], "+") == "+1.5000 (+1.0000 .. +2.0000), 2 of 3 seeds"
-    assert sweep.span(sweep.spread([1.0]), [1]) == "1.0000" and sweep.span(None, [1]) == "-"
+    assert sweep.span(sweep.sample_statistics([1.0, 2.0]), [1, 2]) == "1.5000 (1.0000 .. 2.0000)"
+    assert sweep.span(sweep.sample_statistics([1.0, 2.0]), [1, 2, 3], "+") == "+1.5000 (+1.0000 .. +2.0000), 2 of 3 seeds"
+    assert sweep.span(sweep.sample_statistics([1.0]), [1]) == "1.0000" and sweep.span(None, [1]) == "-"
 
 
 def test_finished_runs_are_used_again_and_only_those(lab, capsys):

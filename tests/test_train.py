@@ -21,11 +21,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fuzzing
-import train_gpt
 import reference as ref
+import train_gpt
 from conftest import write_shard
-from runs import (RULE, SCRIPT, Started, call, checkpoints, command, events, furthest, good, log_lines, losses,
-                  read_checkpoint, refused, summary, torchrun, trainer, weights)
+from runs import (
+    RULE,
+    SCRIPT,
+    Started,
+    call,
+    checkpoints,
+    command,
+    events,
+    furthest,
+    good,
+    log_lines,
+    losses,
+    read_checkpoint,
+    refused,
+    summary,
+    torchrun,
+    trainer,
+    weights,
+)
 from train_gpt import Settings, Training, Validity, load_artifact
 from training import begun, text
 
@@ -428,10 +445,10 @@ def test_a_checkpoint_that_unpacks_to_more_than_it_is_is_refused(rich, tmp_path)
     """torch.save compresses nothing; 64 MiB of zeros in a file of 64 kB were made by somebody else."""
     args, _ = rich
     packed = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(fuzzing.saved({"weights": torch.zeros(1 << 24)}))) as plain:
-        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-            for record in plain.infolist():
-                archive.writestr(record.filename, plain.read(record))
+    saved = io.BytesIO(fuzzing.saved({"weights": torch.zeros(1 << 24)}))
+    with zipfile.ZipFile(saved) as plain, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for record in plain.infolist():
+            archive.writestr(record.filename, plain.read(record))
     (tmp_path / "bad.pt").write_bytes(fuzzing.sealed_checkpoint(packed.getvalue()))
     refused(call([*args, f"OUT_DIR={tmp_path}/out", f"RESUME={tmp_path}/bad.pt"]), 2, "it is compressed")
 

@@ -19,8 +19,20 @@ import torch
 
 import fuzzing
 import train_gpt as tg
-from conftest import REPO, write_shard
-from runs import Started, call, checkpoints, command, events, good, on_ranks, read_checkpoint, refused, summary, torchrun
+from conftest import REPO
+from runs import (
+    Started,
+    call,
+    checkpoints,
+    command,
+    events,
+    good,
+    on_ranks,
+    read_checkpoint,
+    refused,
+    summary,
+    torchrun,
+)
 
 C1, C2, C3, C4 = "C1", "C2 normalisation", "C3", "C4 coverage"
 LENGTH = 24  # of the windows: longer than what is looked at in one of them

@@ -24,19 +24,14 @@ from pathlib import Path
 
 import numpy as np
 
-HERE = str(Path(__file__).resolve().parent)
-if HERE not in sys.path:  # python -P and PYTHONSAFEPATH leave it out
-    sys.path.insert(0, HERE)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))  # for caseops.py
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and PYTHONSAFEPATH leave it out
 
-from common import ROOT, BadInput, exit_code
-
-if str(ROOT / "data") not in sys.path:
-    sys.path.insert(0, str(ROOT / "data"))
 import caseops
+from common import BOS, ROOT, SHARD_HEADER_BYTES, SHARD_MAGIC, BadInput, exit_code
 
 DEFAULT = {"DATA_PATH": "data/datasets/fineweb10B_sp1024", "VOCAB_SIZE": "1024", "TOKENIZER_PATH": "",
            "VAL_TOKENS": "0"}  # as in train_gpt.py, which is not imported: that takes seconds
-SHARD_MAGIC, SHARD_HEADER, BOS = 20240520, 1024, 1
 MOST_TEXT = 32_000_000  # bytes given to the compressors: brotli at its best takes about a minute for them
 
 
@@ -125,7 +120,7 @@ def validation_text(settings, tokenizer_sha256):
         raise BadInput(f"{tokenizer} is no longer the tokenizer of the run")
     try:
         sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-        ids = np.concatenate([np.memmap(path, "<u2", "r", SHARD_HEADER) for path in paths])
+        ids = np.concatenate([np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES) for path in paths])
         if any(np.fromfile(path, "<i4", 1)[0] != SHARD_MAGIC for path in paths) or ids.max() >= sp.vocab_size():
             raise ValueError
     except (RuntimeError, ValueError, OSError, IndexError):

@@ -12,44 +12,48 @@ import shlex
 import sys
 from pathlib import Path
 
-HERE = str(Path(__file__).resolve().parent)
-if HERE not in sys.path:  # python -P and PYTHONSAFEPATH leave it out
-    sys.path.insert(0, HERE)
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and PYTHONSAFEPATH leave it out
 
-from common import ROOT, exit_code, load_trainer
+from common import ROOT, exit_code, load_trainer, trainer_errors
 
 SHRINK = ROOT / "records/shrink.env"
-OFF_AT_0 = "EVAL_STRIDE", "PHASED_TTT_PREFIX_DOCS"  # where a record has 0, it does without
+OFF_AT_0 = ("EVAL_STRIDE", "PHASED_TTT_PREFIX_DOCS")  # a record that sets one of these to 0 leaves that technique out
 
 
 def read(path):
-    return dict(pair.split("=", 1) for pair in shlex.split(path.read_text(encoding="utf-8"), comments=True))
+    """{setting: value} of a settings file."""
+    words = shlex.split(path.read_text(encoding="utf-8"), comments=True)
+    return dict(word.split("=", 1) for word in words)
 
 
 def sizes(args, env=None):
     """{setting: value} to be laid over these arguments of the trainer, of which at least one is an @file."""
-    settings = load_trainer().Settings
+    parse = load_trainer().Settings.parse
     files = [arg for arg in args if arg.startswith("@")]
-    record, found = settings.parse(files), read(SHRINK)
-    found = {name: value for name, value in found.items() if name not in OFF_AT_0 or getattr(record, name.lower())}
-    for own in (Path(file[1:].removesuffix("settings.env")) / "small.env" for file in files):
-        found |= read(own) if own.is_file() else {}
-    found = {name: value for name, value in found.items() if name not in (env or {})}
-    pairs = [f"{name}={value}" for name, value in found.items()]
-    idle = settings.parse([*files, *pairs, *(arg for arg in args if arg not in files)], env).idle()
-    return {name: value for name, value in found.items() if name not in idle}
+    pairs = [arg for arg in args if not arg.startswith("@")]
+    record = parse(files)
+    small = read(SHRINK)
+    for name in OFF_AT_0:
+        if not getattr(record, name.lower()):
+            small.pop(name, None)
+    for file in files:
+        small_file = Path(file[1:].removesuffix("settings.env")) / "small.env"
+        if small_file.is_file():
+            small |= read(small_file)
+    for name in env or ():
+        small.pop(name, None)
+    small_pairs = [f"{name}={value}" for name, value in small.items()]
+    idle = parse([*files, *small_pairs, *pairs], env).idle()
+    return {name: value for name, value in small.items() if name not in idle}
 
 
 def main(args):
     if {"-h", "--help"} & set(args):
         print(__doc__.strip())
         return 0
-    try:
-        found = sizes(args, os.environ)
-    except load_trainer().BadInput as error:
-        print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
-        return 2
-    for name, value in found.items():
+    with trainer_errors():
+        small = sizes(args, os.environ)
+    for name, value in small.items():
         print(f"{name}={value}")
     return 0
 

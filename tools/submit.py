@@ -2,13 +2,14 @@
 
     python tools/submit.py pack [--script train_gpt.py] [--out FILE] [--compressor auto|lzma|brotli] [--text]
 
-`pack` writes the script minified, compressed and self-extracting: one .py file that python and torchrun run as they run
-the readable one, with the same settings, losses and score. Its lines say what each step saves. The file that is written
-is what the trainer counts and hashes as its code, and the minified source is what the trainer puts into its log.
+`pack` writes the script minified, compressed and self-extracting: one .py file that python and torchrun run as they
+run the readable one, with the same settings, losses and score. Its lines say what each step saves. The file that is
+written is what the trainer counts and hashes as its code, and the minified source is what the trainer puts into its
+log.
 
     --out         default logs/packed/train_gpt.py (the name of the script)
-    --compressor  auto: lzma, which Python has, unless brotli, which the packed file then has to import, saves over 2,000
-                  bytes
+    --compressor  auto: lzma, which Python has, unless brotli, which the packed file then has to import, saves over
+                  2,000 bytes
     --text        ASCII (base85) in place of bytes in a Latin-1 comment: a quarter larger, for what accepts only text
 """
 
@@ -24,21 +25,20 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
-HERE = str(Path(__file__).resolve().parent)
-if HERE not in sys.path:  # python -P and PYTHONSAFEPATH leave it out
-    sys.path.insert(0, HERE)
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and PYTHONSAFEPATH leave it out
 
 from common import ROOT, BadInput, exit_code
 
 HELP_ENDS = "\nThe rooms"  # of a docstring: --help shows what comes before
-SMALL = 2_000  # bytes that are not worth an import
+WORTH_AN_IMPORT = 2_000  # bytes
 LIMIT = 16_000_000
 
 # What the packed file does before the script begins. What runs comes from memory, and so does the source that inspect,
 # Triton and tracebacks read, until something clears linecache, as the compiler may; then they find the file in the
 # temporary folder. Every process writes that file, so what was there is never trusted; it is complete or absent; in a
 # folder that only its user can write, else in a new one; and not needed to run, should the disk be full.
-# __file__ remains the packed file, so what counts the code counts that; tracebacks and the log show the unpacked source.
+# __file__ remains the packed file, so what counts the code counts that; tracebacks and the log show the unpacked
+# source.
 WRAPPER = """
 import MODULE, hashlib, linecache, os, tempfile
 packed = open(__file__, "rb").read().split(b"\\n#")[1]
@@ -59,8 +59,9 @@ except OSError:
 linecache.cache[p] = len(s), None, [line + "\\n" for line in s.decode().split("\\n")], p
 """
 RUN = "exec(compile(s,p,'exec'))"  # apart, since where it stands the minifier renames nothing
-FIRST = {True: "#", False: "#coding:L1 "}  # by --text; Latin-1 gives every byte a meaning
+FIRST_LINE = {True: "#", False: "#coding:L1 "}  # by --text; Latin-1 gives every byte a meaning
 MAKER = "made by tools/submit.py pack"
+FORBIDDEN = {ord("\0"), ord("\n"), ord("\r")}  # bytes that a comment cannot hold
 
 
 # ---- minify ---------------------------------------------------------------------------------------------------------
@@ -77,17 +78,17 @@ def minifier():
 def minified(source, path):
     """The same program without comments, docstrings and long local names.
 
-    Kept: annotations, which dataclass, NamedTuple, Triton and custom operators read; the names of globals, functions and
-    classes, which messages, tracebacks and importers use; and every parameter by its name: python-minifier would copy it
-    into a shorter one, which holds tensors for longer than the script means to, and which Triton takes for no constant.
+    Kept: annotations, which dataclass, NamedTuple, Triton and custom operators read; the names of globals, functions
+    and classes, which messages, tracebacks and importers use; and every parameter by its name: python-minifier would
+    copy it into a shorter one, which holds tensors for longer than the script means to, and which Triton takes for no
+    constant.
     """
     python_minifier = minifier()
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError) as error:
-        raise BadInput(f"{path}:{getattr(error, 'lineno', None) or 1}: not Python ({error.args[0]})") from None
-    names = {getattr(node, "arg", None) or node.name for node in ast.walk(tree)
-             if isinstance(node, (ast.arg, ast.FunctionDef, ast.ClassDef))} - {"self", "cls"}
+        line = getattr(error, "lineno", None) or 1
+        raise BadInput(f"{path}:{line}: not Python ({error.args[0]})") from None
     keep = python_minifier.RemoveAnnotationsOptions(
         remove_variable_annotations=False, remove_return_annotations=False, remove_argument_annotations=False,
         remove_class_attribute_annotations=False)
@@ -96,11 +97,23 @@ def minified(source, path):
     begin = f_string.__init__
     with mock.patch.object(f_string, "__init__", lambda self, node, pep701: begin(self, node, pep701=False)):
         small = python_minifier.minify(
-            source, remove_literal_statements=True, remove_annotations=keep, preserve_locals=sorted(names),
+            source, remove_literal_statements=True, remove_annotations=keep, preserve_locals=kept_names(tree),
             rename_globals=False, hoist_literals=False)
-    if doc := ast.get_docstring(tree, clean=False):  # of the module: --help prints its beginning
-        small = f"{doc.partition(HELP_ENDS)[0]!r}\n{small}"
+    docstring = ast.get_docstring(tree, clean=False)
+    if docstring:  # of the module: --help prints its beginning
+        small = f"{docstring.partition(HELP_ENDS)[0]!r}\n{small}"
     return small.encode()
+
+
+def kept_names(tree):
+    """The names of parameters, functions and classes."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+    return sorted(names - {"self", "cls"})
 
 
 # ---- pack -----------------------------------------------------------------------------------------------------------
@@ -108,9 +121,12 @@ def minified(source, path):
 
 def compress_lzma(data):
     """The smallest .xz stream of what the filter's parameters give; it ends in a checksum."""
-    filters = ({"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "nice_len": 273, "lc": lc, "lp": 0, "pb": 0}
-               for lc in range(5))
-    return min((lzma.compress(data, check=lzma.CHECK_CRC32, filters=[one]) for one in filters), key=len)
+    streams = []
+    for lc in range(5):
+        options = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "nice_len": 273, "lc": lc, "lp": 0,
+                   "pb": 0}
+        streams.append(lzma.compress(data, check=lzma.CHECK_CRC32, filters=[options]))
+    return min(streams, key=len)
 
 
 def compress_brotli(data):
@@ -118,7 +134,8 @@ def compress_brotli(data):
         import brotli
     except ImportError:
         raise BadInput("brotli is not installed: pip install -r requirements.txt") from None
-    return min((brotli.compress(data, mode=mode, lgwin=24) for mode in (brotli.MODE_GENERIC, brotli.MODE_TEXT)), key=len)
+    streams = [brotli.compress(data, mode=mode, lgwin=24) for mode in (brotli.MODE_GENERIC, brotli.MODE_TEXT)]
+    return min(streams, key=len)
 
 
 COMPRESSORS = {"lzma": compress_lzma, "brotli": compress_brotli}
@@ -127,31 +144,38 @@ COMPRESSORS = {"lzma": compress_lzma, "brotli": compress_brotli}
 def as_comment(data):
     """(data as bytes that a comment may hold, the expression that undoes it).
 
-    A comment holds any byte but NUL and the ends of a line. Each block of a fixed length is its key, then its bytes
-    exclusive-or the key, which is one that makes none of the three; the length is the greatest for which there are keys.
+    A comment holds any byte except NUL and the ends of a line. Each block of a fixed length is its key, then its bytes
+    exclusive-or the key, which makes none of the three; the length is the greatest for which every block has a key.
     """
-    allowed = set(range(256)) - {0, 10, 13}
     for size in range(600, 1, -1):  # up to 85 there is always a key
-        blocks, keys = [data[i : i + size - 1] for i in range(0, len(data), size - 1)], []
-        for block in map(set, blocks):
-            free = allowed - block - {byte ^ 10 for byte in block} - {byte ^ 13 for byte in block}
-            if not free:
-                break
-            keys.append(min(free))
-        else:
+        blocks = [data[begin : begin + size - 1] for begin in range(0, len(data), size - 1)]
+        keys = [find_key(block) for block in blocks]
+        if None not in keys:
             break
-    out = b"".join(bytes([key, *(byte ^ key for byte in block)]) for key, block in zip(keys, blocks))
-    return out, f"bytes(byte ^ packed[i // {size} * {size}] for i, byte in enumerate(packed) if i % {size})"
+    masked = b"".join(bytes([key, *(byte ^ key for byte in block)]) for key, block in zip(keys, blocks, strict=True))
+    return masked, f"bytes(byte ^ packed[i // {size} * {size}] for i, byte in enumerate(packed) if i % {size})"
+
+
+def find_key(block):
+    """The smallest byte that a comment may hold and whose exclusive-or with the block is such bytes, too; or None."""
+    present = set(block)
+    wrong = FORBIDDEN | {byte ^ forbidden for byte in present for forbidden in FORBIDDEN}
+    return min(set(range(256)) - wrong, default=None)
 
 
 def packed(source, module, text):
     """The self-extracting file: wrapper, then the compressed source as a comment on the last line."""
     payload = COMPRESSORS[module](source)
-    data, decoded = (base64.b85encode(payload), "base64.b85decode(packed)") if text else as_comment(payload)
-    wrapper = WRAPPER.replace("MODULE", module).replace("DECODED", decoded)
-    wrapper = wrapper.replace("import ", "import base64, ", 1) if text else wrapper
+    wrapper = WRAPPER.replace("MODULE", module)
+    if text:
+        data = base64.b85encode(payload)
+        decoded = "base64.b85decode(packed)"
+        wrapper = wrapper.replace("import ", "import base64, ", 1)
+    else:
+        data, decoded = as_comment(payload)
+    wrapper = wrapper.replace("DECODED", decoded)
     wrapper = minifier().minify(wrapper, rename_globals=True, preserve_globals=["s", "p"], hoist_literals=False)
-    return f"{FIRST[text]}{MAKER}\n{wrapper}\n{RUN}\n#".encode() + data
+    return f"{FIRST_LINE[text]}{MAKER}\n{wrapper}\n{RUN}\n#".encode() + data
 
 
 def pack(argv):
@@ -176,7 +200,8 @@ def pack(argv):
         say("packed", compressor=name, encoding="base85" if args.text else "bytes", packed_bytes=len(files[name]))
     chosen = args.compressor
     if chosen == "auto":
-        chosen = "brotli" if len(files["lzma"]) - len(files["brotli"]) > SMALL else "lzma"
+        saved = len(files["lzma"]) - len(files["brotli"])
+        chosen = "brotli" if saved > WORTH_AN_IMPORT else "lzma"
     write(out, files[chosen])
     say("written", file=out, compressor=chosen, bytes=len(files[chosen]), saved_bytes=len(source) - len(files[chosen]),
         of_limit=f"{len(files[chosen]) / LIMIT:.4%}", sha256=hashlib.sha256(files[chosen]).hexdigest())
@@ -187,16 +212,17 @@ def read(path):
     try:
         source = path.read_bytes()
         first = source.decode().partition("\n")[0]
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise BadInput(f"{path}: cannot be read ({why})") from None
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise BadInput(f"{path}: cannot be read (not UTF-8 text)") from None
     if first.endswith(MAKER):
         raise BadInput(f"{path}: packed already; give the readable script")
     return source
 
 
 def write(path, data):
-    """The file complete, or as it was."""
+    """Write a file: afterwards it is complete, or as it was."""
     part = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -226,9 +252,11 @@ def main(argv):
 
 
 def command(argv):
-    if argv[:1] == [] or argv[0] not in COMMANDS:
-        found = f"{argv[0]!r} is no command" if argv else "a command is missing"
-        raise BadInput(f"{found}; there is: {', '.join(COMMANDS)}; see submit.py --help")
+    known = f"there is: {', '.join(COMMANDS)}; see submit.py --help"
+    if not argv:
+        raise BadInput(f"a command is missing; {known}")
+    if argv[0] not in COMMANDS:
+        raise BadInput(f"{argv[0]!r} is no command; {known}")
     return COMMANDS[argv[0]](argv[1:])
 
 

@@ -4,9 +4,9 @@ import json
 import subprocess
 import sys
 
-import bench
 import pytest
 
+from benchmarks.training import peak_flops
 from conftest import REPO, clean_env
 
 # Heads of 64 channels as in the contest's models, which every attention kernel supports; otherwise small.
@@ -27,7 +27,7 @@ def measured(tmp_path, *words):
 def test_both_modes_are_measured(tmp_path):
     result = measured(tmp_path)
     assert (result["dtype"], result["micro_batches"]) == ("bfloat16", 2)
-    peak = bench.peak_flops(result["device"], "bfloat16", None)
+    peak = peak_flops(result["device"], "bfloat16", None)
     for row in result["rows"]:
         assert row["ms_per_step"] > 0 and row["cpu_ms_per_step"] is None and 0 < row["peak_memory_mib"] < 4096
         expected = peak and row["tflop_per_step"] * 1e12 / (row["ms_per_step"] / 1e3) / peak

@@ -1,0 +1,163 @@
+"""What the measurements share: jobs in processes of their own, memory and CPU time, synthetic documents, the report."""
+
+import contextlib
+import importlib
+import io
+import json
+import math
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+
+from common import ROOT, BadInput, git, load_trainer
+
+# Document lengths like FineWeb's in tokens: log-normal around a mean.
+DOCUMENT_MEAN = 960
+DOCUMENT_SIGMA = 1.0
+
+
+def document_lengths(rng, count):
+    """Tokens of each of `count` documents."""
+    lengths = rng.lognormal(math.log(DOCUMENT_MEAN) - DOCUMENT_SIGMA**2 / 2, DOCUMENT_SIGMA, count)
+    return np.maximum(2, lengths.astype(np.int64))
+
+
+# ---- jobs -----------------------------------------------------------------------------------------------------------
+
+
+def measure(work, job):
+    """work(job) in this process: its result, or {"error"} of this job alone, or {"bad_input"} of every job."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # the trainer's log
+            return work(job)
+    except BadInput as error:
+        return {"bad_input": str(error)}
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else ""
+        reason = reason.replace("COMPILE=off runs", "--modes eager measures")
+        if type(error) is load_trainer().BadInput:
+            return {"error": reason}
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {reason}"}
+
+
+def measure_apart(work, job, env=None):
+    """measure(work, job) in a process of its own, so that neither memory nor compiled code comes from another job.
+    `work` is a function of a module in this folder. `env` adds variables that our environment does not set.
+    """
+    folder = Path(job["folder"])
+    result = folder / "result.json"
+    result.unlink(missing_ok=True)
+    call = {"module": work.__module__, "function": work.__name__, "job": job}
+    (folder / "job.json").write_text(json.dumps(call), encoding="utf-8")
+    command = [sys.executable, str(ROOT / "tools/bench.py"), "--job", str(folder)]
+    environment = {**(env or {}), **os.environ}
+    code = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode
+    if code == 130:
+        raise KeyboardInterrupt
+    if result.exists():
+        return json.loads(result.read_text(encoding="utf-8"))
+    reason = f"{signal.Signals(-code).name}; out of memory?" if code < 0 else f"exit code {code}"
+    return {"error": f"the process ended without a result ({reason})"}
+
+
+def run_job(folder):
+    """The child process of measure_apart(): read the job in `folder`, write its result there, return the exit code."""
+    folder = Path(folder)
+    call = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    work = getattr(importlib.import_module(call["module"]), call["function"])
+    (folder / "result.json").write_text(json.dumps(measure(work, call["job"])), encoding="utf-8")
+    return 0
+
+
+def usage():
+    """(CPU seconds, peak MiB) of this process and of the children that it waited for, one of which ran at a time."""
+    import resource  # Unix has it
+
+    this_process = resource.getrusage(resource.RUSAGE_SELF)
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = this_process.ru_utime + this_process.ru_stime + children.ru_utime + children.ru_stime
+    peak = this_process.ru_maxrss
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux ru_maxrss begins with the peak of the process that started this one
+        lines = status.read_text(encoding="utf-8").splitlines()
+        peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    units_per_mib = 1 << 20 if sys.platform == "darwin" else 1 << 10
+    return seconds, (peak + children.ru_maxrss) / units_per_mib
+
+
+def median_and_range(values):
+    """(median, least, most)."""
+    return statistics.median(values), min(values), max(values)
+
+
+def errors_of(results):
+    """The errors of the repeats of a job."""
+    return [result["error"] for result in results if "error" in result]
+
+
+# ---- the report -----------------------------------------------------------------------------------------------------
+
+
+def progress(text):
+    print(f"{text} ...", file=sys.stderr, flush=True)
+
+
+def command_line(name, argv):
+    """The command as the report shows it."""
+    return shlex.join(["tools/bench.py", name, *argv])
+
+
+def commit():
+    """The commit of the repository and the number of files that were changed since; "none" and 0 outside of one."""
+    changed_files = len(git("status", "--porcelain").splitlines())
+    return {"commit": git("rev-parse", "--short=12", "HEAD") or "none", "changed_files": changed_files}
+
+
+def commit_text(report):
+    changed = f" and {report['changed_files']} changed file(s)" if report["changed_files"] else ""
+    return f"commit {report['commit']}{changed}"
+
+
+def versions():
+    import torch
+
+    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
+
+
+def check_json(path):
+    """BadInput before anything is measured, if --json cannot be written."""
+    if path and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
+        raise BadInput(f"--json {path} cannot be written; name a file in a folder that exists")
+
+
+def write_json(path, report):
+    """Write the report for --json; nothing where that was not asked for."""
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"--json {path} cannot be written ({error.strerror}); choose another file") from None
+
+
+def show(value, form=",.0f"):
+    """A number as a cell of a table; "-" for none."""
+    return "-" if value is None else format(value, form)
+
+
+def markdown(columns, text, lines):
+    """The lines of a Markdown table. Columns that are not in `text` hold numbers and are aligned to the right."""
+    yield "| " + " | ".join(columns) + " |"
+    yield "|" + "|".join("---" if column in text else "---:" for column in columns) + "|"
+    for cells in lines:
+        missing = len(columns) - len(cells)
+        yield "| " + " | ".join([*cells, *[""] * missing]) + " |"

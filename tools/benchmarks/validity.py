@@ -1,0 +1,342 @@
+"""Measures four published scores that are no code length, next to what is left of each when it is made one.
+
+    python tools/bench.py validity                            trains the demo for a minute or two, then scores it
+    python tools/bench.py validity DATA_PATH=data/datasets/mine --steps 1000
+    python tools/bench.py validity logs/raw/model.pg @records/small.env --json validity.json
+
+Without an ARTIFACT the model is that of records/small.env, trained for a number of steps, not of seconds, so that a
+machine trains the same one again, and kept as float16; with one nothing is trained. It is packed as the settings say,
+which makes the artifact that all rows score; TTT=prequant trains the weights on the validation text first and packs
+them then. (An ARTIFACT whose weights are rounded already is scored as it is, and has no such row.)
+
+Every row is a few settings of train_gpt.py, run by its own functions with its own ledger and self-tests, so that
+ALLOW_INVALID=1 and those settings give the same score in any run. `bench.py validity --help` has the options.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+from benchmarks.evaluation import Scoring, facts, scaled_line
+from benchmarks.harness import command_line, commit_text, markdown, progress, show, write_json
+from benchmarks.weights import CODEC, collect_moments
+from common import ROOT, BadInput, Parser, load_trainer, names_of, whole
+
+DEMO = f"@{ROOT / 'records/small.env'}"
+RAW = ("PHASES=train", "FIT=off", "MATRIX_QUANT=rtn", "MATRIX_BITS=16", "EMBED_QUANT=rtn", "EMBED_BITS=16",
+       "SIZE_LIMIT=16000000")
+LOAD = 62_021_632 / 4_194_304  # #1033: increments a bucket at the end, 14.8
+STEPS_518 = 118  # gradient steps of an epoch in #518
+EPOCHS_518 = 10  # epochs here; #518 has 50
+
+PLAIN = "EVAL_DOCS=0 EVAL_CONTEXT=window TTT=off MIXER=off TOKEN_BOOST=0"
+MOST_PROBABILITIES = 1 << 25  # that are looked at together
+
+
+class Variant(NamedTuple):
+    """A way to score the artifact."""
+
+    what: str
+    settings: str
+    divided: bool = False  # its "probabilities" are divided by their sum over the vocabulary
+
+
+ADAMW = "TTT_OPTIMIZER=adamw TTT_LR=0.0005 TTT_GRAD_CLIP=1 TTT_BATCH_SEQS={batch}"
+COSINE = f"{ADAMW} TTT_LR_MULT_PROJ=3 TTT_LR_MULT_FC=0.5"
+FLOOR = f"{ADAMW} TTT_MIN_LR=0.1"
+HASHED = "MIXER=hashed NGRAM_BUCKETS={buckets}"
+ENTROPY = "MIXER=hedge MIXER_EXPERTS=unigram,bigram,trigram,entropy"
+DIVIDED = "the same, divided by its sum"
+FIRST = "score-first, the same optimizer and"
+# By the number of the pull request; the first variant of each is the published one.
+STUDIES = {
+    "1033": (
+        Variant("hashed n-grams, as published", HASHED),
+        Variant(DIVIDED, HASHED, divided=True),
+        Variant("exact counts at the same weights", "MIXER=backoff"),
+    ),
+    "967": (
+        Variant("hedge with the entropy expert, as published", ENTROPY),
+        Variant(DIVIDED, ENTROPY, divided=True),
+        Variant("hedge without that expert", "MIXER=hedge"),
+    ),
+    "518": (
+        Variant("trained on the text before scoring", f"TTT=before {COSINE} TTT_EPOCHS={EPOCHS_518}"),
+        Variant(f"{FIRST} epochs", f"TTT=full {COSINE} TTT_EPOCHS={EPOCHS_518}"),
+        Variant(f"{FIRST} one epoch", f"TTT=full {COSINE} TTT_EPOCHS=1"),
+    ),
+    "1539": (
+        Variant("trained on the text before packing", f"TTT=prequant {FLOOR} TTT_EPOCHS=6"),
+        Variant(f"{FIRST} epochs", f"TTT=full {FLOOR} TTT_EPOCHS=6"),
+        Variant(f"{FIRST} one epoch", f"TTT=full {FLOOR} TTT_EPOCHS=1"),
+    ),
+}
+ALONE = Variant("the model alone", "")
+
+
+# ---- the trainer ----------------------------------------------------------------------------------------------------
+
+
+def train_demo(words, steps, folder):
+    """Train by train_gpt.py as a command; returns the path of the artifact."""
+    given = [*words, *RAW, f"ITERATIONS={steps}", "MAX_WALLCLOCK_SECONDS=0", "VAL_LOSS_EVERY=0"]
+    command = [sys.executable, str(ROOT / "train_gpt.py"), *given, f"OUT_DIR={folder}/trained"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                          text=True, check=False)
+    if done.returncode == 130:
+        raise KeyboardInterrupt
+    path = Path(folder, "trained", "model.pg")
+    if not path.exists():  # one that is over SIZE_LIMIT is kept
+        lines = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.strip()]
+        raise BadInput(lines[-1] if lines else f"train_gpt.py ended with exit code {done.returncode}")
+    return path
+
+
+def divided(trainer):
+    """A class of predictors: another one's "probabilities", divided by their sum over all tokens, which it notes."""
+    class Divided(trainer.Over):
+        def __init__(self, base, s, rt):
+            super().__init__(base, s, rt)
+            self.invalid = ""
+            self.history = base.history
+            self.learns = base.learns
+            self.sums = 0.0
+            self.targets = 0
+
+        def predict(self, inputs, most=None):
+            log_shares = self.base.predict(inputs, most).double()
+            return log_shares - log_shares.logsumexp(-1, keepdim=True)
+
+        def nll(self, inputs, targets):
+            undivided = self.base.nll(inputs, targets).double()
+            self.log_sums = self.base.predict(inputs).double().logsumexp(-1)
+            return undivided + self.log_sums
+
+        def observe(self, chunk):
+            log_sums = self.log_sums[chunk.index >= 0]
+            self.sums += log_sums.exp().sum().item()
+            self.targets += log_sums.numel()
+            super().observe(chunk)
+
+        def mean_sum(self):
+            return self.sums / self.targets
+
+    return Divided
+
+
+class Demonstration(Scoring):
+    """The artifact that all rows score, and how each of them does it.
+
+    Relied on, in addition to what Scoring and collect_moments rely on: save_artifact, read_file, train_on_validation,
+    selftest, Over; make_predictor by its name, so that selftest() tests a predictor that is wrapped here.
+    """
+
+    def __init__(self, path, words, folder):
+        super().__init__(path, words)
+        self.folder = Path(folder)
+        self.raw = None
+        self.moments = None
+        codecs = {row[CODEC] for row in self.header["tensors"]}
+        if codecs == {"float16"}:
+            s = self.settings("")
+            self.raw = self.model()
+            if s.needs_moments:
+                self.moments, _ = collect_moments(self.trainer, self.raw, s, self.rt, s.gptq_calibration_tokens)
+            self.path = self.pack(self.raw, s, "packed.pg")
+
+    def settings(self, text):
+        return super().settings(f"{PLAIN} {text} ALLOW_INVALID=1")
+
+    def pack(self, model, s, name):
+        """The artifact that the trainer makes of these weights."""
+        path = self.folder / name
+        room = s.size_limit - (ROOT / "train_gpt.py").stat().st_size
+        self.trainer.save_artifact(path, model, s, self.digest, None, self.moments, room)
+        return str(path)
+
+    def artifact(self, run):
+        """The one that a row scores."""
+        if run.s.ttt != "prequant":
+            return self.path
+        model = copy.deepcopy(self.raw)
+        self.trainer.train_on_validation(run, model, self.val)
+        return self.pack(model, run.s, "prequant.pg")
+
+    def score(self, variant, text):
+        """A row of the report."""
+        trainer = self.trainer
+        rt = self.rt
+        s = self.settings(text)
+        began = time.perf_counter()
+        if variant.divided:  # it asks for every token at every place
+            rows = max(MOST_PROBABILITIES // (s.eval_seq_len * s.vocab_size), 1)
+            s = dataclasses.replace(s, eval_batch_seqs=min(s.eval_batch_seqs, rows))
+        run = self.start(s)
+        path = self.artifact(run)
+        model = trainer.load_artifact(path, s, rt.dtype, self.attend, rt.device)[1]
+        with self.dividing() if variant.divided else contextlib.nullcontext():
+            predictor, reader = self.begin(run, model)
+            if rt.compiled:
+                trainer.warm_up_scoring(run, predictor, reader)
+            score = trainer.score(predictor, reader, self.val, rt, run.validity, run.log)
+            trainer.selftest(run, s, path, trainer.read_file(path), self.val)
+        tests = [event for event in run.log.events if event["event"] == "selftest"]
+        (sums,) = (event for event in run.log.events if event["event"] == "normalisation")
+        return {
+            "loss": score.loss,
+            "bpb": score.bpb,
+            "valid": "no" if run.validity.reasons else "yes",
+            "reasons": run.validity.reasons,
+            "mean_sum": predictor.mean_sum() if variant.divided else None,
+            "worst_log_sum": sums["worst_log"],
+            "selftest": {event["test"]: event["off_by"] for event in tests},
+            "failed": [event["test"] for event in tests if event["ok"] == "no"],
+            "seconds": time.perf_counter() - began,
+        }
+
+    def dividing(self):
+        """A context in which the trainer makes predictors that are divided by their sums."""
+        make_predictor = self.trainer.make_predictor
+        wrap = divided(self.trainer)
+
+        def make_divided(model, s, rt, *rest):
+            return wrap(make_predictor(model, s, rt, *rest), s, rt)
+
+        return mock.patch.object(self.trainer, "make_predictor", make_divided)
+
+
+# ---- the report -----------------------------------------------------------------------------------------------------
+
+
+COLUMNS = ("of", "what", "BPB", "change", "mean sum", "tests that fail", "valid", "condition broken", "seconds")
+TEXT = ("of", "what", "tests that fail", "valid", "condition broken")
+
+
+def line(row, alone):
+    """The cells of a row; `alone` is the row of the model alone."""
+    if "skipped" in row:
+        return f"#{row['study']}", row["what"], row["skipped"]
+    tests = ", ".join(f"{name} ({row['selftest'][name]:.2g})" for name in row["failed"])
+    mean_sum = 1.0 if row["worst_log_sum"] < 1e-3 else row["mean_sum"]
+    return (
+        f"#{row['study']}" if row["study"] else "",
+        row["what"],
+        show(row["bpb"], ".4f"),
+        "" if row is alone else show(row["bpb"] - alone["bpb"], "+.4f"),
+        show(mean_sum, ".4g"),
+        tests or "none",
+        f"valid:{row['valid']}",
+        row["reasons"][0] if row["reasons"] else "",
+        show(row["seconds"], ",.0f"),
+    )
+
+
+def document(report):
+    """Lines of the report."""
+    r = report
+    yield f"command   {r['command']}"
+    yield f"settings  {r['settings'] or '(default)'}"
+    yield (f"weights   {r['parameters']:,} parameters, {r['weights']}; on {r['device']}, {r['dtype']}, "
+           f"torch {r['torch']}, {r['threads']} CPU thread(s), {commit_text(r)}")
+    yield (f"text      {r['tokens']:,} targets, {r['bytes']:,} bytes, {r['documents']} documents of {r['data']}, in "
+           f"windows of {r['eval_seq_len']:,}, {r['eval_stride'] or r['eval_seq_len']:,} apart; seed {r['seed']}")
+    yield scaled_line(r) + "\n"
+    alone = r["rows"][0]
+    yield from markdown(COLUMNS, TEXT, (line(row, alone) for row in r["rows"]))
+    yield ("\nmean sum: of the \"probabilities\" of all tokens, over all targets. Tests: flip, prefix and sum of "
+           "#1017, off by (...).\n")
+    for row in r["rows"]:
+        if row["settings"]:
+            yield f"- #{row['study']} {row['what']}: `{row['settings']}`"
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def arguments(argv):
+    parser = Parser(prog="bench.py validity", allow_abbrev=False, description="""Score one artifact in ways that were
+        published and are no code length, and in the nearest ways that are one.""", epilog=f"""Studies:
+        {', '.join(STUDIES)}, the numbers of pull requests, each technique on its own and by the settings of its run.
+        Scaled to the text: #1033's tables have the original's {LOAD:.1f} increments a bucket in the end; gradient steps
+        before scoring are as many an epoch as #518's, {STEPS_518}, with {EPOCHS_518} epochs in place of its 50; parts
+        are 1 / 32 of the text.""")
+    add = parser.add_argument
+    add("words", nargs="*", metavar="ARTIFACT|@FILE|KEY=VALUE", help="an artifact of float16 weights, which is not "
+        "trained any more (default: train records/small.env); settings of train_gpt.py")
+    add("--studies", type=names_of("--studies", STUDIES), default=list(STUDIES), metavar="NAME,...",
+        help="default: all")
+    add("--steps", type=whole(1), default=400, metavar="N", help="training steps without an artifact (default: 400)")
+    add("--val-tokens", type=whole(1), default=65536, metavar="N", help="validation tokens (default: 65536)")
+    add("--json", type=Path, metavar="FILE", help="write the result as JSON, anew after each row")
+    return parser.parse_intermixed_args(argv)
+
+
+def filled(variant, s, tokens):
+    """Settings of a variant, scaled to a text of this many tokens."""
+    buckets = max(round(tokens / LOAD), 2)
+    batch = max(round(tokens / STEPS_518 / s.eval_seq_len), 1)
+    return variant.settings.format(buckets=buckets, batch=batch)
+
+
+def run(args, argv):
+    """`bench.py validity`; returns the exit code."""
+    settings = [word for word in args.words if word.startswith("@") or "=" in word]
+    artifacts = [word for word in args.words if word not in settings]
+    if len(artifacts) > 1:
+        raise BadInput(f"{artifacts[1]}: one artifact at a time ({artifacts[0]} is one)")
+    demo = [] if artifacts else [DEMO]
+    words = [*demo, *settings, f"VAL_TOKENS={args.val_tokens}"]
+    load_trainer().Settings.parse(words, os.environ)  # BadInput before anything is trained
+    with tempfile.TemporaryDirectory(prefix="bench_") as folder:
+        if artifacts:
+            path = artifacts[0]
+            facts_of_weights = {"weights": f"those of {path}", "artifact": path}
+        else:
+            progress(f"training {args.steps} steps")
+            path = train_demo(words, args.steps, folder)
+            facts_of_weights = {"weights": f"trained for {args.steps} steps", "artifact": None}
+        progress("packing")
+        demonstration = Demonstration(path, words, folder)
+        report = {
+            "command": command_line("validity", argv),
+            **facts(demonstration),
+            **facts_of_weights,
+            "eval_stride": demonstration.settings("").eval_stride,
+            "rows": [],
+        }
+        score_all(demonstration, report, args)
+    print("\n".join(document(report)), flush=True)
+    return 0
+
+
+def score_all(demonstration, report, args):
+    """Score the model alone and the variants of all studies into the report."""
+    rows = report["rows"]
+    rows.append(score_variant(demonstration, "", ALONE))
+    write_json(args.json, report)
+    for study in args.studies:
+        for variant in STUDIES[study]:
+            row = score_variant(demonstration, study, variant)
+            if variant.divided:  # the sum is that of the variant before it, which is divided here
+                rows[-1]["mean_sum"] = row.pop("mean_sum")
+            rows.append(row)
+            write_json(args.json, report)
+
+
+def score_variant(demonstration, study, variant):
+    """A row of the report."""
+    text = filled(variant, demonstration.settings(""), len(demonstration.val.bytes))
+    row = {"study": study, "what": variant.what, "settings": text}
+    if "prequant" in text and demonstration.raw is None:
+        return row | {"skipped": "needs weights that are not rounded: an artifact of MATRIX_BITS=16 EMBED_BITS=16, "
+                                 "or none"}
+    progress(f"scoring #{study} {variant.what}" if study else f"scoring {variant.what}")
+    return row | demonstration.score(variant, text)
