@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import reference as ref
 import train_gpt as tg
-from conftest import write_shard
+from toy import write_shard
 from runs import call, command, events, good
 from test_optimizer import built, set_gradients
 from training import VOCAB, text, trained, validation, walk

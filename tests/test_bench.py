@@ -25,7 +25,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as tg
-from conftest import BOS, REPO, TOY, clean_env
+from process import REPO, clean_env
+from toy import BOS, TOY
 from runs import call, good, summary
 
 ROW = ("mode", "looping", "share", "ms_per_step", "ms_min", "ms_max", "cpu_ms_per_step", "cpu_ms_min", "cpu_ms_max",

@@ -22,7 +22,8 @@ import reference as ref
 import report
 import sentencepiece
 import train_gpt as tg
-from conftest import REPO, toy_documents, write_shard
+from process import REPO
+from toy import toy_documents, write_shard
 from hypothesis import example, given
 from hypothesis import strategies as st
 from runs import call, command, events, good, refused, summary

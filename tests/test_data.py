@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import reference as ref
 import prepare
 import train_gpt as tg
-from conftest import toy_documents, write_shard
+from toy import toy_documents, write_shard
 from runs import call, command, events, good, refused, summary
 
 

@@ -17,7 +17,8 @@ import torch
 
 import reference as ref
 import train_gpt as tg
-from conftest import REPO, write_shard
+from process import REPO
+from toy import write_shard
 from runs import call, command, events, good, log_lines, summary
 from training import captured_whole, text, trained
 

@@ -22,7 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from conftest import REPO, run_trainer, toy_documents, train_tokenizer, write_shard
+from process import REPO, run_trainer
+from toy import toy_documents, train_tokenizer, write_shard
 from runs import SCRIPT, Started, call, checkpoints, command, events, good, log_lines, losses, read_checkpoint, refused, strict_json, summary, trainer
 from train_gpt import PREFIX, BadInput
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import fineweb
 import prepare
 import pytest
-from conftest import toy_documents
+from toy import toy_documents
 
 SCRIPT = Path(__file__).resolve().parent.parent / "data" / "fineweb.py"
 V, NAME = 400, "fineweb10B_sp400"

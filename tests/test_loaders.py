@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import reference as ref
 import train_gpt as tg
-from conftest import write_shard
+from toy import write_shard
 
 LOADERS = ("sequential", "coprime", "shuffled", "packed")
 BLOCKS = ("coprime", "shuffled")  # whole blocks in another order

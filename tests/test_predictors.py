@@ -1,4 +1,4 @@
-"""Test-time training against tests/adaptation.py: the nats of every target, step by step; and what must not change."""
+"""Test-time training against tests/help/adaptation.py: the nats of every target, step by step; and what must not change."""
 
 import functools
 import shutil
@@ -14,7 +14,7 @@ import adaptation
 import reference as ref
 import train_gpt as tg
 import training
-from conftest import write_shard
+from toy import write_shard
 from runs import call, command, events, good, log_lines, refused, summary
 
 TINY = dict(num_layers=2, ve_layers=(1,), model_dim=8, num_heads=2, num_kv_heads=1, eval_seq_len=8, train_seq_len=8,
@@ -64,7 +64,7 @@ def starting(predictor, *draw):
 
 
 def referred(s, seed, stream):
-    """What tests/adaptation.py says."""
+    """What tests/help/adaptation.py says."""
     start = None
     if s.ttt in ("lora", "lora_docs"):
         predictor = predictor_of(s, tg.GPT(s, torch.float64, init=False), stream)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import shrink
 import torch
-from conftest import REPO, clean_env
+from process import REPO, clean_env
 from runs import call, events, good
 
 import reference as ref

@@ -11,7 +11,8 @@ import brotli
 import numpy as np
 import pytest
 import report
-from conftest import REPO, clean_env, run_trainer, toy_documents
+from process import REPO, clean_env, run_trainer
+from toy import toy_documents
 
 
 @pytest.fixture(scope="module")

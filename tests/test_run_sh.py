@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import REPO, clean_env
+from process import REPO, clean_env
 from runs import heard
 
 # Records how it was called, then does what BEHAVE says; handles signals as train_gpt.py does.

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train_gpt
-from conftest import run_trainer
+from process import run_trainer
 from runs import (SCRIPT, Started, call, checkpoints, command, events, family, free_port, furthest, good, log_lines, losses, refused,
                   strict_json, summary, torchrun, weights)
 from train_gpt import BadInput, Clock, Log, Runtime, Settings

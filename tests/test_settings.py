@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from conftest import REPO, clean_env, run_trainer
+from process import REPO, clean_env, run_trainer
 from runs import SCRIPT, call, events, good, refused
 from train_gpt import RENAMED, BadInput, Settings
 

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("python_minifier")
 
 import submit
-from conftest import REPO, clean_env, run_trainer
+from process import REPO, clean_env, run_trainer
 from runs import RULE, SCRIPT, call, command, good, losses, summary
 
 UNPACKED = f"train_gpt-{os.getuid()}"

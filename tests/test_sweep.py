@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sweep
-from conftest import REPO, clean_env, write_shard
+from process import REPO, clean_env
+from toy import write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import Started

@@ -20,10 +20,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import container
 import fuzzing
 import train_gpt
 import reference as ref
-from conftest import write_shard
+from toy import write_shard
 from runs import (RULE, SCRIPT, Started, call, checkpoints, command, events, furthest, good, log_lines, losses,
                   read_checkpoint, refused, summary, torchrun, trainer, weights)
 from train_gpt import Settings, Training, Validity, load_artifact
@@ -278,7 +279,7 @@ def test_a_checkpoint_of_before_a_setting_was_there_is_gone_on_with(stopped):
     six = checkpoints(folder)[6]
     state = torch.load(io.BytesIO(train_gpt.read_checkpoint(six)), weights_only=True)
     del state["settings"]["CLIP_FLOOR"], state["settings"]["PARALLEL_FIRST_SKIP"]
-    six.write_bytes(fuzzing.checkpoint(state))
+    six.write_bytes(container.checkpoint(state))
     refused(call([*args, f"RESUME={six}", "CLIP_FLOOR=0.5"]), 2, "other settings: CLIP_FLOOR=0.0")
     step, _ = resumed(args, folder, f"RESUME={six}")
     assert step == 6 and (folder / "model.pg").read_bytes() == (original / "model.pg").read_bytes()
@@ -312,7 +313,7 @@ def test_a_checkpoint_of_before_the_data_were_in_it_knows_them_by_their_path(sto
     state = read_checkpoint(six)
     del state["data"]
     old = {name: Settings.parse(args).experiment()[name] for name in ("DATA_PATH", "TOKENIZER_PATH")}
-    six.write_bytes(fuzzing.checkpoint({**state, "settings": state["settings"] | old}))
+    six.write_bytes(container.checkpoint({**state, "settings": state["settings"] | old}))
     refused(call([*moved(args, tmp_path / "moved")[1], f"RESUME={six}"]), 2, "other settings: DATA_PATH=")
     assert resumed(args, folder, f"RESUME={six}")[0] == 6
 
@@ -391,7 +392,7 @@ def spoilt(path, what, target):
     """A checkpoint with the right checksum and something IMPOSSIBLE in it."""
     state = read_checkpoint(path)
     IMPOSSIBLE[what][0](state)
-    target.write_bytes(fuzzing.checkpoint(state))
+    target.write_bytes(container.checkpoint(state))
     return target
 
 
@@ -420,7 +421,7 @@ def test_each_field_of_a_checkpoint_is_checked_before_any_is_used(tmp_path):
 @pytest.mark.parametrize("content", [torch.zeros(3), [], {}, {"settings": {}}, {"weights": None}, 3])
 def test_a_checkpoint_of_something_else_is_refused(rich, tmp_path, content):
     args, _ = rich
-    (tmp_path / "bad.pt").write_bytes(fuzzing.checkpoint(content))
+    (tmp_path / "bad.pt").write_bytes(container.checkpoint(content))
     refused(call([*args, f"OUT_DIR={tmp_path}/out", f"RESUME={tmp_path}/bad.pt"]), 2, tmp_path / "bad.pt")
 
 
@@ -428,11 +429,11 @@ def test_a_checkpoint_that_unpacks_to_more_than_it_is_is_refused(rich, tmp_path)
     """torch.save compresses nothing; 64 MiB of zeros in a file of 64 kB were made by somebody else."""
     args, _ = rich
     packed = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(fuzzing.saved({"weights": torch.zeros(1 << 24)}))) as plain:
+    with zipfile.ZipFile(io.BytesIO(container.saved({"weights": torch.zeros(1 << 24)}))) as plain:
         with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
             for record in plain.infolist():
                 archive.writestr(record.filename, plain.read(record))
-    (tmp_path / "bad.pt").write_bytes(fuzzing.sealed_checkpoint(packed.getvalue()))
+    (tmp_path / "bad.pt").write_bytes(container.sealed_checkpoint(packed.getvalue()))
     refused(call([*args, f"OUT_DIR={tmp_path}/out", f"RESUME={tmp_path}/bad.pt"]), 2, "it is compressed")
 
 
@@ -441,13 +442,13 @@ def test_resume_auto_passes_over_a_checkpoint_that_cannot_be_of_this_run(stopped
     eight = checkpoints(folder)[8]
     state = read_checkpoint(eight)
     del state["step"]
-    eight.write_bytes(fuzzing.checkpoint(state))
+    eight.write_bytes(container.checkpoint(state))
     step, done = resumed(args, folder, "RESUME=auto")
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("checkpoint_skipped ")]
     assert step == 6 and eight.name in line and "has_no_step" in line
     assert (folder / "model.pg").read_bytes() == (original / "model.pg").read_bytes()
     for path in checkpoints(folder).values():
-        path.write_bytes(fuzzing.checkpoint(state))
+        path.write_bytes(container.checkpoint(state))
     done = good(call([*args, "RESUME=auto"]))
     assert done.stdout.count("checkpoint_skipped ") == 2 and "started_anew " in done.stdout
     assert (folder / "model.pg").read_bytes() == (original / "model.pg").read_bytes()

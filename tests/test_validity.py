@@ -19,7 +19,7 @@ import torch
 import reference as ref
 import scoring
 import train_gpt as tg
-from conftest import write_shard
+from toy import write_shard
 from runs import Started, call, command, events, good, log_lines, refused, summary, torchrun
 from scoring import coded, model_of, settings, stream_of
 

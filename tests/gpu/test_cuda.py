@@ -17,7 +17,7 @@ import torch
 import reference as ref
 import test_liveness
 import train_gpt as tg
-from conftest import run_trainer
+from process import run_trainer
 
 DEVICE = "cuda"
 KERNELS = ("fa3", "cudnn", "flash", "math")

@@ -1,6 +1,6 @@
 """Ends runs at random moments of each phase, in every way that a run can be ended, and looks at what is left.
 
-    python tests/killing.py --rounds 40 --seed 7      a table, one line a round; exit code 1 if anything was lost
+    python tests/help/killing.py --rounds 40 --seed 7      a table, one line a round; exit code 1 if anything was lost
 
 One process imports torch once and forks a child for every run (`Forge`), so that a round costs a second or two.
 The forked child runs the script as `__main__`, with its own standard streams, and ends as every Python process does.
@@ -21,9 +21,10 @@ import time
 import types
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a command, it has to find the trainer
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # as a command, it has to find the trainer
 
-from conftest import REPO, clean_env, make_toy
+from process import REPO, clean_env
+from toy import make_toy
 from runs import SCRIPT, checkpoints, command, events, free_port, heard, log_lines, read_checkpoint
 
 # A run whose phases take some tenths of a second each.

@@ -1,5 +1,5 @@
 """Scoring by a model that learns, written again from the definitions: float64, one row after the other, every formula
-by hand. Of train_gpt.py it uses the settings and the forward pass of the model (tests/reference.py has that one again);
+by hand. Of train_gpt.py it uses the settings and the forward pass of the model (tests/help/reference.py has that one again);
 what reads the text, trains, keeps keys or holds adapters is written anew.
 
     nats = score_first(s, seed, stream)            of every target, by TTT=off, full or lora

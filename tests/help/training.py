@@ -13,7 +13,7 @@ import torch
 
 import reference as ref
 import train_gpt as tg
-from conftest import write_shard
+from toy import write_shard
 from runs import events
 
 VOCAB = ref.SMALL["vocab_size"]
