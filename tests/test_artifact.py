@@ -26,9 +26,9 @@ import fuzzing
 import reference as ref
 import runs
 import train_gpt as tg
+from parameters import role_of, width_of
 
 ALL = ("zstd", "lzma", "brotli", "zlib")
-MATRICES = (".q.weight", ".k.weight", ".v.weight", ".o.weight", ".up.weight", ".down.weight", "proj.weight")
 
 
 def saved(path, s=None, seed=0, **changes):
@@ -67,9 +67,8 @@ def in_memory(model, s):
     """What every tensor becomes by quantising and decoding, without a file; by the specification's table of roles."""
     out = {}
     for name, parameter in model.named_parameters():
-        table = name.endswith("table.weight") or name in ("embed.weight", "head.weight")
-        bits = s.embed_bits if table else s.matrix_bits if name.endswith(MATRICES) else 16
-        method = s.embed_quant if table else s.matrix_quant
+        bits = width_of(s, name)
+        method = s.embed_quant if role_of(name) in ("embed", "head") else s.matrix_quant
         if bits == 16:
             out[name] = parameter.detach().half().float()
         else:

@@ -4,7 +4,6 @@ import contextlib
 import io
 import math
 import os
-import re
 import shlex
 import signal
 import socket
@@ -19,22 +18,13 @@ from hypothesis import strategies as st
 
 import reference as ref
 import train_gpt as tg
+from parameters import role_of
 from training import begun, text
 
-MATRICES = re.compile(r"blocks\.\d+\.(attn\.[qkvo]|mlp\.(up|down))|(bigram|trigram|value_embed)\.proj|"
-                      r"(embed|head)_proj")
-
-
 def kind_of(name):
-    """Who optimises a parameter, by the specification's table (2.5): not by what the model says of itself."""
-    name, _, last = name.removeprefix("model.").rpartition(".")
-    if name == "caps":
-        return "cap"
-    if last != "weight":
-        return "scalar"
-    if name == "embed" or name.endswith(".table"):
-        return "embed"
-    return "head" if name == "head" or name.startswith("mtp.") else "matrix" if MATRICES.fullmatch(name) else "scalar"
+    """Who optimises a parameter, by the specification (2.5): gates are treated as scalars are."""
+    role = role_of(name)
+    return "scalar" if role == "gate" else role
 
 
 CLASSIC = [(3.4445, -4.7750, 2.0315)]

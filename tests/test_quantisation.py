@@ -16,6 +16,7 @@ from hypothesis.extra import numpy as hnp
 
 import reference as ref
 import train_gpt as tg
+from parameters import role_of, width_of
 from training import text, trained, walk
 
 PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
@@ -245,12 +246,11 @@ def encoded(s, seed=0, moments=None):
 
 def width(s, name):
     """(bits, sigmas) of a parameter, by its name and the words of the settings."""
-    if name in ("embed.weight", "head.weight") or name.endswith("table.weight"):
+    role = role_of(name)
+    if role in ("embed", "head"):
         return s.embed_bits, s.embed_clip_sigmas
-    if name.endswith("gate.weight"):
-        return s.gate_bits, 0
-    if not name.endswith(("proj.weight", ".q.weight", ".k.weight", ".v.weight", ".o.weight", "up.weight", "down.weight")):
-        return 16, 0
+    if role != "matrix":
+        return width_of(s, name), 0
     kind = "attn" if ".attn." in name else "mlp" if ".mlp." in name else "proj"
     layer = int(name.split(".")[1]) if name.startswith("blocks") else -1
     bits = dict(s.layer_bits).get(layer, getattr(s, f"{kind}_bits") or s.matrix_bits)
@@ -277,17 +277,17 @@ def test_widths_and_clips_are_those_of_kind_and_layer(changes, method):
             np.testing.assert_array_equal(one.parts["half"].numpy(), w.numpy().astype(np.float16))
             continue
         top, scale = 2 ** (bits - 1) - 1, one.parts["scale"].numpy().astype(float)
-        floor = 0 if name.endswith("gate.weight") else s.clip_floor / top
+        floor = 0 if role_of(name) == "gate" else s.clip_floor / top
         if sigmas:
             want = sigmas * w.double().numpy().std(1, ddof=1 if w.size(1) > 1 else 0) / top
-        elif method == "rtn" or name.endswith("gate.weight"):
+        elif method == "rtn" or role_of(name) == "gate":
             want = np.abs(w.double().numpy()).max(1) / top
         else:
             want = np.array([min((brute(row, bits, p, floor) for p in PERCENTILES), key=lambda one: squared_error(row, *one))[1]
                              for row in w.double().numpy()])
         want = np.maximum(want, floor)
         np.testing.assert_allclose(scale, want, rtol=2**-10)
-        assert not s.clip_floor or name.endswith("gate.weight") or (np.float16(scale) == np.float16(floor)).any(), "none was met"
+        assert not s.clip_floor or role_of(name) == "gate" or (np.float16(scale) == np.float16(floor)).any(), "none was met"
         np.testing.assert_array_equal(one.parts["q"].numpy(), np.clip(np.rint(w.numpy() / scale[:, None].astype(np.float32)), -top, top))
         np.testing.assert_array_equal(one.decode(w.shape).numpy(), one.parts["q"].numpy() * one.parts["scale"].numpy()[:, None].astype(np.float32))
 

@@ -15,6 +15,7 @@ import torch
 
 import reference as ref
 import train_gpt as tg
+from parameters import role_of
 
 
 # --- the model, with adapters and with keys that are kept ------------------------------------------------------------
@@ -116,7 +117,7 @@ def rates(s, model):
         layer = re.match(r"blocks\.(\d+)\.", name)
         scalar = not name.endswith(".weight")
         frozen = layer and int(layer[1]) < s.ttt_freeze_blocks and not (s.ttt_train_scales and scalar)
-        if frozen or s.ttt_freeze_embed and (name in ("embed.weight", "head.weight") or ".table." in name):
+        if frozen or s.ttt_freeze_embed and role_of(name) in ("embed", "head"):
             continue
         found[name] = s.ttt_lr * (s.ttt_lr_mult_proj if name.endswith((".attn.o.weight", ".mlp.down.weight")) else
                                   s.ttt_lr_mult_fc if name.endswith(".mlp.up.weight") else 1)
