@@ -132,7 +132,7 @@ def test_the_loaded_model_is_the_quantised_one(tmp_path_factory, s, seed, compre
 
 @ref.tries(15)
 @given(ref.models(), st.integers(0, 999), st.sampled_from(["off", "prune", "allocate"]), st.sampled_from([0, 1, 3]), st.booleans())
-def test_grids_and_corrections_are_the_same_out_of_the_file(tmp_path_factory, s, seed, fit, rank, mixed):
+def test_grids_and_lqer_are_the_same_out_of_the_file(tmp_path_factory, s, seed, fit, rank, mixed):
     """Bit for bit what the quantiser decodes in memory: every codec, with and without a correction, several widths."""
     path = tmp_path_factory.getbasetemp() / "grids.pg"
     s = tg.replace(s, fit=fit, matrix_quant="gptq", embed_quant="rtn", lqer_rank=rank, lqer_top_k=2, lqer_asym_group=5, matrix_bits=4,
@@ -267,7 +267,7 @@ def test_the_header_holds_what_loading_needs(tmp_path):
 
 
 @pytest.mark.parametrize("looping", [True, False])
-def test_whether_training_reached_the_loop_is_in_the_file(tmp_path, looping):
+def test_whether_depth_recurrence_was_reached_is_in_the_file(tmp_path, looping):
     """A model that was trained without its loop is also scored without, whatever NUM_LOOPS says."""
     s = ref.small(num_loops=1, loop_start=1, loop_end=1)
     model, ids = ref.randomise(tg.GPT(s, init=False)), ref.tokens(32, 2, 9)
@@ -646,7 +646,7 @@ def test_a_bomb_of_a_header_goes_off_nowhere(tmp_path):
 
 
 @pytest.mark.parametrize("group", [2**16 + 1, 2**29, 2**30, 2**33, 10**30])
-def test_the_group_of_a_correction_is_bounded(tmp_path, group):
+def test_the_group_of_lqer_is_bounded(tmp_path, group):
     """One step of B is repeated as often as the group says: 2^29 made 2.3 GB of a small file."""
     path = tmp_path / "bad.pg"
     data = fuzzing.save(path, dict(lqer_rank=2, lqer_top_k=1, lqer_asym_group=2**16))
@@ -658,7 +658,7 @@ def test_the_group_of_a_correction_is_bounded(tmp_path, group):
     command_refuses(path, "group", str(group)[:20], "65536")
 
 
-def test_the_time_that_corrections_take_is_bounded(tmp_path):
+def test_the_time_that_lqer_takes_is_bounded(tmp_path):
     """The rank of a hostile file is that of its largest matrices: hours of additions."""
     path = tmp_path / "bad.pg"
     path.write_bytes(container.of_zeros(["VOCAB_SIZE=65536", "MODEL_DIM=512"], rank=256))

@@ -63,7 +63,7 @@ def mixed(history, shares):
 
 @ref.tries(15)
 @given(st.sampled_from([0.0, 0.05, 0.4, 0.9]), st.floats(0, 0.999), st.integers(0, 12))
-def test_ema_has_its_closed_form(start, decay, steps):
+def test_ema_start_and_decay_have_their_closed_form(start, decay, steps):
     """From the initial weights, or from those after the first step at or beyond EMA_START_FRAC."""
     path = [(i / 12, 1.0) for i in range(steps)]
     history, found = averaged(ref.small(**TINY, average="ema", ema_decay=decay, ema_start_frac=start), path)

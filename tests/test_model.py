@@ -133,7 +133,7 @@ class RowNumbers(nn.Module):
 @ref.tries(30)
 @given(st.lists(st.one_of(st.just(ref.BOS), st.integers(0, 65535)), min_size=1, max_size=60), st.integers(2, 2**24),
        st.sampled_from(["none", "inputs"]))
-def test_ngram_hashes_are_exact_for_every_id_of_a_large_vocabulary(ids, rows, doc_mask):
+def test_bigram_hash_is_exact_for_every_id_of_a_large_vocabulary(ids, rows, doc_mask):
     """Python integers are the reference; products of ids up to 65535 overflow 32 bits and must not here."""
     docs = tg.documents(torch.tensor([ids]), doc_mask)
     hashes = {(tg.BIGRAM,): [ref.bigram_buckets], (tg.TRIGRAM,): [ref.trigram_buckets],
@@ -308,7 +308,7 @@ def test_any_layer_plan_is_that_of_two_halves_and_a_stack(s, looping):
     assert model.plan == tg.layer_plan(s, s.loops)
 
 
-def test_no_loop_is_what_looping_switches_off():
+def test_depth_recurrence_switched_off_is_a_model_without_loops():
     s = ref.small(**TINY_1855)
     model, plain = ref.double(s), ref.double(ref.small(**{**TINY_1855, "num_loops": 0}))
     values = model.state_dict()
@@ -323,7 +323,7 @@ def test_no_loop_is_what_looping_switches_off():
 
 
 @pytest.mark.parametrize("merge, dead", [(1.0, "mlp"), (0.0, "attn")])
-def test_the_lanes_of_1539_meet_only_in_the_merge(merge, dead):
+def test_parallel_lanes_of_1539_meet_only_in_the_merge(merge, dead):
     """Lane 0 hears nothing of the last MLPs, lane 1 nothing of the last attentions or of skips after the split."""
     s = ref.small(num_layers=6, ve_dim=0, ve_layers=(), parallel_residual="lanes", parallel_start_layer=4,
                   parallel_final_lane="learned")
@@ -348,7 +348,7 @@ def test_routing_of_1529_starts_where_published_and_its_resting_rows_rest():
         assert not weight.grad[:2].any() and (weight.grad[2] != 0).all()
 
 
-def test_a_mean_of_lanes_is_what_the_learned_merge_begins_with():
+def test_the_mean_of_parallel_lanes_is_what_the_learned_merge_begins_with():
     for kind in ("lanes", "routed"):
         mean, learned = (ref.small(parallel_residual=kind, parallel_start_layer=1, parallel_final_lane=lane)
                          for lane in ("mean", "learned"))
@@ -654,7 +654,7 @@ def test_adapters_add_nothing_when_zero_and_something_when_not():
 
 
 @pytest.mark.parametrize("changes", [TINY_1855, TINY_1539, TINY_1033, MIXTURE])
-def test_each_visit_of_a_looped_block_has_adapters_of_its_own(changes):
+def test_each_visit_of_depth_recurrence_has_adapters_of_its_own(changes):
     s = ref.small(**changes)
     model, ids = ref.randomise(tg.GPT(s)), ref.tokens(32, 2, 9)
     seen = []

@@ -229,7 +229,7 @@ def test_matrices_equal_the_muon_loop(variant):
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_muon_backend_steps_is_the_number_of_iterations(steps):
+def test_muon_backend_steps_is_the_number_of_newton_schulz_iterations(steps):
     s = ref.small(**{**RATES, "muon_wd": 0}, muon_backend_steps=steps)
     model, optimizer = built(s)
     p = model.model.blocks[0].attn.q.weight

@@ -239,7 +239,7 @@ def test_a_resumed_run_goes_on_with_the_grid_it_had(tmp_path, monkeypatch, chang
     assert all(torch.equal(again[name], weights[name]) for name in weights)
 
 
-def test_the_grid_of_allocate_is_chosen_once_and_is_that_of_the_artifact(tmp_path):
+def test_the_grid_of_an_allocation_is_chosen_once_and_is_that_of_the_artifact(tmp_path):
     s = tg.replace(late(tmp_path, iterations=24, warmdown_frac=1.0), **ALLOCATED)
     rt, out = tg.Runtime(s, {}), tmp_path / "run"
     model = ref.randomise(tg.GPT(s, attend=tg.attend_sdpa), spread=0.2)

@@ -394,7 +394,7 @@ def test_the_model_is_that_of_the_specification(folder):
                 assert abs(got - want).max() < 1e-5 * max(abs(want).max(), 1)
 
 
-def test_where_the_lanes_part_is_seen_in_the_logits():
+def test_where_parallel_lanes_part_is_seen_in_the_logits():
     """What two records had wrong, and the reference with them."""
     for folder in ORIGINALS:
         if published(folder).settings.get("parallel_first_skip") != "lane0":

@@ -618,7 +618,7 @@ def test_depth_recurrence_begins_at_its_fraction_of_the_run(toy, tmp_path, watch
     assert [with_loops[k] == without[k] for k in range(1, 11)] == [True] * 4 + [False] * 6, "no sooner, no later"
 
 
-def test_a_loop_that_was_never_reached_stays_off_in_the_artifact(toy, tmp_path):
+def test_depth_recurrence_never_reached_stays_off_in_the_artifact(toy, tmp_path):
     """Also after the finished run was resumed, and when the artifact is scored by itself."""
     args = [*LOOPS, "ITERATIONS=8", "ENABLE_LOOPING_AT=0.9", "CHECKPOINT_EVERY=8", "RESUME=auto"]
     first = summary(good(call(command(toy, tmp_path / "run", *args))))
