@@ -132,7 +132,7 @@ def test_the_loaded_model_is_the_quantised_one(tmp_path_factory, s, seed, compre
 
 @ref.tries(15)
 @given(ref.models(), st.integers(0, 999), st.sampled_from(["off", "prune", "allocate"]), st.sampled_from([0, 1, 3]), st.booleans())
-def test_grids_and_lqer_are_the_same_out_of_the_file(tmp_path_factory, s, seed, fit, rank, mixed):
+def test_grids_and_corrections_are_the_same_out_of_the_file(tmp_path_factory, s, seed, fit, rank, mixed):
     """Bit for bit what the quantiser decodes in memory: every codec, with and without a correction, several widths."""
     path = tmp_path_factory.getbasetemp() / "grids.pg"
     s = tg.replace(s, fit=fit, matrix_quant="gptq", embed_quant="rtn", lqer_rank=rank, lqer_top_k=2, lqer_asym_group=5, matrix_bits=4,

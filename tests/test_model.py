@@ -752,6 +752,8 @@ def bases(f):
     """Changes under each of which a setting must act: one for every way to meet its `on` rule."""
     for part in f.metadata["on"].split(","):
         name, _, values = part.partition("&")[0].partition("=")  # what follows an & is in MORE
+        assert values or not name or name in ON, (
+            f"{f.name.upper()} waits for {name.upper()}: add a value of that to ON in tests/test_model.py")
         for value in values.split("|") if values else [ON.get(name)]:
             yield {**({name: value} if name else {}), **MORE.get(f.name, {})}
 
@@ -803,7 +805,7 @@ def test_every_model_switch_changes_the_loss():
                 dead += [(changes, other) for other, before in seen
                          if max(abs(a - b) for a, b in zip(before, found)) < 1e-6]
                 seen.append((changes, found))
-    assert dead == []
+    assert dead == [], "each of these changes has the same losses as the changes after it: see OTHER, ON and MORE here"
 
 
 def covering():

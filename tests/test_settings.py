@@ -622,7 +622,7 @@ def test_help_lists_every_setting_once_with_its_default_and_needs_nothing(tmp_pa
     assert done.returncode == 0 and done.stderr == ""
     for name, f in FIELDS.items():
         lines = [line for line in done.stdout.splitlines() if re.match(rf"\s+{name}=", line)]
-        assert len(lines) == 1, name
+        assert len(lines) == 1, f"--help has {len(lines)} lines for {name}"
         shown = train_gpt._show(f.default) or "(empty)"
         assert lines[0].split()[0] == f"{name}={shown}" and f.metadata["doc"] in lines[0]
         assert all(choice in lines[0] for choice in get_args(f.type) if isinstance(choice, str))
@@ -641,8 +641,9 @@ def test_every_setting_is_read_by_the_program():
     outside = [node for top in TREE.body if top is not own for node in ast.walk(top)] + [node for p in properties for node in ast.walk(p)]
     read = {node.attr for node in outside if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
     dead = {f.name for f in fields(Settings)} - read - {"strict_env"}  # that one is about the parsing itself
-    assert not dead, f"settings that change nothing: {sorted(dead)}"
-    assert not {p.name for p in properties} - read, "a derived value that nothing reads"
+    assert not dead, f"nothing outside Settings reads {', '.join(sorted(dead))}: use it where it acts, or remove it"
+    unread = sorted({p.name for p in properties} - read)
+    assert not unread, f"nothing reads the derived values {', '.join(unread)} of Settings: remove them"
 
 
 def test_the_environment_is_read_in_few_places():
