@@ -1,15 +1,41 @@
-"""What pytest needs before the first test: the environment of torch, the toy data set, no GPU tests without a GPU."""
+"""What pytest needs before the first test: the environment of torch, a guard that leaves nothing behind, the toy data
+set, the order of the files, and no GPU tests without a GPU.
+"""
 
+import getpass
 import os
+import tempfile
 
 # Before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin make a shared CPU several times slower
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the matrices of the tests are too small to share
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}")
 
 import pytest
 
+import guard
 from process import REPO
 from toy import make_toy
+
+# Long files with few tests. Left to the end, one of them would run alone while the other process has nothing to do.
+FIRST = ("test_bench.py", "test_liveness.py", "test_signals.py", "test_runtime.py", "test_model.py", "test_submit.py",
+         "test_train.py", "test_prepare.py", "test_records.py", "test_optimizer.py")
+
+
+def pytest_configure(config):
+    guard.watch()
+    if hasattr(config.option, "loadscopereorder"):  # of pytest-xdist, which would go by the number of tests
+        config.option.loadscopereorder = False
+
+
+@pytest.fixture(autouse=True, scope="session")
+def temporary_files(tmp_path_factory):
+    """What asks for a temporary file gets one in pytest's folder, which pytest keeps and removes."""
+    folder = str(tmp_path_factory.mktemp("tmp"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +45,8 @@ def toy(tmp_path_factory):
 
 
 def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(FIRST)))
     gpu = [item for item in items if "gpu" in item.path.relative_to(REPO).parts[:-1]]
     if gpu:
         import torch

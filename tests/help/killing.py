@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # as a command, it
 
 from process import REPO, clean_env
 from toy import make_toy
-from runs import SCRIPT, checkpoints, command, events, free_port, heard, log_lines, read_checkpoint
+from runs import RULE, SCRIPT, checkpoints, command, events, free_port, heard, log_lines, read_checkpoint
 
 # A run whose phases take some tenths of a second each.
 PHASES = {  # the beginning of the line of the log after which the phase begins, and the settings that make it last
@@ -35,7 +35,8 @@ PHASES = {  # the beginning of the line of the log after which the phase begins,
     "export": ("calibrate ", "FIT=prune"),
     "eval": ("artifact ", "EVAL_STRIDE=32"),
 }
-SETTINGS = ["MATRIX_QUANT=gptq", "VAL_TOKENS=1024", *(setting for _, setting in PHASES.values())]
+SMALLER = ("NUM_LAYERS=2", "XSA_LAST_N=1", "VE_LAYERS=1")
+SETTINGS = [*SMALLER, "MATRIX_QUANT=gptq", "VAL_TOKENS=1024", *(setting for _, setting in PHASES.values())]
 ACTIONS = ("SIGTERM", "SIGHUP", "SIGINT", "SIGKILL", "console")
 SILENCE = 200  # seconds in which one of the runs ends, on the busiest machine
 
@@ -181,8 +182,11 @@ def watch(forge, pids, folder):
 
 
 def reached(folder, phase):
-    with contextlib.suppress(OSError):
-        return any(line.startswith(PHASES[phase][0]) for line in log_lines(folder))
+    """Has the log the line with which a phase begins? It is asked all the time, so the source in front is skipped."""
+    with contextlib.suppress(OSError), open(folder / "train.log", "rb") as log:
+        log.seek(SCRIPT.stat().st_size)
+        lines = log.read().rpartition(RULE.encode() + b"\n")[2].splitlines()
+        return any(line.startswith(PHASES[phase][0].encode()) for line in lines)
     return False
 
 

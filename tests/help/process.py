@@ -12,13 +12,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import guard
+
 REPO = Path(__file__).resolve().parents[2]
 
 
 def clean_env(env=None):
     """The environment without anything that could be a setting: only what a process needs to run, then `env`."""
     keep = ("PATH", "HOME", "LANG", "LC_", "TMPDIR", "LD_", "DYLD_", "CUDA_", "NVIDIA_", "TORCH", "TRITON", "OMP_",
-            "MKL_", "VIRTUAL_ENV", "PYENV")
+            "MKL_", "VIRTUAL_ENV", "PYENV", guard.MARK)
     kept = {name: value for name, value in os.environ.items() if name.startswith(keep)}
     return {**kept, "PYTHONDONTWRITEBYTECODE": "1", **(env or {})}
 
