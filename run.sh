@@ -308,6 +308,7 @@ setup)
     ;;
 test)
     environment requirements.txt requirements-dev.txt
+    [ "${2:-}" != quick ] || set -- test -n 2 --dist loadfile @tests/quick.txt "${@:3}"
     [ $# -gt 1 ] || set -- test -n 2 --dist loadfile # all of them: a file at a time on each of two cores
     exec "$py" -m pytest "${@:2}"
     ;;

@@ -6,16 +6,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import reference as ref
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-import reference as ref
-import train_gpt as tg
-from conftest import write_shard
 from runs import call, command, events, good
-from test_optimizer import built, set_gradients
+from toy import write_shard
 from training import VOCAB, text, trained, validation, walk
+
+import train_gpt as tg
+from test_optimizer import built, set_gradients
 
 TINY = dict(num_layers=1, model_dim=8, num_heads=2, num_kv_heads=1, bigram_vocab_size=0, ve_dim=0, vocab_size=8)
 
@@ -63,7 +63,7 @@ def mixed(history, shares):
 
 @ref.tries(15)
 @given(st.sampled_from([0.0, 0.05, 0.4, 0.9]), st.floats(0, 0.999), st.integers(0, 12))
-def test_ema_has_its_closed_form(start, decay, steps):
+def test_ema_start_and_decay_have_their_closed_form(start, decay, steps):
     """From the initial weights, or from those after the first step at or beyond EMA_START_FRAC."""
     path = [(i / 12, 1.0) for i in range(steps)]
     history, found = averaged(ref.small(**TINY, average="ema", ema_decay=decay, ema_start_frac=start), path)

@@ -19,14 +19,15 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from process import REPO, clean_env
+from runs import call, good, summary
 from torch.utils.flop_counter import FlopCounterMode
+from toy import BOS, TOY
 
 import bench
 import train_gpt as tg
 from benchmarks import budgets, containers, evaluation, packing, training, validity, weights
 from benchmarks.harness import measure
-from conftest import BOS, REPO, TOY, clean_env
-from runs import call, good, summary
 
 ROW = ("mode", "looping", "share", "ms_per_step", "ms_min", "ms_max", "cpu_ms_per_step", "cpu_ms_min", "cpu_ms_max",
        "tokens_per_second", "peak_memory_mib", "mflop_per_token", "tflop_per_step", "tflops_per_device", "mfu",

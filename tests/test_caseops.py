@@ -15,18 +15,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import reference as ref
 import sentencepiece
 from hypothesis import example, given
 from hypothesis import strategies as st
+from process import REPO
+from runs import call, command, events, good, refused, summary
+from toy import toy_documents, write_shard
 
 import caseops
 import fineweb
 import prepare
-import reference as ref
 import report
 import train_gpt as tg
-from conftest import REPO, toy_documents, write_shard
-from runs import call, command, events, good, refused, summary
 from shards import list_shards
 from tokenizer import load, train_tokenizer
 

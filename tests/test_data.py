@@ -12,15 +12,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import reference as ref
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import call, command, events, good, refused, summary
+from toy import toy_documents, write_shard
 
 import prepare
-import reference as ref
 import train_gpt as tg
-from conftest import toy_documents, write_shard
-from runs import call, command, events, good, refused, summary
 
 
 def shard_bytes(tokens=(1, 2, 3), magic=20240520, version=1, count=None):

@@ -13,13 +13,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-
 import reference as ref
-import train_gpt as tg
-from conftest import REPO, write_shard
+import torch
+from process import REPO
 from runs import call, command, events, good, log_lines, summary
+from toy import write_shard
 from training import captured_whole, text, trained
+
+import train_gpt as tg
 
 LATER = "not built: "
 TTT = LATER + "test-time training"
@@ -35,15 +36,16 @@ TABLE = {
              "test_an_artifact_over_the_limit_is_kept_and_scored_and_ends_with_code_3",
     "9.1.3": "test_a_run_over_either_time_limit_is_no_record",
     "9.1.4": QAT + " test_what_is_validated_is_not_rounded",
-    "9.1.5": "test_swa_is_what_is_exported test_muon_beta2_is_read test_every_field_of_training_has_a_case",
+    "9.1.5": "test_swa_is_what_is_exported test_normuon_reads_muon_beta2 test_every_field_of_training_has_a_case",
     "9.1.6": TTT,
-    "9.1.7": "test_windows_score_every_target_of_every_row_once_with_its_context test_targets_scored_twice_or_never_are_c4",
+    "9.1.7": "test_sliding_windows_score_every_target_of_every_row_once_with_its_context "
+             "test_targets_scored_twice_or_never_are_c4",
     "9.1.8": "test_a_missing_package_is_named_before_training_and_at_loading "
              "test_the_kernel_that_was_chosen_and_those_passed_over_are_one_line",
     "9.1.9": "test_labels_say_what_was_done",
-    "9.1.10": "test_the_token_before_a_document_is_not_smeared_into_it "
+    "9.1.10": "test_smear_gate_takes_nothing_from_the_document_before "
               "test_rotary_frequencies_are_those_of_every_length test_zero_and_tiny_rows_decode",
-    "9.2.1": "test_the_average_starts_at_its_fraction_of_the_clock",
+    "9.2.1": "test_ema_start_is_a_fraction_of_the_clock",
     "9.2.2": QAT + " test_the_rounded_forward_is_that_of_the_decoded_artifact",
     "9.2.3": "test_no_switch_of_a_published_script_is_silently_ignored",
     "9.2.4": "test_the_warm_up_gives_the_optimizer_back_as_it_was test_warm_up_steps_are_made_and_undone",
@@ -63,13 +65,15 @@ TABLE = {
     "9.3.4": TTT,
     "9.3.5": "test_moments_are_those_of_every_position_and_visit test_the_cache_goes_on_as_the_whole_text_would "
              "test_the_text_does_not_depend_on_the_number_of_ranks",
-    "9.3.6": "test_gptq_is_optimal_brain_surgery test_pivots_are_conditional_variances",
+    "9.3.6": "test_gptq_with_and_without_act_order_is_optimal_brain_surgery "
+             "test_act_order_pivots_are_conditional_variances",
     "9.3.7": "test_the_real_command_obeys_the_order_and_its_settings_line_can_be_fed_back "
              "test_labels_say_what_was_done",
     "9.3.8": SLOT,
     "9.3.9": "test_every_field_of_training_has_a_case test_every_setting_is_read_by_the_program",
     "9.3.10": "test_rows_are_those_of_the_matrix_as_stored test_polar_express_uses_its_last_coefficients",
-    "9.3.11": "test_recurrence_starts_at_its_fraction_of_the_clock test_a_loop_that_never_came_is_said_and_stays_off "
+    "9.3.11": "test_depth_recurrence_starts_at_its_fraction_of_the_clock "
+              "test_depth_recurrence_that_never_came_is_said_and_stays_off "
               "test_no_graph_is_captured_inside_the_clock",
     "9.3.12": RANS,
     "9.3.13": "test_the_log_starts_with_the_source_and_the_versions",
@@ -79,7 +83,7 @@ TABLE = {
     "9.4.2": FREEZE,
     "9.4.3": NGRAM,
     "9.4.4": LATER + "a temperature",
-    "9.4.5": "test_gptq_is_optimal_brain_surgery "
+    "9.4.5": "test_gptq_with_and_without_act_order_is_optimal_brain_surgery "
              "test_a_hessian_without_an_inverse_is_one_line_that_says_what_to_raise",
     "9.4.6": QAT + " test_a_grid_rounds_as_the_exporter_does_and_hands_gradients_on",
     "9.4.7": "test_gptq_does_not_refill_what_was_pruned test_the_smallest_weights_become_zero",
@@ -113,7 +117,7 @@ def test_the_table_names_every_defect_and_only_tests_that_exist():
     trees = [ast.parse(path.read_text()) for path in (REPO / "tests").rglob("test_*.py")]
     tests = {node.name for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}
     named = {name for answer in TABLE.values() if not answer.startswith(LATER) for name in answer.split()}
-    assert not named - tests
+    assert not named - tests, f"TABLE in tests/test_defects.py names tests that are not there: {sorted(named - tests)}"
 
 
 # Time
@@ -155,7 +159,7 @@ def exported(monkeypatch):
     return seen
 
 
-def test_the_average_starts_at_its_fraction_of_the_clock(clocked, monkeypatch, tmp_path):
+def test_ema_start_is_a_fraction_of_the_clock(clocked, monkeypatch, tmp_path):
     """9.2.1: 40 % of the run was 40 % of the steps so far, so it was always over."""
     out = exported(monkeypatch)
     trained(by_the_clock(tmp_path / "text", ema_start_frac=0.4, ema_decay=0.7), tmp_path)
@@ -207,7 +211,7 @@ def visits(monkeypatch):
     return seen
 
 
-def test_recurrence_starts_at_its_fraction_of_the_clock(clocked, monkeypatch, tmp_path):
+def test_depth_recurrence_starts_at_its_fraction_of_the_clock(clocked, monkeypatch, tmp_path):
     """9.3.11: at a number of steps, which slower hardware never reached."""
     seen = visits(monkeypatch)
     _, rows = trained(by_the_clock(tmp_path / "text", train_batch_tokens=16, **LOOP), tmp_path)
@@ -215,7 +219,7 @@ def test_recurrence_starts_at_its_fraction_of_the_clock(clocked, monkeypatch, tm
     assert not [row for row in rows if row["event"] == "never_reached" and row["what"] == "ENABLE_LOOPING_AT"]
 
 
-def test_a_loop_that_never_came_is_said_and_stays_off(toy, tmp_path):
+def test_depth_recurrence_that_never_came_is_said_and_stays_off(toy, tmp_path):
     words = ("NUM_LOOPS=1", "LOOP_START=1", "LOOP_END=2", "ENABLE_LOOPING_AT=0.9", "ITERATIONS=3", "EVAL_STRIDE=0")
     good(call(command(toy, tmp_path, *words, "AVERAGE=none")))
     (row,) = [row for row in events(tmp_path, "never_reached") if row["what"] == "ENABLE_LOOPING_AT"]
@@ -255,7 +259,7 @@ def test_a_run_over_either_time_limit_is_no_record(tmp_path, seconds, word):
 # Optimizer
 
 
-def test_muon_beta2_is_read(tmp_path):
+def test_normuon_reads_muon_beta2(tmp_path):
     """9.1.5, 9.3.9, 9.5.8: four systems read it from the environment and used it nowhere."""
     runs = []
     for normuon, beta2 in ((True, 0.9), (True, 0.1), (False, 0.9)):
@@ -350,7 +354,7 @@ def test_complementary_weights_keep_the_size_of_the_loss_and_forget_nothing():
 
 @pytest.mark.parametrize("changes", [dict(), dict(smear_gate="scalar", gate_window=4),
                                      dict(trigram=True, trigram_vocab_size=9, trigram_dim=4)], ids=str)
-def test_the_token_before_a_document_is_not_smeared_into_it(changes):
+def test_smear_gate_takes_nothing_from_the_document_before(changes):
     """9.1.10: the last token of a document leaked into the first position of the next, in all five systems."""
     ids = ref.tokens(32, 1, 12, bos=0)
     ids[0, 5] = tg.BOS

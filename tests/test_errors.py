@@ -19,9 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import train_gpt
-from conftest import REPO, run_trainer, toy_documents, train_tokenizer, write_shard
+from process import REPO, run_trainer
 from runs import (
     SCRIPT,
     Started,
@@ -38,6 +36,9 @@ from runs import (
     summary,
     trainer,
 )
+from toy import toy_documents, train_tokenizer, write_shard
+
+import train_gpt
 from train_gpt import PREFIX, BadInput
 
 VOCAB = 512

@@ -10,14 +10,14 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import reference as ref
+import scoring
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-import reference as ref
-import scoring
-import train_gpt as tg
 from scoring import BASE, coded, model_of, settings, stream_of
+
+import train_gpt as tg
 
 
 def random_text(targets, vocab=32, seed=0, bos=0.15):
@@ -49,7 +49,7 @@ def rows(draw):
 
 @ref.tries(500)
 @given(rows(), st.integers(1, 30), st.data())
-def test_windows_score_every_target_of_every_row_once_with_its_context(table, length, data):
+def test_sliding_windows_score_every_target_of_every_row_once_with_its_context(table, length, data):
     stride = data.draw(st.integers(0, length))
     starts, lengths, keeps = tg.sliding_windows(table, length, stride)
     stride, at = stride or length, 0
@@ -65,7 +65,7 @@ def test_windows_score_every_target_of_every_row_once_with_its_context(table, le
     assert at == len(starts) == len(lengths) == len(keeps)
 
 
-def test_contiguous_windows_are_a_stride_of_the_length():
+def test_contiguous_windows_are_sliding_windows_with_a_stride_of_the_length():
     for targets in (3, 8, 9, 15, 16, 17, 100):
         table = np.array([[0, targets], [targets, 2 * targets + 1]])
         assert [x.tolist() for x in tg.sliding_windows(table, 8, 0)] == [x.tolist() for x in tg.sliding_windows(table, 8, 8)]
@@ -73,7 +73,7 @@ def test_contiguous_windows_are_a_stride_of_the_length():
     assert (starts.tolist(), lengths.tolist(), keeps.tolist()) == ([0, 8, 16], [8, 8, 5], [8, 8, 5])
 
 
-def test_fineweb_window_counts():
+def test_sliding_window_counts_of_fineweb():
     """62,021,845 targets at 2048 and stride 64: the tail is scored, nothing twice; and so it is by document."""
     starts, lengths, keeps = tg.sliding_windows(np.array([[0, 62_021_845]]), 2048, 64)
     assert keeps.sum() == 62_021_845 == starts[-1] + lengths[-1] and (lengths[:-1] == 2048).all() and lengths[-1] == 2048 - 64 + 21

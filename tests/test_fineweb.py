@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+from toy import toy_documents
 
 import fineweb
 import prepare
 import proof
 from common import sha256
-from conftest import toy_documents
 from shards import list_shards
 
 SCRIPT = Path(__file__).resolve().parent.parent / "data" / "fineweb.py"

@@ -1,15 +1,14 @@
 """Files that were damaged by somebody who knows the formats: refused in one line, or they mean what they say.
 
-A short form of `python tests/fuzzing.py artifacts --count 10000` and `... checkpoints --count 500`, which say
+A short form of `python tests/help/fuzzing.py artifacts --count 10000` and `... checkpoints --count 500`, which say
 by seed and number which file it was.
 """
 
 import math
 import os
 
-import pytest
-
 import fuzzing
+import pytest
 
 SEED = os.environ.get("TEST_SEED", "1")
 

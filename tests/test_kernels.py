@@ -10,11 +10,11 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import reference as ref
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import reference as ref
 import train_gpt as tg
 
 

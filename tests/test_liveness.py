@@ -18,11 +18,11 @@ from typing import Literal, NamedTuple, get_args, get_origin
 from unittest import mock
 
 import pytest
-import torch
-
 import reference as ref
-import train_gpt as tg
+import torch
 from runs import events
+
+import train_gpt as tg
 from train_gpt import Settings
 
 PACKING, SCORING = "Quantisation and packing", "Evaluation"
@@ -245,6 +245,32 @@ def trained(toy, *changes, backend=None):
     return CACHE[key]
 
 
+class Different(Exception):
+    """A loss that is not the expected one."""
+
+
+@dataclass
+class Compared(Trained):
+    """A run that ends at the first loss that differs from those expected."""
+
+    expected: list = field(default_factory=list)
+
+    def __call__(self, event, text=None, **values):
+        super().__call__(event, text, **values)
+        if event == "train" and self.losses != self.expected[: len(self.losses)]:
+            raise Different
+
+
+def differs(toy, changes, losses):
+    """Has a training with these settings other losses? It goes no further than to the first one."""
+    values = {pair.partition("=")[0]: pair for pair in (*toy, *BASE, *changes)}
+    s = Settings.parse(list(values.values()))
+    try:
+        return _train(s, None, Compared(s, expected=losses)).losses != losses
+    except Different:
+        return True
+
+
 def _run(s, result):
     """A run without files, whose log is `result`."""
     run, rt = tg.Run.__new__(tg.Run), tg.Runtime(s, {})
@@ -253,8 +279,8 @@ def _run(s, result):
     return run
 
 
-def _train(s, backend):
-    result = Trained(s)
+def _train(s, backend, result=None):
+    result = result or Trained(s)
     run = _run(s, result)
     rt = run.rt
     if backend:
@@ -378,27 +404,28 @@ def alive(toy, name, case):
         plain, changed = scored(toy, case.beside), scored(toy, *flip(name, case))
     else:
         plain, changed = trained(toy, case.beside), trained(toy, *flip(name, case))
-    assert getattr(plain.s, name) != getattr(changed.s, name), "the case changes nothing to begin with"
+    change = " ".join(flip(name, case)).strip()
+    assert getattr(plain.s, name) != getattr(changed.s, name), f"{change} is what the run has without it"
     assert name.upper() not in changed.s.idle(), changed.s.idle()
     if case.shows == "artifact":
         apart = max((changed.weights[n] - w).abs().max().item() for n, w in plain.weights.items())
-        assert apart > 1e-5, f"the weights of the artifact differ by {apart}"
+        assert apart > 1e-5, f"{change}: the weights of the artifact differ by {apart}"
         return
     if case.shows == "score":
         far = abs(plain.loss - changed.loss)
-        assert far > 1e-5, f"the scores differ by {far}"
+        assert far > 1e-5, f"{change}: the scores differ by {far}"
         return
     assert len(plain.losses) == len(changed.losses) == 6
     far = max(abs(a - b) for a, b in zip(plain.losses, changed.losses))
     if case.shows == "loss":
-        assert far > 2e-6, f"the losses differ by {far}"
+        assert far > 2e-6, f"{change}: the losses differ by {far}"
         return
-    assert far == 0, "an average must not disturb the training"
+    assert far == 0, f"{change}: an average must not disturb the training"
     if case.shows == "choice":
-        assert plain.choice and changed.choice and plain.choice != changed.choice
+        assert plain.choice and changed.choice and plain.choice != changed.choice, f"{change}: the same choice"
     else:
         apart = max((changed.weights[n] - w).abs().max().item() for n, w in plain.weights.items())
-        assert apart > 1e-5, f"the exported weights differ by {apart}"
+        assert apart > 1e-5, f"{change}: the exported weights differ by {apart}"
 
 
 @pytest.mark.parametrize("name, case", ROWS, ids=NAMES)
@@ -471,16 +498,49 @@ def test_switches_do_the_same_in_the_compiled_graph(toy, rows):
         if name in IN_THE_GRAPH:
             without = {n: v for n, v in values.items() if n != name} | dict(
                 (p.partition("=")[0].lower(), p.partition("=")[2]) for p in case.beside.split())
-            assert trained(toy, *written(without)).losses != eager.losses, f"{name} is not seen among the others"
+            assert differs(toy, written(without), eager.losses), f"{name} is not seen among the others"
 
 
 # The table
 
 
+def advised_case(name):
+    """A line for CASES, to begin with: other values of a setting, and its first condition if that is not met."""
+    f, base = FIELDS[name], Settings.parse(BASE)
+    if get_origin(f.type) is Literal:
+        values = " ".join(choice for choice in get_args(f.type) if choice != getattr(base, name))
+    elif f.type is bool:
+        values = str(int(not f.default))
+    else:
+        values = "another value"
+    condition = ""
+    if f.metadata["on"] and not base.holds(f.metadata["on"]):
+        other, _, wanted = f.metadata["on"].partition(",")[0].partition("&")[0].partition("=")
+        condition = f"{other.upper()}={wanted.partition('|')[0] or 'a value that is not 0'}"
+    shows = {PACKING: "artifact", SCORING: "score", "Averaging": "weights"}.get(f.metadata["room"], "loss")
+    return f'"{name}": each("{values}", "{condition}", "{shows}"),'
+
+
 def test_every_field_of_training_has_a_case():
-    assert not set(FIELDS) - set(CASES) - set(ELSEWHERE), "settings that nothing proves alive"
-    assert not (set(CASES) | set(ELSEWHERE)) - set(FIELDS), "cases of settings that are gone"
-    assert set(ELSEWHERE.values()) <= set(globals())
+    missing = sorted(set(FIELDS) - set(CASES) - set(ELSEWHERE))
+    assert not missing, (
+        f"nothing proves that {', '.join(map(str.upper, missing))} changes anything. Add to CASES in "
+        f"tests/test_liveness.py:\n    " + "\n    ".join(map(advised_case, missing)) +
+        "\nor, for a setting that is only about speed or limits, add it to ELSEWHERE with the test of what it changes")
+    gone = sorted((set(CASES) | set(ELSEWHERE)) - set(FIELDS))
+    assert not gone, f"Settings has no {', '.join(gone)}: remove the lines from CASES or ELSEWHERE"
+    unknown = sorted(set(ELSEWHERE.values()) - set(globals()))
+    assert not unknown, f"ELSEWHERE names tests that are not in tests/test_liveness.py: {unknown}"
+
+
+def test_a_setting_without_a_case_is_named_with_the_line_to_add(monkeypatch):
+    for name, line in (("newton_schulz", '"newton_schulz": each("polar_express", "", "loss"),'),
+                       ("embed_bits", '"embed_bits": each("another value", "", "artifact"),'),
+                       ("ttt_warm_start_a", '"ttt_warm_start_a": each("1", "TTT=lora_docs", "score"),')):
+        with monkeypatch.context() as patch, pytest.raises(AssertionError) as error:
+            patch.delitem(CASES, name)
+            test_every_field_of_training_has_a_case()
+        assert f"nothing proves that {name.upper()} changes" in str(error.value) and line in str(error.value)
 
 
 def test_every_choice_is_tried():
@@ -490,9 +550,13 @@ def test_every_choice_is_tried():
             continue
         if get_origin(f.type) is Literal:
             tried = {case.value for case in CASES[name]} | {getattr(base, name)}
-            assert tried == set(get_args(f.type)), name
+            untried = set(get_args(f.type)) - tried
+            assert not untried, f"{name.upper()}: CASES in tests/test_liveness.py tries no {', '.join(untried)}"
+            assert tried <= set(get_args(f.type)), f"{name.upper()}: CASES tries what is no choice"
         elif f.type is bool:
-            assert {tg.parse_value(f, case.value) for case in CASES[name]} == {not f.default}, name
+            only = not f.default
+            assert {tg.parse_value(f, case.value) for case in CASES[name]} == {only}, (
+                f"{name.upper()}: CASES in tests/test_liveness.py has to try {int(only)}")
 
 
 WAITING = [name for name, f in FIELDS.items() if f.metadata["on"]]

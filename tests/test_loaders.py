@@ -7,13 +7,13 @@ from functools import partial
 
 import numpy as np
 import pytest
+import reference as ref
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from toy import write_shard
 
-import reference as ref
 import train_gpt as tg
-from conftest import write_shard
 
 LOADERS = ("sequential", "coprime", "shuffled", "packed")
 BLOCKS = ("coprime", "shuffled")  # whole blocks in another order

@@ -9,13 +9,13 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import reference as ref
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-import reference as ref
-import train_gpt as tg
 from scoring import Thorough
+
+import train_gpt as tg
 
 CPU = torch.device("cpu")
 
@@ -185,7 +185,7 @@ def discounted(table, context, order, vocab):
 
 @ref.tries(60)
 @given(texts(), st.integers(1, 6), st.lists(st.integers(1, 100)), st.sampled_from([9, 21]))
-def test_probabilities_are_those_of_the_formula(ids, order, cuts, vocab):
+def test_ngram_backoff_probabilities_are_those_of_the_formula(ids, order, cuts, vocab):
     """Of every token, behind every context of the text and some that it does not have."""
     counts, table = tg.NgramCounts(vocab, order, (len(ids) - 1) * (order - 1), CPU), {}
     for ranges in cut(ids, cuts):
@@ -396,7 +396,7 @@ def readings(draw):
 
 @ref.tries(100)
 @given(readings(), texts(), st.sampled_from([0.1, 1.0, 4.0]), st.data())
-def test_every_distribution_is_that_of_the_formulas_and_sums_to_one(s, ids, sharpness, data):
+def test_ngram_backoff_hedge_and_hints_are_the_formulas_and_sum_to_one(s, ids, sharpness, data):
     """At every target and of every token: counts, mixtures, weights and hints, all from the text scored before."""
     s = tg.replace(s, alpha_range=round(data.draw(st.floats(0, 1 - s.alpha_base)), 3),
                    alpha_center=data.draw(st.floats(0, 4)), ttt=data.draw(st.sampled_from(["off", "off", "lora_docs"])))

@@ -1,21 +1,21 @@
-"""Test-time training against tests/adaptation.py: the nats of every target, step by step; and what must not change."""
+"""Test-time training against tests/help/adaptation.py: the nats of every target, step by step; and what must not change."""
 
 import functools
 import shutil
 from pathlib import Path
 
+import adaptation
 import numpy as np
 import pytest
+import reference as ref
 import torch
+import training
 from hypothesis import given
 from hypothesis import strategies as st
-
-import adaptation
-import reference as ref
-import train_gpt as tg
-import training
-from conftest import write_shard
 from runs import call, command, events, good, log_lines, refused, summary
+from toy import write_shard
+
+import train_gpt as tg
 
 TINY = dict(num_layers=2, ve_layers=(1,), model_dim=8, num_heads=2, num_kv_heads=1, eval_seq_len=8, train_seq_len=8,
             ttt_chunk_tokens=24, ttt_batch_seqs=2, ttt_epochs=2, ttt_chunk_size=4, ttt_batch_size=3, ttt_group_docs=4)
@@ -64,7 +64,7 @@ def starting(predictor, *draw):
 
 
 def referred(s, seed, stream):
-    """What tests/adaptation.py says."""
+    """What tests/help/adaptation.py says."""
     start = None
     if s.ttt in ("lora", "lora_docs"):
         predictor = predictor_of(s, tg.GPT(s, torch.float64, init=False), stream)
@@ -148,14 +148,43 @@ def named(case):
     return "+".join(f"{name}={value}" for part in case for name, value in part.items())
 
 
-@pytest.mark.parametrize("case", CASES, ids=named)
-def test_every_step_is_that_of_the_reference(case):
+def has_phases(case):
+    beside, change = case
+    return "phased_ttt_prefix_docs" in beside | change
+
+
+def has_document_adapters(case):
+    beside, change = case
+    return (beside | change).get("ttt") == "lora_docs" and not has_phases(case)
+
+
+def has_neither(case):
+    return not has_phases(case) and not has_document_adapters(case)
+
+
+def check_every_step(case):
+    """The nats of every target are those of the reference, and the change of the case is seen in them."""
     beside, change = case
     s = tiny(**{**beside, **change})
     got = scored(predictor_of(s, ref.double(s, 3), stream_of()), s, stream_of())
     want = wanted({**beside, **change})
     assert far(got, want) < CLOSE
     assert far(want, wanted(beside)) > 50 * CLOSE, "the change is too small to be seen here"
+
+
+@pytest.mark.parametrize("case", list(filter(has_neither, CASES)), ids=named)
+def test_every_step_is_that_of_the_reference(case):
+    check_every_step(case)
+
+
+@pytest.mark.parametrize("case", list(filter(has_document_adapters, CASES)), ids=named)
+def test_every_step_of_document_adapters_is_that_of_the_reference(case):
+    check_every_step(case)
+
+
+@pytest.mark.parametrize("case", list(filter(has_phases, CASES)), ids=named)
+def test_every_step_of_phases_is_that_of_the_reference(case):
+    check_every_step(case)
 
 
 @ref.tries(30)
@@ -289,7 +318,7 @@ ALL = dict(ttt_lora_targets="q,k,v,o,attn,mlp,head")
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("context", ["window", "cache"])
-def test_adapters_begin_as_nothing(dtype, context):
+def test_document_adapters_begin_as_nothing(dtype, context):
     """B = 0, and A uniform within 1 / sqrt(inputs): not one bit of a score is another."""
     s = tiny(ttt="lora_docs", eval_context=context, ttt_lora_lr=0, ttt_lora_rank=64, **ALL)
     model, stream = ref.randomise(tg.GPT(s, dtype), 3), stream_of()
@@ -302,7 +331,7 @@ def test_adapters_begin_as_nothing(dtype, context):
 
 
 @pytest.mark.parametrize("context", ["window", "cache"])
-def test_documents_side_by_side_never_meet(context):
+def test_document_adapters_side_by_side_never_meet(context):
     """Each of them changed: not one bit of another's score is."""
     s, stream = tiny(ttt="lora_docs", eval_context=context, **ALL), stream_of()
     model = ref.randomise(tg.GPT(s), 3)
@@ -321,7 +350,7 @@ def test_documents_side_by_side_never_meet(context):
 
 
 @pytest.mark.parametrize("kind", [LORA, DOCS], ids=lambda kind: kind["ttt"])
-def test_each_visit_of_a_looped_block_has_adapters_of_its_own(kind):
+def test_each_visit_of_depth_recurrence_has_adapters_of_its_own(kind):
     s = tiny(num_loops=2, loop_start=0, loop_end=1, **kind, **ALL)
     stream = stream_of(40, bos=0)
     predictor = predictor_of(s, ref.randomise(tg.GPT(s), 3), stream)

@@ -7,12 +7,12 @@ import io
 from pathlib import Path
 
 import pytest
-import torch
-
 import reference as ref
-import train_gpt as tg
+import torch
 from runs import events
 from training import begun, captured_whole, text, trained, validation, walk
+
+import train_gpt as tg
 
 LATE = dict(iterations=12, average="none", late_qat_threshold=0.5, matrix_bits=3, embed_bits=4, val_loss_every=0)
 
@@ -239,7 +239,7 @@ def test_a_resumed_run_goes_on_with_the_grid_it_had(tmp_path, monkeypatch, chang
     assert all(torch.equal(again[name], weights[name]) for name in weights)
 
 
-def test_the_grid_of_allocate_is_chosen_once_and_is_that_of_the_artifact(tmp_path):
+def test_the_grid_of_an_allocation_is_chosen_once_and_is_that_of_the_artifact(tmp_path):
     s = tg.replace(late(tmp_path, iterations=24, warmdown_frac=1.0), **ALLOCATED)
     rt, out = tg.Runtime(s, {}), tmp_path / "run"
     model = ref.randomise(tg.GPT(s, attend=tg.attend_sdpa), spread=0.2)

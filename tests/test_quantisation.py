@@ -9,14 +9,15 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import reference as ref
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-
-import reference as ref
-import train_gpt as tg
+from parameters import role_of, width_of
 from training import text, trained, walk
+
+import train_gpt as tg
 
 PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 TINY = 2.0**-24  # the smallest float16
@@ -245,12 +246,11 @@ def encoded(s, seed=0, moments=None):
 
 def width(s, name):
     """(bits, sigmas) of a parameter, by its name and the words of the settings."""
-    if name in ("embed.weight", "head.weight") or name.endswith("table.weight"):
+    role = role_of(name)
+    if role in ("embed", "head"):
         return s.embed_bits, s.embed_clip_sigmas
-    if name.endswith("gate.weight"):
-        return s.gate_bits, 0
-    if not name.endswith(("proj.weight", ".q.weight", ".k.weight", ".v.weight", ".o.weight", "up.weight", "down.weight")):
-        return 16, 0
+    if role != "matrix":
+        return width_of(s, name), 0
     kind = "attn" if ".attn." in name else "mlp" if ".mlp." in name else "proj"
     layer = int(name.split(".")[1]) if name.startswith("blocks") else -1
     bits = dict(s.layer_bits).get(layer, getattr(s, f"{kind}_bits") or s.matrix_bits)
@@ -277,17 +277,17 @@ def test_widths_and_clips_are_those_of_kind_and_layer(changes, method):
             np.testing.assert_array_equal(one.parts["half"].numpy(), w.numpy().astype(np.float16))
             continue
         top, scale = 2 ** (bits - 1) - 1, one.parts["scale"].numpy().astype(float)
-        floor = 0 if name.endswith("gate.weight") else s.clip_floor / top
+        floor = 0 if role_of(name) == "gate" else s.clip_floor / top
         if sigmas:
             want = sigmas * w.double().numpy().std(1, ddof=1 if w.size(1) > 1 else 0) / top
-        elif method == "rtn" or name.endswith("gate.weight"):
+        elif method == "rtn" or role_of(name) == "gate":
             want = np.abs(w.double().numpy()).max(1) / top
         else:
             want = np.array([min((brute(row, bits, p, floor) for p in PERCENTILES), key=lambda one: squared_error(row, *one))[1]
                              for row in w.double().numpy()])
         want = np.maximum(want, floor)
         np.testing.assert_allclose(scale, want, rtol=2**-10)
-        assert not s.clip_floor or name.endswith("gate.weight") or (np.float16(scale) == np.float16(floor)).any(), "none was met"
+        assert not s.clip_floor or role_of(name) == "gate" or (np.float16(scale) == np.float16(floor)).any(), "none was met"
         np.testing.assert_array_equal(one.parts["q"].numpy(), np.clip(np.rint(w.numpy() / scale[:, None].astype(np.float32)), -top, top))
         np.testing.assert_array_equal(one.decode(w.shape).numpy(), one.parts["q"].numpy() * one.parts["scale"].numpy()[:, None].astype(np.float32))
 
@@ -303,7 +303,7 @@ def test_the_floor_of_the_early_records(bits, floor):
 # --- AWQ-lite ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_salient_groups_are_those_of_the_published_rule():
+def test_awq_lite_groups_are_those_of_the_published_rule():
     """#1908: of all whole groups of neighbouring columns of all tensors, those with the largest sum of the root mean
     square of a column's input times the mean magnitude of its weights, in float64; columns left over are in none.
     """
@@ -324,7 +324,7 @@ def test_the_salient_groups_are_those_of_the_published_rule():
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 @pytest.mark.parametrize("bits", [6, 8])
-def test_salient_columns_get_finer_steps_of_the_same_clip_within_gptq(learned, tmp_path, method, bits):
+def test_awq_lite_columns_get_finer_steps_of_the_same_clip_within_gptq(learned, tmp_path, method, bits):
     """Column by column in float64: whose step is finer, and what it feeds forward; the same out of the file."""
     s, model, weights, moments, _ = learned
     s = tg.replace(s, matrix_quant=method, embed_quant=method, matrix_bits=4, embed_bits=5, matrix_clip_sigmas=3.0,
@@ -458,7 +458,7 @@ def random_hessian(cols, samples, seed):
 @ref.tries(60)
 @given(st.integers(1, 5), st.integers(1, 20), st.sampled_from([1e-3, 0.01, 0.3]), st.booleans(), st.sampled_from([1, 3, 8, 128]),
        st.booleans(), st.integers(0, 10**6), st.integers(0, 3))
-def test_gptq_is_optimal_brain_surgery(rows, cols, damp, act_order, block, wide, seed, dead):
+def test_gptq_with_and_without_act_order_is_optimal_brain_surgery(rows, cols, damp, act_order, block, wide, seed, dead):
     rng = np.random.default_rng(seed)
     hessian = random_hessian(cols, 3 * cols, seed)
     for j in rng.integers(0, cols, dead):
@@ -517,7 +517,7 @@ def test_a_hessian_without_an_inverse_is_one_line_that_says_what_to_raise():
 
 @ref.tries(40)
 @given(st.integers(1, 16), st.booleans(), st.integers(0, 10**6))
-def test_pivots_are_conditional_variances(cols, act_order, seed):
+def test_act_order_pivots_are_conditional_variances(cols, act_order, seed):
     """Of a Gaussian with the damped Hessian as covariance: each column's, given those behind it (Schur complements)."""
     hessian = random_hessian(cols, 4 * cols, seed)
     damped = hessian + 0.05 * np.mean(np.diag(hessian)) * np.eye(cols)
@@ -752,7 +752,7 @@ def test_quarter_octaves_are_exact():
 
 @ref.tries(60)
 @given(st.integers(1, 8), st.integers(1, 30), st.floats(1e-6, 1.0), st.integers(0, 10**6))
-def test_steps_follow_what_a_weight_costs(rows, cols, spacing, seed):
+def test_allocation_gives_steps_that_follow_what_a_weight_costs(rows, cols, spacing, seed):
     rng = np.random.default_rng(seed)
     gain, pivots = np.exp(2 * rng.normal(size=rows)), np.exp(2 * rng.normal(size=cols)) * 1e-3
     w = torch.from_numpy(rng.normal(size=(rows, cols))).float()
@@ -848,7 +848,7 @@ def silent(*_, **__):
 
 
 @pytest.mark.parametrize("room", [20_000, 41_234, 10**7])
-def test_what_is_allocated_fills_its_room(tmp_path, room):
+def test_allocation_fills_its_room(tmp_path, room):
     s, model, moments = bigger()
     rows = []
     info = tg.save_artifact(tmp_path / "model.pg", model, s, log=lambda event, **v: rows.append((event, v)), moments=moments, room=room)
@@ -865,14 +865,14 @@ def test_what_is_allocated_fills_its_room(tmp_path, room):
     assert all(torch.isfinite(p).all() for p in loaded.parameters())
 
 
-def test_a_room_that_nothing_fits_is_not_hidden(tmp_path):
+def test_allocation_does_not_hide_a_room_that_nothing_fits(tmp_path):
     s, model, moments = bigger(vocab_size=64)
     assert tg.save_artifact(tmp_path / "model.pg", model, s, moments=moments, room=1000)["bytes"] > 1000
 
 
 @ref.tries(100)
 @given(st.lists(st.integers(80_000, 120_000), min_size=10, max_size=10))
-def test_a_try_that_is_too_large_is_never_kept_where_another_one_fits(sizes):
+def test_allocation_never_keeps_a_try_that_is_too_large_where_another_one_fits(sizes):
     """The last one that fits is kept, whatever the others come to. One within 5,000 bytes ends them."""
     room, tries = 100_000, []
     quantiser = SimpleNamespace(quantised=1000, rate=lambda spacing: 1e5, encode=lambda spacing: None,
@@ -889,7 +889,7 @@ def test_a_try_that_is_too_large_is_never_kept_where_another_one_fits(sizes):
     assert kept is fitting[-1] if fitting else kept in tries
 
 
-def test_at_equal_bytes_the_grid_is_felt_less_than_rows_clipped_by_their_spread():
+def test_at_equal_bytes_allocation_is_felt_less_than_rows_clipped_by_their_spread():
     """What FIT=allocate is for: against SDClip with GPTQ at 6 and 8 bits, of the same size."""
     s, model, moments = bigger()
     weights, pack = dict(model.named_parameters()), packer(s, model)
@@ -905,7 +905,7 @@ def test_at_equal_bytes_the_grid_is_felt_less_than_rows_clipped_by_their_spread(
     assert lost[0] < 0.8 * lost[1], lost
 
 
-def test_no_other_grid_of_the_same_kind_is_felt_less():
+def test_no_other_allocation_of_steps_is_felt_less():
     """Equal costs everywhere: twice the step in one half of the rows and half of it in the other is worse at equal entropy."""
     rng = np.random.default_rng(0)
     w, gain, pivots = rng.normal(size=(64, 256)), np.exp(rng.normal(size=64)), np.exp(rng.normal(size=256))
@@ -973,7 +973,7 @@ def test_salient_tensors_are_pruned_by_their_steps_like_the_others(learned):
     assert not any((hopeless[name].parts["q"].abs() == 1).any() for name in coded)
 
 
-def test_the_bytes_expected_of_a_spacing_are_near_those_of_its_artifact():
+def test_the_bytes_that_allocation_expects_are_near_those_of_its_artifact():
     """So that FIT=allocate is near the room at its first try. What else there is costs a quarter at most."""
     s, model, moments = bigger(compressor="rans")
     quantiser = tg.Quantiser(model, s, moments)
@@ -986,7 +986,7 @@ def test_the_bytes_expected_of_a_spacing_are_near_those_of_its_artifact():
 
 @ref.tries(40)
 @given(st.integers(1, 12), st.integers(1, 20), st.integers(1, 6), st.sampled_from([1, 3, 64]), st.integers(0, 10**6))
-def test_a_correction_is_felt_less_than_none(rows, cols, rank, group, seed):
+def test_lqer_is_felt_less_than_no_correction(rows, cols, rank, group, seed):
     rng = np.random.default_rng(seed)
     error = rng.normal(size=(rows, 2)) @ rng.normal(size=(2, cols)) + 0.1 * rng.normal(size=(rows, cols))
     gain, rank = np.exp(rng.normal(size=rows)), min(rank, rows, cols)
@@ -1012,7 +1012,7 @@ def nearest(stored, exact, step, least, most):
 
 @ref.tries(40)
 @given(st.integers(4, 12), st.integers(4, 12), st.integers(1, 3), st.booleans(), st.integers(0, 10**6))
-def test_a_correction_is_the_published_one_weighed_by_gains_and_inputs(rows, cols, rank, correlated, seed):
+def test_lqer_is_the_published_correction_weighed_by_gains_and_inputs(rows, cols, rank, correlated, seed):
     """LQER by eigenvectors in float64, with gains that differ by orders of magnitude.
 
     A, in 2 bits, is G^-1/2 U S of the largest singular triples of G^1/2 E H^1/2. B, in 4 bits, is the best
@@ -1039,7 +1039,7 @@ def test_a_correction_is_the_published_one_weighed_by_gains_and_inputs(rows, col
     assert nearest(parts["b"].numpy().flatten(), b, steps, -8, 7).max() < 0.53
 
 
-def test_a_correction_goes_by_the_hessian_too():
+def test_lqer_goes_by_the_hessian_too():
     """Of two errors the one that is larger and the one that is felt: a correction of rank 1 takes the second."""
     error, hessian = torch.zeros(8, 8), torch.diag(torch.tensor([1e-3] * 4 + [1.0] * 4))
     error[0, :4], error[1, 4:] = 3.0, 1.0
@@ -1049,7 +1049,7 @@ def test_a_correction_goes_by_the_hessian_too():
 
 
 @pytest.mark.parametrize("fit, methods", [("off", "rtn"), ("off", "gptq"), ("allocate", "gptq")])
-def test_corrections_go_where_the_error_is_felt_most_and_through_the_file(learned, tmp_path, fit, methods):
+def test_lqer_goes_where_the_error_is_felt_most_and_through_the_file(learned, tmp_path, fit, methods):
     s, model, weights, moments, _ = learned
     s = tg.replace(s, fit=fit, matrix_quant=methods, embed_quant=methods, matrix_bits=3, embed_bits=4)
     corrected = tg.replace(s, lqer_rank=4, lqer_top_k=4, lqer_asym_group=32)
@@ -1072,7 +1072,7 @@ def test_corrections_go_where_the_error_is_felt_most_and_through_the_file(learne
         assert all(torch.equal(loaded[name], one.decode(weights[name].shape)) for name, one in fixed.items())
 
 
-def test_no_correction_has_a_higher_rank_than_its_matrix(learned, tmp_path):
+def test_lqer_has_no_higher_rank_than_its_matrix(learned, tmp_path):
     s, model, weights, moments, _ = learned
     s = tg.replace(s, lqer_rank=40, lqer_top_k=99)
     for name, one in tg.Quantiser(model, s, moments).encode().items():
@@ -1081,7 +1081,7 @@ def test_no_correction_has_a_higher_rank_than_its_matrix(learned, tmp_path):
     tg.load_artifact(tmp_path / "model.pg", s)
 
 
-def test_an_artifact_whose_correction_has_more_rank_than_its_matrix_is_refused(tmp_path):
+def test_an_artifact_whose_lqer_has_more_rank_than_its_matrix_is_refused(tmp_path):
     """It would be whole, and cost work for nothing."""
     s, path = ref.small(), tmp_path / "model.pg"
     model, name = ref.randomise(tg.GPT(s)), "blocks.0.attn.q.weight"
@@ -1099,7 +1099,7 @@ def test_an_artifact_whose_correction_has_more_rank_than_its_matrix_is_refused(t
                 tg.load_artifact(path, s)
 
 
-def test_gates_can_be_stored_in_bits_beside_corrections():
+def test_gates_can_be_stored_in_bits_next_to_lqer():
     s = ref.small(gate_bits=8, attn_gate="dense", lqer_rank=2, lqer_top_k=99)
     model = ref.randomise(tg.GPT(s))
     meter = tg.MomentMeter(model)

@@ -10,9 +10,10 @@ from pathlib import Path
 import brotli
 import numpy as np
 import pytest
+from process import REPO, clean_env, run_trainer
+from toy import toy_documents
 
 import report
-from conftest import REPO, clean_env, run_trainer, toy_documents
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 
-import launch
 import pytest
-from common import BadInput
-from conftest import REPO, clean_env
+from process import REPO, clean_env
 from runs import heard
+
+import launch
+from common import BadInput
 
 # Reads settings as train_gpt.py does, without its checks. Run as a script, it records how it was called, then does what
 # BEHAVE says; it handles signals as train_gpt.py does.

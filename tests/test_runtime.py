@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import train_gpt
-from conftest import run_trainer
+from process import run_trainer
 from runs import (
     SCRIPT,
     Started,
@@ -31,6 +29,8 @@ from runs import (
     torchrun,
     weights,
 )
+
+import train_gpt
 from train_gpt import BadInput, Clock, Log, Runtime, Settings
 
 no_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the worker processes in /proc")

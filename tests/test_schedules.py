@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import reference as ref
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-import reference as ref
-import train_gpt as tg
+from parameters import role_of
 from training import scales, text, trained
+
+import train_gpt as tg
 
 FALLS = ("warmdown_frac", "warmdown_iters", "warmdown_seconds")
 
@@ -200,8 +201,7 @@ def test_the_taper_touches_matrices_only_and_by_its_factor(tmp_path, optimizer):
     matrices = 0
     for name, constant in results[0].items():
         decay = 0.1 * 1.5 * 0.5 * (0.6 - 0.2) / (1 - 0.2)  # rate x decay x (1 - final multiple) x part of the line
-        matrix = name.endswith(("q.weight", "k.weight", "v.weight", "o.weight", "up.weight", "down.weight",
-                                "proj.weight"))
+        matrix = role_of(name) == "matrix"
         want = decay * before[name] if matrix else torch.zeros_like(before[name])
         torch.testing.assert_close(results[1][name] - constant, want, rtol=1e-4, atol=1e-6 if matrix else 0.0)
         matrices += matrix

@@ -13,13 +13,13 @@ from dataclasses import fields
 from typing import Literal, get_args, get_origin
 
 import pytest
+import reference as ref
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-
-import reference as ref
-import train_gpt
-from conftest import REPO, clean_env, run_trainer
+from process import REPO, clean_env, run_trainer
 from runs import SCRIPT, call, events, good, refused
+
+import train_gpt
 from train_gpt import BadInput, Settings
 
 FIELDS = {f.name.upper(): f for f in fields(Settings)}
@@ -674,8 +674,9 @@ def test_every_setting_is_read_by_the_program():
     outside = [node for top in TREE.body if top is not own for node in ast.walk(top)] + [node for p in properties for node in ast.walk(p)]
     read = {node.attr for node in outside if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
     dead = {f.name for f in fields(Settings)} - read - {"strict_env"}  # that one is about the parsing itself
-    assert not dead, f"settings that change nothing: {sorted(dead)}"
-    assert not {p.name for p in properties} - read, "a derived value that nothing reads"
+    assert not dead, f"nothing outside Settings reads {', '.join(sorted(dead))}: use it where it acts, or remove it"
+    unread = sorted({p.name for p in properties} - read)
+    assert not unread, f"nothing reads the derived values {', '.join(unread)} of Settings: remove them"
 
 
 def test_the_environment_is_read_in_few_places():

@@ -14,12 +14,10 @@ import time
 import warnings
 from pathlib import Path
 
+import killing
 import pytest
 import torch
-
-import killing
-import train_gpt
-from conftest import REPO, clean_env
+from process import REPO, clean_env
 from runs import (
     Started,
     call,
@@ -34,6 +32,8 @@ from runs import (
     summary,
     torchrun,
 )
+
+import train_gpt
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its runs")
 
@@ -347,7 +347,7 @@ def test_all_ranks_hear_that_the_export_failed(forge, toy, tmp_path):
 
 
 def test_runs_that_are_ended_at_random_moments_lose_nothing(forge, toy, tmp_path):
-    """A short form of tests/killing.py: every phase and every way once, and one on two ranks."""
+    """A short form of tests/help/killing.py: every phase and every way once, and one on two ranks."""
     dice = random.Random(os.environ.get("TEST_SEED"))  # set it to repeat a failure
     references = {ranks: killing.Reference(forge, toy, tmp_path / f"whole{ranks}", ranks) for ranks in (1, 2)}
     actions = dice.sample(killing.ACTIONS, len(killing.ACTIONS))

@@ -1,6 +1,7 @@
 """tools/submit.py: the packed script is the readable one in everything but its bytes, and trusts no file but itself."""
 
 import ast
+import functools
 import hashlib
 import json
 import os
@@ -14,9 +15,10 @@ import pytest
 
 pytest.importorskip("python_minifier")
 
-import submit
-from conftest import REPO, clean_env, run_trainer
+from process import REPO, clean_env, run_trainer
 from runs import RULE, SCRIPT, call, command, good, losses, summary
+
+import submit
 
 UNPACKED = f"train_gpt-{os.getuid()}"
 SAME = ("steps", "train_tokens", "model_bytes", "artifact_sha256", "val_bpb", "val_loss", "val_tokens", "val_bytes",
@@ -27,6 +29,14 @@ def pack(script, out, *more):
     """The packed file; its unpacked source is beside it."""
     assert submit.main(["pack", "--script", str(script), "--out", str(out), *more]) == 0
     return out
+
+
+@pytest.fixture(autouse=True, scope="module")
+def minified_once():
+    """The trainer takes seconds to minify, always to the same bytes (test_same_input_same_bytes)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(submit, "minified", functools.cache(submit.minified))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -325,6 +335,8 @@ def test_bad_input_is_one_line(case, tmp_path, capsys):
 @pytest.mark.parametrize("module, expected", [("python_minifier", "requirements-dev.txt"), ("brotli", "requirements.txt")])
 def test_missing_package_is_named(module, expected, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
+    if module == "python_minifier":
+        monkeypatch.setattr(submit, "minified", submit.minified.__wrapped__)
     assert submit.main(["pack", "--out", str(tmp_path / "out.py")]) == 2
     said = capsys.readouterr().err
     assert module.replace("_", "-") in said and f"pip install -r {expected}" in said and said.count("\n") == 1

@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from process import REPO, clean_env
+from runs import Started
+from toy import write_shard
 
 import sweep
-from conftest import REPO, clean_env, write_shard
-from runs import Started
 from train_gpt import Settings
 
 # A run that takes no time. Its score is a function of settings and seed; some settings make it fail, lie or wait.

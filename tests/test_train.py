@@ -15,15 +15,13 @@ import zipfile
 from functools import partial
 from types import SimpleNamespace
 
+import container
+import fuzzing
 import pytest
+import reference as ref
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-import fuzzing
-import reference as ref
-import train_gpt
-from conftest import write_shard
 from runs import (
     RULE,
     SCRIPT,
@@ -43,8 +41,11 @@ from runs import (
     trainer,
     weights,
 )
-from train_gpt import Settings, Training, Validity, load_artifact
+from toy import write_shard
 from training import begun, text
+
+import train_gpt
+from train_gpt import Settings, Training, Validity, load_artifact
 
 # The same run
 
@@ -295,7 +296,7 @@ def test_a_checkpoint_of_before_a_setting_was_there_is_gone_on_with(stopped):
     six = checkpoints(folder)[6]
     state = torch.load(io.BytesIO(train_gpt.read_checkpoint(six)), weights_only=True)
     del state["settings"]["CLIP_FLOOR"], state["settings"]["PARALLEL_FIRST_SKIP"]
-    six.write_bytes(fuzzing.checkpoint(state))
+    six.write_bytes(container.checkpoint(state))
     refused(call([*args, f"RESUME={six}", "CLIP_FLOOR=0.5"]), 2, "other settings: CLIP_FLOOR=0.0")
     step, _ = resumed(args, folder, f"RESUME={six}")
     assert step == 6 and (folder / "model.pg").read_bytes() == (original / "model.pg").read_bytes()
@@ -329,7 +330,7 @@ def test_a_checkpoint_of_before_the_data_were_in_it_knows_them_by_their_path(sto
     state = read_checkpoint(six)
     del state["data"]
     old = {name: Settings.parse(args).experiment()[name] for name in ("DATA_PATH", "TOKENIZER_PATH")}
-    six.write_bytes(fuzzing.checkpoint({**state, "settings": state["settings"] | old}))
+    six.write_bytes(container.checkpoint({**state, "settings": state["settings"] | old}))
     refused(call([*moved(args, tmp_path / "moved")[1], f"RESUME={six}"]), 2, "other settings: DATA_PATH=")
     assert resumed(args, folder, f"RESUME={six}")[0] == 6
 
@@ -408,7 +409,7 @@ def spoilt(path, what, target):
     """A checkpoint with the right checksum and something IMPOSSIBLE in it."""
     state = read_checkpoint(path)
     IMPOSSIBLE[what][0](state)
-    target.write_bytes(fuzzing.checkpoint(state))
+    target.write_bytes(container.checkpoint(state))
     return target
 
 
@@ -437,7 +438,7 @@ def test_each_field_of_a_checkpoint_is_checked_before_any_is_used(tmp_path):
 @pytest.mark.parametrize("content", [torch.zeros(3), [], {}, {"settings": {}}, {"weights": None}, 3])
 def test_a_checkpoint_of_something_else_is_refused(rich, tmp_path, content):
     args, _ = rich
-    (tmp_path / "bad.pt").write_bytes(fuzzing.checkpoint(content))
+    (tmp_path / "bad.pt").write_bytes(container.checkpoint(content))
     refused(call([*args, f"OUT_DIR={tmp_path}/out", f"RESUME={tmp_path}/bad.pt"]), 2, tmp_path / "bad.pt")
 
 
@@ -458,13 +459,13 @@ def test_resume_auto_passes_over_a_checkpoint_that_cannot_be_of_this_run(stopped
     eight = checkpoints(folder)[8]
     state = read_checkpoint(eight)
     del state["step"]
-    eight.write_bytes(fuzzing.checkpoint(state))
+    eight.write_bytes(container.checkpoint(state))
     step, done = resumed(args, folder, "RESUME=auto")
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("checkpoint_skipped ")]
     assert step == 6 and eight.name in line and "has_no_step" in line
     assert (folder / "model.pg").read_bytes() == (original / "model.pg").read_bytes()
     for path in checkpoints(folder).values():
-        path.write_bytes(fuzzing.checkpoint(state))
+        path.write_bytes(container.checkpoint(state))
     done = good(call([*args, "RESUME=auto"]))
     assert done.stdout.count("checkpoint_skipped ") == 2 and "started_anew " in done.stdout
     assert (folder / "model.pg").read_bytes() == (original / "model.pg").read_bytes()
@@ -634,7 +635,7 @@ def test_depth_recurrence_begins_at_its_fraction_of_the_run(toy, tmp_path, watch
     assert [with_loops[k] == without[k] for k in range(1, 11)] == [True] * 4 + [False] * 6, "no sooner, no later"
 
 
-def test_a_loop_that_was_never_reached_stays_off_in_the_artifact(toy, tmp_path):
+def test_depth_recurrence_never_reached_stays_off_in_the_artifact(toy, tmp_path):
     """Also after the finished run was resumed, and when the artifact is scored by itself."""
     args = [*LOOPS, "ITERATIONS=8", "ENABLE_LOOPING_AT=0.9", "CHECKPOINT_EVERY=8", "RESUME=auto"]
     first = summary(good(call(command(toy, tmp_path / "run", *args))))

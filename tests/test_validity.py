@@ -14,14 +14,14 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import torch
-
 import reference as ref
 import scoring
-import train_gpt as tg
-from conftest import write_shard
+import torch
 from runs import Started, call, command, events, good, log_lines, refused, summary, torchrun
 from scoring import coded, model_of, settings, stream_of
+from toy import write_shard
+
+import train_gpt as tg
 
 # --- a text whose windows, parts and documents end together -----------------------------------------------------------
 

@@ -13,13 +13,11 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import container
 import numpy as np
 import pytest
 import torch
-
-import fuzzing
-import train_gpt as tg
-from conftest import REPO
+from process import REPO
 from runs import (
     Started,
     call,
@@ -33,6 +31,8 @@ from runs import (
     summary,
     torchrun,
 )
+
+import train_gpt as tg
 
 C1, C2, C3, C4 = "C1", "C2 normalisation", "C3", "C4 coverage"
 LENGTH = 24  # of the windows: longer than what is looked at in one of them
@@ -407,7 +407,7 @@ def test_what_was_found_before_a_run_was_stopped_is_known_to_the_one_that_goes_o
     assert early == tg.EARLY and COPIES in copies
     # A checkpoint from before these were noted is gone on with.
     old = {name: value for name, value in state.items() if name not in ("reasons", "copies")}
-    (tmp_path / "old.pt").write_bytes(fuzzing.checkpoint(old))
+    (tmp_path / "old.pt").write_bytes(container.checkpoint(old))
     assert reasons([*args, f"RESUME={tmp_path}/old.pt"], tmp_path / "other") == []
 
 
@@ -417,10 +417,10 @@ def test_what_was_found_in_training_goes_with_the_artifact(invalid, tmp_path):
     assert len(told) == 1 and COPIES in told[0]
     path = tmp_path / "run/model.pg"
     assert reasons([*invalid, "PHASES=eval", f"ARTIFACT={path}"], tmp_path / "later") == told
-    header, streams = fuzzing.unseal(path.read_bytes())
+    header, streams = container.unseal(path.read_bytes())
     assert header["reasons"] == told
     for wrong in ("C3", [1], ["two\nlines"], ["x" * 5000], {"a": 1}):
-        path.write_bytes(fuzzing.seal(header | {"reasons": wrong}, b"".join(streams.values())))
+        path.write_bytes(container.seal(header | {"reasons": wrong}, b"".join(streams.values())))
         with pytest.raises(tg.BadInput, match="unusable header .*reasons"):
             tg.load_artifact(path)
 

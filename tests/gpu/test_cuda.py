@@ -12,12 +12,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-
 import reference as ref
+import torch
+from process import run_trainer
+
 import test_liveness
 import train_gpt as tg
-from conftest import run_trainer
 
 DEVICE = "cuda"
 KERNELS = ("fa3", "cudnn", "flash", "math")

@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from process import REPO, clean_env
 
 from benchmarks.training import peak_flops
-from conftest import REPO, clean_env
 
 # Heads of 64 channels as in the contest's models, which every attention kernel supports; otherwise small.
 SETTINGS = """VOCAB_SIZE=512 NUM_LAYERS=3 MODEL_DIM=256 NUM_HEADS=4 NUM_KV_HEADS=2 XSA_LAST_N=2 VE_LAYERS=1,2 VE_DIM=32

@@ -1,5 +1,5 @@
 """Scoring by a model that learns, written again from the definitions: float64, one row after the other, every formula
-by hand. Of train_gpt.py it uses the settings and the forward pass of the model (tests/reference.py has that one again);
+by hand. Of train_gpt.py it uses the settings and the forward pass of the model (tests/help/reference.py has that one again);
 what reads the text, trains, keeps keys or holds adapters is written anew.
 
     nats = score_first(s, seed, stream)            of every target, by TTT=off, full or lora
@@ -11,9 +11,10 @@ import re
 from functools import partial
 
 import numpy as np
-import torch
-
 import reference as ref
+import torch
+from parameters import role_of
+
 import train_gpt as tg
 
 # --- the model, with adapters and with keys that are kept ------------------------------------------------------------
@@ -115,7 +116,7 @@ def rates(s, model):
         layer = re.match(r"blocks\.(\d+)\.", name)
         scalar = not name.endswith(".weight")
         frozen = layer and int(layer[1]) < s.ttt_freeze_blocks and not (s.ttt_train_scales and scalar)
-        if frozen or s.ttt_freeze_embed and (name in ("embed.weight", "head.weight") or ".table." in name):
+        if frozen or s.ttt_freeze_embed and role_of(name) in ("embed", "head"):
             continue
         found[name] = s.ttt_lr * (s.ttt_lr_mult_proj if name.endswith((".attn.o.weight", ".mlp.down.weight")) else
                                   s.ttt_lr_mult_fc if name.endswith(".mlp.up.weight") else 1)

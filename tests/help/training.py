@@ -9,12 +9,12 @@ import contextlib
 import io
 
 import numpy as np
-import torch
-
 import reference as ref
-import train_gpt as tg
-from conftest import write_shard
+import torch
 from runs import events
+from toy import write_shard
+
+import train_gpt as tg
 
 VOCAB = ref.SMALL["vocab_size"]
 

@@ -6,11 +6,11 @@
 from dataclasses import replace
 
 import numpy as np
-import torch
-
 import reference as ref
-import train_gpt as tg
+import torch
 from training import walk
+
+import train_gpt as tg
 
 VOCAB = ref.SMALL["vocab_size"]
 BASE = ref.small(num_layers=2, ve_layers=(1,), model_dim=8, num_heads=2, num_kv_heads=1, train_seq_len=8, eval_seq_len=8, eval_stride=0,

@@ -296,28 +296,6 @@ def nats(logits, target):
     return float(top + np.log(np.exp(logits - top).sum()) - logits[target])
 
 
-def parameter_count(s):
-    """The general formula of the specification."""
-    d, h, L, V = s.model_dim, round(s.mlp_mult * s.model_dim), s.num_layers, s.vocab_size
-    dk, width = s.num_kv_heads * (d // s.num_heads), s.embed_dim or s.model_dim
-    count = L * (2 * d * d + 2 * dk * d + 2 * h * d + 2 * d + s.num_heads) + V * width
-    count += 2 * width * d if s.embed_dim else 0
-    count += 0 if s.tie_embeddings else V * width
-    count += L * 2 * d if s.resid_mix else 0
-    count += {"none": 0, "channel": d, "scalar": s.gate_window + 1}[s.smear_gate]
-    count += halves(s, True)[2] * d * (2 if s.skips == "gated" else 1)
-    count += L * s.num_heads * {"none": 0, "dense": d}.get(s.attn_gate, s.gate_window)
-    count += (L - 1) * {"none": 0, "pair": 2}.get(s.value_residual, 1)
-    if s.parallel_residual in ("lanes", "routed"):
-        count += (6 * L if s.parallel_residual == "routed" else 0) + (s.parallel_final_lane == "learned")
-    count += 2 if s.asym_logit_rescale else 0
-    for rows, width in ((s.bigram_vocab_size, s.bigram_dim), (s.trigram_vocab_size, s.trigram_dim)):
-        count += rows * width + (width * d if width != d else 0) + 1 if rows else 0
-    if s.ve_dim:
-        count += V * s.ve_dim + s.ve_dim * dk + 1 + len(s.ve_layers)
-    return count
-
-
 # --- settings and weights --------------------------------------------------------------------------------------------
 
 SMALL = dict(vocab_size=32, num_layers=3, model_dim=16, num_heads=4, num_kv_heads=2, rope_dims=2, xsa_last_n=1,

@@ -1,7 +1,7 @@
 """Runs of the trainer for the tests: inside this process (fast), as a command that can be hit by signals, or as several
 ranks; and readers for what a run leaves behind.
 
-    done = call([*toy, f"OUT_DIR={tmp_path}"])     like conftest.run_trainer, without the two seconds that a process costs
+    done = call([*toy, f"OUT_DIR={tmp_path}"])     like process.run_trainer, without the two seconds that a process costs
     with Started(trainer(...)) as run:             a process of its own: run.until("step:3/"), run.signal(...), run.finish()
 """
 
@@ -20,11 +20,11 @@ import threading
 from pathlib import Path
 from unittest import mock
 
-import torch
-
 import reference
+import torch
+from process import REPO, clean_env
+
 import train_gpt
-from conftest import REPO, clean_env
 
 SCRIPT = REPO / "train_gpt.py"
 RULE = "=" * 100  # ends the head of train.log: source, versions
@@ -37,7 +37,7 @@ def command(toy, out_dir, *more):
 
 
 def call(args, env=None):
-    """main(args) inside this process, in a clean environment: a CompletedProcess like conftest.run_trainer's."""
+    """main(args) inside this process, in a clean environment: a CompletedProcess like process.run_trainer's."""
     out, err = io.StringIO(), io.StringIO()
     with mock.patch.dict(os.environ, clean_env(env), clear=True), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = train_gpt.main([str(arg) for arg in args])
