@@ -170,7 +170,7 @@ environment() { # environment FILE...: the virtual environment with these requir
     say "installing $(echo $lacking) (minutes; torch is large; every line of pip: $log)"
     rm -f "$log"
     need_pip
-    step "$py" -m pip install -qq --progress-bar off --disable-pip-version-check --log "$log" -r "$last" ||
+    step "$py" -m pip install --quiet --progress-bar off --disable-pip-version-check --log "$log" -r "$last" ||
         fail "pip could not install $last: see above, or all in $log (PIP_PROXY, PIP_INDEX_URL help it)"
     lacking=$(missing "${files[@]}")
     [ -z "$lacking" ] || fail "pip ended well, but $VENV still lacks $(echo $lacking): see $log"
