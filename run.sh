@@ -102,7 +102,7 @@ find_python() { # sets python
     fail "no python3 found: $advice"
 }
 
-# missing FILE...: prints the pinned requirements that the environment does not have, one a line. No network, 0.1 s.
+# missing FILE...: prints the pinned requirements that the environment lacks, one a line. No network, 0.1 s.
 missing() {
     "$py" - "$@" <<'CODE'
 import sys
@@ -170,8 +170,8 @@ environment() { # environment FILE...: the virtual environment with these requir
     say "installing $(echo $lacking) (minutes; torch is large; every line of pip: $log)"
     rm -f "$log"
     need_pip
-    step "$py" -m pip install -qq --progress-bar off --disable-pip-version-check --log "$log" -r "$last" ||
-        fail "pip could not install $last: its errors are above, all its lines in $log (PIP_PROXY, PIP_INDEX_URL help it)"
+    step "$py" -m pip install --quiet --progress-bar off --disable-pip-version-check --log "$log" -r "$last" ||
+        fail "pip could not install $last: see above, or all in $log (PIP_PROXY, PIP_INDEX_URL help it)"
     lacking=$(missing "${files[@]}")
     [ -z "$lacking" ] || fail "pip ended well, but $VENV still lacks $(echo $lacking): see $log"
 }
@@ -180,8 +180,8 @@ environment() { # environment FILE...: the virtual environment with these requir
 
 embedded=data/datasets/builtin_sp1024
 
-# embedded_data FOLDER: makes it, if it is one of the two that are made of the embedded text. All that is said of a new
-# one is in FOLDER.log; of one that is there, prepare.py says a single line.
+# embedded_data FOLDER: makes it, if it is one of the two data sets of the embedded text. What prepare.py
+# prints about a new one goes to FOLDER.log; about one that is there it prints a single line.
 embedded_data() {
     local folder=$1 caseops=() log
     case $folder in

@@ -14,9 +14,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-HERE = str(Path(__file__).resolve().parent)
-if HERE not in sys.path:  # python -P and PYTHONSAFEPATH leave it out
-    sys.path.insert(0, HERE)
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and PYTHONSAFEPATH leave it out
 
 from common import exit_code, load_trainer, trainer_errors
 from shrink import sizes
@@ -70,7 +68,8 @@ def record_name(file):
 
 def launch_record(files, pairs, small, env):
     """A settings file or record that was asked for, at its own size or at the small one."""
-    name, notes = record_name(files[0]), []
+    name = record_name(files[0])
+    notes = []
     if small:
         reduced = [f"{key}={value}" for key, value in sizes([*files, *pairs], env).items()]
         pairs = [*reduced, *pairs]
@@ -78,7 +77,8 @@ def launch_record(files, pairs, small, env):
     settings = load_trainer().Settings.parse([*files, *pairs], env)
     gpus = 0 if settings.device == "cpu" else usable_gpus(notes)
     if not gpus and not small and settings.model_dim >= FULL_SIZE:
-        notes.append("no GPU: this is the full-size model, far too slow for a CPU; add --small for a size that fits")
+        notes.append("no GPU: this is the full-size model, far too slow for a CPU; "
+                     "add --small for a size that fits")
     return Launch([*files, *pairs], name, gpus, notes)
 
 

@@ -10,6 +10,7 @@ is kept in RUN_DIR/compressors.json. Runs that were interrupted are shown as far
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import lzma
@@ -21,6 +22,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,7 +46,8 @@ def read_events(path):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}; give the folder of a run, such as logs/RUN_ID") from None
-    events, damaged = [], 0
+    events = []
+    damaged = 0
     for line in filter(str.strip, lines):
         try:
             event = json.loads(line)
@@ -75,24 +78,32 @@ def read_summary(path):
 def number(mapping, key):
     """The finite number under this key, or None."""
     value = (mapping or {}).get(key)
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number and math.isfinite(value) else None
 
 
 def text(mapping, key):
+    """The value under this key as one line; "" if there is none."""
     return " ".join(str((mapping or {}).get(key) or "").split())
 
 
-def last(events, kind, want=lambda event: True):
-    return next((event for event in reversed(events) if event["event"] == kind and want(event)), None)
+def last(events, kind, accept=lambda event: True):
+    """The last event of this kind that `accept` accepts, or None."""
+    for event in reversed(events):
+        if event["event"] == kind and accept(event):
+            return event
+    return None
 
 
 def curve(events, kind, key):
-    """[(training seconds, value)] by step; a resumed run writes some steps again, and the later line counts."""
+    """[(training seconds, value)] by step. A resumed run writes some steps again; the later line counts."""
     points = {}
     for event in events:
-        step, time, value = number(event, "step"), number(event, "train_time_ms"), number(event, key)
-        if event["event"] == kind and None not in (step, time, value):
-            points = {known: point for known, point in points.items() if known < step}
+        if event["event"] != kind:
+            continue
+        step, time, value = (number(event, name) for name in ("step", "train_time_ms", key))
+        if None not in (step, time, value):
+            points = {earlier: point for earlier, point in points.items() if earlier < step}
             points[step] = (time / 1000, value)
     return list(points.values())
 
@@ -100,147 +111,220 @@ def curve(events, kind, key):
 # ---- the compressors ------------------------------------------------------------------------------------------------
 
 
+def find_tokenizer(settings, folder):
+    """The tokenizer of a data set: the file that was named, or where the trainer looks for one. May be None."""
+    if settings["TOKENIZER_PATH"]:
+        places = [Path(settings["TOKENIZER_PATH"])]
+    else:
+        vocab = settings["VOCAB_SIZE"]
+        variant = folder.name.partition(f"_sp{vocab}")[2]
+        published = f"tokenizers/fineweb_{vocab}_bpe{variant}.model"
+        places = [folder / "tokenizer.model", folder.parent.parent / published]
+    for place in places:
+        for path in (place, ROOT / place):
+            if path.is_file():
+                return path
+    return None
+
+
+def read_shards(paths, vocab_size):
+    """The tokens of these shards, one after another."""
+    ids = np.concatenate([np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES) for path in paths])
+    foreign = any(np.fromfile(path, "<i4", 1)[0] != SHARD_MAGIC for path in paths)
+    if foreign or ids.max() >= vocab_size:
+        raise ValueError
+    return ids
+
+
 def validation_text(settings, tokenizer_sha256):
-    """(text, whether it is all of it): the scored validation documents, decoded one by one, up to MOST_TEXT bytes."""
+    """(text, whether it is complete): the scored validation documents, decoded, up to MOST_TEXT bytes."""
     import sentencepiece
 
     folder = Path(settings["DATA_PATH"])
     folder = folder if folder.is_dir() else ROOT / folder
     paths = list(folder.glob("fineweb_val_[0-9]*.bin"))
     paths.sort(key=lambda path: int(re.sub(r"\D", "", path.stem)))  # by number, with or without leading zeros
-    vocab = settings["VOCAB_SIZE"]
-    name = f"fineweb_{vocab}_bpe{folder.name.partition(f'_sp{vocab}')[2]}.model"
-    places = [Path(settings["TOKENIZER_PATH"])] if settings["TOKENIZER_PATH"] else [
-        folder / "tokenizer.model", folder.parent.parent / "tokenizers" / name]
-    tokenizer = next((p for place in places for p in (place, ROOT / place) if p.is_file()), None)
-    if not paths or tokenizer is None:
-        raise BadInput(f"{'validation shards' if not paths else 'tokenizer'} of the run not found in {folder}")
+    tokenizer = find_tokenizer(settings, folder)
+    if not paths:
+        raise BadInput(f"validation shards of the run not found in {folder}")
+    if tokenizer is None:
+        raise BadInput(f"tokenizer of the run not found in {folder}")
     model = tokenizer.read_bytes()
     if tokenizer_sha256 and hashlib.sha256(model).hexdigest() != tokenizer_sha256:
         raise BadInput(f"{tokenizer} is no longer the tokenizer of the run")
     try:
         sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-        ids = np.concatenate([np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES) for path in paths])
-        if any(np.fromfile(path, "<i4", 1)[0] != SHARD_MAGIC for path in paths) or ids.max() >= sp.vocab_size():
-            raise ValueError
+        ids = read_shards(paths, sp.vocab_size())
     except (RuntimeError, ValueError, OSError, IndexError):
         raise BadInput(f"the shards in {folder} or {tokenizer} cannot be read") from None
-    if 0 < int(settings["VAL_TOKENS"]) < len(ids):
-        ids = ids[: int(settings["VAL_TOKENS"]) + 1]
-    starts, (_, invert) = [0, *np.flatnonzero(ids == BOS).tolist(), len(ids)], caseops.codec(sp)
-    parts, size = [], 0
-    for begin, end in zip(starts, starts[1:]):
+    limit = int(settings["VAL_TOKENS"])
+    if 0 < limit < len(ids):
+        ids = ids[: limit + 1]
+    _, to_text = caseops.codec(sp)
+    bounds = [0, *np.flatnonzero(ids == BOS).tolist(), len(ids)]
+    documents = []
+    size = 0
+    for begin, end in zip(bounds, bounds[1:]):
         if size >= MOST_TEXT:
             break
-        parts.append(invert(sp.decode([token for token in ids[begin:end].tolist() if token != BOS])).encode())
-        size += len(parts[-1])
-    joined = b"".join(parts)
-    return joined[:MOST_TEXT], size <= MOST_TEXT and len(parts) == len(starts) - 1
+        tokens = [token for token in ids[begin:end].tolist() if token != BOS]
+        documents.append(to_text(sp.decode(tokens)).encode())
+        size += len(documents[-1])
+    complete = size <= MOST_TEXT and len(documents) == len(bounds) - 1
+    return b"".join(documents)[:MOST_TEXT], complete
 
 
 RESULT = ("text_bytes", "xz_bpb", "brotli_bpb")
 
 
-def compressors(run_dir, settings, tokenizer_sha256, val_bytes):
-    """What xz -9e and brotli -q 11 make of the validation text; a note in place of numbers where it cannot be had."""
+def read_cache(path, source):
+    """The result that an earlier report kept, if it is of the same text; else None."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        usable = kept["of"] == source and "whole" in kept and all(number(kept, key) for key in RESULT)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return kept if usable else None
+
+
+def write_cache(path, result):
+    part = path.with_name(path.name + ".part")
+    with contextlib.suppress(OSError):  # a run in a read-only folder can be reported too
+        part.write_text(json.dumps(result) + "\n", encoding="utf-8")
+        os.replace(part, path)
+
+
+def bits_per_byte(data):
+    """(xz -9e, brotli -q 11): compressed bits per byte of this text."""
     import brotli
 
+    with ThreadPoolExecutor(2) as pool:  # both release the interpreter lock
+        xz = pool.submit(lzma.compress, data, preset=9 | lzma.PRESET_EXTREME)
+        br = pool.submit(brotli.compress, data, quality=11, lgwin=24)
+        return tuple(8 * len(job.result()) / len(data) for job in (xz, br))
+
+
+def compressors(run_dir, settings, tokenizer_sha256, val_bytes):
+    """The scores of xz -9e and brotli -q 11 on the validation text, or a note that says why there are none."""
     cache = run_dir / "compressors.json"
+    source = [tokenizer_sha256, val_bytes]
+    if kept := read_cache(cache, source):
+        return kept
     try:
-        known = json.loads(cache.read_text(encoding="utf-8"))
-        if known["of"] == [tokenizer_sha256, val_bytes] and "whole" in known and all(number(known, k) for k in RESULT):
-            return known
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    try:
-        data, whole = validation_text(settings, tokenizer_sha256)
+        data, complete = validation_text(settings, tokenizer_sha256)
     except BadInput as error:
         return {"note": str(error)}
     if not data:
         return {"note": "the validation text is empty"}
     # Published CaseOps shards count the text before normalisation, which differs a little.
-    if whole and settings["VAL_TOKENS"] == "0" and val_bytes and abs(val_bytes / len(data) - 1) > 1e-4:
-        return {"note": f"the shards are no longer those of the run: {len(data):,} bytes, scored were {val_bytes:,}"}
+    comparable = complete and settings["VAL_TOKENS"] == "0" and val_bytes
+    if comparable and abs(val_bytes / len(data) - 1) > 1e-4:
+        sizes = f"{len(data):,} bytes, scored were {val_bytes:,}"
+        return {"note": f"the shards are no longer those of the run: {sizes}"}
     if len(data) > 4_000_000:
-        print(f"compressing {len(data):,} bytes with xz and brotli, about {len(data) // 500_000} s, once ...",
+        seconds = len(data) // 500_000
+        print(f"compressing {len(data):,} bytes with xz and brotli, about {seconds} s, once ...",
               file=sys.stderr, flush=True)
-    with ThreadPoolExecutor(2) as pool:  # both release the interpreter lock
-        jobs = (pool.submit(lzma.compress, data, preset=9 | lzma.PRESET_EXTREME),
-                pool.submit(brotli.compress, data, quality=11, lgwin=24))
-        xz, br = (8 * len(job.result()) / len(data) for job in jobs)
-    result = {"of": [tokenizer_sha256, val_bytes], "whole": whole, **dict(zip(RESULT, (len(data), xz, br)))}
+    xz, br = bits_per_byte(data)
+    result = {"of": source, "whole": complete, "text_bytes": len(data), "xz_bpb": xz, "brotli_bpb": br}
     if val_bytes is not None:  # else the run may still be going on
-        try:
-            part = cache.with_name(cache.name + ".part")
-            part.write_text(json.dumps(result) + "\n", encoding="utf-8")
-            os.replace(part, cache)
-        except OSError:
-            pass  # a run in a read-only folder can be reported too
+        write_cache(cache, result)
     return result
 
 
 # ---- the facts ------------------------------------------------------------------------------------------------------
 
 
+def run_settings(events):
+    """{name: text} of the settings that say which text was scored."""
+    pairs = shlex.split(text(last(events, "settings"), "settings"))
+    given = dict(pair.partition("=")[::2] for pair in pairs)
+    settings = {name: given.get(name, default) for name, default in DEFAULT.items()}
+    int(settings["VAL_TOKENS"])
+    return settings
+
+
+def phase_seconds(summary, train):
+    """{phase: seconds} of a finished run; of another one, the training time of its last step."""
+    clock = {}
+    for key in summary or ():
+        seconds = number(summary, key)
+        if key.endswith("_seconds") and seconds is not None:
+            clock[key.removesuffix("_seconds")] = seconds
+    trained = number(train, "train_time_ms")
+    if not clock and trained:
+        clock["train"] = trained / 1000
+    return clock
+
+
 def gather(run_dir):
+    """Everything that the table, the plot and --json show."""
     events, damaged = read_events(run_dir / "metrics.jsonl")
     summary = read_summary(run_dir / "summary.json")
     try:
-        given = dict(pair.partition("=")[::2] for pair in shlex.split(text(last(events, "settings"), "settings")))
-        settings = {key: given.get(key, default) for key, default in DEFAULT.items()}
-        int(settings["VAL_TOKENS"])
+        settings = run_settings(events)
     except ValueError:
         raise BadInput(f"{run_dir / 'metrics.jsonl'}: the line of settings is damaged") from None
-    run, artifact, train, checkpoint = (last(events, kind) for kind in ("run", "artifact", "train", "checkpoint"))
+    run = last(events, "run")
+    train = last(events, "train")
+    artifact = last(events, "artifact")
+    checkpoint = last(events, "checkpoint")
     device = last(events, "choice", lambda event: "device" in event)
-    steps = [number(event, "step") or 0 for event in events if event["event"] in ("train", "val", "checkpoint")]
-    clock = {key.removesuffix("_seconds"): number(summary, key) for key in summary or () if key.endswith("_seconds")}
-    clock = {phase: seconds for phase, seconds in clock.items() if seconds is not None}
-    if not clock and (at := number(train, "train_time_ms")):
-        clock = {"train": at / 1000}
-    tokens, val_bytes = number(summary, "train_tokens"), number(summary, "val_bytes")
-    rate = tokens / clock["train"] if tokens and clock.get("train") else number(train, "tokens_per_second")
+    counted = [event for event in events if event["event"] in ("train", "val", "checkpoint")]
+    last_step = max((number(event, "step") or 0 for event in counted), default=0)
+    clock = phase_seconds(summary, train)
+    tokens = number(summary, "train_tokens")
+    rate = number(train, "tokens_per_second")
+    if tokens and clock.get("train"):
+        rate = tokens / clock["train"]
+    val_bytes = number(summary, "val_bytes")
     facts = {
-        "run_dir": str(run_dir), "finished": summary is not None, "damaged_lines": damaged, **scores(events, summary),
-        **{key: number(summary, key) or number(artifact, key) for key in ("code_bytes", "model_bytes", "total_bytes")},
+        "run_dir": str(run_dir), "finished": summary is not None, "damaged_lines": damaged,
+        **scores(events, summary),
+        **{key: number(summary, key) or number(artifact, key)
+           for key in ("code_bytes", "model_bytes", "total_bytes")},
         "limit_bytes": number(artifact, "limit_bytes"), "margin_bytes": number(artifact, "margin_bytes"),
         "params": number(summary, "params") or number(last(events, "model_params"), "params"),
-        "steps": number(summary, "steps") if summary else max(steps, default=0), "train_tokens": tokens,
-        "epochs": number(summary, "epochs"), "tokens_per_second": rate, "seconds": clock,
+        "steps": number(summary, "steps") if summary else last_step,
+        "train_tokens": tokens, "epochs": number(summary, "epochs"),
+        "tokens_per_second": rate, "seconds": clock,
         "peak_memory_mib": number(summary, "peak_memory_mib") or number(last(events, "peak_memory"), "mib"),
         "val_bytes": val_bytes, "val_tokens": number(summary, "val_tokens"),
-        "valid": text(summary, "valid"), "reasons": reasons(summary, "reasons"),
-        "tested": text(summary, "tested"), "tests": reasons(summary, "tests"),
-        "eligible": text(summary, "eligible"), "eligible_reasons": reasons(summary, "eligible_reasons"),
+        "valid": text(summary, "valid"), "reasons": sentences(summary, "reasons"),
+        "tested": text(summary, "tested"), "tests": sentences(summary, "tests"),
+        "eligible": text(summary, "eligible"), "eligible_reasons": sentences(summary, "eligible_reasons"),
         "data": text(summary, "data") or Path(settings["DATA_PATH"]).name, "commit": text(run, "commit"),
         "device": text(summary, "device") or text(device, "device"), "processes": number(run, "world_size"),
         "checkpoint": text(checkpoint, "file"), "checkpoint_step": number(checkpoint, "step"),
         "train_curve": curve(events, "train", "train_loss"), "val_curve": curve(events, "val", "val_bpb"),
     }
-    scored = facts["final_bpb"] is not None or facts["before_bpb"] is not None
-    tokenizer = text(last(events, "tokenizer"), "sha256")
     facts["compressors"] = {"note": "no score yet to compare them with"}
-    if scored:
-        facts["compressors"] = compressors(run_dir, settings, tokenizer, val_bytes)
+    if facts["final_bpb"] is not None or facts["before_bpb"] is not None:
+        tokenizer_sha256 = text(last(events, "tokenizer"), "sha256")
+        facts["compressors"] = compressors(run_dir, settings, tokenizer_sha256, val_bytes)
     return facts
 
 
 def scores(events, summary):
     """The final score, the last one before packing, and their difference where both are of contiguous windows."""
-    final, val = last(events, "final"), last(events, "val")
+    final = last(events, "final")
+    val = last(events, "val")
     weights = last(events, "eval", lambda event: text(event, "name").endswith("_weights"))
     packed = last(events, "eval", lambda event: "contiguous" in text(event, "name"))
     if packed is None and "contiguous" in text(final, "name"):
         packed = final
-    before, after = number(weights or val, "val_bpb"), number(packed, "val_bpb")
+    before = number(weights or val, "val_bpb")
+    after = number(packed, "val_bpb")
+    cost = None if before is None or after is None else after - before
     return {"final_bpb": number(summary or final, "val_bpb"), "final_loss": number(summary or final, "val_loss"),
             "final_kind": text(summary, "predictor") or text(final, "name"), "before_bpb": before,
             "before_weights": text(weights, "name").removesuffix("_weights") or "last",
             "before_at_step": None if weights else number(val, "step"),
-            "packing_cost_bpb": None if before is None or after is None else after - before}
+            "packing_cost_bpb": cost}
 
 
-def reasons(summary, key):
+def sentences(summary, key):
+    """The list of texts under this key, each as one line."""
     value = (summary or {}).get(key)
     return [" ".join(str(item).split()) for item in value] if isinstance(value, list) else []
 
@@ -252,96 +336,143 @@ PHASES = {"warmup": "warm-up (outside the clock)", "train": "training", "calibra
           "selftest": "self-tests (outside the clock)"}
 
 
-def rows(f):
-    """(label, value, remark) of each line; a line with only a label is a heading."""
-    def count(key):
-        return "-" if f[key] is None else f"{f[key]:,.0f}"
-
-    def bits(value, sign=""):
-        return "-" if value is None else f"{value:{sign}.4f}"
-
-    state = "finished" if f["finished"] else f"not finished, last known step {f['steps']}"
-    yield f"Run {f['run_dir']}: {state}", None, None
-    machine = f"{f['processes'] or 1} x {f['device'] or 'unknown device'}"
-    yield f"  {f['data']} on {machine}, commit {f['commit'] or 'unknown'}", None, None
-    if not f["finished"] and f["checkpoint"]:
-        folder = shlex.quote(str(f["run_dir"]))
-        again = f"the same command with RESUME=auto OUT_DIR={folder}"
-        yield f"  go on from {f['checkpoint']}: {again}", None, None
-    if f["damaged_lines"]:
-        yield f"  {f['damaged_lines']} damaged line(s) of metrics.jsonl were skipped", None, None
-
-    yield "Score in bits per byte, lower is better", None, None
-    sliding = "sliding" in f["final_kind"]
-    how = "sliding window: every token with much context" if sliding else f["final_kind"].replace("_", " ")
-    yield "final, of the packed model", bits(f["final_bpb"]), how
-    step = "" if f["before_at_step"] is None else f" of step {f['before_at_step']}"
-    yield "before packing", bits(f["before_bpb"]), f"contiguous windows, {f['before_weights']} weights{step}"
-    yield "cost of packing", bits(f["packing_cost_bpb"], "+"), "contiguous windows, after minus before"
-    if "note" in (c := f["compressors"]):
-        yield f"xz and brotli ({c['note']})", "-", ""
-    else:
-        extent = f"{'the same' if c['whole'] else 'only the first'} {c['text_bytes']:,} bytes"
-        yield "xz -9e", bits(c["xz_bpb"]), extent
-        yield "brotli -q 11", bits(c["brotli_bpb"]), extent
-
-    yield "Size in bytes", None, None
-    yield "code", count("code_bytes"), "train_gpt.py"
-    yield "model", count("model_bytes"), "model.pg"
-    yield "total", count("total_bytes"), f"limit {f['limit_bytes']:,}" if f["limit_bytes"] else ""
-    yield "margin", count("margin_bytes"), "TOO LARGE" if (f["margin_bytes"] or 0) < 0 else ""
-
-    yield "Training", None, None
-    yield "parameters", count("params"), ""
-    yield "steps", count("steps"), ""
-    yield "tokens", count("train_tokens"), "" if f["epochs"] is None else f"{f['epochs']:.3g} times the training set"
-    yield "tokens per second", count("tokens_per_second"), ""
-    yield "peak memory, MiB", count("peak_memory_mib"), ""
-    yield "validation text, bytes", count("val_bytes"), f"{f['val_tokens']:,} tokens" if f["val_tokens"] else ""
-
-    yield "Seconds", None, None
-    for phase in sorted(f["seconds"], key=lambda p: list(PHASES).index(p) if p in PHASES else 99):
-        if f["seconds"][phase]:  # what did not happen is no line
-            yield PHASES.get(phase, phase), f"{f['seconds'][phase]:,.1f}", ""
-
-    yield "Verdict", None, None
-    for label, verdict, good, why in (
-            ("valid", f["valid"], "the score is a true code length of the text that was scored", f["reasons"]),
-            ("self-tested", f["tested"], f"{', '.join(f['tests'])} passed",
-             [f"not all of {', '.join(f['tests'])} passed" if f["tests"] else "left out: SELFTEST=0"]),
-            ("record-eligible", f["eligible"], "could be a record of the contest", f["eligible_reasons"])):
-        remarks = [good] if verdict == "yes" else why or [""]
-        yield label, verdict or "-", remarks[0]
-        yield from (("", "", remark) for remark in remarks[1:] if verdict)
+NONE = "-"  # the value of what a run has not, or not yet
 
 
-def table(f):
-    """Aligned lines. What the run has not, or not yet, is named in one line at the end, not shown as rows of dashes."""
-    shown = list(rows(f))
-    lacking = [label for label, value, _ in shown if value == "-"]
-    shown = [row for row in shown if row[1] != "-"]
-    left = max((len(label) for label, value, _ in shown if value is not None), default=0)
-    right = max((len(value) for _, value, _ in shown if value is not None), default=0)
-    for (label, value, remark), (_, after, _) in zip(shown, [*shown[1:], ("", None, "")]):
-        if value is None and label.startswith(("Run", "  ")):
-            yield label
-        elif value is None and after is not None:  # a heading with something below it
-            yield f"\n{label}"
-        elif value is not None:
-            yield f"  {label:<{left}}  {value:>{right}}  {remark}".rstrip()
-    if lacking:
-        yield f"\nMissing: {'; '.join(lacking)}"
+class Row(NamedTuple):
+    """A line of the table; without a value it is a heading."""
+
+    label: str
+    value: str | None = None
+    remark: str = ""
+
+
+def bits(value, sign=""):
+    return NONE if value is None else f"{value:{sign}.4f}"
+
+
+def rows(facts):
+    """The lines of the table, in order."""
+    yield from run_rows(facts)
+    yield from score_rows(facts)
+    yield from size_and_training_rows(facts)
+    yield Row("Seconds")
+    known = [phase for phase in PHASES if phase in facts["seconds"]]
+    for phase in known + [phase for phase in facts["seconds"] if phase not in PHASES]:
+        if facts["seconds"][phase]:  # what did not happen is no line
+            yield Row(PHASES.get(phase, phase), f"{facts['seconds'][phase]:,.1f}")
+    yield from verdict_rows(facts)
+
+
+def run_rows(facts):
+    state = "finished" if facts["finished"] else f"not finished, last known step {facts['steps']}"
+    yield Row(f"Run {facts['run_dir']}: {state}")
+    machine = f"{facts['processes'] or 1} x {facts['device'] or 'unknown device'}"
+    yield Row(f"  {facts['data']} on {machine}, commit {facts['commit'] or 'unknown'}")
+    if not facts["finished"] and facts["checkpoint"]:
+        folder = shlex.quote(str(facts["run_dir"]))
+        yield Row(f"  go on from {facts['checkpoint']}: the same command with RESUME=auto OUT_DIR={folder}")
+    if facts["damaged_lines"]:
+        yield Row(f"  {facts['damaged_lines']} damaged line(s) of metrics.jsonl were skipped")
+
+
+def score_rows(facts):
+    yield Row("Score in bits per byte, lower is better")
+    kind = facts["final_kind"].replace("_", " ")
+    if "sliding" in kind:
+        kind = "sliding window: every token with much context"
+    yield Row("final, of the packed model", bits(facts["final_bpb"]), kind)
+    step = "" if facts["before_at_step"] is None else f" of step {facts['before_at_step']}"
+    weights = f"contiguous windows, {facts['before_weights']} weights{step}"
+    yield Row("before packing", bits(facts["before_bpb"]), weights)
+    yield Row("cost of packing", bits(facts["packing_cost_bpb"], "+"), "contiguous windows, after minus before")
+    rivals = facts["compressors"]
+    if "note" in rivals:
+        yield Row(f"xz and brotli ({rivals['note']})", NONE)
+        return
+    extent = "the same" if rivals["whole"] else "only the first"
+    yield Row("xz -9e", bits(rivals["xz_bpb"]), f"{extent} {rivals['text_bytes']:,} bytes")
+    yield Row("brotli -q 11", bits(rivals["brotli_bpb"]), f"{extent} {rivals['text_bytes']:,} bytes")
+
+
+def size_and_training_rows(facts):
+    def count(label, key, remark=""):
+        return Row(label, NONE if facts[key] is None else f"{facts[key]:,.0f}", remark)
+
+    limit = f"limit {facts['limit_bytes']:,}" if facts["limit_bytes"] else ""
+    too_large = (facts["margin_bytes"] or 0) < 0
+    yield Row("Size in bytes")
+    yield count("code", "code_bytes", "train_gpt.py")
+    yield count("model", "model_bytes", "model.pg")
+    yield count("total", "total_bytes", limit)
+    yield count("margin", "margin_bytes", "TOO LARGE" if too_large else "")
+
+    epochs = "" if facts["epochs"] is None else f"{facts['epochs']:.3g} times the training set"
+    val_tokens = f"{facts['val_tokens']:,} tokens" if facts["val_tokens"] else ""
+    yield Row("Training")
+    yield count("parameters", "params")
+    yield count("steps", "steps")
+    yield count("tokens", "train_tokens", epochs)
+    yield count("tokens per second", "tokens_per_second")
+    yield count("peak memory, MiB", "peak_memory_mib")
+    yield count("validation text, bytes", "val_bytes", val_tokens)
+
+
+def verdict_rows(facts):
+    tests = ", ".join(facts["tests"])
+    untested = f"not all of {tests} passed" if tests else "left out: SELFTEST=0"
+    true_length = "the score is a true code length of the text that was scored"
+    yield Row("Verdict")
+    yield from verdict("valid", facts["valid"], true_length, facts["reasons"])
+    yield from verdict("self-tested", facts["tested"], f"{tests} passed", [untested])
+    could_be = "could be a record of the contest"
+    yield from verdict("record-eligible", facts["eligible"], could_be, facts["eligible_reasons"])
+
+
+def verdict(label, answer, praise, reasons):
+    """A yes with what it means, or a no with a line for each reason."""
+    if not answer:
+        yield Row(label, NONE)
+        return
+    first, *others = [praise] if answer == "yes" else reasons or [""]
+    yield Row(label, answer, first)
+    for reason in others:
+        yield Row("", "", reason)
+
+
+def table(facts):
+    """Aligned lines. What the run does not have, or not yet, is named in one line at the end."""
+    every = list(rows(facts))
+    missing = [row.label for row in every if row.value == NONE]
+    shown = [row for row in every if row.value != NONE]
+    left = max((len(row.label) for row in shown if row.value is not None), default=0)
+    right = max((len(row.value) for row in shown if row.value is not None), default=0)
+    for row, following in zip(shown, [*shown[1:], Row("")]):
+        about_the_run = row.label.startswith(("Run", "  "))
+        if row.value is not None:
+            yield f"  {row.label:<{left}}  {row.value:>{right}}  {row.remark}".rstrip()
+        elif about_the_run:
+            yield row.label
+        elif following.value is not None:  # a heading with something below it
+            yield f"\n{row.label}"
+    if missing:
+        yield f"\nMissing: {'; '.join(missing)}"
 
 
 # ---- the plot -------------------------------------------------------------------------------------------------------
 
 
-INK, CURVE, FINAL, XZ, BROTLI = "#24292f", "#2f66b0", "#c2452d", "#6a6f75", "#8a6914"
+GROUND = "#fafaf8"  # opaque, so that the page may be dark
+INK = "#24292f"
+CURVE = "#2f66b0"
+FINAL = "#c2452d"
+XZ = "#6a6f75"
+BROTLI = "#8a6914"
 STYLE = {
-    "figure.facecolor": "#fafaf8", "axes.facecolor": "#fafaf8",  # its own ground, so a dark page does not matter
-    "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": "#888888",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e3e3e0",
-    "axes.axisbelow": True, "font.size": 10, "figure.dpi": 130, "svg.hashsalt": "report"}
+    "figure.facecolor": GROUND, "axes.facecolor": GROUND, "text.color": INK, "axes.labelcolor": INK,
+    "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": "#888888", "grid.color": "#e3e3e0",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+    "font.size": 10, "figure.dpi": 130, "svg.hashsalt": "report"}
 FIRST_STEPS = 0.1  # share of the training time whose values may lie above the axis
 
 
@@ -377,31 +508,39 @@ def plot_loss(axes, curve, end):
 
 
 def plot_score(axes, facts, end):
-    """The validation curve; the packed model to the right of it; each compressor's score as a line with its name."""
+    """The validation curve, the packed model to the right of it, and each compressor as a line with its name."""
     axes.set(title="validation, bits per byte", xlabel="seconds of training", xlim=(0, 1.12 * end))
-    curve, final = facts["val_curve"], facts["final_bpb"]
+    curve = facts["val_curve"]
+    final = facts["final_bpb"]
+    levels = []
     if curve:
         axes.plot(*zip(*curve), color=CURVE, linewidth=1.4, marker="o", markersize=3.5)
         first = after_first_steps(curve, end)[0]
-        early = first[0] < end / 2  # then there is room to the right of it
-        axes.annotate("during training, contiguous windows", first, (6 if early else -6, 2), color=CURVE,
-                      textcoords="offset points", ha="left" if early else "right", va="bottom", fontsize=9)
-    rivals = [(facts["compressors"][key], name, color)
-              for name, key, color in (("xz -9e", "xz_bpb", XZ), ("brotli -q 11", "brotli_bpb", BROTLI))
-              if key in facts["compressors"]]
+        room_on_the_right = first[0] < end / 2
+        side = "right" if room_on_the_right else "left"
+        label(axes, "during training, contiguous windows", first, CURVE, side=side)
     if final is not None:
-        above = bool(curve) and final > curve[-1][1]
-        axes.plot([1.06 * end], [final], color=FINAL, marker="D", markersize=6, linestyle="none", clip_on=False)
-        axes.annotate(f"final, packed: {final:.4f}", (1.06 * end, final), (10, 9 if above else -9), color=FINAL,
-                      textcoords="offset points", ha="right", va="bottom" if above else "top")
-    for level, name, color in rivals:
-        highest = level == max(rivals)[0]  # its name goes above the line, the other's below
+        levels.append(final)
+        worse = bool(curve) and final > curve[-1][1]
+        axes.plot([1.06 * end], [final], color=FINAL, marker="D", markersize=6, clip_on=False)
+        label(axes, f"final, packed: {final:.4f}", (1.09 * end, final), FINAL, above=worse, gap=9)
+    rivals = {name: (facts["compressors"][key], color)
+              for name, key, color in (("xz -9e", "xz_bpb", XZ), ("brotli -q 11", "brotli_bpb", BROTLI))
+              if key in facts["compressors"]}
+    highest = max((level for level, _ in rivals.values()), default=None)
+    for name, (level, color) in rivals.items():
+        levels.append(level)
         axes.axhline(level, color=color, linestyle="--", linewidth=1)
-        axes.annotate(f"{name}: {level:.4f}", (1.12 * end, level), (0, 3 if highest else -3), color=color,
-                      textcoords="offset points", ha="right", va="bottom" if highest else "top", fontsize=9)
-    levels = [level for level, _, _ in rivals] + ([] if final is None else [final])
+        label(axes, f"{name}: {level:.4f}", (1.12 * end, level), color, above=level == highest)
     if curve or levels:
         axes.set_ylim(*loss_limits(curve, end, levels))
+
+
+def label(axes, text, point, color, side="left", above=True, gap=3):
+    """Text to the left or right of a point, above or below it; `gap` is in points of type."""
+    offset = (6 if side == "right" else 0, gap if above else -gap)
+    axes.annotate(text, point, offset, textcoords="offset points", color=color, fontsize=9,
+                  ha="left" if side == "right" else "right", va="bottom" if above else "top")
 
 
 def after_first_steps(curve, end):
