@@ -828,8 +828,9 @@ RENAMED = {
 
 # --------------------------------------------------------------------------------------------------
 # 2 Model parts
-# Every module that creates a parameter states its role; optimizer, codec and compression group are tables over roles.
-# Weights are fp32 masters, cast to the activation dtype where they are used; there is no autocast.
+# Every module that creates a parameter states its role; optimizer, codec and compression group are
+# tables over roles. Weights are fp32 masters, cast to the activation dtype where they are used;
+# there is no autocast.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -837,59 +838,67 @@ class Docs(NamedTuple):
     """Where documents begin. One object for everything that must not look across a boundary."""
 
     first: Tensor  # (B, T) bool: this token begins a document
-    mask: Tensor | None = None  # (B, 1, T, T) bool: who sees whom, for attention kernels that take a mask
-    cu: Tensor | None = None  # (segments + 1,) int32: their starts in the flattened batch, for those that take lengths
+    mask: Tensor | None = None  # (B, 1, T, T) bool: [query, key], for kernels that take a mask
+    cu_seqlens: Tensor | None = None  # (segments + 1,) int32: starts in the flattened batch
 
 
 def find_documents(ids, mode, longest=0, varlen=False):
-    """What BOS says about ids (B, T), or None with DOC_MASK=none. With "attention" also who sees whom: documents, cut
-    every `longest` tokens (0: not), as lengths for a `varlen` kernel (waits for the device) or as a mask.
+    """Docs of ids (B, T) with DOC_MASK=`mode`; None for "none".
+
+    "inputs": only where documents begin. "attention": also the segments in which attention stays.
+    These are the documents, cut every `longest` tokens (0: not cut). A `varlen` kernel gets them
+    as lengths, which waits for the device; other kernels get a mask.
     """
     if mode == "none":
         return None
     first = ids == BOS
     if mode == "inputs":
         return Docs(first)
-    at = torch.arange(ids.size(1), device=ids.device).expand_as(ids)
-    since = at - torch.where(first, at, 0).cummax(1).values  # the row's start begins a segment, too
-    cut = (since % longest if longest else since) == 0
+    position = torch.arange(ids.size(1), device=ids.device).expand_as(ids)
+    # Position of the last BOS, 0 before the first: the row's start begins a segment, too.
+    document_start = torch.where(first, position, 0).cummax(1).values
+    offset = position - document_start
+    if longest:
+        offset = offset % longest
+    segment_begins = offset == 0
     if varlen:
-        starts = cut.flatten().nonzero().squeeze(1)
-        return Docs(first, cu=F.pad(starts, (0, 1), value=ids.numel()).int())
-    segment = cut.cumsum(1)
-    return Docs(first, mask=(segment[:, :, None] == segment[:, None]).tril()[:, None])
+        starts = segment_begins.flatten().nonzero().squeeze(1)
+        return Docs(first, cu_seqlens=F.pad(starts, (0, 1), value=ids.numel()).int())
+    segment = segment_begins.cumsum(1)
+    same_segment = segment[:, :, None] == segment[:, None]
+    return Docs(first, mask=same_segment.tril()[:, None])
 
 
-class Slot(NamedTuple):
-    """Adapters of one visit to a block: functions whose result is added beside its linear layers, or None."""
+class VisitAdapters(NamedTuple):
+    """Adapters of one visit to a block: functions whose output is added to a layer's, or None."""
 
     q: Callable | None = None
     k: Callable | None = None
     v: Callable | None = None
-    o: Callable | None = None  # from the attention's output, as the layer o
-    attn: Callable | None = None  # beside the whole attention, from its normed input (#1530)
-    mlp: Callable | None = None  # beside the whole MLP, from its normed input
-    scaled: bool = False  # the last three pass attn_scale or mlp_scale, as what they stand beside does (#1530)
+    o: Callable | None = None  # from the attention's output, which is the input of the layer o
+    attn: Callable | None = None  # added to the whole attention, from its normed input (#1530)
+    mlp: Callable | None = None  # added to the whole MLP, from its normed input
+    scaled: bool = False  # o, attn, mlp are multiplied by attn_scale or mlp_scale (#1530)
 
 
 class Past(NamedTuple):
-    """What a forward sees of the text before its tokens, as Cache kept it."""
+    """The text before the tokens of a forward, as KVCache kept it."""
 
-    ids: Tensor  # (B, 3 at most) the last tokens, which SmearGate and the n-gram hashes read
-    rope: tuple[Tensor, Tensor]  # of the new tokens' positions
-    seen: Tensor  # (B or 1, T, S + T) bool: who sees whom of the S kept keys and the T new ones
-    kept: list  # [(k, v)] of each visit, (B, S, K, C); k rotated
-    new: list  # those of the new tokens, filled by the forward
+    ids: Tensor  # (B, at most 3) its last tokens, which SmearGate and the n-gram hashes read
+    rope: tuple[Tensor, Tensor]  # cos, sin of the new tokens' positions
+    mask: Tensor  # (B or 1, T, S + T) bool: [new token, key], of S kept keys and the T new ones
+    kv: list  # [(keys, values)] of each visit, (B, S, K, C), keys rotated; (None, None) if empty
+    new_kv: list  # [(keys, values)] of the new tokens: each visit of the forward appends its own
 
 
 class Context(NamedTuple):
-    """What every block sees beside the residual stream."""
+    """What every block sees in addition to the residual stream."""
 
     x0: Tensor  # (B, T, D) the stream as it entered the first block
     rope: tuple[Tensor, Tensor]  # cos, sin: (T, rope_dims / 2)
     docs: Docs | None
-    ve: Tensor | None  # (B, T, K*C) value embedding
-    first_v: list  # the values of layer 0, once it has made them
+    value_embedding: Tensor | None  # (B, T, K*C)
+    first_values: list  # the values of layer 0, which appends them
     past: Past | None = None
 
 
@@ -903,84 +912,107 @@ def at_least_float32(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
-def through(module, x, *args):
-    """An optional stage: absent modules pass x on."""
+def optional(module, x, *args):
+    """module(x, *args); x if the module is None: a part of the model that a setting turned off."""
     return x if module is None else module(x, *args)
 
 
 def add_adapter(y, adapter, x, scale=None):
-    """y with an adapter's contribution computed from x, times `scale`; nothing reaches the graph when there is none."""
+    """y + scale * adapter(x), scale None: 1. Without an adapter y: nothing reaches the graph."""
     if adapter is None:
         return y
-    return y + (adapter(x) if scale is None else scale.to(x.dtype) * adapter(x))
+    if scale is None:
+        return y + adapter(x)
+    return y + scale.to(x.dtype) * adapter(x)
 
 
 class FakeQuant(nn.Module):
-    """Late QAT: a weight (R, C) as the artifact would hold it, at the exporter's `step` (R, C or 1) and range -top..top.
+    """Late QAT: a weight (R, C) as the artifact would hold it.
 
-    "ste": the gradient passes straight through. "soft" (#967): steps that are smooth, and steepen with `sharpness`.
+    The exporter's grid has the step size `step` (R, C or 1) and the range -top..top. QAT_ROUNDING
+    "ste": the gradient passes straight through; "soft" (#967): smooth steps, which are steeper
+    with more `sharpness`.
     """
 
     def __init__(self, weight, top, soft):
         super().__init__()
-        self.top, self.soft = top, soft
+        self.top = top
+        self.soft = soft
         self.register_buffer("step", weight.new_ones(len(weight), 1), persistent=False)
         self.register_buffer("sharpness", weight.new_ones(()), persistent=False)
 
     def forward(self, weight):
-        at = weight / self.step
+        code = weight / self.step  # not rounded yet
         if not self.soft:
-            return weight + (at.round().clamp(-self.top, self.top) * self.step - weight).detach()
-        low = at.floor().detach()
-        rise = torch.tanh(self.sharpness * (at - low - 0.5)) / torch.tanh(self.sharpness / 2)
-        return (low + 0.5 + 0.5 * rise).clamp(-self.top, self.top) * self.step
+            quantised = code.round().clamp(-self.top, self.top) * self.step
+            return weight + (quantised - weight).detach()
+        lower = code.floor().detach()
+        rise = torch.tanh(self.sharpness * (code - lower - 0.5)) / torch.tanh(self.sharpness / 2)
+        return (lower + 0.5 + 0.5 * rise).clamp(-self.top, self.top) * self.step
 
 
 class Linear(nn.Module):
-    """y = x W^T, W (out, in); no bias anywhere. `scale` (out,) multiplies the rows of W instead of the output: the
-    same map, but its gradient comes from dW and not from a reduction over all tokens of the batch.
+    """y = x W^T, W (out, in); no bias anywhere.
+
+    `scale` (out,) multiplies the rows of W instead of the output: the same map, but its gradient
+    comes from dW and not from a reduction over all tokens of the batch.
     """
 
     def __init__(self, inputs, outputs, zero=False, role="matrix"):
         super().__init__()
-        self.zero, self.role, self.weight = zero, role, nn.Parameter(torch.empty(outputs, inputs))
-        self.register_module("fake_quant", None)  # FakeQuant, while late QAT is on; a plain attribute would be traced a third time
+        self.zero = zero
+        self.role = role
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        # FakeQuant, while late QAT is on. A plain attribute would cost a third trace of the graph.
+        self.register_module("fake_quant", None)
 
     def init(self, generator):
-        nn.init.zeros_(self.weight) if self.zero else nn.init.orthogonal_(self.weight, generator=generator)
+        if self.zero:
+            nn.init.zeros_(self.weight)
+        else:
+            nn.init.orthogonal_(self.weight, generator=generator)
 
     def forward(self, x, scale=None):
-        weight = through(self.fake_quant, self.weight)
-        weight = weight if scale is None else scale[:, None] * weight
+        weight = optional(self.fake_quant, self.weight)
+        if scale is not None:
+            weight = scale[:, None] * weight
         return F.linear(x, weight.to(x.dtype))
 
 
-class Table(nn.Module):
-    """Rows looked up by id."""
+class Embedding(nn.Module):
+    """A table of vectors (rows, width), looked up by id; `std` of the initial values, 0: zeros."""
 
     role = "embed"
 
     def __init__(self, rows, width, std):
         super().__init__()
-        self.std, self.weight = std, nn.Parameter(torch.empty(rows, width))
+        self.std = std
+        self.weight = nn.Parameter(torch.empty(rows, width))
         self.register_module("fake_quant", None)
 
     def init(self, generator):
-        nn.init.normal_(self.weight, std=self.std, generator=generator) if self.std else nn.init.zeros_(self.weight)
+        if self.std:
+            nn.init.normal_(self.weight, std=self.std, generator=generator)
+        else:
+            nn.init.zeros_(self.weight)
 
     def forward(self, ids, dtype):
-        return F.embedding(ids, through(self.fake_quant, self.weight)).to(dtype)
+        return F.embedding(ids, optional(self.fake_quant, self.weight)).to(dtype)
 
 
 def rotary_tables(positions, dims, base):
     """cos and sin (T, dims/2) of position * base^(-2j/dims) for positions (T,), in float64."""
-    frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64, device=positions.device) / max(dims, 1))
+    even = torch.arange(0, dims, 2, dtype=torch.float64, device=positions.device)  # 2j
+    frequency = base ** (-even / max(dims, 1))
     angle = positions.double()[:, None] * frequency
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Partial RoPE (#315): the first 2n channels of x (B, T, H, C) turn by minus the angle, half against half."""
+    """Partial RoPE (#315): the first 2n channels of x (B, T, H, C) turn by minus the angle.
+
+    Channel j turns with channel n + j.
+    """
     n = cos.size(-1)
     if n == 0:
         return x
@@ -990,15 +1022,20 @@ def rotate(x, cos, sin):
 
 
 def xsa(y, v):
-    """Exclusive self-attention (#265): y (B, T, H, C) less its component along the token's own value v (B, T, K, C)."""
-    groups = y.unflatten(2, (v.size(2), -1))
+    """Exclusive self-attention (#265): attention's output y (B, T, H, C) minus its component along
+    the token's own value v (B, T, K, C).
+    """
+    groups = y.unflatten(2, (v.size(2), -1))  # (B, T, K, H / K, C)
     v = v.unsqueeze(3)
     share = (groups * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-24)
     return (groups - share * v).flatten(2, 3)
 
 
 class SmearGate(nn.Module):
-    """SmearGate: (1 - g) x[t] + g x[t-1] per channel, g = sigmoid(gate); g = 0 where a document begins (#1855)."""
+    """SmearGate: (1 - g) x[t] + g x[t-1] per channel, g = sigmoid(gate).
+
+    g = 0 where a document begins (#1855).
+    """
 
     role = "scalar"
 
@@ -1013,81 +1050,104 @@ class SmearGate(nn.Module):
         gate = self.gate.sigmoid().to(x.dtype)
         if docs is not None:
             gate = gate * ~docs.first[..., None]
-        return torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), gate.expand_as(x))
+        previous = F.pad(x[:, :-1], (0, 0, 1, 0))
+        return torch.lerp(x, previous, gate.expand_as(x))
 
 
 class ScalarSmearGate(nn.Module):
-    """The later SmearGate (#1667): x[t] + lambda sigmoid(w . x[t, :window]) x[t-1], before the first norm."""
+    """The later SmearGate (#1667): x[t] + lambda sigmoid(w . x[t, :window]) x[t-1].
+
+    It stands before the first norm.
+    """
 
     role = "scalar"
 
     def __init__(self, window):
         super().__init__()
-        self.weight, self.scale = nn.Parameter(torch.empty(window)), nn.Parameter(torch.empty(()))
+        self.weight = nn.Parameter(torch.empty(window))
+        self.scale = nn.Parameter(torch.empty(()))
 
     def init(self, generator):
-        nn.init.zeros_(self.weight), nn.init.zeros_(self.scale)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.scale)
 
     def forward(self, x, docs):
-        gate = self.scale.to(x.dtype) * (x[..., : len(self.weight)] @ self.weight.to(x.dtype)).sigmoid()
+        inner = x[..., : len(self.weight)] @ self.weight.to(x.dtype)
+        gate = self.scale.to(x.dtype) * inner.sigmoid()
         if docs is not None:
             gate = gate * ~docs.first
-        return x + gate[..., None] * F.pad(x[:, :-1], (0, 0, 1, 0))
+        previous = F.pad(x[:, :-1], (0, 0, 1, 0))
+        return x + gate[..., None] * previous
 
 
-# Factors of this token, the one before, ...; a second row serves where the first has not enough predecessors.
-BIGRAM, SHARED_TRIGRAM = ((36313, 27191),), ((36313, 27191, 51497),)
-TRIGRAM = ((48271, 36313, 27191), (36313, 27191))
+# An n-gram hash has rows of factors: of this token, of the one before, ... The second row serves
+# where there are not enough predecessors for the first.
+BIGRAM = ((36313, 27191),)
+SHARED_TRIGRAM = ((36313, 27191, 51497),)  # in the table of the bigrams
+TRIGRAM = ((48271, 36313, 27191), (36313, 27191))  # in a table of its own
 
 
 def hash_ngrams(ids, hashes, buckets, docs):
-    """Hash of each token and its predecessors (B, T): the products, xored, modulo `buckets`. Where a predecessor is
-    missing - at the row's start, and with `docs` at a document's - the next of `hashes`, in the end `buckets` itself.
+    """Bucket (B, T) of the n-gram that ends at each token.
+
+    It is ids times factors, xored, modulo `buckets`. Predecessors are missing at the start of the
+    row, and with `docs` at the start of a document. There the next of `hashes` (rows of factors)
+    serves; after the last one it is bucket number `buckets`, which is reserved for that.
     """
-    factors, width = hashes[0], ids.size(1)
-    n = min(len(factors) - 1, width)
-    bucket = factors[0] * ids[:, n:]
-    for back in range(1, n + 1):
-        bucket = bucket ^ factors[back] * ids[:, n - back : width - back]
-    bucket = F.pad(bucket % buckets, (n, 0), value=buckets)
-    for back in range(n if docs is not None else 0):
-        bucket = bucket.masked_fill(F.pad(docs.first[:, : width - back], (back, 0)), buckets)
-    if hashes[1:]:
-        bucket = torch.where(bucket == buckets, hash_ngrams(ids, hashes[1:], buckets, docs), bucket)
+    factors = hashes[0]
+    width = ids.size(1)
+    predecessors = min(len(factors) - 1, width)
+    bucket = factors[0] * ids[:, predecessors:]
+    for back in range(1, predecessors + 1):
+        bucket = bucket ^ factors[back] * ids[:, predecessors - back : width - back]
+    bucket = F.pad(bucket % buckets, (predecessors, 0), value=buckets)
+    if docs is not None:
+        for back in range(predecessors):
+            began_here = F.pad(docs.first[:, : width - back], (back, 0))
+            bucket = bucket.masked_fill(began_here, buckets)
+    if len(hashes) > 1:
+        missing = bucket == buckets
+        bucket = torch.where(missing, hash_ngrams(ids, hashes[1:], buckets, docs), bucket)
     return bucket
 
 
 class BigramHash(nn.Module):
-    """Embedding of the hashed bigram or trigram: a zero table whose last row stands for "no predecessor", projected.
+    """Embedding of the hashed bigram that ends at a token, projected to the model's width.
 
-    Several n-grams add rows of the same table (TRIGRAM, #1539).
+    It serves trigrams, too: `ngrams` are some of BIGRAM, SHARED_TRIGRAM and TRIGRAM, and each adds
+    a row of the one table (#1539). The table starts at zero. Its last row means "no predecessor".
     """
 
     role = "scalar"
 
     def __init__(self, rows, width, dim, scale, *ngrams):
         super().__init__()
-        self.buckets, self.ngrams, self.start = rows - 1, ngrams, scale
-        self.table = Table(rows, width, std=0)
+        self.buckets = rows - 1
+        self.ngrams = ngrams
+        self.initial_scale = scale
+        self.table = Embedding(rows, width, std=0)
         self.proj = Linear(width, dim) if width != dim else None
         self.scale = nn.Parameter(torch.empty(()))
 
     def init(self, generator):
-        nn.init.constant_(self.scale, self.start)
+        nn.init.constant_(self.scale, self.initial_scale)
 
     def forward(self, ids, docs, dtype):
-        rows = sum(self.table(hash_ngrams(ids, n, self.buckets, docs), dtype) for n in self.ngrams)
-        return self.scale.to(dtype) * through(self.proj, rows)
+        rows = 0
+        for hashes in self.ngrams:
+            rows = rows + self.table(hash_ngrams(ids, hashes, self.buckets, docs), dtype)
+        return self.scale.to(dtype) * optional(self.proj, rows)
 
 
 class ValueEmbedding(nn.Module):
-    """A second, narrow token table whose projection is added to the values of some layers (#374)."""
+    """A second, narrow token table, projected and added to the values of some layers (#374)."""
 
     role = "scalar"
 
     def __init__(self, vocab, width, kv_dim):
         super().__init__()
-        self.table, self.proj = Table(vocab, width, std=0.01), Linear(width, kv_dim)
+        self.table = Embedding(vocab, width, std=0.01)
+        self.proj = Linear(width, kv_dim)
         self.scale = nn.Parameter(torch.empty(()))
 
     def init(self, generator):
@@ -1098,15 +1158,17 @@ class ValueEmbedding(nn.Module):
 
 
 class ValueResidual(nn.Module):
-    """The values v of a later layer with those of layer 0, v0: "vrl" v + c v0 (#1033), "pair" a v0 + b v (#1311),
-    "sigmoid" v + sigmoid(c) v0 (#1539).
+    """The values v of a later layer mixed with those of layer 0, v0.
+
+    "vrl": v + c v0 (#1033); "pair": a v0 + b v (#1311); "sigmoid": v + sigmoid(c) v0 (#1539).
     """
 
     role = "scalar"
 
     def __init__(self, kind):
         super().__init__()
-        self.kind, self.mix = kind, nn.Parameter(torch.empty(2 if kind == "pair" else ()))
+        self.kind = kind
+        self.mix = nn.Parameter(torch.empty(2 if kind == "pair" else ()))
 
     def init(self, generator):
         nn.init.constant_(self.mix, 0.5 if self.kind == "pair" else 0.0)
@@ -1115,24 +1177,33 @@ class ValueResidual(nn.Module):
         mix = self.mix.to(v.dtype)
         if self.kind == "pair":
             return mix[0] * v0 + mix[1] * v
-        return v + (mix if self.kind == "vrl" else mix.sigmoid()) * v0
+        if self.kind == "sigmoid":
+            mix = mix.sigmoid()
+        return v + mix * v0
 
 
 class HeadGate(nn.Module):
-    """Factor per head, from the normed input x: "head" 2 sigmoid(W x[:window]) (#1667), "dense" sigmoid(W x) (#1736),
-    "sparse" sigmoid(scale W x[:window]) (#1787).
+    """Factor of each head's output, from attention's normed input x.
+
+    "head": 2 sigmoid(W x[:window]) (#1667); "dense": sigmoid(W x) (#1736);
+    "sparse": sigmoid(scale W x[:window]) (#1787).
     """
 
     role = "gate"
 
     def __init__(self, s):
         super().__init__()
-        self.dense, self.top = s.attn_gate == "dense", 2.0 if s.attn_gate == "head" else 1.0
+        self.dense = s.attn_gate == "dense"
+        self.top = 2.0 if s.attn_gate == "head" else 1.0
         self.scale = s.sparse_attn_gate_scale if s.attn_gate == "sparse" else 1.0
-        self.weight = nn.Parameter(torch.empty(s.num_heads, s.model_dim if self.dense else s.gate_window))
+        features = s.model_dim if self.dense else s.gate_window
+        self.weight = nn.Parameter(torch.empty(s.num_heads, features))
 
     def init(self, generator):
-        nn.init.normal_(self.weight, std=0.01, generator=generator) if self.dense else nn.init.zeros_(self.weight)
+        if self.dense:
+            nn.init.normal_(self.weight, std=0.01, generator=generator)
+        else:
+            nn.init.zeros_(self.weight)
 
     def forward(self, x):
         """x (B, T, D) -> (B, T, H, 1)."""
@@ -1141,49 +1212,65 @@ class HeadGate(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with QK norm, query gain, partial RoPE, value embedding and residual, XSA and head
-    gates. The only one.
+    """Causal grouped-query attention with QK norm, query gain, partial RoPE, value embedding and
+    residual, XSA and head gates. The only one.
     """
 
     role = "scalar"
 
     def __init__(self, s, layer, attend):
         super().__init__()
-        self.head_dim, self.attend, self.xsa = s.head_dim, attend, layer >= s.num_layers - s.xsa_last_n
         kv_dim = s.num_kv_heads * s.head_dim
-        self.q, self.o = Linear(s.model_dim, s.model_dim), Linear(s.model_dim, s.model_dim, zero=True)
-        self.k, self.v = Linear(s.model_dim, kv_dim), Linear(s.model_dim, kv_dim)
-        self.gain_init, self.q_gain = s.qk_gain_init, nn.Parameter(torch.empty(s.num_heads))
-        self.ve_scale = nn.Parameter(torch.empty(())) if s.ve_dim and layer in s.ve_layers else None
-        self.residual = ValueResidual(s.value_residual) if s.value_residual != "none" and layer else None
-        self.before_ve = s.value_residual == "vrl"  # what layer 0 hands on
+        self.head_dim = s.head_dim
+        self.attend = attend  # the kernel (room 14)
+        self.xsa = layer >= s.num_layers - s.xsa_last_n
+        # The order of the weights here is their order in SEED's random numbers and in artifacts.
+        self.q = Linear(s.model_dim, s.model_dim)
+        self.o = Linear(s.model_dim, s.model_dim, zero=True)
+        self.k = Linear(s.model_dim, kv_dim)
+        self.v = Linear(s.model_dim, kv_dim)
+        self.initial_gain = s.qk_gain_init
+        self.q_gain = nn.Parameter(torch.empty(s.num_heads))
+        has_value_embedding = s.ve_dim and layer in s.ve_layers
+        self.ve_scale = nn.Parameter(torch.empty(())) if has_value_embedding else None
+        has_value_residual = s.value_residual != "none" and layer > 0
+        self.residual = ValueResidual(s.value_residual) if has_value_residual else None
+        self.residual_before_ve = s.value_residual == "vrl"  # v0 is without its value embedding
         self.gate = HeadGate(s) if s.attn_gate != "none" else None
 
     def init(self, generator):
-        nn.init.constant_(self.q_gain, self.gain_init)
+        nn.init.constant_(self.q_gain, self.initial_gain)
         if self.ve_scale is not None:
             nn.init.ones_(self.ve_scale)
 
     def values(self, x, context, adapter):
         """(B, T, K*C)."""
-        v = plain = add_adapter(self.v(x), adapter, x)
+        projected = add_adapter(self.v(x), adapter, x)
+        v = projected
         if self.ve_scale is not None:
-            v = v + self.ve_scale.to(x.dtype) * context.ve
-        if not context.first_v:
-            context.first_v.append(plain if self.before_ve else v)
-        return v if self.residual is None else self.residual(v, context.first_v[0])
+            v = v + self.ve_scale.to(x.dtype) * context.value_embedding
+        if not context.first_values:
+            context.first_values.append(projected if self.residual_before_ve else v)
+        return v if self.residual is None else self.residual(v, context.first_values[0])
 
-    def forward(self, x, scale, context, slot):
+    def forward(self, x, scale, context, adapters):
         """x (B, T, D) normed -> (B, T, D), its channels multiplied by `scale` (D,)."""
-        q, k, v = add_adapter(self.q(x), slot.q, x), add_adapter(self.k(x), slot.k, x), self.values(x, context, slot.v)
+        q = add_adapter(self.q(x), adapters.q, x)
+        k = add_adapter(self.k(x), adapters.k, x)
+        v = self.values(x, context, adapters.v)
         q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in (q, k, v))
         q = rotate(norm(q), *context.rope) * self.q_gain.to(x.dtype)[:, None]
         k = rotate(norm(k), *context.rope)
-        y = self.attend(q, k, v, context.docs) if context.past is None else attend_past(q, k, v, context.past)
-        y = xsa(y, v) if self.xsa else y
-        y = (y if self.gate is None else y * self.gate(x)).flatten(2)
-        adapter_scale = scale if slot.scaled else None
-        return add_adapter(add_adapter(self.o(y, scale), slot.o, y, adapter_scale), slot.attn, x, adapter_scale)
+        y = (self.attend(q, k, v, context.docs) if context.past is None
+             else attend_past(q, k, v, context.past))
+        if self.xsa:
+            y = xsa(y, v)
+        if self.gate is not None:
+            y = y * self.gate(x)
+        y = y.flatten(2)
+        adapter_scale = scale if adapters.scaled else None
+        out = add_adapter(self.o(y, scale), adapters.o, y, adapter_scale)
+        return add_adapter(out, adapters.attn, x, adapter_scale)
 
 
 class MLP(nn.Module):
@@ -1192,29 +1279,33 @@ class MLP(nn.Module):
     def __init__(self, s):
         super().__init__()
         self.slope = s.leaky_slope
-        self.up, self.down = Linear(s.model_dim, s.mlp_hidden), Linear(s.mlp_hidden, s.model_dim, zero=True)
+        self.up = Linear(s.model_dim, s.mlp_hidden)
+        self.down = Linear(s.mlp_hidden, s.model_dim, zero=True)
 
-    def forward(self, x, scale, slot):
+    def forward(self, x, scale, adapters):
+        """x (B, T, D) normed -> (B, T, D), its channels multiplied by `scale` (D,)."""
         y = self.down(F.leaky_relu(self.up(x), self.slope).square(), scale)
-        return add_adapter(y, slot.mlp, x, scale if slot.scaled else None)
+        return add_adapter(y, adapters.mlp, x, scale if adapters.scaled else None)
 
 
 class LogitCaps(nn.Module):
-    """Soft caps of the logits: one of positive, one of negative ones (#1923). As published, they begin equal and are in no
-    optimizer of the training: what moves them is training of the weights at test time.
+    """Asymmetric soft caps: one of positive, one of negative logits (#1923). As published, they
+    begin equal and are in no optimizer of the training: only training of the weights at test time
+    moves them.
     """
 
     role = "cap"
 
     def __init__(self, cap):
         super().__init__()
-        self.start, self.caps = cap, nn.Parameter(torch.empty(2), requires_grad=False)
+        self.initial_cap = cap
+        self.caps = nn.Parameter(torch.empty(2), requires_grad=False)
 
     def init(self, generator):
-        nn.init.constant_(self.caps, self.start)
+        nn.init.constant_(self.caps, self.initial_cap)
 
     def forward(self, logits):
-        """The cap of each."""
+        """The cap of each logit."""
         return torch.where(logits > 0, self.caps[0], self.caps[1])
 
 
@@ -1224,15 +1315,18 @@ class LogitCaps(nn.Module):
 
 
 class Skips(nn.Module):
-    """U-Net skips onto the stream x: "linear" x + w kept, "sigmoid" x + sigmoid(w) kept (#1539), "gated"
-    g x + (1 - g) w kept, g = sigmoid(gate) (#1394); per channel, one row a pair.
+    """U-Net skips: a stream kept earlier is added to the stream x, by weights of each pair.
+
+    "linear": x + w kept; "sigmoid": x + sigmoid(w) kept (#1539);
+    "gated": g x + (1 - g) w kept, g = sigmoid(gate) (#1394).
     """
 
     role = "scalar"
 
     def __init__(self, kind, pairs, dim):
         super().__init__()
-        self.kind, self.weight = kind, nn.Parameter(torch.empty(pairs, dim))
+        self.kind = kind
+        self.weight = nn.Parameter(torch.empty(pairs, dim))
         self.gate = nn.Parameter(torch.empty(pairs, dim)) if kind == "gated" else None
 
     def init(self, generator):
@@ -1242,15 +1336,20 @@ class Skips(nn.Module):
 
     def forward(self, x, kept, pair):
         weight = self.weight[pair].to(x.dtype)
-        if self.gate is None:
-            return x + (weight.sigmoid() if self.kind == "sigmoid" else weight) * kept
-        return torch.lerp(weight * kept, x, self.gate[pair].sigmoid().to(x.dtype).expand_as(x))
+        if self.kind == "gated":
+            gate = self.gate[pair].sigmoid().to(x.dtype)
+            return torch.lerp(weight * kept, x, gate.expand_as(x))
+        if self.kind == "sigmoid":
+            weight = weight.sigmoid()
+        return x + weight * kept
 
 
 class ParallelLanes(nn.Module):
-    """Two residual lanes (#1539, #1529): attention writes lane 0, the MLP lane 1; "routed": both write both, with
-    learned weights, r lane + p a + q m. Merged at the end by their mean or a learned m lane0 + (1 - m) lane1.
-    Every layer has its row of weights, as published; those below PARALLEL_START_LAYER rest.
+    """Two residual lanes. "lanes" (#1539): attention writes lane 0, the MLP lane 1. "routed"
+    (#1529): both write both, with learned weights: r lane + p a + q m.
+
+    At the end they are merged by their mean or a learned m lane0 + (1 - m) lane1. Every layer has
+    its row of weights, as published; those below PARALLEL_START_LAYER are not used.
     """
 
     role = "scalar"
@@ -1258,125 +1357,182 @@ class ParallelLanes(nn.Module):
     def __init__(self, s):
         super().__init__()
         routed = s.parallel_residual == "routed"
-        self.keep = nn.Parameter(torch.empty(s.num_layers, 2)) if routed else None  # [layer, lane]
-        self.write = nn.Parameter(torch.empty(s.num_layers, 2, 2)) if routed else None  # [layer, attention | MLP, lane]
-        self.merge = nn.Parameter(torch.empty(())) if s.parallel_final_lane == "learned" else None
+        learned_merge = s.parallel_final_lane == "learned"
+        # keep[layer, lane], write[layer, attention | MLP, lane]
+        self.keep = nn.Parameter(torch.empty(s.num_layers, 2)) if routed else None
+        self.write = nn.Parameter(torch.empty(s.num_layers, 2, 2)) if routed else None
+        self.merge = nn.Parameter(torch.empty(())) if learned_merge else None
 
     def init(self, generator):
         if self.keep is not None:
-            nn.init.constant_(self.keep, 1.1), nn.init.ones_(self.write)
+            nn.init.constant_(self.keep, 1.1)
+            nn.init.ones_(self.write)
         if self.merge is not None:
             nn.init.constant_(self.merge, 0.5)
 
     def route(self, lanes, attended, fed, layer):
-        keep, write = self.keep[layer].to(fed.dtype), self.write[layer].to(fed.dtype)
-        return tuple(keep[j] * lanes[j] + write[0, j] * attended + write[1, j] * fed for j in (0, 1))
+        """Both lanes after a layer whose attention gave `attended` and whose MLP gave `fed`."""
+        keep = self.keep[layer].to(fed.dtype)
+        write = self.write[layer].to(fed.dtype)
+        return tuple(
+            keep[lane] * lanes[lane] + write[0, lane] * attended + write[1, lane] * fed
+            for lane in (0, 1))
 
     def forward(self, lanes):
+        """The two lanes merged into one."""
         share = 0.5 if self.merge is None else self.merge.to(lanes[0].dtype)
         return share * lanes[0] + (1 - share) * lanes[1]
 
 
 class Visit(NamedTuple):
-    """One application of a block. The forward is a loop over visits; skips, recurrence and lanes are data."""
+    """One application of a block. The forward loops over visits, so skips and lanes are data."""
 
     block: int
-    push: bool  # keep the stream after it, for a later skip
-    pop: int | None  # before it, take back the stream kept last, with this skip's weights
-    parallel: bool  # attention and MLP side by side
-    split: Literal["", "before_skip", "after_skip"] = ""  # here the stream becomes two lanes
+    form: Literal["serial", "gptj", "lanes", "routed"]  # of the residual: see Block.forward
+    push: bool  # after the block, keep the stream for a later skip
+    pop: int | None  # before the block, add the stream kept last, by this row of skip weights
+    split: Literal["", "before_skip", "after_skip"] = ""  # here one stream becomes two lanes
+
+
+def depth_recurrence(s, looping):
+    """[(layer, times)] in the order of the forward: the layer is applied `times` times in a row.
+
+    LOOP_ORDER=range repeats the looped layers together, 3 4 5 3 4 5 (#1394); LOOP_ORDER=layer
+    repeats each of them, 3 3 4 4 5 5 (#1033).
+    """
+    layers = list(range(s.num_layers))
+    if not (looping and s.loops):
+        return [(layer, 1) for layer in layers]
+    passes = 1 + s.num_loops
+    if s.loop_order == "range":
+        loop = layers[s.loop_start : s.loop_end + 1]
+        unrolled = layers[: s.loop_start] + passes * loop + layers[s.loop_end + 1 :]
+        return [(layer, 1) for layer in unrolled]
+    return [(layer, passes if s.loop_start <= layer <= s.loop_end else 1) for layer in layers]
 
 
 def layer_plan(s, looping):
-    """The visits of one forward. U-Net: of the first half the last `pairs` push, the second half pops, last in first
-    out; a loop in range order is unrolled before the halves are taken (#1394), one that repeats each layer keeps the
-    pairs of the plain order, popping before the first pass and pushing after the last (#1033).
+    """The visits of one forward.
+
+    U-Net skips pair the end of the first half with the start of the second, last in, first out. A
+    loop in range order is unrolled before the halves are taken (#1394). One that repeats each
+    layer keeps the pairs of the plain order: it pops before a layer's first pass and pushes after
+    its last (#1033).
     """
-    passes = s.num_loops if looping else 0
-    loop = range(s.loop_start, s.loop_end + 1)
-    order = list(range(s.num_layers))
-    if s.loop_order == "range" and passes:
-        order[s.loop_end + 1 : s.loop_end + 1] = [*loop] * passes
-    half = len(order) // 2
+    layers = depth_recurrence(s, looping)
+    half = len(layers) // 2
     pairs = 0 if s.skips == "none" else min(half, s.skip_pairs or half)
-    start = s.parallel_start_layer if s.parallel_residual != "none" else s.num_layers
+    two_lanes = s.parallel_residual in ("lanes", "routed")
+    split = "before_skip" if s.parallel_first_skip == "lane0" else "after_skip"
+    # Two lanes stay apart to the end, even if a loop returns to layers below PARALLEL_START_LAYER.
+    parted = False
     plan = []
-    for j, i in enumerate(order):
-        parallel = i >= start or s.parallel_residual != "gptj" and any(k >= start for k in order[:j])
-        visit = Visit(i, half - pairs <= j < half, j - half if half <= j < half + pairs else None, parallel)
-        again = passes if s.loop_order == "layer" and i in loop else 0
-        plan += [visit._replace(push=visit.push and not k, pop=visit.pop if k == again else None)
-                 for k in range(again, -1, -1)]
-    first = next((j for j, visit in enumerate(plan) if visit.parallel), None)
-    if first is not None and s.parallel_residual in ("lanes", "routed"):
-        plan[first] = plan[first]._replace(split="before_skip" if s.parallel_first_skip == "lane0" else "after_skip")
+    for index, (layer, times) in enumerate(layers):
+        parallel = s.parallel_residual != "none" and layer >= s.parallel_start_layer
+        form = s.parallel_residual if parallel or parted else "serial"
+        pushes = half - pairs <= index < half
+        pops = half <= index < half + pairs
+        for repeat in range(times):
+            first = repeat == 0
+            last = repeat == times - 1
+            push = pushes and last
+            pop = index - half if pops and first else None
+            parts_here = two_lanes and parallel and not parted
+            parted = parted or parts_here
+            plan.append(Visit(layer, form, push, pop, split if parts_here else ""))
     return plan
 
 
 class Block(nn.Module):
+    """Attention and MLP of one layer, and how the residual stream takes what they give."""
+
     role = "scalar"
 
     def __init__(self, s, layer, attend):
         super().__init__()
-        self.layer, self.ln_scale = layer, (layer + 1) ** -0.5 if s.ln_scale else 1.0
-        self.attn, self.mlp = Attention(s, layer, attend), MLP(s)
-        self.attn_scale, self.mlp_scale = nn.Parameter(torch.empty(s.model_dim)), nn.Parameter(torch.empty(s.model_dim))
+        self.layer = layer
+        self.ln_scale = (layer + 1) ** -0.5 if s.ln_scale else 1.0
+        self.attn = Attention(s, layer, attend)
+        self.mlp = MLP(s)
+        self.attn_scale = nn.Parameter(torch.empty(s.model_dim))
+        self.mlp_scale = nn.Parameter(torch.empty(s.model_dim))
         self.resid_mix = nn.Parameter(torch.empty(2, s.model_dim)) if s.resid_mix else None
 
     def init(self, generator):
-        nn.init.ones_(self.attn_scale), nn.init.ones_(self.mlp_scale)
+        nn.init.ones_(self.attn_scale)
+        nn.init.ones_(self.mlp_scale)
         if self.resid_mix is not None:
-            nn.init.ones_(self.resid_mix[0]), nn.init.zeros_(self.resid_mix[1])
+            nn.init.ones_(self.resid_mix[0])
+            nn.init.zeros_(self.resid_mix[1])
 
-    def forward(self, lanes, context, slot, parallel=False, route=None):
-        """Attention reads and writes the first lane, the MLP the last; with one lane that is the ordinary block, or
-        with `parallel` GPT-J's. `route` (routed lanes) decides what is kept and written instead, of the unmixed lane.
-        """
+    def forward(self, lanes, context, adapters, form, parallel_lanes):
+        """The residual stream, (x,) or two lanes (B, T, D), after this layer; form: see Visit."""
+
+        def attention(x):
+            return self.attn(norm(x) * self.ln_scale, self.attn_scale, context, adapters)
+
+        def mlp(x):
+            return self.mlp(norm(x) * self.ln_scale, self.mlp_scale, adapters)
+
         x = lanes[0]
         if self.resid_mix is not None:
             mix = self.resid_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * context.x0
-        attended = self.attn(norm(x) * self.ln_scale, self.attn_scale, context, slot)
-        if len(lanes) == 1:
-            y = x + attended
-            return (y + self._feed(x if parallel else y, slot),)
-        fed = self._feed(lanes[1], slot)
-        if route is not None:
-            return route(lanes, attended, fed, self.layer)
-        return x + attended, lanes[1] + fed
-
-    def _feed(self, x, slot):
-        return self.mlp(norm(x) * self.ln_scale, self.mlp_scale, slot)
+        if form == "serial":
+            x = x + attention(x)
+            x = x + mlp(x)
+            return (x,)
+        if form == "gptj":
+            x = x + attention(x) + mlp(x)
+            return (x,)
+        attended = attention(x)
+        fed = mlp(lanes[1])
+        if form == "lanes":
+            return x + attended, lanes[1] + fed
+        # "routed": what is kept of lane 0 is the lane before resid_mix.
+        return parallel_lanes.route(lanes, attended, fed, self.layer)
 
 
 class GPT(nn.Module):
-    """The model. hidden -> logits -> loss is the only forward: training, scoring and adaptation call it.
+    """The model. hidden -> logits -> loss is the only forward: of training, scoring, adaptation.
 
-    GPT(settings) has the initial weights of SEED, equal on every device and rank; init=False leaves them to be loaded.
-    `attend` is the attention kernel (room 14), `dtype` that of activations. It loops, if NUM_LOOPS says so, unless
-    `looping` is set to False; no graph is built anew for that, if warm-up has seen both.
+    GPT(settings) has the initial weights of SEED, equal on every device and rank; init=False
+    leaves them to be loaded. `attend` is the attention kernel (room 14), `dtype` that of
+    activations. With NUM_LOOPS it loops, unless `looping` is set to False; that builds no new
+    graph if warm-up has seen both.
     """
 
     def __init__(self, s, dtype=torch.float32, attend=None, init=True):
         super().__init__()
-        self.dtype, self.softcap, self.doc_mask, self.looping = dtype, s.logit_softcap, s.doc_mask, s.loops
-        self.temperature = None  # of its predictions, once fitted (EVAL_TEMPERATURE=0)
-        self.reasons = []  # why no score of these weights is valid: what was found while they were trained
-        attend, width = attend or attend_sdpa, s.embed_dim or s.model_dim
+        attend = attend or attend_sdpa
+        self.dtype = dtype
         self.varlen = getattr(attend, "varlen", False)
-        self.embed = Table(s.vocab_size, width, s.tied_embed_init_std)  # tied: also the head
+        self.softcap = s.logit_softcap
+        self.doc_mask = s.doc_mask
+        self.looping = s.loops
+        self.temperature = None  # of its predictions, once fitted (EVAL_TEMPERATURE=0)
+        self.reasons = []  # found in training: why no score of these weights is valid
+        # The order of the weights here is their order in SEED's random numbers and in artifacts.
+        width = s.embed_dim or s.model_dim
+        self.embed = Embedding(s.vocab_size, width, s.tied_embed_init_std)  # tied: also the head
         self.embed_proj = Linear(width, s.model_dim) if s.embed_dim else None
         self.head_proj = Linear(s.model_dim, width) if s.embed_dim else None
-        self.head = None if s.tie_embeddings else Linear(width, s.vocab_size, zero=True, role="head")
-        ngrams = (BIGRAM, SHARED_TRIGRAM) if s.trigram else (BIGRAM,)
-        self.bigram = BigramHash(s.bigram_vocab_size, s.bigram_dim, s.model_dim, 0.05,
-                                *ngrams) if s.bigram_vocab_size else None
-        self.trigram = BigramHash(s.trigram_vocab_size, s.trigram_dim, s.model_dim, 0.03,
-                                 TRIGRAM) if s.trigram_vocab_size else None
+        self.head = None
+        if not s.tie_embeddings:
+            self.head = Linear(width, s.vocab_size, zero=True, role="head")
+        self.bigram = None
+        if s.bigram_vocab_size:
+            ngrams = (BIGRAM, SHARED_TRIGRAM) if s.trigram else (BIGRAM,)
+            self.bigram = BigramHash(s.bigram_vocab_size, s.bigram_dim, s.model_dim, 0.05, *ngrams)
+        self.trigram = None
+        if s.trigram_vocab_size:
+            rows = s.trigram_vocab_size
+            self.trigram = BigramHash(rows, s.trigram_dim, s.model_dim, 0.03, TRIGRAM)
         self.early_smear = ScalarSmearGate(s.gate_window) if s.smear_gate == "scalar" else None
         self.smear = SmearGate(s.model_dim) if s.smear_gate == "channel" else None
-        self.value_embed = ValueEmbedding(s.vocab_size, s.ve_dim, s.num_kv_heads * s.head_dim) if s.ve_dim else None
-        self.blocks = nn.ModuleList(Block(s, i, attend) for i in range(s.num_layers))
+        kv_dim = s.num_kv_heads * s.head_dim
+        self.value_embed = ValueEmbedding(s.vocab_size, s.ve_dim, kv_dim) if s.ve_dim else None
+        self.blocks = nn.ModuleList(Block(s, layer, attend) for layer in range(s.num_layers))
         self.lanes = ParallelLanes(s) if s.parallel_residual in ("lanes", "routed") else None
         self.caps = LogitCaps(s.logit_softcap) if s.asym_logit_rescale else None
         self.plans = layer_plan(s, False), layer_plan(s, True)
@@ -1384,173 +1540,232 @@ class GPT(nn.Module):
         self.skips = Skips(s.skips, pairs, s.model_dim) if pairs else None
         # Buffers built before the first call: a lazily grown cache would recompile the graph.
         self.rope = s.rope_dims, s.rope_base
-        for name, table in zip(("cos", "sin"), rotary_tables(torch.arange(s.longest_row), *self.rope)):
-            self.register_buffer(name, table.float(), persistent=False)
+        cos, sin = rotary_tables(torch.arange(s.longest_row), *self.rope)
+        self.register_buffer("cos", cos.float(), persistent=False)
+        self.register_buffer("sin", sin.float(), persistent=False)
         if init:
-            generator = torch.Generator().manual_seed(s.seed)
-            with torch.no_grad():
-                for module in self.modules():
-                    if hasattr(module, "init"):
-                        module.init(generator)
+            self.init_weights(s.seed)
+
+    @torch.no_grad()
+    def init_weights(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if hasattr(module, "init"):
+                module.init(generator)
 
     @property
     def plan(self):
-        return self.plans[1] if self.looping else self.plans[0]  # dynamo of torch 2.9 indexes by no bool
+        """The visits of one forward."""
+        # Not plans[self.looping]: dynamo of torch 2.9 indexes by no bool.
+        return self.plans[1] if self.looping else self.plans[0]
 
     def find_documents(self, ids, longest=0):
-        """Docs of ids (B, T) as this model's DOC_MASK and attention kernel want them."""
+        """Docs of ids (B, T) as this model's DOC_MASK and attention kernel need them."""
         return find_documents(ids, self.doc_mask, longest, self.varlen)
 
     def docs_outside_graph(self, ids):
-        """Docs of ids that a graph cannot make, because how many documents there are is in the data; None if it can."""
+        """Docs of ids where no graph can make them: their shape depends on the data. Else None."""
         if not self.varlen:
             return None
         docs = self.find_documents(ids)
-        torch._dynamo.maybe_mark_dynamic(docs.cu, 0)
+        torch._dynamo.maybe_mark_dynamic(docs.cu_seqlens, 0)
         return docs
 
+    def embed_tokens(self, text, docs):
+        """The first block's input (B, T, D): token and n-gram embeddings, normed and smeared."""
+        x = optional(self.embed_proj, self.embed(text, self.dtype))
+        if self.bigram is not None:
+            x = x + self.bigram(text, docs, self.dtype)
+        if self.trigram is not None:
+            x = x + self.trigram(text, docs, self.dtype)
+        x = norm(optional(self.early_smear, x, docs))
+        return optional(self.smear, x, docs)
+
     def hidden(self, ids, docs=None, adapters=None, past=None):
-        """ids (B, T) -> normed final states (B, T, D). docs defaults to what BOS says, unless DOC_MASK=none. With a
-        past, ids go on with its text.
+        """ids (B, T) -> normed final states (B, T, D). With a `past`, ids continue its text.
+
+        docs None: found here, at each BOS, unless DOC_MASK=none.
         """
-        new, text = ids.size(1), ids if past is None else torch.cat((past.ids, ids), 1)
-        if docs is None:  # who sees whom is in the past, where there is one
-            docs = self.find_documents(ids) if past is None or self.doc_mask == "none" else find_documents(text, "inputs")
-        x = through(self.embed_proj, self.embed(text, self.dtype))
-        for table in (self.bigram, self.trigram):
-            x = x if table is None else x + table(text, docs, self.dtype)
-        x = through(self.smear, norm(through(self.early_smear, x, docs)), docs)[:, -new:]
-        ve = self.value_embed(ids, self.dtype) if self.value_embed is not None else None
-        rope = (self.cos[:new], self.sin[:new]) if past is None else past.rope
-        context = Context(x, rope, docs, ve, [], past)
-        route = self.lanes.route if self.lanes is not None and self.lanes.keep is not None else None
-        lanes, kept = (x,), []
+        length = ids.size(1)
+        if past is None:
+            text = ids
+            rope = self.cos[:length], self.sin[:length]
+            if docs is None:
+                docs = self.find_documents(text)
+        else:
+            text = torch.cat((past.ids, ids), 1)
+            rope = past.rope
+            if docs is None and self.doc_mask != "none":
+                docs = find_documents(text, "inputs")  # past.mask keeps attention in its document
+        x = self.embed_tokens(text, docs)[:, -length:]
+        value_embedding = None if self.value_embed is None else self.value_embed(ids, self.dtype)
+        context = Context(x, rope, docs, value_embedding, first_values=[], past=past)
+        lanes = (x,)
+        kept = []  # the streams that U-Net skips take back
         for j, visit in enumerate(self.plan):
             if visit.split == "before_skip":
-                lanes = 2 * lanes
+                lanes = (lanes[0], lanes[0])
             if visit.pop is not None:
                 lanes = (self.skips(lanes[0], kept.pop(), visit.pop), *lanes[1:])
             if visit.split == "after_skip":
-                lanes = 2 * lanes
-            slot = adapters.slots[j] if adapters is not None else Slot()
-            lanes = self.blocks[visit.block](lanes, context, slot, visit.parallel, route)
+                lanes = (lanes[0], lanes[0])
+            visit_adapters = VisitAdapters() if adapters is None else adapters.slots[j]
+            block = self.blocks[visit.block]
+            lanes = block(lanes, context, visit_adapters, visit.form, self.lanes)
             if visit.push:
                 kept.append(lanes[0])
-        return norm(self.lanes(lanes) if len(lanes) == 2 else lanes[0])
+        return norm(lanes[0] if self.lanes is None else self.lanes(lanes))
 
     def logits(self, hidden, adapters=None, head=None):
-        """hidden (..., D) -> float32 logits (..., V), soft-capped; `head`: another head's weight (V, width)."""
+        """hidden (..., D) -> float32 logits (..., V), soft-capped.
+
+        `head`: the weight (V, width) of another head than the model's.
+        """
         if head is None:
             module = self.embed if self.head is None else self.head
-            head = through(module.fake_quant, module.weight)
-        logits = F.linear(through(self.head_proj, hidden), head.to(hidden.dtype))
-        logits = add_adapter(logits, adapters.head if adapters is not None else None, hidden)
+            head = optional(module.fake_quant, module.weight)
+        logits = F.linear(optional(self.head_proj, hidden), head.to(hidden.dtype))
+        if adapters is not None:
+            logits = add_adapter(logits, adapters.head, hidden)
         logits = at_least_float32(logits)
+        if not self.softcap:
+            return logits
         cap = self.cap_of(logits)
-        return cap * torch.tanh(logits / cap) if self.softcap else logits
+        return cap * torch.tanh(logits / cap)
 
     def cap_of(self, logits):
-        """Soft cap: a number, or one for each of the logits."""
+        """Soft cap: one number, or with ASYM_LOGIT_RESCALE a cap of each logit."""
         return self.softcap if self.caps is None else self.caps(logits)
 
     def loss(self, hidden, targets, adapters=None, head=None, reduction="mean"):
-        """Cross entropy in nats of targets (B, T): the mean over all tokens, or (B, T) with reduction="none"."""
+        """Cross entropy in nats of targets (B, T): the mean, or (B, T) with reduction="none"."""
         logits = self.logits(hidden, adapters, head)
         loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction)
         return loss if reduction == "mean" else loss.view_as(targets)
 
     def forward(self, ids, targets, docs=None, adapters=None, reduction="mean"):
-        return self.loss(self.hidden(ids, docs, adapters), targets, adapters, None, reduction)
+        hidden = self.hidden(ids, docs, adapters)
+        return self.loss(hidden, targets, adapters, reduction=reduction)
 
 
-class Cache:
-    """Keys and values of the text so far: rows that go on token by token, each token seeing the `width` up to itself.
+class KVCache:
+    """Keys and values of the text so far, for rows of text that continue token by token. Each
+    token sees the `width` tokens up to itself.
 
-    A forward reads past(ids) and leaves its own keys there; only commit() takes them in, so that it can be repeated.
+    A ring buffer: the token at position p is in slot p % width. A forward reads past(ids) and
+    leaves its own keys and values there; only commit() takes them in, so a forward can be
+    repeated.
     """
 
     def __init__(self, model, rows, width):
-        self.model, self.width, self.at, self.kept = model, width, 0, None
         device = model.embed.weight.device
-        self.ids = torch.empty(rows, 0, dtype=torch.int64, device=device)
-        self.where = torch.full((width,), -width, device=device)  # position of each kept key, far back where none is
-        self.doc = torch.zeros(rows, width, dtype=torch.int64, device=device)  # and the number of its document
+        self.model = model
+        self.width = width
+        self.length = 0  # tokens so far
+        self.kv = None  # [(keys, values)] of each visit, (B, width, K, C), after the first commit
+        self.last_ids = torch.empty(rows, 0, dtype=torch.int64, device=device)
+        # Of each slot: its position (too far back to be seen if it is empty), and the number of
+        # its document.
+        self.positions = torch.full((width,), -width, device=device)
+        self.documents = torch.zeros(rows, width, dtype=torch.int64, device=device)
 
     def past(self, ids):
-        """What hidden(ids, past=...) needs to go on with ids (B, T), at most `width` tokens."""
-        model, new = self.model, torch.arange(self.at, self.at + ids.size(1), device=ids.device)
-        where = torch.cat((self.where, new)) if self.at else new
-        seen = ((where <= new[:, None]) & (where > new[:, None] - self.width))[None]
+        """The Past for hidden() on ids (B, T), at most `width` tokens that continue the text."""
+        model = self.model
+        new = torch.arange(self.length, self.length + ids.size(1), device=ids.device)
+        positions = torch.cat((self.positions, new)) if self.length else new
+        causal = positions <= new[:, None]
+        near = positions > new[:, None] - self.width
+        mask = (causal & near)[None]
         if model.doc_mask == "attention":
-            doc = self._documents(ids)
-            seen = seen & (doc[:, -len(new):, None] == doc[:, None])
+            documents = self._documents(ids)
+            mask = mask & (documents[:, -len(new):, None] == documents[:, None])
         rope = tuple(table.to(model.cos.dtype) for table in rotary_tables(new, *model.rope))
-        return Past(self.ids, rope, seen, self.kept or [(None, None)] * len(model.plan), [])
+        kv = self.kv or [(None, None)] * len(model.plan)
+        return Past(self.last_ids, rope, mask, kv, new_kv=[])
 
     def _documents(self, ids):
+        """Number of the document of each key: of the slots, if any was filled, and of ids."""
         new = (ids == BOS).cumsum(1)
-        return torch.cat((self.doc, new + self.doc.amax(1, keepdim=True)), 1) if self.at else new
+        if self.length == 0:
+            return new
+        return torch.cat((self.documents, new + self.documents.amax(1, keepdim=True)), 1)
 
-    def commit(self, ids, new):
-        """Go on behind ids, whose keys and values are `new`."""
-        at = torch.arange(self.at, self.at + ids.size(1), device=ids.device)
-        slots, self.at = at % self.width, self.at + len(at)
-        if self.kept is None:
-            self.kept = [tuple(z.new_zeros(len(z), self.width, *z.shape[2:]) for z in pair) for pair in new]
-        self.doc[:, slots] = self._documents(ids)[:, -len(at):]
-        self.where[slots] = at
-        for old, pair in zip(self.kept, new):
-            for z, part in zip(old, pair):
-                z[:, slots] = part.detach()
-        last = torch.cat((self.ids, ids), 1)[:, -3:]
-        self.ids = last.clone(memory_format=torch.contiguous_format)  # one layout, one graph
+    def commit(self, ids, new_kv):
+        """Take in ids, whose keys and values are `new_kv`: now they are part of the text."""
+        positions = torch.arange(self.length, self.length + ids.size(1), device=ids.device)
+        slots = positions % self.width
+        if self.kv is None:
+            self.kv = [(self._empty(keys), self._empty(values)) for keys, values in new_kv]
+        self.documents[:, slots] = self._documents(ids)[:, -len(positions):]
+        self.length += len(positions)
+        self.positions[slots] = positions
+        for (keys, values), (new_keys, new_values) in zip(self.kv, new_kv, strict=True):
+            keys[:, slots] = new_keys.detach()
+            values[:, slots] = new_values.detach()
+        last_ids = torch.cat((self.last_ids, ids), 1)[:, -3:]
+        # One layout, one graph.
+        self.last_ids = last_ids.clone(memory_format=torch.contiguous_format)
+
+    def _empty(self, new):
+        """Slots (B, width, K, C) for keys or values like `new` (B, T, K, C)."""
+        return new.new_zeros(len(new), self.width, *new.shape[2:])
 
     def advance(self, ids):
         """States (B, T, D) of the model on the next ids, which are taken in."""
         past = self.past(ids)
         hidden = self.model.hidden(ids, past=past)
-        self.commit(ids, past.new)
+        self.commit(ids, past.new_kv)
         return hidden
 
     def narrow(self, rows):
-        """Go on with the first rows only."""
-        self.ids, self.doc = self.ids[:rows], self.doc[:rows]
-        self.kept = self.kept and [tuple(z[:rows] for z in pair) for pair in self.kept]
+        """Keep the first `rows` rows only: the text of the others has ended."""
+        self.last_ids = self.last_ids[:rows]
+        self.documents = self.documents[:rows]
+        if self.kv is not None:
+            self.kv = [(keys[:rows], values[:rows]) for keys, values in self.kv]
 
 
 class Objective(nn.Module):
-    """What training minimises: the model's loss, each token weighted (complementary training), and that of heads which
-    predict the tokens after the next (MTP). Those heads live here and not in the model: no artifact ever has them.
+    """What training minimises: the model's loss, with weights of tokens (complementary training),
+    plus that of heads that predict the tokens after the next (multi-token prediction, MTP).
+
+    Those heads are here and not in the model: no artifact ever has them.
     """
 
     def __init__(self, model, s):
         super().__init__()
-        self.model, self.mtp_weight = model, s.mtp_loss_weight
+        self.model = model
+        self.mtp_weight = s.mtp_loss_weight
         width = s.embed_dim or s.model_dim
-        self.mtp = nn.ModuleList(Linear(width, s.vocab_size, zero=True, role="head") for _ in range(s.mtp_num_heads))
+        self.mtp = nn.ModuleList(
+            Linear(width, s.vocab_size, zero=True, role="head") for _ in range(s.mtp_num_heads))
         with torch.no_grad():
             for head in self.mtp:
                 head.init(None)
 
     def forward(self, ids, targets, docs=None, weights=None):
         hidden = self.model.hidden(ids, docs)
-        loss = self.model.loss(hidden, targets) if weights is None else (
-            weights * self.model.loss(hidden, targets, reduction="none")).mean()
+        if weights is None:
+            loss = self.model.loss(hidden, targets)
+        else:
+            loss = (weights * self.model.loss(hidden, targets, reduction="none")).mean()
         for ahead, head in enumerate(self.mtp, 1):
-            further = self.model.loss(hidden[:, :-ahead], targets[:, ahead:], head=head.weight)
-            loss = loss + self.mtp_weight / len(self.mtp) * further
+            mtp_loss = self.model.loss(hidden[:, :-ahead], targets[:, ahead:], head=head.weight)
+            loss = loss + self.mtp_weight / len(self.mtp) * mtp_loss
         return loss
 
 
 def roles(model):
-    """{parameter name: role}; a module that creates parameters without stating their role is an error."""
+    """{parameter name: role}. A module with parameters that states no role is a TypeError."""
     table = {}
-    for prefix, module in model.named_modules():
+    for module_name, module in model.named_modules():
         for name, _ in module.named_parameters(recurse=False):
-            full = f"{prefix}.{name}" if prefix else name
+            full_name = f"{module_name}.{name}" if module_name else name
             if not isinstance(getattr(module, "role", None), str):
-                raise TypeError(f"{type(module).__name__} creates the parameter {full} but states no role")
-            table[full] = module.role
+                creator = type(module).__name__
+                raise TypeError(f"{creator} creates the parameter {full_name} but states no role")
+            table[full_name] = module.role
     return table
 
 
@@ -1560,39 +1775,48 @@ def roles(model):
 
 
 class Runtime:
-    """Where the run happens, and why: device, dtype, ranks. Every automatic choice leaves a (name, choice, reason)."""
+    """Where the run happens, and why: device, dtype, ranks.
+
+    Every automatic choice leaves a (name, choice, reason) in `choices`.
+    """
 
     def __init__(self, settings, env=None):
         env = os.environ if env is None else env
-        ranks = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-        self.rank, self.world, self.local = (int(env.get(name, default)) for name, default in ranks)
+        self.rank = int(env.get("RANK", 0))
+        self.world = int(env.get("WORLD_SIZE", 1))
+        self.local = int(env.get("LOCAL_RANK", 0))
         self.choices = []
         cuda = torch.cuda.is_available()
         if settings.device == "cuda" and not cuda:
-            raise BadInput("DEVICE=cuda but torch sees no CUDA device; use DEVICE=cpu, or a CUDA build of torch")
+            raise BadInput("DEVICE=cuda but torch sees no CUDA device; use DEVICE=cpu, "
+                           "or a CUDA build of torch")
         use_cuda = cuda and settings.device != "cpu"
-        if use_cuda and self.local >= torch.cuda.device_count():
-            raise BadInput(f"local rank {self.local} has no GPU ({torch.cuda.device_count()}); lower --nproc_per_node")
-        self.device = torch.device("cuda", self.local) if use_cuda else torch.device("cpu")
         count = torch.cuda.device_count() if cuda else "no"
-        self.choose("device", self.device_name(), f"DEVICE={settings.device}, torch sees {count} CUDA device(s)")
+        if use_cuda and self.local >= count:
+            raise BadInput(f"local rank {self.local} has no GPU ({count}); lower --nproc_per_node")
+        self.device = torch.device("cuda", self.local) if use_cuda else torch.device("cpu")
+        reason = f"DEVICE={settings.device}, torch sees {count} CUDA device(s)"
+        self.choose("device", self.device_name(), reason)
         auto_dtype = "bfloat16" if use_cuda else "float32"
         self.dtype = getattr(torch, auto_dtype if settings.dtype == "auto" else settings.dtype)
-        # A CPU without bf16 instructions runs bf16 8-15 times slower than fp32, so it is never chosen for it.
+        # A CPU without bf16 instructions runs bf16 8-15 times slower than fp32: never chosen on CPUs.
         self.choose("dtype", str(self.dtype).removeprefix("torch."), f"DTYPE={settings.dtype}")
         self.compiled = settings.compile == "on" or (settings.compile == "auto" and use_cuda)
         self.choose("compile", "on" if self.compiled else "off", f"COMPILE={settings.compile}")
         if self.compiled:  # importing the compiler costs a second, and 3 % of each eager step
-            torch._dynamo.config.recompile_limit = 64  # of one function: stages, loops, ways of scoring
+            # Graphs of one function: stages, loops, ways of scoring.
+            torch._dynamo.config.recompile_limit = 64
         if use_cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
             free, total = torch.cuda.mem_get_info()
             if free < 0.9 * total:
-                self.choose("gpu_memory", f"{free >> 20}MiB_free", f"of {total >> 20} MiB: another process is here")
+                reason = f"of {total >> 20} MiB: another process is here"
+                self.choose("gpu_memory", f"{free >> 20}MiB_free", reason)
         self.control = None
         if self.world > 1:
-            dist.init_process_group("nccl" if use_cuda else "gloo", device_id=self.device if use_cuda else None)
+            backend = "nccl" if use_cuda else "gloo"
+            dist.init_process_group(backend, device_id=self.device if use_cuda else None)
             # Clock and stop flags travel on the CPU, so agreeing on them never waits for the GPU.
             self.control = dist.new_group(backend="gloo") if use_cuda else dist.group.WORLD
         self._events = deque()
@@ -1605,26 +1829,34 @@ class Runtime:
 
     def compile(self, function):
         """One fixed shape per graph; every graph a run will use is compiled in warm-up."""
-        return torch.compile(function, dynamic=False, fullgraph=True) if self.compiled else function
+        if not self.compiled:
+            return function
+        return torch.compile(function, dynamic=False, fullgraph=True)
 
     def sync(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def throttle(self, depth=2):
-        """Let the CPU run at most `depth` steps ahead of the GPU: the queue stays full, the clock stays honest."""
+        """Let the CPU run at most `depth` steps ahead of the GPU: the queue stays full and the clock
+        honest. Returns the number of steps ahead.
+        """
         if self.device.type == "cuda":
-            self._events.append(torch.cuda.Event())
-            self._events[-1].record()
+            event = torch.cuda.Event()
+            event.record()
+            self._events.append(event)
             if len(self._events) > depth:
                 self._events.popleft().synchronize()
         return len(self._events)
 
     def to_cpu(self, tensor):
-        """A copy on the CPU, whole once throttle() has passed this step: reading it never waits for later work."""
+        """A copy on the CPU, complete once throttle() has passed this step: to read it never waits for
+        later work.
+        """
         if self.device.type == "cpu":
             return tensor
-        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+        pinned = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        return pinned.copy_(tensor, non_blocking=True)
 
     def max(self, *values):
         """The maximum over ranks of each number, equal on all ranks."""
@@ -1662,10 +1894,12 @@ class Runtime:
             import resource
         except ImportError:  # not a Unix
             return 0
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak >> 20 if sys.platform == "darwin" else peak >> 10  # macOS: bytes, Linux: KiB
 
     def close(self):
-        self.control = None  # a group that is still referred to when Python ends may abort the process
+        # A group that is still referred to when Python ends may abort the process.
+        self.control = None
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -2519,8 +2753,8 @@ class TokenStream:
         parts = [part.to(self.rt.device, non_blocking=True).long() for part in parts]
         docs = [d and Docs(*(z if z is None else z.to(self.rt.device, non_blocking=True) for z in d)) for d in docs]
         for d in docs if self.rt.compiled else ():
-            if d and d.cu is not None:
-                torch._dynamo.maybe_mark_dynamic(d.cu, 0)  # one graph for any number of documents
+            if d and d.cu_seqlens is not None:
+                torch._dynamo.maybe_mark_dynamic(d.cu_seqlens, 0)  # one graph for any number of documents
         return [(part[:, :-1].contiguous(), part[:, 1:].contiguous(), d) for part, d in zip(parts, docs)]
 
 
@@ -2591,10 +2825,10 @@ class MomentMeter:
     def _watching(self):
         hooks, trained = [], [p for p in self.model.parameters() if p.requires_grad]
         for name, module in self.model.named_modules():
-            if isinstance(module, (Linear, Table)):
+            if isinstance(module, (Linear, Embedding)):
                 watch = self._linear if isinstance(module, Linear) else self._table
                 hooks.append(module.register_forward_hook(partial(watch, f"{name}.weight")))
-                module.weight.requires_grad_(isinstance(module, Table))  # states need a gradient, matrices do not
+                module.weight.requires_grad_(isinstance(module, Embedding))  # states need a gradient, matrices do not
         try:
             yield
         finally:
@@ -2665,7 +2899,7 @@ class MomentMeter:
         found = {name: Moments(self.hessian[owner], self.gain[name], inputs=self.hessian[owner].diagonal())
                  for name, owner in self._owner.items()}
         for name, module in self.model.named_modules():
-            if isinstance(module, Table):  # how often a row is met is a count: half a time more, lest a rare one is lost
+            if isinstance(module, Embedding):  # how often a row is met is a count: half a time more, lest a rare one is lost
                 hessian, count, *_ = found[f"{name}.weight"]
                 found[f"{name}.weight"] = Moments(hessian / count.sum().clamp_min(1e-30), count + 0.5 / tokens)
         if self.model.head is not None:
@@ -2685,7 +2919,7 @@ def generate(model, rows, length, temperature, seed, world=1, rank=0):
     """
     generator, device = torch.Generator().manual_seed(seed), model.embed.weight.device
     ids = torch.full((-(-rows // world), length + 1), BOS, device=device)
-    cache, chances = Cache(model, len(ids), length), torch.rand(len(ids) * world, length, generator=generator)
+    cache, chances = KVCache(model, len(ids), length), torch.rand(len(ids) * world, length, generator=generator)
     chances = chances[rank * len(ids) : (rank + 1) * len(ids)].to(device)
     with torch.no_grad():
         for t in range(length):
@@ -3223,7 +3457,7 @@ class LateQAT:
         self.model, self.s, self.begun, self.on, self.moments = model, s, None, False, None
         stores = storage(model, s)
         self.modules = {f"{name}.weight": module for name, module in model.named_modules()
-                        if isinstance(module, (Linear, Table)) and stores[f"{name}.weight"].codec != "float16"}
+                        if isinstance(module, (Linear, Embedding)) and stores[f"{name}.weight"].codec != "float16"}
         self.grids = {name: FakeQuant(module.weight, stores[name].top, s.qat_rounding == "soft").to(module.weight.device)
                       for name, module in self.modules.items()}
         if s.fit == "allocate":
@@ -4718,7 +4952,7 @@ def nats_of(logits, targets):
 
 class ModelPredictor(Predictor):
     """The model as it is in the artifact. Only the scored places meet the head, in float32 (bfloat16 logits cost 0.0005
-    BPB and more, #1923). With a `width`, rows that go on keep their keys and values (Cache).
+    BPB and more, #1923). With a `width`, rows that go on keep their keys and values (KVCache).
     """
 
     def __init__(self, model, rt, temperature=1.0, width=0):
@@ -4730,13 +4964,13 @@ class ModelPredictor(Predictor):
         past, adapters = past and Past(*past, []), flat if flat is None else self.adapters.of(flat)
         hidden = self.model.hidden(x, docs, adapters, past)
         hidden = hidden.gather(1, take[..., None].expand(*take.shape, hidden.size(-1)))
-        return self.model.logits(at_least_float32(hidden), adapters) / self.temperature, past and past.new
+        return self.model.logits(at_least_float32(hidden), adapters) / self.temperature, past and past.new_kv
 
     def logits(self, inputs):
         x, past = inputs.ids, None
         if inputs.turn is not None and self.width:
             if inputs.turn == 0:
-                self.cache = Cache(self.model, len(x), self.width)
+                self.cache = KVCache(self.model, len(x), self.width)
             self.cache.narrow(len(x))
             past = self.cache.past(x)[:-1]
         docs = self.model.docs_outside_graph(x) if past is None else None
@@ -4907,7 +5141,7 @@ class ScoreFirst(ModelPredictor):
 class AdapterSet(NamedTuple):
     """Adapters as the forward takes them."""
 
-    slots: list[Slot]  # of each visit
+    slots: list[VisitAdapters]  # of each visit
     head: Callable | None
 
 
@@ -4952,7 +5186,7 @@ class Adapters:
         for (visit, what, *_), each in zip(self.shapes, maps):
             if visit is not None:
                 slots[visit][what] = each
-        return AdapterSet([Slot(**slot) for slot in slots], maps[-1] if self.shapes[-1][0] is None else None)
+        return AdapterSet([VisitAdapters(**slot) for slot in slots], maps[-1] if self.shapes[-1][0] is None else None)
 
 
 class DocumentAdapters(ModelPredictor):
@@ -5542,65 +5776,132 @@ class HashedMixture(WrappingPredictor):
 
 
 # --------------------------------------------------------------------------------------------------
-# 14 Kernels: each fused kernel beside its reference, same signature
+# 14 Kernels: attention written out, fused kernels of the same signature, and the choice of one
 # --------------------------------------------------------------------------------------------------
 
 
-def attend_sdpa(q, k, v, docs=None):
-    """Causal attention, q (B, T, H, C), k and v (B, T, K, C) -> (B, T, H, C); query head j reads kv head j * K // H.
-
-    docs with a mask confines it to documents.
-    """
-    q, k, v, mask = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), docs.mask if docs is not None else None
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
-                                          enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
-
-
-def attend_fa3(q, k, v, docs=None, *, kernel):
-    """The same by FlashAttention-3 (Hopper); `kernel` is flash_attn_interface.flash_attn_func."""
-    out = kernel(q, k, v, causal=True)
-    return out[0] if isinstance(out, tuple) else out
-
-
-def attend_varlen(q, k, v, docs, *, kernel, longest):
-    """The same within documents of at most `longest` tokens; `kernel` takes (q, k, v, cu, longest) of (B * T, ., C)."""
-    out = kernel(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), docs.cu, longest)
-    return (out[0] if isinstance(out, tuple) else out).view_as(q)
-
-
 def attend_reference(q, k, v, docs=None):
-    """The same, written out."""
-    causal = torch.ones(q.size(1), q.size(1), dtype=torch.bool, device=q.device).tril()
-    return attend_seen(q, k, v, causal if docs is None or docs.mask is None else docs.mask)
+    """Causal attention written out: q (B, T, H, C), k and v (B, T, K, C) -> (B, T, H, C).
+
+    Query head j reads key/value head j * K // H. docs with a mask confines attention to documents.
+    """
+    if docs is None or docs.mask is None:
+        mask = torch.ones(q.size(1), q.size(1), dtype=torch.bool, device=q.device).tril()
+    else:
+        mask = docs.mask
+    return attend_masked(q, k, v, mask)
 
 
-def attend_seen(q, k, v, seen):
-    """The same, of any queries q (B, R, H, C) to the keys that `seen` (..., R, S) says."""
+def attend_masked(q, k, v, mask):
+    """Attention written out: queries q (B, R, H, C), keys k (B, S, K, C), mask (..., R, S)."""
     k, v = (z.repeat_interleave(q.size(2) // z.size(2), dim=2) for z in (k, v))
     scores = torch.einsum("brhc,bshc->bhrs", q, k) * q.size(-1) ** -0.5
-    return torch.einsum("bhrs,bshc->brhc", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    return torch.einsum("bhrs,bshc->brhc", weights, v)
 
 
 def attend_past(q, k, v, past):
-    """The same, confined to what past.seen says, of new positions q, k, v to kept keys and each other."""
-    keys, values = (new if old is None else torch.cat((old, new), 1)
-                    for old, new in zip(past.kept[len(past.new)], (k, v)))
-    past.new.append((k, v))
-    scores = torch.einsum("btkgc,bskc->bkgts", q.unflatten(2, (k.size(2), -1)), keys) * q.size(-1) ** -0.5
-    share = scores.masked_fill(~past.seen[:, None, None], -torch.inf).softmax(-1)
-    return torch.einsum("bkgts,bskc->btkgc", share, values).flatten(2, 3)
+    """Attention of new tokens to the keys and values in `past` and to their own, by past.mask."""
+    visit = len(past.new_kv)
+    kept_k, kept_v = past.kv[visit]
+    past.new_kv.append((k, v))
+    if kept_k is not None:
+        k = torch.cat((kept_k, k), 1)
+        v = torch.cat((kept_v, v), 1)
+    groups = q.unflatten(2, (k.size(2), -1))  # (B, T, K, H / K, C)
+    scores = torch.einsum("btkgc,bskc->bkgts", groups, k) * q.size(-1) ** -0.5
+    weights = scores.masked_fill(~past.mask[:, None, None], -torch.inf).softmax(-1)
+    return torch.einsum("bkgts,bskc->btkgc", weights, v).flatten(2, 3)
 
 
-def _set_sdpa(*names):
-    """Let PyTorch's attention use only these CUDA backends; the slow math one is never a silent last resort."""
-    for name in ("cudnn", "flash", "mem_efficient", "math"):
-        getattr(torch.backends.cuda, f"enable_{name}_sdp")(name in names)
+def attend_sdpa(q, k, v, docs=None):
+    """attend_reference by PyTorch: cuDNN, FlashAttention-2 or math, as _set_sdpa allows."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    mask = docs.mask if docs is not None else None
+    grouped = q.size(1) != k.size(1)
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
+    return out.transpose(1, 2)
 
 
+def attend_fa3(q, k, v, docs=None, *, kernel):
+    """attend_reference without documents by FlashAttention-3; `kernel` is its flash_attn_func."""
+    return _without_lse(kernel(q, k, v, causal=True))
+
+
+def attend_varlen(q, k, v, docs, *, kernel, longest):
+    """attend_reference within documents of at most `longest` tokens, by lengths instead of a mask.
+
+    `kernel` takes (q, k, v, cu_seqlens, longest), its tensors (B * T, heads, C).
+    """
+    out = kernel(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), docs.cu_seqlens, longest)
+    return _without_lse(out).view_as(q)
+
+
+def _without_lse(out):
+    """A kernel's output; some versions return (output, log-sum-exp)."""
+    return out[0] if isinstance(out, tuple) else out
+
+
+ATTENTION_KERNELS = ("fa3", "cudnn", "flash", "math")  # the best first
+# The backends of PyTorch's attention that each allows. Slow math is never a silent last resort.
+SDPA_BACKENDS = {
+    "fa3": (),
+    "cudnn": ("cudnn",),
+    "flash": ("flash",),
+    "math": ("math", "mem_efficient"),
+}
 MASKED_ROW = 16384  # longest packed row for which the square of its length is still a mask
 
 
-def _why_not(name, s, rt):
+def _set_sdpa(*names):
+    """Let PyTorch's attention use only these CUDA backends.
+
+    Flags, not torch.nn.attention.sdpa_kernel(..., set_priority=True): as a context around each
+    call it adds nine nodes to the captured graph, and its order knows neither faulty cuDNN
+    versions nor wrong results.
+    """
+    for name in ("cudnn", "flash", "mem_efficient", "math"):
+        enable = getattr(torch.backends.cuda, f"enable_{name}_sdp")
+        enable(name in names)
+
+
+def pick_attention(s, rt):
+    """The attention of this run: the first of ATTENTION_KERNELS that agrees with the reference.
+
+    One line says which were passed over, and why. With ATTENTION=name or KERNELS=require that is
+    an error.
+    """
+    candidates = ATTENTION_KERNELS if s.attention == "auto" else (s.attention,)
+    passed_over = []
+    for name in candidates:
+        attend, reason = _try_attention(name, s, rt)
+        if reason is None:
+            break
+        passed_over.append(f"{name}: {reason}")
+    else:
+        raise BadInput(f"ATTENTION={s.attention} cannot be used: {'; '.join(passed_over)}")
+    rt.choose("attention", name, "; ".join(passed_over) or f"ATTENTION={s.attention}")
+    if s.kernels == "require" and passed_over:
+        reasons = "; ".join(passed_over)
+        raise BadInput(f"KERNELS=require, but attention would fall back to {name} ({reasons}); "
+                       f"KERNELS=auto allows that, ATTENTION={name} asks for it")
+    return attend
+
+
+def _try_attention(name, s, rt):
+    """(the function, None), or (None, why this kernel cannot be used here)."""
+    reason = _why_unavailable(name, s, rt)
+    if reason is not None:
+        return None, reason
+    if rt.device.type == "cuda":
+        _set_sdpa(*SDPA_BACKENDS[name])
+    attend, reason = _attention_function(name, s)
+    if reason is None:
+        reason = _attention_error(attend, s, rt)
+    return attend, reason
+
+
+def _why_unavailable(name, s, rt):
     """Why an attention kernel cannot be used here, or None."""
     if name == "fa3":
         if s.kernels == "off":
@@ -5617,61 +5918,44 @@ def _why_not(name, s, rt):
         if name == "flash" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
             return f"torch {torch.__version__} has no torch.nn.attention.varlen"
         if name == "math" and s.loader == "packed" and s.longest_row > MASKED_ROW:
-            return f"rows of LOADER=packed have {s.longest_row} tokens, masks at most {MASKED_ROW} (MICRO_BATCH_TOKENS)"
+            return (f"rows of LOADER=packed have {s.longest_row} tokens, "
+                    f"masks at most {MASKED_ROW} (MICRO_BATCH_TOKENS)")
     if name in ("fa3", "cudnn", "flash") and rt.dtype != torch.bfloat16:
         return "needs bfloat16"
-    if name == "cudnn" and (torch.backends.cudnn.version() or 0) < 91501:
-        return f"cuDNN {torch.backends.cudnn.version()} is older than 9.15.1, whose attention gave wrong results"
+    if name == "cudnn":
+        version = torch.backends.cudnn.version()
+        if (version or 0) < 91501:
+            return f"cuDNN {version} is older than 9.15.1, whose attention gave wrong results"
     return None
 
 
-def pick_attention(s, rt):
-    """The attention function of this run: the first of FA3, cuDNN, flash, math that agrees with the reference.
-
-    What was passed over, and why, is said in one line; with ATTENTION=name or KERNELS=require a fallback is an error.
-    """
-    wanted = ("fa3", "cudnn", "flash", "math") if s.attention == "auto" else (s.attention,)
-    passed = []
-    for name in wanted:
-        reason = _why_not(name, s, rt)
-        if reason is None:
-            if rt.device.type == "cuda":
-                _set_sdpa(*{"fa3": (), "math": ("math", "mem_efficient")}.get(name, (name,)))
-            attend, reason = _attention_function(name, s)
-            reason = reason or _attention_error(attend, s, rt)
-            if reason is None:
-                rt.choose("attention", name, "; ".join(passed) or f"ATTENTION={s.attention}")
-                break
-        passed.append(f"{name}: {reason}")
-    else:
-        raise BadInput(f"ATTENTION={s.attention} cannot be used: {'; '.join(passed)}")
-    if s.kernels == "require" and passed:
-        raise BadInput(f"KERNELS=require, but attention would fall back to {name} ({'; '.join(passed)}); "
-                       f"KERNELS=auto allows that, ATTENTION={name} asks for it")
-    return attend
-
-
 def _attention_function(name, s):
-    """(the function, None) or (None, why it cannot be imported). `varlen` says that it wants Docs with lengths."""
-    masked = s.doc_mask == "attention"
+    """(the function, None), or (None, why it cannot be imported).
+
+    The function's attribute `varlen`, if it has one, says that it needs Docs with cu_seqlens.
+    """
+    documents = s.doc_mask == "attention"
     if name == "fa3":
         try:
             import flash_attn_interface as fa3
         except (ImportError, OSError) as error:
-            return None, f"flash_attn_interface cannot be imported ({str(error).partition(chr(10))[0][:80]})"
-        if not masked:
+            return None, f"flash_attn_interface cannot be imported ({_first_line(error)})"
+        if not documents:
             return partial(attend_fa3, kernel=fa3.flash_attn_func), None
 
-        def kernel(q, k, v, cu, longest):
-            return fa3.flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
-    elif name == "flash" and masked:
+        def kernel(q, k, v, cu_seqlens, longest):
+            return fa3.flash_attn_varlen_func(
+                q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True)
+    elif name == "flash" and documents:
         from torch.nn.attention.varlen import varlen_attn
-        takes = inspect.signature(varlen_attn).parameters
-        options = {"window_size": (-1, 0)} if "window_size" in takes else {"is_causal": True}  # its first name
-        options |= {"enable_gqa": True} if "enable_gqa" in takes else {}
+        parameters = inspect.signature(varlen_attn).parameters
+        # is_causal is the first name of what later versions of torch call window_size.
+        options = {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
+        if "enable_gqa" in parameters:
+            options["enable_gqa"] = True
 
-        def kernel(q, k, v, cu, longest):
-            return varlen_attn(q, k, v, cu, cu, longest, longest, **options)
+        def kernel(q, k, v, cu_seqlens, longest):
+            return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
     else:
         return attend_sdpa, None
     attend = partial(attend_varlen, kernel=kernel, longest=s.longest_sequence)
@@ -5679,56 +5963,84 @@ def _attention_function(name, s):
     return attend, None
 
 
+def _first_line(error):
+    """The beginning of an error's message, short enough for a line of the log."""
+    return str(error).partition("\n")[0][:80]
+
+
 def _attention_error(attend, s, rt):
-    """What is wrong with an attention kernel at the lengths of training and evaluation, or None."""
-    lengths = {128, s.eval_seq_len, s.longest_row, *(length for _, length, _ in s.stages)}
+    """What is wrong with a kernel at the lengths of training and evaluation, or None."""
+    lengths = {128, s.eval_seq_len, s.longest_row}
+    lengths |= {length for _, length, _ in s.stages}
     for length in sorted(lengths):
-        if error := _attention_error_at(attend, s, rt, length):
+        error = _attention_error_at(attend, s, rt, length)
+        if error:
             return f"{error} at {length} tokens"
     return None
 
 
 def _attention_error_at(attend, s, rt, length):
-    """Run the kernel forward and backward on the run's head shape, and compare some queries with attention written out in
-    float32: at the edges of row and documents and of kernels' blocks, and elsewhere.
+    """Run the kernel forward and backward on the run's head shape, and compare it with attention
+    written out in float32, at queries beside the edges of the row, of documents and of kernels'
+    blocks, and at others.
     """
-    generator, rows = torch.Generator().manual_seed(length), 2 if length <= 4096 else 1
-    heads = s.num_heads, s.num_kv_heads, s.num_kv_heads
+    generator = torch.Generator().manual_seed(length)
+    rows = 2 if length <= 4096 else 1
+    heads = (s.num_heads, s.num_kv_heads, s.num_kv_heads)
     inputs = [torch.randn(rows, length, count, s.head_dim, generator=generator) for count in heads]
-    begins = {0, length // 3, length // 3 + 1} | set(torch.randint(length, (3,), generator=generator).tolist())
+    document_starts = {0, length // 3, length // 3 + 1}
+    document_starts |= set(torch.randint(length, (3,), generator=generator).tolist())
     ids = torch.zeros(rows, length, dtype=torch.int64)
-    ids[:, sorted(begins)] = BOS
-    queries = {0, length - 1, *torch.randint(length, (40,), generator=generator).tolist()}
-    queries |= {edge + i for edge in (*begins, 64, 128, 256) for i in (-1, 0) if 0 <= edge + i < length}
-    queries = torch.tensor(sorted(queries), device=rt.device)
-    place = torch.arange(length, device=rt.device)
-    begin = torch.zeros_like(place)
-    if s.doc_mask == "attention":
-        first = torch.where(ids[0].to(rt.device) == BOS, place, 0).cummax(0).values
-        begin = place - (place - first) % s.longest_sequence
-    seen = (place <= queries[:, None]) & (place >= begin[queries][:, None])
+    ids[:, sorted(document_starts)] = BOS
+    ids = ids.to(rt.device)
+    elsewhere = torch.randint(length, (40,), generator=generator).tolist()
+    edges = (*document_starts, 64, 128, 256)  # 64, 128, 256: sizes of kernels' blocks
+    beside_edges = {edge + i for edge in edges for i in (-1, 0) if 0 <= edge + i < length}
+    queries = torch.tensor(sorted({0, length - 1, *elsewhere, *beside_edges}), device=rt.device)
+    mask = _expected_mask(ids[0], queries, s)
 
     def reference(q, k, v):
-        return attend_seen(q[:, queries], k, v, seen)
+        return attend_masked(q[:, queries], k, v, mask)
 
     def kernel(q, k, v):
-        docs = find_documents(ids.to(rt.device), s.doc_mask, s.longest_sequence, getattr(attend, "varlen", False))
+        varlen = getattr(attend, "varlen", False)
+        docs = find_documents(ids, s.doc_mask, s.longest_sequence, varlen)
         return attend(q, k, v, docs)[:, queries]
 
     results = []
     for function, dtype in ((kernel, rt.dtype), (reference, torch.float32)):
-        leaves = [z.to(rt.device, rt.dtype).to(dtype).requires_grad_() for z in inputs]  # both from the same numbers
+        # Both get the same numbers: those that rt.dtype can hold.
+        leaves = [z.to(rt.device, rt.dtype).to(dtype).requires_grad_() for z in inputs]
         try:
             out = function(*leaves)
-            results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
-        except Exception as error:  # whatever a foreign kernel can come up with: it is passed over, and that is said
-            return f"fails ({type(error).__name__}: {str(error).partition(chr(10))[0][:80]})"
-    worst = [(a.float() - b).norm() / b.norm() for a, b in zip(*results)]  # nan stays nan
-    out, expected = results[0][0].float(), results[1][0]
-    worst.append(((out - expected).norm(dim=-1) / expected.norm(dim=-1)).max() / 4)  # of one head at one place
-    worst = torch.stack(worst).max().item()
-    allowed = 2e-2 if rt.dtype == torch.bfloat16 else 2e-3 if rt.device.type == "cuda" else 1e-4  # CUDA float32 is TF32
+            gradients = torch.autograd.grad(out.float().square().sum(), leaves)
+        except Exception as error:  # a foreign kernel may raise anything
+            return f"fails ({type(error).__name__}: {_first_line(error)})"
+        results.append([out.float(), *gradients])
+    fused, expected = results
+    errors = []  # nan stays nan
+    for result, right in zip(fused, expected, strict=True):
+        errors.append((result.float() - right).norm() / right.norm())
+    per_head = (fused[0] - expected[0]).norm(dim=-1) / expected[0].norm(dim=-1)
+    errors.append(per_head.max() / 4)  # one head at one place may be 4 times as far off
+    worst = torch.stack(errors).max().item()
+    allowed = 1e-4
+    if rt.device.type == "cuda":
+        allowed = 2e-3  # CUDA float32 is TF32
+    if rt.dtype == torch.bfloat16:
+        allowed = 2e-2
     return None if worst < allowed else f"differs from the reference by {worst:.1e}"
+
+
+def _expected_mask(ids, queries, s):
+    """(queries, T) bool: the keys that queries in ids (T,) must see, without find_documents."""
+    position = torch.arange(len(ids), device=ids.device)
+    segment_start = torch.zeros_like(position)
+    if s.doc_mask == "attention":
+        document_start = torch.where(ids == BOS, position, 0).cummax(0).values
+        segment_start = position - (position - document_start) % s.longest_sequence
+    causal = position <= queries[:, None]
+    return causal & (position >= segment_start[queries][:, None])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6368,7 +6680,7 @@ class Training:
             need_like("qat moments", state["moments"], None)
             return
         modules = {f"{name}.weight": module for name, module in self.model.named_modules()
-                   if isinstance(module, (Linear, Table))}
+                   if isinstance(module, (Linear, Embedding))}
         need_names("qat moments", state["moments"], modules)
         for name, moments in state["moments"].items():
             rows, columns = modules[name].weight.shape

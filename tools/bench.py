@@ -189,8 +189,8 @@ class Session:
     def context(self):
         """Length of the sequences in which the tokens of the last micro-batch attend: documents, where masked."""
         docs, length = self.docs, self.s.stages[self.training.stage][1]
-        if docs is not None and docs.cu is not None:
-            lengths = docs.cu.diff().double()
+        if docs is not None and docs.cu_seqlens is not None:
+            lengths = docs.cu_seqlens.diff().double()
             return (lengths.square().sum() / lengths.sum()).item()
         return length
 
