@@ -1345,11 +1345,12 @@ class Skips(nn.Module):
 
 
 class ParallelLanes(nn.Module):
-    """Two residual lanes. "lanes" (#1539): attention writes lane 0, the MLP lane 1. "routed"
-    (#1529): both write both, with learned weights: r lane + p a + q m.
+    """Two residual lanes: attention reads lane 0, the MLP lane 1.
 
-    At the end they are merged by their mean or a learned m lane0 + (1 - m) lane1. Every layer has
-    its row of weights, as published; those below PARALLEL_START_LAYER are not used.
+    "lanes" (#1539): each writes the lane that it reads. "routed" (#1529): both write both lanes,
+    with learned weights: keep * lane + write * attention + write' * MLP. At the end the lanes are
+    merged by their mean or a learned m * lane0 + (1 - m) * lane1. Every layer has its row of
+    weights, as published; those below PARALLEL_START_LAYER are not used.
     """
 
     role = "scalar"
@@ -1478,14 +1479,14 @@ class Block(nn.Module):
         if self.resid_mix is not None:
             mix = self.resid_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * context.x0
-        if form == "serial":
+        if form == "serial":  # the MLP reads what attention wrote
             x = x + attention(x)
             x = x + mlp(x)
             return (x,)
-        if form == "gptj":
+        if form == "gptj":  # both read the same stream (#1412)
             x = x + attention(x) + mlp(x)
             return (x,)
-        attended = attention(x)
+        attended = attention(x)  # two lanes: attention reads lane 0, the MLP lane 1
         fed = mlp(lanes[1])
         if form == "lanes":
             return x + attended, lanes[1] + fed
