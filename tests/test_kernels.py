@@ -201,10 +201,10 @@ def test_one_graph_serves_any_number_of_documents(monkeypatch):
     before, counts = torch._dynamo.utils.counters["stats"]["unique_graphs"], set()
     for seed, bos in enumerate((0, 0.1, 0.3, 0.6, 1)):
         ids = ref.tokens(32, 1, 16, seed=seed, bos=bos)
-        docs = lengths.documents(ids, 16)
+        docs = lengths.find_documents(ids, 16)
         torch._dynamo.maybe_mark_dynamic(docs.cu_seqlens, 0)
         counts.add(len(docs.cu_seqlens))
-        for model, function, found in ((lengths, compiled, docs), (masked, masked, masked.documents(ids, 16))):
+        for model, function, found in ((lengths, compiled, docs), (masked, masked, masked.find_documents(ids, 16))):
             model.zero_grad()
             function(ids, ids, found).backward()
         for a, b in zip(lengths.parameters(), masked.parameters()):
