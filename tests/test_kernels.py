@@ -149,7 +149,7 @@ def test_a_model_with_lengths_is_the_model_with_masks(s, length, longest, seed):
     results = []
     for model in (masked, lengths):
         docs = model.find_documents(ids, longest)
-        assert (docs.mask is None) == (docs.cu is not None) == (model is lengths)
+        assert (docs.mask is None) == (docs.cu_seqlens is not None) == (model is lengths)
         model(ids, targets, docs).backward()
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
         results.append([model.hidden(ids, docs).detach(), *gradients])
@@ -201,10 +201,10 @@ def test_one_graph_serves_any_number_of_documents(monkeypatch):
     before, counts = torch._dynamo.utils.counters["stats"]["unique_graphs"], set()
     for seed, bos in enumerate((0, 0.1, 0.3, 0.6, 1)):
         ids = ref.tokens(32, 1, 16, seed=seed, bos=bos)
-        docs = lengths.documents(ids, 16)
-        torch._dynamo.maybe_mark_dynamic(docs.cu, 0)
-        counts.add(len(docs.cu))
-        for model, function, found in ((lengths, compiled, docs), (masked, masked, masked.documents(ids, 16))):
+        docs = lengths.find_documents(ids, 16)
+        torch._dynamo.maybe_mark_dynamic(docs.cu_seqlens, 0)
+        counts.add(len(docs.cu_seqlens))
+        for model, function, found in ((lengths, compiled, docs), (masked, masked, masked.find_documents(ids, 16))):
             model.zero_grad()
             function(ids, ids, found).backward()
         for a, b in zip(lengths.parameters(), masked.parameters()):
@@ -320,7 +320,7 @@ def only_fa3_and_math(name, s, rt):
 def pretend(monkeypatch):
     """Two kernels on a CPU: the one given in the place of FlashAttention-3, then PyTorch's."""
     def install(attend):
-        monkeypatch.setattr(tg, "_why_not", only_fa3_and_math)
+        monkeypatch.setattr(tg, "_why_unavailable", only_fa3_and_math)
         monkeypatch.setattr(tg, "_attention_function",
                             lambda name, s: (attend if name == "fa3" else tg.attend_sdpa, None))
     return install
@@ -454,7 +454,7 @@ def test_a_kernel_that_cannot_be_used_says_why(monkeypatch, name, changes, lacks
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: has["gpu"])
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: has["cudnn"])
     rt = SimpleNamespace(device=torch.device("cpu" if has["gpu"] is CPU else "cuda"), dtype=has["dtype"])
-    reason = tg._why_not(name, ref.small(**changes), rt)
+    reason = tg._why_unavailable(name, ref.small(**changes), rt)
     assert reason is None if word is None else word in reason
 
 
@@ -463,7 +463,7 @@ def interface(monkeypatch):
     """FlashAttention-3's package with the functions given, on a machine that could use it."""
     def install(**functions):
         monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(**functions) if functions else None)
-        monkeypatch.setattr(tg, "_why_not", only_fa3_and_math)
+        monkeypatch.setattr(tg, "_why_unavailable", only_fa3_and_math)
     return install
 
 
@@ -528,7 +528,7 @@ def test_documents_go_to_the_flash_kernel_of_torch(monkeypatch, signature, chang
 
     has = {"window": window, "is_causal": is_causal, "grouped": grouped}[signature]
     monkeypatch.setattr(module, "varlen_attn", has)
-    monkeypatch.setattr(tg, "_why_not", lambda name, s, rt: None if name == "flash" else "not here")
+    monkeypatch.setattr(tg, "_why_unavailable", lambda name, s, rt: None if name == "flash" else "not here")
     rt = runtime()
     assert tg.pick_attention(ref.small(doc_mask="attention", attention="flash", **changes), rt).varlen
     assert rt.choices[0][1] == "flash"
@@ -582,7 +582,7 @@ def test_nothing_replaces_the_kernel_that_was_chosen(monkeypatch, interface, bac
     """On a GPU PyTorch would use another backend and say nothing: in a run, and while a kernel is checked."""
     interface(flash_attn_func=lambda q, k, v, causal: q)
     seen = []
-    monkeypatch.setattr(tg, "_why_not", lambda *_: None)
+    monkeypatch.setattr(tg, "_why_unavailable", lambda *_: None)
     monkeypatch.setattr(tg, "_attention_error", lambda *_: seen.append(backends()))
     rt = runtime(torch.bfloat16)
     rt.device = torch.device("cuda")

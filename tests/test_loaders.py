@@ -379,11 +379,11 @@ def test_a_packed_micro_batch_is_one_row_of_documents(folder, ids, length, rows,
                 assert docs.first.tolist() == (x == ref.BOS).tolist()
                 if varlen:
                     starts = [t for t in range(len(number)) if t == 0 or number[t] != number[t - 1]]
-                    assert docs.cu.tolist() == [*starts, len(number)] and docs.mask is None
-                    assert docs.cu.dtype == torch.int32
+                    assert docs.cu_seqlens.tolist() == [*starts, len(number)] and docs.mask is None
+                    assert docs.cu_seqlens.dtype == torch.int32
                 else:
                     sees = (number[:, None] == number) & np.tril(np.ones((len(number),) * 2, bool))
-                    assert docs.mask[0, 0].tolist() == sees.tolist() and docs.cu is None
+                    assert docs.mask[0, 0].tolist() == sees.tolist() and docs.cu_seqlens is None
 
 
 def test_the_loss_of_a_packed_row_is_that_of_its_documents_alone(tmp_path):

@@ -246,7 +246,8 @@ def test_layer_plan_pairs_the_halves_last_in_first_out(layers):
     few = dict(num_layers=layers, ve_dim=0, ve_layers=(), xsa_last_n=0)
     for skips in ("linear", "none"):
         plan = tg.layer_plan(ref.small(skips=skips, **few), False)
-        assert [visit.block for visit in plan] == list(range(layers)) and not any(visit.parallel for visit in plan)
+        assert [visit.block for visit in plan] == list(range(layers))
+        assert all(visit.form == "serial" for visit in plan)
         half = layers // 2
         assert pairs(plan) == ([(half + i, half - 1 - i, i) for i in range(half)] if skips == "linear" else [])
 
@@ -277,13 +278,23 @@ PLANS = {
 @pytest.mark.parametrize("name", PLANS)
 def test_layer_plans_of_published_models(name):
     args, looping, order, takes, split = PLANS[name]
-    plan = tg.layer_plan(tg.Settings.parse(args), looping)
+    s = tg.Settings.parse(args)
+    plan = tg.layer_plan(s, looping)
     assert [visit.block for visit in plan] == order
     assert pairs(plan) == [(taker, giver, row) for row, (_, taker, giver) in enumerate(takes)]
     assert [plan[taker].block for taker, _, _ in pairs(plan)] == [layer for layer, _, _ in takes]
-    assert [visit.parallel for visit in plan] == [j >= split for j in range(len(plan))]
+    assert [visit.form for visit in plan] == [s.parallel_residual if j >= split else "serial" for j in range(len(plan))]
     parts = {"1855": "before_skip", "1539": "after_skip"}.get(name.split()[0], "")  # the others have one lane
     assert [visit.split for visit in plan] == [parts if j == split else "" for j in range(len(plan))]
+
+
+@pytest.mark.parametrize("loop_order, looping, order", [
+    ("range", True, [(0, 1), (1, 1), (2, 1), (1, 1), (2, 1), (1, 1), (2, 1), (3, 1)]),
+    ("layer", True, [(0, 1), (1, 3), (2, 3), (3, 1)]),
+    ("range", False, [(0, 1), (1, 1), (2, 1), (3, 1)]), ("layer", False, [(0, 1), (1, 1), (2, 1), (3, 1)])])
+def test_depth_recurrence_repeats_the_range_or_each_layer(loop_order, looping, order):
+    s = ref.small(num_layers=4, num_loops=2, loop_start=1, loop_end=2, loop_order=loop_order)
+    assert tg.depth_recurrence(s, looping) == order
 
 
 @ref.tries(300)
@@ -296,12 +307,13 @@ def test_any_layer_plan_is_that_of_two_halves_and_a_stack(s, looping):
         for again in range(times):
             split = split or s.parallel_residual in ("lanes", "routed") and layer >= s.parallel_start_layer
             gptj = s.parallel_residual == "gptj" and layer >= s.parallel_start_layer
-            want.append((layer, source if again == 0 else None, split or gptj))
+            form = s.parallel_residual if split or gptj else "serial"
+            want.append((layer, source if again == 0 else None, form))
         if slot < 0:
             stack.append(len(want) - 1)
     plan = tg.layer_plan(s, looping)
     sources = {taker: giver for taker, giver, _ in pairs(plan)}
-    assert [(visit.block, sources.get(j), visit.parallel) for j, visit in enumerate(plan)] == want
+    assert [(visit.block, sources.get(j), visit.form) for j, visit in enumerate(plan)] == want
     assert [row for _, _, row in pairs(plan)] == list(range(most))
     model = meta(s)
     assert (model.skips is None) == (ref.halves(s, True)[2] == 0) and (not s.loops or model.looping is True)
@@ -450,14 +462,15 @@ def test_documents_are_where_bos_says(rows, length, longest, seed):
     ids = ref.tokens(8, rows, length, seed=seed, bos=0.3)
     assert tg.find_documents(ids, "none", longest) is None
     inputs = tg.find_documents(ids, "inputs", longest)
-    assert inputs.mask is None and inputs.cu is None and torch.equal(inputs.first, ids == ref.BOS)
+    assert inputs.mask is None and inputs.cu_seqlens is None and torch.equal(inputs.first, ids == ref.BOS)
     masked, lengths = (tg.find_documents(ids, "attention", longest, varlen) for varlen in (False, True))
     starts = [ref.document_starts(row, longest=longest) for row in ids.tolist()]
     want = [[[starts[b][t] <= u <= t for u in range(length)] for t in range(length)] for b in range(rows)]
-    assert masked.mask[:, 0].tolist() == want and masked.cu is None
+    assert masked.mask[:, 0].tolist() == want and masked.cu_seqlens is None
     begins = [b * length + t for b in range(rows) for t in range(length) if starts[b][t] == t]
-    assert lengths.cu.tolist() == [*begins, rows * length] and lengths.cu.dtype == torch.int32 and lengths.mask is None
-    assert not longest or lengths.cu.diff().max() <= longest
+    assert lengths.cu_seqlens.tolist() == [*begins, rows * length] and lengths.mask is None
+    assert lengths.cu_seqlens.dtype == torch.int32
+    assert not longest or lengths.cu_seqlens.diff().max() <= longest
     for docs in (masked, lengths):
         assert torch.equal(docs.first, ids == ref.BOS)
 
@@ -635,20 +648,21 @@ def test_adapters_add_nothing_when_zero_and_something_when_not():
     s = ref.small()
     model, ids = ref.randomise(tg.GPT(s)), ref.tokens(32, 2, 9)
     sizes = dict(q=(16, 16), k=(16, 8), v=(16, 8), o=(16, 16), mlp=(16, 16))
-    slot = lambda value, only=None: tg.Slot(**{k: adapter(*size, value) for k, size in sizes.items()
-                                               if only in (None, k)})
+    slot = lambda value, only=None: tg.VisitAdapters(**{
+        k: adapter(*size, value) for k, size in sizes.items() if only in (None, k)})
     with torch.no_grad():
         plain = model.logits(model.hidden(ids))
         zero = Adapters([slot(0.0) for _ in model.plan], adapter(16, 32, 0.0))
         assert torch.equal(plain, model.logits(model.hidden(ids, adapters=zero), zero))
         for layer in range(s.num_layers):
             for part in sizes:
-                one = Adapters([slot(0.1, part) if j == layer else tg.Slot() for j in range(len(model.plan))])
+                one = Adapters([slot(0.1, part) if j == layer else tg.VisitAdapters()
+                                for j in range(len(model.plan))])
                 moved = model.logits(model.hidden(ids, adapters=one), one)
                 assert not torch.equal(plain, moved), (layer, part)
                 assert torch.equal(model(ids, ids, adapters=one),
                                    nn.functional.cross_entropy(moved.flatten(0, 1), ids.flatten()))
-        head = Adapters([tg.Slot() for _ in model.plan], adapter(16, 32, 0.1))
+        head = Adapters([tg.VisitAdapters() for _ in model.plan], adapter(16, 32, 0.1))
         assert torch.equal(model.hidden(ids), model.hidden(ids, adapters=head))
         assert not torch.equal(plain, model.logits(model.hidden(ids), head))
 
@@ -662,7 +676,8 @@ def test_each_visit_of_depth_recurrence_has_adapters_of_its_own(changes):
         for looping in {False, s.loops}:
             model.looping = looping
             for j in range(len(model.plan)):
-                slots = [tg.Slot(mlp=adapter(16, 16, 0.1)) if k == j else tg.Slot() for k in range(len(model.plan))]
+                slots = [tg.VisitAdapters(mlp=adapter(16, 16, 0.1)) if k == j else tg.VisitAdapters()
+                         for k in range(len(model.plan))]
                 seen.append(model.hidden(ids, adapters=Adapters(slots)))
             seen.append(model.hidden(ids))
     for j, one in enumerate(seen):

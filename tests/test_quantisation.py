@@ -568,7 +568,7 @@ def by_hand(model, ids, targets):
 
     copied = copy.deepcopy(model)
     for name, module in copied.named_modules():
-        if isinstance(module, (tg.Linear, tg.Table)):
+        if isinstance(module, (tg.Linear, tg.Embedding)):
             module.forward = (linear if isinstance(module, tg.Linear) else table)(module, f"{name}.weight")
     hidden = copied.hidden(ids)
     narrow = hidden if copied.head_proj is None else copied.head_proj(hidden)
@@ -622,7 +622,8 @@ def test_moments_are_those_of_every_position_and_visit(changes):
     for part in (slice(0, 2), slice(2, 3)):
         meter.observe(*(z[part] for z in whole))
     found, want = meter.moments(ref.alone()), by_hand(model, *whole)
-    modules = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, (tg.Linear, tg.Table))}
+    modules = {f"{name}.weight" for name, module in model.named_modules()
+               if isinstance(module, (tg.Linear, tg.Embedding))}
     assert found.keys() == want.keys() == modules
     for name, (hessian, gain) in want.items():
         torch.testing.assert_close(found[name].hessian.double(), hessian, rtol=1e-4, atol=1e-6 * hessian.abs().max().item(), msg=name)
@@ -631,7 +632,7 @@ def test_moments_are_those_of_every_position_and_visit(changes):
         square = found[f"{name}.weight"].inputs if f"{name}.weight" in found else None
         if isinstance(module, tg.Linear):
             torch.testing.assert_close(square.double(), want[f"{name}.weight"][0].diagonal(), rtol=1e-4, atol=1e-7)
-        elif isinstance(module, tg.Table) and (name != "embed" or model.head is not None):
+        elif isinstance(module, tg.Embedding) and (name != "embed" or model.head is not None):
             assert square is None, "rows are looked up, not multiplied with"
     with torch.no_grad():
         hidden = model.hidden(whole[0]) if model.head_proj is None else model.head_proj(model.hidden(whole[0]))
@@ -831,7 +832,7 @@ def bigger(fit="allocate", seed=0, **changes):
                             embed_quant="gptq"), **changes})
     model, rng, moments = ref.randomise(tg.GPT(s, init=False), seed, 0.1), np.random.default_rng(seed), {}
     for name, module in model.named_modules():
-        if isinstance(module, (tg.Linear, tg.Table)):
+        if isinstance(module, (tg.Linear, tg.Embedding)):
             rows, cols = module.weight.shape
             moments[f"{name}.weight"] = tg.Moments(torch.from_numpy(random_hessian(cols, 2 * cols, seed)).float(),
                                                    torch.from_numpy(np.exp(rng.normal(size=rows))).float())
@@ -1120,7 +1121,7 @@ def test_the_cache_goes_on_as_the_whole_text_would(s, cuts, seed):
         cuts = [1]
     model, ids = ref.double(s, seed % 7), ref.tokens(s.vocab_size, 2, sum(cuts), seed=seed)
     with torch.no_grad():
-        whole, cache, at, parts = model.hidden(ids), tg.Cache(model, 2, sum(cuts)), 0, []
+        whole, cache, at, parts = model.hidden(ids), tg.KVCache(model, 2, sum(cuts)), 0, []
         for n in cuts:
             parts.append(cache.advance(ids[:, at : at + n]))
             at += n

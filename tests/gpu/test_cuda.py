@@ -300,8 +300,8 @@ def test_one_graph_serves_any_number_of_documents(name):
         ids = ref.tokens(512, 2, 257, seed=i, bos=bos).to(DEVICE)
         x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         docs = model.find_documents(x, 256)
-        if docs.cu is not None:
-            torch._dynamo.maybe_mark_dynamic(docs.cu, 0)
+        if docs.cu_seqlens is not None:
+            torch._dynamo.maybe_mark_dynamic(docs.cu_seqlens, 0)
         with torch._dynamo.config.patch(error_on_recompile=i > 1):
             loss = function(x, y, docs)
         loss.backward()
@@ -574,11 +574,11 @@ def test_prefetched_batches_are_pinned_and_arrive_whole(begin, loader):
         for (x, y, docs), (a, b, _) in zip(batch, plain.next(), strict=True):
             assert x.device.type == DEVICE and x.dtype == torch.int64 and x.is_contiguous() and y.is_contiguous()
             assert torch.equal(x.cpu(), a) and torch.equal(y.cpu(), b)
-            if docs is not None and docs.cu is not None:
-                begins = (docs.cu[:-1].long().cpu())
-                assert docs.cu.dtype == torch.int32 and docs.cu[-1].item() == x.numel()
+            if docs is not None and docs.cu_seqlens is not None:
+                begins = (docs.cu_seqlens[:-1].long().cpu())
+                assert docs.cu_seqlens.dtype == torch.int32 and docs.cu_seqlens[-1].item() == x.numel()
                 assert set(np.flatnonzero(a.flatten() == tg.BOS)) <= set(begins.tolist())
-                assert docs.cu.diff().max() <= state.run.s.train_seq_len
+                assert docs.cu_seqlens.diff().max() <= state.run.s.train_seq_len
 
 
 @pytest.mark.parametrize("every", [1, 3])
@@ -773,7 +773,7 @@ def test_text_that_the_model_writes_on_the_gpu():
     assert text.shape == (4, 65) and text.device.type == DEVICE and (text[:, 0] == tg.BOS).all()
     assert (text >= 0).all() and (text < s.vocab_size).all() and len(text[:, 1:].unique()) > 20
     with torch.no_grad():
-        cache = tg.Cache(gpu, 4, 64)
+        cache = tg.KVCache(gpu, 4, 64)
         steps = torch.cat([cache.advance(text[:, t : t + 1]) for t in range(64)], 1)
         assert cosine(steps, gpu.hidden(text[:, :64])) > 0.999
 

@@ -87,7 +87,7 @@ def random_moments(model, seed):
     """{parameter: Moments} as calibration gives them, of random inputs."""
     generator, moments = torch.Generator().manual_seed(seed), {}
     for name, module in model.named_modules():
-        if isinstance(module, (tg.Linear, tg.Table)):
+        if isinstance(module, (tg.Linear, tg.Embedding)):
             x = torch.randn(40, module.weight.size(1), generator=generator)
             gain = torch.rand(len(module.weight), generator=generator)
             moments[f"{name}.weight"] = tg.Moments(x.T @ x / 40, gain, 0.0, x.square().mean(0))
