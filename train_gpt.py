@@ -1672,9 +1672,11 @@ class Runtime:
 
 # --------------------------------------------------------------------------------------------------
 # 5 Optimizer
+# A new optimizer of matrices is one function and one entry of OPTIMIZERS.
 # --------------------------------------------------------------------------------------------------
 
-# Coefficients a, b, c of X <- a X + (b A + c A A) X, A = X X^T, one row an iteration, the last for all further ones.
+# Coefficients a, b, c of X <- a X + (b A + c A A) X, A = X X^T: one row an iteration, the last row
+# for all further iterations.
 NEWTON_SCHULZ = {
     "classic": ((3.4445, -4.7750, 2.0315),),  # Keller Jordan's Muon
     "polar_express": ((8.156554524902461, -22.48329292557795, 15.878769915207462),  # arXiv 2505.16932
@@ -1686,35 +1688,45 @@ NEWTON_SCHULZ = {
 
 
 def newton_schulz(update, steps, coefficients="classic", row_normalize=False, dtype=torch.float32):
-    """Push the singular values of each matrix of a batch (N, rows, cols) towards 1; with row_normalize, rows - of the
-    update as stored, not of its transpose - have norm 1 before that (MuonEq-R, #1285).
+    """Push the singular values of each matrix of a batch (N, rows, cols) towards 1.
+
+    row_normalize: first give each row norm 1 (MuonEq-R, #1285). These are the rows of the matrix
+    as stored, not of the transposed one that the iteration uses where there are more rows than columns.
     """
     x = update.to(dtype)
     if row_normalize:
         x = x / x.norm(dim=-1, keepdim=True).clamp_min(1e-7)
     tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
+    if tall:
+        x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    rows = NEWTON_SCHULZ[coefficients]
+    table = NEWTON_SCHULZ[coefficients]
     for i in range(steps):
-        a, b, c = rows[min(i, len(rows) - 1)]
+        a, b, c = table[min(i, len(table) - 1)]
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b A + c A A
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    if tall:
+        x = x.mT
+    return x
 
 
 def normuon(update, moment, beta2):
-    """NorMuon (arXiv 2510.05491): divide each row by the root of its running mean square `moment` (N, rows, 1), which
-    is updated in place. The norm of each matrix is kept, so learning rates mean the same with and without it.
+    """NorMuon (arXiv 2510.05491): divide each row by the root of its running mean square.
+
+    `moment` (N, rows, 1) is that mean square; it is updated in place. The norm of each matrix is
+    kept, so that learning rates mean the same with and without NorMuon.
     """
     update = update.float()
     moment.lerp_(update.square().mean(-1, keepdim=True), 1 - beta2)
     scaled = update / (moment.sqrt() + 1e-10)
-    return scaled * (update.norm(dim=(-2, -1), keepdim=True) / (scaled.norm(dim=(-2, -1), keepdim=True) + 1e-10))
+    norm_before = update.norm(dim=(-2, -1), keepdim=True)
+    norm_after = scaled.norm(dim=(-2, -1), keepdim=True)
+    return scaled * (norm_before / (norm_after + 1e-10))
 
 
 def adamw(weight, grad, mean, square, t, lr, wd, betas, eps):
-    """AdamW (arXiv 1711.05101), step number t from 1, with bias correction, decoupled decay first. All in place."""
+    """AdamW (arXiv 1711.05101) with bias correction; decay comes first. All in place; t counts from 1."""
     beta1, beta2 = betas
     mean.lerp_(grad, 1 - beta1)
     square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -1722,24 +1734,89 @@ def adamw(weight, grad, mean, square, t, lr, wd, betas, eps):
     weight.mul_(1 - lr * wd).addcdiv_(mean, root, value=-lr / (1 - beta1**t))
 
 
-# torch 2.14 renamed these two, and warns about the old names.
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# ---- the rules of update -------------------------------------------------------------------------
+# rule(weight, grad, state, step) gets a bank's tensors, or this rank's share of them, may overwrite
+# `grad` and keeps what it needs in `state`. It returns an Update. A rule for flat banks may change
+# `weight` itself instead, and return None.
+
+
+class OptimizerStep(NamedTuple):
+    """What a rule of update knows of an optimizer step, apart from a bank's tensors."""
+
+    s: Settings
+    t: int  # number of the step, from 1
+    lr: float  # after its schedule
+    wd: float  # after its schedule
+    betas: Betas
+    momentum: float  # of Muon, after its schedule
+    orthogonalise: Callable  # newton_schulz with the options of the settings, compiled
+
+
+class Update(NamedTuple):
+    """A change of weights: weight <- (1 - decay) weight - rate direction."""
+
+    direction: Tensor
+    rate: float
+    decay: float
+
+
+def muon(weight, grad, state, step):
+    """Muon by Keller Jordan, for matrices (N, rows, cols): orthogonalised Nesterov momentum.
+
+    NORMUON evens out the rows after that. Matrices with more rows than columns get a larger rate.
+    """
+    buffer = state[0].mul_(step.momentum).add_(grad)
+    nesterov = grad.add_(buffer, alpha=step.momentum)
+    direction = step.orthogonalise(nesterov)
+    if step.s.normuon:
+        direction = normuon(direction, state[1], step.s.muon_beta2)
+    rows, cols = grad.shape[1:]
+    scale = max(1.0, rows / cols) ** 0.5
+    return Update(direction, rate=step.lr * scale, decay=step.lr * step.wd)
+
+
+def muon_state(weight, s):
+    """The momentum; with NORMUON also the mean square of each row."""
+    if s.normuon:
+        return [weight, weight[..., :1]]
+    return [weight]
+
+
+def adam(weight, grad, state, step):
+    """AdamW for a flat bank, in place: one fused operation, no tensor for the update."""
+    mean, square = state
+    adamw(weight, grad, mean, square, step.t, step.lr, step.wd, step.betas, step.s.adam_eps)
+
+
+class Optimizer(NamedTuple):
+    """A rule of update, what it keeps, and how the banks that it updates lie in memory (see Bank)."""
+
+    rule: Callable
+    state: Callable  # state(weight, settings): for each tensor of the state, one of the same shape
+    layout: Literal["stacked", "flat"]
+
+
+OPTIMIZERS = {
+    "muon": Optimizer(muon, muon_state, "stacked"),
+    "adam": Optimizer(adam, lambda weight, s: [weight, weight], "flat"),
+}
 
 
 class UpdateRule(NamedTuple):
     """How the parameters of a role are optimised."""
 
-    kind: Literal["muon", "adam"]
+    kind: str  # of OPTIMIZERS
     lr: float
     wd: float
     betas: Betas  # AdamW
 
 
 def update_rules(s):
-    betas, embed_lr = (s.beta1, s.beta2), s.tied_embed_lr if s.tie_embeddings else s.embed_lr
-    matrix = "muon" if s.matrix_optimizer == "muon" else "adam"
-    return {"matrix": UpdateRule(matrix, s.matrix_lr, s.muon_wd, s.matrix_betas or betas),
+    """{role: UpdateRule} of the settings."""
+    betas = (s.beta1, s.beta2)
+    matrix_kind = "adam" if s.matrix_optimizer == "adamw" else s.matrix_optimizer
+    embed_lr = s.tied_embed_lr if s.tie_embeddings else s.embed_lr
+    return {"matrix": UpdateRule(matrix_kind, s.matrix_lr, s.muon_wd, s.matrix_betas or betas),
             "embed": UpdateRule("adam", embed_lr, s.embed_wd, s.embed_betas or betas),
             "head": UpdateRule("adam", s.head_lr, s.head_wd, s.head_betas or betas),
             "gate": UpdateRule("adam", s.scalar_lr, s.adam_wd, betas),
@@ -1747,98 +1824,113 @@ def update_rules(s):
             "scalar": UpdateRule("adam", s.scalar_lr, s.adam_wd, betas)}
 
 
+# ---- banks and ranks -----------------------------------------------------------------------------
+
+# torch 2.14 renamed these two, and warns about the old names.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+FLAT_ALIGNMENT = 64  # float32 numbers, 256 bytes: where a parameter may begin in a flat bank
+
+
 class Bank:
-    """Parameters of equal treatment in one tensor, of which they and their gradients are views: a bank is updated,
-    reduced and averaged by single operations. Muon: one bank a shape, (matrices padded to a multiple of ranks, rows,
-    cols), of which each rank orthogonalises its share. Adam: one flat bank a role, each parameter aligned to 256 bytes.
+    """Parameters of one role in one tensor, of which they and their gradients are views: a bank is
+    updated, reduced and averaged by single operations. It has one of two layouts.
+
+    stacked: the matrices of one shape, (N, rows, cols), N padded to a multiple of the ranks. Each rank
+    updates its share of the matrices and has the state of that share alone.
+    flat: parameters of any shapes, one after the other. Every rank updates all of them.
     """
 
-    def __init__(self, role, treatment, entries, rt, neurons=False):
-        self.role, (self.kind, self.lr, self.wd, self.betas) = role, treatment
-        self.names, params = [name for name, _ in entries], [param for _, param in entries]
+    def __init__(self, role, rule, named_params, s, rt):
+        self.role = role
+        self.rule = rule
+        self.optimizer = OPTIMIZERS[rule.kind]
+        self.stacked = self.optimizer.layout == "stacked"
+        self.names = [name for name, _ in named_params]
+        params = [param for _, param in named_params]
         self.shapes = [param.shape for param in params]
-        if self.kind == "muon":
-            self.share = -(-len(params) // rt.world)
-            whole = (self.share * rt.world, *params[0].shape)
-            self.mine = slice(rt.rank * self.share, (rt.rank + 1) * self.share)
+        if self.stacked:
+            matrices_per_rank = math.ceil(len(params) / rt.world)
+            size = (matrices_per_rank * rt.world, *self.shapes[0])
+            begin = rt.rank * matrices_per_rank
+            self.share = slice(begin, begin + matrices_per_rank)
         else:
-            self.starts = np.cumsum([0] + [-(-p.numel() // 64) * 64 for p in params]).tolist()
-            whole, self.mine = (self.starts[-1],), slice(None)
-        device = params[0].device
-        self.weight, self.grad = torch.zeros(whole, device=device), torch.zeros(whole, device=device)
-        share = self.weight[self.mine]
-        self.state = [torch.zeros_like(share)] + ([torch.zeros_like(share)] if self.kind == "adam" else
-                                                  [torch.zeros_like(share[..., :1])] if neurons else [])
+            self.starts = [0]
+            for shape in self.shapes:
+                padded = math.ceil(shape.numel() / FLAT_ALIGNMENT) * FLAT_ALIGNMENT
+                self.starts.append(self.starts[-1] + padded)
+            size = (self.starts[-1],)
+            self.share = slice(None)
+        self.weight = torch.zeros(size, device=params[0].device)
+        self.grad = torch.zeros(size, device=params[0].device)
+        state_shapes = self.optimizer.state(self.weight[self.share], s)
+        self.state = [torch.zeros_like(tensor) for tensor in state_shapes]
         for param, weight, grad in zip(params, self.views(self.weight), self.views(self.grad)):
             weight.copy_(param.data)
-            param.data, param.grad = weight, grad
+            param.data = weight
+            param.grad = grad
 
-    def views(self, bank):
-        """The parameters' parts of a tensor shaped like the bank."""
-        if self.kind == "muon":
-            return [bank[i] for i in range(len(self.names))]
-        return [bank[a:][: shape.numel()].view(shape) for a, shape in zip(self.starts, self.shapes)]
+    def views(self, tensor):
+        """The parts of a tensor shaped like the bank, one for each parameter, in its shape."""
+        if self.stacked:
+            return [tensor[i] for i in range(len(self.names))]
+        parts = []
+        for start, shape in zip(self.starts, self.shapes):
+            parts.append(tensor[start : start + shape.numel()].view(shape))
+        return parts
+
+    def apply(self, update):
+        """Change all weights of the bank by an Update, whose direction has the shape of the bank."""
+        self.weight.mul_(1 - update.decay).add_(update.direction, alpha=-update.rate)
 
 
 class MuonAdam:
-    """Muon for matrices, AdamW for the rest, on 1..N ranks; it owns all communication, there is no DDP wrapper.
+    """The optimizer of a training run: Muon for matrices, AdamW for the rest (see update_rules), on 1..N
+    ranks. It owns all communication; there is no DDP wrapper.
 
-    step(): reduce-scatter the matrix banks and all-reduce the flat ones, clip the global gradient, orthogonalise this
-    rank's share and start gathering it, run AdamW meanwhile, apply. State is saved by parameter name, for any ranks.
-    Momentum and second moments are fp32, on every number of ranks.
+    step() reduce-scatters the gradients of stacked banks and all-reduces those of flat ones, clips the
+    global gradient, computes the updates of this rank's matrices and starts to gather those of all
+    ranks, updates the flat banks meanwhile, and applies what was gathered. The state is saved by
+    parameter name, for any number of ranks. Momentum and second moments are always fp32.
     """
 
     def __init__(self, model, s, rt):
-        self.s, self.rt, self.t = s, rt, 0
-        table, params = update_rules(s), dict(model.named_parameters())
-        groups = {}
+        self.s = s
+        self.rt = rt
+        self.t = 0  # steps made
+        rules = update_rules(s)
+        params = dict(model.named_parameters())
+        names_of_role = {role: [] for role in rules}
+        groups = {}  # {(role, shape of a stacked matrix): [(name, parameter)]}, a bank each
         for name, role in roles(model).items():
-            if role not in table:
-                raise KeyError(f"no treatment for role {role} of {name}")
-            shape = tuple(params[name].shape) if table[role].kind == "muon" else ()
+            if role not in rules:
+                raise KeyError(f"no update rule for role {role} of {name}")
+            names_of_role[role].append(name)
+            stacked = OPTIMIZERS[rules[role].kind].layout == "stacked"
+            shape = tuple(params[name].shape) if stacked else ()
             groups.setdefault((role, shape), []).append((name, params[name]))
-        order = sorted(groups, key=lambda g: -sum(p.numel() for _, p in groups[g]))  # largest first
-        self.banks = [Bank(role, table[role], groups[role, shape], rt, s.normuon) for role, shape in order]
-        self.table = {role: (len(names), sum(params[n].numel() for n in names), table[role]) for role in table
-                      if (names := [n for (r, _), group in groups.items() if r == role for n, _ in group])}
+
+        def size(group):
+            return sum(param.numel() for _, param in groups[group])
+
+        largest_first = sorted(groups, key=size, reverse=True)
+        self.banks = [Bank(role, rules[role], groups[role, shape], s, rt) for role, shape in largest_first]
         owned = sorted(name for bank in self.banks for name in bank.names)
         assert owned == sorted(params), "every parameter has exactly one owner"
+        self.table = {}  # {role: (number of tensors, number of parameters, UpdateRule)}, for the log
+        for role, names in names_of_role.items():
+            if names:
+                count = sum(params[name].numel() for name in names)
+                self.table[role] = (len(names), count, rules[role])
         dtype = torch.bfloat16 if rt.device.type == "cuda" else torch.float32
-        self.orthogonalise = rt.compile(partial(newton_schulz, steps=s.muon_backend_steps, dtype=dtype,
-                                                coefficients=s.newton_schulz, row_normalize=s.muon_row_normalize))
+        self.orthogonalise = rt.compile(partial(
+            newton_schulz, steps=s.muon_backend_steps, dtype=dtype, coefficients=s.newton_schulz,
+            row_normalize=s.muon_row_normalize))
 
     def zero_grad(self):
         for bank in self.banks:
             bank.grad.zero_()
-
-    def _reduce(self):
-        """Average the gradients over ranks. Returns each bank's gradient as this rank updates it."""
-        if self.rt.world == 1:
-            return [bank.grad for bank in self.banks]
-        shares, works = [], []
-        for bank in self.banks:
-            if bank.kind == "muon":
-                shares.append(torch.empty_like(bank.grad[bank.mine]))
-                works.append(reduce_scatter(shares[-1], bank.grad, async_op=True))
-            else:
-                shares.append(bank.grad)
-                works.append(dist.all_reduce(bank.grad, async_op=True))
-        for work, share in zip(works, shares):
-            work.wait()
-            share.div_(self.rt.world)
-        return shares
-
-    def _clip(self, grads):
-        """Scale the global gradient to a norm of at most GRAD_CLIP_NORM, without the host waiting for the device."""
-        if not self.s.grad_clip_norm:
-            return
-        square = {"muon": torch.zeros((), device=self.rt.device), "adam": torch.zeros((), device=self.rt.device)}
-        for bank, grad in zip(self.banks, grads):
-            square[bank.kind] += grad.square().sum()
-        norm = (self.rt.sum(square["muon"]) + square["adam"]).sqrt()  # matrices are shared out
-        factor = (self.s.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        for grad in grads:
-            grad.mul_(factor)
 
     @torch.no_grad()
     def step(self, lr_scale, momentum, wd_scale=1.0):
@@ -1846,129 +1938,193 @@ class MuonAdam:
         self.t += 1
         grads = self._reduce()
         self._clip(grads)
-        pending = []
+        gathering = []
         for bank, grad in zip(self.banks, grads):
-            if bank.kind == "muon":
-                buffer = bank.state[0].mul_(momentum).add_(grad)
-                update = self.orthogonalise(grad.add_(buffer, alpha=momentum))
-                if self.s.normuon:
-                    update = normuon(update, bank.state[1], self.s.muon_beta2)
-                pending.append((bank, *self._gather(update)))
+            if bank.stacked:
+                update = self._update(bank, grad, lr_scale, momentum, wd_scale)
+                direction, work = self._start_gather(update.direction)
+                gathering.append((bank, update._replace(direction=direction), work))
         for bank, grad in zip(self.banks, grads):
-            if bank.kind == "adam":
-                adamw(bank.weight, grad, *bank.state, self.t, bank.lr * lr_scale,
-                      bank.wd * (wd_scale if bank.role == "matrix" else 1.0), bank.betas, self.s.adam_eps)
-        for bank, update, work in pending:
+            if not bank.stacked:
+                update = self._update(bank, grad, lr_scale, momentum, wd_scale)
+                if update is not None:
+                    bank.apply(update)
+        for bank, update, work in gathering:
             if work is not None:
                 work.wait()
-            lr = bank.lr * lr_scale
-            rows, cols = bank.weight.shape[1:]
-            bank.weight.mul_(1 - lr * bank.wd * wd_scale).add_(update, alpha=-lr * max(1.0, rows / cols) ** 0.5)
+            bank.apply(update)
 
-    def _gather(self, update):
+    def _reduce(self):
+        """Average the gradients over ranks. Returns each bank's gradient, of a stacked one this rank's share."""
         if self.rt.world == 1:
-            return update, None
-        whole = torch.empty(self.rt.world * update.size(0), *update.shape[1:], dtype=update.dtype, device=update.device)
-        return whole, all_gather(whole, update.contiguous(), async_op=True)
+            return [bank.grad for bank in self.banks]
+        grads, works = [], []
+        for bank in self.banks:
+            if bank.stacked:
+                grad = torch.empty_like(bank.grad[bank.share])
+                works.append(reduce_scatter(grad, bank.grad, async_op=True))
+            else:
+                grad = bank.grad
+                works.append(dist.all_reduce(grad, async_op=True))
+            grads.append(grad)
+        for work, grad in zip(works, grads):
+            work.wait()
+            grad.div_(self.rt.world)
+        return grads
+
+    def _clip(self, grads):
+        """Scale the global gradient to a norm of at most GRAD_CLIP_NORM, without the host waiting for the device."""
+        if not self.s.grad_clip_norm:
+            return
+        stacked_square = torch.zeros((), device=self.rt.device)
+        flat_square = torch.zeros((), device=self.rt.device)
+        for bank, grad in zip(self.banks, grads):
+            if bank.stacked:
+                stacked_square += grad.square().sum()
+            else:
+                flat_square += grad.square().sum()
+        # A rank has a share of the stacked gradients, but all of the flat ones.
+        norm = (self.rt.sum(stacked_square) + flat_square).sqrt()
+        factor = (self.s.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        for grad in grads:
+            grad.mul_(factor)
+
+    def _update(self, bank, grad, lr_scale, momentum, wd_scale):
+        """Call the rule of a bank; returns its Update for this rank's share, or None if it is done."""
+        lr, wd = bank.rule.lr * lr_scale, bank.rule.wd
+        if bank.role == "matrix":
+            wd *= wd_scale
+        step = OptimizerStep(self.s, self.t, lr, wd, bank.rule.betas, momentum, self.orthogonalise)
+        return bank.optimizer.rule(bank.weight[bank.share], grad, bank.state, step)
+
+    def _start_gather(self, share):
+        """(all ranks' shares as one tensor, the work to wait for before it is read, or None)."""
+        if self.rt.world == 1:
+            return share, None
+        shape = (self.rt.world * share.size(0), *share.shape[1:])
+        gathered = torch.empty(shape, dtype=share.dtype, device=share.device)
+        return gathered, all_gather(gathered, share.contiguous(), async_op=True)
+
+    def _gather(self, share):
+        gathered, work = self._start_gather(share)
+        if work is not None:
+            work.wait()
+        return gathered
 
     def named(self, tensors):
         """{parameter name: part} of tensors shaped like the banks."""
-        pairs = zip(self.banks, tensors)
-        return {name: view for bank, tensor in pairs for name, view in zip(bank.names, bank.views(tensor))}
-
-    def _whole(self):
-        """Optimizer state with every rank's share: a list of per-bank lists shaped like the banks."""
-        return [[self._gather_now(t) for t in b.state] if b.kind == "muon" else b.state for b in self.banks]
-
-    def _gather_now(self, share):
-        whole, work = self._gather(share)
-        if work is not None:
-            work.wait()
-        return whole
+        parts = {}
+        for bank, tensor in zip(self.banks, tensors):
+            parts.update(zip(bank.names, bank.views(tensor)))
+        return parts
 
     def state_dict(self):
-        """{"t": step, name: [state tensors]} on the CPU; collective: all ranks call it."""
+        """{"t": step, name: [state tensors]} on the CPU. Collective: all ranks call it."""
         state = {"t": self.t}
-        for bank, tensors in zip(self.banks, self._whole()):
-            for parts in zip(bank.names, *(bank.views(t) for t in tensors)):
-                state[parts[0]] = [part.cpu().clone() for part in parts[1:]]
+        for bank in self.banks:
+            tensors = [self._gather(tensor) for tensor in bank.state] if bank.stacked else bank.state
+            for name in bank.names:
+                state[name] = []
+            for tensor in tensors:
+                for name, part in zip(bank.names, bank.views(tensor)):
+                    state[name].append(part.cpu().clone())
         return state
 
     def load_state_dict(self, state):
         self.t = state["t"]
         for bank in self.banks:
             for i, share in enumerate(bank.state):
-                whole = share.new_zeros(bank.weight.size(0), *share.shape[1:])
-                for name, view in zip(bank.names, bank.views(whole)):
-                    view.copy_(state[name][i])
-                share.copy_(whole[bank.mine])
+                all_shares = share.new_zeros(bank.weight.size(0), *share.shape[1:])
+                for name, part in zip(bank.names, bank.views(all_shares)):
+                    part.copy_(state[name][i])
+                share.copy_(all_shares[bank.share])
 
 
 # ---- schedules -----------------------------------------------------------------------------------
 
 
 def lr_scale(s, progress, step, total_steps, since_stage=None, seconds=None):
-    """Multiplier of every learning rate at progress in [0, 1]: linear warm-up, 1, a line to 0 that stops at MIN_LR.
+    """Multiplier of every learning rate: linear warm-up, then 1, then the warmdown.
 
-    total_steps: of the run, as far as known; only WARMDOWN_ITERS needs it. since_stage: steps since a stage began.
-    seconds: of the run, where that is not MAX_WALLCLOCK_SECONDS.
+    progress: of the run, in [0, 1]. step: from 0. total_steps: of the run, as far as known; only
+    WARMDOWN_ITERS needs it. since_stage: steps since a stage of TRAIN_SEQ_SCHEDULE or
+    TRAIN_BATCH_SCHEDULE began, None in the first. seconds: of the run, where that is not
+    MAX_WALLCLOCK_SECONDS.
     """
-    warmup = min((step + 1) / s.lr_warmup_steps, 1.0) if s.lr_warmup_steps else 1.0
+    scale = warmdown(s, progress, total_steps, seconds)
+    warmup = 1.0
+    if s.lr_warmup_steps:
+        warmup = min((step + 1) / s.lr_warmup_steps, 1.0)
     if since_stage is not None and s.seq_change_warmup_steps:
         warmup *= min((since_stage + 1) / s.seq_change_warmup_steps, 1.0)
-    return warmup * warmdown(s, progress, total_steps, seconds)
+    return warmup * scale
 
 
 def warmdown(s, progress, total_steps, seconds=None):
-    """The part of lr_scale that falls."""
-    length = s.warmdown_frac
+    """The part of lr_scale that falls: 1, then a line that would reach 0 with the run but stops at MIN_LR."""
+    length = s.warmdown_frac  # as a fraction of the run
     if s.warmdown_iters:
         length = min(s.warmdown_iters / max(total_steps, 1), 1.0)
     elif s.warmdown_seconds:
         length = min(s.warmdown_seconds / (seconds or s.max_wallclock_seconds), 1.0)
-    return max(min((1 - progress) / length, 1.0) if length else 1.0, s.min_lr)
+    if not length:
+        return max(1.0, s.min_lr)
+    return max(min((1 - progress) / length, 1.0), s.min_lr)
 
 
 def wd_scale(s, progress):
     """Multiplier of MUON_WD: 1 up to WD_TAPER_START_FRAC, then linear to WD_TAPER_FINAL_MULT (#1729)."""
     start = s.wd_taper_start_frac
-    return 1 + (s.wd_taper_final_mult - 1) * max(progress - start, 0.0) / (1 - start) if start else 1.0
+    if not start:
+        return 1
+    return 1 + (s.wd_taper_final_mult - 1) * max(progress - start, 0.0) / (1 - start)
 
 
 def momentum_at(s, step):
-    """Momentum of Muon: linear from its start value over the first steps."""
-    part = min(step / s.muon_momentum_warmup_steps, 1.0) if s.muon_momentum_warmup_steps else 1.0
-    return s.muon_momentum_warmup_start + (s.muon_momentum - s.muon_momentum_warmup_start) * part
+    """Momentum of Muon: linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM over the first steps."""
+    fraction = 1.0
+    if s.muon_momentum_warmup_steps:
+        fraction = min(step / s.muon_momentum_warmup_steps, 1.0)
+    start = s.muon_momentum_warmup_start
+    return start + (s.muon_momentum - start) * fraction
 
 
 # ---- complementary training ----------------------------------------------------------------------
 
 
 class Complement:
-    """Complementary training (#1033): a token that bigram counts predict with p = C[a, b] / (N[a] + 1) weighs
-    max(1 - COMPLEMENT_ALPHA p, 0.1), over the mean weight of the step. The counts are of all earlier steps and ranks,
-    so they do not depend on ranks or micro-batches, and int64: float32 stops counting at 2^24.
+    """Complementary training (#1033): tokens that bigram counts predict well weigh less in the loss.
+
+    A token with bigram probability p = C[a, b] / (N[a] + 1) weighs max(1 - COMPLEMENT_ALPHA p, 0.1),
+    divided by the mean weight of the step. The counts are of all earlier steps and ranks, so they do not
+    depend on ranks or micro-batches. They are int64: float32 stops counting at 2^24.
     """
 
     def __init__(self, s, rt):
-        self.alpha, self.vocab, self.rt = s.complement_alpha, s.vocab_size, rt
-        self.pairs = torch.zeros(s.vocab_size**2, dtype=torch.int64, device=rt.device)
-        self.count = torch.zeros(s.vocab_size, dtype=torch.int64, device=rt.device)
+        self.alpha = s.complement_alpha
+        self.vocab = s.vocab_size
+        self.rt = rt
+        self.pairs = torch.zeros(s.vocab_size**2, dtype=torch.int64, device=rt.device)  # C, at a * vocab + b
+        self.count = torch.zeros(s.vocab_size, dtype=torch.int64, device=rt.device)  # N
 
     def weights(self, micro):
-        """[(B, T) weights] for a step's [(ids, targets, ...)], of mean 1 over all ranks."""
-        raw = [1 - self.alpha * self.pairs[x * self.vocab + y] / (self.count[x] + 1.0) for x, y, *_ in micro]
-        raw = [w.clamp_min(0.1) for w in raw]
-        mean = self.rt.sum(torch.stack([w.double().sum() for w in raw]).sum()) / (
-            self.rt.world * sum(w.numel() for w in raw))
-        return [(w / mean).float() for w in raw]
+        """[(B, T) weights] for a step's micro-batches [(ids, targets, ...)], of mean 1 over all ranks."""
+        weights = []
+        for ids, targets, *_ in micro:
+            pair_counts = self.pairs[ids * self.vocab + targets]
+            raw = 1 - self.alpha * pair_counts / (self.count[ids] + 1.0)
+            weights.append(raw.clamp_min(0.1))
+        total = self.rt.sum(torch.stack([weight.double().sum() for weight in weights]).sum())
+        mean = total / (self.rt.world * sum(weight.numel() for weight in weights))
+        return [(weight / mean).float() for weight in weights]
 
     def observe(self, micro):
-        """Count a step that has been trained on."""
-        pairs = torch.cat([(x * self.vocab + y).flatten() for x, y, *_ in micro])
+        """Count the tokens of a step that has been trained on."""
+        pairs = torch.cat([(ids * self.vocab + targets).flatten() for ids, targets, *_ in micro])
         if self.rt.world > 1:
-            mine, pairs = pairs, pairs.new_empty(self.rt.world * len(pairs))
-            all_gather(pairs, mine)
+            pairs_of_ranks = pairs.new_empty(self.rt.world * len(pairs))
+            all_gather(pairs_of_ranks, pairs)
+            pairs = pairs_of_ranks
         self.count_pairs(pairs, torch.ones_like(pairs))
 
     def count_pairs(self, pairs, times):
@@ -1981,7 +2137,8 @@ class Complement:
         return {"pairs": pairs.cpu(), "times": self.pairs[pairs].cpu()}
 
     def load_state_dict(self, state):
-        self.pairs.zero_(), self.count.zero_()
+        self.pairs.zero_()
+        self.count.zero_()
         self.count_pairs(state["pairs"].to(self.rt.device), state["times"].to(self.rt.device))
 
 
@@ -1989,21 +2146,30 @@ class Complement:
 
 
 class Average:
-    """Candidates for the exported weights, in fp32: bf16 would swallow the small steps of a slow average (#1699).
+    """Averages of the weights over the run, candidates for export. fp32: bf16 would swallow the small
+    steps of a slow average (#1699).
 
-    `taken` holds per kind a list of snapshots shaped like the banks: for "ema" the running mean, for "swa" the sum of
-    `count` snapshots, for "lawa" the last LAWA_K.
+    `snapshots` holds for each kind a list of weights, each a list of tensors shaped like the banks: for
+    "ema" the exponential moving average, for "swa" the sum of `count` snapshots, for "lawa" the last
+    LAWA_K snapshots.
     """
 
     def __init__(self, s, banks):
-        self.s, self.banks, self.snapshots, self.count = s, banks, {}, 0
+        self.s = s
+        self.banks = banks
+        self.snapshots = {}
+        self.count = 0
         self.begun = 0  # the step whose weights EMA began with; 0: the initial weights
-        self.kinds = {"none": (), "best": ("ema", "swa", "lawa")}.get(s.average, (s.average,))
+        self.kinds = (s.average,)
+        if s.average == "none":
+            self.kinds = ()
+        if s.average == "best":
+            self.kinds = ("ema", "swa", "lawa")
 
     def start(self):
-        """Before the first step: an average that runs from the beginning starts at the initial weights."""
+        """Call it before the first step: an EMA over the whole run starts at the initial weights."""
         if "ema" in self.kinds and self.s.ema_start_frac == 0:
-            self.snapshots["ema"] = [self.copy()]
+            self.ema_start(0)
 
     def copy(self):
         return [bank.weight.clone() for bank in self.banks]
@@ -2014,28 +2180,50 @@ class Average:
         s = self.s
         if "ema" in self.kinds and progress >= s.ema_start_frac:
             if "ema" in self.snapshots:
-                for mean, bank in zip(self.snapshots["ema"][0], self.banks):
-                    mean.lerp_(bank.weight, 1 - s.ema_decay)
+                self.ema()
             else:
-                self.snapshots["ema"], self.begun = [self.copy()], step
+                self.ema_start(step)
         if "swa" in self.kinds and scale < s.swa_start_scale and step % s.swa_every == 0:
-            sums = self.snapshots.setdefault("swa", [[torch.zeros_like(bank.weight) for bank in self.banks]])[0]
-            for total, bank in zip(sums, self.banks):
-                total.add_(bank.weight)
-            self.count += 1
+            self.swa()
         if "lawa" in self.kinds and step % s.lawa_freq == 0:
-            self.snapshots["lawa"] = [*self.snapshots.get("lawa", []), self.copy()][-s.lawa_k :]
+            self.lawa()
+
+    def ema_start(self, step):
+        """Begin the exponential moving average with the weights after a step."""
+        self.snapshots["ema"] = [self.copy()]
+        self.begun = step
+
+    def ema(self):
+        """Move the exponential moving average towards the weights."""
+        averages = self.snapshots["ema"][0]
+        for average, bank in zip(averages, self.banks):
+            average.lerp_(bank.weight, 1 - self.s.ema_decay)
+
+    def swa(self):
+        """Stochastic weight averaging: add the weights to the sum of snapshots."""
+        if "swa" not in self.snapshots:
+            self.snapshots["swa"] = [[torch.zeros_like(bank.weight) for bank in self.banks]]
+        sums = self.snapshots["swa"][0]
+        for total, bank in zip(sums, self.banks):
+            total.add_(bank.weight)
+        self.count += 1
+
+    def lawa(self):
+        """Latest weight averaging: keep the weights as the newest of LAWA_K snapshots."""
+        snapshots = [*self.snapshots.get("lawa", []), self.copy()]
+        self.snapshots["lawa"] = snapshots[-self.s.lawa_k :]
 
     def mean(self, kind):
-        """The average of a kind, shaped like the banks, or None if nothing was ever taken."""
+        """The average of a kind, shaped like the banks, or None if it never began."""
         if kind not in self.snapshots:
             return None
-        count = self.count if kind == "swa" else len(self.snapshots[kind])
-        return [sum(parts) / count for parts in zip(*self.snapshots[kind])]
+        snapshots = self.snapshots[kind]
+        count = self.count if kind == "swa" else len(snapshots)
+        return [sum(tensors) / count for tensors in zip(*snapshots)]
 
     @torch.no_grad()
     def apply(self, weights):
-        """Replace the weights by these."""
+        """Replace the weights of the model by `weights`, shaped like the banks."""
         for bank, weight in zip(self.banks, weights):
             bank.weight.copy_(weight)
 

@@ -565,7 +565,7 @@ def twenty_steps(rt, variant, folder, place, state=None):
                 training.save()
     optimizer = training.optimizer
     return {"losses": losses, "weights": {n: p.detach().clone() for n, p in training.objective.named_parameters()},
-            "state": optimizer.state_dict(), "banks": [(bank.kind, len(bank.names)) for bank in optimizer.banks]}
+            "state": optimizer.state_dict(), "banks": [(bank.rule.kind, len(bank.names)) for bank in optimizer.banks]}
 
 
 def half_time(place):
