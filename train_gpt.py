@@ -1675,11 +1675,12 @@ class Runtime:
 # A new optimizer of matrices is one function and one entry of OPTIMIZERS.
 # --------------------------------------------------------------------------------------------------
 
-# Coefficients a, b, c of X <- a X + (b A + c A A) X, A = X X^T: one row an iteration, the last row
-# for all further iterations.
+# Coefficients a, b, c of X <- a X + (b A + c A A) X, A = X X^T. One row an iteration; the last row
+# serves all further iterations.
 NEWTON_SCHULZ = {
     "classic": ((3.4445, -4.7750, 2.0315),),  # Keller Jordan's Muon
-    "polar_express": ((8.156554524902461, -22.48329292557795, 15.878769915207462),  # arXiv 2505.16932
+    # arXiv 2505.16932
+    "polar_express": ((8.156554524902461, -22.48329292557795, 15.878769915207462),
                       (4.042929935166739, -2.808917465908714, 0.5000178451051316),
                       (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
                       (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
@@ -1690,8 +1691,8 @@ NEWTON_SCHULZ = {
 def newton_schulz(update, steps, coefficients="classic", row_normalize=False, dtype=torch.float32):
     """Push the singular values of each matrix of a batch (N, rows, cols) towards 1.
 
-    row_normalize: first give each row norm 1 (MuonEq-R, #1285). These are the rows of the matrix
-    as stored, not of the transposed one that the iteration uses where there are more rows than columns.
+    row_normalize: first give each row norm 1 (MuonEq-R, #1285), each row of the matrix as stored:
+    the iteration transposes a matrix of more rows than columns only after that.
     """
     x = update.to(dtype)
     if row_normalize:
@@ -1726,7 +1727,7 @@ def normuon(update, moment, beta2):
 
 
 def adamw(weight, grad, mean, square, t, lr, wd, betas, eps):
-    """AdamW (arXiv 1711.05101) with bias correction; decay comes first. All in place; t counts from 1."""
+    """AdamW (arXiv 1711.05101), step t from 1, with bias correction. In place, decay first."""
     beta1, beta2 = betas
     mean.lerp_(grad, 1 - beta1)
     square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -1734,14 +1735,14 @@ def adamw(weight, grad, mean, square, t, lr, wd, betas, eps):
     weight.mul_(1 - lr * wd).addcdiv_(mean, root, value=-lr / (1 - beta1**t))
 
 
-# ---- the rules of update -------------------------------------------------------------------------
-# rule(weight, grad, state, step) gets a bank's tensors, or this rank's share of them, may overwrite
-# `grad` and keeps what it needs in `state`. It returns an Update. A rule for flat banks may change
-# `weight` itself instead, and return None.
+# ---- update functions ----------------------------------------------------------------------------
+# update(weight, grad, state, step) gets the tensors of a bank, of a stacked one this rank's share.
+# It keeps what it needs in `state`, may overwrite `grad`, and returns an Update. Where the bank is
+# flat, it may change `weight` itself instead and return None.
 
 
 class OptimizerStep(NamedTuple):
-    """What a rule of update knows of an optimizer step, apart from a bank's tensors."""
+    """What an update function knows of an optimizer step, apart from a bank's tensors."""
 
     s: Settings
     t: int  # number of the step, from 1
@@ -1789,10 +1790,10 @@ def adam(weight, grad, state, step):
 
 
 class Optimizer(NamedTuple):
-    """A rule of update, what it keeps, and how the banks that it updates lie in memory (see Bank)."""
+    """An update function, the state that it keeps, and the layout of its banks (see Bank)."""
 
-    rule: Callable
-    state: Callable  # state(weight, settings): for each tensor of the state, one of the same shape
+    update: Callable
+    state: Callable  # state(weight, settings): for each tensor of the state, one of its shape
     layout: Literal["stacked", "flat"]
 
 
@@ -1834,11 +1835,11 @@ FLAT_ALIGNMENT = 64  # float32 numbers, 256 bytes: where a parameter may begin i
 
 
 class Bank:
-    """Parameters of one role in one tensor, of which they and their gradients are views: a bank is
-    updated, reduced and averaged by single operations. It has one of two layouts.
+    """Parameters of one role in one tensor, of which they and their gradients are views: a bank
+    is updated, reduced and averaged by single operations. It has one of two layouts.
 
-    stacked: the matrices of one shape, (N, rows, cols), N padded to a multiple of the ranks. Each rank
-    updates its share of the matrices and has the state of that share alone.
+    stacked: the matrices of one shape, (N, rows, cols), N padded to a multiple of the ranks. Each
+    rank updates its share of the matrices and has the state of that share alone.
     flat: parameters of any shapes, one after the other. Every rank updates all of them.
     """
 
@@ -1881,18 +1882,18 @@ class Bank:
         return parts
 
     def apply(self, update):
-        """Change all weights of the bank by an Update, whose direction has the shape of the bank."""
+        """Change all weights of the bank; the direction of the update has the bank's shape."""
         self.weight.mul_(1 - update.decay).add_(update.direction, alpha=-update.rate)
 
 
 class MuonAdam:
-    """The optimizer of a training run: Muon for matrices, AdamW for the rest (see update_rules), on 1..N
-    ranks. It owns all communication; there is no DDP wrapper.
+    """The optimizer of a training run: Muon for matrices, AdamW for the rest (see update_rules),
+    on 1..N ranks. It owns all communication; there is no DDP wrapper.
 
-    step() reduce-scatters the gradients of stacked banks and all-reduces those of flat ones, clips the
-    global gradient, computes the updates of this rank's matrices and starts to gather those of all
-    ranks, updates the flat banks meanwhile, and applies what was gathered. The state is saved by
-    parameter name, for any number of ranks. Momentum and second moments are always fp32.
+    step() reduce-scatters the gradients of stacked banks and all-reduces those of flat ones. It
+    clips the global gradient. It computes the updates of this rank's matrices, starts to gather
+    those of all ranks, updates the flat banks meanwhile, and then applies what was gathered.
+    The state is fp32. It is saved by parameter name and can be loaded by any number of ranks.
     """
 
     def __init__(self, model, s, rt):
@@ -1914,11 +1915,13 @@ class MuonAdam:
         def size(group):
             return sum(param.numel() for _, param in groups[group])
 
-        largest_first = sorted(groups, key=size, reverse=True)
-        self.banks = [Bank(role, rules[role], groups[role, shape], s, rt) for role, shape in largest_first]
+        self.banks = []
+        for group in sorted(groups, key=size, reverse=True):
+            role, _ = group
+            self.banks.append(Bank(role, rules[role], groups[group], s, rt))
         owned = sorted(name for bank in self.banks for name in bank.names)
         assert owned == sorted(params), "every parameter has exactly one owner"
-        self.table = {}  # {role: (number of tensors, number of parameters, UpdateRule)}, for the log
+        self.table = {}  # for the log: {role: (tensors, parameters, UpdateRule)}
         for role, names in names_of_role.items():
             if names:
                 count = sum(params[name].numel() for name in names)
@@ -1934,7 +1937,10 @@ class MuonAdam:
 
     @torch.no_grad()
     def step(self, lr_scale, momentum, wd_scale=1.0):
-        """One update from the accumulated gradients: lr_scale multiplies every learning rate, wd_scale MUON_WD."""
+        """Update all weights from the accumulated gradients.
+
+        lr_scale multiplies every learning rate, wd_scale the weight decay of matrices (MUON_WD).
+        """
         self.t += 1
         grads = self._reduce()
         self._clip(grads)
@@ -1955,7 +1961,7 @@ class MuonAdam:
             bank.apply(update)
 
     def _reduce(self):
-        """Average the gradients over ranks. Returns each bank's gradient, of a stacked one this rank's share."""
+        """Average the gradients over ranks. Returns them; of stacked banks this rank's share."""
         if self.rt.world == 1:
             return [bank.grad for bank in self.banks]
         grads, works = [], []
@@ -1973,7 +1979,10 @@ class MuonAdam:
         return grads
 
     def _clip(self, grads):
-        """Scale the global gradient to a norm of at most GRAD_CLIP_NORM, without the host waiting for the device."""
+        """Scale the global gradient to a norm of at most GRAD_CLIP_NORM.
+
+        The host does not wait for the device.
+        """
         if not self.s.grad_clip_norm:
             return
         stacked_square = torch.zeros((), device=self.rt.device)
@@ -1990,12 +1999,13 @@ class MuonAdam:
             grad.mul_(factor)
 
     def _update(self, bank, grad, lr_scale, momentum, wd_scale):
-        """Call the rule of a bank; returns its Update for this rank's share, or None if it is done."""
-        lr, wd = bank.rule.lr * lr_scale, bank.rule.wd
+        """The Update of a bank, or None if its update function has changed the weights."""
+        lr = bank.rule.lr * lr_scale
+        wd = bank.rule.wd
         if bank.role == "matrix":
             wd *= wd_scale
         step = OptimizerStep(self.s, self.t, lr, wd, bank.rule.betas, momentum, self.orthogonalise)
-        return bank.optimizer.rule(bank.weight[bank.share], grad, bank.state, step)
+        return bank.optimizer.update(bank.weight[bank.share], grad, bank.state, step)
 
     def _start_gather(self, share):
         """(all ranks' shares as one tensor, the work to wait for before it is read, or None)."""
@@ -2022,7 +2032,9 @@ class MuonAdam:
         """{"t": step, name: [state tensors]} on the CPU. Collective: all ranks call it."""
         state = {"t": self.t}
         for bank in self.banks:
-            tensors = [self._gather(tensor) for tensor in bank.state] if bank.stacked else bank.state
+            tensors = bank.state
+            if bank.stacked:
+                tensors = [self._gather(share) for share in bank.state]
             for name in bank.names:
                 state[name] = []
             for tensor in tensors:
@@ -2061,7 +2073,9 @@ def lr_scale(s, progress, step, total_steps, since_stage=None, seconds=None):
 
 
 def warmdown(s, progress, total_steps, seconds=None):
-    """The part of lr_scale that falls: 1, then a line that would reach 0 with the run but stops at MIN_LR."""
+    """The part of lr_scale that falls: 1, then linear to 0 at the end of the run, but not below
+    MIN_LR.
+    """
     length = s.warmdown_frac  # as a fraction of the run
     if s.warmdown_iters:
         length = min(s.warmdown_iters / max(total_steps, 1), 1.0)
@@ -2073,7 +2087,7 @@ def warmdown(s, progress, total_steps, seconds=None):
 
 
 def wd_scale(s, progress):
-    """Multiplier of MUON_WD: 1 up to WD_TAPER_START_FRAC, then linear to WD_TAPER_FINAL_MULT (#1729)."""
+    """Multiplier of MUON_WD (#1729): 1, from WD_TAPER_START_FRAC linear to WD_TAPER_FINAL_MULT."""
     start = s.wd_taper_start_frac
     if not start:
         return 1
@@ -2081,7 +2095,7 @@ def wd_scale(s, progress):
 
 
 def momentum_at(s, step):
-    """Momentum of Muon: linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM over the first steps."""
+    """Momentum of Muon: it rises linearly to MUON_MOMENTUM over the first steps."""
     fraction = 1.0
     if s.muon_momentum_warmup_steps:
         fraction = min(step / s.muon_momentum_warmup_steps, 1.0)
@@ -2093,22 +2107,25 @@ def momentum_at(s, step):
 
 
 class Complement:
-    """Complementary training (#1033): tokens that bigram counts predict well weigh less in the loss.
+    """Complementary training (#1033): the loss weighs tokens less that bigram counts predict.
 
-    A token with bigram probability p = C[a, b] / (N[a] + 1) weighs max(1 - COMPLEMENT_ALPHA p, 0.1),
-    divided by the mean weight of the step. The counts are of all earlier steps and ranks, so they do not
-    depend on ranks or micro-batches. They are int64: float32 stops counting at 2^24.
+    A token b after a has bigram probability p = C[a, b] / (N[a] + 1). It weighs
+    max(1 - COMPLEMENT_ALPHA p, 0.1), divided by the mean weight of the step. The counts are of
+    all earlier steps and ranks, so they do not depend on ranks or micro-batches. They are int64:
+    float32 stops counting at 2^24.
     """
 
     def __init__(self, s, rt):
         self.alpha = s.complement_alpha
         self.vocab = s.vocab_size
         self.rt = rt
-        self.pairs = torch.zeros(s.vocab_size**2, dtype=torch.int64, device=rt.device)  # C, at a * vocab + b
-        self.count = torch.zeros(s.vocab_size, dtype=torch.int64, device=rt.device)  # N
+        # C[a, b], at a * vocab + b
+        self.pairs = torch.zeros(s.vocab_size**2, dtype=torch.int64, device=rt.device)
+        # N[a]
+        self.count = torch.zeros(s.vocab_size, dtype=torch.int64, device=rt.device)
 
     def weights(self, micro):
-        """[(B, T) weights] for a step's micro-batches [(ids, targets, ...)], of mean 1 over all ranks."""
+        """[(B, T) weights] for a step's micro-batches [(ids, targets, ...)], of mean 1."""
         weights = []
         for ids, targets, *_ in micro:
             pair_counts = self.pairs[ids * self.vocab + targets]
@@ -2146,12 +2163,12 @@ class Complement:
 
 
 class Average:
-    """Averages of the weights over the run, candidates for export. fp32: bf16 would swallow the small
-    steps of a slow average (#1699).
+    """Averages of the weights over the run, candidates for export. fp32: bf16 would swallow the
+    small steps of a slow average (#1699).
 
-    `snapshots` holds for each kind a list of weights, each a list of tensors shaped like the banks: for
-    "ema" the exponential moving average, for "swa" the sum of `count` snapshots, for "lawa" the last
-    LAWA_K snapshots.
+    `snapshots` holds for each kind a list of weights, each a list of tensors shaped like the
+    banks: for "ema" the exponential moving average, for "swa" the sum of `count` snapshots, for
+    "lawa" the last LAWA_K snapshots.
     """
 
     def __init__(self, s, banks):
@@ -2167,7 +2184,7 @@ class Average:
             self.kinds = ("ema", "swa", "lawa")
 
     def start(self):
-        """Call it before the first step: an EMA over the whole run starts at the initial weights."""
+        """Before the first step: an EMA over the whole run starts at the initial weights."""
         if "ema" in self.kinds and self.s.ema_start_frac == 0:
             self.ema_start(0)
 
@@ -2176,7 +2193,10 @@ class Average:
 
     @torch.no_grad()
     def update(self, step, progress, scale):
-        """After optimizer step number `step` (from 1), begun at `progress` with learning-rate scale `scale`."""
+        """Call it after each optimizer step.
+
+        step: its number, from 1. progress: of the run, when the step began. scale: lr_scale of it.
+        """
         s = self.s
         if "ema" in self.kinds and progress >= s.ema_start_frac:
             if "ema" in self.snapshots:
@@ -2236,7 +2256,7 @@ class Average:
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 SHARD_HEADER = 1024  # bytes
-# Bytes of the 50,000 validation documents of FineWeb, whatever the tokenizer (rules of the contest).
+# Bytes of FineWeb's 50,000 validation documents, with any tokenizer (rules of the contest).
 FINEWEB_VAL_BYTES = 151_080_891
 
 SPACE = "\u2581"  # what SentencePiece writes for a space
@@ -2256,8 +2276,8 @@ CASE_OPERATORS = "\ue001\ue002\ue003\ue004"
 def read_shard(path, vocab_size=None):
     """Tokens of a shard as a read-only uint16 memory map.
 
-    BadInput for anything that is not the contest's format; with vocab_size also for a token outside
-    the vocabulary.
+    BadInput for anything that is not the contest's format; with vocab_size also for a token
+    outside the vocabulary.
     """
     try:
         size = os.path.getsize(path)
@@ -2265,7 +2285,7 @@ def read_shard(path, vocab_size=None):
             head = file.read(12)
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-    magic = version = count = 0  # of a file too short for a header: it fails as one of a wrong magic
+    magic = version = count = 0  # where the file is too short: it fails as one of a wrong magic
     if len(head) == 12:
         magic, version, count = struct.unpack("<3i", head)
     expected_size = SHARD_HEADER + 2 * max(count, 0)
@@ -2285,7 +2305,7 @@ def read_shard(path, vocab_size=None):
 
 
 def check_tokens(tokens, vocab_size, path, start):
-    """BadInput for a token outside the vocabulary; `start` is the index in the shard of tokens[0]."""
+    """BadInput for a token outside the vocabulary; tokens[0] is number `start` of the shard."""
     if len(tokens) and int(tokens.max()) >= vocab_size:
         i = int(np.argmax(tokens >= vocab_size))
         offset = SHARD_HEADER + 2 * (start + i)
@@ -2306,7 +2326,8 @@ def list_shards(folder, split):
                            "rename it")
         number = int(digits)
         if number in paths:
-            raise BadInput(f"{path}: has the number of {paths[number].name}; move one of them away")
+            raise BadInput(f"{path}: has the number of {paths[number].name}; "
+                           "move one of them away")
         paths[number] = path
     return [paths[number] for number in sorted(paths)]
 
@@ -2363,7 +2384,7 @@ def load_tokenizer(s):
 
 
 def tokenizer_paths(s):
-    """Where the tokenizer may be: TOKENIZER_PATH if it is set, else our place and that of the contest.
+    """Where the tokenizer may be: TOKENIZER_PATH alone, or our place and that of the contest.
 
     In the contest's layout, shards in datasets/fineweb10B_sp8192_VARIANT belong to
     tokenizers/fineweb_8192_bpe_VARIANT.model.
@@ -2374,7 +2395,8 @@ def tokenizer_paths(s):
     # The variant is "" or such as _lossless_caps_caseops_v1_reserved.
     _, _, variant = folder.name.partition(f"_sp{s.vocab_size}")
     contest_folder = folder.parent.parent / "tokenizers"
-    return [folder / "tokenizer.model", contest_folder / f"fineweb_{s.vocab_size}_bpe{variant}.model"]
+    contest_path = contest_folder / f"fineweb_{s.vocab_size}_bpe{variant}.model"
+    return [folder / "tokenizer.model", contest_path]
 
 
 def manifest_tokenizer(folder):
@@ -2382,18 +2404,18 @@ def manifest_tokenizer(folder):
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         digest = manifest["tokenizer"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # _check_bytes names a broken one
-        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None  # _check_bytes names a broken manifest
     if not isinstance(digest, str):
         return None
     return digest
 
 
 def foreign_tokens(sp, stream):
-    """Evidence, in words, that validation shards were made with another tokenizer; "" if there is none.
+    """What suggests, in words, that another tokenizer made the validation shards; or "".
 
-    A wrong tokenizer of the right size decodes them to a text that nobody wrote, and counts the bytes
-    of that text correctly. But encoding that text again gives other tokens.
+    A wrong tokenizer of the right size decodes them to a text that nobody wrote, and counts the
+    bytes of that text correctly. But encoding that text again gives other tokens.
     """
     ids = stream.tokens[:200_000].cpu().numpy()
     starts = np.flatnonzero(ids == BOS)[:101]
@@ -2404,15 +2426,15 @@ def foreign_tokens(sp, stream):
             changed += 1
     if changed <= max(1, len(documents) // 10):  # normalising twice changes a text now and then
         return ""
-    return (f"{changed} of {len(documents)} validation documents, decoded and encoded again, have other "
-            "tokens: they seem to be of another tokenizer")
+    return (f"{changed} of {len(documents)} validation documents, decoded and encoded again, have "
+            "other tokens: they seem to be of another tokenizer")
 
 
 def tokenizer_fault(sp):
     """Why the byte table would miscount texts of a tokenizer, with the fix; "" if it would not.
 
-    Both the trainer and data/prepare.py ask this. Control pieces count nothing: of them only the id
-    of BOS matters.
+    Both the trainer and data/prepare.py ask this. Control pieces count nothing: of them only the
+    id of BOS matters.
     """
     pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
     if sp.bos_id() != BOS:
@@ -2429,8 +2451,8 @@ def tokenizer_fault(sp):
                 "use a tokenizer that has it")
     for piece in pieces:
         if SPACE in piece[1:]:
-            return (f"a space inside the piece {piece[:20]!r}, but the byte table knows it in front "
-                    "only; use a tokenizer without such pieces")
+            return (f"a space inside the piece {piece[:20]!r}, but the byte table knows it in "
+                    "front only; use a tokenizer without such pieces")
     # A model of words spells an unknown word in bytes, the 3 bytes of U+2581 in front included.
     tables = byte_tables(sp, len(pieces))
     for text in SPACED_TEXTS:
@@ -2460,12 +2482,14 @@ def text_changes(sp):
     example = ""
     if changed:
         example = f" (it writes {written[changed[0]]!r} for {changed[0]!r})"
-    return f"bytes are those of the normalised text: the normalisation {name!r} changes it{example}"
+    return (f"bytes are those of the normalised text: the normalisation {name!r} "
+            f"changes it{example}")
 
 
 def protobuf_fields(message):
-    """{field number: value} of a protobuf message, the last value of a repeated field: varints as int,
-    all else as bytes.
+    """{field number: value} of a protobuf message: varints as int, all else as bytes.
+
+    Of a repeated field it is the last value.
     """
     values = {}
     position = 0
@@ -2487,7 +2511,7 @@ def protobuf_fields(message):
 
 
 def read_varint(message, position):
-    """(number at a position of a protobuf message, position after it): 7 bits a byte, lowest first."""
+    """(number at a position of a protobuf message, position after it): 7 bits a byte."""
     value = 0
     shift = 0
     while message[position] >= 128:  # the highest bit says that another byte follows
@@ -2498,11 +2522,11 @@ def read_varint(message, position):
 
 
 def byte_tables(sp, vocab_size):
-    """The contest's byte rule as three tables over the vocabulary: (bytes of the piece without its
-    leading space, whether it has a leading space, whether it is a boundary).
+    """The contest's byte rule as three tables over the vocabulary: (bytes of the piece without
+    its leading space, whether it has a leading space, whether it is a boundary).
 
-    A leading space costs one byte more unless the token before is a boundary (a control, unknown or
-    unused piece).
+    A leading space costs one byte more unless the token before is a boundary (a control, unknown
+    or unused piece).
     """
     piece_bytes = np.zeros(vocab_size, np.int16)
     leading_space = np.zeros(vocab_size, bool)
@@ -2537,7 +2561,7 @@ def has_case_operators(sp):
 def read_sidecar(paths):
     """Bytes of the text that each token of the validation shards stands for, (N,) int32.
 
-    CaseOps data (#1729) has a file fineweb_val_bytes_*.bin for each shard. None where there are none.
+    CaseOps data (#1729) has a file fineweb_val_bytes_*.bin for each shard; None for other data.
     """
     expected_paths = []
     for path in map(Path, paths):
@@ -2549,8 +2573,8 @@ def read_sidecar(paths):
     fix = "make or fetch the data set again with data/prepare.py --caseops or data/fineweb.py"
     if byte_paths != expected_paths:
         names = ", ".join(path.name for path in byte_paths[:3])
-        raise BadInput(f"{folder}: expected one fineweb_val_bytes_*.bin for each of the {len(paths)} "
-                       f"validation shards, found {len(byte_paths)}: {names}; {fix}")
+        raise BadInput(f"{folder}: expected one fineweb_val_bytes_*.bin for each of the "
+                       f"{len(paths)} validation shards, found {len(byte_paths)}: {names}; {fix}")
     parts = []
     for path, byte_path in zip(paths, byte_paths):
         ids, counts = read_shard(path), read_shard(byte_path)
@@ -2561,8 +2585,8 @@ def read_sidecar(paths):
         if wrong.any():
             i = int(np.argmax(wrong))
             offset = SHARD_HEADER + 2 * i
-            raise BadInput(f"{byte_path}: expected 0 bytes for the BOS token at offset {offset}, found "
-                           f"{int(counts[i])}: it belongs to another shard; {fix}")
+            raise BadInput(f"{byte_path}: expected 0 bytes for the BOS token at offset {offset}, "
+                           f"found {int(counts[i])}: it belongs to another shard; {fix}")
         parts.append(counts)
     return np.concatenate(parts).astype(np.int32)
 
@@ -2571,8 +2595,9 @@ def read_sidecar(paths):
 
 
 def merge_short_shards(lengths, minimum):
-    """Lengths of the shards after each shard shorter than `minimum` is joined to the ones that follow,
-    until together they are long enough. What is too short at the end joins the one before it.
+    """Lengths of the shards after those shorter than `minimum` were joined to their neighbours.
+
+    A short shard is joined to the next ones until it is long enough, at the end to the one before.
     """
     merged = []
     pending = 0
@@ -2589,7 +2614,7 @@ def merge_short_shards(lengths, minimum):
 
 
 def shuffled_order(counts, rng, chunk=None):
-    """Every block of every shard once, in random order (#1394). Returns (N, 2) rows (shard, block).
+    """Every block of every shard once, as rows (shard, block), in random order (#1394).
 
     counts: the number of blocks of each shard. chunk: not used.
     """
@@ -2600,12 +2625,12 @@ def shuffled_order(counts, rng, chunk=None):
 
 
 def coprime_order(counts, rng, chunk):
-    """Every block of every shard once, in the manner of #1060. Returns (N, 2) rows (shard, block).
+    """Every block of every shard once, as rows (shard, block), in the manner of #1060.
 
-    counts: the number of blocks of each shard. Each shard is walked by a stride that is coprime to its
-    number of blocks. Each chunk of `chunk` blocks mixes blocks of several shards, 8 at first and 64
-    after 1,800 chunks. A shard is drawn with a probability proportional to a power of the number of
-    its blocks that are left; the power falls from 0.9 to 0.5 meanwhile.
+    counts: the number of blocks of each shard. Each shard is walked by a stride that is coprime
+    to its number of blocks. Each chunk of `chunk` blocks mixes blocks of several shards, 8 at
+    first and 64 after 1,800 chunks. A shard is drawn with a probability proportional to a power
+    of the number of its blocks that are left; the power falls from 0.9 to 0.5 meanwhile.
     """
     walks = [coprime_walk(count, rng) for count in counts]
     counts = np.array(counts)
@@ -2618,7 +2643,7 @@ def coprime_order(counts, rng, chunk):
         weight = left**power * (left > 0)
         mixed = min(round(8 + 56 * progress), int((left > 0).sum()), chunk)
         chosen = rng.choice(len(counts), mixed, replace=False, p=weight / weight.sum())
-        # One block of each chosen shard; the others of the chunk by weight, as far as a shard has them.
+        # One block of each chosen shard; the rest of the chunk by weight, if blocks are left.
         further = rng.multinomial(chunk - mixed, weight[chosen] / weight[chosen].sum())
         takes = np.minimum(1 + further, left[chosen])
         pairs = []
@@ -2631,7 +2656,7 @@ def coprime_order(counts, rng, chunk):
 
 
 def coprime_walk(count, rng):
-    """The blocks 0 to count - 1 from a random start, by a random stride that is coprime to count."""
+    """The blocks 0 to count - 1, from a random start by a random stride coprime to `count`."""
     if count == 0:
         return np.arange(0)
     start = int(rng.integers(count))
@@ -2650,7 +2675,8 @@ class Contamination:
     """
 
     PREFIX = 64  # as for data/prepare.py, which leaves out such training documents
-    POWERS = np.array([pow(6364136223846793005, i, 1 << 64) for i in range(1, PREFIX + 1)], np.uint64)
+    POWERS = np.array([pow(6364136223846793005, power, 1 << 64) for power in range(1, PREFIX + 1)],
+                      np.uint64)
 
     def __init__(self, tokens):
         self.keys = np.unique(self._keys(tokens))
@@ -2682,7 +2708,7 @@ class Contamination:
 
 
 class BatchRequest(NamedTuple):
-    """A batch over all ranks: `tokens` tokens from a position of the stream, in sequences of `length`."""
+    """A batch over all ranks: tokens from a position of the stream, in sequences of `length`."""
 
     position: int
     length: int
@@ -2699,15 +2725,18 @@ class ReadAhead(NamedTuple):
 class TokenStream:
     """Training batches. Each target is used at most once an epoch.
 
-    LOADER says in which order. sequential: sequences are cut one after the other from the concatenated
-    shards. packed: the same, but a micro-batch is one long row whose documents do not see each other.
-    shuffled, coprime: the shards are cut into blocks of the longest training sequence, and the blocks
-    are reordered each epoch; a shard that is too short for a block is joined to the next.
+    LOADER says in which order.
+    sequential: sequences are cut one after the other from the concatenated shards.
+    packed: the same, but a micro-batch is one long row whose documents do not see each other.
+    shuffled, coprime: the shards are cut into blocks of the longest training sequence, and the
+    blocks are reordered each epoch. A shard that is too short for a block is joined to the next.
 
-    The whole state is `position`, a number of tokens. A batch depends on the settings only, and any
-    number of ranks sees the same stream. A thread reads the next batch while this one is trained on.
+    The whole state is `position`, a number of tokens. A batch depends on the settings only, and
+    any number of ranks sees the same stream. A thread reads the next batch while this one is
+    trained on.
 
-    find_documents(ids, length): Docs of a micro-batch; None where the model finds documents itself.
+    find_documents(ids, length) returns the Docs of a micro-batch. It is None where the model
+    finds documents itself.
     """
 
     def __init__(self, paths, s, rt, find_documents=None):
@@ -2716,7 +2745,7 @@ class TokenStream:
         self.rt = rt
         self.find_documents = find_documents
         self.position = 0
-        # Validation documents that are looked for in all that is read; none until train() sets them.
+        # Validation documents that are looked for in all that is read; train() sets them.
         self.copies = Contamination(np.empty(0, np.uint16))
         self.packed = s.loader == "packed"
         self.reordered = s.loader in ("shuffled", "coprime")
@@ -2730,9 +2759,9 @@ class TokenStream:
         if self.ends[-1] < 2:
             raise BadInput(f"{paths[0]}: the training stream holds fewer than 2 tokens")
         if self.reordered and not sum(self.counts):
-            raise BadInput(f"{paths[0]}: LOADER={s.loader} deals out blocks, but the shards hold fewer "
-                           f"than the {self.block + 1} tokens of one; shorten the sequences, or prepare "
-                           "more text")
+            raise BadInput(f"{paths[0]}: LOADER={s.loader} deals out blocks, but the shards hold "
+                           f"fewer than the {self.block + 1} tokens of one; shorten the "
+                           "sequences, or prepare more text")
         self.total = int(self.ends[-1])  # tokens of an epoch
         if self.reordered:
             self.total = sum(self.counts) * self.block
@@ -2766,17 +2795,20 @@ class TokenStream:
         for _, length, tokens in self.s.stages:
             sequences = tokens // length
             if sequences % world:
-                raise BadInput(f"TRAIN_BATCH_TOKENS={tokens} is {sequences} sequences of TRAIN_SEQ_LEN="
-                               f"{length}, which {world} ranks cannot share evenly")
+                raise BadInput(f"TRAIN_BATCH_TOKENS={tokens} is {sequences} sequences of "
+                               f"TRAIN_SEQ_LEN={length}, which {world} ranks cannot share evenly")
             on_rank, in_micro_batch = self.split_batch(length, tokens)
             if on_rank % in_micro_batch:
-                raise BadInput(f"LOADER=packed makes rows of {in_micro_batch * length} tokens, but {world} "
-                               f"ranks have {on_rank * length} each; MICRO_BATCH_TOKENS={on_rank * length} "
+                row_tokens = in_micro_batch * length
+                rank_tokens = on_rank * length
+                raise BadInput(f"LOADER=packed makes rows of {row_tokens} tokens, but {world} "
+                               f"ranks have {rank_tokens} each; MICRO_BATCH_TOKENS={rank_tokens} "
                                "makes them fit")
 
     def split_batch(self, length, tokens):
-        """(sequences of a batch on a rank, sequences of a micro-batch). All micro-batches have one shape,
-        so that one graph serves.
+        """(sequences of a batch on a rank, sequences of a micro-batch).
+
+        All micro-batches have one shape, so that one graph serves.
         """
         on_rank = tokens // length // self.rt.world
         # A packed row is the same for any number of ranks, so it must divide the whole batch.
@@ -2802,10 +2834,10 @@ class TokenStream:
         return tokens
 
     def _block_starts(self, epoch):
-        """Where the blocks of an epoch start in the concatenated shards, in the order of the epoch."""
+        """Where the blocks of an epoch start in the concatenated shards, in their new order."""
         if epoch not in self._orders:
             rng = np.random.default_rng([self.s.seed, epoch])
-            # Whole blocks leave some tokens of a shard over. Each epoch skips another number in front.
+            # Whole blocks leave some tokens over. Each epoch skips another number in front.
             spare = [(length - 1) % self.block for length in self.lengths]
             skipped = [int(rng.integers(count + 1)) for count in spare]
             batch_blocks = max(self.s.stages[-1][2] // self.block, 1)
@@ -2819,7 +2851,7 @@ class TokenStream:
         return self._orders[epoch]
 
     def sequence(self, position, length):
-        """The `length` + 1 tokens of the training sequence at a position of the reordered stream."""
+        """The `length` + 1 tokens of the sequence at a position of the reordered stream."""
         epoch, position_in_epoch = divmod(position, self.total)
         block, offset = divmod(position_in_epoch, self.block)
         start = int(self._block_starts(epoch)[block])
@@ -2828,8 +2860,8 @@ class TokenStream:
     def next(self, length=None, tokens=None):
         """This rank's part of the next batch, as micro-batches [(x, y, docs)].
 
-        x and y are (sequences, length) int64, packed (1, sequences * length). docs is None where the
-        model finds documents itself. Without arguments: the batch of the first stage.
+        x and y are (sequences, length) int64, packed (1, sequences * length). docs is None where
+        the model finds documents itself. Without arguments: the batch of the first stage.
         """
         length = length or self.s.stages[0][1]
         tokens = tokens or self.s.stages[0][2]
@@ -2864,7 +2896,7 @@ class TokenStream:
         return self._prepare(torch.from_numpy(batch.astype(np.int32)), length, in_micro_batch)
 
     def synthetic(self, generator, length=None, tokens=None):
-        """A batch of random tokens in the memory layout of a real one: it compiles the same graph."""
+        """A batch of random tokens, laid out like a real one: it compiles the same graph."""
         length = length or self.s.stages[0][1]
         tokens = tokens or self.s.stages[0][2]
         on_rank, in_micro_batch = self.split_batch(length, tokens)
@@ -2875,7 +2907,7 @@ class TokenStream:
         return self._to_device(*self._prepare(batch, length, in_micro_batch))
 
     def _prepare(self, batch, length, in_micro_batch):
-        """(tokens of each micro-batch, Docs of each or None) on the CPU, pinned where there is a GPU.
+        """(tokens of each micro-batch, Docs of each or None) on the CPU, pinned for a GPU.
 
         The lengths that a varlen kernel needs are counted here, where nothing waits for them.
         """
@@ -2927,8 +2959,9 @@ class ValStream(NamedTuple):
 def load_validation(s, rt, sp):
     """All validation shards in order, with the bytes of each target.
 
-    The bytes are counted from the ids alone, before any scoring, or given by a sidecar. BadInput for a
-    tokenizer with case operators whose data has no sidecar: the table would count 3 bytes for each.
+    The bytes are counted from the ids alone, before any scoring, or given by a sidecar. BadInput
+    for a tokenizer with case operators whose data has no sidecar: the byte table would count 3
+    bytes for each operator.
     """
     paths = find_shards(s.data_path, "val")
     ids = np.concatenate([read_shard(path, s.vocab_size) for path in paths])
@@ -2936,15 +2969,16 @@ def load_validation(s, rt, sp):
     if not whole:
         ids = ids[: s.val_tokens + 1]
     if len(ids) - 1 < s.eval_seq_len:
-        raise BadInput(f"the validation stream has {len(ids) - 1} targets, fewer than one window of "
-                       f"EVAL_SEQ_LEN={s.eval_seq_len}; shorten it, or prepare more validation text")
+        raise BadInput(f"the validation stream has {len(ids) - 1} targets, fewer than one window "
+                       f"of EVAL_SEQ_LEN={s.eval_seq_len}; shorten it, or prepare more validation "
+                       "text")
     sidecar = read_sidecar(paths)
     if sidecar is not None:
         counts = sidecar[1 : len(ids)]
     elif has_case_operators(sp):
-        raise BadInput(f"{s.data_path}: the tokenizer has case operators, which are no bytes of the text, "
-                       "but there is no fineweb_val_bytes_*.bin; make it with data/prepare.py --caseops, "
-                       "or use data/fineweb.py")
+        raise BadInput(f"{s.data_path}: the tokenizer has case operators, which are no bytes of "
+                       "the text, but there is no fineweb_val_bytes_*.bin; make it with "
+                       "data/prepare.py --caseops, or use data/fineweb.py")
     else:
         counts = target_bytes(ids, byte_tables(sp, s.vocab_size))
     tokens = torch.from_numpy(ids.astype(np.int32)).to(rt.device)
