@@ -2884,13 +2884,13 @@ class TokenStream:
         """What _prepare returns for this rank's part of a batch; called by the thread."""
         position, length, tokens = request
         on_rank, in_micro_batch = self.split_batch(length, tokens)
-        first = position + self.rt.rank * on_rank * length
+        begin = position + self.rt.rank * on_rank * length
         if self.reordered:
-            sequences = [self.sequence(first + i * length, length) for i in range(on_rank)]
+            sequences = [self.sequence(begin + i * length, length) for i in range(on_rank)]
             batch = np.stack(sequences)
         else:
             width = in_micro_batch * length if self.packed else length
-            span = self.read(first, on_rank * length + 1)
+            span = self.read(begin, on_rank * length + 1)
             # Rows of width + 1 tokens: the last target of a row is the first input of the next.
             batch = np.lib.stride_tricks.sliding_window_view(span, width + 1)[::width]
         return self._prepare(torch.from_numpy(batch.astype(np.int32)), length, in_micro_batch)
