@@ -1964,7 +1964,8 @@ class MuonAdam:
         """Average the gradients over ranks. Returns them; of stacked banks this rank's share."""
         if self.rt.world == 1:
             return [bank.grad for bank in self.banks]
-        grads, works = [], []
+        grads = []
+        works = []
         for bank in self.banks:
             if bank.stacked:
                 grad = torch.empty_like(bank.grad[bank.share])
@@ -2548,7 +2549,8 @@ def target_bytes(ids, tables):
     """Bytes charged to each target ids[1:], int16: what the score divides by."""
     piece_bytes, leading_space, boundary = tables
     ids = np.asarray(ids)
-    targets, tokens_before = ids[1:], ids[:-1]
+    targets = ids[1:]
+    tokens_before = ids[:-1]
     space_counts = leading_space[targets] & ~boundary[tokens_before]
     return piece_bytes[targets] + space_counts.astype(np.int16)
 
@@ -2577,7 +2579,8 @@ def read_sidecar(paths):
                        f"{len(paths)} validation shards, found {len(byte_paths)}: {names}; {fix}")
     parts = []
     for path, byte_path in zip(paths, byte_paths):
-        ids, counts = read_shard(path), read_shard(byte_path)
+        ids = read_shard(path)
+        counts = read_shard(byte_path)
         if len(ids) != len(counts):
             raise BadInput(f"{byte_path}: expected {len(ids)} byte counts, one for each token of "
                            f"{Path(path).name}, found {len(counts)}; {fix}")
