@@ -2290,12 +2290,15 @@ class Runtime:
 
 # --------------------------------------------------------------------------------------------------
 # 5 Optimizer
+# A new optimizer of matrices is one function and one entry of OPTIMIZERS.
 # --------------------------------------------------------------------------------------------------
 
-# Coefficients a, b, c of X <- a X + (b A + c A A) X, A = X X^T, one row an iteration, the last for all further ones.
+# Coefficients a, b, c of X <- a X + (b A + c A A) X, A = X X^T. One row an iteration; the last row
+# serves all further iterations.
 NEWTON_SCHULZ = {
     "classic": ((3.4445, -4.7750, 2.0315),),  # Keller Jordan's Muon
-    "polar_express": ((8.156554524902461, -22.48329292557795, 15.878769915207462),  # arXiv 2505.16932
+    # arXiv 2505.16932
+    "polar_express": ((8.156554524902461, -22.48329292557795, 15.878769915207462),
                       (4.042929935166739, -2.808917465908714, 0.5000178451051316),
                       (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
                       (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
@@ -2304,35 +2307,45 @@ NEWTON_SCHULZ = {
 
 
 def newton_schulz(update, steps, coefficients="classic", row_normalize=False, dtype=torch.float32):
-    """Push the singular values of each matrix of a batch (N, rows, cols) towards 1; with row_normalize, rows - of the
-    update as stored, not of its transpose - have norm 1 before that (MuonEq-R, #1285).
+    """Push the singular values of each matrix of a batch (N, rows, cols) towards 1.
+
+    row_normalize: first give each row norm 1 (MuonEq-R, #1285), each row of the matrix as stored:
+    the iteration transposes a matrix of more rows than columns only after that.
     """
     x = update.to(dtype)
     if row_normalize:
         x = x / x.norm(dim=-1, keepdim=True).clamp_min(1e-7)
     tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
+    if tall:
+        x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    rows = NEWTON_SCHULZ[coefficients]
+    table = NEWTON_SCHULZ[coefficients]
     for i in range(steps):
-        a, b, c = rows[min(i, len(rows) - 1)]
+        a, b, c = table[min(i, len(table) - 1)]
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b A + c A A
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    if tall:
+        x = x.mT
+    return x
 
 
 def normuon(update, moment, beta2):
-    """NorMuon (arXiv 2510.05491): divide each row by the root of its running mean square `moment` (N, rows, 1), which
-    is updated in place. The norm of each matrix is kept, so learning rates mean the same with and without it.
+    """NorMuon (arXiv 2510.05491): divide each row by the root of its running mean square.
+
+    `moment` (N, rows, 1) is that mean square; it is updated in place. The norm of each matrix is
+    kept, so that learning rates mean the same with and without NorMuon.
     """
     update = update.float()
     moment.lerp_(update.square().mean(-1, keepdim=True), 1 - beta2)
     scaled = update / (moment.sqrt() + 1e-10)
-    return scaled * (update.norm(dim=(-2, -1), keepdim=True) / (scaled.norm(dim=(-2, -1), keepdim=True) + 1e-10))
+    norm_before = update.norm(dim=(-2, -1), keepdim=True)
+    norm_after = scaled.norm(dim=(-2, -1), keepdim=True)
+    return scaled * (norm_before / (norm_after + 1e-10))
 
 
 def adamw(weight, grad, mean, square, t, lr, wd, betas, eps):
-    """AdamW (arXiv 1711.05101), step number t from 1, with bias correction, decoupled decay first. All in place."""
+    """AdamW (arXiv 1711.05101), step t from 1, with bias correction. In place, decay first."""
     beta1, beta2 = betas
     mean.lerp_(grad, 1 - beta1)
     square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -2340,24 +2353,89 @@ def adamw(weight, grad, mean, square, t, lr, wd, betas, eps):
     weight.mul_(1 - lr * wd).addcdiv_(mean, root, value=-lr / (1 - beta1**t))
 
 
-# torch 2.14 renamed these two, and warns about the old names.
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# ---- update functions ----------------------------------------------------------------------------
+# update(weight, grad, state, step) gets the tensors of a bank, of a stacked one this rank's share.
+# It keeps what it needs in `state`, may overwrite `grad`, and returns an Update. Where the bank is
+# flat, it may change `weight` itself instead and return None.
+
+
+class OptimizerStep(NamedTuple):
+    """What an update function knows of an optimizer step, apart from a bank's tensors."""
+
+    s: Settings
+    t: int  # number of the step, from 1
+    lr: float  # after its schedule
+    wd: float  # after its schedule
+    betas: Betas
+    momentum: float  # of Muon, after its schedule
+    orthogonalise: Callable  # newton_schulz with the options of the settings, compiled
+
+
+class Update(NamedTuple):
+    """A change of weights: weight <- (1 - decay) weight - rate direction."""
+
+    direction: Tensor
+    rate: float
+    decay: float
+
+
+def muon(weight, grad, state, step):
+    """Muon by Keller Jordan, for matrices (N, rows, cols): orthogonalised Nesterov momentum.
+
+    NORMUON evens out the rows after that. Matrices with more rows than columns get a larger rate.
+    """
+    buffer = state[0].mul_(step.momentum).add_(grad)
+    nesterov = grad.add_(buffer, alpha=step.momentum)
+    direction = step.orthogonalise(nesterov)
+    if step.s.normuon:
+        direction = normuon(direction, state[1], step.s.muon_beta2)
+    rows, cols = grad.shape[1:]
+    scale = max(1.0, rows / cols) ** 0.5
+    return Update(direction, rate=step.lr * scale, decay=step.lr * step.wd)
+
+
+def muon_state(weight, s):
+    """The momentum; with NORMUON also the mean square of each row."""
+    if s.normuon:
+        return [weight, weight[..., :1]]
+    return [weight]
+
+
+def adam(weight, grad, state, step):
+    """AdamW for a flat bank, in place: one fused operation, no tensor for the update."""
+    mean, square = state
+    adamw(weight, grad, mean, square, step.t, step.lr, step.wd, step.betas, step.s.adam_eps)
+
+
+class Optimizer(NamedTuple):
+    """An update function, the state that it keeps, and the layout of its banks (see Bank)."""
+
+    update: Callable
+    state: Callable  # state(weight, settings): for each tensor of the state, one of its shape
+    layout: Literal["stacked", "flat"]
+
+
+OPTIMIZERS = {
+    "muon": Optimizer(muon, muon_state, "stacked"),
+    "adam": Optimizer(adam, lambda weight, s: [weight, weight], "flat"),
+}
 
 
 class UpdateRule(NamedTuple):
     """How the parameters of a role are optimised."""
 
-    kind: Literal["muon", "adam"]
+    kind: str  # of OPTIMIZERS
     lr: float
     wd: float
     betas: Betas  # AdamW
 
 
 def update_rules(s):
-    betas, embed_lr = (s.beta1, s.beta2), s.tied_embed_lr if s.tie_embeddings else s.embed_lr
-    matrix = "muon" if s.matrix_optimizer == "muon" else "adam"
-    return {"matrix": UpdateRule(matrix, s.matrix_lr, s.muon_wd, s.matrix_betas or betas),
+    """{role: UpdateRule} of the settings."""
+    betas = (s.beta1, s.beta2)
+    matrix_kind = "adam" if s.matrix_optimizer == "adamw" else s.matrix_optimizer
+    embed_lr = s.tied_embed_lr if s.tie_embeddings else s.embed_lr
+    return {"matrix": UpdateRule(matrix_kind, s.matrix_lr, s.muon_wd, s.matrix_betas or betas),
             "embed": UpdateRule("adam", embed_lr, s.embed_wd, s.embed_betas or betas),
             "head": UpdateRule("adam", s.head_lr, s.head_wd, s.head_betas or betas),
             "gate": UpdateRule("adam", s.scalar_lr, s.adam_wd, betas),
@@ -2365,228 +2443,324 @@ def update_rules(s):
             "scalar": UpdateRule("adam", s.scalar_lr, s.adam_wd, betas)}
 
 
+# ---- banks and ranks -----------------------------------------------------------------------------
+
+# torch 2.14 renamed these two, and warns about the old names.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+FLAT_ALIGNMENT = 64  # float32 numbers, 256 bytes: where a parameter may begin in a flat bank
+
+
 class Bank:
-    """Parameters of equal treatment in one tensor, of which they and their gradients are views: a bank is updated,
-    reduced and averaged by single operations. Muon: one bank a shape, (matrices padded to a multiple of ranks, rows,
-    cols), of which each rank orthogonalises its share. Adam: one flat bank a role, each parameter aligned to 256 bytes.
+    """Parameters of one role in one tensor, of which they and their gradients are views: a bank
+    is updated, reduced and averaged by single operations. It has one of two layouts.
+
+    stacked: the matrices of one shape, (N, rows, cols), N padded to a multiple of the ranks. Each
+    rank updates its share of the matrices and has the state of that share alone.
+    flat: parameters of any shapes, one after the other. Every rank updates all of them.
     """
 
-    def __init__(self, role, treatment, entries, rt, neurons=False):
-        self.role, (self.kind, self.lr, self.wd, self.betas) = role, treatment
-        self.names, params = [name for name, _ in entries], [param for _, param in entries]
+    def __init__(self, role, rule, named_params, s, rt):
+        self.role = role
+        self.rule = rule
+        self.optimizer = OPTIMIZERS[rule.kind]
+        self.stacked = self.optimizer.layout == "stacked"
+        self.names = [name for name, _ in named_params]
+        params = [param for _, param in named_params]
         self.shapes = [param.shape for param in params]
-        if self.kind == "muon":
-            self.share = -(-len(params) // rt.world)
-            whole = (self.share * rt.world, *params[0].shape)
-            self.mine = slice(rt.rank * self.share, (rt.rank + 1) * self.share)
+        if self.stacked:
+            matrices_per_rank = math.ceil(len(params) / rt.world)
+            size = (matrices_per_rank * rt.world, *self.shapes[0])
+            begin = rt.rank * matrices_per_rank
+            self.share = slice(begin, begin + matrices_per_rank)
         else:
-            self.starts = np.cumsum([0] + [-(-p.numel() // 64) * 64 for p in params]).tolist()
-            whole, self.mine = (self.starts[-1],), slice(None)
-        device = params[0].device
-        self.weight, self.grad = torch.zeros(whole, device=device), torch.zeros(whole, device=device)
-        share = self.weight[self.mine]
-        self.state = [torch.zeros_like(share)] + ([torch.zeros_like(share)] if self.kind == "adam" else
-                                                  [torch.zeros_like(share[..., :1])] if neurons else [])
+            self.starts = [0]
+            for shape in self.shapes:
+                padded = math.ceil(shape.numel() / FLAT_ALIGNMENT) * FLAT_ALIGNMENT
+                self.starts.append(self.starts[-1] + padded)
+            size = (self.starts[-1],)
+            self.share = slice(None)
+        self.weight = torch.zeros(size, device=params[0].device)
+        self.grad = torch.zeros(size, device=params[0].device)
+        state_shapes = self.optimizer.state(self.weight[self.share], s)
+        self.state = [torch.zeros_like(tensor) for tensor in state_shapes]
         for param, weight, grad in zip(params, self.views(self.weight), self.views(self.grad)):
             weight.copy_(param.data)
-            param.data, param.grad = weight, grad
+            param.data = weight
+            param.grad = grad
 
-    def views(self, bank):
-        """The parameters' parts of a tensor shaped like the bank."""
-        if self.kind == "muon":
-            return [bank[i] for i in range(len(self.names))]
-        return [bank[a:][: shape.numel()].view(shape) for a, shape in zip(self.starts, self.shapes)]
+    def views(self, tensor):
+        """The parts of a tensor shaped like the bank, one for each parameter, in its shape."""
+        if self.stacked:
+            return [tensor[i] for i in range(len(self.names))]
+        parts = []
+        for start, shape in zip(self.starts, self.shapes):
+            parts.append(tensor[start : start + shape.numel()].view(shape))
+        return parts
+
+    def apply(self, update):
+        """Change all weights of the bank; the direction of the update has the bank's shape."""
+        self.weight.mul_(1 - update.decay).add_(update.direction, alpha=-update.rate)
 
 
 class MuonAdam:
-    """Muon for matrices, AdamW for the rest, on 1..N ranks; it owns all communication, there is no DDP wrapper.
+    """The optimizer of a training run: Muon for matrices, AdamW for the rest (see update_rules),
+    on 1..N ranks. It owns all communication; there is no DDP wrapper.
 
-    step(): reduce-scatter the matrix banks and all-reduce the flat ones, clip the global gradient, orthogonalise this
-    rank's share and start gathering it, run AdamW meanwhile, apply. State is saved by parameter name, for any ranks.
-    Momentum and second moments are fp32, on every number of ranks.
+    step() reduce-scatters the gradients of stacked banks and all-reduces those of flat ones. It
+    clips the global gradient. It computes the updates of this rank's matrices, starts to gather
+    those of all ranks, updates the flat banks meanwhile, and then applies what was gathered.
+    The state is fp32. It is saved by parameter name and can be loaded by any number of ranks.
     """
 
     def __init__(self, model, s, rt):
-        self.s, self.rt, self.t = s, rt, 0
-        table, params = update_rules(s), dict(model.named_parameters())
-        groups = {}
+        self.s = s
+        self.rt = rt
+        self.t = 0  # steps made
+        rules = update_rules(s)
+        params = dict(model.named_parameters())
+        names_of_role = {role: [] for role in rules}
+        groups = {}  # {(role, shape of a stacked matrix): [(name, parameter)]}, a bank each
         for name, role in roles(model).items():
-            if role not in table:
-                raise KeyError(f"no treatment for role {role} of {name}")
-            shape = tuple(params[name].shape) if table[role].kind == "muon" else ()
+            if role not in rules:
+                raise KeyError(f"no update rule for role {role} of {name}")
+            names_of_role[role].append(name)
+            stacked = OPTIMIZERS[rules[role].kind].layout == "stacked"
+            shape = tuple(params[name].shape) if stacked else ()
             groups.setdefault((role, shape), []).append((name, params[name]))
-        order = sorted(groups, key=lambda g: -sum(p.numel() for _, p in groups[g]))  # largest first
-        self.banks = [Bank(role, table[role], groups[role, shape], rt, s.normuon) for role, shape in order]
-        self.table = {role: (len(names), sum(params[n].numel() for n in names), table[role]) for role in table
-                      if (names := [n for (r, _), group in groups.items() if r == role for n, _ in group])}
+
+        def size(group):
+            return sum(param.numel() for _, param in groups[group])
+
+        self.banks = []
+        for group in sorted(groups, key=size, reverse=True):
+            role, _ = group
+            self.banks.append(Bank(role, rules[role], groups[group], s, rt))
         owned = sorted(name for bank in self.banks for name in bank.names)
         assert owned == sorted(params), "every parameter has exactly one owner"
+        self.table = {}  # for the log: {role: (tensors, parameters, UpdateRule)}
+        for role, names in names_of_role.items():
+            if names:
+                count = sum(params[name].numel() for name in names)
+                self.table[role] = (len(names), count, rules[role])
         dtype = torch.bfloat16 if rt.device.type == "cuda" else torch.float32
-        self.orthogonalise = rt.compile(partial(newton_schulz, steps=s.muon_backend_steps, dtype=dtype,
-                                                coefficients=s.newton_schulz, row_normalize=s.muon_row_normalize))
+        self.orthogonalise = rt.compile(partial(
+            newton_schulz, steps=s.muon_backend_steps, dtype=dtype, coefficients=s.newton_schulz,
+            row_normalize=s.muon_row_normalize))
 
     def zero_grad(self):
         for bank in self.banks:
             bank.grad.zero_()
 
+    @torch.no_grad()
+    def step(self, lr_scale, momentum, wd_scale=1.0):
+        """Update all weights from the accumulated gradients.
+
+        lr_scale multiplies every learning rate, wd_scale the weight decay of matrices (MUON_WD).
+        """
+        self.t += 1
+        grads = self._reduce()
+        self._clip(grads)
+        gathering = []
+        for bank, grad in zip(self.banks, grads):
+            if bank.stacked:
+                update = self._update(bank, grad, lr_scale, momentum, wd_scale)
+                direction, work = self._start_gather(update.direction)
+                gathering.append((bank, update._replace(direction=direction), work))
+        for bank, grad in zip(self.banks, grads):
+            if not bank.stacked:
+                update = self._update(bank, grad, lr_scale, momentum, wd_scale)
+                if update is not None:
+                    bank.apply(update)
+        for bank, update, work in gathering:
+            if work is not None:
+                work.wait()
+            bank.apply(update)
+
     def _reduce(self):
-        """Average the gradients over ranks. Returns each bank's gradient as this rank updates it."""
+        """Average the gradients over ranks. Returns them; of stacked banks this rank's share."""
         if self.rt.world == 1:
             return [bank.grad for bank in self.banks]
-        shares, works = [], []
+        grads = []
+        works = []
         for bank in self.banks:
-            if bank.kind == "muon":
-                shares.append(torch.empty_like(bank.grad[bank.mine]))
-                works.append(reduce_scatter(shares[-1], bank.grad, async_op=True))
+            if bank.stacked:
+                grad = torch.empty_like(bank.grad[bank.share])
+                works.append(reduce_scatter(grad, bank.grad, async_op=True))
             else:
-                shares.append(bank.grad)
-                works.append(dist.all_reduce(bank.grad, async_op=True))
-        for work, share in zip(works, shares):
+                grad = bank.grad
+                works.append(dist.all_reduce(grad, async_op=True))
+            grads.append(grad)
+        for work, grad in zip(works, grads):
             work.wait()
-            share.div_(self.rt.world)
-        return shares
+            grad.div_(self.rt.world)
+        return grads
 
     def _clip(self, grads):
-        """Scale the global gradient to a norm of at most GRAD_CLIP_NORM, without the host waiting for the device."""
+        """Scale the global gradient to a norm of at most GRAD_CLIP_NORM.
+
+        The host does not wait for the device.
+        """
         if not self.s.grad_clip_norm:
             return
-        square = {"muon": torch.zeros((), device=self.rt.device), "adam": torch.zeros((), device=self.rt.device)}
+        stacked_square = torch.zeros((), device=self.rt.device)
+        flat_square = torch.zeros((), device=self.rt.device)
         for bank, grad in zip(self.banks, grads):
-            square[bank.kind] += grad.square().sum()
-        norm = (self.rt.sum(square["muon"]) + square["adam"]).sqrt()  # matrices are shared out
+            if bank.stacked:
+                stacked_square += grad.square().sum()
+            else:
+                flat_square += grad.square().sum()
+        # A rank has a share of the stacked gradients, but all of the flat ones.
+        norm = (self.rt.sum(stacked_square) + flat_square).sqrt()
         factor = (self.s.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
         for grad in grads:
             grad.mul_(factor)
 
-    @torch.no_grad()
-    def step(self, lr_scale, momentum, wd_scale=1.0):
-        """One update from the accumulated gradients: lr_scale multiplies every learning rate, wd_scale MUON_WD."""
-        self.t += 1
-        grads = self._reduce()
-        self._clip(grads)
-        pending = []
-        for bank, grad in zip(self.banks, grads):
-            if bank.kind == "muon":
-                buffer = bank.state[0].mul_(momentum).add_(grad)
-                update = self.orthogonalise(grad.add_(buffer, alpha=momentum))
-                if self.s.normuon:
-                    update = normuon(update, bank.state[1], self.s.muon_beta2)
-                pending.append((bank, *self._gather(update)))
-        for bank, grad in zip(self.banks, grads):
-            if bank.kind == "adam":
-                adamw(bank.weight, grad, *bank.state, self.t, bank.lr * lr_scale,
-                      bank.wd * (wd_scale if bank.role == "matrix" else 1.0), bank.betas, self.s.adam_eps)
-        for bank, update, work in pending:
-            if work is not None:
-                work.wait()
-            lr = bank.lr * lr_scale
-            rows, cols = bank.weight.shape[1:]
-            bank.weight.mul_(1 - lr * bank.wd * wd_scale).add_(update, alpha=-lr * max(1.0, rows / cols) ** 0.5)
+    def _update(self, bank, grad, lr_scale, momentum, wd_scale):
+        """The Update of a bank, or None if its update function has changed the weights."""
+        lr = bank.rule.lr * lr_scale
+        wd = bank.rule.wd
+        if bank.role == "matrix":
+            wd *= wd_scale
+        step = OptimizerStep(self.s, self.t, lr, wd, bank.rule.betas, momentum, self.orthogonalise)
+        return bank.optimizer.update(bank.weight[bank.share], grad, bank.state, step)
 
-    def _gather(self, update):
+    def _start_gather(self, share):
+        """(all ranks' shares as one tensor, the work to wait for before it is read, or None)."""
         if self.rt.world == 1:
-            return update, None
-        whole = torch.empty(self.rt.world * update.size(0), *update.shape[1:], dtype=update.dtype, device=update.device)
-        return whole, all_gather(whole, update.contiguous(), async_op=True)
+            return share, None
+        shape = (self.rt.world * share.size(0), *share.shape[1:])
+        gathered = torch.empty(shape, dtype=share.dtype, device=share.device)
+        return gathered, all_gather(gathered, share.contiguous(), async_op=True)
+
+    def _gather(self, share):
+        gathered, work = self._start_gather(share)
+        if work is not None:
+            work.wait()
+        return gathered
 
     def named(self, tensors):
         """{parameter name: part} of tensors shaped like the banks."""
-        pairs = zip(self.banks, tensors)
-        return {name: view for bank, tensor in pairs for name, view in zip(bank.names, bank.views(tensor))}
-
-    def _whole(self):
-        """Optimizer state with every rank's share: a list of per-bank lists shaped like the banks."""
-        return [[self._gather_now(t) for t in b.state] if b.kind == "muon" else b.state for b in self.banks]
-
-    def _gather_now(self, share):
-        whole, work = self._gather(share)
-        if work is not None:
-            work.wait()
-        return whole
+        parts = {}
+        for bank, tensor in zip(self.banks, tensors):
+            parts.update(zip(bank.names, bank.views(tensor)))
+        return parts
 
     def state_dict(self):
-        """{"t": step, name: [state tensors]} on the CPU; collective: all ranks call it."""
+        """{"t": step, name: [state tensors]} on the CPU. Collective: all ranks call it."""
         state = {"t": self.t}
-        for bank, tensors in zip(self.banks, self._whole()):
-            for parts in zip(bank.names, *(bank.views(t) for t in tensors)):
-                state[parts[0]] = [part.cpu().clone() for part in parts[1:]]
+        for bank in self.banks:
+            tensors = bank.state
+            if bank.stacked:
+                tensors = [self._gather(share) for share in bank.state]
+            for name in bank.names:
+                state[name] = []
+            for tensor in tensors:
+                for name, part in zip(bank.names, bank.views(tensor)):
+                    state[name].append(part.cpu().clone())
         return state
 
     def load_state_dict(self, state):
         self.t = state["t"]
         for bank in self.banks:
             for i, share in enumerate(bank.state):
-                whole = share.new_zeros(bank.weight.size(0), *share.shape[1:])
-                for name, view in zip(bank.names, bank.views(whole)):
-                    view.copy_(state[name][i])
-                share.copy_(whole[bank.mine])
+                all_shares = share.new_zeros(bank.weight.size(0), *share.shape[1:])
+                for name, part in zip(bank.names, bank.views(all_shares)):
+                    part.copy_(state[name][i])
+                share.copy_(all_shares[bank.share])
 
 
 # ---- schedules -----------------------------------------------------------------------------------
 
 
 def lr_scale(s, progress, step, total_steps, since_stage=None, seconds=None):
-    """Multiplier of every learning rate at progress in [0, 1]: linear warm-up, 1, a line to 0 that stops at MIN_LR.
+    """Multiplier of every learning rate: linear warm-up, then 1, then the warmdown.
 
-    total_steps: of the run, as far as known; only WARMDOWN_ITERS needs it. since_stage: steps since a stage began.
-    seconds: of the run, where that is not MAX_WALLCLOCK_SECONDS.
+    progress: of the run, in [0, 1]. step: from 0. total_steps: of the run, as far as known; only
+    WARMDOWN_ITERS needs it. since_stage: steps since a stage of TRAIN_SEQ_SCHEDULE or
+    TRAIN_BATCH_SCHEDULE began, None in the first. seconds: of the run, where that is not
+    MAX_WALLCLOCK_SECONDS.
     """
-    warmup = min((step + 1) / s.lr_warmup_steps, 1.0) if s.lr_warmup_steps else 1.0
+    scale = warmdown(s, progress, total_steps, seconds)
+    warmup = 1.0
+    if s.lr_warmup_steps:
+        warmup = min((step + 1) / s.lr_warmup_steps, 1.0)
     if since_stage is not None and s.seq_change_warmup_steps:
         warmup *= min((since_stage + 1) / s.seq_change_warmup_steps, 1.0)
-    return warmup * warmdown(s, progress, total_steps, seconds)
+    return warmup * scale
 
 
 def warmdown(s, progress, total_steps, seconds=None):
-    """The part of lr_scale that falls."""
-    length = s.warmdown_frac
+    """The part of lr_scale that falls: 1, then linear to 0 at the end of the run, but not below
+    MIN_LR.
+    """
+    length = s.warmdown_frac  # as a fraction of the run
     if s.warmdown_iters:
         length = min(s.warmdown_iters / max(total_steps, 1), 1.0)
     elif s.warmdown_seconds:
         length = min(s.warmdown_seconds / (seconds or s.max_wallclock_seconds), 1.0)
-    return max(min((1 - progress) / length, 1.0) if length else 1.0, s.min_lr)
+    if not length:
+        return max(1.0, s.min_lr)
+    return max(min((1 - progress) / length, 1.0), s.min_lr)
 
 
 def wd_scale(s, progress):
-    """Multiplier of MUON_WD: 1 up to WD_TAPER_START_FRAC, then linear to WD_TAPER_FINAL_MULT (#1729)."""
+    """Multiplier of MUON_WD (#1729): 1, from WD_TAPER_START_FRAC linear to WD_TAPER_FINAL_MULT."""
     start = s.wd_taper_start_frac
-    return 1 + (s.wd_taper_final_mult - 1) * max(progress - start, 0.0) / (1 - start) if start else 1.0
+    if not start:
+        return 1
+    return 1 + (s.wd_taper_final_mult - 1) * max(progress - start, 0.0) / (1 - start)
 
 
 def momentum_at(s, step):
-    """Momentum of Muon: linear from its start value over the first steps."""
-    part = min(step / s.muon_momentum_warmup_steps, 1.0) if s.muon_momentum_warmup_steps else 1.0
-    return s.muon_momentum_warmup_start + (s.muon_momentum - s.muon_momentum_warmup_start) * part
+    """Momentum of Muon: it rises linearly to MUON_MOMENTUM over the first steps."""
+    fraction = 1.0
+    if s.muon_momentum_warmup_steps:
+        fraction = min(step / s.muon_momentum_warmup_steps, 1.0)
+    start = s.muon_momentum_warmup_start
+    return start + (s.muon_momentum - start) * fraction
 
 
 # ---- complementary training ----------------------------------------------------------------------
 
 
 class Complement:
-    """Complementary training (#1033): a token that bigram counts predict with p = C[a, b] / (N[a] + 1) weighs
-    max(1 - COMPLEMENT_ALPHA p, 0.1), over the mean weight of the step. The counts are of all earlier steps and ranks,
-    so they do not depend on ranks or micro-batches, and int64: float32 stops counting at 2^24.
+    """Complementary training (#1033): the loss weighs tokens less that bigram counts predict.
+
+    A token b after a has bigram probability p = C[a, b] / (N[a] + 1). It weighs
+    max(1 - COMPLEMENT_ALPHA p, 0.1), divided by the mean weight of the step. The counts are of
+    all earlier steps and ranks, so they do not depend on ranks or micro-batches. They are int64:
+    float32 stops counting at 2^24.
     """
 
     def __init__(self, s, rt):
-        self.alpha, self.vocab, self.rt = s.complement_alpha, s.vocab_size, rt
+        self.alpha = s.complement_alpha
+        self.vocab = s.vocab_size
+        self.rt = rt
+        # C[a, b], at a * vocab + b
         self.pairs = torch.zeros(s.vocab_size**2, dtype=torch.int64, device=rt.device)
+        # N[a]
         self.count = torch.zeros(s.vocab_size, dtype=torch.int64, device=rt.device)
 
     def weights(self, micro):
-        """[(B, T) weights] for a step's [(ids, targets, ...)], of mean 1 over all ranks."""
-        raw = [1 - self.alpha * self.pairs[x * self.vocab + y] / (self.count[x] + 1.0) for x, y, *_ in micro]
-        raw = [w.clamp_min(0.1) for w in raw]
-        mean = self.rt.sum(torch.stack([w.double().sum() for w in raw]).sum()) / (
-            self.rt.world * sum(w.numel() for w in raw))
-        return [(w / mean).float() for w in raw]
+        """[(B, T) weights] for a step's micro-batches [(ids, targets, ...)], of mean 1."""
+        weights = []
+        for ids, targets, *_ in micro:
+            pair_counts = self.pairs[ids * self.vocab + targets]
+            raw = 1 - self.alpha * pair_counts / (self.count[ids] + 1.0)
+            weights.append(raw.clamp_min(0.1))
+        total = self.rt.sum(torch.stack([weight.double().sum() for weight in weights]).sum())
+        mean = total / (self.rt.world * sum(weight.numel() for weight in weights))
+        return [(weight / mean).float() for weight in weights]
 
     def observe(self, micro):
-        """Count a step that has been trained on."""
-        pairs = torch.cat([(x * self.vocab + y).flatten() for x, y, *_ in micro])
+        """Count the tokens of a step that has been trained on."""
+        pairs = torch.cat([(ids * self.vocab + targets).flatten() for ids, targets, *_ in micro])
         if self.rt.world > 1:
-            mine, pairs = pairs, pairs.new_empty(self.rt.world * len(pairs))
-            all_gather(pairs, mine)
+            pairs_of_ranks = pairs.new_empty(self.rt.world * len(pairs))
+            all_gather(pairs_of_ranks, pairs)
+            pairs = pairs_of_ranks
         self.count_pairs(pairs, torch.ones_like(pairs))
 
     def count_pairs(self, pairs, times):
@@ -2599,7 +2773,8 @@ class Complement:
         return {"pairs": pairs.cpu(), "times": self.pairs[pairs].cpu()}
 
     def load_state_dict(self, state):
-        self.pairs.zero_(), self.count.zero_()
+        self.pairs.zero_()
+        self.count.zero_()
         self.count_pairs(state["pairs"].to(self.rt.device), state["times"].to(self.rt.device))
 
 
@@ -2607,53 +2782,87 @@ class Complement:
 
 
 class Average:
-    """Candidates for the exported weights, in fp32: bf16 would swallow the small steps of a slow average (#1699).
+    """Averages of the weights over the run, candidates for export. fp32: bf16 would swallow the
+    small steps of a slow average (#1699).
 
-    `taken` holds per kind a list of snapshots shaped like the banks: for "ema" the running mean, for "swa" the sum of
-    `count` snapshots, for "lawa" the last LAWA_K.
+    `snapshots` holds for each kind a list of weights, each a list of tensors shaped like the
+    banks: for "ema" the exponential moving average, for "swa" the sum of `count` snapshots, for
+    "lawa" the last LAWA_K snapshots.
     """
 
     def __init__(self, s, banks):
-        self.s, self.banks, self.snapshots, self.count = s, banks, {}, 0
+        self.s = s
+        self.banks = banks
+        self.snapshots = {}
+        self.count = 0
         self.begun = 0  # the step whose weights EMA began with; 0: the initial weights
-        self.kinds = {"none": (), "best": ("ema", "swa", "lawa")}.get(s.average, (s.average,))
+        self.kinds = (s.average,)
+        if s.average == "none":
+            self.kinds = ()
+        if s.average == "best":
+            self.kinds = ("ema", "swa", "lawa")
 
     def start(self):
-        """Before the first step: an average that runs from the beginning starts at the initial weights."""
+        """Before the first step: an EMA over the whole run starts at the initial weights."""
         if "ema" in self.kinds and self.s.ema_start_frac == 0:
-            self.snapshots["ema"] = [self.copy()]
+            self.ema_start(0)
 
     def copy(self):
         return [bank.weight.clone() for bank in self.banks]
 
     @torch.no_grad()
     def update(self, step, progress, scale):
-        """After optimizer step number `step` (from 1), begun at `progress` with learning-rate scale `scale`."""
+        """Call it after each optimizer step.
+
+        step: its number, from 1. progress: of the run, when the step began. scale: lr_scale of it.
+        """
         s = self.s
         if "ema" in self.kinds and progress >= s.ema_start_frac:
             if "ema" in self.snapshots:
-                for mean, bank in zip(self.snapshots["ema"][0], self.banks):
-                    mean.lerp_(bank.weight, 1 - s.ema_decay)
+                self.ema()
             else:
-                self.snapshots["ema"], self.begun = [self.copy()], step
+                self.ema_start(step)
         if "swa" in self.kinds and scale < s.swa_start_scale and step % s.swa_every == 0:
-            sums = self.snapshots.setdefault("swa", [[torch.zeros_like(bank.weight) for bank in self.banks]])[0]
-            for total, bank in zip(sums, self.banks):
-                total.add_(bank.weight)
-            self.count += 1
+            self.swa()
         if "lawa" in self.kinds and step % s.lawa_freq == 0:
-            self.snapshots["lawa"] = [*self.snapshots.get("lawa", []), self.copy()][-s.lawa_k :]
+            self.lawa()
+
+    def ema_start(self, step):
+        """Begin the exponential moving average with the weights after a step."""
+        self.snapshots["ema"] = [self.copy()]
+        self.begun = step
+
+    def ema(self):
+        """Move the exponential moving average towards the weights."""
+        averages = self.snapshots["ema"][0]
+        for average, bank in zip(averages, self.banks):
+            average.lerp_(bank.weight, 1 - self.s.ema_decay)
+
+    def swa(self):
+        """Stochastic weight averaging: add the weights to the sum of snapshots."""
+        if "swa" not in self.snapshots:
+            self.snapshots["swa"] = [[torch.zeros_like(bank.weight) for bank in self.banks]]
+        sums = self.snapshots["swa"][0]
+        for total, bank in zip(sums, self.banks):
+            total.add_(bank.weight)
+        self.count += 1
+
+    def lawa(self):
+        """Latest weight averaging: keep the weights as the newest of LAWA_K snapshots."""
+        snapshots = [*self.snapshots.get("lawa", []), self.copy()]
+        self.snapshots["lawa"] = snapshots[-self.s.lawa_k :]
 
     def mean(self, kind):
-        """The average of a kind, shaped like the banks, or None if nothing was ever taken."""
+        """The average of a kind, shaped like the banks, or None if it never began."""
         if kind not in self.snapshots:
             return None
-        count = self.count if kind == "swa" else len(self.snapshots[kind])
-        return [sum(parts) / count for parts in zip(*self.snapshots[kind])]
+        snapshots = self.snapshots[kind]
+        count = self.count if kind == "swa" else len(snapshots)
+        return [sum(tensors) / count for tensors in zip(*snapshots)]
 
     @torch.no_grad()
     def apply(self, weights):
-        """Replace the weights by these."""
+        """Replace the weights of the model by `weights`, shaped like the banks."""
         for bank, weight in zip(self.banks, weights):
             bank.weight.copy_(weight)
 
@@ -2662,22 +2871,32 @@ class Average:
 # 6 Data
 # --------------------------------------------------------------------------------------------------
 
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 1024  # 256 little-endian int32 words, then uint16 tokens
+# A shard: a header of 256 little-endian int32 words, then uint16 tokens.
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+SHARD_HEADER = 1024  # bytes
+# Bytes of FineWeb's 50,000 validation documents, with any tokenizer (rules of the contest).
+FINEWEB_VAL_BYTES = 151_080_891
+
 SPACE = "\u2581"  # what SentencePiece writes for a space
-SPACED_TEXTS = "a b", "zq\U0001f9ff \U0001f9ff xj"  # in any vocabulary, and in none
+# Texts of which the byte table must count every byte: characters of any vocabulary, and of none.
+SPACED_TEXTS = ("a b", "zq\U0001f9ff \U0001f9ff xj")
 # Characters that NFKC leaves alone and that case folding, or a rule of a user's own, may change.
 LETTERS = "".join(map(chr, range(33, 127))) + "\xc9\xdf\u03a3\u042f"
-CONTEST_NORMALISATIONS = "identity", "nfkc", "nmt_nfkc"  # nmt_nfkc, or less
-CASE_OPERATORS = "\ue001\ue002\ue003\ue004"  # of a CaseOps tokenizer (#1729); the last one escapes the others
-FINEWEB_VAL_BYTES = 151_080_891  # of the 50,000 validation documents, whatever the tokenizer (rules of the contest)
+# Normalisations that change texts as the contest's tokenizers do (nmt_nfkc), or less.
+CONTEST_NORMALISATIONS = ("identity", "nfkc", "nmt_nfkc")
+# The operators of a CaseOps tokenizer (#1729); the last one escapes the others.
+CASE_OPERATORS = "\ue001\ue002\ue003\ue004"
 
 
 # ---- shards --------------------------------------------------------------------------------------
 
 
 def read_shard(path, vocab_size=None):
-    """Tokens of a shard as a read-only uint16 memory map. BadInput for anything that is not the contest's format;
-    with vocab_size also for a token outside the vocabulary.
+    """Tokens of a shard as a read-only uint16 memory map.
+
+    BadInput for anything that is not the contest's format; with vocab_size also for a token
+    outside the vocabulary.
     """
     try:
         size = os.path.getsize(path)
@@ -2685,51 +2904,65 @@ def read_shard(path, vocab_size=None):
             head = file.read(12)
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-    words = struct.unpack("<3i", head) if len(head) == 12 else (0, 0, 0)
-    for offset, what, found, expected in ((0, "magic", words[0], SHARD_MAGIC), (4, "version", words[1], SHARD_VERSION),
-                                          (8, "length in bytes", size, SHARD_HEADER + 2 * max(words[2], 0))):
+    magic = version = count = 0  # where the file is too short: it fails as one of a wrong magic
+    if len(head) == 12:
+        magic, version, count = struct.unpack("<3i", head)
+    expected_size = SHARD_HEADER + 2 * max(count, 0)
+    checks = ((0, "magic", magic, SHARD_MAGIC), (4, "version", version, SHARD_VERSION),
+              (8, "length in bytes", size, expected_size))
+    for offset, quantity, found, expected in checks:
         if found != expected:
-            raise BadInput(f"{path}: not a token shard: {what} (offset {offset}) should be {expected}, found {found}; "
-                           "make it again with data/prepare.py or data/fineweb.py")
-    if words[2] == 0:
+            raise BadInput(f"{path}: not a token shard: {quantity} (offset {offset}) should be "
+                           f"{expected}, found {found}; make it again with data/prepare.py or "
+                           "data/fineweb.py")
+    if count == 0:
         raise BadInput(f"{path}: the shard holds no tokens (offset 8)")
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER, shape=(words[2],))
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER, shape=(count,))
     if vocab_size is not None:
         check_tokens(tokens, vocab_size, path, 0)
     return tokens
 
 
 def check_tokens(tokens, vocab_size, path, start):
-    """BadInput if a token is outside the vocabulary; `start` is the index in the shard of tokens[0]."""
+    """BadInput for a token outside the vocabulary; tokens[0] is number `start` of the shard."""
     if len(tokens) and int(tokens.max()) >= vocab_size:
-        at = int(np.argmax(tokens >= vocab_size))
-        raise BadInput(f"{path}: token {int(tokens[at])} at offset {SHARD_HEADER + 2 * (start + at)} is outside "
+        i = int(np.argmax(tokens >= vocab_size))
+        offset = SHARD_HEADER + 2 * (start + i)
+        raise BadInput(f"{path}: token {int(tokens[i])} at offset {offset} is outside "
                        f"VOCAB_SIZE={vocab_size}; these shards belong to another tokenizer")
 
 
 def list_shards(folder, split):
-    """Shards of a split in the order of their numbers, with or without leading zeros; BadInput for copies."""
+    """Shards of a split in the order of their numbers, with or without leading zeros.
+
+    BadInput for a copy: a file whose number is none, or that of another file.
+    """
     paths = {}
     for path in sorted(Path(folder).glob(f"fineweb_{split}_[0-9]*.bin")):
-        number = path.stem.removeprefix(f"fineweb_{split}_")
-        if not number.isdecimal():
-            raise BadInput(f"{path}: {number!r} is no number of a shard; move the file away, or rename it")
-        if int(number) in paths:
-            raise BadInput(f"{path}: has the number of {paths[int(number)].name}; move one of them away")
-        paths[int(number)] = path
+        digits = path.stem.removeprefix(f"fineweb_{split}_")
+        if not digits.isdecimal():
+            raise BadInput(f"{path}: {digits!r} is no number of a shard; move the file away, or "
+                           "rename it")
+        number = int(digits)
+        if number in paths:
+            raise BadInput(f"{path}: has the number of {paths[number].name}; "
+                           "move one of them away")
+        paths[number] = path
     return [paths[number] for number in sorted(paths)]
 
 
 def find_shards(folder, split):
-    """The shards of a split, at least one."""
+    """The shards of a split. BadInput, with the command that makes them, if there are none."""
     paths = list_shards(folder, split)
-    if not paths:
+    if paths:
+        return paths
+    if "fineweb10B_" in str(folder):
         variant = Path(folder).name.removeprefix("fineweb10B_")
-        fix = (f"python data/fineweb.py --variant {variant} --train-shards 80" if "fineweb10B_" in str(folder)
-               else f"python data/prepare.py --source YOUR_TEXT --out {folder}")
-        raise BadInput(f"no fineweb_{split}_*.bin in DATA_PATH={folder}; make them with: {fix}"
-                       "   (or, with no download: python data/prepare.py --source builtin)")
-    return paths
+        fix = f"python data/fineweb.py --variant {variant} --train-shards 80"
+    else:
+        fix = f"python data/prepare.py --source YOUR_TEXT --out {folder}"
+    raise BadInput(f"no fineweb_{split}_*.bin in DATA_PATH={folder}; make them with: {fix}"
+                   "   (or, with no download: python data/prepare.py --source builtin)")
 
 
 # ---- tokenizer and bytes -------------------------------------------------------------------------
@@ -2740,149 +2973,204 @@ def load_tokenizer(s):
     try:
         import sentencepiece
     except ImportError:
-        raise BadInput("tokenizers need the package sentencepiece: pip install sentencepiece") from None
+        raise BadInput("tokenizers need the package sentencepiece: "
+                       "pip install sentencepiece") from None
     folder = Path(s.data_path)
-    variant = folder.name.partition(f"_sp{s.vocab_size}")[2]  # of fineweb10B_sp8192_lossless_caps_caseops_v1_reserved
-    places = [Path(s.tokenizer_path)] if s.tokenizer_path else [
-        folder / "tokenizer.model", folder.parent.parent / "tokenizers" / f"fineweb_{s.vocab_size}_bpe{variant}.model"]
-    path = next((p for p in places if p.is_file()), None)
+    candidates = tokenizer_paths(s)
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
-        raise BadInput(f"no tokenizer at {' or '.join(map(str, places))}; set TOKENIZER_PATH, or make one with "
+        names = " or ".join(map(str, candidates))
+        raise BadInput(f"no tokenizer at {names}; set TOKENIZER_PATH, or make one with "
                        "data/prepare.py or data/fineweb.py")
     try:
-        data = path.read_bytes()  # of a path that is not UTF-8, too
-        sp = sentencepiece.SentencePieceProcessor(model_proto=data)
+        model = path.read_bytes()  # SentencePiece cannot open a path that is not UTF-8; Python can
+        sp = sentencepiece.SentencePieceProcessor(model_proto=model)
     except (RuntimeError, OSError) as error:
-        raise BadInput(f"{path} is not a SentencePiece model ({str(error).splitlines()[0][:80]})") from None
+        reason = str(error).splitlines()[0][:80]
+        raise BadInput(f"{path} is not a SentencePiece model ({reason})") from None
     if sp.vocab_size() != s.vocab_size:
-        raise BadInput(f"{path} has {sp.vocab_size()} pieces but VOCAB_SIZE={s.vocab_size}; make them equal")
-    if fault := tokenizer_fault(sp):
+        raise BadInput(f"{path} has {sp.vocab_size()} pieces but VOCAB_SIZE={s.vocab_size}; "
+                       "make them equal")
+    fault = tokenizer_fault(sp)
+    if fault:
         raise BadInput(f"{path}: {fault}")
-    digest = hashlib.sha256(data).hexdigest()
+    digest = hashlib.sha256(model).hexdigest()
     made_with = manifest_tokenizer(folder)
-    if made_with not in (None, digest):
-        raise BadInput(f"{path} (SHA-256 {digest[:12]}) is not the tokenizer of the shards in {folder} "
-                       f"(manifest: {made_with[:12]}); set TOKENIZER_PATH")
+    if made_with is not None and made_with != digest:
+        raise BadInput(f"{path} (SHA-256 {digest[:12]}) is not the tokenizer of the shards in "
+                       f"{folder} (manifest: {made_with[:12]}); set TOKENIZER_PATH")
     return sp, path, digest
 
 
+def tokenizer_paths(s):
+    """Where the tokenizer may be: TOKENIZER_PATH alone, or our place and that of the contest.
+
+    In the contest's layout, shards in datasets/fineweb10B_sp8192_VARIANT belong to
+    tokenizers/fineweb_8192_bpe_VARIANT.model.
+    """
+    if s.tokenizer_path:
+        return [Path(s.tokenizer_path)]
+    folder = Path(s.data_path)
+    # The variant is "" or such as _lossless_caps_caseops_v1_reserved.
+    _, _, variant = folder.name.partition(f"_sp{s.vocab_size}")
+    contest_folder = folder.parent.parent / "tokenizers"
+    contest_path = contest_folder / f"fineweb_{s.vocab_size}_bpe{variant}.model"
+    return [folder / "tokenizer.model", contest_path]
+
+
 def manifest_tokenizer(folder):
-    """SHA-256 of the tokenizer that a data set was made with, by its manifest; None where that is unknown."""
+    """SHA-256 of the tokenizer of a data set, by its manifest; None where that is unknown."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         digest = manifest["tokenizer"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # _check_bytes names a broken one
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None  # _check_bytes names a broken manifest
+    if not isinstance(digest, str):
         return None
-    return digest if isinstance(digest, str) else None
+    return digest
 
 
 def foreign_tokens(sp, stream):
-    """What suggests that validation shards are of another tokenizer, in words; "" if nothing does.
+    """What suggests, in words, that another tokenizer made the validation shards; or "".
 
-    A wrong tokenizer of the right size decodes them to a text that is nobody's, whose bytes it counts right.
+    A wrong tokenizer of the right size decodes them to a text that nobody wrote, and counts the
+    bytes of that text correctly. But encoding that text again gives other tokens.
     """
     ids = stream.tokens[:200_000].cpu().numpy()
     starts = np.flatnonzero(ids == BOS)[:101]
-    documents = [ids[a + 1 : b].tolist() for a, b in zip(starts, starts[1:])]
-    encoded = [sp.encode(sp.decode(document)) for document in documents]
-    other = sum(one != two for one, two in zip(documents, encoded))
-    if other <= max(1, len(documents) // 10):  # normalising twice changes a text now and then
+    documents = [ids[start + 1 : end].tolist() for start, end in zip(starts, starts[1:])]
+    changed = 0
+    for document in documents:
+        if sp.encode(sp.decode(document)) != document:
+            changed += 1
+    if changed <= max(1, len(documents) // 10):  # normalising twice changes a text now and then
         return ""
-    return (f"{other} of {len(documents)} validation documents, decoded and encoded again, have other "
-            "tokens: they seem to be of another tokenizer")
+    return (f"{changed} of {len(documents)} validation documents, decoded and encoded again, have "
+            "other tokens: they seem to be of another tokenizer")
 
 
 def tokenizer_fault(sp):
-    """Why the byte table would miscount the texts of a SentencePiece processor, with the fix; "" if not.
+    """Why the byte table would miscount texts of a tokenizer, with the fix; "" if it would not.
 
-    Asked by the trainer and by data/prepare.py. Control pieces count nothing: only the id of BOS matters.
+    Both the trainer and data/prepare.py ask this. Control pieces count nothing: of them only the
+    id of BOS matters.
     """
     pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
     if sp.bos_id() != BOS:
-        ids = sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id()
-        return f"pad, bos, eos and unk are {ids}, but documents begin with {BOS}; train it with bos_id={BOS}"
+        ids = (sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id())
+        return (f"pad, bos, eos and unk are {ids}, but documents begin with {BOS}; "
+                f"train it with bos_id={BOS}")
     byte_pieces = sum(sp.is_byte(i) for i in range(len(pieces)))
     if byte_pieces != 256:
-        return f"{byte_pieces} byte pieces instead of 256, so some text is lost; train it with byte_fallback"
+        return (f"{byte_pieces} byte pieces instead of 256, so some text is lost; "
+                "train it with byte_fallback")
     escapes_spaces = SPACE in sp.normalize("a b")
     if escapes_spaces and sp.is_unknown(sp.piece_to_id(SPACE)):
-        return "no piece for a single space (U+2581), so it would count 3 bytes; use a tokenizer that has it"
-    inside = next((piece for piece in pieces if SPACE in piece[1:]), None)
-    if inside:
-        return (f"a space inside the piece {inside[:20]!r}, but the byte table knows it in front only; use a "
-                "tokenizer without such pieces")
-    # A model of words spells an unknown word in bytes, with the 3 bytes of U+2581 in front.
+        return ("no piece for a single space (U+2581), so it would count 3 bytes; "
+                "use a tokenizer that has it")
+    for piece in pieces:
+        if SPACE in piece[1:]:
+            return (f"a space inside the piece {piece[:20]!r}, but the byte table knows it in "
+                    "front only; use a tokenizer without such pieces")
+    # A model of words spells an unknown word in bytes, the 3 bytes of U+2581 in front included.
     tables = byte_tables(sp, len(pieces))
     for text in SPACED_TEXTS:
-        size = len(sp.normalize(text).replace(SPACE, " ").removeprefix(" ").encode())
+        normalised = sp.normalize(text).replace(SPACE, " ").removeprefix(" ")
+        size = len(normalised.encode())
         counted = int(target_bytes([BOS, *sp.encode(text)], tables).sum())
         if counted != size:
-            return f"{text!r} has {size} bytes, its tokens count {counted}; use a BPE, unigram or char model"
+            return (f"{text!r} has {size} bytes, its tokens count {counted}; "
+                    "use a BPE, unigram or char model")
     return ""
 
 
 def text_changes(sp):
-    """How a tokenizer changes texts more than the contest's do (NFKC, runs of spaces); "" if not."""
-    spec = protobuf_fields(protobuf_fields(sp.serialized_model_proto()).get(3, b""))
-    # Without a table of characters nothing changes, whatever the name.
-    name = spec.get(1, b"")[:40].decode(errors="replace") if spec.get(2) else "identity"
-    written = {c: sp.normalize(c).removeprefix(SPACE) for c in LETTERS}
-    changed = [c for c in LETTERS if written[c] != c]
+    """How a tokenizer changes texts more than the contest's do; "" if it does not.
+
+    Those normalise by NFKC and merge runs of spaces.
+    """
+    normaliser_field, name_field, characters_field = 3, 1, 2  # of sentencepiece_model.proto
+    spec = protobuf_fields(protobuf_fields(sp.serialized_model_proto()).get(normaliser_field, b""))
+    name = "identity"  # without a table of characters nothing changes, whatever the name says
+    if spec.get(characters_field):
+        name = spec.get(name_field, b"")[:40].decode(errors="replace")
+    written = {letter: sp.normalize(letter).removeprefix(SPACE) for letter in LETTERS}
+    changed = [letter for letter in LETTERS if written[letter] != letter]
     if name in CONTEST_NORMALISATIONS and not changed:
         return ""
-    example = f" (it writes {written[changed[0]]!r} for {changed[0]!r})" if changed else ""
-    return f"bytes are those of the normalised text: the normalisation {name!r} changes it{example}"
+    example = ""
+    if changed:
+        example = f" (it writes {written[changed[0]]!r} for {changed[0]!r})"
+    return (f"bytes are those of the normalised text: the normalisation {name!r} "
+            f"changes it{example}")
 
 
 def protobuf_fields(message):
-    """{number: value} of a protobuf message: numbers as int, all else as bytes; of repeats the last."""
-    found, at = {}, 0
+    """{field number: value} of a protobuf message: varints as int, all else as bytes.
 
-    def varint():
-        nonlocal at
-        value = shift = 0
-        while message[at] >= 128:
-            value |= (message[at] & 127) << shift
-            shift += 7
-            at += 1
-        at += 1
-        return value | message[at - 1] << shift
-
-    while at < len(message):
-        number, kind = divmod(varint(), 8)
-        if kind == 0:
-            found[number] = varint()
+    Of a repeated field it is the last value.
+    """
+    values = {}
+    position = 0
+    while position < len(message):
+        tag, position = read_varint(message, position)
+        number, wire_type = divmod(tag, 8)
+        if wire_type == 0:
+            values[number], position = read_varint(message, position)
             continue
-        size = {1: 8, 5: 4}.get(kind) or varint()
-        found[number] = message[at : at + size]
-        at += size
-    return found
+        if wire_type == 1:
+            size = 8
+        elif wire_type == 5:
+            size = 4
+        else:
+            size, position = read_varint(message, position)
+        values[number] = message[position : position + size]
+        position += size
+    return values
+
+
+def read_varint(message, position):
+    """(number at a position of a protobuf message, position after it): 7 bits a byte."""
+    value = 0
+    shift = 0
+    while message[position] >= 128:  # the highest bit says that another byte follows
+        value |= (message[position] & 127) << shift
+        shift += 7
+        position += 1
+    return value | message[position] << shift, position + 1
 
 
 def byte_tables(sp, vocab_size):
-    """The contest's byte rule as tables over the vocabulary: (bytes of the piece, has a leading space, is a boundary).
+    """The contest's byte rule as three tables over the vocabulary: (bytes of the piece without
+    its leading space, whether it has a leading space, whether it is a boundary).
 
-    A leading space costs one byte more unless the token before is a boundary (control, unknown or unused piece).
+    A leading space costs one byte more unless the token before is a boundary (a control, unknown
+    or unused piece).
     """
-    base, lead, edge = np.zeros(vocab_size, np.int16), np.zeros(vocab_size, bool), np.ones(vocab_size, bool)
+    piece_bytes = np.zeros(vocab_size, np.int16)
+    leading_space = np.zeros(vocab_size, bool)
+    boundary = np.ones(vocab_size, bool)
     for i in range(min(sp.vocab_size(), vocab_size)):
         if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
             continue
-        edge[i] = False
+        boundary[i] = False
         if sp.is_byte(i):
-            base[i] = 1
+            piece_bytes[i] = 1
             continue
         piece = sp.id_to_piece(i)
-        lead[i] = piece.startswith("\u2581")
-        base[i] = len(piece[int(lead[i]):].encode())
-    return base, lead, edge
+        leading_space[i] = piece.startswith(SPACE)
+        piece_bytes[i] = len(piece.removeprefix(SPACE).encode())
+    return piece_bytes, leading_space, boundary
 
 
 def target_bytes(ids, tables):
     """Bytes charged to each target ids[1:], int16: what the score divides by."""
-    base, lead, edge = tables
+    piece_bytes, leading_space, boundary = tables
     ids = np.asarray(ids)
-    return base[ids[1:]] + (lead[ids[1:]] & ~edge[ids[:-1]]).astype(np.int16)
+    targets = ids[1:]
+    tokens_before = ids[:-1]
+    space_counts = leading_space[targets] & ~boundary[tokens_before]
+    return piece_bytes[targets] + space_counts.astype(np.int16)
 
 
 def has_case_operators(sp):
@@ -2891,255 +3179,390 @@ def has_case_operators(sp):
 
 
 def read_sidecar(paths):
-    """Bytes of the text behind each token of the validation shards, (N,) int32, from the files that CaseOps data has
-    beside them (#1729); None where there are none.
+    """Bytes of the text that each token of the validation shards stands for, (N,) int32.
+
+    CaseOps data (#1729) has a file fineweb_val_bytes_*.bin for each shard; None for other data.
     """
-    expected = [Path(path).with_name(Path(path).name.replace("_val_", "_val_bytes_")) for path in paths]
-    found = list_shards(expected[0].parent, "val_bytes")
-    again = "make or fetch the data set again with data/prepare.py --caseops or data/fineweb.py"
-    if found and found != expected:
-        raise BadInput(f"{expected[0].parent}: expected one fineweb_val_bytes_*.bin for each of the {len(expected)} "
-                       f"validation shards, found {len(found)}: {', '.join(p.name for p in found[:3])}; {again}")
-    for path, counts in zip(paths, found):
-        ids, values = read_shard(path), read_shard(counts)
-        if len(ids) != len(values):
-            raise BadInput(f"{counts}: expected {len(ids)} byte counts, one for each token of {Path(path).name}, "
-                           f"found {len(values)}; {again}")
-        if (wrong := (ids == BOS) & (values > 0)).any():
-            at = int(np.argmax(wrong))
-            raise BadInput(f"{counts}: expected 0 bytes for the BOS token at offset {SHARD_HEADER + 2 * at}, found "
-                           f"{int(values[at])}: it belongs to another shard; {again}")
-    return np.concatenate([read_shard(path) for path in found]).astype(np.int32) if found else None
+    expected_paths = []
+    for path in map(Path, paths):
+        expected_paths.append(path.with_name(path.name.replace("_val_", "_val_bytes_")))
+    folder = expected_paths[0].parent
+    byte_paths = list_shards(folder, "val_bytes")
+    if not byte_paths:
+        return None
+    fix = "make or fetch the data set again with data/prepare.py --caseops or data/fineweb.py"
+    if byte_paths != expected_paths:
+        names = ", ".join(path.name for path in byte_paths[:3])
+        raise BadInput(f"{folder}: expected one fineweb_val_bytes_*.bin for each of the "
+                       f"{len(paths)} validation shards, found {len(byte_paths)}: {names}; {fix}")
+    parts = []
+    for path, byte_path in zip(paths, byte_paths):
+        ids = read_shard(path)
+        counts = read_shard(byte_path)
+        if len(ids) != len(counts):
+            raise BadInput(f"{byte_path}: expected {len(ids)} byte counts, one for each token of "
+                           f"{Path(path).name}, found {len(counts)}; {fix}")
+        wrong = (ids == BOS) & (counts > 0)
+        if wrong.any():
+            i = int(np.argmax(wrong))
+            offset = SHARD_HEADER + 2 * i
+            raise BadInput(f"{byte_path}: expected 0 bytes for the BOS token at offset {offset}, "
+                           f"found {int(counts[i])}: it belongs to another shard; {fix}")
+        parts.append(counts)
+    return np.concatenate(parts).astype(np.int32)
 
 
 # ---- training stream -----------------------------------------------------------------------------
 
 
-def merge_short_shards(lengths, least):
-    """Lengths of the parts that blocks are dealt from: the shards, but one shorter than `least` is joined to
-    the next ones until it is long enough, at the end to the one before.
+def merge_short_shards(lengths, minimum):
+    """Lengths of the shards after those shorter than `minimum` were joined to their neighbours.
+
+    A short shard is joined to the next ones until it is long enough, at the end to the one before.
     """
-    parts, joined = [], 0
+    merged = []
+    pending = 0
     for length in lengths:
-        joined += length
-        if joined >= least:
-            parts.append(joined)
-            joined = 0
-    if joined and parts:
-        parts[-1] += joined
-    elif joined:
-        parts = [joined]
-    return parts
+        pending += length
+        if pending >= minimum:
+            merged.append(pending)
+            pending = 0
+    if pending and merged:
+        merged[-1] += pending
+    elif pending:
+        merged = [pending]
+    return merged
 
 
 def shuffled_order(counts, rng, chunk=None):
-    """Every block of every shard once, as (shard, block), in random order (#1394)."""
-    blocks = np.stack([np.repeat(np.arange(len(counts)), counts), np.concatenate([np.arange(n) for n in counts])], 1)
-    return blocks[rng.permutation(len(blocks))]
+    """Every block of every shard once, as rows (shard, block), in random order (#1394).
+
+    counts: the number of blocks of each shard. chunk: not used.
+    """
+    shards = np.repeat(np.arange(len(counts)), counts)
+    blocks = np.concatenate([np.arange(count) for count in counts])
+    pairs = np.stack([shards, blocks], 1)
+    return pairs[rng.permutation(len(pairs))]
 
 
 def coprime_order(counts, rng, chunk):
-    """Every block of every shard once, as (shard, block), in the manner of #1060: a shard is walked by a stride that is
-    coprime to its number of blocks; each `chunk` of blocks mixes 8 to 64 shards, drawn with probability proportional
-    to what is left in them to the power of 0.9 to 0.5, the mixture growing over 1,800 chunks.
-    """
-    def stride(n):
-        return next(s for s in rng.permutation(np.arange(1, n)) if math.gcd(int(s), n) == 1) if n > 1 else 1
+    """Every block of every shard once, as rows (shard, block), in the manner of #1060.
 
-    walks = [(int(rng.integers(n)) + stride(n) * np.arange(n)) % n if n else np.arange(0) for n in counts]
-    counts, used, order = np.array(counts), np.zeros(len(counts), int), []
-    while (left := counts - used).any():
-        part = min(len(order) / 1800, 1.0)
-        weight = left ** (0.9 - 0.4 * part) * (left > 0)
-        mix = min(round(8 + 56 * part), int((left > 0).sum()), chunk)
-        chosen = rng.choice(len(counts), mix, replace=False, p=weight / weight.sum())
-        share = 1 + rng.multinomial(chunk - mix, weight[chosen] / weight[chosen].sum())
-        rows = []
-        for shard, take in zip(chosen, np.minimum(share, left[chosen])):
-            rows.append(np.stack([np.full(take, shard), walks[shard][used[shard] : used[shard] + take]], 1))
+    counts: the number of blocks of each shard. Each shard is walked by a stride that is coprime
+    to its number of blocks. Each chunk of `chunk` blocks mixes blocks of several shards, 8 at
+    first and 64 after 1,800 chunks. A shard is drawn with a probability proportional to a power
+    of the number of its blocks that are left; the power falls from 0.9 to 0.5 meanwhile.
+    """
+    walks = [coprime_walk(count, rng) for count in counts]
+    counts = np.array(counts)
+    used = np.zeros(len(counts), int)
+    order = []
+    while (used < counts).any():
+        left = counts - used
+        progress = min(len(order) / 1800, 1.0)
+        power = 0.9 - 0.4 * progress
+        weight = left**power * (left > 0)
+        mixed = min(round(8 + 56 * progress), int((left > 0).sum()), chunk)
+        chosen = rng.choice(len(counts), mixed, replace=False, p=weight / weight.sum())
+        # One block of each chosen shard; the rest of the chunk by weight, if blocks are left.
+        further = rng.multinomial(chunk - mixed, weight[chosen] / weight[chosen].sum())
+        takes = np.minimum(1 + further, left[chosen])
+        pairs = []
+        for shard, take in zip(chosen, takes):
+            blocks = walks[shard][used[shard] : used[shard] + take]
+            pairs.append(np.stack([np.full(take, shard), blocks], 1))
             used[shard] += take
-        order.append(rng.permutation(np.concatenate(rows)))
+        order.append(rng.permutation(np.concatenate(pairs)))
     return np.concatenate(order)
 
 
+def coprime_walk(count, rng):
+    """The blocks 0 to count - 1, from a random start by a random stride coprime to `count`."""
+    if count == 0:
+        return np.arange(0)
+    start = int(rng.integers(count))
+    stride = 1
+    if count > 1:
+        strides = rng.permutation(np.arange(1, count))
+        stride = next(n for n in strides if math.gcd(int(n), count) == 1)
+    return (start + stride * np.arange(count)) % count
+
+
 class Contamination:
-    """Which documents of a text occur in another one: those whose first PREFIX tokens do, behind a BOS there, too."""
+    """Which documents of one text occur in another text.
+
+    A document occurs there if its opening does: its first PREFIX tokens, there too after a BOS.
+    Openings are compared by a hash of 64 bits.
+    """
 
     PREFIX = 64  # as for data/prepare.py, which leaves out such training documents
-    POWERS = np.array([pow(6364136223846793005, i, 1 << 64) for i in range(1, PREFIX + 1)], np.uint64)
+    POWERS = np.array([pow(6364136223846793005, power, 1 << 64) for power in range(1, PREFIX + 1)],
+                      np.uint64)
 
     def __init__(self, tokens):
         self.keys = np.unique(self._keys(tokens))
         self.met = np.zeros(len(self.keys), bool)
 
     def _keys(self, tokens):
-        begins = np.flatnonzero(tokens == BOS) + 1
-        begins = begins[begins + self.PREFIX <= len(tokens)]
-        openings = tokens[begins[:, None] + np.arange(self.PREFIX)].astype(np.uint64)
+        """Hashes of the openings in a text: polynomials in the tokens, modulo 2^64."""
+        starts = np.flatnonzero(tokens == BOS) + 1
+        starts = starts[starts + self.PREFIX <= len(tokens)]
+        openings = tokens[starts[:, None] + np.arange(self.PREFIX)].astype(np.uint64)
         openings = openings[(openings != BOS).all(1)]  # shorter documents say too little
         return (openings * self.POWERS).sum(1, dtype=np.uint64)
 
     def look(self, tokens):
+        """Note which documents occur in these tokens."""
         if len(self.keys):
             keys = self._keys(tokens)
-            at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
-            self.met[at[self.keys[at] == keys]] = True
+            slots = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+            self.met[slots[self.keys[slots] == keys]] = True
 
     def found(self, rt):
-        """Keys of the openings that any rank has met. Collective."""
+        """Keys of the documents that any rank has met. Collective."""
         met = rt.sum(torch.from_numpy(self.met.astype(np.int32)).to(rt.device)) > 0
         return self.keys[met.cpu().numpy()]
 
     def restore(self, keys):
-        """Those of an earlier part of the run."""
+        """Note documents that an earlier part of the run had met."""
         self.met |= np.isin(self.keys, keys)
 
 
-class TokenStream:
-    """Training batches; each target is used at most once an epoch. LOADER says in which order:
+class BatchRequest(NamedTuple):
+    """A batch over all ranks: tokens from a position of the stream, in sequences of `length`."""
 
-    sequential: cut one after the other from the concatenated shards; packed: the same, a micro-batch as one long row
-    whose documents do not see each other; shuffled, coprime: blocks of the longest training sequence, reordered each
-    epoch; a shard that is too short for a block is joined to the next. The whole state is `position`: a batch
-    depends on the settings only, any number of ranks sees the same stream, a checkpoint is a number. A thread
-    reads the next batch while this one is trained on.
+    position: int
+    length: int
+    tokens: int
+
+
+class ReadAhead(NamedTuple):
+    """The batch that the thread reads while another one is trained on."""
+
+    request: BatchRequest | None
+    batch: object  # a future of what _read_batch returns
+
+
+class TokenStream:
+    """Training batches. Each target is used at most once an epoch.
+
+    LOADER says in which order.
+    sequential: sequences are cut one after the other from the concatenated shards.
+    packed: the same, but a micro-batch is one long row whose documents do not see each other.
+    shuffled, coprime: the shards are cut into blocks of the longest training sequence, and the
+    blocks are reordered each epoch. A shard that is too short for a block is joined to the next.
+
+    The whole state is `position`, a number of tokens. A batch depends on the settings only, and
+    any number of ranks sees the same stream. A thread reads the next batch while this one is
+    trained on.
+
+    find_documents(ids, length) returns the Docs of a micro-batch. It is None where the model
+    finds documents itself.
     """
 
-    def __init__(self, paths, s, rt, documents=None):
-        self.paths, self.s, self.rt, self.position, self.documents = paths, s, rt, 0, documents
-        self.copies = Contamination(np.empty(0, np.uint16))  # of validation documents; looked for in all that is read
+    def __init__(self, paths, s, rt, find_documents=None):
+        self.paths = paths
+        self.s = s
+        self.rt = rt
+        self.find_documents = find_documents
+        self.position = 0
+        # Validation documents that are looked for in all that is read; train() sets them.
+        self.copies = Contamination(np.empty(0, np.uint16))
+        self.packed = s.loader == "packed"
+        self.reordered = s.loader in ("shuffled", "coprime")
         self.shards = [read_shard(path) for path in paths]
         self.hold_out(s.holdout_tokens if s.average == "best" else 0)
         self.ends = np.cumsum([len(shard) for shard in self.shards])
-        for _, length, tokens in s.stages:
-            if tokens // length % rt.world:
-                raise BadInput(f"TRAIN_BATCH_TOKENS={tokens} is {tokens // length} sequences of TRAIN_SEQ_LEN="
-                               f"{length}, which {rt.world} ranks cannot share evenly")
-            if (share := self.rows(length, tokens))[0] % share[1]:
-                raise BadInput(f"LOADER=packed makes rows of {share[1] * length} tokens, but {rt.world} ranks have "
-                               f"{share[0] * length} each; MICRO_BATCH_TOKENS={share[0] * length} makes them fit")
+        self.check_stages()
         self.block = max(length for _, length, _ in s.stages)
         self.lengths = merge_short_shards([len(shard) for shard in self.shards], self.block + 1)
-        self.counts = [(length - 1) // self.block for length in self.lengths]
+        self.counts = [(length - 1) // self.block for length in self.lengths]  # blocks
         if self.ends[-1] < 2:
             raise BadInput(f"{paths[0]}: the training stream holds fewer than 2 tokens")
         if self.reordered and not sum(self.counts):
-            raise BadInput(f"{paths[0]}: LOADER={s.loader} deals out blocks, but the shards hold fewer than "
-                           f"the {self.block + 1} tokens of one; shorten the sequences, or prepare more text")
-        self.total = sum(self.counts) * self.block if self.reordered else int(self.ends[-1])
-        self._orders, self._thread, self._ahead = {}, ThreadPoolExecutor(1, "loader"), (None, None)
-
-    @property
-    def reordered(self):
-        return self.s.loader in ("shuffled", "coprime")
+            raise BadInput(f"{paths[0]}: LOADER={s.loader} deals out blocks, but the shards hold "
+                           f"fewer than the {self.block + 1} tokens of one; shorten the "
+                           "sequences, or prepare more text")
+        self.total = int(self.ends[-1])  # tokens of an epoch
+        if self.reordered:
+            self.total = sum(self.counts) * self.block
+        self._orders = {}
+        self._thread = ThreadPoolExecutor(1, "loader")
+        self._ahead = ReadAhead(None, None)
 
     @property
     def epoch(self):
         return self.position / self.total
 
     def hold_out(self, count):
-        """Set the end of the stream aside: `held` is not trained on."""
-        held = []
+        """Set the last `count` tokens of the stream aside in `held`: they are not trained on."""
+        parts = []
         while count > 0 and self.shards:
             shard = self.shards.pop()
             start = max(len(shard) - count, 0)
-            held.insert(0, shard[start:])
-            check_tokens(held[0], self.s.vocab_size, self.paths[len(self.shards)], start)
-            count -= len(held[0])
-            if len(shard) > len(held[0]):
-                self.shards.append(shard[: -len(held[0])])
+            part = shard[start:]
+            check_tokens(part, self.s.vocab_size, self.paths[len(self.shards)], start)
+            parts.insert(0, part)
+            count -= len(part)
+            if start > 0:
+                self.shards.append(shard[:start])
         if not self.shards:
             raise BadInput(f"HOLDOUT_TOKENS={self.s.holdout_tokens} leaves nothing to train on")
-        self.held = np.concatenate(held) if held else np.empty(0, np.uint16)
+        self.held = np.concatenate(parts) if parts else np.empty(0, np.uint16)
 
-    def rows(self, length, tokens):
-        """(rows of a rank, rows of a micro-batch): equal shapes, so that one graph serves."""
-        rows = tokens // length // self.rt.world
-        shared = tokens // length if self.s.loader == "packed" else rows  # a packed row is the same for any ranks
-        most = max(1, min(shared, self.s.micro_batch_tokens // length))
-        return rows, max(n for n in range(1, most + 1) if shared % n == 0)
+    def check_stages(self):
+        """BadInput if the ranks cannot share the batches of a stage evenly."""
+        world = self.rt.world
+        for _, length, tokens in self.s.stages:
+            sequences = tokens // length
+            if sequences % world:
+                raise BadInput(f"TRAIN_BATCH_TOKENS={tokens} is {sequences} sequences of "
+                               f"TRAIN_SEQ_LEN={length}, which {world} ranks cannot share evenly")
+            on_rank, in_micro_batch = self.split_batch(length, tokens)
+            if on_rank % in_micro_batch:
+                row_tokens = in_micro_batch * length
+                rank_tokens = on_rank * length
+                raise BadInput(f"LOADER=packed makes rows of {row_tokens} tokens, but {world} "
+                               f"ranks have {rank_tokens} each; MICRO_BATCH_TOKENS={rank_tokens} "
+                               "makes them fit")
+
+    def split_batch(self, length, tokens):
+        """(sequences of a batch on a rank, sequences of a micro-batch).
+
+        All micro-batches have one shape, so that one graph serves.
+        """
+        on_rank = tokens // length // self.rt.world
+        # A packed row is the same for any number of ranks, so it must divide the whole batch.
+        divided = tokens // length if self.packed else on_rank
+        limit = max(1, min(divided, self.s.micro_batch_tokens // length))
+        in_micro_batch = max(n for n in range(1, limit + 1) if divided % n == 0)
+        return on_rank, in_micro_batch
 
     def read(self, start, count):
-        """`count` tokens from `start`, wrapping at the end of the stream."""
-        out, filled = np.empty(count, np.uint16), 0
+        """`count` tokens of the concatenated shards from `start`, beginning again at their end."""
+        tokens = np.empty(count, np.uint16)
+        filled = 0
         while filled < count:
-            at = (start + filled) % int(self.ends[-1])
-            i = int(np.searchsorted(self.ends, at, side="right"))
-            offset = at - (int(self.ends[i - 1]) if i else 0)
-            part = self.shards[i][offset : offset + count - filled]
-            check_tokens(part, self.s.vocab_size, self.paths[i], offset)
-            out[filled : filled + len(part)] = part
+            index = (start + filled) % int(self.ends[-1])
+            number = int(np.searchsorted(self.ends, index, side="right"))
+            shard = self.shards[number]
+            offset = index - int(self.ends[number]) + len(shard)
+            part = shard[offset : offset + count - filled]
+            check_tokens(part, self.s.vocab_size, self.paths[number], offset)
+            tokens[filled : filled + len(part)] = part
             filled += len(part)
-        self.copies.look(out)
-        return out
+        self.copies.look(tokens)
+        return tokens
 
-    def _starts(self, epoch):
-        """Where the blocks of an epoch start in the concatenated shards, in their order."""
+    def _block_starts(self, epoch):
+        """Where the blocks of an epoch start in the concatenated shards, in their new order."""
         if epoch not in self._orders:
             rng = np.random.default_rng([self.s.seed, epoch])
-            phases = [int(rng.integers((length - 1) % self.block + 1)) for length in self.lengths]
-            chunk = max(self.s.stages[-1][2] // self.block, 1)
-            shard, block = (shuffled_order if self.s.loader == "shuffled" else coprime_order)(self.counts, rng, chunk).T
-            firsts = np.cumsum([0, *self.lengths[:-1]]) + phases
-            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}  # a batch spans two at most
-            self._orders[epoch] = firsts[shard] + block * self.block
+            # Whole blocks leave some tokens over. Each epoch skips another number in front.
+            spare = [(length - 1) % self.block for length in self.lengths]
+            skipped = [int(rng.integers(count + 1)) for count in spare]
+            batch_blocks = max(self.s.stages[-1][2] // self.block, 1)
+            reorder = shuffled_order if self.s.loader == "shuffled" else coprime_order
+            shard, block = reorder(self.counts, rng, batch_blocks).T
+            shard_starts = np.cumsum([0, *self.lengths[:-1]]) + skipped
+            for number in list(self._orders):
+                if number != epoch - 1:  # a batch spans two epochs at most
+                    del self._orders[number]
+            self._orders[epoch] = shard_starts[shard] + block * self.block
         return self._orders[epoch]
 
     def sequence(self, position, length):
-        """The `length` + 1 tokens of the training sequence at a position of the reordered stream."""
-        epoch, at = divmod(position, self.total)
-        return self.read(int(self._starts(epoch)[at // self.block]) + at % self.block, length + 1)
+        """The `length` + 1 tokens of the sequence at a position of the reordered stream."""
+        epoch, position_in_epoch = divmod(position, self.total)
+        block, offset = divmod(position_in_epoch, self.block)
+        start = int(self._block_starts(epoch)[block])
+        return self.read(start + offset, length + 1)
 
     def next(self, length=None, tokens=None):
-        """This rank's part of the next batch: micro-batches [(x, y, docs)], x and y (rows, length) int64; docs None
-        where the model can tell them from x. Without arguments the batch of the first stage.
-        """
-        length, tokens = length or self.s.stages[0][1], tokens or self.s.stages[0][2]
-        # A stage may begin inside a block of the one before.
-        start = -(-self.position // length) * length if self.reordered else self.position
-        (key, future), wanted = self._ahead, (start, length, tokens)
-        ready = (future if key == wanted else self._thread.submit(self._read_batch, *wanted)).result()
-        self.position = start + tokens
-        following = (self.position, length, tokens)
-        self._ahead = following, self._thread.submit(self._read_batch, *following)
-        return self._to_device(*ready)
+        """This rank's part of the next batch, as micro-batches [(x, y, docs)].
 
-    def _read_batch(self, start, length, tokens):
-        """On the CPU, pinned where there is a GPU; called by the thread."""
-        rows, micro_rows = self.rows(length, tokens)
-        first = start + self.rt.rank * rows * length
+        x and y are (sequences, length) int64, packed (1, sequences * length). docs is None where
+        the model finds documents itself. Without arguments: the batch of the first stage.
+        """
+        length = length or self.s.stages[0][1]
+        tokens = tokens or self.s.stages[0][2]
+        position = self.position
+        if self.reordered:  # a stage may begin inside a block of the stage before
+            position = math.ceil(position / length) * length
+        request = BatchRequest(position, length, tokens)
+        ahead = self._ahead
+        if ahead.request != request:
+            ahead = self._read_ahead(request)
+        parts, docs = ahead.batch.result()
+        self.position = position + tokens
+        self._ahead = self._read_ahead(request._replace(position=self.position))
+        return self._to_device(parts, docs)
+
+    def _read_ahead(self, request):
+        return ReadAhead(request, self._thread.submit(self._read_batch, request))
+
+    def _read_batch(self, request):
+        """What _prepare returns for this rank's part of a batch; called by the thread."""
+        position, length, tokens = request
+        on_rank, in_micro_batch = self.split_batch(length, tokens)
+        begin = position + self.rt.rank * on_rank * length
         if self.reordered:
-            batch = np.stack([self.sequence(first + i * length, length) for i in range(rows)])
+            sequences = [self.sequence(begin + i * length, length) for i in range(on_rank)]
+            batch = np.stack(sequences)
         else:
-            width = micro_rows * length if self.s.loader == "packed" else length
-            span = self.read(first, rows * length + 1)
+            width = in_micro_batch * length if self.packed else length
+            span = self.read(begin, on_rank * length + 1)
+            # Rows of width + 1 tokens: the last target of a row is the first input of the next.
             batch = np.lib.stride_tricks.sliding_window_view(span, width + 1)[::width]
-        return self._pinned(torch.from_numpy(batch.astype(np.int32)), length, micro_rows)
+        return self._prepare(torch.from_numpy(batch.astype(np.int32)), length, in_micro_batch)
 
     def synthetic(self, generator, length=None, tokens=None):
-        """A batch of random tokens in exactly the memory layout of a real one, so that it compiles the same graph."""
-        length, tokens = length or self.s.stages[0][1], tokens or self.s.stages[0][2]
-        rows, micro_rows = self.rows(length, tokens)
-        shape = (rows // micro_rows, micro_rows * length + 1) if self.s.loader == "packed" else (rows, length + 1)
+        """A batch of random tokens, laid out like a real one: it compiles the same graph."""
+        length = length or self.s.stages[0][1]
+        tokens = tokens or self.s.stages[0][2]
+        on_rank, in_micro_batch = self.split_batch(length, tokens)
+        shape = (on_rank, length + 1)
+        if self.packed:
+            shape = (on_rank // in_micro_batch, in_micro_batch * length + 1)
         batch = torch.randint(self.s.vocab_size, shape, dtype=torch.int32, generator=generator)
-        return self._to_device(*self._pinned(batch, length, micro_rows))
+        return self._to_device(*self._prepare(batch, length, in_micro_batch))
 
-    def _pinned(self, batch, length, micro_rows):
-        """(tokens of each micro-batch, their docs): lengths for a varlen kernel are counted where nothing waits."""
-        parts = batch.split(1 if self.s.loader == "packed" else micro_rows)
-        docs = [self.documents(part[:, :-1], length) if self.documents else None for part in parts]
+    def _prepare(self, batch, length, in_micro_batch):
+        """(tokens of each micro-batch, Docs of each or None) on the CPU, pinned for a GPU.
+
+        The lengths that a varlen kernel needs are counted here, where nothing waits for them.
+        """
+        parts = batch.split(1 if self.packed else in_micro_batch)
+        docs = [None] * len(parts)
+        if self.find_documents:
+            docs = [self.find_documents(part[:, :-1], length) for part in parts]
         if self.rt.device.type == "cuda":
             parts = [part.pin_memory() for part in parts]
-            docs = [d and Docs(*(z if z is None else z.pin_memory() for z in d)) for d in docs]
+            docs = [map_docs(Tensor.pin_memory, part_docs) for part_docs in docs]
         return parts, docs
 
     def _to_device(self, parts, docs):
-        parts = [part.to(self.rt.device, non_blocking=True).long() for part in parts]
-        docs = [d and Docs(*(z if z is None else z.to(self.rt.device, non_blocking=True) for z in d)) for d in docs]
-        for d in docs if self.rt.compiled else ():
-            if d and d.cu is not None:
-                torch._dynamo.maybe_mark_dynamic(d.cu, 0)  # one graph for any number of documents
-        return [(part[:, :-1].contiguous(), part[:, 1:].contiguous(), d) for part, d in zip(parts, docs)]
+        """Micro-batches [(x, y, docs)] on the device, without waiting for the copies."""
+        def move(tensor):
+            return tensor.to(self.rt.device, non_blocking=True)
+
+        parts = [move(part).long() for part in parts]
+        docs = [map_docs(move, part_docs) for part_docs in docs]
+        micro = []
+        for part, part_docs in zip(parts, docs):
+            varlen = part_docs is not None and part_docs.cu is not None
+            if varlen and self.rt.compiled:
+                # One graph serves any number of documents.
+                torch._dynamo.maybe_mark_dynamic(part_docs.cu, 0)
+            micro.append((part[:, :-1].contiguous(), part[:, 1:].contiguous(), part_docs))
+        return micro
+
+
+def map_docs(function, docs):
+    """Docs with a function applied to each of its tensors; None stays None."""
+    if docs is None:
+        return None
+    return Docs(*(None if tensor is None else function(tensor) for tensor in docs))
 
 
 # ---- validation stream ---------------------------------------------------------------------------
@@ -3155,23 +3578,32 @@ class ValStream(NamedTuple):
 
 
 def load_validation(s, rt, sp):
-    """All validation shards in order, with the bytes of each target: counted from the ids alone, before any scoring,
-    or given by a sidecar. BadInput where case operators have none: the table would count 3 bytes for each.
+    """All validation shards in order, with the bytes of each target.
+
+    The bytes are counted from the ids alone, before any scoring, or given by a sidecar. BadInput
+    for a tokenizer with case operators whose data has no sidecar: the byte table would count 3
+    bytes for each operator.
     """
     paths = find_shards(s.data_path, "val")
     ids = np.concatenate([read_shard(path, s.vocab_size) for path in paths])
     whole = not s.val_tokens or s.val_tokens >= len(ids) - 1
-    ids = ids if whole else ids[: s.val_tokens + 1]
+    if not whole:
+        ids = ids[: s.val_tokens + 1]
     if len(ids) - 1 < s.eval_seq_len:
-        raise BadInput(f"the validation stream has {len(ids) - 1} targets, fewer than one window of "
-                       f"EVAL_SEQ_LEN={s.eval_seq_len}; shorten it, or prepare more validation text")
-    given = read_sidecar(paths)
-    if given is None and has_case_operators(sp):
-        raise BadInput(f"{s.data_path}: the tokenizer has case operators, which are no bytes of the text, but there is "
-                       "no fineweb_val_bytes_*.bin; make it with data/prepare.py --caseops, or use data/fineweb.py")
-    counted = target_bytes(ids, byte_tables(sp, s.vocab_size)) if given is None else given[1 : len(ids)]
-    ids, counted = torch.from_numpy(ids.astype(np.int32)), torch.from_numpy(counted)
-    return ValStream(ids.to(rt.device), counted.to(rt.device), whole, given is not None)
+        raise BadInput(f"the validation stream has {len(ids) - 1} targets, fewer than one window "
+                       f"of EVAL_SEQ_LEN={s.eval_seq_len}; shorten it, or prepare more validation "
+                       "text")
+    sidecar = read_sidecar(paths)
+    if sidecar is not None:
+        counts = sidecar[1 : len(ids)]
+    elif has_case_operators(sp):
+        raise BadInput(f"{s.data_path}: the tokenizer has case operators, which are no bytes of "
+                       "the text, but there is no fineweb_val_bytes_*.bin; make it with "
+                       "data/prepare.py --caseops, or use data/fineweb.py")
+    else:
+        counts = target_bytes(ids, byte_tables(sp, s.vocab_size))
+    tokens = torch.from_numpy(ids.astype(np.int32)).to(rt.device)
+    return ValStream(tokens, torch.from_numpy(counts).to(rt.device), whole, sidecar is not None)
 
 
 # --------------------------------------------------------------------------------------------------
