@@ -4710,8 +4710,8 @@ class Examiner:
     def _look(self, chunk):
         """The Sample of a chunk. Later text in its rows must not change it. (C1)
 
-        predict() is given all K places, because its graphs have that shape; those that are looked at
-        come first.
+        predict() is given all K places, because its graphs have that shape. Those that are looked
+        at come first.
         """
         inputs = chunk.inputs
         device = chunk.index.device
