@@ -4252,9 +4252,9 @@ class Reader:
     def _row_cuts(self, rows):
         """Cuts of TextRows, the longest first, dealt to the ranks, in batches."""
         longest_first = np.argsort(rows.begin - rows.end, kind="stable")
-        own = longest_first[self.rt.rank :: self.rt.world]
-        for i in range(0, len(own), self.batch):
-            batch = own[i : i + self.batch]
+        dealt = longest_first[self.rt.rank :: self.rt.world]
+        for i in range(0, len(dealt), self.batch):
+            batch = dealt[i : i + self.batch]
             yield from self._turns(TextRows(*(values[batch] for values in rows)))
 
     def _turns(self, rows):
