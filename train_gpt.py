@@ -5019,18 +5019,19 @@ def load_artifact(path, settings=None, dtype=torch.float32, attend=None, device=
 
 # --------------------------------------------------------------------------------------------------
 # 10 Evaluation: the definition of the metric
-# bits per byte = sum of nats / (ln 2 * sum of bytes), over the same targets, every target of the stream exactly once.
-# Target i of a stream is its token i + 1, to be predicted after token i.
+# Bits per byte = sum of nats / (ln 2 * sum of bytes), over all targets of the stream, each once.
+# Target i of a stream is its token i + 1. It is predicted after token i.
 # --------------------------------------------------------------------------------------------------
 
 
 class Inputs(NamedTuple):
-    """What a predictor knows of a chunk: rows of text, and the places after which a token is to be predicted."""
+    """What a predictor knows of a chunk: rows of text, and places after which it predicts."""
 
     ids: Tensor  # (B, T) tokens
-    places: Tensor  # (B, K) neighbouring positions in ids, after each of which a token is to be predicted
-    recent: Tensor  # (B, h + K) the tokens up to each place, and the h before the first; -1 before the row begins
-    turn: int | None = None  # None: rows on their own; 0: rows that begin; n: the first B rows of turn n - 1 continue
+    places: Tensor  # (B, K) neighbouring positions in ids; a token is predicted after each of them
+    recent: Tensor  # (B, h + K) tokens up to each place, and h before the first; -1: there is none
+    # None: the rows stand alone. 0: rows begin. n: the first B rows of turn n - 1 continue.
+    turn: int | None = None
 
 
 class Chunk(NamedTuple):
@@ -5038,12 +5039,12 @@ class Chunk(NamedTuple):
 
     inputs: Inputs
     targets: Tensor  # (B, K) the tokens after those places
-    index: Tensor  # (B, K) their numbers among the targets of the stream; -1 where a row or a place is only padding
+    index: Tensor  # (B, K) their numbers among the targets of the stream; -1: the place is padding
     continuing: int = 0  # number of leading rows that continue in the next chunk
 
 
 class Part(NamedTuple):
-    """What is scored before anything may learn from it."""
+    """A span of targets. All of it is scored before any predictor learns from it."""
 
     number: int
     total: int  # parts of the text
@@ -5051,192 +5052,366 @@ class Part(NamedTuple):
     chunks: Iterable[Chunk]  # those of this rank
 
 
+# ---- how a text is read --------------------------------------------------------------------------
+
+WINDOW_WIDTHS = 4  # to which windows of documents are padded: few graphs, little padding
+CACHE_STEP = 256  # tokens that a row reads in a turn where keys are kept (EVAL_CONTEXT=cache)
+CACHE_SEGMENT = 32  # windows of the stream that one row reads where keys are kept
+
+
+class Windows(NamedTuple):
+    """Windows of a stream. Each array has an entry for each window."""
+
+    start: np.ndarray  # its first token
+    length: np.ndarray  # its tokens
+    scored: np.ndarray  # number of targets that it scores: its last ones
+
+
+class TextRows(NamedTuple):
+    """Rows of text that are read turn by turn. Each array has an entry for each row."""
+
+    begin: np.ndarray  # first token that is read
+    first: np.ndarray  # first target that is scored
+    end: np.ndarray  # end of the row: it reads the tokens [begin, end)
+
+
+class ChunkShape(NamedTuple):
+    """A compiled predictor has a graph for each of these."""
+
+    rows: int
+    tokens: int  # of a row
+    places: int  # of a row
+    turn: int | None  # None: the rows stand alone; 0: rows begin; 1: rows continue
+
+
+class Cut(NamedTuple):
+    """Where the text of a chunk stands in the stream. Each array has an entry for each row.
+
+    A row shows the tokens [start, stop) and scores the targets [first, stop).
+    """
+
+    start: np.ndarray
+    stop: np.ndarray
+    first: np.ndarray
+    rows: int  # to which a compiled chunk is padded
+    tokens: int  # to which a row is padded
+    places: int  # to which the targets of a row are padded
+    turn: int | None = None  # Inputs.turn
+    continuing: int = 0  # Chunk.continuing
+
+    @property
+    def shape(self):
+        turn = self.turn
+        if turn is not None:
+            turn = min(turn, 1)
+        return ChunkShape(self.rows, self.tokens, self.places, turn)
+
+
+class PlannedPart(NamedTuple):
+    """A Part of which no tensor is made yet."""
+
+    ranges: np.ndarray  # Part.ranges
+    cuts: Iterable[Cut]  # those of this rank
+
+
 def document_ranges(stream):
-    """(n, 2) targets [a, b) of each document: what follows its BOS, up to and with the next BOS."""
+    """(n, 2) targets [a, b) of each document: the tokens after its BOS, with the next BOS."""
     starts = (stream.tokens[1:-1] == BOS).nonzero().squeeze(1).cpu().numpy() + 1
     edges = np.concatenate(([0], starts, [len(stream.bytes)]))
     return np.stack((edges[:-1], edges[1:]), 1)
 
 
-def sliding_windows(rows, length, stride=0):
-    """(starts, lengths, keeps) of windows over rows (n, 2) of targets [a, b): the first of a row scores all of its
-    targets, each later one begins `stride` further on and scores its last `stride`, the final one what is left. Every
-    target once; and what it is predicted from does not depend on where the row ends, which comes after it.
+def sliding_windows(ranges, length, stride=0):
+    """Windows that score every target of ranges (n, 2) once. Each range [a, b) has its own.
+
+    The first window of a range scores all of its targets. Each later one begins `stride` tokens
+    (0: `length`) later and scores its last `stride` targets; the final one scores what is left.
+    What a target is predicted from does not depend on where its range ends, which comes later.
     """
-    stride, (a, b) = stride or length, rows.T
-    count = 1 + np.maximum(-(-(b - a - length) // stride), 0)
-    row = np.repeat(np.arange(len(a)), count)
-    j = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
-    start = a[row] + j * stride
-    lengths = np.minimum(length, b[row] - start)
-    return start, lengths, np.where(j == 0, lengths, lengths - (length - stride))
+    stride = stride or length
+    begin, end = ranges.T
+    count = 1 + np.maximum(-(-(end - begin - length) // stride), 0)  # windows of each range
+    first_window = np.cumsum(count) - count  # of each range
+    source = np.repeat(np.arange(len(ranges)), count)  # the range of each window
+    number = np.arange(len(source)) - first_window[source]  # of each window within its range
+    start = begin[source] + number * stride
+    lengths = np.minimum(length, end[source] - start)
+    overlap = length - stride
+    scored = np.where(number == 0, lengths, lengths - overlap)
+    return Windows(start, lengths, scored)
 
 
-SIZES = 4  # to which windows of documents are padded: few graphs, and less than a quarter in vain
-CACHE_STEP, CACHE_SEGMENT = 256, 32  # tokens of a forward with kept keys; windows of the stream read by one row
+def padded_width(tokens, longest, least=1):
+    """Width to which a row is padded: a multiple of longest / 4, or of `least` if that is more."""
+    unit = max(longest // WINDOW_WIDTHS, least)
+    return np.minimum(-(-tokens // unit) * unit, longest)
 
 
-def parts_of(batch):
-    """To so many rows a batch shrinks while its rows end: rows of about one length end together, and a size more would
-    save FineWeb 3 % of the forwards, for a graph of each width.
+def padded_rows(rows, batch):
+    """Number of rows to which a batch is padded: a full batch, or a quarter of it.
+
+    A batch shrinks as its documents end, but documents of similar length end together. A third
+    size would save 3 % of the forwards on FineWeb and cost one more graph of each width.
     """
-    return batch, -(-batch // 4)
+    quarter = -(-batch // 4)
+    return quarter if rows <= quarter else batch
+
+
+def equal_neighbours(keys):
+    """Split the indices of keys (n, ...) where a key changes: [indices of equal neighbours]."""
+    changes = keys[1:] != keys[:-1]
+    if keys.ndim > 1:
+        changes = changes.any(1)
+    return np.split(np.arange(len(keys)), np.flatnonzero(changes) + 1)
 
 
 class Reader:
-    """How a stream is read: in parts, and they in this rank's chunks. Settings decide, and never the number of ranks.
+    """The order in which a stream is read. Iterating gives its parts, with this rank's chunks.
 
-    unit: targets of a part; 0: all, for a predictor that does not learn. history: h of Inputs.recent. of: number of parts
-    of the text that this one is the beginning of.
+    There are three ways to read a text:
+        windows        each row is a window of the stream, or of a document (EVAL_DOCS)
+        kept keys      EVAL_CONTEXT=cache: each row is a document (EVAL_DOCS), or a segment of the
+                       stream, and is read CACHE_STEP tokens a turn
+        own adapters   TTT=lora_docs: each row is a document, read TTT_CHUNK_SIZE tokens a turn
+    Settings choose the way. The number of ranks only decides which rank reads which rows.
+
+    The plan of a text is a list of Cuts. A chunk is made from its cut when it is asked for.
+
+    part_size: targets of a part; 0: one part, for a predictor that does not learn.
+    history: h of Inputs.recent.
+    total_parts: parts of the full text, if this stream is only its beginning.
     """
 
-    def __init__(self, stream, s, rt, unit=0, history=0, of=0):
-        self.stream, self.s, self.rt, self.history, self.of = stream, s, rt, history, of
-        self.by_document = s.eval_docs or s.ttt == "lora_docs"
-        self.rows = document_ranges(stream) if self.by_document else np.array([[0, len(stream.bytes)]])
-        self.grain = max(s.eval_seq_len // SIZES, 1) if self.by_document else s.eval_seq_len
-        self.learning, self.unit, self.forwarded = unit > 0, unit or len(stream.bytes), 0  # forwarded: tokens so far
+    def __init__(self, stream, s, rt, part_size=0, history=0, total_parts=0):
+        self.stream = stream
+        self.s = s
+        self.rt = rt
+        self.history = history
+        self.total_parts = total_parts
+        self.learning = part_size > 0
+        self.part_size = part_size or len(stream.bytes)
+        self.adapted = s.ttt == "lora_docs"
+        self.batch = s.ttt_batch_size if self.adapted else s.eval_batch_seqs
+        self.by_document = s.eval_docs or self.adapted
+        if self.by_document:
+            self.ranges = document_ranges(stream)
+        else:
+            self.ranges = np.array([[0, len(stream.bytes)]])
+        self.forwarded = 0  # tokens of all chunks so far, with padding
 
     def __iter__(self):
         """The parts. A chunk may be asked for once the parts before it have been scored."""
-        s = self.s
-        plan = list(self._adapted_documents() if s.ttt == "lora_docs" else self._lanes_by_part()
-                    if s.eval_context == "cache" else self._windows_by_part())
-        for number, (ranges, chunks) in enumerate(plan):
-            yield Part(number, max(len(plan), self.of), np.asarray(ranges), chunks)
+        plan = list(self._plan())
+        total = max(len(plan), self.total_parts)
+        for number, (ranges, cuts) in enumerate(plan):
+            yield Part(number, total, ranges, map(self._chunk, cuts))
 
     def shapes(self):
-        """[(rows, tokens, places, step)] of every chunk that may come: what a compiled predictor has graphs for."""
-        s, length, grain = self.s, self.s.eval_seq_len, self.grain
-        sizes = sorted({min(n, length) for n in range(grain, length + grain, grain)})
-        if s.ttt != "lora_docs" and s.eval_context == "window":
-            return [*((s.eval_batch_seqs, size, size, None) for size in sizes),
-                    (s.eval_batch_seqs, length, s.eval_stride or length, None)]
-        docs = s.ttt == "lora_docs"
-        batch, found = s.ttt_batch_size if docs else s.eval_batch_seqs, set()
-        begun = [(0, batch), *((1, rows) for rows in parts_of(batch))]
-        for size in [s.ttt_chunk_size, *(size for size, _ in s.ttt_short_chunks)] if docs else [min(CACHE_STEP, length)]:
-            grain = max(length // SIZES, size)
-            wide = {min(n, length) for n in range(grain, length + grain, grain)} if s.eval_context == "window" else {size}
-            found |= {(rows, tokens, size, step) for tokens in wide for step, rows in begun}
-        return sorted(found | {(rows, tokens, 1, step) for rows, tokens, _, step in found if not self.by_document},
-                      key=lambda shape: (shape[3], -shape[0]))
+        """[ChunkShape] of this rank's chunks, when compiled. Rows that begin come first."""
+        shapes = {cut.shape for part in self._plan() for cut in part.cuts}
+        return sorted(shapes, key=lambda shape: (shape.turn or 0, -shape.rows, *shape[1:3]))
 
-    def _windows_by_part(self):
-        start, length, keep = sliding_windows(self.rows, self.s.eval_seq_len, self.s.eval_stride)
-        done = np.cumsum(keep)
-        cuts = np.flatnonzero(np.diff((done - keep) // self.unit)) + 1
-        for some in np.split(np.arange(len(start)), cuts):
-            yield [[done[some[0]] - keep[some[0]], done[some[-1]]]], self._windows(start[some], length[some], keep[some])
+    def _plan(self):
+        """The PlannedParts of the text."""
+        if self.adapted:
+            return self._adapted_parts()
+        if self.s.eval_context == "cache":
+            return self._cached_parts()
+        return self._window_parts()
 
-    def _windows(self, start, length, keep):
-        """Chunks of windows, those of about one length together."""
-        s, rt = self.s, self.rt
-        whole = keep == length
-        size = np.where(whole, np.minimum(-(-length // self.grain) * self.grain, s.eval_seq_len), s.eval_seq_len)
-        order, dealt = np.lexsort((start, size, whole)), 0
-        kinds = np.stack((whole, size))[:, order]
-        for group in np.split(order, np.flatnonzero((np.diff(kinds) != 0).any(0)) + 1):
-            width = int(size[group[0]] if whole[group[0]] else s.eval_stride or s.eval_seq_len)
-            for i in range(0, len(group), s.eval_batch_seqs):
-                rows = group[i : i + s.eval_batch_seqs]
-                if dealt % rt.world == rt.rank:
-                    stop = start[rows] + length[rows]
-                    yield self._cut(start[rows], stop, stop - keep[rows], int(size[rows[0]]), width, s.eval_batch_seqs)
-                dealt += 1
+    # Windows
 
-    def _lanes_by_part(self):
-        """Rows whose keys are kept: documents, or segments of the stream that first read the window before them."""
-        s, n = self.s, len(self.stream.bytes)
+    def _window_parts(self):
+        """Parts of complete windows: a window belongs to the part of its first target."""
+        windows = sliding_windows(self.ranges, self.s.eval_seq_len, self.s.eval_stride)
+        end = np.cumsum(windows.scored)  # windows score the targets in order
+        begin = end - windows.scored
+        for part in equal_neighbours(begin // self.part_size):
+            ranges = np.array([[begin[part[0]], end[part[-1]]]])
+            windows_of_part = Windows(*(values[part] for values in windows))
+            yield PlannedPart(ranges, self._window_cuts(windows_of_part))
+
+    def _window_cuts(self, windows):
+        """Cuts of windows. Windows of similar length share a chunk; ranks take chunks in turn."""
+        s = self.s
+        complete = windows.scored == windows.length  # all targets are scored: the first of a range
+        width = np.full_like(windows.length, s.eval_seq_len)
         if self.by_document:
-            done = np.cumsum(self.rows[:, 1] - self.rows[:, 0])
-            parts = np.split(self.rows, np.flatnonzero(np.diff((done - 1) // self.unit)) + 1)
-        else:
-            edges = [*range(0, n, self.unit), n]
-            parts = [[[a, b]] for a, b in zip(edges, edges[1:])]
-        for rows in parts:
-            rows = np.asarray(rows)
-            if self.by_document:
-                lanes = rows[:, [0, 0, 1]]
-            else:
-                (a, b), most = rows[0], CACHE_SEGMENT * s.eval_seq_len
-                first = np.arange(a, b, min(most, max(self.unit // 16, s.eval_seq_len)))
-                lanes = np.stack((np.maximum(first - s.eval_seq_len, 0), first, np.append(first[1:], b)), 1)
-            yield [[rows[0, 0], rows[-1, 1]]], self._lanes(lanes, min(CACHE_STEP, s.eval_seq_len), s.eval_batch_seqs)
+            width = np.where(complete, padded_width(windows.length, s.eval_seq_len), width)
+        order = np.lexsort((windows.start, width, complete))
+        start, length, scored = (values[order] for values in windows)
+        stop = start + length
+        first = stop - scored
+        width = width[order]
+        complete = complete[order]
+        batches = []
+        for group in equal_neighbours(np.stack((complete, width), 1)):
+            end = group[-1] + 1
+            for i in range(group[0], end, self.batch):
+                batches.append(slice(i, min(i + self.batch, end)))
+        for batch in batches[self.rt.rank :: self.rt.world]:
+            tokens = int(width[batch.start])
+            places = s.eval_stride or s.eval_seq_len
+            if complete[batch.start]:
+                places = tokens
+            yield Cut(start[batch], stop[batch], first[batch], self.batch, tokens, places)
 
-    def _adapted_documents(self):
-        """Documents, longest first, in groups between which something is learnt from all of them."""
-        s, length = self.s, self.rows[:, 1] - self.rows[:, 0]
-        order = np.argsort(-length, kind="stable")
-        groups = range(0, len(order), s.ttt_group_docs) if self.learning else ()
-        edges = sorted(edge for edge in {0, len(order), *groups, *phase_ends(s)} if edge <= len(order))
-        window = s.eval_seq_len if s.eval_context == "window" else 0
+    # Rows that are read turn by turn
+
+    def _cached_parts(self):
+        """Parts of complete documents, by where a document ends; or spans of the stream."""
+        if self.by_document:
+            begin, end = self.ranges.T
+            for part in equal_neighbours((end - 1) // self.part_size):
+                rows = TextRows(begin[part], begin[part], end[part])
+                ranges = np.array([[begin[part[0]], end[part[-1]]]])
+                yield PlannedPart(ranges, self._row_cuts(rows))
+            return
+        length = len(self.stream.bytes)
+        for begin in range(0, length, self.part_size):
+            end = min(begin + self.part_size, length)
+            rows = self._segments(begin, end)
+            yield PlannedPart(np.array([[begin, end]]), self._row_cuts(rows))
+
+    def _segments(self, begin, end):
+        """TextRows of a span of the stream. Each is a segment that first reads the window before.
+
+        A part of 16 windows or more has at least 16 segments, which are read side by side.
+        """
+        window = self.s.eval_seq_len
+        length = min(CACHE_SEGMENT * window, max(self.part_size // 16, window))
+        first = np.arange(begin, end, length)
+        return TextRows(np.maximum(first - window, 0), first, np.append(first[1:], end))
+
+    def _adapted_parts(self):
+        """Parts of documents, the longest first. A part ends where something learns from them:
+        after TTT_GROUP_DOCS documents, and at the end of a phase (PHASED_TTT_*).
+        """
+        begin, end = self.ranges.T
+        longest_first = np.argsort(begin - end, kind="stable")
+        count = len(longest_first)
+        edges = {0, count} | phase_ends(self.s)
+        if self.learning:
+            edges |= set(range(0, count, self.s.ttt_group_docs))
+        edges = sorted(edge for edge in edges if edge <= count)
         for a, b in zip(edges, edges[1:]):
-            rows = self.rows[order[a:b]]
-            yield rows, self._lanes(rows[:, [0, 0, 1]], s.ttt_chunk_size, s.ttt_batch_size, window, s.ttt_short_chunks)
+            part = longest_first[a:b]
+            rows = TextRows(begin[part], begin[part], end[part])
+            yield PlannedPart(self.ranges[part], self._row_cuts(rows))
 
-    def _lanes(self, lanes, size, batch, window=0, early=()):
-        """Chunks of rows that go on for `size` tokens at a time, or fewer early on: (begin, first scored target, end) each.
-        With a window they come with the text before them, as much of it as fits.
+    def _row_cuts(self, rows):
+        """Cuts of TextRows, the longest first, dealt to the ranks, in batches."""
+        longest_first = np.argsort(rows.begin - rows.end, kind="stable")
+        dealt = longest_first[self.rt.rank :: self.rt.world]
+        for i in range(0, len(dealt), self.batch):
+            batch = dealt[i : i + self.batch]
+            yield from self._turns(TextRows(*(values[batch] for values in rows)))
+
+    def _turns(self, rows):
+        """Cuts of a batch of TextRows, the longest first: turns until the longest row ends."""
+        s = self.s
+        longest = rows.end[0] - rows.begin[0]
+        turn = 0
+        read = 0  # tokens that each row has read before this turn
+        while read < longest:
+            count = np.count_nonzero(rows.begin + read < rows.end)
+            begin, first, end = (values[:count] for values in rows)
+            size = self._turn_size(read)
+            start = begin + read
+            stop = np.minimum(start + size, end)
+            first = np.maximum(first, start)
+            tokens = size
+            if self.adapted and s.eval_context == "window":  # as much of the text before as fits
+                tokens = int(padded_width(read + size, s.eval_seq_len, size))
+                start = np.maximum(begin, start + size - s.eval_seq_len)
+            places = size
+            if not (first < stop).any():  # nothing is scored: little work for the head
+                places = 1
+            padded = self.batch
+            if turn > 0:
+                padded = padded_rows(count, self.batch)
+            continuing = np.count_nonzero(stop < end)
+            yield Cut(start, stop, first, padded, tokens, places, turn, continuing)
+            read += size
+            turn += 1
+
+    def _turn_size(self, read):
+        """Tokens that a row reads in a turn, after the `read` tokens of the turns before."""
+        s = self.s
+        if not self.adapted:
+            return min(CACHE_STEP, s.eval_seq_len)
+        for size, until in sorted(s.ttt_short_chunks, key=itemgetter(1)):
+            if read < until:
+                return size
+        return s.ttt_chunk_size
+
+    # Tensors
+
+    def _chunk(self, cut):
+        """The Chunk of a cut.
+
+        After its end a row shows its own text again. So it shows nothing that comes later, and
+        nothing tells where it ends.
         """
-        rt = self.rt
-        lanes = lanes[np.argsort(lanes[:, 0] - lanes[:, 2], kind="stable")][rt.rank :: rt.world]
-        for i in range(0, len(lanes), batch):
-            (begin, first, end), at, step = lanes[i : i + batch].T, 0, 0
-            while rows := int((begin + at < end).sum()):
-                some = next((short for short, until in sorted(early, key=itemgetter(1)) if at < until), size)
-                start = begin[:rows] + at
-                stop, scored = np.minimum(start + some, end[:rows]), np.maximum(first[:rows], start)
-                wide, width = some, some if (scored < stop).any() else 1  # nothing to score, little for the head to do
-                if window:
-                    grain = max(window // SIZES, some)
-                    wide = min(-(-(at + some) // grain) * grain, window)
-                    start = np.maximum(begin[:rows], start + some - window)
-                pad = next(n for n in reversed(parts_of(batch)) if n >= rows) if step else batch
-                yield self._cut(start, stop, scored, wide, width, pad, step, int((stop < end[:rows]).sum()))
-                at, step = at + some, step + 1
-
-    def _cut(self, start, stop, first, size, width, rows, step=None, more=0):
-        """Chunk of the tokens [start, stop), padded to `size`; of at most `width` targets from `first` on.
-
-        After its end a row shows its own text again: nothing that comes later, and nothing that tells where it ends.
-        """
-        device, tokens, end = self.rt.device, self.stream.tokens, len(self.stream.tokens) - 1
-        origin = self.rows[np.searchsorted(self.rows[:, 0], start, side="right") - 1, 0]
-        pad = rows - len(start) if self.rt.compiled else 0  # one shape, one graph
-        edges = np.pad(np.stack((start, stop, first, origin)), ((0, 0), (0, pad)))
+        device = self.rt.device
+        tokens = self.stream.tokens
+        last_token = len(tokens) - 1
+        source = np.searchsorted(self.ranges[:, 0], cut.start, side="right") - 1
+        edges = np.stack((cut.start, cut.stop, cut.first, self.ranges[source, 0]))
+        if self.rt.compiled:  # one shape, one graph
+            edges = np.pad(edges, ((0, 0), (0, cut.rows - len(cut.start))))
         start, stop, first, origin = torch.from_numpy(edges).to(device)[..., None].unbind()
-        self.forwarded += start.numel() * size
+        self.forwarded += start.numel() * cut.tokens
 
-        def shown(place):
-            again = start + (place - start) % (stop - start).clamp(min=1)
-            return tokens[torch.where(place < stop, place, again).clamp(0, end)].long()
+        def shown(position):
+            again = start + (position - start) % (stop - start).clamp(min=1)
+            position = torch.where(position < stop, position, again)
+            return tokens[position.clamp(0, last_token)].long()
 
-        place = first + torch.arange(-self.history, width, device=device)
-        run = torch.where(place >= origin, shown(place), -1)
-        place = place[:, self.history :]
-        take = (place - start).clamp(0, size - 1)
-        x = shown(start + torch.arange(size, device=device))
-        targets = tokens[(start + take + 1).clamp(max=end)].long()
-        return Chunk(Inputs(x, take, run, step), targets, torch.where(place < stop, place, -1), more)
+        ids = shown(start + torch.arange(cut.tokens, device=device))
+        position = first + torch.arange(-self.history, cut.places, device=device)
+        recent = torch.where(position >= origin, shown(position), -1)
+        target = position[:, self.history :]
+        places = (target - start).clamp(0, cut.tokens - 1)
+        targets = tokens[(start + places + 1).clamp(max=last_token)].long()
+        index = torch.where(target < stop, target, -1)
+        return Chunk(Inputs(ids, places, recent, cut.turn), targets, index, cut.continuing)
 
 
-def reader_for(predictor, stream, s, rt, of=0):
+def reader_for(predictor, stream, s, rt, total_parts=0):
     """The stream as a predictor reads it: in parts if it learns from them."""
-    return Reader(stream, s, rt, s.ttt_chunk_tokens if predictor.learns else 0, predictor.history, of)
+    part_size = s.ttt_chunk_tokens if predictor.learns else 0
+    return Reader(stream, s, rt, part_size, predictor.history, total_parts)
 
 
 def contiguous_reader(stream, s, rt):
-    """The stream in windows that do not overlap, read by the model alone: how scores are reported on the way."""
-    return Reader(stream, replace(s, eval_stride=0, eval_docs=False, eval_context="window", ttt="off"), rt)
+    """The stream in windows that do not overlap, for the model alone: for reports during a run."""
+    plain = replace(s, eval_stride=0, eval_docs=False, eval_context="window", ttt="off")
+    return Reader(stream, plain, rt)
 
 
 def scoring_name(s):
-    """How a stream is read and by what it is scored, in a word."""
-    how = "cache" if s.eval_context == "cache" else "contiguous" if s.eval_stride in (0, s.eval_seq_len) else "sliding_window"
-    how = f"documents_{how}" if s.eval_docs else "" if s.ttt == "lora_docs" else how
-    words = [how, f"ttt_{s.ttt}" * (s.ttt != "off"), s.mixer * (s.mixer != "off"), "tilt" * (s.token_boost > 0)]
-    return "_".join(word for word in words if word)
+    """How a text is read and what scores it, in a word: documents_sliding_window_ttt_full, say."""
+    reading = "sliding_window"
+    if s.eval_context == "cache":
+        reading = "cache"
+    elif s.eval_stride in (0, s.eval_seq_len):
+        reading = "contiguous"
+    words = []
+    if s.eval_docs:
+        words.append(f"documents_{reading}")
+    elif s.ttt != "lora_docs":
+        words.append(reading)
+    if s.ttt != "off":
+        words.append(f"ttt_{s.ttt}")
+    if s.mixer != "off":
+        words.append(s.mixer)
+    if s.token_boost > 0:
+        words.append("tilt")
+    return "_".join(words)
+
+
+# ---- the score -----------------------------------------------------------------------------------
 
 
 class Score(NamedTuple):
@@ -5246,113 +5421,195 @@ class Score(NamedTuple):
     bytes: int
 
 
-def score(predictor, parts, stream, rt, validity, log=None, check_every=64, nats=None, spied=None):
-    """The only scoring loop: predict, add to float64 meters, mark the targets, and only then let the predictor learn:
-    from its own chunk, and from a part once every rank has scored its share of it.
+def score(predictor, parts, stream, rt, validity, log=None, check_every=64, nats=None,
+          distributions=None):
+    """The only scoring loop -> Score.
 
-    Breaks of the rules go to `validity`: a target scored twice or never, or another one than the text's; nats below 0; a
-    part that was learnt from before it was scored; and what the Examiner finds. learn() gets a copy of the text that holds
-    what has been scored and nothing else: it can neither read nor change the rest. `nats` (N,) float64 gets what each
-    target cost, on every rank; the rows of `spied` {target: (V,) zeros} the distribution that was there for some.
+    A chunk is predicted and its cost is counted; only then may the predictor see its targets. When
+    all ranks have scored a part, the predictor may learn from it. learn() gets a copy of the text
+    that holds what has been scored and nothing else: it can neither read nor change the rest.
+
+    validity: gets a reason for every broken rule.
+    check_every: the Examiner looks at about one chunk in this many; 0: at none.
+    nats: (N,) float64 zeros that get the cost of each target, on all ranks.
+    distributions: {target: (V,) float64 zeros} that get the probabilities of all tokens there.
     """
-    length, done, began = len(stream.bytes), 0, time.monotonic()
-    seen = torch.zeros(length + 1, dtype=torch.uint8, device=rt.device)  # the last one is for padding
-    meters = torch.zeros(4, dtype=torch.float64, device=rt.device)  # nats, tokens, bytes, targets that are another text's
-    lowest = torch.zeros((), dtype=torch.float64, device=rt.device)
+    began = time.monotonic()
+    length = len(stream.bytes)
+    meters = Meters(stream, rt)
     examiner = Examiner(predictor, check_every)
+    distributions = distributions or {}
+    places = 0  # of all ranks, with padding
     if predictor.learns:
-        known = stream._replace(tokens=torch.zeros_like(stream.tokens), bytes=torch.zeros_like(stream.bytes))
+        zeros = dict(tokens=torch.zeros_like(stream.tokens), bytes=torch.zeros_like(stream.bytes))
+        scored_stream = stream._replace(**zeros)
     for part in parts:
         for chunk in part.chunks:
-            live, where = chunk.index >= 0, chunk.index.clamp(min=0)
-            examiner.ask(chunk)
-            for target, row in (spied or {}).items():
-                if (hit := chunk.index == target).any():
-                    row += predictor.predict(chunk.inputs)[hit][0].double().exp()
-            nll = torch.where(live, predictor.nll(chunk.inputs, chunk.targets).double(), 0.0)
-            foreign = chunk.targets != stream.tokens[where + 1]
-            foreign |= chunk.inputs.ids.gather(1, chunk.inputs.places) != stream.tokens[where]
-            meters += torch.stack((nll.sum(), live.sum(), (stream.bytes[where] * live).sum(), (foreign & live).sum()))
-            lowest = torch.minimum(lowest, nll.min())
-            marks = torch.where(live, where, length).flatten()
-            seen.index_add_(0, marks, torch.ones_like(marks, dtype=torch.uint8))
+            examiner.before(chunk)
+            add_distributions(distributions, predictor, chunk)
+            nll = predictor.nll(chunk.inputs, chunk.targets).double()
+            live = chunk.index >= 0
+            nll = torch.where(live, nll, 0.0)
+            meters.add(chunk, nll)
             if nats is not None:
-                nats[where[live]] = nll[live]
-            examiner.compare(chunk, nll)
+                nats[chunk.index[live]] = nll[live]
+            examiner.after(chunk, nll)
             predictor.observe(chunk)
-            done += nll.numel() * rt.world
+            places += nll.numel() * rt.world
             if log:
-                log.progress("scoring", min(done, length), length, f"{done / (time.monotonic() - began):,.0f} tokens/s")
+                speed = places / (time.monotonic() - began)
+                log.progress("scoring", min(places, length), length, f"{speed:,.0f} tokens/s")
         if predictor.learns:
-            scored = rt.sum(torch.cat([seen[a:b] for a, b in part.ranges.tolist()])) > 0
-            validity.need(bool(scored.all()), f"C3 order: of a part of {len(scored)} targets {int(scored.sum())} had been "
-                          "scored when it was learnt from")
+            scored = meters.scored(part.ranges)
+            validity.need(bool(scored.all()), f"C3 order: of a part of {len(scored)} targets "
+                          f"{int(scored.sum())} had been scored when it was learnt from")
             for a, b in part.ranges.tolist():
-                known.tokens[a : b + 1], known.bytes[a:b] = stream.tokens[a : b + 1], stream.bytes[a:b]
-            predictor.learn(part, known)
-    total, tokens, nbytes, foreign = rt.sum(meters).tolist()
-    for record in (nats, *(spied or {}).values()):
-        if record is not None:
-            rt.sum(record)
-    seen = rt.sum(seen)[:length]
-    twice, never = int((seen > 1).sum()), int((seen == 0).sum())
-    below, = rt.max(0.0 if lowest.isnan() else -lowest.item())  # nan is in the total, too
+                scored_stream.tokens[a : b + 1] = stream.tokens[a : b + 1]
+                scored_stream.bytes[a:b] = stream.bytes[a:b]
+            predictor.learn(part, scored_stream)
+
+    total, tokens, nbytes, foreign = rt.sum(meters.sums).tolist()
+    twice, never = meters.coverage()
+    below_zero = meters.below_zero()
+    if nats is not None:
+        rt.sum(nats)
+    for probabilities in distributions.values():
+        rt.sum(probabilities)
+
     examiner.report(rt, validity, log)
-    validity.need(not twice and not never and tokens == length,
-                  f"C4 coverage: {twice} targets scored more than once, {never} never")
-    validity.need(not foreign, f"C4 coverage: {foreign:.0f} targets, or the tokens before them, are not those of the text")
-    validity.need(below < TOLERANCE, f"C2 normalisation: nats of {-below:.1e}, which are below 0")
+    each_once = not twice and not never and tokens == length
+    validity.need(each_once, f"C4 coverage: {twice} targets scored more than once, {never} never")
+    validity.need(not foreign, f"C4 coverage: {foreign:.0f} targets, or the tokens before them, "
+                  "are not those of the text")
+    validity.need(below_zero < TOLERANCE, f"C2 normalisation: nats of {-below_zero:.1e}, "
+                  "which are below 0")
     validity.need(math.isfinite(total), "the score is not finite")
-    return Score(total / max(tokens, 1), total / math.log(2) / max(nbytes, 1), int(tokens), int(nbytes))
+    loss = total / max(tokens, 1)
+    bpb = total / math.log(2) / max(nbytes, 1)
+    return Score(loss, bpb, int(tokens), int(nbytes))
+
+
+class Meters:
+    """What score() counts, in float64 and on the device, so that no chunk waits for a GPU."""
+
+    def __init__(self, stream, rt):
+        self.stream = stream
+        self.rt = rt
+        # nats, tokens, bytes, and targets that are another text's
+        self.sums = torch.zeros(4, dtype=torch.float64, device=rt.device)
+        # nats of the cheapest target, or 0 if that is less
+        self.lowest = torch.zeros((), dtype=torch.float64, device=rt.device)
+        # (N + 1,) how often this rank has scored each target; the last entry counts padding
+        self.times = torch.zeros(len(stream.bytes) + 1, dtype=torch.uint8, device=rt.device)
+
+    def add(self, chunk, nll):
+        """Count a chunk whose targets cost nll (B, K), which is 0 for padding."""
+        text = self.stream.tokens
+        live = chunk.index >= 0
+        target = chunk.index.clamp(min=0)
+        foreign = chunk.targets != text[target + 1]
+        foreign |= chunk.inputs.ids.gather(1, chunk.inputs.places) != text[target]
+        nbytes = self.stream.bytes[target] * live
+        self.sums += torch.stack((nll.sum(), live.sum(), nbytes.sum(), (foreign & live).sum()))
+        self.lowest = torch.minimum(self.lowest, nll.min())
+        marks = torch.where(live, target, len(self.times) - 1).flatten()
+        self.times.index_add_(0, marks, torch.ones_like(marks, dtype=torch.uint8))
+
+    def scored(self, ranges):
+        """(n,) of each target in ranges: has a rank scored it? Collective."""
+        times = torch.cat([self.times[a:b] for a, b in ranges.tolist()])
+        return self.rt.sum(times) > 0
+
+    def coverage(self):
+        """(targets scored more than once, targets never scored) by all ranks. Collective, once."""
+        times = self.rt.sum(self.times)[:-1]
+        return int((times > 1).sum()), int((times == 0).sum())
+
+    def below_zero(self):
+        """How far the lowest nats of all ranks are below 0. Nan shows in the total. Collective."""
+        below = 0.0
+        if not self.lowest.isnan():
+            below = -self.lowest.item()
+        return self.rt.max(below)[0]
+
+
+def add_distributions(distributions, predictor, chunk):
+    """Note what predict() says at those targets of {target: (V,) zeros} that are in this chunk."""
+    for target, probabilities in distributions.items():
+        places = chunk.index == target
+        if places.any():
+            probabilities += predictor.predict(chunk.inputs)[places][0].double().exp()
 
 
 # --------------------------------------------------------------------------------------------------
 # 11 Validity: is the score that of a true code?
+# A true code keeps the four conditions of #1017:
+#   C1 causality      a prediction depends on the text before its target, and on nothing later
+#   C2 normalisation  the probabilities of all tokens sum to 1
+#   C3 order          nothing learns from a target before it is scored
+#   C4 coverage       every target is scored exactly once
 # --------------------------------------------------------------------------------------------------
 
-EARLY = "C3: validation shards opened before the artifact was frozen"
+# ---- the ledger ----------------------------------------------------------------------------------
+
+OPENED_EARLY = "C3: validation shards opened before the artifact was frozen"
+OPENED_AGAIN = "C1: validation shards were opened again while they were scored"
 
 
 class Validity:
-    """The ledger behind `valid` (a true code length: C1-C4 of #1017) and `eligible` (could be a record)."""
+    """The ledger of reasons: why a score is not `valid` (a true code length, C1-C4), and why it is
+    not `eligible` (could not be a record).
+    """
 
     def __init__(self):
-        self.reasons, self.eligible_reasons = [], []
-        self.tests = {}  # of the self-test: did it pass?
-        self.frozen = self._reporting = self._loading = self._evaluating = False
+        self.reasons = []
+        self.eligible_reasons = []
+        self.tests = {}  # {name of a self-test: did it pass?}
+        self.frozen = False  # the artifact is written: see freeze()
+        self._reporting = False
+        self._loading = False
+        self._evaluating = False
         self._files = {}  # {(device, inode): split} of the shards
 
     def need(self, ok, reason):
+        """Unless `ok`, the score is not valid for this reason."""
         if not ok and reason not in self.reasons:
             self.reasons.append(reason)
 
     def need_for_record(self, ok, reason):
+        """Unless `ok`, the score cannot be a record for this reason."""
         if not ok:
             self.eligible_reasons.append(reason)
 
     def verdict(self):
         """What every line with a score carries."""
-        return {"valid": "no", "reasons": list(self.reasons)} if self.reasons else {"valid": "yes"}
+        if self.reasons:
+            return {"valid": "no", "reasons": list(self.reasons)}
+        return {"valid": "yes"}
 
     def share(self, rt):
-        """What one rank has found is known to all from here on. Collective."""
+        """Merge the reasons of all ranks, so that all ranks have the same. Collective."""
         reasons, eligible_reasons = zip(*rt.gather((self.reasons, self.eligible_reasons)))
         self.reasons = list(dict.fromkeys(chain.from_iterable(reasons)))
         self.eligible_reasons = list(dict.fromkeys(chain.from_iterable(eligible_reasons)))
 
     def to_keep(self, rt):
-        """The reasons of all ranks, as a file may hold them. Collective."""
+        """The reasons of all ranks, as an artifact or a checkpoint holds them. Collective."""
         self.share(rt)
         return [brief(reason, MAX_VALUE) for reason in self.reasons]
 
     def restore(self, reasons):
-        """Those that were kept."""
+        """Add the reasons of an artifact or a checkpoint."""
         for reason in reasons:
             self.need(False, reason)
 
+    # What is opened when
+
     @contextlib.contextmanager
     def report(self):
-        """A score that nothing learns from: the only use of validation text before the artifact is frozen."""
+        """While a score is only reported, and nothing learns from it. Before freeze() this is the
+        only use of validation text.
+        """
         self._reporting = True
         try:
             with torch.no_grad():
@@ -5362,7 +5619,7 @@ class Validity:
 
     @contextlib.contextmanager
     def loading(self):
-        """The one reading of the validation shards: for reports, or after the artifact is frozen."""
+        """While the validation shards are read: for reports, and once after freeze()."""
         self.opened("val")
         self._loading = True
         try:
@@ -5372,7 +5629,7 @@ class Validity:
 
     @contextlib.contextmanager
     def evaluation(self):
-        """Network connections meanwhile are noted, whoever makes them."""
+        """While the artifact is scored: a network connection is a reason, whoever makes it."""
         self._evaluating = True
         try:
             yield
@@ -5381,21 +5638,23 @@ class Validity:
 
     @contextlib.contextmanager
     def watch(self, folder):
-        """Shards of this folder that are opened when they must not be are noted, whoever opens them and by whatever name:
-        a link has the device and inode of its file. What compiled code opens is not seen.
+        """While a run lasts: a shard of the folder that is opened at the wrong time is a reason,
+        whoever opens it and by whatever name. A link has the device and inode of its file. What
+        compiled code opens is not seen.
         """
         for split in ("train", "val"):
             for path in Path(folder).glob(f"fineweb_{split}_*.bin"):
                 with contextlib.suppress(OSError):
                     self._files[_inode(path)] = split
         _install_audit()
-        _watching.append(self)
+        _watching_ledgers.append(self)
         try:
             yield
         finally:
-            _watching.remove(self)
+            _watching_ledgers.remove(self)
 
     def audit(self, event, args):
+        """An event that Python reports (sys.addaudithook) while this ledger watches."""
         if event == "socket.connect" and self._evaluating and isinstance(args[1], tuple):
             self.need(False, f"the evaluation opened a network connection to {args[1][0]}")
         if event != "open" or not isinstance(args[0], (str, bytes)):
@@ -5406,28 +5665,29 @@ class Validity:
         if split == "train":
             self.opened("train")
         elif split == "val" and not self._loading:
-            self.need(self.frozen, EARLY)
-            self.need(not self.frozen, "C1: validation shards were opened again while they were scored")
+            self.need(self.frozen, OPENED_EARLY)
+            self.need(not self.frozen, OPENED_AGAIN)
 
     def freeze(self):
-        """The artifact's hash is logged: from here on validation text may be read, training text may not."""
+        """The artifact is written: now validation text may be read, and training text not."""
         self.frozen = True
 
     def opened(self, split):
+        """Shards of a split are opened: is this the time for it?"""
         if split == "train":
             self.need(not self.frozen, "training shards were read after the artifact was frozen")
         else:
-            self.need(self.frozen or self._reporting, EARLY)
+            self.need(self.frozen or self._reporting, OPENED_EARLY)
 
 
-_watching = []  # the ledgers of runs that are on
+_watching_ledgers = []  # those of the runs in this process that watch
 
 
 @cache
 def _install_audit():
-    """Once: a hook stays for ever."""
+    """Let the ledgers hear the audit events of Python. Once: a hook cannot be removed."""
     def hook(event, args):
-        for validity in _watching:
+        for validity in _watching_ledgers:
             validity.audit(event, args)
 
     sys.addaudithook(hook)
@@ -5438,106 +5698,148 @@ def _inode(path):
     return status.st_dev, status.st_ino
 
 
-# ---- while it is scored --------------------------------------------------------------------------
+# ---- while a text is scored ----------------------------------------------------------------------
 
 LOOK = 8  # neighbouring places of each row that are looked at
+LEAST_LOG = -30  # lower log-probabilities are taken to be equal
 TOLERANCE = 2e-5  # in log, at those places: worth 0.00001 BPB at most; honest runs are at 5e-7
 
 
-class Examiner:
-    """Looks at some chunks of a scoring, at places which nobody can know beforehand: does each distribution sum to 1, does
-    nll() say the same, and does it stay as it is whatever comes later in its row? (C2, C2, C1)
+class Sample(NamedTuple):
+    """What the Examiner looks at in a chunk: L <= LOOK neighbouring places of each row."""
 
-    The places are drawn anew in each run, half of them at the end of what a row scores.
+    places: Tensor  # (B, L) which of the K places of its row
+    looked: Tensor  # (B, L) is it looked at? A row may score fewer than L
+    log_probs: Tensor  # (B, L, V) what is predicted there
+
+
+class Examiner:
+    """Looks at some chunks while they are scored, at places that nobody can know beforehand:
+        C1   does the distribution stay as it is when the text after the place changes?
+        C2   does it sum to 1?
+        C2   does nll() cost what it says?
+    Chunks and places are drawn anew in each run. Half of the places are the last of their row.
     """
 
     def __init__(self, predictor, every):
-        self.predictor, self.every, self.chunks = predictor, every, 0
+        self.predictor = predictor
+        self.every = every  # about one chunk in this many is looked at, and more at first; 0: none
         self.random = np.random.default_rng()  # from the system's entropy
-        self.sums, self.off, self.changed = [], 0.0, 0.0
-        self.asked = None
+        self.chunks = 0  # so far
+        self.sums = []  # of all probabilities, at each place
+        self.off = 0.0  # largest error of such a sum, or of nll(), in log
+        self.changed = 0.0  # largest change of a probability by later text, in log
+        self.sample = None  # of the chunk that is being scored; None: it is not looked at
 
-    def ask(self, chunk):
-        """Before a chunk is scored: predict() may be called at any time, but observe() follows on nll()."""
-        self.asked = None
-        due = self.every and self.random.random() < max(2 / (self.chunks + 2), 1 / self.every)
+    def before(self, chunk):
+        """Before a chunk is scored: draw whether to look at it, and call predict().
+
+        That may be called at any time. But observe() expects that nll() was called last.
+        """
+        self.sample = None
+        if not self.every:
+            return
+        chance = max(2 / (self.chunks + 2), 1 / self.every)
         self.chunks += 1
-        if due:
-            self._ask(chunk)
+        if self.random.random() < chance:
+            self.sample = self._look(chunk)
 
-    def _ask(self, chunk):
+    def after(self, chunk, nll):
+        """After a chunk was scored at nll (B, K): compare that with what predict() said. (C2)"""
+        if self.sample is None:
+            return
+        places, looked, log_probs = self.sample
+        log_sums = log_probs.double().logsumexp(-1)
+        targets = chunk.targets.gather(1, places)
+        log_p = log_probs.gather(-1, targets[..., None]).squeeze(-1)
+        off = torch.maximum(log_sums.abs(), (log_p + nll.gather(1, places)).abs())
+        off = torch.where(looked, off, 0.0)
+        self.off = max(self.off, _or_infinite(off.max()))
+        self.sums += log_sums[looked].exp().tolist()
+
+    def _look(self, chunk):
+        """The Sample of a chunk. Later text in its rows must not change it. (C1)
+
+        predict() is given all K places, because its graphs have that shape. Those that are looked
+        at come first.
+        """
         inputs = chunk.inputs
+        device = chunk.index.device
         live = chunk.index.cpu().numpy() >= 0
         width = live.shape[1]
         history = inputs.recent.size(1) - width
         count = min(LOOK, width)
-        end = self._last_places(live)
-        begin = np.maximum(end - LOOK + 1, 0)
-        # The first `count` places are those that are looked at. As many as ever are asked for: one shape, one graph.
-        places = np.minimum(begin + np.arange(width), width - 1)
-        span = np.minimum(begin + np.arange(history + width), history + width - 1)
-        looked = np.take_along_axis(live, places, 1)[:, :count] & (places[:, :count] <= end)
+        last = self._last_places(live)
+        begin = np.maximum(last - LOOK + 1, 0)
+        places = np.minimum(begin + np.arange(width), width - 1)  # of the K
+        recent = np.minimum(begin + np.arange(history + width), history + width - 1)  # of h + K
+        looked = np.take_along_axis(live, places, 1) & (places <= last)
+        last, places, recent, looked = (
+            torch.from_numpy(values).to(device) for values in (last, places, recent, looked))
+        looked = looked[:, :count]
 
-        places, span, end, looked = (torch.from_numpy(z).to(chunk.index.device) for z in (places, span, end, looked))
-        asked = inputs._replace(places=inputs.places.gather(1, places), recent=inputs.recent.gather(1, span))
-        log_probs = self.predictor.predict(asked, count)
+        asked = inputs._replace(places=inputs.places.gather(1, places),
+                                recent=inputs.recent.gather(1, recent))
+        log_probs = self.predictor.predict(asked, count).clone()
+        position = torch.arange(inputs.ids.size(1), device=device)
+        later_ids = position > inputs.places.gather(1, last)
+        later_recent = recent > history + last
         vocab = log_probs.size(-1)
-        later = torch.arange(inputs.ids.size(1), device=end.device) > inputs.places.gather(1, end)
-        changed = asked._replace(ids=torch.where(later, self._noise(asked.ids, vocab), asked.ids),
-                                 recent=torch.where(span > history + end, self._noise(asked.recent, vocab), asked.recent))
+        changed = asked._replace(ids=self._with_noise(asked.ids, later_ids, vocab),
+                                 recent=self._with_noise(asked.recent, later_recent, vocab))
         others = self.predictor.predict(changed, count)
-        change = torch.where(log_probs == others, 0.0, log_probs.clamp(min=-30) - others.clamp(min=-30)).abs()
-        self.changed = max(self.changed, _or_infinite(torch.where(looked[..., None], change, 0.0).max()))
-        self.asked = log_probs.clone(), places[:, :count], looked
+        change = (log_probs.clamp(min=LEAST_LOG) - others.clamp(min=LEAST_LOG)).abs()
+        change = torch.where(log_probs == others, 0.0, change)  # both may be infinite
+        change = torch.where(looked[..., None], change, 0.0)
+        self.changed = max(self.changed, _or_infinite(change.max()))
+        return Sample(places[:, :count], looked, log_probs)
 
     def _last_places(self, live):
-        """(B, 1): of each row one of the places that it scores, or, half of the time, the last of them."""
+        """(B, 1) a place that each row scores (`live`); half of the time the last of these."""
         anywhere = np.where(live, self.random.random(live.shape), -1.0).argmax(1)
         last = np.where(live, np.arange(live.shape[1]), 0).max(1)
         return np.where(self.random.random(len(live)) < 0.5, anywhere, last)[:, None]
 
-    def _noise(self, like, vocab):
-        return torch.from_numpy(self.random.integers(vocab, size=like.shape)).to(like.device)
-
-    def compare(self, chunk, nll):
-        """After it was scored at `nll` (B, K)."""
-        if self.asked is None:
-            return
-        log_probs, places, looked = self.asked
-        sums = log_probs.double().logsumexp(-1)
-        of_targets = log_probs.gather(-1, chunk.targets.gather(1, places)[..., None]).squeeze(-1)
-        off = torch.maximum(sums.abs(), (of_targets + nll.gather(1, places)).abs())
-        self.off = max(self.off, _or_infinite(torch.where(looked, off, 0.0).max()))
-        self.sums += sums[looked].exp().tolist()
+    def _with_noise(self, tokens, where, vocab):
+        """The tokens (B, T), with random ones in their place `where` (B, T) says so."""
+        noise = torch.from_numpy(self.random.integers(vocab, size=tokens.shape)).to(tokens.device)
+        return torch.where(where, noise, tokens)
 
     def report(self, rt, validity, log):
-        """What was found on all ranks."""
-        off, changed, largest = rt.max(self.off, self.changed, max(self.sums, default=0.0))
+        """Log what was found on all ranks; errors above TOLERANCE are reasons. Collective."""
+        off, changed, largest_sum = rt.max(self.off, self.changed, max(self.sums, default=0.0))
+        mean_sum = sum(self.sums) / max(len(self.sums), 1)
         if log:
-            log("normalisation", positions=len(self.sums) * rt.world, worst_log=off, largest_sum=largest,
-                mean_sum=sum(self.sums) / max(len(self.sums), 1), changed_by_later=changed)
-        validity.need(off < TOLERANCE, f"C2 normalisation: off by {off:.1e} in log on sampled positions")
-        validity.need(changed < TOLERANCE, f"C1 causality: what comes later in its row changes a prediction by {changed:.1e}"
-                      " in log on sampled positions")
+            log("normalisation", positions=len(self.sums) * rt.world, worst_log=off,
+                largest_sum=largest_sum, mean_sum=mean_sum, changed_by_later=changed)
+        validity.need(off < TOLERANCE,
+                      f"C2 normalisation: off by {off:.1e} in log on sampled positions")
+        validity.need(changed < TOLERANCE, "C1 causality: what comes later in its row changes a "
+                      f"prediction by {changed:.1e} in log on sampled positions")
 
 
 def _or_infinite(value):
-    """A number that is not finite is the largest of all: max() lets nan pass."""
+    """The value as a float, and infinity for nan, which max() would ignore."""
     value = float(value)
     return value if math.isfinite(value) else math.inf
 
 
+# ---- what must not change meanwhile --------------------------------------------------------------
+
+
 def fingerprint(model):
-    """SHA-256 of everything in a model that a forward could read: parameters, buffers, other attributes."""
+    """SHA-256 of all that a forward could read in a model: parameters, buffers, attributes."""
     digest = hashlib.sha256()
 
     def add(value):
         if isinstance(value, Tensor):
             digest.update(str((value.dtype, tuple(value.shape))).encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        elif isinstance(value, (list, tuple, dict)):
+        elif isinstance(value, dict):
+            add(tuple(value.items()))
+        elif isinstance(value, (list, tuple)):
             digest.update(str(len(value)).encode())
-            for item in value.items() if isinstance(value, dict) else value:
+            for item in value:
                 add(item)
         elif isinstance(value, (str, int, float, type(None))):
             digest.update(repr(value).encode())
@@ -5549,178 +5851,316 @@ def fingerprint(model):
 
 
 def text_sha256(stream):
-    """SHA-256 of a text's tokens as the shards hold them: uint16, little-endian, one shard after the other."""
+    """SHA-256 of a text's tokens as the shards hold them, in order: uint16, little-endian."""
     return hashlib.sha256(stream.tokens.cpu().numpy().astype("<u2").tobytes()).hexdigest()
 
 
 # ---- the denominator -----------------------------------------------------------------------------
 
 
-def _cased_length(text):
-    """Bytes of what a CaseOps text (#1729) stands for: without its operators, but with those that one escapes."""
-    escape = CASE_OPERATORS[-1]
-    escaped = text.count(escape) - text.count(escape + escape)
-    return len(text.encode()) - 3 * (sum(map(text.count, CASE_OPERATORS)) - escaped)
+class ByteProof(NamedTuple):
+    """What prove_bytes() found, on all ranks."""
+
+    documents: int
+    wrong: int  # documents whose text has another length than their targets are charged
+    share: float  # of the targets that were compared
+
+
+class DocumentBytes(NamedTuple):
+    """A document that is to be decoded."""
+
+    ids: list[int]  # of its text, without BOS
+    charged: int  # bytes that its targets are charged
+    targets: int
 
 
 def prove_bytes(sp, stream, rt):
-    """Decode all of the validation text, each rank a share of its documents, and compare their length with the bytes:
-    (documents, wrong ones, share of the targets that were compared).
+    """Decode the full validation text, and compare the length of each document with its bytes
+    -> ByteProof. Each rank decodes a share of the documents.
 
-    Where VAL_TOKENS cuts the last document, pieces of a single byte may be left of a character; each of them is one byte.
-    CaseOps documents are compared all together and may differ by 0.1 %, because published sidecars count the text before
-    normalisation; operators that count would be 9 %.
+    CaseOps documents are compared all together and may differ by 0.1 %, because published sidecars
+    count the text before normalisation; operators that count would be 9 %.
     """
-    ids, counted = stream.tokens.cpu().numpy(), stream.bytes.cpu().numpy()
-    edges = np.unique([0, *np.flatnonzero(ids == BOS), len(ids)])
-    documents = list(zip(edges.tolist(), edges[1:].tolist()))[rt.rank :: rt.world]
-    found = np.zeros(5)  # documents, wrong ones, targets, bytes charged, bytes of case-restored text
+    ids = stream.tokens.cpu().numpy()
+    counted = stream.bytes.cpu().numpy()
+    edges = np.unique([0, *np.flatnonzero(ids == BOS), len(ids)]).tolist()
+    spans = list(zip(edges, edges[1:]))[rt.rank :: rt.world]
     cased = has_case_operators(sp)
-    for i in range(0, len(documents), 256):
-        batch = documents[i : i + 256]
-        texts, sums = [], []
-        for begin, end in batch:
-            first, stop = max(begin - 1, 0), end  # with the BOS as a target, which must count nothing
-            while end == len(ids) and not stream.whole and stop > begin + 1 and sp.is_byte(int(ids[stop - 1])):
-                stop -= 1
-            texts.append(ids[begin + (ids[begin] == BOS) : stop].tolist())
-            charged = int(counted[first : end - 1].sum(dtype=np.int64)) - (end - stop)
-            opening = 0 if ids[begin] == BOS else len(sp.decode([int(ids[begin])]).encode())  # is no target
-            sums.append(charged + opening)
-            found[2] += end - 1 - first
-        texts = sp.decode(texts)
-        found[0] += len(batch)
-        found[1] += sum(len(text.encode()) != total for text, total in zip(texts, sums))
-        found[3] += sum(sums)
-        found[4] += sum(map(_cased_length, texts)) if cased else 0
-    count, wrong, targets, charged, size = rt.sum(torch.from_numpy(found).to(rt.device)).tolist()
-    if cased:
-        wrong = count * (abs(charged - size) > 1e-3 * size)
-    return int(count), int(wrong), targets / max(len(counted), 1)
+    count = wrong = targets = charged = decoded = 0
+    for i in range(0, len(spans), 256):
+        batch = [_document_bytes(sp, stream, ids, counted, *span) for span in spans[i : i + 256]]
+        texts = sp.decode([document.ids for document in batch])
+        count += len(batch)
+        for document, text in zip(batch, texts):
+            targets += document.targets
+            charged += document.charged
+            if cased:
+                decoded += _cased_length(text)
+            elif len(text.encode()) != document.charged:
+                wrong += 1
+    sums = torch.tensor([count, wrong, targets, charged, decoded], dtype=torch.float64)
+    count, wrong, targets, charged, decoded = rt.sum(sums.to(rt.device)).tolist()
+    if cased and abs(charged - decoded) > 1e-3 * decoded:
+        wrong = count
+    return ByteProof(int(count), int(wrong), targets / max(len(counted), 1))
+
+
+def _document_bytes(sp, stream, ids, counted, begin, end):
+    """DocumentBytes of the tokens [begin, end) of the stream.
+
+    Where VAL_TOKENS cuts the last document, some pieces of a character may be left at its end.
+    They cannot be decoded; each of them is one byte.
+    """
+    first = max(begin - 1, 0)  # the BOS is a target, too, and must count nothing
+    stop = end
+    if end == len(ids) and not stream.whole:
+        while stop > begin + 1 and sp.is_byte(int(ids[stop - 1])):
+            stop -= 1
+    charged = int(counted[first : end - 1].sum(dtype=np.int64)) - (end - stop)
+    start = begin
+    if ids[begin] == BOS:
+        start += 1
+    else:  # the stream begins within a document: its first token is no target
+        charged += len(sp.decode([int(ids[begin])]).encode())
+    return DocumentBytes(ids[start:stop].tolist(), charged, end - 1 - first)
+
+
+def _cased_length(text):
+    """Bytes of the text that a CaseOps text (#1729) stands for. Operators count nothing, unless
+    the last of them escapes them.
+    """
+    escape = CASE_OPERATORS[-1]
+    escaped = text.count(escape) - text.count(escape + escape)
+    operators = sum(map(text.count, CASE_OPERATORS))
+    return len(text.encode()) - 3 * (operators - escaped)
 
 
 def _check_bytes(run, sp, val):
-    """The denominator against all decoded documents, and against the totals of whoever made the shards; returns it."""
-    documents, wrong, share = prove_bytes(sp, val, run.rt)
-    counted = int(val.bytes.sum())
-    by = "sidecar" if val.sidecar else "table"
-    changes, foreign = text_changes(sp), foreign_tokens(sp, val)
+    """Prove the denominator of the score, the bytes of all targets, and return it. It must be the
+    length of the decoded documents, and what the manifest of the shards says.
+    """
+    proof = prove_bytes(sp, val, run.rt)
+    total = int(val.bytes.sum())
+    counted_by = "sidecar" if val.sidecar else "table"
+    changes = text_changes(sp)
+    foreign = foreign_tokens(sp, val)
     run.validity.need_for_record(not changes, changes)
     run.validity.need_for_record(not foreign, foreign)
     if foreign:
         run.log("warning", note=foreign)
-    run.validity.need(not wrong, f"bytes: {wrong} of {documents} decoded documents differ from the byte {by}")
-    run.validity.need(share == 1, f"bytes: {share:.1%} of the text was compared with what it decodes to, not all of it")
-    run.facts.update(documents_decoded=documents, decoded_share=round(share, 6))
-    run.log("bytes", documents_decoded=documents, share=share, wrong=wrong, val_tokens=len(val.bytes), val_bytes=counted,
-            bytes_per_token=round(counted / len(val.bytes), 6), counted_by=by)
+    run.validity.need(not proof.wrong, f"bytes: {proof.wrong} of {proof.documents} decoded "
+                      f"documents differ from the byte {counted_by}")
+    run.validity.need(proof.share == 1, f"bytes: {proof.share:.1%} of the text was compared with "
+                      "what it decodes to, not all of it")
+    run.facts.update(documents_decoded=proof.documents, decoded_share=round(proof.share, 6))
+    targets = len(val.bytes)
+    run.log("bytes", documents_decoded=proof.documents, share=proof.share, wrong=proof.wrong,
+            val_tokens=targets, val_bytes=total, bytes_per_token=round(total / targets, 6),
+            counted_by=counted_by)
     path = Path(run.s.data_path) / "manifest.json"
-    if not path.is_file() or not val.whole:
-        return counted
+    if val.whole and path.is_file():
+        stated = _manifest_totals(path)
+        run.validity.need((targets, total) == stated, f"bytes: {targets} targets, {total} bytes; "
+                          f"the manifest says {stated[0]}, {stated[1]}")
+    return total
+
+
+def _manifest_totals(path):
+    """(targets, bytes) of the validation text, by the manifest of data/prepare.py."""
     try:
         split = json.loads(path.read_text(encoding="utf-8"))["splits"]["val"]
-        stated = int(split["tokens"]) - 1, int(split["bytes"])
+        return int(split["tokens"]) - 1, int(split["bytes"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise BadInput(f"{path}: not a manifest of data/prepare.py ({type(error).__name__}: {error})") from None
-    run.validity.need((len(val.bytes), counted) == stated,
-                      f"bytes: {len(val.bytes)} targets, {counted} bytes; the manifest says {stated[0]}, {stated[1]}")
-    return counted
+        reason = f"{type(error).__name__}: {error}"
+        raise BadInput(f"{path}: not a manifest of data/prepare.py ({reason})") from None
 
 
 # ---- the self-test -------------------------------------------------------------------------------
-
-
-def code_tests(nats, ids, vocab, flips, cuts, sums, said=None, ends=()):
-    """{test: by how much it fails}: is nats(ids (N + 1,)) -> (N,) what a code of #1017 costs?
-
-    flip (C1): nats before target t do not change with what comes from t on. prefix (C3, C4): nor when the text ends
-    there; `cuts` are where windows and parts end. sum (C2, and whatever looks at the target first): the nats of all tokens
-    that could be target t, each scored as if it were, make a distribution; a token follows it, so that a row of text shows
-    the target to who looks ahead. Where the predictor says(ids, t) (V,) which, that must sum to 1, and a sample of tokens
-    must cost what it says. ends (C1): nor do nats change with where a document ends later: `ends` moves BOS tokens,
-    (from, to), to an earlier place.
-    """
-    def most(errors):
-        return torch.stack(list(errors)).abs().max().item()  # nan stays nan: max() lets it pass
-
-    whole, generator, worst = nats(ids), torch.Generator().manual_seed(0), {}
-    other = torch.randint(vocab - 1, ids.shape, generator=generator).to(ids)
-    other = torch.where(ids == BOS, BOS, other + (other >= BOS))  # where documents begin is left as it is
-    worst["flip"] = most((nats(torch.cat((ids[: t + 1], other[t + 1 :])))[:t] - whole[:t]).abs().max() for t in flips)
-    worst["prefix"] = most((nats(ids[: t + 1]) - whole[:t]).abs().max() for t in cuts)
-    errors = []
-    for t in sums:
-        some = range(vocab) if said is None else torch.randperm(vocab, generator=generator)[:2].tolist()
-        found = torch.stack([nats(torch.cat((ids[: t + 1], ids.new_tensor([v]), ids[t + 2 : t + 3])))[t] for v in some])
-        if said is None:
-            errors.append(found.neg().exp().sum() - 1)
-        else:
-            p = said(ids[: t + 3], t)
-            errors += [p.sum() - 1, (found + p[list(some)].log()).abs().max()]
-    worst["sum"] = most(errors)
-    moved = []
-    for end, earlier in ends:
-        text = ids.clone()
-        text[end], text[earlier] = ids[earlier], BOS
-        moved.append((nats(text)[: earlier - 1] - whole[: earlier - 1]).abs().max())
-    return worst | ({"ends": most(moved)} if moved else {})
-
+# The black-box tests of #1017 only call nats(ids (N + 1,)) -> (N,): the costs of a text's targets.
 
 SELFTEST_TOLERANCE = 1e-6  # nats
-SELFTESTS = {"flip": "C1 causality", "ends": "C1 causality", "prefix": "C3 order", "sum": "C2 normalisation",
-             "ranks": "the score depends on ranks"}
+SELFTESTS = {  # what is wrong where a test fails
+    "flip": "C1 causality",
+    "ends": "C1 causality",
+    "prefix": "C3 order",
+    "sum": "C2 normalisation",
+    "ranks": "the score depends on ranks",
+}
+
+
+def code_tests(nats, ids, vocab, flips, cuts, sums, distribution=None, ends=()):
+    """{name of a test: its error}: could nats() be what a code costs? Nan fails, too.
+
+    Tests are made in the text `ids`, at places t: flips, cuts, sums; and ends (see ends_test).
+    distribution(ids, t) (V,), if given, is what the predictor says at target t of a text.
+    """
+    expected = nats(ids)
+    generator = torch.Generator().manual_seed(0)
+    errors = {"flip": flip_test(nats, ids, expected, vocab, flips, generator)}
+    errors["prefix"] = prefix_test(nats, ids, expected, cuts)
+    errors["sum"] = sum_test(nats, ids, vocab, sums, distribution, generator)
+    if ends:
+        errors["ends"] = ends_test(nats, ids, expected, ends)
+    return errors
+
+
+def flip_test(nats, ids, expected, vocab, places, generator):
+    """C1: the cost of targets before t does not change when target t and all after it do.
+
+    Only BOS tokens stay, so that documents begin where they did.
+    """
+    other = torch.randint(vocab - 1, ids.shape, generator=generator).to(ids)
+    other = torch.where(ids == BOS, BOS, other + (other >= BOS))
+    errors = []
+    for t in places:
+        text = torch.cat((ids[: t + 1], other[t + 1 :]))
+        errors.append(nats(text)[:t] - expected[:t])
+    return largest(errors)
+
+
+def prefix_test(nats, ids, expected, places):
+    """C3, C4: the cost of targets before t does not change when the text ends with them.
+
+    Whoever learns from a text before scoring it fails. So does whoever reads it twice.
+    """
+    return largest([nats(ids[: t + 1])[:t] - expected[:t] for t in places])
+
+
+def sum_test(nats, ids, vocab, places, distribution, generator):
+    """C2: put every token of the vocabulary at target t; what they cost must be a distribution.
+
+    Whoever looks at the target before predicting it fails. One token follows the target, so that
+    its row shows it to whoever looks ahead. Where the predictor can tell its distribution, that
+    must sum to 1, and a sample of two tokens must cost what it says.
+    """
+    errors = []
+    for t in places:
+        tokens = list(range(vocab))
+        if distribution is not None:
+            tokens = torch.randperm(vocab, generator=generator)[:2].tolist()
+        costs = []
+        for token in tokens:
+            text = torch.cat((ids[: t + 1], ids.new_tensor([token]), ids[t + 2 : t + 3]))
+            costs.append(nats(text)[t])
+        costs = torch.stack(costs)
+        if distribution is None:
+            errors.append(costs.neg().exp().sum() - 1)
+        else:
+            probabilities = distribution(ids[: t + 3], t)
+            errors.append(probabilities.sum() - 1)
+            errors.append(costs + probabilities[tokens].log())
+    return largest(errors)
+
+
+def ends_test(nats, ids, expected, ends):
+    """C1: the cost of targets before the end of a document does not change when it ends earlier.
+
+    ends: (end, earlier), where a BOS token stands and where it is moved to.
+    """
+    errors = []
+    for end, earlier in ends:
+        text = ids.clone()
+        text[end] = ids[earlier]
+        text[earlier] = BOS
+        before = earlier - 1
+        errors.append(nats(text)[:before] - expected[:before])
+    return largest(errors)
+
+
+def largest(errors):
+    """Largest absolute value in a list of tensors. Nan stays nan; Python's max() would lose it."""
+    return torch.stack([error.abs().max() for error in errors]).max().item()
 
 
 def selftest(run, s, path, data, val):
-    """Is what scored a code? code_tests() with its settings, but for sizes, in float64 and uncompiled, on the beginning of
-    the validation text, whose documents are made to get shorter; and the same on one rank as on all. A line each.
+    """Test the predictor that scored: code_tests(), and the same costs on one rank as on all. Each
+    test is a line of the log, and a reason if it fails.
 
-    Float64, because learning multiplies rounding: float32 with TTT_LORA_LR=0.3 was off by 0.05. What the run's own kernels
-    do at its own lengths, pick_attention() and the Examiner look at.
+    The predictor has the settings of the run with smaller sizes, in float64 and not compiled.
+    Learning multiplies rounding: float32 with TTT_LORA_LR=0.3 was off by 0.05. pick_attention()
+    and the Examiner look at the run's own kernels at its own lengths.
     """
-    n, rt = min(s.eval_seq_len, 8), copy(run.rt)
-    rt.compiled, rt.dtype = False, torch.float64
+    s = selftest_settings(s)
+    rt = copy(run.rt)
+    rt.compiled = False
+    rt.dtype = torch.float64
     alone = copy(rt)
-    alone.rank, alone.world = 0, 1
-    s = replace(s, eval_seq_len=n, eval_stride=n // 2 if 0 < s.eval_stride < s.eval_seq_len else 0, eval_batch_seqs=2,
-                ttt_chunk_tokens=3 * n, ttt_batch_seqs=min(s.ttt_batch_seqs, 3), ttt_epochs=min(s.ttt_epochs, 2),
-                ttt_chunk_size=min(s.ttt_chunk_size, n // 2), ttt_short_chunks=(), ttt_batch_size=2, ttt_group_docs=2,
-                phased_ttt_prefix_docs=min(s.phased_ttt_prefix_docs, 2), phased_ttt_num_phases=1, mixer_min_tokens=0,
-                ngram_buckets=min(s.ngram_buckets, 64))
+    alone.rank = 0
+    alone.world = 1
+    window = s.eval_seq_len
+    shift = window // 4  # ends of documents are moved by it; their order by length stays
+    # Ends of the first documents are ends of windows and parts, too.
+    ids = selftest_text(val, [4 * window, 3 * window, 2 * window, 2 * window, window, shift + 1])
     model = load_artifact(path, s, torch.float64, attend_reference, rt.device, data)[1].double()
-    shift = n // 4  # by which ends of documents are moved; their order by length stays
-    lengths = [4 * n, 3 * n, 2 * n, 2 * n, n, shift + 1]  # the ends of the first ones are ends of windows and parts, too
-    ids = val.tokens.repeat(-(-(sum(lengths) + 1) // len(val.tokens)))[: sum(lengths) + 1].long()
-    ids[ids == BOS] = BOS + 1
-    ids[[0, *np.cumsum(lengths)[:-1]]] = BOS
-    before = adaptation_of_weights(model, s, rt) if s.ttt == "before" else None
-    predictors = {where: make_predictor(model, s, where, len(ids), s.eval_temperature or model.temperature)
-                  for where in (rt, alone)}
+    temperature = s.eval_temperature or model.temperature
+    before = None
+    if s.ttt == "before":
+        before = adaptation_of_weights(model, s, rt)
+    predictors = {}
+    for ranks in (rt, alone):
+        predictors[ranks] = make_predictor(model, s, ranks, len(ids), temperature)
 
-    def nats(ids, where=rt, spied=None):
-        stream = ValStream(ids.int(), torch.ones(len(ids) - 1, dtype=torch.int16, device=ids.device), False)
-        predictor, found = predictors[where], torch.zeros(len(ids) - 1, dtype=torch.float64, device=ids.device)
+    def nats(ids, ranks=rt, distributions=None):
+        predictor = predictors[ranks]
         predictor.reset()
+        one_byte_each = torch.ones(len(ids) - 1, dtype=torch.int16, device=ids.device)
+        stream = ValStream(ids.int(), one_byte_each, False)
+        costs = torch.zeros(len(ids) - 1, dtype=torch.float64, device=ids.device)
         if before:
             before.reset()
-            before.fit(stream, np.arange(len(found)), 1, partial(cosine, s))
-        score(predictor, reader_for(predictor, stream, s, where, of=8), stream, where, Validity(), None, 0, found, spied)
-        return found
+            before.fit(stream, np.arange(len(costs)), 1, partial(cosine, s))
+        reader = reader_for(predictor, stream, s, ranks, total_parts=8)
+        score(predictor, reader, stream, ranks, Validity(), check_every=0, nats=costs,
+              distributions=distributions)
+        return costs
 
-    def said(ids, t):
-        spied = {t: torch.zeros(s.vocab_size, dtype=torch.float64, device=ids.device)}
-        nats(ids, spied=spied)
-        return spied[t]
+    def distribution(ids, t):
+        probabilities = torch.zeros(s.vocab_size, dtype=torch.float64, device=ids.device)
+        nats(ids, distributions={t: probabilities})
+        return probabilities
 
     with run.clock.phase("selftest"):
-        ends = [(end, end - shift) for end in (7 * n, 12 * n)] if shift else ()
-        worst = code_tests(nats, ids, s.vocab_size, (5 * n + 3, 11 * n), (4 * n, 9 * n), (7 * n + 3, 9 * n), said, ends)
+        ends = []
+        if shift > 0:
+            ends = [(end, end - shift) for end in (7 * window, 12 * window)]
+        errors = code_tests(
+            nats, ids, s.vocab_size, flips=(5 * window + 3, 11 * window),
+            cuts=(4 * window, 9 * window), sums=(7 * window + 3, 9 * window),
+            distribution=distribution, ends=ends)
         if rt.world > 1:
-            worst["ranks"] = (nats(ids) - nats(ids, alone)).abs().max().item()
-    for name, error in worst.items():
-        good = run.validity.tests[name] = error < SELFTEST_TOLERANCE  # nan is not
-        run.log("selftest", test=name, ok="yes" if good else "no", off_by=error, ranks=rt.world)
-        run.validity.need(good, f"{SELFTESTS[name]}: the {name} test is off by {error:.1e}")
+            errors["ranks"] = largest([nats(ids) - nats(ids, alone)])
+    for name, error in errors.items():
+        passed = error < SELFTEST_TOLERANCE  # nan does not
+        run.validity.tests[name] = passed
+        run.log("selftest", test=name, ok="yes" if passed else "no", off_by=error, ranks=rt.world)
+        run.validity.need(passed, f"{SELFTESTS[name]}: the {name} test is off by {error:.1e}")
+
+
+def selftest_settings(s):
+    """Settings with sizes so small that a text of 13 windows has many parts, groups and phases."""
+    window = min(s.eval_seq_len, 8)
+    stride = 0
+    if 0 < s.eval_stride < s.eval_seq_len:
+        stride = window // 2
+    return replace(
+        s, eval_seq_len=window, eval_stride=stride, eval_batch_seqs=2, ttt_chunk_tokens=3 * window,
+        ttt_batch_seqs=min(s.ttt_batch_seqs, 3), ttt_epochs=min(s.ttt_epochs, 2),
+        ttt_chunk_size=min(s.ttt_chunk_size, window // 2), ttt_short_chunks=(), ttt_batch_size=2,
+        ttt_group_docs=2, phased_ttt_prefix_docs=min(s.phased_ttt_prefix_docs, 2),
+        phased_ttt_num_phases=1, mixer_min_tokens=0, ngram_buckets=min(s.ngram_buckets, 64))
+
+
+def selftest_text(val, lengths):
+    """(N + 1,) tokens from the beginning of the validation text, in documents of these lengths. A
+    text that is too short is repeated.
+    """
+    count = sum(lengths) + 1
+    repeats = -(-count // len(val.tokens))
+    ids = val.tokens.repeat(repeats)[:count].long()
+    ids[ids == BOS] = BOS + 1
+    starts = [0, *np.cumsum(lengths)[:-1]]
+    ids[starts] = BOS
+    return ids
 
 
 # --------------------------------------------------------------------------------------------------

@@ -189,10 +189,10 @@ def test_the_reader_brings_every_target_once_with_the_text_that_the_settings_pro
     with mock.patch.multiple(tg, CACHE_STEP=steps[0], CACHE_SEGMENT=steps[1]):
         parts = expected_parts(s, rows, unit)
         begin, members = expected_begin(s, rows, parts, unit), ref.Ranks(world).members
-        readers = [tg.Reader(stream, s, member, unit, history, of=3) for member in members]
+        readers = [tg.Reader(stream, s, member, unit, history, total_parts=3) for member in members]
         for member in members:
             member.compiled = compiled
-        shapes = {shape[:3] + (shape[3] and 1,) for shape in readers[0].shapes()}
+        shapes = [reader.shapes() for reader in readers]
         read = [[part._replace(chunks=list(part.chunks)) for part in reader] for reader in readers]
     for member in read:
         assert [part.ranges.tolist() for part in member] == parts
@@ -208,8 +208,12 @@ def test_the_reader_brings_every_target_once_with_the_text_that_the_settings_pro
                     ids[i] if i >= origin[target] else -1 for i in range(target - history, target + 1)]
         assert sorted(scored) == sorted(target for a, b in of_ranks[0].ranges.tolist() for target in range(a, b))
     batch = s.ttt_batch_size if s.ttt == "lora_docs" else s.eval_batch_seqs
-    for reader, member in zip(readers, read):
+    for reader, member, promised in zip(readers, read, shapes):
         chunks = [chunk for part in member for chunk in part.chunks]
+        if compiled:  # a graph for every chunk, and none in vain
+            turn_of = lambda chunk: None if chunk.inputs.turn is None else min(chunk.inputs.turn, 1)
+            found = {(*chunk.inputs.ids.shape, chunk.targets.size(1), turn_of(chunk)) for chunk in chunks}
+            assert len(promised) == len(found) and set(promised) == found
         for chunk in chunks:
             x, take, run, step = chunk.inputs
             assert x.dtype == chunk.targets.dtype == run.dtype == torch.int64 and len(x) <= batch and chunk.continuing <= len(x)
@@ -220,7 +224,6 @@ def test_the_reader_brings_every_target_once_with_the_text_that_the_settings_pro
                     assert x[row].tolist() == list(itertools.islice(itertools.cycle(text), x.size(1)))
                     again = run[row, history + live :].tolist()
                     assert again == list(itertools.islice(itertools.cycle(text), len(again)))
-            assert not compiled or (*x.shape, take.size(1), step and 1) in shapes
         assert reader.forwarded == sum(chunk.inputs.ids.numel() for chunk in chunks)
 
 
@@ -394,14 +397,14 @@ def test_what_each_target_cost_and_the_distribution_at_some_of_them_can_be_had()
     s, stream, n = settings("documents"), scoring.text(), 100
 
     def work(rt):
-        nats, spied = torch.zeros(n, dtype=torch.float64), {target: torch.zeros(32, dtype=torch.float64) for target in (0, 29, 77)}
+        nats, distributions = torch.zeros(n, dtype=torch.float64), {target: torch.zeros(32, dtype=torch.float64) for target in (0, 29, 77)}
         predictor = tg.make_predictor(model_of(s), s, rt, n)
-        result = tg.score(predictor, tg.Reader(stream, s, rt), stream, rt, tg.Validity(), nats=nats, spied=spied)
-        return result.loss, nats, spied
+        result = tg.score(predictor, tg.Reader(stream, s, rt), stream, rt, tg.Validity(), nats=nats, distributions=distributions)
+        return result.loss, nats, distributions
 
-    for loss, nats, spied in [work(ref.alone()), *ref.Ranks(3).together(work)]:
+    for loss, nats, distributions in [work(ref.alone()), *ref.Ranks(3).together(work)]:
         assert loss == pytest.approx(nats.mean().item(), rel=1e-9)
-        for target, p in spied.items():
+        for target, p in distributions.items():
             assert p.sum().item() == pytest.approx(1, abs=1e-5) and len(p.unique()) > 20
             assert -p[stream.tokens[target + 1]].log().item() == pytest.approx(nats[target].item(), rel=1e-4)
 

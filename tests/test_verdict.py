@@ -395,16 +395,16 @@ def test_what_was_found_before_a_run_was_stopped_is_known_to_the_one_that_goes_o
     def until_five(run, training, *more):
         if training.step == 5:
             raise tg.Stopped("enough", 1)
-        run.validity.need(training.step != 2, tg.EARLY)
+        run.validity.need(training.step != 2, tg.OPENED_EARLY)
         return step(run, training, *more)
 
     args = [*invalid, "CHECKPOINT_EVERY=5"]
     with pytest.raises(tg.Stopped):
         reasons(args, tmp_path / "run", _train_step=until_five)
     (state,) = map(read_checkpoint, checkpoints(tmp_path / "run").values())
-    assert state["step"] == 5 and len(state["copies"]) == 6 and state["reasons"] == [tg.EARLY]
+    assert state["step"] == 5 and len(state["copies"]) == 6 and state["reasons"] == [tg.OPENED_EARLY]
     early, copies = reasons([*args, "RESUME=auto"], tmp_path / "run")
-    assert early == tg.EARLY and COPIES in copies
+    assert early == tg.OPENED_EARLY and COPIES in copies
     # A checkpoint from before these were noted is gone on with.
     old = {name: value for name, value in state.items() if name not in ("reasons", "copies")}
     (tmp_path / "old.pt").write_bytes(container.checkpoint(old))
