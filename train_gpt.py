@@ -4674,34 +4674,45 @@ def selftest(run, s, path, data, val):
 
 
 # --------------------------------------------------------------------------------------------------
-# 12 Predictors: what is scored. They compose: mixtures and the tilt take another predictor as their base.
+# 12 Predictors: what is scored. Mixtures and the tilt take another predictor as their base.
 # --------------------------------------------------------------------------------------------------
 
 
 class Predictor:
-    """predict() is given inputs and never targets; observe() gets a chunk after it was scored, learn() a part after all
-    ranks have scored theirs. What these two do changes only what is predicted next; reset() undoes it.
+    """Predicts each token of a text from the tokens before it.
+
+    predict() gets inputs and never targets. observe() gets a chunk of this rank after it was
+    scored, and learn() gets a part after all ranks have scored theirs. These two change only what
+    is predicted next, and reset() undoes them.
     """
 
-    invalid = ""  # the condition that it breaks
-    learns = False  # has it a use for learn()?
-    history = 0  # tokens that it reads before a place, of Inputs.recent
-    adaptation = adapters = flat = None  # what learns at test time: Adaptation; Adapters, and their tensor
+    invalid = ""  # the condition of a valid score that it breaks
+    learns = False  # does learn() do anything?
+    history = 0  # number of tokens before the first place that it reads of Inputs.recent
+    adaptation = None  # an Adaptation, where gradient steps on scored text change the predictions
+    adapters = None  # Adapters, where there are low-rank adapters beside the model
+    adapter_weights = None  # (R, P) the weights of these adapters
 
-    def predict(self, inputs, most=None):
-        """Log-probabilities (B, K, V) of the token after each of the K places, or of the first `most` of them."""
+    def predict(self, inputs, count=None):
+        """Log-probabilities (B, K, V) of the token after each of the K places, or after the first
+        `count` of them.
+        """
         raise NotImplementedError
 
     def nll(self, inputs, targets):
-        """Nats (B, K) of targets. May be computed by a shorter way where tests prove it equal."""
+        """Nats (B, K) of the targets. A shorter way than this one needs a test that shows it to be
+        equal.
+        """
         return -self.predict(inputs).gather(-1, targets[..., None]).squeeze(-1)
 
     def observe(self, chunk):
-        """Go on behind a chunk of this rank that was scored."""
+        """Take in a chunk of this rank that was scored."""
 
     def learn(self, part, stream):
-        """Learn from the targets part.ranges of the stream, which are scored; the same on all ranks. The stream is a copy
-        that holds what has been scored so far, and zeros for the rest.
+        """Learn from the targets part.ranges of the stream, which are scored. All ranks learn the
+        same.
+
+        The stream is a copy that holds what has been scored so far, and zeros for the rest.
         """
 
     def reset(self):
@@ -4712,154 +4723,250 @@ class Predictor:
 
 
 def nats_of(logits, targets):
-    """(B, K) from logits (B, K, V)."""
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    """Nats (B, K) of the targets, from logits (B, K, V)."""
+    nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return nats.view(targets.shape)
 
 
 class ModelPredictor(Predictor):
-    """The model as it is in the artifact. Only the scored places meet the head, in float32 (bfloat16 logits cost 0.0005
-    BPB and more, #1923). With a `width`, rows that go on keep their keys and values (Cache).
+    """The model as it is in the artifact.
+
+    Only the scored places meet the head, in float32: bfloat16 logits cost 0.0005 BPB and more
+    (#1923). With a `width` (EVAL_CONTEXT=cache) rows that continue keep the keys and values of
+    their last `width` tokens in a Cache.
     """
 
     def __init__(self, model, rt, temperature=1.0, width=0):
-        self.model, self.rt, self.temperature, self.width = model, rt, temperature, width
-        self.cache, self.new, self._forward = None, [], rt.compile(self._run)
+        self.model = model
+        self.rt = rt
+        self.temperature = temperature
+        self.width = width
+        self.cache = None
+        self.new_keys = None  # keys and values of the last forward; the cache takes them in later
+        self._forward = rt.compile(self._run)
 
-    def _run(self, x, docs, take, past, flat):
-        """-> (logits (B, K, V), keys and values of x)."""
-        past, adapters = past and Past(*past, []), flat if flat is None else self.adapters.of(flat)
-        hidden = self.model.hidden(x, docs, adapters, past)
-        hidden = hidden.gather(1, take[..., None].expand(*take.shape, hidden.size(-1)))
-        return self.model.logits(at_least_float32(hidden), adapters) / self.temperature, past and past.new
+    def _run(self, ids, docs, places, past, adapter_weights):
+        """(logits (B, K, V) of the places, keys and values of the ids); this is what gets
+        compiled.
+        """
+        adapters = None
+        if adapter_weights is not None:
+            adapters = self.adapters.of(adapter_weights)
+        if past is not None:
+            past = Past(*past, [])
+        hidden = self.model.hidden(ids, docs, adapters, past)
+        hidden = hidden.gather(1, places[..., None].expand(*places.shape, hidden.size(-1)))
+        logits = self.model.logits(at_least_float32(hidden), adapters) / self.temperature
+        if past is None:
+            return logits, None
+        return logits, past.new
 
     def logits(self, inputs):
-        x, past = inputs.ids, None
-        if inputs.turn is not None and self.width:
-            if inputs.turn == 0:
-                self.cache = Cache(self.model, len(x), self.width)
-            self.cache.narrow(len(x))
-            past = self.cache.past(x)[:-1]
-        docs = self.model.docs_outside_graph(x) if past is None else None
-        logits, self.new = self._forward(x, docs, inputs.places, past, self.flat)
+        """(B, K, V) of the places."""
+        past = None
+        docs = None
+        if self.width and inputs.turn is not None:
+            past = self._cached_past(inputs)
+        else:
+            docs = self.model.docs_outside_graph(inputs.ids)
+        logits, self.new_keys = self._forward(
+            inputs.ids, docs, inputs.places, past, self.adapter_weights)
         return logits
 
+    def _cached_past(self, inputs):
+        """The fields of Past but for the last, `new`, which each forward makes anew."""
+        rows = len(inputs.ids)
+        if inputs.turn == 0:
+            self.cache = Cache(self.model, rows, self.width)
+        self.cache.narrow(rows)  # the last rows may have ended
+        return self.cache.past(inputs.ids)[:-1]
+
     @torch.no_grad()
-    def predict(self, inputs, most=None):
-        return F.log_softmax(self.logits(inputs)[:, :most], dim=-1)
+    def predict(self, inputs, count=None):
+        return F.log_softmax(self.logits(inputs)[:, :count], dim=-1)
 
     @torch.no_grad()
     def nll(self, inputs, targets):
         return nats_of(self.logits(inputs), targets)
 
     def observe(self, chunk):
-        if self.new:
-            self.cache.commit(chunk.inputs.ids, self.new)
+        if self.new_keys:
+            self.cache.commit(chunk.inputs.ids, self.new_keys)
 
     def reset(self):
-        self.cache, self.new = None, []
+        self.cache = None
+        self.new_keys = None
 
 
 # ---- test-time training --------------------------------------------------------------------------
 
 
 class Adaptation:
-    """Gradient steps on scored text. A step has TTT_BATCH_SEQS sequences over all ranks: the same on any number of them.
+    """Gradient steps on scored text, which change the model's weights or its adapters.
 
-    groups: of parameters, as `optimizer` (of torch.optim) takes them; adapters() is for the model's forward, if given.
+    A step takes TTT_BATCH_SEQS sequences over all ranks: it is the same on any number of them.
+
+    groups: parameter groups as torch.optim takes them. make_optimizer: makes an optimizer of such
+    groups. adapters: gives the adapters for the model's forward, or None.
     """
 
-    def __init__(self, model, groups, optimizer, s, rt, adapters=lambda: None):
-        self.model, self.groups, self.make, self.s, self.rt, self.adapters = model, groups, optimizer, s, rt, adapters
+    def __init__(self, model, groups, make_optimizer, s, rt, adapters=lambda: None):
+        self.model = model
+        self.groups = groups
+        self.make_optimizer = make_optimizer
+        self.s = s
+        self.rt = rt
+        self.adapters = adapters
         self.params = [param for group in groups for param in group["params"]]
-        self.first = [param.detach().clone() for param in self.params]
+        self.start = [param.detach().clone() for param in self.params]
         self._loss = rt.compile(self._weighted_loss)
         self.reset()
 
     def reset(self):
-        self.put(self.first)
+        self.put(self.start)
         self.renew()
 
     def renew(self):
         """Begin with an optimizer that remembers nothing."""
-        self.optimizer = self.make([dict(group) for group in self.groups])
+        self.optimizer = self.make_optimizer([dict(group) for group in self.groups])
 
     @torch.no_grad()
     def put(self, values):
+        """Set the parameters to these values."""
         for param, value in zip(self.params, values):
             param.copy_(value)
 
-    def _weighted_loss(self, x, y, weight, docs):
+    def _weighted_loss(self, ids, targets, weights, docs):
         adapters = self.adapters()
-        return (weight * nats_of(self.model.logits(at_least_float32(self.model.hidden(x, docs, adapters)), adapters), y)).sum()
+        hidden = self.model.hidden(ids, docs, adapters)
+        logits = self.model.logits(at_least_float32(hidden), adapters)
+        return (weights * nats_of(logits, targets)).sum()
 
-    def fit(self, stream, targets, epochs, scale, after=lambda: None):
-        """Learn targets (n,) of the stream, in this order, in sequences of EVAL_SEQ_LEN; scale(progress) is that of the
-        learning rates; after() is called behind each step.
+    def fit(self, stream, targets, epochs, lr_scale, after_step=lambda: None):
+        """Learn the targets (n,) of the stream in this order, in sequences of EVAL_SEQ_LEN,
+        `epochs` times.
+
+        lr_scale(progress), of progress in [0, 1), multiplies the learning rates. after_step() is
+        called after each step.
         """
-        s, world, length = self.s, self.rt.world, self.s.eval_seq_len
-        rows = np.pad(targets, (0, -len(targets) % length), constant_values=-1).reshape(-1, length)
+        s, world = self.s, self.rt.world
+        padding = -len(targets) % s.eval_seq_len
+        rows = np.pad(targets, (0, padding), constant_values=-1).reshape(-1, s.eval_seq_len)
         batches = [rows[i : i + s.ttt_batch_seqs] for i in range(0, len(rows), s.ttt_batch_seqs)]
-        whole = -(-len(batches[0]) // world) * world
-        for step in range(epochs * len(batches)):
-            some = batches[step % len(batches)]
-            some = np.pad(some, ((0, whole - len(some)), (0, 0)), constant_values=-1)
-            self._step(stream, torch.from_numpy(some).to(self.rt.device), scale(step / (epochs * len(batches))))
-            after()
+        batch_rows = -(-len(batches[0]) // world) * world  # of every batch, divisible by the ranks
+        steps = epochs * len(batches)
+        for step in range(steps):
+            batch = batches[step % len(batches)]
+            batch = np.pad(batch, ((0, batch_rows - len(batch)), (0, 0)), constant_values=-1)
+            self._step(stream, torch.from_numpy(batch).to(self.rt.device), lr_scale(step / steps))
+            after_step()
 
-    def _step(self, stream, targets, scale):
-        s, rt, index = self.s, self.rt, targets.clamp(min=0)
-        weight = (targets >= 0) * (stream.bytes[index] if s.byte_weighted_ttt else torch.ones_like(index))
-        weight = weight / weight.sum().clamp(min=1)
-        rows = [z[rt.rank :: rt.world] for z in (stream.tokens[index].long(), stream.tokens[index + 1].long(), weight)]
-        most = max(s.micro_batch_tokens // s.eval_seq_len, 1)
-        size = max(n for n in range(1, most + 1) if len(rows[0]) % n == 0)  # one shape, one graph
-        for x, y, part in zip(*(z.split(size) for z in rows)):
-            self._loss(x, y, part, self.model.docs_outside_graph(x)).backward()
-        if rt.world > 1:
-            grads = rt.sum(torch.cat([param.grad.flatten() for param in self.params]))
-            for param, grad in zip(self.params, grads.split([param.numel() for param in self.params])):
-                param.grad.copy_(grad.view_as(param))
-        if s.ttt_grad_clip:
-            nn.utils.clip_grad_norm_(self.params, s.ttt_grad_clip)
+    def _step(self, stream, targets, lr_scale):
+        """One step on targets (rows, EVAL_SEQ_LEN) of the stream; -1 is none."""
+        self._backward(stream, targets)
+        if self.rt.world > 1:
+            self._sum_gradients()
+        if self.s.ttt_grad_clip:
+            nn.utils.clip_grad_norm_(self.params, self.s.ttt_grad_clip)
         for group, given in zip(self.optimizer.param_groups, self.groups):
-            group["lr"] = given["lr"] * scale
+            group["lr"] = given["lr"] * lr_scale
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def _backward(self, stream, targets):
+        """Gradients of the mean loss of the targets, summed over the rows of this rank."""
+        s, rt = self.s, self.rt
+        index = targets.clamp(min=0)
+        weights = (targets >= 0).long()
+        if s.byte_weighted_ttt:
+            weights = weights * stream.bytes[index]
+        weights = weights / weights.sum().clamp(min=1)
+
+        rows = slice(rt.rank, None, rt.world)
+        ids = stream.tokens[index].long()[rows]
+        next_ids = stream.tokens[index + 1].long()[rows]
+        weights = weights[rows]
+        micro_rows = self._micro_batch_rows(len(ids))
+        micro_batches = zip(*(z.split(micro_rows) for z in (ids, next_ids, weights)))
+        for x, y, weight in micro_batches:
+            self._loss(x, y, weight, self.model.docs_outside_graph(x)).backward()
+
+    def _micro_batch_rows(self, rows):
+        """As many rows as MICRO_BATCH_TOKENS allow and as divide all: one shape, one graph."""
+        allowed = max(self.s.micro_batch_tokens // self.s.eval_seq_len, 1)
+        return max(n for n in range(1, allowed + 1) if rows % n == 0)
+
+    def _sum_gradients(self):
+        """Over the ranks, in one message."""
+        grads = self.rt.sum(torch.cat([param.grad.flatten() for param in self.params]))
+        sizes = [param.numel() for param in self.params]
+        for param, grad in zip(self.params, grads.split(sizes)):
+            param.grad.copy_(grad.view_as(param))
+
 
 def adaptation_of_weights(model, s, rt):
-    """Adaptation of what TTT_FREEZE_* leave, at TTT_LR times TTT_LR_MULT_*. The rest needs no gradient any more."""
-    table, special, groups = roles(model), {}, {}
+    """Adaptation of the model's weights, of those that TTT_FREEZE_* leave, at TTT_LR times
+    TTT_LR_MULT_*.
+
+    The frozen ones need no gradient from now on.
+    """
+    multiples = {}
     for block in model.blocks:
-        special |= {block.attn.o.weight: s.ttt_lr_mult_proj, block.mlp.down.weight: s.ttt_lr_mult_proj,
-                    block.mlp.up.weight: s.ttt_lr_mult_fc}
-    frozen = {param for block in model.blocks[: s.ttt_freeze_blocks] for param in block.parameters()}
+        multiples[block.attn.o.weight] = s.ttt_lr_mult_proj
+        multiples[block.mlp.down.weight] = s.ttt_lr_mult_proj
+        multiples[block.mlp.up.weight] = s.ttt_lr_mult_fc
+    params_by_multiple = {}
+    frozen = frozen_in_ttt(model, s)
     for name, param in model.named_parameters():
-        fixed = param in frozen and not (s.ttt_train_scales and table[name] == "scalar")
-        fixed = fixed or s.ttt_freeze_embed and table[name] in ("embed", "head")
-        param.requires_grad_(not fixed)
-        if not fixed:
-            groups.setdefault(special.get(param, 1.0), []).append(param)
-    optimizer = (partial(torch.optim.SGD, momentum=s.ttt_momentum) if s.ttt_optimizer == "sgd" else
-                 partial(torch.optim.AdamW, weight_decay=0.0))
-    groups = [dict(params=params, lr=s.ttt_lr * multiple) for multiple, params in groups.items()]
-    return Adaptation(model, groups, optimizer, s, rt)
+        param.requires_grad_(name not in frozen)
+        if name not in frozen:
+            params_by_multiple.setdefault(multiples.get(param, 1.0), []).append(param)
+    groups = [dict(params=params, lr=s.ttt_lr * multiple)
+              for multiple, params in params_by_multiple.items()]
+    if s.ttt_optimizer == "sgd":
+        make_optimizer = partial(torch.optim.SGD, momentum=s.ttt_momentum)
+    else:
+        make_optimizer = partial(torch.optim.AdamW, weight_decay=0.0)
+    return Adaptation(model, groups, make_optimizer, s, rt)
+
+
+def frozen_in_ttt(model, s):
+    """Names of the parameters that test-time training leaves as they are (TTT_FREEZE_BLOCKS,
+    TTT_FREEZE_EMBED).
+    """
+    role_of = roles(model)
+    frozen_blocks = model.blocks[: s.ttt_freeze_blocks]
+    in_frozen_blocks = {param for block in frozen_blocks for param in block.parameters()}
+    frozen = set()
+    for name, param in model.named_parameters():
+        learns_anyway = s.ttt_train_scales and role_of[name] == "scalar"
+        if param in in_frozen_blocks and not learns_anyway:
+            frozen.add(name)
+        if s.ttt_freeze_embed and role_of[name] in ("embed", "head"):
+            frozen.add(name)
+    return frozen
 
 
 def phase_ends(s):
-    """Numbers of documents after which the weights learn (PHASED_TTT_*)."""
-    n = s.phased_ttt_num_phases
-    return {round(s.phased_ttt_prefix_docs * i / n) for i in range(1, n + 1)} if s.phased_ttt_prefix_docs else set()
+    """Numbers of documents after which a phase ends and the weights learn (PHASED_TTT_*)."""
+    if not s.phased_ttt_prefix_docs:
+        return set()
+    phases = s.phased_ttt_num_phases
+    return {round(s.phased_ttt_prefix_docs * phase / phases) for phase in range(1, phases + 1)}
 
 
 def cosine(s, progress):
-    """From 1 to TTT_MIN_LR."""
+    """Scale of the learning rates of test-time training: from 1 down to TTT_MIN_LR, by half a
+    cosine.
+    """
     return s.ttt_min_lr + (1 - s.ttt_min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class ScoreFirst(ModelPredictor):
-    """Score-first test-time training: a part is scored, then learnt, but for the last. TTT=full: the weights (#549);
-    TTT=lora: adapters that stay for the whole stream (#1033). With POLYAK_DECAY their running mean is what scores.
+    """Score-first test-time training: each part is scored and then learnt, except for the last.
+
+    TTT=full: the model's weights learn (#549). TTT=lora: adapters learn, one set for the whole
+    stream (#1033). With POLYAK_DECAY the running mean of what learns is what scores.
     """
 
     learns = True
@@ -4870,37 +4977,50 @@ class ScoreFirst(ModelPredictor):
         if s.ttt == "full":
             self.adaptation = adaptation_of_weights(model, s, rt)
         else:
-            self.adapters = Adapters(model.requires_grad_(False), s)
-            self.flat = self.adapters.start().requires_grad_()
-            self.adaptation = Adaptation(
-                model, [dict(params=[self.flat], lr=s.ttt_lora_lr)], partial(torch.optim.AdamW, eps=1e-10, betas=(
-                    s.ttt_beta1, s.ttt_beta2), weight_decay=s.ttt_wd), s, rt, lambda: self.adapters.of(self.flat))
+            model.requires_grad_(False)
+            self.adapters = Adapters(model, s)
+            self.adapter_weights = self.adapters.start().requires_grad_()
+            self.adaptation = self._adaptation_of_adapters()
         self.reset()
+
+    def _adaptation_of_adapters(self):
+        s = self.s
+        groups = [dict(params=[self.adapter_weights], lr=s.ttt_lora_lr)]
+        make_optimizer = partial(torch.optim.AdamW, eps=1e-10, betas=(s.ttt_beta1, s.ttt_beta2),
+                                 weight_decay=s.ttt_wd)
+        return Adaptation(self.model, groups, make_optimizer, s, self.rt,
+                          lambda: self.adapters.of(self.adapter_weights))
 
     def reset(self):
         super().reset()
         self.adaptation.reset()
-        self.raw, self.mean = self.adaptation.first, [value.clone() for value in self.adaptation.first]
+        # With POLYAK_DECAY the weights that learn are put aside while their running mean scores.
+        self.learnt = self.adaptation.start
+        self.mean = [value.clone() for value in self.adaptation.start]
 
     def rehearse(self, stream):
-        self.adaptation.fit(stream, np.arange(len(stream.bytes)), 1, lambda _: 0.0)
+        self.adaptation.fit(stream, np.arange(len(stream.bytes)), 1, lambda progress: 0.0)
 
     def learn(self, part, stream):
-        s, adaptation, progress = self.s, self.adaptation, part.number / max(part.total - 1, 1)
+        s, adaptation = self.s, self.adaptation
         if part.number + 1 == part.total:
             return
-        scale = cosine(s, progress) * (1 + (s.adaptive_lr_max - 1) * min(progress / 0.3, 1))
-        (a, b), = part.ranges
-        if s.polyak_decay:
-            adaptation.put(self.raw)
-        adaptation.fit(stream, np.arange(a, b), s.ttt_epochs, lambda _: scale, self._average)
-        if s.polyak_decay:
-            self.raw = [param.detach().clone() for param in adaptation.params]
-            adaptation.put(self.mean)
+        progress = part.number / max(part.total - 1, 1)
+        warmup = min(progress / 0.3, 1)
+        lr_scale = cosine(s, progress) * (1 + (s.adaptive_lr_max - 1) * warmup)
+        begin, end = part.ranges[0]
+        targets = np.arange(begin, end)
+        if not s.polyak_decay:
+            adaptation.fit(stream, targets, s.ttt_epochs, lambda _: lr_scale)
+            return
+        adaptation.put(self.learnt)
+        adaptation.fit(stream, targets, s.ttt_epochs, lambda _: lr_scale, self._average)
+        self.learnt = [param.detach().clone() for param in adaptation.params]
+        adaptation.put(self.mean)
 
     @torch.no_grad()
     def _average(self):
-        for mean, param in zip(self.mean, self.adaptation.params if self.s.polyak_decay else ()):
+        for mean, param in zip(self.mean, self.adaptation.params):
             mean.lerp_(param, 1 - self.s.polyak_decay)
 
 
@@ -4911,272 +5031,478 @@ class AdapterSet(NamedTuple):
     head: Callable | None
 
 
+class AdapterShape(NamedTuple):
+    """Where an adapter stands, and the widths of what it reads and adds."""
+
+    visit: int | None  # to a block; None: the head, after all visits
+    target: str  # of TTT_LORA_TARGETS
+    inputs: int
+    outputs: int
+
+
 def lora(a, b, scale, x):
     """scale B A x for A (R, r, in), B (R, out, r), x (B, T, in); R is B, or 1 for all rows."""
     return (x @ a.mT * scale) @ b.mT
 
 
 class Adapters:
-    """Low-rank adapters (LoRA, arXiv 2106.09685) of each visit of the plan, in a flat tensor with a row for each text."""
+    """Low-rank adapters (LoRA, arXiv 2106.09685) of each visit of the plan: what they are, not
+    their weights.
+
+    Their weights are a tensor (R, P) that others keep: a row for each text, and in it A and B of
+    each adapter in turn.
+    """
 
     def __init__(self, model, s):
-        self.rank, self.scale = s.ttt_lora_rank, (s.ttt_lora_alpha or s.ttt_lora_rank) / s.ttt_lora_rank
-        self.seed, self.visits, self.scaled = s.seed, len(model.plan), s.ttt_lora_scaled
-        self.weight, self.dtype = model.embed.weight, model.dtype
-        dim, narrow = s.model_dim, s.num_kv_heads * s.head_dim
-        outputs = {"q": dim, "k": narrow, "v": narrow, "o": dim, "attn": dim, "mlp": dim, "head": s.vocab_size}
-        self.shapes = [(visit, what, dim, outputs[what]) for visit in (*range(self.visits), None)
-                       for what in s.ttt_lora_targets if (what == "head") == (visit is None)]  # None: behind all visits
-        self.sizes = [size for _, _, inputs, outputs in self.shapes for size in (self.rank * inputs, outputs * self.rank)]
-        self.is_a = torch.cat([torch.full((size,), i % 2 == 0) for i, size in enumerate(self.sizes)]).to(self.weight.device)
+        self.rank = s.ttt_lora_rank
+        self.scale = (s.ttt_lora_alpha or s.ttt_lora_rank) / s.ttt_lora_rank
+        self.seed = s.seed
+        self.visits = len(model.plan)
+        self.scaled = s.ttt_lora_scaled
+        self.weight = model.embed.weight  # whose device and dtype the adapters' weights have
+        self.dtype = model.dtype
+        dim = s.model_dim
+        kv_dim = s.num_kv_heads * s.head_dim
+        outputs = {"q": dim, "k": kv_dim, "v": kv_dim, "o": dim, "attn": dim, "mlp": dim}
+        self.shapes = []
+        for visit in range(self.visits):
+            for target in s.ttt_lora_targets:
+                if target != "head":
+                    self.shapes.append(AdapterShape(visit, target, dim, outputs[target]))
+        self.body_tensors = 2 * len(self.shapes)  # A and B of all but the head
+        if "head" in s.ttt_lora_targets:
+            self.shapes.append(AdapterShape(None, "head", dim, s.vocab_size))
+        self.sizes = []  # of A, B, A, B, ...
+        for shape in self.shapes:
+            self.sizes += [self.rank * shape.inputs, shape.outputs * self.rank]
+        is_a = [torch.full((size,), i % 2 == 0) for i, size in enumerate(self.sizes)]
+        self.is_a = torch.cat(is_a).to(self.weight.device)  # (P,) bool
 
     def start(self, *draw):
-        """(1, P): A uniform within 1 / sqrt(inputs), B zero, so that nothing is added at first. Other numbers `draw` are
-        another draw; each is the same on every device.
-        """
-        seed = int(np.random.SeedSequence((self.seed, *draw)).generate_state(1)[0]) if draw else self.seed
-        generator, parts = torch.Generator().manual_seed(seed), []
-        for _, _, inputs, outputs in self.shapes:
-            a = (2 * torch.rand(self.rank * inputs, generator=generator) - 1) * inputs**-0.5
-            parts += [a, torch.zeros(outputs * self.rank)]
-        return torch.cat(parts)[None].to(self.weight)
+        """Weights (1, P) with which they begin: A uniform within 1 / sqrt(inputs), B zero, so that
+        nothing is added.
 
-    def of(self, flat):
-        """AdapterSet of rows (R, P), in the model's dtype, but for the head in float32."""
-        n = 2 * sum(visit is not None for visit, *_ in self.shapes)
-        body, head = flat.split((sum(self.sizes[:n]), sum(self.sizes[n:])), 1)
-        parts = [*body.to(self.dtype).split(self.sizes[:n], 1), *(head.split(self.sizes[n:], 1) if self.sizes[n:] else ())]
-        maps = [partial(lora, a.view(-1, self.rank, inputs), b.view(-1, outputs, self.rank), self.scale)
-                for a, b, (_, _, inputs, outputs) in zip(parts[::2], parts[1::2], self.shapes)]
-        slots = [{"scaled": self.scaled} for _ in range(self.visits)]
-        for (visit, what, *_), each in zip(self.shapes, maps):
-            if visit is not None:
-                slots[visit][what] = each
-        return AdapterSet([Slot(**slot) for slot in slots], maps[-1] if self.shapes[-1][0] is None else None)
+        Other numbers `draw` are another draw. Each draw is the same on every device.
+        """
+        seed = self.seed
+        if draw:
+            seed = int(np.random.SeedSequence((self.seed, *draw)).generate_state(1)[0])
+        generator = torch.Generator().manual_seed(seed)
+        tensors = []
+        for shape in self.shapes:
+            uniform = torch.rand(self.rank * shape.inputs, generator=generator)
+            a = (2 * uniform - 1) * shape.inputs**-0.5
+            b = torch.zeros(shape.outputs * self.rank)
+            tensors += [a, b]
+        return torch.cat(tensors)[None].to(self.weight)
+
+    def of(self, weights):
+        """AdapterSet of weights (R, P): the head's in float32, the others in the model's dtype."""
+        body_sizes = self.sizes[: self.body_tensors]
+        head_sizes = self.sizes[self.body_tensors :]
+        body, head = weights.split((sum(body_sizes), sum(head_sizes)), 1)
+        tensors = [*body.to(self.dtype).split(body_sizes, 1)]
+        if head_sizes:
+            tensors += head.split(head_sizes, 1)
+        head_adapter = None
+        by_visit = [{} for _ in range(self.visits)]
+        for shape, a, b in zip(self.shapes, tensors[::2], tensors[1::2]):
+            a = a.view(-1, self.rank, shape.inputs)
+            b = b.view(-1, shape.outputs, self.rank)
+            adapter = partial(lora, a, b, self.scale)
+            if shape.visit is None:
+                head_adapter = adapter
+            else:
+                by_visit[shape.visit][shape.target] = adapter
+        slots = [Slot(**adapters, scaled=self.scaled) for adapters in by_visit]
+        return AdapterSet(slots, head_adapter)
 
 
 class DocumentAdapters(ModelPredictor):
-    """Adapters of each document on its own (#77, #1530): scored a chunk at a time, and after each one step of AdamW on
-    it; documents side by side never meet. With kept keys (EVAL_CONTEXT=cache) each token is forwarded once and its
-    gradient ends where its chunk began; with windows, all of the window is forwarded again and again.
+    """Adapters of each document (TTT=lora_docs, #77, #1530).
 
-    TTT_WARM_START_A: A of later documents begins at the mean of those with which the group before ended, or with
-    TTT_LORA_A=own where A of the document at the same place of it did (#1767: in the same row of a rank's batch, which
-    is the same where all ranks are equally fast). PHASED_TTT_PREFIX_DOCS: at the end of each phase the weights learn
-    from all documents so far (#1610), and every own A is drawn anew.
+    A document is scored a chunk at a time. After each chunk its adapters take one step of AdamW on
+    that chunk. Documents that are read together never meet: each has its own row of weights. With
+    EVAL_CONTEXT=cache each token is forwarded once, and its gradient ends where its chunk began.
+    With windows the window is forwarded for each chunk.
+
+    The Reader gives the documents in groups, each of them a Part. A rank reads its share of a
+    group in batches of TTT_BATCH_SIZE rows, a document a row. A batch is read in turns, one chunk
+    of every row each. Rows whose document has ended drop out, from the last one on. Three kinds of
+    state follow from this:
+
+    - of the batch: the weights of each row's adapters, and AdamW's moments of them;
+    - of the group: how many batches have begun, and for a warm start the sum of what its adapters
+      ended with;
+    - of the text: with which weights adapters begin, and for phases which documents have been
+      read.
+
+    With which weights the adapters of a document begin:
+
+    - TTT_LORA_A=shared: all with the same draw. TTT_WARM_START_A: A is the mean of those that
+      ended in the last group.
+    - TTT_LORA_A=own: A is drawn for each seat of a group, anew for each group. TTT_WARM_START_A: A
+      is where the last document in the same seat ended. A seat is a row of a batch of a rank
+      (#1767: the same row of a rank's batch; that is the same where all ranks are equally fast).
+
+    PHASED_TTT_PREFIX_DOCS: at the end of each phase the model's weights learn from all documents
+    so far (#1610), and every own A is drawn anew.
     """
 
     def __init__(self, model, s, rt, temperature=1.0):
-        super().__init__(model, rt, temperature, s.eval_seq_len if s.eval_context == "cache" else 0)
-        self.s, self.phases = s, s.phased_ttt_prefix_docs > 0
+        width = s.eval_seq_len if s.eval_context == "cache" else 0
+        super().__init__(model, rt, temperature, width)
+        self.s = s
+        self.phases = s.phased_ttt_prefix_docs > 0
         self.learns = s.ttt_warm_start_a or self.phases
         self.adapters = Adapters(model, s)
-        self.adaptation = adaptation_of_weights(model, s, rt) if self.phases else None
+        if self.phases:
+            self.adaptation = adaptation_of_weights(model, s, rt)
         self.reset()
 
     def reset(self):
         super().reset()
-        self.start, self.read = self.adapters.start(), []
-        self.ended = torch.zeros(self.start.size(1) + 1, dtype=torch.float64, device=self.start.device)  # sum, count
-        self.batch, self.draw, self.places = 0, 0, {}  # of a group; of TTT_LORA_A=own: number, {place: (P,) so far}
+        # Of the batch, (rows, P) each.
+        self.weights = None
+        self.mean = None
+        self.square = None
+        # Of the group.
+        self.batches = 0
+        self.start = self.adapters.start()
+        sum_and_count = self.start.size(1) + 1
+        self.ended = torch.zeros(sum_and_count, dtype=torch.float64, device=self.start.device)
+        # Of the text.
+        self.draw = 0  # number of the draw of own starts
+        self.seats = {}  # {seat: (P,) where the last document there is, or ended}
+        self.groups = []  # ranges of documents that have been read
         if self.phases:
             self.adaptation.reset()
         self.model.requires_grad_(False)
 
+    # -- the batch: predict, then one step on what was scored
+
+    @torch.enable_grad()
+    def logits(self, inputs):
+        rows = len(inputs.ids)
+        if inputs.turn == 0:
+            self.weights = self._begin(rows)
+            self.mean = torch.zeros_like(self.weights)
+            self.square = torch.zeros_like(self.weights)
+        self.weights = self.weights[:rows]
+        self.mean = self.mean[:rows]
+        self.square = self.square[:rows]
+        self.adapter_weights = self.weights.detach().requires_grad_()
+        self.last_logits = super().logits(inputs)  # with their graph, for observe()
+        return self.last_logits.detach()
+
+    def observe(self, chunk):
+        super().observe(chunk)
+        if chunk.inputs.turn == 0:
+            self.batches += 1
+        scored = chunk.index >= 0
+        if chunk.continuing:
+            self._step(chunk, scored)
+        if self.s.ttt_warm_start_a and self.s.ttt_lora_a == "shared":
+            self._add_ended(chunk, scored)
+
+    def _step(self, chunk, scored):
+        """A step of AdamW on the chunk, of the rows that continue."""
+        s = self.s
+        rows = chunk.continuing
+        nats = nats_of(self.last_logits, chunk.targets)
+        loss = (nats * scored).sum(1) / scored.sum(1).clamp(min=1)
+        grad = torch.autograd.grad(loss[:rows].sum(), self.adapter_weights)[0]
+        betas = (s.ttt_beta1, s.ttt_beta2)
+        adamw(self.weights[:rows], grad[:rows], self.mean[:rows], self.square[:rows],
+              chunk.inputs.turn + 1, s.ttt_lora_lr, s.ttt_wd, betas, 1e-10)
+
+    def _add_ended(self, chunk, scored):
+        """Add the adapters of rows that end with this chunk to the group's sum, and their number.
+        """
+        ends = scored.any(1).double()
+        ends[: chunk.continuing] = 0
+        self.ended += torch.cat((ends @ self.weights.double(), ends.sum()[None]))
+
+    # -- where adapters begin
+
     def _begin(self, rows):
-        """(rows, P) of the next documents of this rank."""
-        s, rt = self.s, self.rt
-        if s.ttt_lora_a == "shared":
+        """Weights (rows, P) with which the adapters of this rank's next documents begin."""
+        if self.s.ttt_lora_a == "shared":
             return self.start.expand(rows, -1).clone()
-        places = [(self.batch * s.ttt_batch_size + row) * rt.world + rt.rank for row in range(rows)]
-        new = [place for place in places if place not in self.places]
-        kept = self.places | {place: self.adapters.start(self.draw, place)[0] for place in new}
-        weight = torch.stack([kept[place] for place in places]) * self.adapters.is_a
-        if s.ttt_warm_start_a:
-            self.places |= dict(zip(places, weight))  # views, which go on learning
-        return weight
+        seats = self._seats(rows)
+        starts = torch.stack([self._own_start(seat) for seat in seats])
+        weights = starts * self.adapters.is_a  # B begins with zeros
+        if self.s.ttt_warm_start_a:
+            for seat, row in zip(seats, weights):
+                self.seats[seat] = row  # a view: it learns as the document goes on
+        return weights
 
-    def rehearse(self, stream):
-        if self.phases:
-            self._train(stream, np.arange(len(stream.bytes)), 1)
+    def _seats(self, rows):
+        """Numbers of the next documents of this rank within their group."""
+        first = self.batches * self.s.ttt_batch_size
+        return [(first + row) * self.rt.world + self.rt.rank for row in range(rows)]
 
-    def _train(self, stream, targets, epochs):
+    def _own_start(self, seat):
+        """(P,): where the last document in this seat ended, or a draw."""
+        if seat in self.seats:
+            return self.seats[seat]
+        return self.adapters.start(self.draw, seat)[0]
+
+    # -- the end of a group
+
+    def learn(self, part, stream):
+        if self.s.ttt_warm_start_a:
+            self._warm_start()
+        else:
+            self.draw += 1
+        self.ended.zero_()
+        self.batches = 0
+        self.groups.append(part.ranges)
+        documents = sum(map(len, self.groups))
+        if self.phases and documents in phase_ends(self.s):
+            self._end_phase(stream)
+
+    def _warm_start(self):
+        """A begins at the mean over the adapters that ended in this group, on all ranks."""
+        self.rt.sum(self.ended)
+        total, count = self.ended[:-1], self.ended[-1]
+        if count > 0:
+            mean = (total / count).to(self.start)
+            self.start = torch.where(self.adapters.is_a, mean, self.start)
+
+    def _end_phase(self, stream):
+        """The weights learn from all documents so far, and own starts are drawn anew."""
+        self.seats = {}
+        self.draw += 1
+        documents = np.concatenate(self.groups)
+        targets = np.concatenate([np.arange(begin, end) for begin, end in documents])
+        self._train_weights(stream, targets, self.s.ttt_epochs)
+
+    def _train_weights(self, stream, targets, epochs):
         for param in self.adaptation.params:
             param.requires_grad_(True)
         self.adaptation.renew()
         self.adaptation.fit(stream, targets, epochs, partial(cosine, self.s))
         self.model.requires_grad_(False)
 
-    @torch.enable_grad()
-    def logits(self, inputs):
-        rows = len(inputs.ids)
-        if inputs.turn == 0:
-            weight = self._begin(rows)
-            self.state = [weight, torch.zeros_like(weight), torch.zeros_like(weight)]
-        self.state = [z[:rows] for z in self.state]
-        self.flat = self.state[0].detach().requires_grad_()
-        self.said = super().logits(inputs)
-        return self.said.detach()
-
-    def observe(self, chunk):
-        s, n, live = self.s, chunk.continuing, chunk.index >= 0
-        super().observe(chunk)
-        self.batch += chunk.inputs.turn == 0
-        if n:
-            nll = (nats_of(self.said, chunk.targets) * live).sum(1) / live.sum(1).clamp(min=1)
-            grad, = torch.autograd.grad(nll[:n].sum(), self.flat)
-            weight, mean, square = (z[:n] for z in self.state)
-            betas, step = (s.ttt_beta1, s.ttt_beta2), chunk.inputs.turn + 1
-            adamw(weight, grad[:n], mean, square, step, s.ttt_lora_lr, s.ttt_wd, betas, 1e-10)
-        if s.ttt_warm_start_a and s.ttt_lora_a == "shared":
-            done = live.any(1).double()
-            done[:n] = 0
-            self.ended += torch.cat((done @ self.state[0].double(), done.sum()[None]))
-
-    def learn(self, part, stream):
-        s = self.s
-        if s.ttt_warm_start_a and (count := self.rt.sum(self.ended)[-1]) > 0:
-            self.start = torch.where(self.adapters.is_a, (self.ended[:-1] / count).to(self.start), self.start)
-        self.ended.zero_()
-        self.read.append(part.ranges)
-        self.batch, self.draw = 0, self.draw + (not s.ttt_warm_start_a)
-        if self.phases and sum(map(len, self.read)) in phase_ends(s):
-            self.places, self.draw = {}, self.draw + 1
-            self._train(stream, np.concatenate([np.arange(a, b) for a, b in np.concatenate(self.read)]), s.ttt_epochs)
+    def rehearse(self, stream):
+        if self.phases:
+            self._train_weights(stream, np.arange(len(stream.bytes)), 1)
 
 
 def log_adaptation(run, model, predictor):
-    """What test-time training may change, and what it may not."""
+    """Log what test-time training may change, and what it may not."""
     while isinstance(predictor, WrappingPredictor):
         predictor = predictor.base
     if predictor.adapters:
-        run.log("ttt_adapters", parameters=sum(predictor.adapters.sizes), beside=run.s.ttt_lora_targets,
-                rank=run.s.ttt_lora_rank, of_each="document" if run.s.ttt == "lora_docs" else "stream")
-    if predictor.adaptation and predictor.adaptation.params[0] is not predictor.flat:
-        log_trainable(run, model, predictor.adaptation)
+        of_each = "document" if run.s.ttt == "lora_docs" else "stream"
+        run.log("ttt_adapters", parameters=sum(predictor.adapters.sizes),
+                beside=run.s.ttt_lora_targets, rank=run.s.ttt_lora_rank, of_each=of_each)
+    adaptation = predictor.adaptation
+    if adaptation and adaptation.params[0] is not predictor.adapter_weights:
+        log_trainable(run, model, adaptation)
 
 
 def log_trainable(run, model, adaptation):
-    learns = set(adaptation.params)
-    blocks = [sum(p.numel() for p in block.parameters() if p in learns) for block in model.blocks]
-    total, count = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in learns)
-    run.log("ttt_trainable", parameters=count, frozen=total - count, by_block=blocks, outside_blocks=count - sum(blocks))
+    """Log how many of the model's parameters an adaptation changes, and where they are."""
+    trainable = set(adaptation.params)
+    total = sum(p.numel() for p in model.parameters())
+    count = sum(p.numel() for p in trainable)
+    by_block = []
+    for block in model.blocks:
+        by_block.append(sum(p.numel() for p in block.parameters() if p in trainable))
+    run.log("ttt_trainable", parameters=count, frozen=total - count, by_block=by_block,
+            outside_blocks=count - sum(by_block))
 
 
 # ---- n-grams of the scored text ------------------------------------------------------------------
 
 
 class HashTable:
-    """Open hash table on the device: slots of int64 keys >= 0, `most` of which have room. Vectorised, with no order that
-    matters but which of several new keys gets a slot first, and nothing that is computed from slots depends on that.
+    """A set of int64 keys >= 0 on the device, each with a slot of its own: a number below
+    len(table). Open addressing.
+
+    A hash of a key says at which slot the search for it begins. If another key is there, the next
+    slot is looked at, and so on (linear probing), until the key is found or a free slot says that
+    it is not in the table. New keys take that free slot. probe() does this for many keys at once,
+    round by round; keys that are settled drop out.
+
+    `capacity` keys have room. Which of several new keys gets a slot first is left to the device, and
+    nothing that is computed from slots depends on it.
     """
 
-    def __init__(self, most, device):
-        self.bits = max(int(1.5 * most).bit_length(), 8)
-        self.keys = torch.zeros(1 << self.bits, dtype=torch.int64, device=device)  # key + 1; 0: free
+    HASH = -7046029254386353131  # 2^64 / golden ratio as int64: spreads neighbouring keys evenly
+
+    def __init__(self, capacity, device):
+        self.bits = max(int(1.5 * capacity).bit_length(), 8)
+        # At each slot its key + 1, or 0 where it is free.
+        self.keys = torch.zeros(1 << self.bits, dtype=torch.int64, device=device)
 
     def __len__(self):
         return len(self.keys)
 
     def probe(self, keys, add=False):
-        """Slots of keys (n,); -1 where one is not there, unless `add` puts it there."""
-        found = at = keys * -7046029254386353131 >> (64 - self.bits) & (1 << self.bits) - 1
-        key, place = keys + 1, None  # of the keys that are still looked for
-        while len(at):
-            there = self.keys.index_select(0, at)
-            if add and len(free := (there == 0).nonzero().squeeze(1)):
-                some = at.index_select(0, free)
-                self.keys.index_copy_(0, some, key.index_select(0, free))  # of several that want the slot one gets it
-                there.index_copy_(0, free, self.keys.index_select(0, some))
-            miss = (there != key).nonzero().squeeze(1)
-            place, key = miss if place is None else place.index_select(0, miss), key.index_select(0, miss)
-            at = torch.where(there.index_select(0, miss) == 0, -1, (at.index_select(0, miss) + 1) % len(self.keys))
-            found.index_copy_(0, place, at)
-            if not add:
-                on = (at >= 0).nonzero().squeeze(1)
-                at, key, place = (z.index_select(0, on) for z in (at, key, place))
-        return found
+        """Slots of keys (n,). A key that is not in the table gets -1, or with `add` a slot."""
+        slots = keys * self.HASH >> (64 - self.bits) & (1 << self.bits) - 1
+        # Of the keys that are still searched: indices, what must be stored, the slot to look at.
+        index = None  # None: all
+        wanted = keys + 1
+        current = slots
+        while len(current):
+            stored = self.keys.index_select(0, current)
+            if add:
+                self._take_free_slots(current, wanted, stored)
+            missed = (stored != wanted).nonzero().squeeze(1)
+            index = missed if index is None else index.index_select(0, missed)
+            wanted = wanted.index_select(0, missed)
+            free = stored.index_select(0, missed) == 0
+            following = (current.index_select(0, missed) + 1) % len(self.keys)
+            current = torch.where(free, -1, following)
+            slots.index_copy_(0, index, current)
+            if not add:  # who came to a free slot is not there
+                searched = (current >= 0).nonzero().squeeze(1)
+                index = index.index_select(0, searched)
+                wanted = wanted.index_select(0, searched)
+                current = current.index_select(0, searched)
+        return slots
+
+    def _take_free_slots(self, slots, wanted, stored):
+        """Store keys at their slots where these are free, and update what is `stored` there.
+
+        Of several keys that want the same slot one gets it.
+        """
+        free = (stored == 0).nonzero().squeeze(1)
+        if len(free):
+            free_slots = slots.index_select(0, free)
+            self.keys.index_copy_(0, free_slots, wanted.index_select(0, free))
+            stored.index_copy_(0, free, self.keys.index_select(0, free_slots))
 
 
 class NgramCounts:
-    """How often each n-gram of up to `order` tokens occurred, exactly: a trie whose nodes have (parent, token) as key, so
-    no two n-grams share a count; `most` n-grams have room.
+    """How often each n-gram of up to `order` tokens occurred, exactly.
 
-    The node of a single token is its number; longer ones follow, vocab + slot; -1 is none, the last is the root. Texts
-    that are counted together are kept apart by the token `vocab`.
+    The n-grams are the nodes of a trie. The node of the tokens (a, b, c) is the child by c of the
+    node of (a, b), whose parent is the node of (a), whose parent is the root. A HashTable holds
+    the children: its keys are pairs (parent, token), so no two n-grams share a count. All places
+    of a text walk down the trie together, a token a round.
+
+    A node is a number: that of one token is the token; that of a longer n-gram is vocab + 1 + its
+    slot in the table; the root is the last number; -1 is no node. `capacity` n-grams of two tokens and
+    more have room.
+
+    Texts that are counted together are kept apart by the token `vocab`.
     """
 
-    def __init__(self, vocab, order, most, device):
-        self.vocab, self.order, self.table = vocab, order, HashTable(most, device)
-        self.count = torch.zeros(vocab + 1 + len(self.table) + 1, dtype=torch.int32, device=device)
-        self.fan = torch.zeros(len(self.count), dtype=torch.int64, device=device)  # tokens after it + 2^32 different ones
+    KIND = 1 << 32  # unit of the upper half of `followers`
+
+    def __init__(self, vocab, order, capacity, device):
+        self.vocab = vocab
+        self.order = order
+        self.table = HashTable(capacity, device)
+        nodes = vocab + 1 + len(self.table) + 1
+        self.count = torch.zeros(nodes, dtype=torch.int32, device=device)
+        # Tokens that followed each n-gram, plus KIND times how many different ones these were.
+        self.followers = torch.zeros(nodes, dtype=torch.int64, device=device)
 
     def reset(self):
-        self.table.keys.zero_(), self.count.zero_(), self.fan.zero_()
+        self.table.keys.zero_()
+        self.count.zero_()
+        self.followers.zero_()
 
     @property
     def root(self):
         return len(self.count) - 1
 
     def _children(self, nodes, tokens, add=False):
+        """Nodes one token longer; -1 where there is none, unless `add` makes it."""
         slots = self.table.probe(nodes * (self.vocab + 1) + tokens, add)
         return torch.where(slots < 0, -1, slots + self.vocab + 1)
 
     def find(self, nodes, tokens):
-        """Nodes one token longer, of the same shape; -1 where there is none."""
-        found, some = torch.full_like(nodes, -1), ((nodes >= 0) & (tokens >= 0)).flatten().nonzero().squeeze(1)
-        pairs = (z.reshape(-1).index_select(0, some) for z in (nodes, tokens))
-        found.view(-1).index_copy_(0, some, self._children(*pairs))
-        return found
+        """Nodes one token longer, of the same shape; -1 where there is none, or where a node or
+        token is -1.
+        """
+        children = torch.full_like(nodes, -1)
+        given = ((nodes >= 0) & (tokens >= 0)).flatten().nonzero().squeeze(1)
+        nodes = nodes.reshape(-1).index_select(0, given)
+        tokens = tokens.reshape(-1).index_select(0, given)
+        children.view(-1).index_copy_(0, given, self._children(nodes, tokens))
+        return children
 
-    def walk(self, run):
-        """[nodes (B, L) of the last 1, 2, ..., order tokens at each place of run (B, L)]."""
-        nodes = [run]
+    def walk(self, text):
+        """[nodes (B, L) of the last 1, 2, ..., order tokens at each place of text (B, L)]."""
+        nodes = [text]
         while len(nodes) < self.order:
-            nodes.append(self.find(F.pad(nodes[-1][:, :-1], (1, 0), value=-1), run))
+            end_one_earlier = F.pad(nodes[-1][:, :-1], (1, 0), value=-1)
+            nodes.append(self.find(end_one_earlier, text))
         return nodes
 
-    def add(self, run, new):
-        """Count the n-grams that end at the places `new` (n,) of run (L,), the last token of which keeps texts apart."""
-        fresh = torch.zeros_like(run, dtype=torch.bool).index_fill_(0, new, True)
-        ends = (run < self.vocab).nonzero().squeeze(1)  # where the n-grams so far end
-        nodes = run.index_select(0, ends)
-        parents = torch.full_like(nodes, self.root)
-        for n in range(self.order):
-            if n:  # one token longer, but for what would span two texts
-                tokens = run.index_select(0, ends + 1)
-                inside = (tokens < self.vocab).nonzero().squeeze(1)
-                parents, tokens, ends = (z.index_select(0, inside) for z in (nodes, tokens, ends + 1))
-                nodes = self._children(parents, tokens, add=True)
-            now = fresh.index_select(0, ends).nonzero().squeeze(1)
-            self._count(nodes.index_select(0, now), parents.index_select(0, now))
-
-    def _count(self, nodes, parents):
-        """One more of each node, the last token of which follows on its parent."""
-        one, step = torch.ones(len(nodes), dtype=torch.int32, device=nodes.device), torch.ones_like(nodes)
-        first = (self.count.index_select(0, nodes) == 0).nonzero().squeeze(1)
-        some = nodes.index_select(0, first)
-        mark = torch.arange(1, len(first) + 1, dtype=torch.int32, device=nodes.device)
-        self.count.index_copy_(0, some, mark)  # of several equal ones, one stays
-        once = (self.count.index_select(0, some) == mark).nonzero().squeeze(1)
-        one[first[once]] -= mark[once]
-        step[first[once]] += 1 << 32
-        self.count.index_add_(0, nodes, one)
-        self.fan.index_add_(0, parents, step)
-
-    def probability(self, contexts, grams):
-        """[p (...)] of orders 1, 2, ...: nodes of the contexts of 0, 1, ... tokens, and those of them with the token that
-        is asked for. Each order takes DISCOUNT off its counts and gives that mass to the order below, down to 1 / V
-        (interpolated absolute discounting), so that every one sums to 1 over the tokens.
+    def add(self, text, new):
+        """Count the n-grams that end at the places `new` (n,) of text (L,). Its last token must be
+        `vocab`.
         """
-        p, found = torch.full(grams[0].shape, 1 / self.vocab, dtype=torch.float64, device=grams[0].device), []
+        is_new = torch.zeros_like(text, dtype=torch.bool).index_fill_(0, new, True)
+        ends = (text < self.vocab).nonzero().squeeze(1)  # places at which the n-grams so far end
+        nodes = text.index_select(0, ends)
+        parents = torch.full_like(nodes, self.root)
+        self._count_new(is_new, ends, nodes, parents)
+        for _ in range(1, self.order):  # one token longer, except for what would span two texts
+            tokens = text.index_select(0, ends + 1)
+            inside = (tokens < self.vocab).nonzero().squeeze(1)
+            tokens = tokens.index_select(0, inside)
+            ends = (ends + 1).index_select(0, inside)
+            parents = nodes.index_select(0, inside)
+            nodes = self._children(parents, tokens, add=True)
+            self._count_new(is_new, ends, nodes, parents)
+
+    def _count_new(self, is_new, ends, nodes, parents):
+        """Count the nodes that end at new places, and each as a follower of its parent."""
+        counted = is_new.index_select(0, ends).nonzero().squeeze(1)
+        nodes = nodes.index_select(0, counted)
+        parents = parents.index_select(0, counted)
+        followers = torch.ones_like(nodes)
+        followers[self._first_occurrences(nodes)] += self.KIND
+        ones = torch.ones(len(nodes), dtype=torch.int32, device=nodes.device)
+        self.count.index_add_(0, nodes, ones)
+        self.followers.index_add_(0, parents, followers)
+
+    def _first_occurrences(self, nodes):
+        """Indices into nodes (n,): of each node that has no count yet, one index.
+
+        Every index is written to the node's count, and of equal nodes one index stays: the one
+        that reads itself.
+        """
+        uncounted = (self.count.index_select(0, nodes) == 0).nonzero().squeeze(1)
+        their_nodes = nodes.index_select(0, uncounted)
+        marks = torch.arange(1, len(uncounted) + 1, dtype=torch.int32, device=nodes.device)
+        self.count.index_copy_(0, their_nodes, marks)
+        stayed = (self.count.index_select(0, their_nodes) == marks).nonzero().squeeze(1)
+        self.count.index_fill_(0, their_nodes, 0)
+        return uncounted.index_select(0, stayed)
+
+    def backoff_probabilities(self, contexts, grams):
+        """[p (...) float64 of orders 1, 2, ...] of tokens, each order a distribution over all
+        tokens.
+
+        contexts: nodes of the 0, 1, ... tokens before. grams: nodes of these contexts and the
+        token that is asked for.
+
+        Each order takes DISCOUNT off its counts and gives that mass to the order below it, down to
+        1 / vocab (interpolated absolute discounting). Where a context never occurred, the order
+        below answers.
+        """
+        p = torch.full(grams[0].shape, 1 / self.vocab, dtype=torch.float64, device=grams[0].device)
+        by_order = []
         for context, gram in zip(contexts, grams):
-            fan = torch.where(context < 0, 0, self.fan[context])
-            total, kinds = (fan & (1 << 32) - 1).double(), (fan >> 32).double()
+            followers = torch.where(context < 0, 0, self.followers[context])
+            total = (followers % self.KIND).double()
+            kinds = (followers // self.KIND).double()
             count = torch.where(gram < 0, 0, self.count[gram]).double()
-            p = torch.where(total > 0, ((count - DISCOUNT).clamp(min=0) + DISCOUNT * kinds * p) / total.clamp(min=1), p)
-            found.append(p)
-        return found
+            kept = (count - DISCOUNT).clamp(min=0)
+            interpolated = (kept + DISCOUNT * kinds * p) / total.clamp(min=1)
+            p = torch.where(total > 0, interpolated, p)
+            by_order.append(p)
+        return by_order
 
 
 DISCOUNT = 0.9  # of 0.5, 0.6, ..., 0.9 and Witten-Bell the best for English of 1,024 pieces
@@ -5184,12 +5510,15 @@ ORDERS = {"unigram": 1, "bigram": 2, "trigram": 3}  # of MIXER_EXPERTS; backoff 
 
 
 class WrappingPredictor(Predictor):
-    """A predictor that changes what another one says."""
+    """A predictor that changes the predictions of another one, its base."""
 
     learns = True
 
     def __init__(self, base, s, rt):
-        self.base, self.s, self.rt, self.invalid = base, s, rt, base.invalid
+        self.base = base
+        self.s = s
+        self.rt = rt
+        self.invalid = base.invalid
 
     def observe(self, chunk):
         self.base.observe(chunk)
@@ -5205,158 +5534,268 @@ class WrappingPredictor(Predictor):
 
 
 def scored_text(part, stream, back, s):
-    """(the scored text of a part (L,), places of it that are new): each range behind up to `back` tokens before its first
-    target; but documents that are read in another order (TTT=lora_docs) alone. They are kept apart by the token VOCAB_SIZE.
+    """(text (L,), new): the scored text of a part, and the places in it that are to be counted.
+
+    Each range of the part comes after up to `back` tokens of context, which have been counted.
+    Documents of TTT=lora_docs come alone: they are not read in the order of the text. Ranges end
+    with the token VOCAB_SIZE.
     """
-    pieces, new, at = [], [], 0
+    pieces = []
+    new = []
+    length = 0  # of the pieces so far
     edge = stream.tokens.new_full((1,), s.vocab_size)
-    for a, b in part.ranges.tolist():
-        start = a if s.ttt == "lora_docs" else max(a + 1 - back, 0)
-        pieces += [stream.tokens[start : b + 1], edge]
-        new.append(torch.arange(at + a + 1 - start, at + b + 1 - start, device=edge.device))
-        at += b + 2 - start
+    for begin, end in part.ranges.tolist():  # whose targets are the tokens from begin + 1 to end
+        first = begin if s.ttt == "lora_docs" else max(begin + 1 - back, 0)
+        pieces += [stream.tokens[first : end + 1], edge]
+        shift = length - first
+        new.append(torch.arange(begin + 1 + shift, end + 1 + shift, device=edge.device))
+        length += end + 1 - first + 1
     return torch.cat(pieces).long(), torch.cat(new)
 
 
-def ngram_weight(s, said):
-    """Weight of the n-grams (B, K): it rises with the model's entropy (#1033)."""
-    entropy = -(said.exp() * said).sum(-1).double()
-    return s.alpha_base + s.alpha_range * torch.sigmoid(2 * (entropy - s.alpha_center))
+def entropy_of(log_probs):
+    """Entropy (B, K) in nats of log-probabilities (B, K, V)."""
+    return -(log_probs.exp() * log_probs).sum(-1).double()
+
+
+def ngram_weight(s, log_probs):
+    """Weight (B, K) of the n-grams: it rises with the entropy of the model's log_probs (B, K, V)
+    (#1033).
+    """
+    above_center = entropy_of(log_probs) - s.alpha_center
+    return s.alpha_base + s.alpha_range * torch.sigmoid(2 * above_center)
+
+
+def tokens_before(inputs):
+    """How many tokens of inputs.recent come before the first place."""
+    return inputs.recent.size(1) - inputs.places.size(1)
+
+
+def every_token(log_probs):
+    """Tokens (B, K, V) of which log_probs (B, K, V) are the log-probabilities."""
+    return torch.arange(log_probs.size(-1), device=log_probs.device).expand(log_probs.shape)
+
+
+def with_dims_of(values, like):
+    """values (B, K), or with more dimensions before these, with those of like (B, K, ...) after
+    them.
+    """
+    return values.view(*values.shape, *(1,) * (like.dim() - 2))
 
 
 class NgramMixture(WrappingPredictor):
-    """The model beside n-grams that are counted in the scored text, each a distribution. MIXER=backoff: the longest order,
-    at a weight that rises with the model's entropy (#1033, made normal). MIXER=hedge: MIXER_EXPERTS by their record: at the
-    end of a part each log weight falls by MIXER_ETA times its expert's mean nats, over all ranks (#967, made normal).
+    """The base mixed with experts: n-grams that are counted in the scored text, each order a
+    distribution.
 
-    #967's expert "entropy" says exp(-H) of every token, H the model's entropy, and so far more than 1 in all.
+    Of the base and the experts every log weight is that of _log_weights(). names: of the experts,
+    unigram to backoff.
     """
 
-    def __init__(self, base, s, rt, targets):
+    def __init__(self, base, s, rt, targets, names):
         super().__init__(base, s, rt)
-        self.names = ("backoff",) if s.mixer == "backoff" else s.mixer_experts
-        order = max((ORDERS.get(name, s.ngram_order) for name in self.names if name != "entropy"), default=1)
+        self.orders = [self._order(name) for name in names]
+        order = max(self.orders, default=1)
         self.counts = NgramCounts(s.vocab_size, order, targets * (order - 1), rt.device)
         self.history = max(order - 2, base.history)
-        if "entropy" in self.names:
-            self.invalid = "C2 normalisation: MIXER_EXPERTS=entropy is no distribution (#967)"
         self.reset()
+
+    def _order(self, name):
+        return ORDERS.get(name, self.s.ngram_order)
+
+    def _log_weights(self, log_probs):
+        """Of base and experts (1 + E, B or 1, K or 1), where the base's distribution is log_probs
+        (B, K, V).
+        """
+        raise NotImplementedError
 
     def reset(self):
         super().reset()
         self.counts.reset()
-        self.seen, self.weights = 0, torch.zeros(1 + len(self.names), dtype=torch.float64, device=self.rt.device)
-        self.weights[0] = 2.0  # the model's
-        self.nats = torch.zeros(len(self.weights) + 1, dtype=torch.float64, device=self.rt.device)  # and how many targets
-
-    def _mix(self, said, own, contexts, grams):
-        """(log-probability (B, K, ...) of tokens of which the model says `own`, that of each expert): `said` is all that the
-        model says (B, K, V).
-        """
-        orders, more = self.counts.probability(contexts, grams), (1,) * (own.dim() - 2)
-        entropy = (said.exp() * said).sum(-1).double().view(*said.shape[:2], *more)
-        experts = torch.stack([own.double(), *(entropy.expand_as(own) if name == "entropy" else orders[
-            ORDERS.get(name, self.s.ngram_order) - 1].log() for name in self.names)])
-        if self.s.mixer == "hedge":
-            weights = self.weights.log_softmax(0).view(-1, 1, 1, *more)
-        else:
-            alpha = ngram_weight(self.s, said).view(*said.shape[:2], *more)
-            weights = torch.stack((torch.log1p(-alpha), alpha.log()))
-        return (experts + weights).logsumexp(0), experts
-
-    def _contexts(self, nodes, h, k):
-        root = torch.full_like(nodes[0][:, h : h + k], self.counts.root)
-        return [root, *(node[:, h : h + k] for node in nodes[: self.counts.order - 1])]
+        self.counted = 0  # targets
+        self.experts = None  # log-probabilities (1 + E, B, K) of the last targets
 
     @torch.no_grad()
-    def predict(self, inputs, most=None):
-        said = self.base.predict(inputs, most)
-        if self.seen < self.s.mixer_min_tokens:
-            return said
-        contexts = self._contexts(self.counts.walk(inputs.recent), inputs.recent.size(1) - inputs.places.size(1), said.size(1))
-        everyone = torch.arange(said.size(-1), device=said.device).expand(said.shape)
-        contexts = [node[..., None].expand(said.shape) for node in contexts]
-        grams = [everyone, *(self.counts.find(node, everyone) for node in contexts[1:])]
-        return self._mix(said, said, contexts, grams)[0]
+    def predict(self, inputs, count=None):
+        log_probs = self.base.predict(inputs, count)
+        if self.counted < self.s.mixer_min_tokens:
+            return log_probs
+        nodes = self.counts.walk(inputs.recent)
+        contexts = self._contexts(nodes, tokens_before(inputs), log_probs.size(1))
+        contexts = [context[..., None].expand(log_probs.shape) for context in contexts]
+        vocabulary = every_token(log_probs)
+        grams = [vocabulary]
+        for context in contexts[1:]:
+            grams.append(self.counts.find(context, vocabulary))
+        return self._mix(self._experts(log_probs, log_probs, contexts, grams), log_probs)
 
     @torch.no_grad()
     def nll(self, inputs, targets):
-        said, k = self.base.predict(inputs), inputs.places.size(1)
-        own, self.experts = said.gather(-1, targets[..., None]).squeeze(-1), None
-        if self.seen < self.s.mixer_min_tokens:
-            return -own
-        h = inputs.recent.size(1) - k
-        nodes = self.counts.walk(torch.cat((inputs.recent[:, : h + 1], targets), 1))
-        mixed, self.experts = self._mix(said, own, self._contexts(nodes, h, k), [node[:, h + 1 :] for node in nodes])
-        return -mixed
+        log_probs = self.base.predict(inputs)
+        of_targets = log_probs.gather(-1, targets[..., None]).squeeze(-1)
+        self.experts = None
+        if self.counted < self.s.mixer_min_tokens:
+            return -of_targets
+        contexts, grams = self.nodes_of_targets(inputs, targets)
+        self.experts = self._experts(log_probs, of_targets, contexts, grams)
+        return -self._mix(self.experts, log_probs)
+
+    def _contexts(self, nodes, before, places):
+        """[nodes (B, K) of the 0, 1, ... tokens up to each place], from those of all tokens
+        (walk).
+        """
+        span = slice(before, before + places)
+        contexts = [torch.full_like(nodes[0][:, span], self.counts.root)]
+        for of_length in nodes[: self.counts.order - 1]:
+            contexts.append(of_length[:, span])
+        return contexts
+
+    def nodes_of_targets(self, inputs, targets):
+        """(contexts, grams) of targets (B, K), as backoff_probabilities() takes them."""
+        before = tokens_before(inputs)
+        first_place = inputs.recent[:, : before + 1]
+        nodes = self.counts.walk(torch.cat((first_place, targets), 1))
+        grams = [of_length[:, before + 1 :] for of_length in nodes]
+        return self._contexts(nodes, before, targets.size(1)), grams
+
+    def _experts(self, log_probs, of_tokens, contexts, grams):
+        """Log-probabilities (1 + E, B, K, ...) of tokens: the base's, which are of_tokens (B, K,
+        ...), and the experts'.
+        """
+        by_order = self.counts.backoff_probabilities(contexts, grams)
+        experts = [by_order[order - 1].log() for order in self.orders]
+        return torch.stack([of_tokens.double(), *experts])
+
+    def _mix(self, experts, log_probs):
+        """Log-probabilities (B, K, ...) of the mixture."""
+        return (experts + with_dims_of(self._log_weights(log_probs), experts[0])).logsumexp(0)
+
+    def learn(self, part, stream):
+        super().learn(part, stream)
+        text, new = scored_text(part, stream, self.counts.order - 1, self.s)
+        self.counts.add(text, new)
+        self.counted += len(new)
+
+
+class BackoffMixture(NgramMixture):
+    """MIXER=backoff: the n-grams of NGRAM_ORDER, at a weight that rises with the model's entropy
+    (#1033, made normal).
+    """
+
+    def __init__(self, base, s, rt, targets):
+        super().__init__(base, s, rt, targets, ("backoff",))
+
+    def _log_weights(self, log_probs):
+        alpha = ngram_weight(self.s, log_probs)
+        return torch.stack((torch.log1p(-alpha), alpha.log()))
+
+
+class HedgeMixture(NgramMixture):
+    """MIXER=hedge: MIXER_EXPERTS by their record (#967, made normal).
+
+    At the end of each part each log weight falls by MIXER_ETA times its expert's mean nats over
+    all ranks.
+    """
+
+    MODEL_WEIGHT = 2.0  # log weight with which the model begins; the experts begin at 0
+
+    def __init__(self, base, s, rt, targets):
+        super().__init__(base, s, rt, targets, s.mixer_experts)
+
+    def reset(self):
+        super().reset()
+        device = self.rt.device
+        self.weights = torch.zeros(1 + len(self.orders), dtype=torch.float64, device=device)  # log
+        self.weights[0] = self.MODEL_WEIGHT
+        # Of the part: the nats of each, and at last the number of targets.
+        self.nats = torch.zeros(len(self.weights) + 1, dtype=torch.float64, device=device)
+
+    def _log_weights(self, log_probs):
+        return self.weights.log_softmax(0).view(-1, 1, 1)
 
     def observe(self, chunk):
         if self.experts is not None:
-            live = chunk.index >= 0
-            self.nats[:-1] -= (self.experts * live).flatten(1).sum(1)
-            self.nats[-1] += live.sum()
+            scored = chunk.index >= 0
+            self.nats[:-1] -= (self.experts * scored).flatten(1).sum(1)
+            self.nats[-1] += scored.sum()
         super().observe(chunk)
 
     def learn(self, part, stream):
         super().learn(part, stream)
-        nats = self.rt.sum(self.nats)
-        if self.s.mixer == "hedge" and nats[-1] > 0:
-            self.weights -= self.s.mixer_eta * nats[:-1] / nats[-1]
-        nats.zero_()
-        self.counts.add(*scored_text(part, stream, self.counts.order - 1, self.s))
-        self.seen += int(np.diff(part.ranges).sum())
+        self.rt.sum(self.nats)
+        nats, targets = self.nats[:-1], self.nats[-1]
+        if targets > 0:
+            self.weights -= self.s.mixer_eta * nats / targets
+        self.nats.zero_()
 
 
 # ---- token-only tilt -----------------------------------------------------------------------------
 
 
 class Followers:
-    """What followed on each context, a key of 62 bits: how often any token did, and which one most often."""
+    """What followed on each context: how often any token did, and which token most often.
 
-    PACK = 17  # bits below the count in `best`: more than a token has
+    Contexts are keys of 62 bits in a HashTable; so are, with bit 62 set, pairs of a context and a
+    token.
+    """
 
-    def __init__(self, most, device):
-        self.used = 0  # an upper bound of the keys in the table: that of contexts and of contexts with a token
-        self._make(HashTable(2 * most, device))
+    TOKEN_BITS = 17  # lower bits of `best`: more than a token has
 
-    def _make(self, table):
-        self.table, self.count = table, torch.zeros(len(table), dtype=torch.int64, device=table.keys.device)
-        self.best = torch.zeros_like(self.count)  # of a context: the most that a token followed, << PACK, + that token
+    def __init__(self, capacity, device):
+        self.used = 0  # an upper bound of the number of keys in the table
+        self._use(HashTable(2 * capacity, device))
+
+    def _use(self, table):
+        self.table = table
+        self.count = torch.zeros(len(table), dtype=torch.int64, device=table.keys.device)
+        # Of a context: (most often that a token followed << TOKEN_BITS) + the token.
+        self.best = torch.zeros_like(self.count)
 
     def reset(self):
-        self.table.keys.zero_(), self.count.zero_(), self.best.zero_()
+        self.table.keys.zero_()
+        self.count.zero_()
+        self.best.zero_()
         self.used = 0
 
     def _pairs(self, contexts, tokens):
+        """Keys of contexts and the tokens after them."""
         return mix_bits(contexts + (tokens + 1) * -4417276706812531889) | 1 << 62
 
     def _make_room(self, more):
-        """Double the table until so many keys more fit."""
+        """Double the table until `more` keys fit in."""
         self.used += more
         while 1.5 * self.used > len(self.table):
-            old, count, best = self.table, self.count, self.best
-            kept = old.keys.nonzero().squeeze(1)
-            self._make(HashTable(len(old), old.keys.device))
-            slots = self.table.probe(old.keys[kept] - 1, add=True)
-            self.count[slots], self.best[slots] = count[kept], best[kept]
+            old_table, old_count, old_best = self.table, self.count, self.best
+            kept = old_table.keys.nonzero().squeeze(1)
+            self._use(HashTable(len(old_table), old_table.keys.device))
+            slots = self.table.probe(old_table.keys[kept] - 1, add=True)
+            self.count[slots] = old_count[kept]
+            self.best[slots] = old_best[kept]
 
     def add(self, contexts, tokens, elsewhere=0):
-        """Tokens (n,) followed on contexts (n,), and `elsewhere` so many times on the same ones."""
+        """Count that tokens (n,) followed on contexts (n,).
+
+        elsewhere (n,): how often the token followed on the context in another table. `best`
+        includes it.
+        """
         self._make_room(2 * len(contexts))
-        slots, pairs = (self.table.probe(keys, add=True) for keys in (contexts, self._pairs(contexts, tokens)))
-        one = torch.ones_like(slots)
-        self.count.index_add_(0, slots, one).index_add_(0, pairs, one)
-        self.best.scatter_reduce_(0, slots, (self.count[pairs] + elsewhere << self.PACK) + tokens, "amax")
+        context_slots = self.table.probe(contexts, add=True)
+        pair_slots = self.table.probe(self._pairs(contexts, tokens), add=True)
+        ones = torch.ones_like(context_slots)
+        self.count.index_add_(0, context_slots, ones)
+        self.count.index_add_(0, pair_slots, ones)
+        times = self.count[pair_slots] + elsewhere
+        self.best.scatter_reduce_(0, context_slots, (times << self.TOKEN_BITS) + tokens, "amax")
 
     def times(self, contexts, tokens):
         """How often each token followed on its context."""
         slots = self.table.probe(self._pairs(contexts, tokens))
         return torch.where(slots < 0, 0, self.count[slots])
 
-    def look(self, contexts):
-        """(how often anything followed, `best`) of contexts, zeros where nothing did."""
+    def look_up(self, contexts):
+        """(how often anything followed, `best`) of contexts; zeros where nothing did."""
         slots = self.table.probe(contexts)
-        return (torch.where(slots < 0, 0, values[slots]) for values in (self.count, self.best))
+        absent = slots < 0
+        return torch.where(absent, 0, self.count[slots]), torch.where(absent, 0, self.best[slots])
 
 
 def mix_bits(keys):
@@ -5365,77 +5804,98 @@ def mix_bits(keys):
 
 
 class Tilt(WrappingPredictor):
-    """Token-only tilt (#1145, #1514): the token that followed most often on the last TOKEN_ORDER - 1, if it did in at least
-    TOKEN_THRESHOLD of the cases, is the hint, and p'(v) = p(v) e^(TOKEN_BOOST [v = hint]) / Z with Z = 1 + p(hint)
-    (e^TOKEN_BOOST - 1). Whatever the hint, that sums to 1, so contexts may go by a hash.
+    """Token-only tilt (#1145, #1514): one token, the hint, gets a higher probability.
 
-    It knows the parts before, and of a row that goes on (a document, kept keys) the chunks of its own that were scored.
+    The hint is the token that followed most often on the last TOKEN_ORDER - 1 tokens, if it did in
+    at least TOKEN_THRESHOLD of the cases. p'(v) = p(v) e^(TOKEN_BOOST [v = hint]) / Z with Z = 1 +
+    p(hint) (e^TOKEN_BOOST - 1). That sums to 1 whatever the hint is, so contexts may be found by a
+    hash.
+
+    Counted are the parts before, and in a row that continues (a document, kept keys) its own
+    chunks that were scored.
     """
 
     def __init__(self, base, s, rt, targets):
         super().__init__(base, s, rt)
-        self.context, self.history = s.token_order - 1, max(s.token_order - 2, base.history)
-        self.text, self.row = Followers(targets, rt.device), Followers(256, rt.device)
+        self.context = s.token_order - 1  # tokens
+        self.history = max(self.context - 1, base.history)
+        self.text_followers = Followers(targets, rt.device)
+        self.row_followers = Followers(256, rt.device)  # whose contexts hold the row's number
         powers = [pow(6364136223846793005, i, 2**64) for i in range(self.context)]
         self.powers = torch.tensor(powers, dtype=torch.uint64).view(torch.int64).to(rt.device)
 
     def reset(self):
         super().reset()
-        self.text.reset(), self.row.reset()
+        self.text_followers.reset()
+        self.row_followers.reset()
 
-    def _hashes(self, run):
-        """Key of the last `context` tokens at each place of run (..., L) from the context-th on."""
-        return mix_bits(((run.unfold(-1, self.context, 1) + 1) * self.powers).sum(-1))
+    def _hashes(self, text):
+        """Keys of the last `context` tokens at each place of text (..., L), from the context-th
+        place on.
+        """
+        return mix_bits(((text.unfold(-1, self.context, 1) + 1) * self.powers).sum(-1))
 
     def _contexts(self, inputs):
-        """(keys (B, K) of what precedes each place, the same with the row's number, is it all there?)."""
-        run = inputs.recent[:, inputs.recent.size(1) - inputs.places.size(1) - self.context + 1 :]
-        keys, number = self._hashes(run), torch.arange(1, 1 + len(run), device=run.device)[:, None]
-        return keys, mix_bits(keys + number * -7046029254386353131), (run.unfold(-1, self.context, 1) >= 0).all(-1)
+        """(keys (B, K) of the context of each place, the same with the row's number, is the
+        context complete?).
+        """
+        recent = inputs.recent[:, tokens_before(inputs) - self.context + 1 :]
+        keys = self._hashes(recent)
+        numbers = torch.arange(1, 1 + len(recent), device=recent.device)[:, None]
+        row_keys = mix_bits(keys + numbers * -7046029254386353131)
+        complete = (recent.unfold(-1, self.context, 1) >= 0).all(-1)
+        return keys, row_keys, complete
 
     def _hints(self, inputs):
-        """(B, K), -1 where there is none."""
-        keys, own, known = self._contexts(inputs)
-        total, best = self.text.look(keys.flatten())
-        if inputs.turn:  # what the row has added to a context's best token is in its own best
-            here, its_best = self.row.look(own.flatten())
-            total, best = total + here, torch.maximum(best, its_best)
-        share = (best >> Followers.PACK).double() / total.clamp(min=1)
-        sure = known.flatten() & (total > 0) & (share >= self.s.token_threshold)
-        return torch.where(sure, best & (1 << Followers.PACK) - 1, -1).view_as(keys)
+        """Hints (B, K), -1 where there is none."""
+        keys, row_keys, complete = self._contexts(inputs)
+        total, best = self.text_followers.look_up(keys.flatten())
+        if inputs.turn:
+            row_total, row_best = self.row_followers.look_up(row_keys.flatten())
+            total = total + row_total
+            best = torch.maximum(best, row_best)  # row_best includes the text's counts (observe)
+        times = best >> Followers.TOKEN_BITS
+        token = best & (1 << Followers.TOKEN_BITS) - 1
+        often_enough = times.double() / total.clamp(min=1) >= self.s.token_threshold
+        sure = complete.flatten() & (total > 0) & often_enough
+        return torch.where(sure, token, -1).view_as(keys)
 
     @torch.no_grad()
-    def predict(self, inputs, most=None):
-        said, hints = self.base.predict(inputs, most), self._hints(inputs)[:, :most, None]
+    def predict(self, inputs, count=None):
+        log_probs = self.base.predict(inputs, count)
+        hints = self._hints(inputs)[:, :count, None]
         boost = (hints >= 0) * self.s.token_boost
         hints = hints.clamp(min=0)
-        share = said.gather(-1, hints).exp() * torch.expm1(boost)
-        return (said - torch.log1p(share)).scatter_add(-1, hints, boost.to(said.dtype))
+        added = log_probs.gather(-1, hints).exp() * torch.expm1(boost)  # Z - 1
+        return (log_probs - torch.log1p(added)).scatter_add(-1, hints, boost.to(log_probs.dtype))
 
     def observe(self, chunk):
         super().observe(chunk)
-        step = chunk.inputs.turn
-        if step == 0:
-            self.row.reset()
-        if step is not None:
-            keys, own, known = self._contexts(chunk.inputs)
-            keys, own, tokens = (z[known & (chunk.index >= 0)] for z in (keys, own, chunk.targets))
-            self.row.add(own, tokens, self.text.times(keys, tokens))
+        turn = chunk.inputs.turn
+        if turn is None:
+            return
+        if turn == 0:
+            self.row_followers.reset()
+        keys, row_keys, complete = self._contexts(chunk.inputs)
+        scored = complete & (chunk.index >= 0)
+        tokens = chunk.targets[scored]
+        in_text = self.text_followers.times(keys[scored], tokens)
+        self.row_followers.add(row_keys[scored], tokens, in_text)
 
     def learn(self, part, stream):
         super().learn(part, stream)
-        self.row.reset()
-        run, new = scored_text(part, stream, self.context, self.s)
+        self.row_followers.reset()
+        text, new = scored_text(part, stream, self.context, self.s)
         new = new[new >= self.context]
         if len(new):
-            self.text.add(self._hashes(run)[new - self.context], run[new])
+            self.text_followers.add(self._hashes(text)[new - self.context], text[new])
 
 
 # ---- composition ---------------------------------------------------------------------------------
 
 
 def make_predictor(model, s, rt, targets, temperature=1.0):
-    """What the settings say is to be scored, over a stream of so many targets."""
+    """The predictor that the settings ask for, over a stream of `targets` targets."""
     width = s.eval_seq_len if s.eval_context == "cache" else 0
     if s.ttt == "lora_docs":
         predictor = DocumentAdapters(model, s, rt, temperature)
@@ -5443,102 +5903,174 @@ def make_predictor(model, s, rt, targets, temperature=1.0):
         predictor = ScoreFirst(model, s, rt, temperature, width)
     else:
         predictor = ModelPredictor(model, rt, temperature, width)
-    predictor = Tilt(predictor, s, rt, targets) if s.token_boost else predictor
-    if s.mixer != "off":
-        predictor = HashedMixture(predictor, s, rt) if s.mixer == "hashed" else NgramMixture(predictor, s, rt, targets)
+    return wrap_predictor(predictor, s, rt, targets)
+
+
+def wrap_predictor(predictor, s, rt, targets):
+    """The same inside all that the settings put around it. What comes later here is further out.
+    """
+    if s.token_boost:
+        predictor = Tilt(predictor, s, rt, targets)
+    if s.mixer == "backoff":
+        predictor = BackoffMixture(predictor, s, rt, targets)
+    elif s.mixer == "hedge" and "entropy" not in s.mixer_experts:
+        predictor = HedgeMixture(predictor, s, rt, targets)
+    elif s.mixer != "off":
+        predictor = invalid_mixture(predictor, s, rt, targets)
     return predictor
 
 
 # --------------------------------------------------------------------------------------------------
-# 13 Invalid originals: techniques of the reference systems whose score is not valid. No valid run comes here.
+# 13 Invalid originals: techniques of the reference systems whose score is not valid.
+# No valid run comes here. ALLOW_INVALID=1 admits TTT=before and TTT=prequant (train_on_validation),
+# MIXER_EXPERTS=entropy (EntropyMixture), MIXER=hashed (HashedMixture).
 # --------------------------------------------------------------------------------------------------
 
 
 def train_on_validation(run, model, stream):
-    """TTT=prequant (#1539) and TTT=before (#518): steps on the whole validation text before any of it is scored. What is
-    reported afterwards is a training loss, and no score; it is here so that this can be measured.
+    """TTT=before (#518) and TTT=prequant (#1539): steps on the whole validation text before any of
+    it is scored.
+
+    What is reported afterwards is a training loss and no score. It is here so that this can be
+    measured.
     """
-    s, rt = run.s, run.rt
-    run.validity.need(False, f"C3 order: TTT={s.ttt} trains on the validation text before it is scored")
+    s = run.s
+    reason = f"C3 order: TTT={s.ttt} trains on the validation text before it is scored"
+    run.validity.need(False, reason)
     with run.clock.phase("eval"), run.validity.report(), torch.enable_grad():
-        adaptation = adaptation_of_weights(model, s, rt)
+        adaptation = adaptation_of_weights(model, s, run.rt)
         log_trainable(run, model, adaptation)
         adaptation.fit(stream, np.arange(len(stream.bytes)), s.ttt_epochs, partial(cosine, s))
     model.requires_grad_(True)
 
 
+def invalid_mixture(base, s, rt, targets):
+    """The mixtures of wrap_predictor() that are no distributions."""
+    if s.mixer == "hashed":
+        return HashedMixture(base, s, rt)
+    return EntropyMixture(base, s, rt, targets)
+
+
+class EntropyMixture(HedgeMixture):
+    """#967's mixture as published, with its expert "entropy" (MIXER_EXPERTS=entropy).
+
+    This expert gives every token exp(-H), H the entropy of the model. Over all tokens that is far
+    more than 1.
+    """
+
+    def __init__(self, base, s, rt, targets):
+        super().__init__(base, s, rt, targets)
+        self.invalid = "C2 normalisation: MIXER_EXPERTS=entropy is no distribution (#967)"
+
+    def _order(self, name):
+        if name == "entropy":
+            return 1  # any order will do: _experts() replaces its probabilities
+        return super()._order(name)
+
+    def _experts(self, log_probs, of_tokens, contexts, grams):
+        experts = super()._experts(log_probs, of_tokens, contexts, grams)
+        for number, name in enumerate(self.s.mixer_experts, 1):
+            if name == "entropy":
+                experts[number] = with_dims_of(-entropy_of(log_probs), of_tokens)
+        return experts
+
+
 class HashedMixture(WrappingPredictor):
-    """The mixer of #1033 as published: the share of the target among what a context's bucket saw, both found by hashes, of
-    the longest order whose context's bucket has MIN_COUNT; no sum is ever 1, and with full buckets each is nearly V.
+    """The mixer of #1033 as published (MIXER=hashed).
+
+    The "probability" of a token is its share among what a context's bucket saw, of the longest
+    order whose context's bucket has MIN_COUNT. Both the context and the context with the token are
+    found by hashes. So no sum is ever 1, and with full buckets each is nearly V.
     """
 
     PRIMES = 36313, 27191, 51647, 81929, 131071, 174763, 233017
 
     def __init__(self, base, s, rt):
         super().__init__(base, s, rt)
-        self.invalid = "C2 normalisation: MIXER=hashed looks the target up in a hash of itself (#1033)"
+        self.invalid = ("C2 normalisation: MIXER=hashed looks the target up in a hash of itself "
+                        "(#1033)")
         self.history = max(s.ngram_order - 2, base.history)
-        self.counts = torch.zeros(2, s.ngram_order + 1, s.ngram_buckets, dtype=torch.int32, device=rt.device)
-        self.single = torch.zeros(s.vocab_size + 1, dtype=torch.int64, device=rt.device)
+        # By order and bucket: of contexts, and of contexts with a token.
+        shape = (2, s.ngram_order + 1, s.ngram_buckets)
+        self.counts = torch.zeros(shape, dtype=torch.int32, device=rt.device)
+        self.unigrams = torch.zeros(s.vocab_size + 1, dtype=torch.int64, device=rt.device)
         self.reset()
 
     def reset(self):
         super().reset()
-        self.counts.zero_(), self.single.zero_()
-        self.seen = 0
+        self.counts.zero_()
+        self.unigrams.zero_()
+        self.counted = 0  # targets
 
-    def _context(self, run, n):
-        """Hash of the n - 1 tokens that end at each place of run (..., L), from the (n - 1)-th on."""
-        spans = run.unfold(-1, n - 1, 1) * torch.tensor([self.PRIMES[i % 7] for i in range(n - 1)], device=run.device)
+    def _context_hash(self, text, n):
+        """Hash of the n - 1 tokens that end at each place of text (..., L), from the (n - 1)-th
+        place on.
+        """
+        primes = torch.tensor([self.PRIMES[i % 7] for i in range(n - 1)], device=text.device)
+        spans = text.unfold(-1, n - 1, 1) * primes
         return reduce(torch.bitwise_xor, spans.unbind(-1))
 
-    def _full(self, context, tokens, n):
-        return (context ^ tokens * self.PRIMES[(n - 1) % 7]) % self.s.ngram_buckets
+    def _full_bucket(self, context_hash, tokens, n):
+        """Bucket of contexts with the tokens after them."""
+        return (context_hash ^ tokens * self.PRIMES[(n - 1) % 7]) % self.s.ngram_buckets
 
-    def _share(self, run, k, tokens):
-        """"p" (B, K, ...) of tokens, each at its own key."""
-        vocab, left, p = self.s.vocab_size, torch.ones_like(tokens, dtype=torch.bool), None
-        p = (self.single[tokens] + 0.5) / (self.seen + 0.5 * vocab)
-        for n in range(self.s.ngram_order, 1, -1):
-            some = run[:, run.size(1) - k - n + 2 :]
-            context = self._context(some, n).view(*some.shape[:1], k, *(1,) * (tokens.dim() - 2))
-            there = (some.unfold(-1, n - 1, 1) >= 0).all(-1).view(context.shape)
-            before = self.counts[0, n][context % self.s.ngram_buckets]
-            use = left & there & (before >= self.s.min_count)
-            both = torch.minimum(self.counts[1, n][self._full(context, tokens, n)], before)
-            p, left = torch.where(use, both / before.clamp(min=1).double(), p.double()), left & ~use
+    def shares(self, recent, tokens):
+        """"Probabilities" (B, K, ...) of tokens after the last K places of recent (B, h + K)."""
+        s = self.s
+        places = tokens.size(1)
+        p = (self.unigrams[tokens] + 0.5) / (self.counted + 0.5 * s.vocab_size)
+        unanswered = torch.ones_like(tokens, dtype=torch.bool)  # no longer order has MIN_COUNT
+        for n in range(s.ngram_order, 1, -1):
+            text = recent[:, recent.size(1) - places - n + 2 :]
+            context_hash = with_dims_of(self._context_hash(text, n), tokens)
+            complete = with_dims_of((text.unfold(-1, n - 1, 1) >= 0).all(-1), tokens)
+            of_context = self.counts[0, n][context_hash % s.ngram_buckets]
+            of_both = self.counts[1, n][self._full_bucket(context_hash, tokens, n)]
+            answers = unanswered & complete & (of_context >= s.min_count)
+            share = torch.minimum(of_both, of_context) / of_context.clamp(min=1).double()
+            p = torch.where(answers, share, p.double())
+            unanswered = unanswered & ~answers
         return p
 
-    def _mixed(self, inputs, said, own, tokens):
-        alpha, k = ngram_weight(self.s, said).view(*said.shape[:2], *(1,) * (own.dim() - 2)), inputs.places.size(1)
-        p = self._share(inputs.recent[:, : inputs.recent.size(1) - k + own.size(1)], own.size(1), tokens)
-        return torch.log(((1 - alpha) * own.double().exp() + alpha * p).clamp(min=1e-12))
+    def _mix(self, inputs, log_probs, of_tokens, tokens):
+        """Log "probabilities" (B, K, ...) of tokens, whose log-probabilities by the base are
+        of_tokens (B, K, ...).
+        """
+        alpha = with_dims_of(ngram_weight(self.s, log_probs), of_tokens)
+        upto_last = inputs.recent[:, : tokens_before(inputs) + tokens.size(1)]
+        p = (1 - alpha) * of_tokens.double().exp() + alpha * self.shares(upto_last, tokens)
+        return torch.log(p.clamp(min=1e-12))
 
     @torch.no_grad()
-    def predict(self, inputs, most=None):
-        said = self.base.predict(inputs, most)
-        everyone = torch.arange(said.size(-1), device=said.device).expand(said.shape)
-        return said if self.seen < self.s.mixer_min_tokens else self._mixed(inputs, said, said, everyone)
+    def predict(self, inputs, count=None):
+        log_probs = self.base.predict(inputs, count)
+        if self.counted < self.s.mixer_min_tokens:
+            return log_probs
+        return self._mix(inputs, log_probs, log_probs, every_token(log_probs))
 
     @torch.no_grad()
     def nll(self, inputs, targets):
-        said = self.base.predict(inputs)
-        own = said.gather(-1, targets[..., None]).squeeze(-1)
-        return -(own if self.seen < self.s.mixer_min_tokens else self._mixed(inputs, said, own, targets))
+        log_probs = self.base.predict(inputs)
+        of_targets = log_probs.gather(-1, targets[..., None]).squeeze(-1)
+        if self.counted < self.s.mixer_min_tokens:
+            return -of_targets
+        return -self._mix(inputs, log_probs, of_targets, targets)
 
     def learn(self, part, stream):
         super().learn(part, stream)
-        run, new = scored_text(part, stream, self.s.ngram_order - 1, self.s)
-        one = torch.ones_like(new, dtype=torch.int32)
-        self.single.index_add_(0, run[new], one.long())
-        for n in range(2, self.s.ngram_order + 1):
-            at = new[new >= n - 1]
-            if not len(at):
+        s = self.s
+        text, new = scored_text(part, stream, s.ngram_order - 1, s)
+        ones = torch.ones_like(new, dtype=torch.int32)
+        self.unigrams.index_add_(0, text[new], ones.long())
+        for n in range(2, s.ngram_order + 1):
+            places = new[new >= n - 1]  # with n - 1 tokens before them
+            if not len(places):
                 break
-            context = self._context(run, n)[at - n + 1]
-            self.counts[0, n].index_add_(0, context % self.s.ngram_buckets, one[: len(at)])
-            self.counts[1, n].index_add_(0, self._full(context, run[at], n), one[: len(at)])
-        self.seen += len(new)
+            context_hash = self._context_hash(text, n)[places - n + 1]
+            buckets = self._full_bucket(context_hash, text[places], n)
+            self.counts[0, n].index_add_(0, context_hash % s.ngram_buckets, ones[: len(places)])
+            self.counts[1, n].index_add_(0, buckets, ones[: len(places)])
+        self.counted += len(new)
 
 
 # --------------------------------------------------------------------------------------------------

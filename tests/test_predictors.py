@@ -294,7 +294,7 @@ def test_adapters_begin_as_nothing(dtype, context):
     s = tiny(ttt="lora_docs", eval_context=context, ttt_lora_lr=0, ttt_lora_rank=64, **ALL)
     model, stream = ref.randomise(tg.GPT(s, dtype), 3), stream_of()
     predictor = predictor_of(s, model, stream)
-    plain = tg.ModelPredictor(model, ref.alone(), width=s.eval_seq_len if context == "cache" else 0)
+    plain = predictor_of(tg.replace(s, ttt="off"), model, stream)
     assert torch.equal(scored(predictor, s, stream), scored(plain, s, stream))
     for a, b in starting(predictor).values():
         assert not b.any() and a.abs().max() <= s.model_dim**-0.5 and abs(a.std() * (3 * s.model_dim) ** 0.5 - 1) < 0.1
@@ -328,7 +328,7 @@ def test_each_visit_of_a_looped_block_has_adapters_of_its_own(kind):
     ends = {(visit, what) for visit in range(6) for what in "q k v o attn mlp".split()} | {(None, "head")}
     assert starting(predictor).keys() == ends
     scored(predictor, s, stream)
-    maps = predictor.adapters.of(predictor.flat.detach()).slots
+    maps = predictor.adapters.of(predictor.adapter_weights.detach()).slots
     assert len({slot.q.args[0][0].sum().item() for slot in maps}) == 6
     assert len({slot.v.args[1][0].sum().item() for slot in maps}) == 6
 

@@ -83,9 +83,9 @@ class Scoring:
 
     Relied on: Settings.parse, .text and the fields named here; read_artifact, artifact_settings, load_artifact;
     Runtime, pick_attention, Clock, Validity with .freeze .need .reasons, train_on_validation, warm_up_scoring,
-    graphs_so_far; load_tokenizer, load_validation, document_ranges; make_predictor, Reader with .forwarded, reader_for, score; of
-    predictors .base .adaptation._loss and DocumentAdapters.observe; Mixture and Hashed over a bare Predictor with .learn
-    .counts ._contexts ._share.
+    graphs_so_far; load_tokenizer, load_validation, document_ranges; make_predictor, Reader with .forwarded, reader_for,
+    score; of predictors .base .adaptation._loss and DocumentAdapters.observe; wrap_predictor around a bare Predictor:
+    BackoffMixture with .learn .nodes_of_targets .counts, HashedMixture with .learn .shares.
     """
 
     def __init__(self, path, words):
@@ -197,7 +197,7 @@ def measure_counts(scoring, text):
     if rt.device.type == "cpu":
         torch.set_num_threads(1)
     exact = s.mixer == "backoff"
-    mixer = trainer.NgramMixture(trainer.Predictor(), s, rt, len(val.bytes)) if exact else trainer.HashedMixture(trainer.Predictor(), s, rt)
+    mixer = trainer.wrap_predictor(trainer.Predictor(), s, rt, len(val.bytes))
     seconds, nats = {"score": 0.0, "update": 0.0}, 0.0
     clock = time.process_time if rt.device.type == "cpu" else time.perf_counter
 
@@ -211,14 +211,12 @@ def measure_counts(scoring, text):
 
     for part in trainer.Reader(val, s, rt, s.ttt_chunk_tokens, mixer.history):
         for chunk in part.chunks:
-            run, k = chunk.inputs.recent, chunk.targets.size(1)
             with timed("score"):
                 if exact:
-                    h = run.size(1) - k
-                    nodes = mixer.counts.walk(torch.cat((run[:, : h + 1], chunk.targets), 1))
-                    p = mixer.counts.probability(mixer._contexts(nodes, h, k), [node[:, h + 1 :] for node in nodes])[-1]
+                    contexts, grams = mixer.nodes_of_targets(chunk.inputs, chunk.targets)
+                    p = mixer.counts.backoff_probabilities(contexts, grams)[-1]
                 else:
-                    p = mixer._share(run, k, chunk.targets)
+                    p = mixer.shares(chunk.inputs.recent, chunk.targets)
             nats -= p.clamp(min=1e-300).log()[chunk.index >= 0].sum().item()
         with timed("update"):
             mixer.learn(part, val)

@@ -93,8 +93,8 @@ def divided(trainer):
             self.invalid, self.history = "", base.history
             self.learns, self.sums, self.targets = base.learns, 0.0, 0
 
-        def predict(self, inputs, most=None):
-            said = self.base.predict(inputs, most).double()
+        def predict(self, inputs, count=None):
+            said = self.base.predict(inputs, count).double()
             return said - said.logsumexp(-1, keepdim=True)
 
         def nll(self, inputs, targets):
