@@ -4688,31 +4688,27 @@ class Predictor:
 
     invalid = ""  # the condition of a valid score that it breaks
     learns = False  # does learn() do anything?
-    history = 0  # number of tokens before the first place that it reads of Inputs.recent
+    history = 0  # how many tokens before the first place Inputs.recent must hold
     adaptation = None  # an Adaptation, where gradient steps on scored text change the predictions
     adapters = None  # Adapters, where there are low-rank adapters beside the model
     adapter_weights = None  # (R, P) the weights of these adapters
 
     def predict(self, inputs, count=None):
-        """Log-probabilities (B, K, V) of the token after each of the K places, or after the first
-        `count` of them.
-        """
+        """Log-probabilities (B, K, V) after each of the K places, or after the first `count`."""
         raise NotImplementedError
 
     def nll(self, inputs, targets):
-        """Nats (B, K) of the targets. A shorter way than this one needs a test that shows it to be
-        equal.
-        """
+        """Nats (B, K) of the targets. A shorter way needs a test that it is equal."""
         return -self.predict(inputs).gather(-1, targets[..., None]).squeeze(-1)
 
     def observe(self, chunk):
         """Take in a chunk of this rank that was scored."""
 
     def learn(self, part, stream):
-        """Learn from the targets part.ranges of the stream, which are scored. All ranks learn the
-        same.
+        """Learn from the targets part.ranges of the stream, which are scored.
 
-        The stream is a copy that holds what has been scored so far, and zeros for the rest.
+        All ranks learn the same. The stream is a copy that holds what has been scored so far, and
+        zeros for the rest.
         """
 
     def reset(self):
@@ -4746,9 +4742,7 @@ class ModelPredictor(Predictor):
         self._forward = rt.compile(self._run)
 
     def _run(self, ids, docs, places, past, adapter_weights):
-        """(logits (B, K, V) of the places, keys and values of the ids); this is what gets
-        compiled.
-        """
+        """(logits (B, K, V) of the places, keys and values of the ids). This gets compiled."""
         adapters = None
         if adapter_weights is not None:
             adapters = self.adapters.of(adapter_weights)
@@ -4774,7 +4768,7 @@ class ModelPredictor(Predictor):
         return logits
 
     def _cached_past(self, inputs):
-        """The fields of Past but for the last, `new`, which each forward makes anew."""
+        """The fields of Past except for the last, `new`, which each forward makes anew."""
         rows = len(inputs.ids)
         if inputs.turn == 0:
             self.cache = Cache(self.model, rows, self.width)
@@ -4843,11 +4837,10 @@ class Adaptation:
         return (weights * nats_of(logits, targets)).sum()
 
     def fit(self, stream, targets, epochs, lr_scale, after_step=lambda: None):
-        """Learn the targets (n,) of the stream in this order, in sequences of EVAL_SEQ_LEN,
-        `epochs` times.
+        """Learn the targets (n,) of the stream `epochs` times, in this order.
 
-        lr_scale(progress), of progress in [0, 1), multiplies the learning rates. after_step() is
-        called after each step.
+        A sequence has EVAL_SEQ_LEN targets. lr_scale(progress), of progress in [0, 1), multiplies
+        the learning rates. after_step() is called after each step.
         """
         s, world = self.s, self.rt.world
         padding = -len(targets) % s.eval_seq_len
@@ -4905,10 +4898,9 @@ class Adaptation:
 
 
 def adaptation_of_weights(model, s, rt):
-    """Adaptation of the model's weights, of those that TTT_FREEZE_* leave, at TTT_LR times
-    TTT_LR_MULT_*.
+    """Adaptation of the model's weights, except for those that TTT_FREEZE_* freezes.
 
-    The frozen ones need no gradient from now on.
+    The learning rates are TTT_LR times TTT_LR_MULT_*. Frozen weights need no gradient from now on.
     """
     multiples = {}
     for block in model.blocks:
@@ -4931,9 +4923,7 @@ def adaptation_of_weights(model, s, rt):
 
 
 def frozen_in_ttt(model, s):
-    """Names of the parameters that test-time training leaves as they are (TTT_FREEZE_BLOCKS,
-    TTT_FREEZE_EMBED).
-    """
+    """Names of the parameters that TTT_FREEZE_BLOCKS and TTT_FREEZE_EMBED leave as they are."""
     role_of = roles(model)
     frozen_blocks = model.blocks[: s.ttt_freeze_blocks]
     in_frozen_blocks = {param for block in frozen_blocks for param in block.parameters()}
@@ -4956,9 +4946,7 @@ def phase_ends(s):
 
 
 def cosine(s, progress):
-    """Scale of the learning rates of test-time training: from 1 down to TTT_MIN_LR, by half a
-    cosine.
-    """
+    """Scale of the learning rates of test-time training: half a cosine from 1 to TTT_MIN_LR."""
     return s.ttt_min_lr + (1 - s.ttt_min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -5046,10 +5034,9 @@ def lora(a, b, scale, x):
 
 
 class Adapters:
-    """Low-rank adapters (LoRA, arXiv 2106.09685) of each visit of the plan: what they are, not
-    their weights.
+    """Low-rank adapters (LoRA, arXiv 2106.09685) of each visit of the plan, without their weights.
 
-    Their weights are a tensor (R, P) that others keep: a row for each text, and in it A and B of
+    The predictors keep the weights, a tensor (R, P): a row for each text, and in it A and B of
     each adapter in turn.
     """
 
@@ -5079,10 +5066,10 @@ class Adapters:
         self.is_a = torch.cat(is_a).to(self.weight.device)  # (P,) bool
 
     def start(self, *draw):
-        """Weights (1, P) with which they begin: A uniform within 1 / sqrt(inputs), B zero, so that
-        nothing is added.
+        """Weights (1, P) with which adapters begin. They add nothing, because B is zero.
 
-        Other numbers `draw` are another draw. Each draw is the same on every device.
+        A is uniform within 1 / sqrt(inputs). Other numbers `draw` give another draw. A draw is the
+        same on every device.
         """
         seed = self.seed
         if draw:
@@ -5132,18 +5119,18 @@ class DocumentAdapters(ModelPredictor):
     state follow from this:
 
     - of the batch: the weights of each row's adapters, and AdamW's moments of them;
-    - of the group: how many batches have begun, and for a warm start the sum of what its adapters
-      ended with;
-    - of the text: with which weights adapters begin, and for phases which documents have been
-      read.
+    - of the group: how many batches have begun, and for a warm start the sum of the weights with
+      which adapters ended, and their number;
+    - of the text: the weights with which adapters begin, and for phases which documents were read.
 
     With which weights the adapters of a document begin:
 
     - TTT_LORA_A=shared: all with the same draw. TTT_WARM_START_A: A is the mean of those that
       ended in the last group.
     - TTT_LORA_A=own: A is drawn for each seat of a group, anew for each group. TTT_WARM_START_A: A
-      is where the last document in the same seat ended. A seat is a row of a batch of a rank
-      (#1767: the same row of a rank's batch; that is the same where all ranks are equally fast).
+      is where the last document in the same seat ended. The seats of a group are its places in
+      the batches of all ranks. (#1767 has a start for each row of a rank's batch, which is the
+      same where all ranks are equally fast.)
 
     PHASED_TTT_PREFIX_DOCS: at the end of each phase the model's weights learn from all documents
     so far (#1610), and every own A is drawn anew.
@@ -5162,24 +5149,24 @@ class DocumentAdapters(ModelPredictor):
 
     def reset(self):
         super().reset()
+        # Of the text.
+        self.start = self.adapters.start()  # (1, P), for all documents
+        self.draw = 0  # number of the draw of own starts
+        self.seats = {}  # {seat: (P,) weights of the last document there}
+        self.groups = []  # ranges of the documents of each group
+        # Of the group.
+        self.batches = 0
+        sum_and_count = self.start.size(1) + 1
+        self.ended = torch.zeros(sum_and_count, dtype=torch.float64, device=self.start.device)
         # Of the batch, (rows, P) each.
         self.weights = None
         self.mean = None
         self.square = None
-        # Of the group.
-        self.batches = 0
-        self.start = self.adapters.start()
-        sum_and_count = self.start.size(1) + 1
-        self.ended = torch.zeros(sum_and_count, dtype=torch.float64, device=self.start.device)
-        # Of the text.
-        self.draw = 0  # number of the draw of own starts
-        self.seats = {}  # {seat: (P,) where the last document there is, or ended}
-        self.groups = []  # ranges of documents that have been read
         if self.phases:
             self.adaptation.reset()
         self.model.requires_grad_(False)
 
-    # -- the batch: predict, then one step on what was scored
+    # Of a batch: predict a chunk, and take a step on it after it was scored.
 
     @torch.enable_grad()
     def logits(self, inputs):
@@ -5217,13 +5204,12 @@ class DocumentAdapters(ModelPredictor):
               chunk.inputs.turn + 1, s.ttt_lora_lr, s.ttt_wd, betas, 1e-10)
 
     def _add_ended(self, chunk, scored):
-        """Add the adapters of rows that end with this chunk to the group's sum, and their number.
-        """
+        """Add the adapters of rows that end with this chunk to the group's sum and count."""
         ends = scored.any(1).double()
         ends[: chunk.continuing] = 0
         self.ended += torch.cat((ends @ self.weights.double(), ends.sum()[None]))
 
-    # -- where adapters begin
+    # Where adapters begin.
 
     def _begin(self, rows):
         """Weights (rows, P) with which the adapters of this rank's next documents begin."""
@@ -5248,7 +5234,7 @@ class DocumentAdapters(ModelPredictor):
             return self.seats[seat]
         return self.adapters.start(self.draw, seat)[0]
 
-    # -- the end of a group
+    # The end of a group, and of a phase.
 
     def learn(self, part, stream):
         if self.s.ttt_warm_start_a:
@@ -5317,21 +5303,24 @@ def log_trainable(run, model, adaptation):
 
 # ---- n-grams of the scored text ------------------------------------------------------------------
 
+# Odd numbers of 64 bits, as int64. Multiplied by one, a number is spread over the upper bits.
+GOLDEN = -7046029254386353131  # 2^64 / golden ratio
+PCG = 6364136223846793005  # multiplier of Knuth's MMIX and of PCG
+SPLITMIX = -4658895280553007687  # of SplitMix64
+XXHASH = -4417276706812531889  # the second prime of xxHash64
+
 
 class HashTable:
-    """A set of int64 keys >= 0 on the device, each with a slot of its own: a number below
-    len(table). Open addressing.
+    """A set of int64 keys >= 0 on the device. Each key has a slot, a number below len(table).
 
-    A hash of a key says at which slot the search for it begins. If another key is there, the next
-    slot is looked at, and so on (linear probing), until the key is found or a free slot says that
-    it is not in the table. New keys take that free slot. probe() does this for many keys at once,
-    round by round; keys that are settled drop out.
+    The hash of a key says at which slot the search for it begins. If another key is there, the
+    search moves on to the next slot (open addressing, linear probing). It ends at the key, or at a
+    free slot: then the key is not in the table, and that slot is where it can be added. probe()
+    searches many keys at once, a slot of each in every round.
 
-    `capacity` keys have room. Which of several new keys gets a slot first is left to the device, and
-    nothing that is computed from slots depends on it.
+    `capacity` keys have room. The device decides which of several new keys gets a slot first.
+    Nothing that is computed from slots depends on that.
     """
-
-    HASH = -7046029254386353131  # 2^64 / golden ratio as int64: spreads neighbouring keys evenly
 
     def __init__(self, capacity, device):
         self.bits = max(int(1.5 * capacity).bit_length(), 8)
@@ -5343,7 +5332,7 @@ class HashTable:
 
     def probe(self, keys, add=False):
         """Slots of keys (n,). A key that is not in the table gets -1, or with `add` a slot."""
-        slots = keys * self.HASH >> (64 - self.bits) & (1 << self.bits) - 1
+        slots = keys * GOLDEN >> (64 - self.bits) & (1 << self.bits) - 1
         # Of the keys that are still searched: indices, what must be stored, the slot to look at.
         index = None  # None: all
         wanted = keys + 1
@@ -5359,7 +5348,7 @@ class HashTable:
             following = (current.index_select(0, missed) + 1) % len(self.keys)
             current = torch.where(free, -1, following)
             slots.index_copy_(0, index, current)
-            if not add:  # who came to a free slot is not there
+            if not add:  # a free slot ends the search
                 searched = (current >= 0).nonzero().squeeze(1)
                 index = index.index_select(0, searched)
                 wanted = wanted.index_select(0, searched)
@@ -5387,13 +5376,13 @@ class NgramCounts:
     of a text walk down the trie together, a token a round.
 
     A node is a number: that of one token is the token; that of a longer n-gram is vocab + 1 + its
-    slot in the table; the root is the last number; -1 is no node. `capacity` n-grams of two tokens and
-    more have room.
+    slot in the table; the root is the last number; -1 is no node.
 
-    Texts that are counted together are kept apart by the token `vocab`.
+    `capacity` n-grams of two tokens and more have room. Texts that are counted together are kept
+    apart by the token `vocab`.
     """
 
-    KIND = 1 << 32  # unit of the upper half of `followers`
+    KINDS = 32  # bits of `followers` below the number of different tokens
 
     def __init__(self, vocab, order, capacity, device):
         self.vocab = vocab
@@ -5401,7 +5390,7 @@ class NgramCounts:
         self.table = HashTable(capacity, device)
         nodes = vocab + 1 + len(self.table) + 1
         self.count = torch.zeros(nodes, dtype=torch.int32, device=device)
-        # Tokens that followed each n-gram, plus KIND times how many different ones these were.
+        # After each n-gram: (number of different tokens << KINDS) + number of tokens.
         self.followers = torch.zeros(nodes, dtype=torch.int64, device=device)
 
     def reset(self):
@@ -5419,9 +5408,7 @@ class NgramCounts:
         return torch.where(slots < 0, -1, slots + self.vocab + 1)
 
     def find(self, nodes, tokens):
-        """Nodes one token longer, of the same shape; -1 where there is none, or where a node or
-        token is -1.
-        """
+        """Nodes one token longer, of the same shape; -1 for what is not there, and after -1."""
         children = torch.full_like(nodes, -1)
         given = ((nodes >= 0) & (tokens >= 0)).flatten().nonzero().squeeze(1)
         nodes = nodes.reshape(-1).index_select(0, given)
@@ -5438,9 +5425,7 @@ class NgramCounts:
         return nodes
 
     def add(self, text, new):
-        """Count the n-grams that end at the places `new` (n,) of text (L,). Its last token must be
-        `vocab`.
-        """
+        """Count the n-grams that end at places `new` (n,) of text (L,). It ends with `vocab`."""
         is_new = torch.zeros_like(text, dtype=torch.bool).index_fill_(0, new, True)
         ends = (text < self.vocab).nonzero().squeeze(1)  # places at which the n-grams so far end
         nodes = text.index_select(0, ends)
@@ -5461,7 +5446,7 @@ class NgramCounts:
         nodes = nodes.index_select(0, counted)
         parents = parents.index_select(0, counted)
         followers = torch.ones_like(nodes)
-        followers[self._first_occurrences(nodes)] += self.KIND
+        followers[self._first_occurrences(nodes)] += 1 << self.KINDS
         ones = torch.ones(len(nodes), dtype=torch.int32, device=nodes.device)
         self.count.index_add_(0, nodes, ones)
         self.followers.index_add_(0, parents, followers)
@@ -5481,11 +5466,10 @@ class NgramCounts:
         return uncounted.index_select(0, stayed)
 
     def backoff_probabilities(self, contexts, grams):
-        """[p (...) float64 of orders 1, 2, ...] of tokens, each order a distribution over all
-        tokens.
+        """[p (...) float64 of a token after its context, by orders 1, 2, ...].
 
         contexts: nodes of the 0, 1, ... tokens before. grams: nodes of these contexts and the
-        token that is asked for.
+        token. Each order is a distribution over all tokens.
 
         Each order takes DISCOUNT off its counts and gives that mass to the order below it, down to
         1 / vocab (interpolated absolute discounting). Where a context never occurred, the order
@@ -5495,8 +5479,8 @@ class NgramCounts:
         by_order = []
         for context, gram in zip(contexts, grams):
             followers = torch.where(context < 0, 0, self.followers[context])
-            total = (followers % self.KIND).double()
-            kinds = (followers // self.KIND).double()
+            kinds = (followers >> self.KINDS).double()
+            total = (followers & (1 << self.KINDS) - 1).double()
             count = torch.where(gram < 0, 0, self.count[gram]).double()
             kept = (count - DISCOUNT).clamp(min=0)
             interpolated = (kept + DISCOUNT * kinds * p) / total.clamp(min=1)
@@ -5510,7 +5494,11 @@ ORDERS = {"unigram": 1, "bigram": 2, "trigram": 3}  # of MIXER_EXPERTS; backoff 
 
 
 class WrappingPredictor(Predictor):
-    """A predictor that changes the predictions of another one, its base."""
+    """A predictor that changes the predictions of another one, its base.
+
+    A subclass has predict(), which asks the base, and of the others what it needs; each of them
+    calls the base's through super(). wrap_predictor() says when it is used.
+    """
 
     learns = True
 
@@ -5519,6 +5507,7 @@ class WrappingPredictor(Predictor):
         self.s = s
         self.rt = rt
         self.invalid = base.invalid
+        self.history = base.history
 
     def observe(self, chunk):
         self.base.observe(chunk)
@@ -5534,11 +5523,10 @@ class WrappingPredictor(Predictor):
 
 
 def scored_text(part, stream, back, s):
-    """(text (L,), new): the scored text of a part, and the places in it that are to be counted.
+    """(text (L,), new): the scored text of a part, and the places in it that nobody has counted.
 
-    Each range of the part comes after up to `back` tokens of context, which have been counted.
-    Documents of TTT=lora_docs come alone: they are not read in the order of the text. Ranges end
-    with the token VOCAB_SIZE.
+    A range of the part comes with up to `back` tokens before it, which are counted already. With
+    TTT=lora_docs it is a document and comes alone. The token VOCAB_SIZE follows on each range.
     """
     pieces = []
     new = []
@@ -5559,9 +5547,7 @@ def entropy_of(log_probs):
 
 
 def ngram_weight(s, log_probs):
-    """Weight (B, K) of the n-grams: it rises with the entropy of the model's log_probs (B, K, V)
-    (#1033).
-    """
+    """Weight (B, K) of the n-grams (#1033): it rises with the entropy of the model's log_probs."""
     above_center = entropy_of(log_probs) - s.alpha_center
     return s.alpha_base + s.alpha_range * torch.sigmoid(2 * above_center)
 
@@ -5577,18 +5563,15 @@ def every_token(log_probs):
 
 
 def with_dims_of(values, like):
-    """values (B, K), or with more dimensions before these, with those of like (B, K, ...) after
-    them.
-    """
+    """values (..., B, K) as (..., B, K, 1, ...), to meet a tensor like (B, K, ...)."""
     return values.view(*values.shape, *(1,) * (like.dim() - 2))
 
 
 class NgramMixture(WrappingPredictor):
-    """The base mixed with experts: n-grams that are counted in the scored text, each order a
-    distribution.
+    """The base mixed with experts, which are n-grams of one order, counted in the scored text.
 
-    Of the base and the experts every log weight is that of _log_weights(). names: of the experts,
-    unigram to backoff.
+    Each expert is a distribution, and so is the mixture. _log_weights() of a subclass says what
+    each of them weighs. names: of the experts, as in MIXER_EXPERTS.
     """
 
     def __init__(self, base, s, rt, targets, names):
@@ -5596,16 +5579,14 @@ class NgramMixture(WrappingPredictor):
         self.orders = [self._order(name) for name in names]
         order = max(self.orders, default=1)
         self.counts = NgramCounts(s.vocab_size, order, targets * (order - 1), rt.device)
-        self.history = max(order - 2, base.history)
+        self.history = max(self.history, order - 2)
         self.reset()
 
     def _order(self, name):
         return ORDERS.get(name, self.s.ngram_order)
 
     def _log_weights(self, log_probs):
-        """Of base and experts (1 + E, B or 1, K or 1), where the base's distribution is log_probs
-        (B, K, V).
-        """
+        """Of base and experts (1 + E, B or 1, K or 1). log_probs (B, K, V): what the base says."""
         raise NotImplementedError
 
     def reset(self):
@@ -5640,9 +5621,7 @@ class NgramMixture(WrappingPredictor):
         return -self._mix(self.experts, log_probs)
 
     def _contexts(self, nodes, before, places):
-        """[nodes (B, K) of the 0, 1, ... tokens up to each place], from those of all tokens
-        (walk).
-        """
+        """[nodes (B, K) of the last 0, 1, ... tokens up to each place], from what walk() found."""
         span = slice(before, before + places)
         contexts = [torch.full_like(nodes[0][:, span], self.counts.root)]
         for of_length in nodes[: self.counts.order - 1]:
@@ -5658,9 +5637,7 @@ class NgramMixture(WrappingPredictor):
         return self._contexts(nodes, before, targets.size(1)), grams
 
     def _experts(self, log_probs, of_tokens, contexts, grams):
-        """Log-probabilities (1 + E, B, K, ...) of tokens: the base's, which are of_tokens (B, K,
-        ...), and the experts'.
-        """
+        """Log-probabilities (1 + E, B, K, ...) of tokens, by the base (of_tokens) and the experts."""
         by_order = self.counts.backoff_probabilities(contexts, grams)
         experts = [by_order[order - 1].log() for order in self.orders]
         return torch.stack([of_tokens.double(), *experts])
@@ -5677,8 +5654,9 @@ class NgramMixture(WrappingPredictor):
 
 
 class BackoffMixture(NgramMixture):
-    """MIXER=backoff: the n-grams of NGRAM_ORDER, at a weight that rises with the model's entropy
-    (#1033, made normal).
+    """MIXER=backoff: n-grams of NGRAM_ORDER at a weight that rises with the model's entropy.
+
+    HashedMixture is #1033's original, which is not normalised.
     """
 
     def __init__(self, base, s, rt, targets):
@@ -5690,10 +5668,10 @@ class BackoffMixture(NgramMixture):
 
 
 class HedgeMixture(NgramMixture):
-    """MIXER=hedge: MIXER_EXPERTS by their record (#967, made normal).
+    """MIXER=hedge: the model and MIXER_EXPERTS, weighted by their record (#967).
 
-    At the end of each part each log weight falls by MIXER_ETA times its expert's mean nats over
-    all ranks.
+    At the end of each part the log weight of each falls by MIXER_ETA times its mean nats, over all
+    ranks. EntropyMixture is the original, whose expert "entropy" is not normalised.
     """
 
     MODEL_WEIGHT = 2.0  # log weight with which the model begins; the experts begin at 0
@@ -5734,8 +5712,8 @@ class HedgeMixture(NgramMixture):
 class Followers:
     """What followed on each context: how often any token did, and which token most often.
 
-    Contexts are keys of 62 bits in a HashTable; so are, with bit 62 set, pairs of a context and a
-    token.
+    Both are kept by the slots of a HashTable. Its keys are contexts, hashes of 62 bits, and pairs
+    of a context and a token, hashes of 62 bits with bit 62 set.
     """
 
     TOKEN_BITS = 17  # lower bits of `best`: more than a token has
@@ -5758,7 +5736,7 @@ class Followers:
 
     def _pairs(self, contexts, tokens):
         """Keys of contexts and the tokens after them."""
-        return mix_bits(contexts + (tokens + 1) * -4417276706812531889) | 1 << 62
+        return mix_bits(contexts + (tokens + 1) * XXHASH) | 1 << 62
 
     def _make_room(self, more):
         """Double the table until `more` keys fit in."""
@@ -5800,28 +5778,30 @@ class Followers:
 
 def mix_bits(keys):
     """62 bits that look random, of int64 keys."""
-    return (keys ^ keys >> 29) * -4658895280553007687 >> 2 & (1 << 62) - 1
+    return (keys ^ keys >> 29) * SPLITMIX >> 2 & (1 << 62) - 1
 
 
 class Tilt(WrappingPredictor):
     """Token-only tilt (#1145, #1514): one token, the hint, gets a higher probability.
 
     The hint is the token that followed most often on the last TOKEN_ORDER - 1 tokens, if it did in
-    at least TOKEN_THRESHOLD of the cases. p'(v) = p(v) e^(TOKEN_BOOST [v = hint]) / Z with Z = 1 +
-    p(hint) (e^TOKEN_BOOST - 1). That sums to 1 whatever the hint is, so contexts may be found by a
-    hash.
+    at least TOKEN_THRESHOLD of the cases. With it
 
-    Counted are the parts before, and in a row that continues (a document, kept keys) its own
-    chunks that were scored.
+        p'(v) = p(v) e^(TOKEN_BOOST [v = hint]) / Z,  Z = 1 + p(hint) (e^TOKEN_BOOST - 1).
+
+    That sums to 1 whatever the hint is, so contexts may be found by a hash.
+
+    It counts the parts that were scored. A row that continues (a document, kept keys) also knows
+    the chunks of its own that were scored.
     """
 
     def __init__(self, base, s, rt, targets):
         super().__init__(base, s, rt)
         self.context = s.token_order - 1  # tokens
-        self.history = max(self.context - 1, base.history)
+        self.history = max(self.history, self.context - 1)
         self.text_followers = Followers(targets, rt.device)
         self.row_followers = Followers(256, rt.device)  # whose contexts hold the row's number
-        powers = [pow(6364136223846793005, i, 2**64) for i in range(self.context)]
+        powers = [pow(PCG, i, 2**64) for i in range(self.context)]
         self.powers = torch.tensor(powers, dtype=torch.uint64).view(torch.int64).to(rt.device)
 
     def reset(self):
@@ -5830,19 +5810,15 @@ class Tilt(WrappingPredictor):
         self.row_followers.reset()
 
     def _hashes(self, text):
-        """Keys of the last `context` tokens at each place of text (..., L), from the context-th
-        place on.
-        """
+        """Keys of the last `context` tokens at each place of text (..., L) that has as many."""
         return mix_bits(((text.unfold(-1, self.context, 1) + 1) * self.powers).sum(-1))
 
     def _contexts(self, inputs):
-        """(keys (B, K) of the context of each place, the same with the row's number, is the
-        context complete?).
-        """
+        """Of each place (B, K): (key of its context, key in row_followers, is it complete?)."""
         recent = inputs.recent[:, tokens_before(inputs) - self.context + 1 :]
         keys = self._hashes(recent)
         numbers = torch.arange(1, 1 + len(recent), device=recent.device)[:, None]
-        row_keys = mix_bits(keys + numbers * -7046029254386353131)
+        row_keys = mix_bits(keys + numbers * GOLDEN)
         complete = (recent.unfold(-1, self.context, 1) >= 0).all(-1)
         return keys, row_keys, complete
 
@@ -5907,8 +5883,7 @@ def make_predictor(model, s, rt, targets, temperature=1.0):
 
 
 def wrap_predictor(predictor, s, rt, targets):
-    """The same inside all that the settings put around it. What comes later here is further out.
-    """
+    """The predictor inside all that the settings put around it, from the inside out."""
     if s.token_boost:
         predictor = Tilt(predictor, s, rt, targets)
     if s.mixer == "backoff":
@@ -5922,14 +5897,13 @@ def wrap_predictor(predictor, s, rt, targets):
 
 # --------------------------------------------------------------------------------------------------
 # 13 Invalid originals: techniques of the reference systems whose score is not valid.
-# No valid run comes here. ALLOW_INVALID=1 admits TTT=before and TTT=prequant (train_on_validation),
-# MIXER_EXPERTS=entropy (EntropyMixture), MIXER=hashed (HashedMixture).
+# No valid run comes here. ALLOW_INVALID=1 lets in TTT=before and TTT=prequant
+# (train_on_validation), MIXER_EXPERTS=entropy (EntropyMixture) and MIXER=hashed (HashedMixture).
 # --------------------------------------------------------------------------------------------------
 
 
 def train_on_validation(run, model, stream):
-    """TTT=before (#518) and TTT=prequant (#1539): steps on the whole validation text before any of
-    it is scored.
+    """TTT=before (#518) and TTT=prequant (#1539): steps on all of the text before it is scored.
 
     What is reported afterwards is a training loss and no score. It is here so that this can be
     measured.
@@ -5989,7 +5963,7 @@ class HashedMixture(WrappingPredictor):
         super().__init__(base, s, rt)
         self.invalid = ("C2 normalisation: MIXER=hashed looks the target up in a hash of itself "
                         "(#1033)")
-        self.history = max(s.ngram_order - 2, base.history)
+        self.history = max(self.history, s.ngram_order - 2)
         # By order and bucket: of contexts, and of contexts with a token.
         shape = (2, s.ngram_order + 1, s.ngram_buckets)
         self.counts = torch.zeros(shape, dtype=torch.int32, device=rt.device)
@@ -6003,9 +5977,7 @@ class HashedMixture(WrappingPredictor):
         self.counted = 0  # targets
 
     def _context_hash(self, text, n):
-        """Hash of the n - 1 tokens that end at each place of text (..., L), from the (n - 1)-th
-        place on.
-        """
+        """Hash of the last n - 1 tokens at each place of text (..., L) that has as many."""
         primes = torch.tensor([self.PRIMES[i % 7] for i in range(n - 1)], device=text.device)
         spans = text.unfold(-1, n - 1, 1) * primes
         return reduce(torch.bitwise_xor, spans.unbind(-1))
@@ -6033,9 +6005,7 @@ class HashedMixture(WrappingPredictor):
         return p
 
     def _mix(self, inputs, log_probs, of_tokens, tokens):
-        """Log "probabilities" (B, K, ...) of tokens, whose log-probabilities by the base are
-        of_tokens (B, K, ...).
-        """
+        """Log "probabilities" (B, K, ...) of tokens, which are of_tokens by the base."""
         alpha = with_dims_of(ngram_weight(self.s, log_probs), of_tokens)
         upto_last = inputs.recent[:, : tokens_before(inputs) + tokens.size(1)]
         p = (1 - alpha) * of_tokens.double().exp() + alpha * self.shares(upto_last, tokens)

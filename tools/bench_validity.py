@@ -87,7 +87,7 @@ def train_demo(words, steps, folder):
 
 def divided(trainer):
     """A class of predictors: what another one says, divided by its sum over all tokens, which it notes."""
-    class Divided(trainer.Over):
+    class Divided(trainer.WrappingPredictor):
         def __init__(self, base, s, rt):
             super().__init__(base, s, rt)
             self.invalid, self.history = "", base.history
@@ -116,7 +116,8 @@ def divided(trainer):
 class Demonstration(Scoring):
     """The artifact that all rows score, and how each of them does it.
 
-    Relied on, beside what Scoring and collect_moments do: save_artifact, read_file, train_on_validation, selftest, Over;
+    Relied on, beside what Scoring and collect_moments do: save_artifact, read_file, train_on_validation, selftest,
+    WrappingPredictor;
     make_predictor by its name, so that selftest() tests a predictor that is wrapped here.
     """
 
