@@ -5637,7 +5637,7 @@ class NgramMixture(WrappingPredictor):
         return self._contexts(nodes, before, targets.size(1)), grams
 
     def _experts(self, log_probs, of_tokens, contexts, grams):
-        """Log-probabilities (1 + E, B, K, ...) of tokens, by the base (of_tokens) and the experts."""
+        """Log-probabilities (1 + E, B, K, ...) of tokens by the base, as given, and the experts."""
         by_order = self.counts.backoff_probabilities(contexts, grams)
         experts = [by_order[order - 1].log() for order in self.orders]
         return torch.stack([of_tokens.double(), *experts])
