@@ -4185,7 +4185,7 @@ def scoring_name(s):
     """How a stream is read and by what it is scored, in a word."""
     how = "cache" if s.eval_context == "cache" else "contiguous" if s.eval_stride in (0, s.eval_seq_len) else "sliding_window"
     how = f"documents_{how}" if s.eval_docs else "" if s.ttt == "lora_docs" else how
-    words = [how, f"ttt_{s.ttt}" * (s.ttt != "off"), s.mixer * (s.mixer != "off"), "tilt" * (s.token_boost > 0)]
+    words = [how, f"ttt_{s.ttt}" * (s.ttt != "off"), *reversed([word for word, _ in wrappers(s)])]
     return "_".join(word for word in words if word)
 
 
@@ -5497,12 +5497,12 @@ class WrappingPredictor(Predictor):
     """A predictor that changes the predictions of another one, its base.
 
     A subclass has predict(), which asks the base, and of the others what it needs; each of them
-    calls the base's through super(). wrap_predictor() says when it is used.
+    calls the base's through super(). wrappers() says when it is used. targets: of the stream.
     """
 
     learns = True
 
-    def __init__(self, base, s, rt):
+    def __init__(self, base, s, rt, targets=0):
         self.base = base
         self.s = s
         self.rt = rt
@@ -5575,7 +5575,7 @@ class NgramMixture(WrappingPredictor):
     """
 
     def __init__(self, base, s, rt, targets, names):
-        super().__init__(base, s, rt)
+        super().__init__(base, s, rt, targets)
         self.orders = [self._order(name) for name in names]
         order = max(self.orders, default=1)
         self.counts = NgramCounts(s.vocab_size, order, targets * (order - 1), rt.device)
@@ -5637,7 +5637,7 @@ class NgramMixture(WrappingPredictor):
         return self._contexts(nodes, before, targets.size(1)), grams
 
     def _experts(self, log_probs, of_tokens, contexts, grams):
-        """Log-probabilities (1 + E, B, K, ...) of tokens by the base, as given, and the experts."""
+        """Log-probabilities (1 + E, B, K, ...) of tokens: of_tokens by the base, and experts."""
         by_order = self.counts.backoff_probabilities(contexts, grams)
         experts = [by_order[order - 1].log() for order in self.orders]
         return torch.stack([of_tokens.double(), *experts])
@@ -5796,7 +5796,7 @@ class Tilt(WrappingPredictor):
     """
 
     def __init__(self, base, s, rt, targets):
-        super().__init__(base, s, rt)
+        super().__init__(base, s, rt, targets)
         self.context = s.token_order - 1  # tokens
         self.history = max(self.history, self.context - 1)
         self.text_followers = Followers(targets, rt.device)
@@ -5883,16 +5883,22 @@ def make_predictor(model, s, rt, targets, temperature=1.0):
 
 
 def wrap_predictor(predictor, s, rt, targets):
-    """The predictor inside all that the settings put around it, from the inside out."""
-    if s.token_boost:
-        predictor = Tilt(predictor, s, rt, targets)
-    if s.mixer == "backoff":
-        predictor = BackoffMixture(predictor, s, rt, targets)
-    elif s.mixer == "hedge" and "entropy" not in s.mixer_experts:
-        predictor = HedgeMixture(predictor, s, rt, targets)
-    elif s.mixer != "off":
-        predictor = invalid_mixture(predictor, s, rt, targets)
+    """The predictor inside all that the settings put around it."""
+    for _, wrapper in wrappers(s):
+        predictor = wrapper(predictor, s, rt, targets)
     return predictor
+
+
+def wrappers(s):
+    """(word in the score's name, class) of all that goes around a predictor, inside first."""
+    if s.token_boost:
+        yield "tilt", Tilt
+    if s.mixer == "backoff":
+        yield "backoff", BackoffMixture
+    elif s.mixer == "hedge" and "entropy" not in s.mixer_experts:
+        yield "hedge", HedgeMixture
+    elif s.mixer != "off":
+        yield s.mixer, invalid_mixture(s)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5918,11 +5924,11 @@ def train_on_validation(run, model, stream):
     model.requires_grad_(True)
 
 
-def invalid_mixture(base, s, rt, targets):
-    """The mixtures of wrap_predictor() that are no distributions."""
+def invalid_mixture(s):
+    """The class of a mixture that is no distribution, for wrappers()."""
     if s.mixer == "hashed":
-        return HashedMixture(base, s, rt)
-    return EntropyMixture(base, s, rt, targets)
+        return HashedMixture
+    return EntropyMixture
 
 
 class EntropyMixture(HedgeMixture):
@@ -5959,8 +5965,8 @@ class HashedMixture(WrappingPredictor):
 
     PRIMES = 36313, 27191, 51647, 81929, 131071, 174763, 233017
 
-    def __init__(self, base, s, rt):
-        super().__init__(base, s, rt)
+    def __init__(self, base, s, rt, targets):
+        super().__init__(base, s, rt, targets)
         self.invalid = ("C2 normalisation: MIXER=hashed looks the target up in a hash of itself "
                         "(#1033)")
         self.history = max(self.history, s.ngram_order - 2)

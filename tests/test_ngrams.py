@@ -2,12 +2,9 @@
 what they make of it, and that every one of them is a distribution.
 """
 
-import contextlib
 import math
-import re
 from collections import Counter, defaultdict
 from fractions import Fraction
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -17,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reference as ref
-import scoring
 import train_gpt as tg
 from scoring import Thorough
 
@@ -610,26 +606,3 @@ def test_the_entropy_expert_gives_every_token_the_same_and_too_much():
     np.testing.assert_allclose(watched.said.numpy(), brute_force(s, base, ids)[0], rtol=0, atol=1e-9)
     assert "C2" in watched.inner.invalid and "entropy" in watched.inner.invalid
     assert any("C2" in reason for reason in reasons)
-
-
-def invalid_originals():
-    """Names of all that stands in the room of the invalid originals."""
-    source = Path(tg.__file__).read_text(encoding="utf-8")
-    room = re.search(r"\n# \d+ Invalid originals.*?\n# \d+ Kernels", source, re.DOTALL)[0]
-    return re.findall(r"^(?:def|class) (\w+)", room, re.MULTILINE)
-
-
-def test_no_valid_score_needs_an_invalid_original():
-    """With their room emptied every valid kind of predictor is still made, and no invalid one is."""
-    names = invalid_originals()
-    assert {"train_on_validation", "HashedMixture", "EntropyMixture"} <= set(names)
-    with contextlib.ExitStack() as stack:
-        for name in names:
-            stack.enter_context(mock.patch.object(tg, name, None))
-        for kind in scoring.HONEST:
-            s = scoring.settings(kind)
-            tg.make_predictor(scoring.model_of(s), s, ref.alone(), 100)
-        for kind in scoring.INVALID:
-            s = scoring.settings(kind)
-            with pytest.raises(TypeError):
-                tg.make_predictor(scoring.model_of(s), s, ref.alone(), 100)

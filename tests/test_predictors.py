@@ -1,8 +1,11 @@
 """Test-time training against tests/adaptation.py: the nats of every target, step by step; and what must not change."""
 
+import contextlib
 import functools
+import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 
 import adaptation
 import reference as ref
+import scoring
 import train_gpt as tg
 import training
 from conftest import write_shard
@@ -219,6 +223,64 @@ def test_a_text_that_repeats_itself_costs_less(kind):
     loss = {ttt: scored(predictor_of(t, ref.randomise(tg.GPT(t), 3, 0.2), stream), t, stream).mean().item()
             for ttt, t in (("on", s), ("off", tg.replace(s, ttt="off", eval_docs=s.ttt == "lora_docs")))}
     assert loss["on"] < 0.95 * loss["off"]
+
+
+# --- composition -----------------------------------------------------------------------------------------------------
+
+
+def made(kind):
+    """(settings, [predictors from the outside in]) of a kind of tests/scoring.py."""
+    s = scoring.settings(kind)
+    chain = [tg.make_predictor(scoring.model_of(s), s, ref.alone(), 100)]
+    while isinstance(chain[-1], tg.WrappingPredictor):
+        chain.append(chain[-1].base)
+    return s, chain
+
+
+def invalid_originals():
+    """Names of all that stands in the room of the invalid originals."""
+    source = Path(tg.__file__).read_text(encoding="utf-8")
+    room = re.search(r"\n# \d+ Invalid originals.*?\n# \d+ Kernels", source, re.DOTALL)[0]
+    return re.findall(r"^(?:def|class) (\w+)", room, re.MULTILINE)
+
+
+def test_no_valid_score_needs_an_invalid_original():
+    """With their room emptied every valid kind of predictor is still made, and no invalid one is."""
+    names = invalid_originals()
+    assert {"train_on_validation", "HashedMixture", "EntropyMixture"} <= set(names)
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(tg, name, None))
+        for kind in scoring.HONEST:
+            made(kind)
+        for kind in scoring.INVALID:
+            with pytest.raises(TypeError):
+                made(kind)
+
+
+def test_every_predictor_has_a_kind_that_the_tests_of_validity_look_at():
+    tested = {type(predictor) for kind in scoring.HONEST | scoring.INVALID for predictor in made(kind)[1]}
+    classes = {value for value in vars(tg).values() if isinstance(value, type) and issubclass(value, tg.Predictor)}
+    missing = classes - tested - {tg.Predictor, tg.WrappingPredictor, tg.NgramMixture}
+    assert not missing, f"HONEST of tests/scoring.py makes none of {sorted(kind.__name__ for kind in missing)}"
+
+
+@pytest.mark.parametrize("kind", scoring.HONEST)
+def test_settings_know_which_predictors_learn(kind):
+    """So that TTT_CHUNK_TOKENS or TTT_GROUP_DOCS is called idle only where the predictor reads the text as one part."""
+    s, chain = made(kind)
+    name = "TTT_GROUP_DOCS" if s.ttt == "lora_docs" else "TTT_CHUNK_TOKENS"
+    assert getattr(s, name.lower()) != getattr(tg.Settings(), name.lower())
+    learns = chain[0].learns if s.ttt != "lora_docs" else s.ttt_warm_start_a or len(chain) > 1
+    waits = f"on= of {name.lower()} in Settings (LEARNS or GROUPS) does not name the setting that makes {type(chain[0]).__name__}"
+    assert (name not in s.idle()) == learns, waits
+
+
+def test_every_wrapper_is_in_the_name_of_the_score():
+    for kind in scoring.HONEST | scoring.INVALID:
+        s, chain = made(kind)
+        words = [word for word, _ in tg.wrappers(s)]
+        assert len(words) == len(chain) - 1 and tg.scoring_name(s).endswith("_".join(reversed(words))), kind
 
 
 # --- which weights learn ---------------------------------------------------------------------------------------------
