@@ -862,8 +862,8 @@ def test_divided_by_the_sum():
     class Base(tg.Predictor):
         invalid, learns = "it is no distribution", True
 
-        def predict(self, inputs, most=None):
-            return share[:, :most].log()
+        def predict(self, inputs, count=None):
+            return share[:, :count].log()
 
     wrapped = validity.divided(tg)(Base(), None, None)
     assert wrapped.learns and not wrapped.invalid

@@ -461,8 +461,8 @@ class Table(tg.Predictor):
     def __init__(self, vocab):
         self.logs = torch.from_numpy(np.random.default_rng(0).standard_normal((vocab, vocab))).log_softmax(-1)
 
-    def predict(self, inputs, most=None):
-        return self.logs[inputs.ids.gather(1, inputs.places)][:, :most]
+    def predict(self, inputs, count=None):
+        return self.logs[inputs.ids.gather(1, inputs.places)][:, :count]
 
 
 ANYTHING = st.text(st.one_of(st.sampled_from(SPECIAL + "\0\x07\x1b\x85ptkbd gmnrls aeiou,. "),

@@ -328,10 +328,10 @@ def test_more_context_lowers_the_loss_of_a_model_that_uses_it():
     class Copy(tg.Predictor):
         """Knows what comes after four inputs, and nothing before."""
 
-        def predict(self, inputs, most=None):
+        def predict(self, inputs, count=None):
             logits = torch.zeros(*inputs.ids.shape, 32)
             logits[:, 4:].scatter_(-1, inputs.ids[:, : inputs.ids.size(1) - 4, None], 5.0)
-            return logits.log_softmax(-1).take_along_dim(inputs.places[..., None], 1)[:, :most]
+            return logits.log_softmax(-1).take_along_dim(inputs.places[..., None], 1)[:, :count]
 
     stream = stream_of([3, 1, 4, 15, 9] * 12)
     losses = [scored(Copy(), stream, 8, stride)[0].loss for stride in (4, 6, 0)]
@@ -370,8 +370,8 @@ class Flat(tg.Predictor):
     def __init__(self, vocab=32):
         self.vocab = vocab
 
-    def predict(self, inputs, most=None):
-        return torch.full((*inputs.places[:, :most].shape, self.vocab), -math.log(self.vocab))
+    def predict(self, inputs, count=None):
+        return torch.full((*inputs.places[:, :count].shape, self.vocab), -math.log(self.vocab))
 
 
 def test_sums_are_float64():
@@ -426,8 +426,8 @@ class Watched(tg.WrappingPredictor):
         super().__init__(base, s, rt)
         self.learns, self.history, self.worst = base.learns, base.history, 0.0
 
-    def predict(self, inputs, most=None):
-        return self.base.predict(inputs, most)
+    def predict(self, inputs, count=None):
+        return self.base.predict(inputs, count)
 
     def nll(self, inputs, targets):
         said, first = self.base.predict(inputs), self.base.predict(inputs, 2)
@@ -512,9 +512,9 @@ def test_learning_comes_after_scoring_and_is_legal():
         def __init__(self):
             self.counts, self.calls = torch.ones(32), []
 
-        def predict(self, inputs, most=None):
+        def predict(self, inputs, count=None):
             self.calls.append("predict")
-            return (self.counts / self.counts.sum()).log().expand(*inputs.places[:, :most].shape, 32)
+            return (self.counts / self.counts.sum()).log().expand(*inputs.places[:, :count].shape, 32)
 
         def observe(self, chunk):
             self.calls.append("observe")
@@ -576,8 +576,8 @@ class Broken(Flat):
         super().__init__()
         self.shift, self.bonus, self.nan_in = shift, bonus, nan_in
 
-    def predict(self, inputs, most=None):
-        out = super().predict(inputs, most) + self.shift
+    def predict(self, inputs, count=None):
+        out = super().predict(inputs, count) + self.shift
         if self.nan_in == "predict":
             out[0, -1, 3] = math.nan
         return out
@@ -629,11 +629,11 @@ def test_nobody_knows_which_chunks_and_places_will_be_looked_at():
             super().__init__()
             self.chunk, self.chunks, self.places = 0, set(), set()
 
-        def predict(self, inputs, most=None):
-            if most is not None:  # else for the nats
+        def predict(self, inputs, count=None):
+            if count is not None:  # else for the nats
                 self.chunks.add(self.chunk)
-                self.places |= set(inputs.places[:, :most].flatten().tolist())
-            return super().predict(inputs, most)
+                self.places |= set(inputs.places[:, :count].flatten().tolist())
+            return super().predict(inputs, count)
 
         def observe(self, chunk):
             self.chunk += 1
@@ -682,18 +682,18 @@ def test_a_prediction_that_later_tokens_of_its_row_change_is_c1():
     """Only in long rows, or only at the end of a document, where the row is not full; the nats agree with it."""
 
     class Long(Flat):
-        def predict(self, inputs, most=None):
-            said = super().predict(inputs, most)
+        def predict(self, inputs, count=None):
+            said = super().predict(inputs, count)
             odd = inputs.ids[:, -1:, None] % 2 * (torch.arange(32) < 16)
             return said if inputs.ids.size(1) <= 128 else (said + 1e-3 * odd).log_softmax(-1)
 
     class End(Flat):
         """Says BOS where the text begins anew behind the place: what the tail of a row holds."""
 
-        def predict(self, inputs, most=None):
+        def predict(self, inputs, count=None):
             x = torch.cat((inputs.ids, inputs.ids[:, :1]), 1)
-            ends = x.gather(1, inputs.places[:, :most] + 1) == x[:, :1]
-            return (super().predict(inputs, most) + 3.0 * ends[..., None] * (torch.arange(32) == 1)).log_softmax(-1)
+            ends = x.gather(1, inputs.places[:, :count] + 1) == x[:, :1]
+            return (super().predict(inputs, count) + 3.0 * ends[..., None] * (torch.arange(32) == 1)).log_softmax(-1)
 
     for predictor, length, docs, text in ((Long(), 129, False, random_text(129 * 8)), (End(), 64, True, random_text(3000, bos=0.05))):
         reasons = scored(predictor, text, length, batch=4, check_every=1, docs=docs)[1]
@@ -747,8 +747,8 @@ def test_nats_that_are_no_numbers_are_not_valid_where_nobody_looked(bonus):
 
 def test_infinite_nats_are_not_valid():
     class Certain(Flat):
-        def predict(self, inputs, most=None):
-            out = torch.full((*inputs.places[:, :most].shape, 32), -math.inf)
+        def predict(self, inputs, count=None):
+            out = torch.full((*inputs.places[:, :count].shape, 32), -math.inf)
             out[..., 0] = 0.0
             return out
 

@@ -739,11 +739,11 @@ DEAD = {
     "lqer_rank": ("Quantiser._add_lqer", lambda self, done: None),
     "size_limit": ("allocate", lambda quantiser, packed_of, *_: packed_of(quantiser.encode(1e-3))),
     "token_boost": ("Tilt._hints", lambda self, inputs: torch.full_like(inputs.places, -1)),
-    "alpha_base": ("ngram_weight", lambda s, said: torch.full(said.shape[:2], 0.5, dtype=torch.float64)),
+    "alpha_base": ("ngram_weight", lambda s, log_probs: torch.full(log_probs.shape[:2], 0.5, dtype=torch.float64)),
     "ttt_min_lr": ("cosine", lambda s, progress: 1.0),
     "ttt_lora_alpha": ("lora", lambda a, b, scale, x, true=tg.lora: true(a, b, 1.0, x)),
     "ttt_warm_start_a": ("DocumentAdapters.learn", lambda self, part, stream: None),
-    "phased_ttt_prefix_docs": ("DocumentAdapters._train", lambda self, stream, targets, epochs: None),
+    "phased_ttt_prefix_docs": ("DocumentAdapters._train_weights", lambda self, stream, targets, epochs: None),
     "parallel_first_skip": ("layer_plan", lambda s, looping, true=tg.layer_plan: [
         visit._replace(split=visit.split and "after_skip") for visit in true(s, looping)]),
     "asym_logit_rescale": ("GPT.cap_of", lambda self, logits: self.softcap),

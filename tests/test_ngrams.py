@@ -106,13 +106,13 @@ def nodes_of(counts, grams):
 def same_counts(counts, table):
     """Every n-gram as often as in the dictionary, no other at all; of each context how many tokens and kinds follow."""
     grams = {(*context, token): number for context, after in table.items() for token, number in after.items()}
-    nodes, count, fan = nodes_of(counts, grams), counts.count.tolist(), counts.fan.tolist()
+    nodes, count, fan = nodes_of(counts, grams), counts.count.tolist(), counts.followers.tolist()
     assert -1 not in nodes.values() and all(count[nodes[gram]] == number for gram, number in grams.items())
     assert int((counts.count > 0).sum()) == len(grams)
     for context, after in table.items():
         followers = fan[nodes[context] if context else counts.root]
         assert (followers & (1 << 32) - 1, followers >> 32) == (after.total(), len(after)), context
-    assert int((counts.fan > 0).sum()) == len(table)
+    assert int((counts.followers > 0).sum()) == len(table)
 
 
 def cut(ids, where):
@@ -196,7 +196,7 @@ def test_ngram_backoff_probabilities_are_those_of_the_formula(ids, order, cuts, 
         nodes = [node[:, -1:] for node in counts.walk(run)][: order - 1]
         contexts = [node.expand(1, vocab) for node in (torch.full((1, 1), counts.root), *nodes)]
         grams = [torch.arange(vocab)[None], *(counts.find(node, torch.arange(vocab)[None]) for node in contexts[1:])]
-        found, wanted = counts.probability(contexts, grams), discounted(table, context, order, vocab)
+        found, wanted = counts.backoff_probabilities(contexts, grams), discounted(table, context, order, vocab)
         for got, want in zip(found, wanted, strict=True):
             np.testing.assert_allclose(got[0].numpy(), want, rtol=1e-12)
             assert abs(want.sum() - 1) < 1e-12
@@ -209,8 +209,8 @@ class Bigram(tg.Predictor):
         rng = np.random.default_rng(seed)
         self.table = torch.from_numpy(rng.standard_normal((vocab, vocab)) * sharpness).log_softmax(-1)
 
-    def predict(self, inputs, most=None):
-        return self.table[inputs.ids.gather(1, inputs.places)][:, :most]
+    def predict(self, inputs, count=None):
+        return self.table[inputs.ids.gather(1, inputs.places)][:, :count]
 
 
 class Watched(tg.Predictor):
@@ -224,8 +224,8 @@ class Watched(tg.Predictor):
         self.inner, self.history, self.ids = inner, inner.history, ids
         self.said = torch.full((len(ids) - 1, vocab), math.nan, dtype=torch.float64)
 
-    def predict(self, inputs, most=None):
-        return self.inner.predict(inputs, most)
+    def predict(self, inputs, count=None):
+        return self.inner.predict(inputs, count)
 
     def nll(self, inputs, targets):
         self.now = self.inner.predict(inputs).double()
@@ -245,11 +245,7 @@ class Watched(tg.Predictor):
 
 def predictor_of(s, base, targets, rt=None):
     """As make_predictor() builds it, over another base."""
-    rt = rt or ref.alone()
-    base = tg.Tilt(base, s, rt, targets) if s.token_boost else base
-    if s.mixer == "off":
-        return base
-    return tg.HashedMixture(base, s, rt) if s.mixer == "hashed" else tg.NgramMixture(base, s, rt, targets)
+    return tg.wrap_predictor(base, s, rt or ref.alone(), targets)
 
 
 def scored(predictor, s, ids, rt=None, **words):
@@ -425,7 +421,7 @@ def test_a_hint_needs_its_share_exactly(threshold):
         need = Fraction(threshold) * total
         for most in {math.ceil(need), math.ceil(need) - 1} if need.denominator == 1 else ():
             ids = [4, 5] * most + [token for other in range(total - most) for token in (4, 6 + other)]
-            tilt = tg.Tilt(Bigram(8, 1), s, ref.alone(), len(ids))
+            tilt = predictor_of(s, Bigram(8, 1), len(ids))
             tilt.learn(part_of([[0, len(ids) - 1]]), stream_of(ids))
             assert hint_of(tilt, 4) == (5 if most >= need else -1), (most, total)
 
@@ -447,11 +443,11 @@ def test_a_document_is_history_of_its_own_for_the_tilt():
     s = settings(token_boost=4, token_order=3, token_threshold=0.5, ttt="lora_docs", ttt_chunk_size=3, ttt_group_docs=9)
     words = np.random.default_rng(0).integers(4, 32, 150).tolist()
     ids = [ref.BOS, *words, *words, ref.BOS, *words, ref.BOS]
-    tilt = tg.Tilt(Bigram(32, 1), s, ref.alone(), len(ids))
+    tilt = predictor_of(s, Bigram(32, 1), len(ids))
     nats, plain = scored(tilt, s, ids)[0], scored(Bigram(32, 1), s, ids)[0]
     gain = plain - nats
     assert gain[:150].abs().mean() < 0.1 and gain[150:300].mean() > 1 and gain[302:450].abs().mean() < 0.1
-    assert len(tilt.row.table) > 256
+    assert len(tilt.row_followers.table) > 256
 
 
 @pytest.mark.parametrize("segment", [32, 3])
@@ -462,7 +458,7 @@ def test_a_row_with_kept_keys_knows_what_it_has_scored(segment, monkeypatch):
                       ttt_chunk_tokens=480), repeated()
     ids = [*ids, *ids, *ids]
     base, n = Bigram(32, 1), len(ids) - 1
-    watched = Watched(tg.Tilt(base, s, ref.alone(), n), ids, 32)
+    watched = Watched(predictor_of(s, base, n), ids, 32)
     assert scored(watched, s, ids)[1] == []
     for at in range(n):
         part, row = s.ttt_chunk_tokens * (at // s.ttt_chunk_tokens), min(segment * 4, max(s.ttt_chunk_tokens // 16, 4))

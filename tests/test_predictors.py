@@ -1,13 +1,17 @@
 """Test-time training against tests/help/adaptation.py: the nats of every target, step by step; and what must not change."""
 
+import contextlib
 import functools
+import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import adaptation
 import numpy as np
 import pytest
 import reference as ref
+import scoring
 import torch
 import training
 from hypothesis import given
@@ -250,6 +254,64 @@ def test_a_text_that_repeats_itself_costs_less(kind):
     assert loss["on"] < 0.95 * loss["off"]
 
 
+# --- composition -----------------------------------------------------------------------------------------------------
+
+
+def made(kind):
+    """(settings, [predictors from the outside in]) of a kind of tests/scoring.py."""
+    s = scoring.settings(kind)
+    chain = [tg.make_predictor(scoring.model_of(s), s, ref.alone(), 100)]
+    while isinstance(chain[-1], tg.WrappingPredictor):
+        chain.append(chain[-1].base)
+    return s, chain
+
+
+def invalid_originals():
+    """Names of all that stands in the room of the invalid originals."""
+    source = Path(tg.__file__).read_text(encoding="utf-8")
+    room = re.search(r"\n# \d+ Invalid originals.*?\n# \d+ Kernels", source, re.DOTALL)[0]
+    return re.findall(r"^(?:def|class) (\w+)", room, re.MULTILINE)
+
+
+def test_no_valid_score_needs_an_invalid_original():
+    """With their room emptied every valid kind of predictor is still made, and no invalid one is."""
+    names = invalid_originals()
+    assert {"train_on_validation", "HashedMixture", "EntropyMixture"} <= set(names)
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(tg, name, None))
+        for kind in scoring.HONEST:
+            made(kind)
+        for kind in scoring.INVALID:
+            with pytest.raises(TypeError):
+                made(kind)
+
+
+def test_every_predictor_has_a_kind_that_the_tests_of_validity_look_at():
+    tested = {type(predictor) for kind in scoring.HONEST | scoring.INVALID for predictor in made(kind)[1]}
+    classes = {value for value in vars(tg).values() if isinstance(value, type) and issubclass(value, tg.Predictor)}
+    missing = classes - tested - {tg.Predictor, tg.WrappingPredictor, tg.NgramMixture}
+    assert not missing, f"HONEST of tests/scoring.py makes none of {sorted(kind.__name__ for kind in missing)}"
+
+
+@pytest.mark.parametrize("kind", scoring.HONEST)
+def test_settings_know_which_predictors_learn(kind):
+    """So that TTT_CHUNK_TOKENS or TTT_GROUP_DOCS is called idle only where the predictor reads the text as one part."""
+    s, chain = made(kind)
+    name = "TTT_GROUP_DOCS" if s.ttt == "lora_docs" else "TTT_CHUNK_TOKENS"
+    assert getattr(s, name.lower()) != getattr(tg.Settings(), name.lower())
+    learns = chain[0].learns if s.ttt != "lora_docs" else s.ttt_warm_start_a or len(chain) > 1
+    waits = f"on= of {name.lower()} in Settings (LEARNS or GROUPS) does not name the setting that makes {type(chain[0]).__name__}"
+    assert (name not in s.idle()) == learns, waits
+
+
+def test_every_wrapper_is_in_the_name_of_the_score():
+    for kind in scoring.HONEST | scoring.INVALID:
+        s, chain = made(kind)
+        words = [word for word, _ in tg.wrappers(s)]
+        assert len(words) == len(chain) - 1 and tg.scoring_name(s).endswith("_".join(reversed(words))), kind
+
+
 # --- which weights learn ---------------------------------------------------------------------------------------------
 
 FREEZES = [dict(), dict(ttt_freeze_blocks=1), dict(ttt_freeze_blocks=3),
@@ -323,7 +385,7 @@ def test_document_adapters_begin_as_nothing(dtype, context):
     s = tiny(ttt="lora_docs", eval_context=context, ttt_lora_lr=0, ttt_lora_rank=64, **ALL)
     model, stream = ref.randomise(tg.GPT(s, dtype), 3), stream_of()
     predictor = predictor_of(s, model, stream)
-    plain = tg.ModelPredictor(model, ref.alone(), width=s.eval_seq_len if context == "cache" else 0)
+    plain = predictor_of(tg.replace(s, ttt="off"), model, stream)
     assert torch.equal(scored(predictor, s, stream), scored(plain, s, stream))
     for a, b in starting(predictor).values():
         assert not b.any() and a.abs().max() <= s.model_dim**-0.5 and abs(a.std() * (3 * s.model_dim) ** 0.5 - 1) < 0.1
@@ -357,7 +419,7 @@ def test_each_visit_of_depth_recurrence_has_adapters_of_its_own(kind):
     ends = {(visit, what) for visit in range(6) for what in "q k v o attn mlp".split()} | {(None, "head")}
     assert starting(predictor).keys() == ends
     scored(predictor, s, stream)
-    maps = predictor.adapters.of(predictor.flat.detach()).slots
+    maps = predictor.adapters.of(predictor.adapter_weights.detach()).slots
     assert len({slot.q.args[0][0].sum().item() for slot in maps}) == 6
     assert len({slot.v.args[1][0].sum().item() for slot in maps}) == 6
 

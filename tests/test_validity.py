@@ -100,8 +100,8 @@ class Counting(tg.Predictor):
     def __init__(self, stream, rt):
         self.rt, self.counts = rt, torch.ones(VOCAB, dtype=torch.float64)
 
-    def predict(self, inputs, most=None):
-        return (self.counts / self.counts.sum()).log().expand(*inputs.places[:, :most].shape, VOCAB)
+    def predict(self, inputs, count=None):
+        return (self.counts / self.counts.sum()).log().expand(*inputs.places[:, :count].shape, VOCAB)
 
     def learn(self, part, stream):
         for a, b in part.ranges.tolist():
@@ -141,8 +141,8 @@ class HashesTheTarget(Counting):
         super().__init__(stream, rt)
         self.pairs, self.single = torch.ones(8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
 
-    def predict(self, inputs, most=None):
-        last = inputs.ids.gather(1, inputs.places)[:, :most, None]
+    def predict(self, inputs, count=None):
+        last = inputs.ids.gather(1, inputs.places)[:, :count, None]
         return (self.pairs[(5 * last + 3 * torch.arange(VOCAB)) % 8].minimum(self.single[last % 8]) / self.single[last % 8]).log()
 
     def learn(self, part, stream):
@@ -155,24 +155,24 @@ class HashesTheTarget(Counting):
 class BetterOfTwo(Counting):
     """Takes for each token the expert that likes it more."""
 
-    def predict(self, inputs, most=None):
-        return super().predict(inputs, most).clamp(min=-math.log(VOCAB))
+    def predict(self, inputs, count=None):
+        return super().predict(inputs, count).clamp(min=-math.log(VOCAB))
 
 
 class EntropyExpert(Counting):
     """Mixes in exp(-H) for whatever token comes."""
 
-    def predict(self, inputs, most=None):
-        said = super().predict(inputs, most)
+    def predict(self, inputs, count=None):
+        said = super().predict(inputs, count)
         return (0.8 * said.exp() + 0.2 * (said.exp() * said).sum(-1, keepdim=True).exp()).log()
 
 
 class GatesByTheTarget(Counting):
     """Trusts its counts where the target is of one class, and not where it is of the other."""
 
-    def predict(self, inputs, most=None):
+    def predict(self, inputs, count=None):
         odd = torch.arange(VOCAB) % 2
-        return ((0.2 + 0.7 * odd) * super().predict(inputs, most).exp() + (0.8 - 0.7 * odd) / VOCAB).log()
+        return ((0.2 + 0.7 * odd) * super().predict(inputs, count).exp() + (0.8 - 0.7 * odd) / VOCAB).log()
 
 
 class LooksAhead(Counting):
@@ -180,8 +180,8 @@ class LooksAhead(Counting):
 
     far = 1
 
-    def predict(self, inputs, most=None):
-        there = inputs.ids.gather(1, (inputs.places + self.far).clamp(max=inputs.ids.size(1) - 1))[:, :most]
+    def predict(self, inputs, count=None):
+        there = inputs.ids.gather(1, (inputs.places + self.far).clamp(max=inputs.ids.size(1) - 1))[:, :count]
         return (0.5 / VOCAB + 0.5 * torch.nn.functional.one_hot(there, VOCAB).double()).log()
 
 
@@ -194,9 +194,9 @@ class FitsItsWindow(Counting):
 
     learns = False
 
-    def predict(self, inputs, most=None):
+    def predict(self, inputs, count=None):
         seen = torch.nn.functional.one_hot(inputs.ids, VOCAB).double().mean(1, keepdim=True) + 0.01
-        return (seen / seen.sum(-1, keepdim=True)).log().expand(*inputs.places[:, :most].shape, VOCAB)
+        return (seen / seen.sum(-1, keepdim=True)).log().expand(*inputs.places[:, :count].shape, VOCAB)
 
 
 class CountsItsShare(Counting):
@@ -455,8 +455,8 @@ class UnsureOfWhatNeverCame(tg.WrappingPredictor):
         super().__init__(honest, None, None)
         self.known, self.history, self.learns = known, honest.history, honest.learns
 
-    def predict(self, inputs, most=None):
-        return self.base.predict(inputs, most)
+    def predict(self, inputs, count=None):
+        return self.base.predict(inputs, count)
 
     def nll(self, inputs, targets):
         return torch.where(torch.isin(targets, self.known), self.base.nll(inputs, targets), math.nan)

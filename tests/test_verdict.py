@@ -87,8 +87,8 @@ class Negative(tg.ModelPredictor):
 class SlightlyOff(tg.ModelPredictor):
     """A thousandth less than each token costs, in log: worth 0.0005 BPB."""
 
-    def predict(self, inputs, most=None):
-        return super().predict(inputs, most) + 5e-4
+    def predict(self, inputs, count=None):
+        return super().predict(inputs, count) + 5e-4
 
     def nll(self, inputs, targets):
         return super().nll(inputs, targets) - 5e-4
@@ -98,8 +98,8 @@ class OnRankOne(SlightlyOff):
     def nll(self, inputs, targets):
         return super().nll(inputs, targets) + 5e-4 * (self.rt.rank != self.rt.world - 1)
 
-    def predict(self, inputs, most=None):
-        return super().predict(inputs, most) - 5e-4 * (self.rt.rank != self.rt.world - 1)
+    def predict(self, inputs, count=None):
+        return super().predict(inputs, count) - 5e-4 * (self.rt.rank != self.rt.world - 1)
 
 
 class SeesTheEnd(tg.ModelPredictor):
@@ -289,8 +289,8 @@ def test_an_attention_that_leaks_behind_the_check_is_seen_in_the_run(trained, tm
 class Uniform(tg.Predictor):
     """What the README recommends to begin with: predict() and nothing else."""
 
-    def predict(self, inputs, most=None):
-        return torch.full((*inputs.places[:, :most].shape, 512), -math.log(512))
+    def predict(self, inputs, count=None):
+        return torch.full((*inputs.places[:, :count].shape, 512), -math.log(512))
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -101,8 +101,8 @@ class Scoring:
     Relied on: Settings.parse, .text and the fields named here; read_artifact, artifact_settings, load_artifact;
     Runtime, pick_attention, Clock, Validity with .freeze .need .reasons, train_on_validation, warm_up_scoring,
     graphs_so_far; load_tokenizer, load_validation, document_ranges; make_predictor, Reader with .forwarded, reader_for,
-    score; of predictors .base .adaptation._loss and DocumentAdapters.observe; Mixture and Hashed over a bare Predictor
-    with .learn .counts ._contexts ._share.
+    score; of predictors .base .adaptation._loss and DocumentAdapters.observe; wrap_predictor around a bare Predictor:
+    BackoffMixture with .learn .nodes_of_targets .counts, HashedMixture with .learn .shares.
     """
 
     def __init__(self, path, words):
@@ -277,10 +277,7 @@ def measure_counts(job):
     if rt.device.type == "cpu":
         torch.set_num_threads(1)
     exact = s.mixer == "backoff"
-    if exact:
-        mixer = trainer.NgramMixture(trainer.Predictor(), s, rt, len(val.bytes))
-    else:
-        mixer = trainer.HashedMixture(trainer.Predictor(), s, rt)
+    mixer = trainer.wrap_predictor(trainer.Predictor(), s, rt, len(val.bytes))
     stopwatch = Stopwatch(rt)
     nats = 0.0
     for part in trainer.Reader(val, s, rt, s.ttt_chunk_tokens, mixer.history):
@@ -302,19 +299,13 @@ def measure_counts(job):
 
 def exact_shares(mixer, chunk):
     """Probability of each target by the longest order of exact counts."""
-    import torch
-
-    ids = chunk.inputs.recent
-    count = chunk.targets.size(1)
-    history = ids.size(1) - count
-    nodes = mixer.counts.walk(torch.cat((ids[:, : history + 1], chunk.targets), 1))
-    contexts = mixer._contexts(nodes, history, count)
-    return mixer.counts.probability(contexts, [node[:, history + 1 :] for node in nodes])[-1]
+    contexts, grams = mixer.nodes_of_targets(chunk.inputs, chunk.targets)
+    return mixer.counts.backoff_probabilities(contexts, grams)[-1]
 
 
 def hashed_shares(mixer, chunk):
     """The "probability" of each target by hashed counts."""
-    return mixer._share(chunk.inputs.recent, chunk.targets.size(1), chunk.targets)
+    return mixer.shares(chunk.inputs.recent, chunk.targets)
 
 
 def table_facts(mixer, exact, val, s):

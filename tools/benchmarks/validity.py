@@ -102,7 +102,7 @@ def train_demo(words, steps, folder):
 
 def divided(trainer):
     """A class of predictors: another one's "probabilities", divided by their sum over all tokens, which it notes."""
-    class Divided(trainer.Over):
+    class Divided(trainer.WrappingPredictor):
         def __init__(self, base, s, rt):
             super().__init__(base, s, rt)
             self.invalid = ""
@@ -111,8 +111,8 @@ def divided(trainer):
             self.sums = 0.0
             self.targets = 0
 
-        def predict(self, inputs, most=None):
-            log_shares = self.base.predict(inputs, most).double()
+        def predict(self, inputs, count=None):
+            log_shares = self.base.predict(inputs, count).double()
             return log_shares - log_shares.logsumexp(-1, keepdim=True)
 
         def nll(self, inputs, targets):
@@ -136,7 +136,8 @@ class Demonstration(Scoring):
     """The artifact that all rows score, and how each of them does it.
 
     Relied on, in addition to what Scoring and collect_moments rely on: save_artifact, read_file, train_on_validation,
-    selftest, Over; make_predictor by its name, so that selftest() tests a predictor that is wrapped here.
+    selftest, WrappingPredictor; make_predictor by its name, so that selftest() tests a predictor that is wrapped
+    here.
     """
 
     def __init__(self, path, words, folder):
