@@ -2557,76 +2557,118 @@ def load_validation(s, rt, sp):
 
 
 # --------------------------------------------------------------------------------------------------
-# 7 Quantisation
+# 7 Quantisation Weights become integers ("codes") times step sizes. Calibration measures how much
+# the loss rises with an error in each weight; GPTQ, FIT=allocate, AWQ-lite and LQER go by that.
+# Quantiser puts it all together.
 # --------------------------------------------------------------------------------------------------
 
 
-# ---- calibration: what the loss feels of an error ------------------------------------------------
+# ---- calibration: how sensitive the loss is to an error in each weight ---------------------------
 
 
 class Moments(NamedTuple):
-    """What the loss feels of an error E (R, C) in a weight: half the sum over rows r of gain[r] E[r] hessian E[r]^T, in
-    nats a token. The Fisher information as a Kronecker product (K-FAC, arXiv 1503.05671), its second factor diagonal.
+    """How sensitive the loss is to an error E (R, C) in one weight, by its second-order term: the
+    loss rises by half the sum over rows r of gain[r] E[r] hessian E[r]^T, in nats a token. This is
+    the Fisher information as a Kronecker product (K-FAC, arXiv 1503.05671) whose second factor is
+    diagonal.
     """
 
-    hessian: Tensor  # (C, C) mean of x x^T, x what the weight is multiplied with, over tokens and visits of its layer
-    gain: Tensor  # (R,) squared gradient of the loss of a token at each output, summed over visits
-    logits: float = 0.0  # of a head: variance that a logit gets by E[r] hessian E[r]^T = 1
-    inputs: Tensor | None = None  # (C,) mean square of what each column is multiplied with; None: rows are looked up
+    # (C, C) mean of x x^T over tokens and visits of its layer; x is what the weight is multiplied with
+    hessian: Tensor
+    # (R,) squared gradient of a token's loss at each output, summed over visits
+    gain: Tensor
+    # for a head: logit variance per unit of E[r] hessian E[r]^T
+    logits: float = 0.0
+    # (C,) mean square of each column of x; None for a table whose rows are looked up
+    inputs: Tensor | None = None
 
     def to(self, device):
-        return Moments(*(value.to(device) if isinstance(value, Tensor) else value for value in self))
+        moved = [value.to(device) if isinstance(value, Tensor) else value for value in self]
+        return Moments(*moved)
+
+    def loss(self, error):
+        """Nats a token by which an error (R, C) of the weight raises the loss."""
+        return 0.5 * (self.gain @ ((error @ self.hessian) * error).sum(1)).item()
 
 
 class MomentMeter:
-    """Sums for Moments, by hooks on the one forward. Labels are those of the text: sampling them from the model, as
-    theory wants, gave the same artifact to 0.2 % of its bytes.
+    """Sums for Moments over texts, by hooks on the one forward. The labels are those of the text:
+    sampling them from the model, as theory wants, gave the same artifact to 0.2 % of its bytes.
     """
 
     def __init__(self, model):
-        self.model, self.tokens, self.hessian, self.gain, self.inputs = model, 0, {}, {}, {}
-        self._owner, self._last, self._features = {}, (None, None), None  # q, k and v read one tensor: one Hessian
+        self.model = model
+        self.tokens = 0
+        self.hessian = {}  # {parameter: (C, C) sum of x x^T}
+        self.gain = {}  # {parameter: (R,) sum of squared gradients}
+        self.inputs = {}  # {parameter: number of x in its Hessian}
+        self._owner = {}  # {parameter: whose Hessian is its own}: q, k and v read one tensor
+        self._last_input = None
+        self._last_owner = None
+        self._features = None  # output of head_proj, where the model has one
 
     @contextlib.contextmanager
     def _watching(self):
-        hooks, trained = [], [p for p in self.model.parameters() if p.requires_grad]
+        """Hooks on every Linear and Table. Hidden states need gradients meanwhile, which the
+        tables give them; matrices need none.
+        """
+        hooks = []
+        trained = [param for param in self.model.parameters() if param.requires_grad]
         for name, module in self.model.named_modules():
-            if isinstance(module, (Linear, Table)):
-                watch = self._linear if isinstance(module, Linear) else self._table
-                hooks.append(module.register_forward_hook(partial(watch, f"{name}.weight")))
-                module.weight.requires_grad_(isinstance(module, Table))  # states need a gradient, matrices do not
+            if isinstance(module, Linear):
+                watch = self._watch_linear
+            elif isinstance(module, Table):
+                watch = self._watch_table
+            else:
+                continue
+            hooks.append(module.register_forward_hook(partial(watch, f"{name}.weight")))
+            module.weight.requires_grad_(isinstance(module, Table))
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
             for param in trained:
-                param.requires_grad_(True).grad.zero_() if param.grad is not None else param.requires_grad_(True)
-            self._last, self._features = (None, None), None
+                param.requires_grad_(True)
+                if param.grad is not None:
+                    param.grad.zero_()
+            self._last_input = None
+            self._last_owner = None
+            self._features = None
 
     def _add(self, sums, name, value):
         sums[name] = sums[name].add_(value) if name in sums else value
 
-    def _linear(self, name, module, args, output):
-        x, scale = args[0], args[1] if len(args) > 1 else None
-        if x is not self._last[0]:
+    def _watch_linear(self, name, module, args, output):
+        """A matrix W, of which args are x and, where its rows are scaled, their scale: y = scale *
+        (x W^T).
+        """
+        x = args[0]
+        scale = args[1] if len(args) > 1 else None
+        if x is not self._last_input:
             flat = x.detach().flatten(0, -2).float()
             self._add(self.hessian, name, flat.mT @ flat)
             self.inputs[name] = self.inputs.get(name, 0) + len(flat)
-            self._last = (x, name)
-        self._owner[name] = self._last[1]
+            self._last_input = x
+            self._last_owner = name
+        self._owner[name] = self._last_owner
         if module is self.model.head_proj:
             self._features = output.detach()
 
         def backward(gradient):
             square = gradient.flatten(0, -2).float().square().sum(0)
-            self._add(self.gain, name, square if scale is None else square * scale.detach().float().square())
+            if scale is not None:
+                square = square * scale.detach().float().square()
+            self._add(self.gain, name, square)
 
         output.register_hook(backward)
 
-    def _table(self, name, module, args, output):
-        """A row is felt as often as it is looked up, each time through the gradient at the output."""
-        self._add(self.gain, name, torch.bincount(args[0].flatten(), minlength=module.weight.size(0)).float())
+    def _watch_table(self, name, module, args, output):
+        """A table: an error in a row counts once for each lookup, each time through the gradient
+        at the output.
+        """
+        lookups = torch.bincount(args[0].flatten(), minlength=module.weight.size(0))
+        self._add(self.gain, name, lookups.float())
         self._owner[name] = name
 
         def backward(gradient):
@@ -2637,62 +2679,89 @@ class MomentMeter:
 
     def observe(self, ids, targets):
         """Add the text ids, targets (B, T): one forward and one backward."""
-        model, self._features = self.model, None
+        self._features = None
         with self._watching(), torch.enable_grad():
-            hidden = model.hidden(ids)
-            logits = model.logits(hidden)
+            hidden = self.model.hidden(ids)
+            logits = self.model.logits(hidden)
             F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
-            with torch.no_grad():  # the head's gain is known in closed form: p (1 - p) for each logit before its cap
-                p = logits.softmax(-1)
-                slope = 1 - (logits / model.cap_of(logits)).square() if model.softcap else 1.0
-                features = (hidden if self._features is None else self._features).flatten(0, -2).float()
-                self._add(self.gain, "head", (p * (1 - p) * slope**2).flatten(0, -2).sum(0))
-                self._add(self.hessian, "head", features.mT @ features)
+            features = hidden if self._features is None else self._features
+            self._add_head(features.detach().flatten(0, -2).float(), logits.detach())
         self.tokens += targets.numel()
 
+    @torch.no_grad()
+    def _add_head(self, features, logits):
+        """The head's gain is known in closed form: p (1 - p) for each logit before its cap."""
+        p = logits.softmax(-1)
+        slope = 1.0
+        if self.model.softcap:
+            slope = 1 - (logits / self.model.cap_of(logits)).square()
+        self._add(self.gain, "head", (p * (1 - p) * slope**2).flatten(0, -2).sum(0))
+        self._add(self.hessian, "head", features.mT @ features)
+
     def moments(self, rt):
-        """{parameter: Moments} over the texts of all ranks. A tied table is looked up and multiplied with: one Hessian
-        for both uses, the mean by weight; the gain of a row is that of both.
-        """
+        """{parameter: Moments} over the texts of all ranks."""
         tokens = rt.sum(torch.tensor(float(self.tokens), device=rt.device))
         for sums in (self.hessian, self.gain):
             for name in sorted(sums):
                 rt.sum(sums[name]).div_(tokens)
-        for name, inputs in self.inputs.items():  # the errors of visits are taken as unrelated
+        for name, inputs in self.inputs.items():  # mean over visits, whose errors count as unrelated
             self.hessian[name].div_(inputs / self.tokens)
-        head = Moments(self.hessian.pop("head"), self.gain.pop("head"), 1.0)
-        head = head._replace(inputs=head.hessian.diagonal())
-        found = {name: Moments(self.hessian[owner], self.gain[name], inputs=self.hessian[owner].diagonal())
-                 for name, owner in self._owner.items()}
+
+        moments = {}
+        for name, owner in self._owner.items():
+            hessian = self.hessian[owner]
+            moments[name] = Moments(hessian, self.gain[name], inputs=hessian.diagonal())
         for name, module in self.model.named_modules():
-            if isinstance(module, Table):  # how often a row is met is a count: half a time more, lest a rare one is lost
-                hessian, count, *_ = found[f"{name}.weight"]
-                found[f"{name}.weight"] = Moments(hessian / count.sum().clamp_min(1e-30), count + 0.5 / tokens)
+            if isinstance(module, Table):
+                moments[f"{name}.weight"] = self._of_table(moments[f"{name}.weight"], tokens)
+
+        hessian = self.hessian.pop("head")
+        head = Moments(hessian, self.gain.pop("head"), 1.0, hessian.diagonal())
         if self.model.head is not None:
-            found["head.weight"] = head
+            moments["head.weight"] = head
         else:
-            uses = found["embed.weight"], head
-            gains = [use.gain * use.hessian.trace() for use in uses]
-            weights = [gain.sum() / sum(gains).sum() for gain in gains]
-            hessian = sum(w * use.hessian / use.hessian.trace() for w, use in zip(weights, uses))
-            found["embed.weight"] = Moments(hessian, sum(gains), head.hessian.trace().item(), head.inputs)
-        return found
+            moments["embed.weight"] = self._of_tied_table(moments["embed.weight"], head)
+        return moments
+
+    def _of_table(self, table, tokens):
+        """The gain of a row is how often it is looked up. Half a lookup more keeps rows that this
+        text lacks.
+        """
+        lookups = table.gain
+        return Moments(table.hessian / lookups.sum().clamp_min(1e-30), lookups + 0.5 / tokens)
+
+    def _of_tied_table(self, table, head):
+        """A tied table is looked up and multiplied with. It gets one Hessian for both uses, their
+        mean by weight; the gain of a row is that of both.
+        """
+        uses = table, head
+        gains = [use.gain * use.hessian.trace() for use in uses]
+        total = sum(gains)
+        weights = [gain.sum() / total.sum() for gain in gains]
+        shares = [w * use.hessian / use.hessian.trace() for w, use in zip(weights, uses)]
+        hessian = sum(shares)
+        return Moments(hessian, total, head.hessian.trace().item(), head.inputs)
 
 
 def generate(model, rows, length, temperature, seed, world=1, rank=0):
-    """Text (rows / world, length + 1) that the model writes: BOS, then what it draws at a temperature. The numbers that
-    decide are drawn for all rows, one after the other, so the text of a row does not depend on the number of ranks.
+    """Text (rows / world, length + 1) that the model writes: BOS, then tokens drawn at a
+    temperature. The random numbers are drawn for the rows of all ranks together, so the text of a
+    row does not depend on the number of ranks.
     """
-    generator, device = torch.Generator().manual_seed(seed), model.embed.weight.device
-    ids = torch.full((-(-rows // world), length + 1), BOS, device=device)
-    cache, chances = Cache(model, len(ids), length), torch.rand(len(ids) * world, length, generator=generator)
-    chances = chances[rank * len(ids) : (rank + 1) * len(ids)].to(device)
+    device = model.embed.weight.device
+    rows = -(-rows // world)  # of this rank
+    generator = torch.Generator().manual_seed(seed)
+    chances = torch.rand(rows * world, length, generator=generator)
+    chances = chances[rank * rows : (rank + 1) * rows].to(device)
+    ids = torch.full((rows, length + 1), BOS, device=device)
+    state = Cache(model, rows, length)
     with torch.no_grad():
         for t in range(length):
-            logits = model.logits(cache.advance(ids[:, t : t + 1])[:, -1])
-            reached = (logits / temperature).softmax(-1).cumsum(-1)
-            chance = chances[:, t : t + 1] * reached[:, -1:]
-            ids[:, t + 1] = torch.searchsorted(reached, chance, right=True).squeeze(1).clamp_max(logits.size(-1) - 1)
+            logits = model.logits(state.advance(ids[:, t : t + 1])[:, -1])
+            cumulative = (logits / temperature).softmax(-1).cumsum(-1)
+            chance = chances[:, t : t + 1] * cumulative[:, -1:]
+            drawn = torch.searchsorted(cumulative, chance, right=True).squeeze(1)
+            ids[:, t + 1] = drawn.clamp_max(logits.size(-1) - 1)
     return ids
 
 
@@ -2700,80 +2769,80 @@ def generate(model, rows, length, temperature, seed, world=1, rank=0):
 
 
 class Store(NamedTuple):
-    """How a parameter is stored: float16; "int", integers at a step per row; "mixed", the same with finer steps in the
-    columns that AWQ-lite chooses; "grid", integers at a step per row and column that FIT=allocate chooses.
+    """How a parameter is stored.
+
+    "float16"; "int": integers times a step size per row; "mixed": the same, with finer steps in
+    the columns that AWQ-lite chooses; "grid": integers times a step size per row and column, which
+    FIT=allocate chooses.
     """
 
     codec: Literal["float16", "int", "mixed", "grid"]
     bits: int = 16
     method: str = ""
-    sigmas: float = 0.0
+    sigmas: float = 0.0  # clip of a row, in standard deviations of it; 0: `method` chooses
     floor: float = 0.0  # least clip of a row
 
     @property
     def top(self):
         """Largest code."""
-        return WIDEST if self.codec == "grid" else 1 if self.method == "ternary" else 2 ** (self.bits - 1) - 1
+        if self.codec == "grid":
+            return WIDEST
+        if self.method == "ternary":
+            return 1
+        return largest_code(self.bits)
+
+
+def largest_code(bits):
+    return 2 ** (bits - 1) - 1
 
 
 def storage(model, s):
     """{parameter: Store}, by role and, for matrices, by layer and kind."""
-    embed, of_layer = (s.embed_bits, s.embed_quant, s.embed_clip_sigmas), dict(s.layer_bits)
-    table = {"matrix": (s.matrix_bits, s.matrix_quant, s.matrix_clip_sigmas), "embed": embed, "head": embed,
-             "gate": (s.gate_bits, "rtn", 0.0)}
-    kinds = {"attn": (s.attn_bits, s.attn_clip_sigmas), "mlp": (s.mlp_bits, s.mlp_clip_sigmas)}
-    stored = {}
+    stores = {}
     for name, role in roles(model).items():
-        bits, method, sigmas = table.get(role, (16, "", 0.0))
-        place = name.split(".")  # blocks.LAYER.attn.q.weight
-        if role == "matrix" and place[0] == "blocks":
-            own_bits, own_sigmas = kinds[place[2]]
-            bits, sigmas = of_layer.get(int(place[1]), own_bits or bits), own_sigmas or sigmas
-        elif role == "matrix":
-            bits = s.proj_bits or bits
-        if s.fit == "allocate" and role in ("matrix", "embed", "head"):
-            stored[name] = Store("grid", 8, method)
-        else:
-            bits = 2 if method == "ternary" else bits
-            floor = 0.0 if role == "gate" else s.clip_floor
-            stored[name] = Store("float16") if bits == 16 else Store("int", bits, method, sigmas, floor)
-    return stored
+        store = Store("float16")
+        if role == "matrix":
+            bits, sigmas = matrix_precision(name, s)
+            store = integer_store(bits, s.matrix_quant, sigmas, s)
+        elif role in ("embed", "head"):
+            store = integer_store(s.embed_bits, s.embed_quant, s.embed_clip_sigmas, s)
+        elif role == "gate" and s.gate_bits < 16:
+            store = Store("int", s.gate_bits, "rtn")
+        stores[name] = store
+    return stores
 
 
-SCALE_FLOOR = 2.0**-24  # the smallest float16: keeps an all-zero row decodable without ever clipping a real one
-CLIP_PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
-
-
-def row_scales(rows, bits, method, sigmas=0.0, floor=0.0):
-    """float16 step of each row of (N, M). "rtn": its largest magnitude over the integer range. "gptq_lite" (#414) and
-    "gptq": the clip percentile of least squared error, for every row by itself. `sigmas` goes before both: a multiple
-    of the row's standard deviation over the range (SDClip, #1394). "ternary": its mean magnitude (arXiv 2402.17764).
-    No row but a ternary one is clipped below `floor`.
+def matrix_precision(name, s):
+    """(bits, clip in standard deviations) of a matrix: LAYER_BITS before ATTN_BITS or MLP_BITS
+    before MATRIX_BITS.
     """
-    top = 2 ** (bits - 1) - 1
+    words = name.split(".")
+    if words[0] != "blocks":
+        return s.proj_bits or s.matrix_bits, s.matrix_clip_sigmas
+    _, layer, kind, *_ = words  # blocks.LAYER.attn.q.weight
+    kinds = {"attn": (s.attn_bits, s.attn_clip_sigmas), "mlp": (s.mlp_bits, s.mlp_clip_sigmas)}
+    bits, sigmas = kinds[kind]
+    bits = dict(s.layer_bits).get(int(layer), bits or s.matrix_bits)
+    return bits, sigmas or s.matrix_clip_sigmas
 
-    def half(step):  # below float16's normal range rounding is coarse: up, so that nothing is clipped by it
-        step = step.clamp_min(max(SCALE_FLOOR, 0.0 if method == "ternary" else floor / top))
-        return torch.where(step < 2**-14, (step / SCALE_FLOOR).ceil() * SCALE_FLOOR, step).half()
 
+def integer_store(bits, method, sigmas, s):
+    """Store of a matrix or a table of tokens."""
+    if s.fit == "allocate":
+        return Store("grid", 8, method)
     if method == "ternary":
-        return half(rows.abs().mean(1))
-    if sigmas:
-        return half(sigmas * rows.std(1, correction=min(rows.size(1) - 1, 1)) / top)
-    if method == "rtn":
-        return half(rows.abs().amax(1) / top)
-    ordered = rows.abs().sort(dim=1).values
-    best_error, best = None, None
-    for p in CLIP_PERCENTILES:
-        at = p * (rows.size(1) - 1)  # linear interpolation between order statistics, as quantile() has it
-        low, high = ordered[:, math.floor(at)], ordered[:, math.ceil(at)]
-        scale = half((low + (high - low) * (at - math.floor(at))) / top)
-        error = (rows - round_to_grid(rows, scale.float()[:, None], top) * scale.float()[:, None]).square().sum(1)
-        if best is None:
-            best_error, best = error, scale
-        better = error < best_error
-        best_error, best = torch.where(better, error, best_error), torch.where(better, scale, best)
-    return best
+        bits = 2
+    if bits == 16:
+        return Store("float16")
+    return Store("int", bits, method, sigmas, s.clip_floor)
+
+
+# ---- rounding to a step size per row -------------------------------------------------------------
+
+# The smallest float16: keeps an all-zero row decodable without ever clipping a real one.
+SCALE_FLOOR = 2.0**-24
+SMALLEST_NORMAL = 2.0**-14  # of float16; below it numbers are multiples of SCALE_FLOOR
+CLIP_PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 
 
 def round_to_grid(weight, step, top):
@@ -2781,92 +2850,180 @@ def round_to_grid(weight, step, top):
     return (weight / step).round().clamp(-top, top)
 
 
+def row_scales(rows, bits, method, sigmas=0.0, floor=0.0):
+    """float16 step size of each row of (N, M). Integers reach from -top to top, so a step size
+    clips at top times it.
+
+    "ternary": the mean magnitude of the row (arXiv 2402.17764). Else, if `sigmas` is given, the
+    clip is that multiple of the row's standard deviation (SDClip, #1394). Else "rtn" clips at the
+    largest magnitude; "gptq_lite" (#414) and "gptq" at the percentile of least squared error, for
+    every row by itself. No row but a ternary one is clipped below `floor`.
+    """
+    top = largest_code(bits)
+    if method == "ternary":
+        return half_steps(rows.abs().mean(1), SCALE_FLOOR)
+    least = max(SCALE_FLOOR, floor / top)
+    if sigmas:
+        deviation = rows.std(1, correction=min(rows.size(1) - 1, 1))
+        return half_steps(sigmas * deviation / top, least)
+    if method == "rtn":
+        return half_steps(rows.abs().amax(1) / top, least)
+    return best_percentile_scales(rows, top, least)
+
+
+def half_steps(steps, least):
+    """Step sizes in float16, none below `least`. Where float16 is coarse they are rounded up, so
+    that nothing is clipped.
+    """
+    steps = steps.clamp_min(least)
+    rounded_up = (steps / SCALE_FLOOR).ceil() * SCALE_FLOOR
+    return torch.where(steps < SMALLEST_NORMAL, rounded_up, steps).half()
+
+
+def best_percentile_scales(rows, top, least):
+    """Step size of each row whose clip, one of CLIP_PERCENTILES of its magnitudes, has the least
+    squared error (#414).
+    """
+    ordered = rows.abs().sort(dim=1).values
+    best = None
+    for percentile in CLIP_PERCENTILES:
+        place = percentile * (rows.size(1) - 1)  # interpolated linearly, as in quantile()
+        low = ordered[:, math.floor(place)]
+        high = ordered[:, math.ceil(place)]
+        clip = low + (high - low) * (place - math.floor(place))
+        scale = half_steps(clip / top, least)
+        step = scale.float()[:, None]
+        error = (rows - round_to_grid(rows, step, top) * step).square().sum(1)
+        if best is None:
+            best_error, best = error, scale
+            continue
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best = torch.where(better, scale, best)
+    return best
+
+
 # ---- GPTQ, AWQ-lite, LQER ------------------------------------------------------------------------
 
 
 def factor_hessian(moments, damp, act_order):
-    """(order (C,), U (C, C) float32) for gptq(): columns by falling diagonal of the Hessian, and the upper U with U^T U
-    its damped inverse in that order. U comes from one Cholesky factor of the reversed Hessian and its inverse.
+    """(order (C,), U (C, C) float32) for gptq(): the columns in the order of rounding, and the
+    upper triangular U whose U^T U is the inverse of the damped Hessian in that order. With
+    act_order, columns of large diagonal come first.
+
+    U comes from one Cholesky factor of the reversed Hessian and its inverse.
     """
     hessian = moments.hessian.double().clone()
     diagonal = hessian.diagonal()
-    diagonal[diagonal <= 0] = 1.0  # a dead input: whatever its weight, nothing is felt
+    diagonal[diagonal <= 0] = 1.0  # an input that is always zero: its weight does not matter
     diagonal += damp * diagonal.mean()
-    order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(diagonal),
-                                                                                          device=diagonal.device)
+    if act_order:
+        order = diagonal.argsort(descending=True, stable=True)
+    else:
+        order = torch.arange(len(diagonal), device=diagonal.device)
     lower, failed = torch.linalg.cholesky_ex(hessian[order][:, order].flip(0, 1))
     if failed or not lower.isfinite().all():
         raise Stopped("a Hessian is not positive definite; raise GPTQ_DAMP, or GPTQ_CALIBRATION_TOKENS", 4)
     identity = torch.eye(len(order), dtype=lower.dtype, device=lower.device)
-    return order, torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).float()
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return order, inverse.flip(0, 1).float()
 
 
 @torch.no_grad()
 def gptq(weights, steps, top, orders, factors, block):
-    """Codes int16 (N, R, C) of weights (N, R, C) at steps (N, R, C or 1), at most `top`, a number or (N, 1, C): column by
-    column in `orders` (N, C), each rounding error fed forward into the columns behind it by `factors` (N, C, C), a block
-    at a time (arXiv 2210.17323).
+    """Codes int16 (N, R, C) of weights (N, R, C) by GPTQ (arXiv 2210.17323): columns are rounded
+    one after the other, and those that are left make up for the error of each as well as they can.
+
+    steps (N, R, C or 1); no code is beyond `top`, a number or (N, 1, C). orders (N, C) and factors
+    (N, C, C) are of factor_hessian(). Errors reach the columns of later blocks once a block.
     """
-    def columns(values):  # (N, C, R): a column is contiguous
+    def columns(values):  # (N, C, R) in the order of rounding: a column is contiguous
         return values.mT.gather(1, orders[:, :, None].expand(-1, -1, values.size(1)))
 
-    w, wide = columns(weights), steps.size(2) > 1
-    steps = columns(steps) if wide else steps.mT
+    w = columns(weights)
+    step_per_column = steps.size(2) > 1
+    steps = columns(steps) if step_per_column else steps.mT
     tops = columns(top) if isinstance(top, Tensor) else None
     codes = torch.empty_like(w, dtype=torch.int16)
-    for a in range(0, w.size(1), block):
-        b = min(a + block, w.size(1))
-        part, errors = w[:, a:b], torch.empty_like(w[:, a:b])
-        for j in range(b - a):
-            step = steps[:, a + j if wide else 0]
-            code = round_to_grid(part[:, j], step, top if tops is None else tops[:, a + j])
-            codes[:, a + j] = code
-            torch.div(part[:, j] - code * step, factors[:, a + j, a + j, None], out=errors[:, j])
-            part[:, j + 1 :].addcmul_(factors[:, a + j, a + j + 1 : b, None], errors[:, j : j + 1], value=-1)
-        w[:, b:] -= factors[:, a:b, b:].mT @ errors
-    return torch.empty_like(codes).scatter_(1, orders[:, :, None].expand_as(codes), codes).mT.contiguous()
+    for begin in range(0, w.size(1), block):
+        end = min(begin + block, w.size(1))
+        block_w = w[:, begin:end]
+        errors = torch.empty_like(block_w)
+        for j in range(end - begin):
+            column = begin + j
+            step = steps[:, column if step_per_column else 0]
+            code = round_to_grid(block_w[:, j], step, top if tops is None else tops[:, column])
+            codes[:, column] = code
+            pivot = factors[:, column, column, None]
+            torch.div(block_w[:, j] - code * step, pivot, out=errors[:, j])
+            later = factors[:, column, column + 1 : end, None]
+            block_w[:, j + 1 :].addcmul_(later, errors[:, j : j + 1], value=-1)
+        w[:, end:] -= factors[:, begin:end, end:].mT @ errors
+    in_place = torch.empty_like(codes).scatter_(1, orders[:, :, None].expand_as(codes), codes)
+    return in_place.mT.contiguous()
 
 
-def salient_groups(weights, inputs, size, count):
-    """{name: first columns} of the `count` groups of `size` columns with the largest saliency (AWQ-lite, #1908): the sum
-    over their columns of the root mean square of what a column is multiplied with times its mean magnitude. weights
-    {name: (R, C)}, inputs {name: (C,) mean squares}.
+def awq_lite_groups(weights, inputs, size, count):
+    """{name: first columns} of the `count` groups of `size` columns with the largest saliency
+    (AWQ-lite, #1908).
+
+    The saliency of a column is its root mean square input times its mean magnitude, that of a
+    group the sum over its columns. weights {name: (R, C)}, inputs {name: (C,) mean squares}.
     """
-    found = []
+    groups = []
     for name, weight in weights.items():
         saliency = inputs[name].double().sqrt() * weight.double().abs().mean(0)
-        groups = saliency[: len(saliency) // size * size].view(-1, size).sum(1).tolist()
-        found += [(value, name, i * size) for i, value in enumerate(groups)]
+        whole_groups = saliency[: len(saliency) // size * size].view(-1, size)
+        for i, value in enumerate(whole_groups.sum(1).tolist()):
+            groups.append((value, name, i * size))
+    groups.sort(key=itemgetter(0), reverse=True)
     chosen = {}
-    for _, name, start in sorted(found, key=itemgetter(0), reverse=True)[:count]:
+    for _, name, start in groups[:count]:
         chosen.setdefault(name, []).append(start)
     return chosen
 
 
+LQER_GAIN_FLOOR = 1e-6  # of the mean gain: rows are divided by its root
+LQER_DAMP = 1e-3  # of the mean diagonal of the Hessian, for its Cholesky factor
+LQER_RIDGE = 1e-9  # of the trace, for the normal equations of B
+
+
 def lqer(error, hessian, gain, rank, group):
-    """Parts of a correction A B of error (R, C), with the steps of LQER (#1797): A (R, rank) from the singular vectors
-    that are felt most, in 2 bits (-2..1, one step); B (rank, C), the best for that A as it is stored, in 4 bits (-8..7,
-    a step per `group` weights).
+    """Parts of a correction A B of error (R, C): LQER (arXiv 2402.02446) with the step sizes of
+    #1797.
+
+    A (R, rank): the largest singular vectors of the error, weighted by the loss's sensitivity; 2
+    bits (-2..1), one step size. B (rank, C): the best one for that A as it is stored; 4 bits
+    (-8..7), a step size for `group` weights.
     """
-    rows, felt = gain.double().clamp_min(1e-6 * gain.mean().item()).sqrt()[:, None], hessian.double().clone()
-    felt.diagonal().add_(1e-3 * felt.diagonal().mean() + 1e-30)
-    u, size, _ = torch.linalg.svd(rows * error.double() @ torch.linalg.cholesky(felt), full_matrices=False)
-    a = u[:, :rank] / rows * size[:rank]
-    step = (a.abs().amax() / 1.5).clamp_min(SCALE_FLOOR).reshape(1).half()
-    codes = (a / step.double()).round().clamp(-2, 1)
-    stored = rows * codes * step.double()
+    row_weight = gain.double().clamp_min(LQER_GAIN_FLOOR * gain.mean().item()).sqrt()[:, None]
+    damped = hessian.double().clone()
+    damped.diagonal().add_(LQER_DAMP * damped.diagonal().mean() + 1e-30)
+    weighted = row_weight * error.double()
+
+    u, sizes, _ = torch.linalg.svd(weighted @ torch.linalg.cholesky(damped), full_matrices=False)
+    a = u[:, :rank] / row_weight * sizes[:rank]
+    a_step = (a.abs().amax() / 1.5).clamp_min(SCALE_FLOOR).reshape(1).half()
+    a_codes = (a / a_step.double()).round().clamp(-2, 1)
+
+    stored = row_weight * a_codes * a_step.double()
     normal = stored.mT @ stored
-    normal.diagonal().add_(1e-9 * normal.trace() + 1e-30)
-    b = torch.linalg.solve(normal, stored.mT @ (rows * error.double())).flatten()
+    normal.diagonal().add_(LQER_RIDGE * normal.trace() + 1e-30)
+    b = torch.linalg.solve(normal, stored.mT @ weighted).flatten()
     padded = F.pad(b, (0, -len(b) % group)).view(-1, group)
-    steps = (padded.abs().amax(1) / 7.5).clamp_min(SCALE_FLOOR).half()
-    b_codes = (padded / steps.double()[:, None]).round().clamp(-8, 7).flatten()[: len(b)]
-    return {"a": codes.to(torch.int8), "a_step": step, "b": b_codes.to(torch.int8).view(rank, -1), "b_step": steps}
+    b_steps = (padded.abs().amax(1) / 7.5).clamp_min(SCALE_FLOOR).half()
+    b_codes = (padded / b_steps.double()[:, None]).round().clamp(-8, 7).flatten()[: len(b)]
+    return {"a": a_codes.to(torch.int8), "a_step": a_step,
+            "b": b_codes.to(torch.int8).view(rank, -1), "b_step": b_steps}
 
 
 # ---- codecs --------------------------------------------------------------------------------------
 
-QUARTERS = (2.0 ** (np.arange(4) / 4)).astype(np.float32)  # rounded once: float32 powers differ between machines
+BYTE = 127  # largest code of one byte; -128 is none
+# Largest code of a grid: q + 127 over, a byte each. Few weights need `over`, so that it costs little.
+WIDEST = BYTE + BYTE * BYTE
+# Rounded once: float32 powers differ between machines.
+QUARTERS = (2.0 ** (np.arange(4) / 4)).astype(np.float32)
 
 
 def quarter_octaves(exponents):
@@ -2876,39 +3033,80 @@ def quarter_octaves(exponents):
 
 
 def decode_int(parts, shape):
-    return (parts["q"].float() * parts["scale"].float()[:, None]).view(shape)
+    step = parts["scale"].float()[:, None]
+    return (parts["q"].float() * step).view(shape)
 
 
 def decode_mixed(parts, shape):
-    step = torch.where(parts["salient"] != 0, parts["fine"].float()[:, None], parts["scale"].float()[:, None])
+    fine = parts["fine"].float()[:, None]
+    coarse = parts["scale"].float()[:, None]
+    step = torch.where(parts["salient"] != 0, fine, coarse)
     return (parts["q"].float() * step).view(shape)
 
 
 def decode_grid(parts, shape):
-    rows, cols = (quarter_octaves(parts[name]) for name in ("row", "col"))
-    codes = parts["q"].float() + (127 * parts["over"].float() if "over" in parts else 0)
-    return (codes * (parts["unit"] * rows)[:, None] * cols).view(shape)
+    codes = parts["q"].float()
+    if "over" in parts:
+        codes = codes + BYTE * parts["over"].float()
+    row = parts["unit"] * quarter_octaves(parts["row"])
+    column = quarter_octaves(parts["col"])
+    return (codes * row[:, None] * column).view(shape)
 
 
 def decode_float16(parts, shape):
     return parts["half"].float().view(shape)
 
 
-# name: (decode, {part: (dtype, size of it for a shape)}), and what a correction of rank k by groups of g adds to one.
-GRID = {"q": (np.int8, math.prod), "row": (np.int8, lambda shape: shape[0]),
-        "col": (np.int8, lambda shape: math.prod(shape[1:])), "unit": (np.float32, lambda shape: 1)}
-INT = {"q": (np.int8, math.prod), "scale": (np.float16, lambda shape: shape[0])}
+def per_tensor(shape):
+    return 1
+
+
+def per_row(shape):
+    return shape[0]
+
+
+def per_column(shape):
+    return math.prod(shape[1:])
+
+
+def per_weight(shape):
+    return math.prod(shape)
+
+
+class CodecPart(NamedTuple):
+    """One array of an encoded parameter."""
+
+    dtype: type
+    count: Callable  # its numbers, for the shape of the parameter
+
+
+class Codec(NamedTuple):
+    """A way to store a parameter: how its parts become weights, and what they are."""
+
+    decode: Callable  # (parts, shape) -> float32 weights
+    parts: dict[str, CodecPart]
+
+
+INT = {"q": CodecPart(np.int8, per_weight), "scale": CodecPart(np.float16, per_row)}
+MIXED = INT | {"fine": CodecPart(np.float16, per_row), "salient": CodecPart(np.int8, per_column)}
+GRID = {"q": CodecPart(np.int8, per_weight), "row": CodecPart(np.int8, per_row),
+        "col": CodecPart(np.int8, per_column), "unit": CodecPart(np.float32, per_tensor)}
+WIDE = GRID | {"over": CodecPart(np.int8, per_weight)}
 CODECS = {
-    "int": (decode_int, INT),
-    "mixed": (decode_mixed, INT | {"fine": (np.float16, lambda shape: shape[0]),
-                                   "salient": (np.int8, lambda shape: math.prod(shape[1:]))}),
-    "grid": (decode_grid, GRID),
-    "wide": (decode_grid, GRID | {"over": (np.int8, math.prod)}),
-    "float16": (decode_float16, {"half": (np.float16, math.prod)}),
+    "int": Codec(decode_int, INT),
+    "mixed": Codec(decode_mixed, MIXED),
+    "grid": Codec(decode_grid, GRID),
+    "wide": Codec(decode_grid, WIDE),
+    "float16": Codec(decode_float16, {"half": CodecPart(np.float16, per_weight)}),
 }
-CORRECTION = {"a": (np.int8, lambda shape, k, g: shape[0] * k), "a_step": (np.float16, lambda shape, k, g: 1),
-              "b": (np.int8, lambda shape, k, g: k * math.prod(shape[1:])),
-              "b_step": (np.float16, lambda shape, k, g: -(-k * math.prod(shape[1:]) // g))}
+# Parts of a low-rank correction (lqer), beside those of any codec; their counts are for (shape,
+# rank, group).
+CORRECTION = {
+    "a": CodecPart(np.int8, lambda shape, rank, group: shape[0] * rank),
+    "a_step": CodecPart(np.float16, lambda shape, rank, group: 1),
+    "b": CodecPart(np.int8, lambda shape, rank, group: rank * per_column(shape)),
+    "b_step": CodecPart(np.float16, lambda shape, rank, group: -(-rank * per_column(shape) // group)),
+}
 
 
 class Encoded(NamedTuple):
@@ -2917,17 +3115,18 @@ class Encoded(NamedTuple):
     codec: str
     bits: int
     rank: int  # of its correction, or 0
-    group: int
+    group: int  # weights of B that share a step size
     parts: dict[str, Tensor]
 
     def decode(self, shape):
         """float32 weights of a shape."""
-        weight = CODECS[self.codec][0](self.parts, shape)
+        weight = CODECS[self.codec].decode(self.parts, shape)
         if not self.rank:
             return weight
         a = self.parts["a"].float().view(shape[0], self.rank) * self.parts["a_step"].float()
-        steps = self.parts["b_step"].float().repeat_interleave(self.group)[: self.parts["b"].numel()]
-        b = (self.parts["b"].float().flatten() * steps).view(self.rank, -1)
+        b_codes = self.parts["b"].float().flatten()
+        b_steps = self.parts["b_step"].float().repeat_interleave(self.group)[: len(b_codes)]
+        b = (b_codes * b_steps).view(self.rank, -1)
         for k in range(self.rank):  # summed in one order everywhere
             weight = weight + a[:, k, None] * b[k]
         return weight
@@ -2939,33 +3138,61 @@ def _to_cpu(parts):
 
 # ---- allocation: FIT=allocate --------------------------------------------------------------------
 
-LOGIT_NOISE = 0.1  # most variance of a logit that rounding may make
-WIDEST = 127 + 127 * 127  # code of a grid: q + 127 over, both of one byte. Few weights are over 0, and cost little
+# How many bits does each weight deserve? Rounding at a step size d makes an error of variance d^2
+# / 12, so a weight of sensitivity h costs the loss h d^2 / 24 nats a token. Half the step size is
+# one bit more and a quarter of that cost. If two weights cost differently, a bit moved from the
+# cheaper to the dearer one lowers the sum, at equal bytes. So in the best allocation every weight
+# costs the same: d = spacing / sqrt(h), a cost of spacing^2 / 24 each. Rate-distortion theory
+# calls this reverse water-filling; fixed bits, with clips by the spread of a row, miss it. Large
+# weights then get large codes, and the entropy coder makes few bits of the many small ones. One
+# number is left to choose, the spacing:
+# allocation_grid        the step sizes of a matrix at a spacing, to be stored in a byte for each
+# row and column
+#     Quantiser.rate         the bytes to expect of a spacing; spacing_for() is its inverse
+#     allocate               tries artifacts until one fills the size limit
+
+LOGIT_NOISE = 0.1  # most variance of a logit that rounding may make; 0.03 and 0.3 were worse
+# Of the mean: what calibration never saw gets at most 1,000 times the usual step size.
+SENSITIVITY_FLOOR = 1e-6
+# Bounds of the exponents, in quarter octaves, which keep them in a byte. By the floor they are 40
+# at most, and of n rows or columns none is below -2 log2(n); only rows of absurdly large weights
+# come near their bound.
+LARGEST_COLUMN = 60
+LARGEST_ROW = 120
+
+
+def step_exponents(sensitivity):
+    """Step sizes proportional to 1 / sqrt(sensitivity), as quarter octaves: 0 for the mean."""
+    relative = sensitivity / sensitivity.mean().clamp_min(1e-30)
+    return (-2 * relative.clamp_min(SENSITIVITY_FLOOR).log2()).round()
 
 
 def allocation_grid(weight, moments, pivots, spacing):
-    """Parts of a grid for weight (R, C): step[r, c] = spacing / sqrt(gain[r] pivot[c]), to the nearest quarter octave.
+    """Parts of a grid for weight (R, C): step[r, c] = spacing / sqrt(gain[r] pivot[c]), to the
+    nearest quarter octave.
 
-    The pivots (C,) are what an error in a column costs once the columns behind it make up for it as well as they can.
-    Every weight then costs the loss spacing^2 / 24 nats a token, and no bits can be moved to where they save more: the
-    answer of rate-distortion theory ("reverse water-filling"), which fixed bits and clips by the spread of a row miss.
-    The rows of a head are finer where that would move a logit much: a token that is never likely has next to no gain,
-    but it would become likely. Without this, the token table cost three times the loss; 0.03 and 0.3 were worse.
+    The pivots (C,) are what an error in a column costs once later columns make up for it
+    (Quantiser.pivots). The rows of a head are finer where rounding would move a logit by more than
+    LOGIT_NOISE: a token that is never likely has next to no gain, but it would become likely.
+    Without this, the token table cost three times the loss. A row whose codes would be beyond
+    WIDEST gets larger step sizes.
     """
-    def exponents(felt):
-        return (-2 * (felt / felt.mean().clamp_min(1e-30)).clamp_min(1e-6).log2()).round()
-
-    gain, pivots = moments.gain.float(), pivots.float()
+    gain = moments.gain.float()
+    pivots = pivots.float()
+    # A row's error has variance spacing^2 / (12 gain pivot[c]) in each column, so its logit has
+    # logits C spacing^2 / (12 gain).
     gain = gain.clamp_min(moments.logits * len(pivots) * spacing**2 / (12 * LOGIT_NOISE))
     unit = spacing / (gain.mean() * pivots.mean()).sqrt().clamp_min(1e-30)
-    row, col = exponents(gain), exponents(pivots).clamp(-60, 60)
-    widest = (weight.abs() / (2 ** (col / 4))).amax(1) / unit  # in units of a row's step
-    row = torch.maximum(row, (4 * (widest / WIDEST).clamp_min(1e-30).log2()).ceil()).clamp(-120, 120)
-    return {"row": row.to(torch.int8), "col": col.to(torch.int8), "unit": unit.reshape(1)}
+    row = step_exponents(gain)
+    column = step_exponents(pivots).clamp(-LARGEST_COLUMN, LARGEST_COLUMN)
+    largest = (weight.abs() / 2 ** (column / 4)).amax(1) / unit  # code of each row at exponent 0
+    least_row = (4 * (largest / WIDEST).clamp_min(1e-30).log2()).ceil()
+    row = torch.maximum(row, least_row).clamp(-LARGEST_ROW, LARGEST_ROW)
+    return {"row": row.to(torch.int8), "col": column.to(torch.int8), "unit": unit.reshape(1)}
 
 
 RATE_STEP = 1 / 16
-RATE_OCTAVES = np.arange(-24, 40, RATE_STEP)  # log2 of a spread in units of the step
+RATE_OCTAVES = np.arange(-24, 40, RATE_STEP)  # log2 of a spread in units of the step size
 
 
 @cache
@@ -2981,32 +3208,87 @@ def gaussian_entropy():
     return np.array([-40, *octaves]), np.array([0, *bits])
 
 
+def allocate(quantiser, packed_of, room, log):
+    """The artifact (Packed) at the spacing that fills `room` bytes to within 5,000, or at the
+    finest that means anything. Bytes follow Quantiser.rate() up to a factor, which each try
+    corrects.
+    """
+    finest = math.sqrt(24e-5 / max(quantiser.quantised, 1))  # all rounding costs 1e-5 nats a token
+    too_fine, fits = finest, math.inf  # spacings that made too many bytes, and few enough
+    factor, best = 1.0, None
+    for attempt in range(1, 11):
+        spacing = quantiser.spacing_for(room - 2500, factor, too_fine, fits)
+        packed = packed_of(quantiser.encode(spacing))
+        log("allocate", attempt=attempt, spacing=spacing,
+            expected_loss=quantiser.quantised * spacing**2 / 24, bytes=packed.size, room_bytes=room)
+        if packed.size <= room:
+            best, fits = packed, spacing
+            if packed.size >= room - 5000 or spacing <= 1.001 * finest:
+                break
+        else:
+            too_fine = spacing
+            if best is None:
+                best = packed
+        factor = packed.size / quantiser.rate(spacing)
+    return best
+
+
+# ---- the quantiser: from weights to codes --------------------------------------------------------
+
+
+class Grids(NamedTuple):
+    """The quantisation grids of N parameters of one shape."""
+
+    parts: list[dict[str, Tensor]]  # for each, what the artifact stores of its grid
+    steps: Tensor  # (N, R, C or 1): the step sizes that this means
+
+
 class Quantiser:
-    """The parameters of a model as its settings store them. What does not depend on the spacing of FIT=allocate is done
-    once. `moments` are of calibrate(); settings that need none do without.
+    """The parameters of a model as its settings store them. `moments` are of calibrate(); settings
+    that need none do without.
+
+        quantiser = Quantiser(model, s, moments)
+        encoded = quantiser.encode(spacing)    # {parameter: Encoded}; the spacing is that of FIT=allocate
+        steps = quantiser.steps(spacing)       # {parameter: step sizes}, for late QAT
+
+    Parameters of one shape and Store are rounded together. What does not depend on the spacing is
+    done once.
     """
 
     def __init__(self, model, s, moments=None):
-        self.s, self.stores, self.moments, self.groups = s, storage(model, s), moments, {}
-        self.weights, self.factors, self._spread = {n: p.detach().float() for n, p in model.named_parameters()}, {}, None
+        self.s = s
+        self.moments = moments
+        self.stores = storage(model, s)
+        self.weights = {name: param.detach().float() for name, param in model.named_parameters()}
+        self.factors = {}  # {identity of a Hessian: factor_hessian() of it}
+        self._spread = None
         self._check_moments()
         self.salient = self._salient_columns() if s.awq_lite_group_top_k and moments else {}
-        self.stores |= {name: self.stores[name]._replace(codec="mixed") for name in self.salient}
+        for name in self.salient:
+            self.stores[name] = self.stores[name]._replace(codec="mixed")
+        self._check_weights()
+        self.groups = {}  # {(shape, Store): parameters}
+        self.quantised = 0  # weights that are not float16
         for name, store in self.stores.items():
-            weight = self.weights[name]
-            if not weight.isfinite().all():
-                raise Stopped(f"{name} is not finite; no artifact was written", 4)
             if store.codec == "float16":
                 continue
-            if count := int(s.prune_pct * weight.numel()):
-                self.weights[name] = weight.where(weight.abs() > weight.abs().flatten().kthvalue(count).values, 0.0)
+            weight = self._pruned(self.weights[name])
+            self.weights[name] = weight
             self.groups.setdefault((weight.shape, store), []).append(name)
-        self.quantised = sum(self.weights[name].numel() for names in self.groups.values() for name in names)
+            self.quantised += weight.numel()
+
+    def _check_weights(self):
+        for name in self.stores:
+            if not self.weights[name].isfinite().all():
+                raise Stopped(f"{name} is not finite; no artifact was written", 4)
 
     def _check_moments(self):
-        """Moments that are nan or infinite would make an artifact of nan, or an error that blames others."""
-        for name, found in (self.moments or {}).items():
-            if found.hessian.isfinite().all() and found.gain.isfinite().all() and math.isfinite(found.logits):
+        """Moments that are nan or infinite would make an artifact of nan, or an error with a
+        misleading cause.
+        """
+        for name, moments in (self.moments or {}).items():
+            finite = moments.hessian.isfinite().all() and moments.gain.isfinite().all()
+            if finite and math.isfinite(moments.logits):
                 continue
             weight = self.weights[name]
             if not weight.isfinite().all():
@@ -3017,17 +3299,32 @@ class Quantiser:
                 why = "an activation or a gradient overflowed, or all are zero"
             raise Stopped(f"calibration moments of {name} are nan or infinite: {why}; no artifact was made", 4)
 
+    def _pruned(self, weight):
+        """The weight with the PRUNE_PCT of smallest magnitude set to zero."""
+        count = int(self.s.prune_pct * weight.numel())
+        if not count:
+            return weight
+        threshold = weight.abs().flatten().kthvalue(count).values
+        return weight.where(weight.abs() > threshold, 0.0)
+
+    # What the moments say.
+
     def _salient_columns(self):
         """{parameter: (C,) which of its columns AWQ-lite stores in AWQ_LITE_BITS}."""
-        s, weights, inputs = self.s, {}, {}
+        s = self.s
+        weights, inputs = {}, {}
         for name, store in self.stores.items():
-            felt = self.moments.get(name)
-            fixed = store.codec == "int" and store.method != "ternary" and store.bits < s.awq_lite_bits
-            if fixed and felt and felt.inputs is not None:
-                weights[name], inputs[name] = self.weights[name], felt.inputs
+            moments = self.moments.get(name)
+            scaled = store.codec == "int" and store.method != "ternary"
+            gains_bits = scaled and store.bits < s.awq_lite_bits
+            if gains_bits and moments and moments.inputs is not None:
+                weights[name] = self.weights[name]
+                inputs[name] = moments.inputs
+        groups = awq_lite_groups(weights, inputs, s.awq_lite_group_size, s.awq_lite_group_top_k)
         columns = {}
-        for name, starts in salient_groups(weights, inputs, s.awq_lite_group_size, s.awq_lite_group_top_k).items():
-            columns[name] = torch.zeros(weights[name].size(1), dtype=torch.bool, device=weights[name].device)
+        for name, starts in groups.items():
+            weight = weights[name]
+            columns[name] = torch.zeros(weight.size(1), dtype=torch.bool, device=weight.device)
             for start in starts:
                 columns[name][start : start + s.awq_lite_group_size] = True
         return columns
@@ -3036,199 +3333,277 @@ class Quantiser:
         """factor_hessian() of a parameter's Hessian, once for q, k and v, which share theirs."""
         if self.moments is None:
             raise ValueError(f"{name} is to be stored by its Hessian, but there are no moments")
-        key = id(self.moments[name].hessian)
+        moments = self.moments[name]
+        key = id(moments.hessian)
         if key not in self.factors:
             try:
-                self.factors[key] = factor_hessian(self.moments[name], self.s.gptq_damp, self.s.gptq_act_order)
+                self.factors[key] = factor_hessian(moments, self.s.gptq_damp, self.s.gptq_act_order)
             except Stopped as error:
                 raise Stopped(f"{name}: {error}", error.code) from None
         return self.factors[key]
 
     def pivots(self, name):
-        """(C,): what an error in each column costs, after those behind it, with GPTQ, made up for what they can."""
+        """(C,) what an error in each column costs. With GPTQ, after later columns have made up for
+        it as they can: then it is the conditional variance of the column's input, the square of a
+        pivot of the Cholesky factor.
+        """
         if self.stores[name].method == "rtn":
             return self.moments[name].hessian.diagonal().clamp_min(1e-30)
         order, factor = self.factor(name)
-        return torch.empty_like(factor[0]).scatter_(0, order, factor.diagonal().square().reciprocal())
+        pivots = factor.diagonal().square().reciprocal()
+        return torch.empty_like(pivots).scatter_(0, order, pivots)
+
+    # FIT=allocate: bytes at a spacing, and back.
 
     def rate(self, spacing):
-        """Bytes of the codes at a spacing, were each weight Gaussian with the spread of its row and column."""
+        """Bytes of the codes at a spacing, were each weight Gaussian with the spread of its row
+        and column.
+        """
         if self._spread is None:
             self._spread = np.zeros(len(RATE_OCTAVES))
             for (_, store), names in self.groups.items():
-                for name in names if store.codec == "grid" else ():
-                    square, gain = self.weights[name].double().square(), self.moments[name].gain.double()
-                    local = square.mean(1, keepdim=True) * square.mean(0) / square.mean().clamp_min(1e-60)
-                    felt = local * gain[:, None] * self.pivots(name).double()  # (spread / step)^2 at a spacing of 1
-                    at = (felt.clamp_min(1e-60).log2() / 2 - RATE_OCTAVES[0]) / RATE_STEP
-                    self._spread += np.bincount(at.round().clamp(0, len(RATE_OCTAVES) - 1).int().flatten().cpu().numpy(),
-                                                minlength=len(RATE_OCTAVES))
+                if store.codec == "grid":
+                    for name in names:
+                        self._spread += self._spread_of(name)
         return float(self._spread @ np.interp(RATE_OCTAVES - math.log2(spacing), *gaussian_entropy())) / 8
+
+    def _spread_of(self, name):
+        """Numbers of weights by log2 of their spread in units of the step size at a spacing of 1:
+        RATE_OCTAVES.
+        """
+        square = self.weights[name].double().square()
+        local = square.mean(1, keepdim=True) * square.mean(0) / square.mean().clamp_min(1e-60)
+        relative = local * self.moments[name].gain.double()[:, None] * self.pivots(name).double()
+        bins = (relative.clamp_min(1e-60).log2() / 2 - RATE_OCTAVES[0]) / RATE_STEP
+        bins = bins.round().clamp(0, len(RATE_OCTAVES) - 1).int().flatten().cpu().numpy()
+        return np.bincount(bins, minlength=len(RATE_OCTAVES))
 
     def spacing_for(self, size, factor=1.0, finest=0.0, coarsest=math.inf):
         """The spacing at which factor * rate() is `size` bytes, by bisection between bounds."""
-        low, high = (math.log(min(max(x, 1e-12), 1e6)) for x in (finest, coarsest))
+        low = math.log(min(max(finest, 1e-12), 1e6))
+        high = math.log(min(max(coarsest, 1e-12), 1e6))
         for _ in range(40):
             middle = (low + high) / 2
-            low, high = (middle, high) if factor * self.rate(math.exp(middle)) > size else (low, middle)
+            if factor * self.rate(math.exp(middle)) > size:
+                low = middle
+            else:
+                high = middle
         return math.exp(high)
 
+    # Grids: the step size of each weight.
+
     def _grids(self, names, store, spacing):
-        """([parts], steps (N, R, C or 1)) of parameters of one shape: their grids."""
+        """Grids of parameters of one shape and Store."""
         weights = torch.stack([self.weights[name] for name in names])
-        if store.codec in ("int", "mixed"):
-            rows, how = weights.flatten(0, 1), (store.method, store.sigmas, store.floor)
-            scales = row_scales(rows, store.bits, *how).view(len(names), -1)
-            if store.codec == "int":
-                return [{"scale": scale} for scale in scales], scales.float()[:, :, None]
-            fine, salient = row_scales(rows, self.s.awq_lite_bits, *how).view(len(names), -1), self._salient(names)
-            parts = [{"scale": a, "fine": b, "salient": c} for a, b, c in zip(scales, fine, salient[:, 0].to(torch.int8))]
-            return parts, torch.where(salient, fine.float()[:, :, None], scales.float()[:, :, None])
-        parts = [_to_cpu(allocation_grid(self.weights[n], self.moments[n], self.pivots(n), spacing)) for n in names]
-        ones = torch.ones(weights.shape[1:], dtype=torch.int8)
-        return parts, torch.stack([decode_grid({**part, "q": ones}, ones.shape) for part in parts]).to(weights.device)
+        if store.codec == "int":
+            return self._row_grids(weights, store)
+        if store.codec == "mixed":
+            return self._mixed_grids(names, weights, store)
+        return self._allocated_grids(names, weights, spacing)
+
+    def _row_scales(self, weights, bits, store):
+        """(N, R): row_scales() of weights (N, R, C)."""
+        rows = weights.flatten(0, 1)
+        return row_scales(rows, bits, store.method, store.sigmas, store.floor).view(len(weights), -1)
+
+    def _row_grids(self, weights, store):
+        scales = self._row_scales(weights, store.bits, store)
+        return Grids([{"scale": scale} for scale in scales], scales.float()[:, :, None])
+
+    def _mixed_grids(self, names, weights, store):
+        scales = self._row_scales(weights, store.bits, store)
+        fine_scales = self._row_scales(weights, self.s.awq_lite_bits, store)
+        salient = self._salient(names)
+        parts = []
+        for scale, fine, columns in zip(scales, fine_scales, salient[:, 0]):
+            parts.append({"scale": scale, "fine": fine, "salient": columns.to(torch.int8)})
+        steps = torch.where(salient, fine_scales.float()[:, :, None], scales.float()[:, :, None])
+        return Grids(parts, steps)
 
     def _salient(self, names):
         """(N, 1, C): which columns AWQ-lite stores in more bits."""
         return torch.stack([self.salient[name] for name in names])[:, None]
 
+    def _allocated_grids(self, names, weights, spacing):
+        ones = torch.ones(weights.shape[1:], dtype=torch.int8)
+        parts, steps = [], []
+        for name in names:
+            weight, moments = self.weights[name], self.moments[name]
+            grid = allocation_grid(weight, moments, self.pivots(name), spacing)
+            parts.append(_to_cpu(grid))
+            steps.append(decode_grid({**parts[-1], "q": ones}, ones.shape))
+        return Grids(parts, torch.stack(steps).to(weights.device))
+
     def steps(self, spacing=None):
-        """{parameter: its step, (R, 1) or (R, C)}: what weights will be rounded to."""
-        return {name: step for (_, store), names in self.groups.items()
-                for name, step in zip(names, self._grids(names, store, spacing)[1])}
+        """{parameter: its step sizes (R, 1) or (R, C)}: what weights will be rounded to."""
+        steps = {}
+        for (_, store), names in self.groups.items():
+            steps.update(zip(names, self._grids(names, store, spacing).steps))
+        return steps
+
+    # Codes.
 
     def encode(self, spacing=None):
         """{parameter: Encoded}, in the model's order."""
-        done = {}
+        encoded = {}
         for (_, store), names in self.groups.items():
-            weights = torch.stack([self.weights[name] for name in names])
-            parts, steps = self._grids(names, store, spacing)
-            top = store.top
-            if store.codec == "mixed":
-                top = torch.where(self._salient(names), 2 ** (self.s.awq_lite_bits - 1) - 1, top)
-            if self.s.prune_pct:  # zero whatever GPTQ feeds into them: it would undo the pruning (#967)
-                steps = steps.where(weights != 0, 1e30)
-            if store.method == "gptq":
-                orders, factors = (torch.stack(z) for z in zip(*map(self.factor, names)))
-                alive = torch.stack([self.moments[name].hessian.diagonal() > 0 for name in names])[:, None]
-                codes = gptq(weights * alive, steps, top, orders, factors, self.s.gptq_block_size)
-            else:
-                codes = round_to_grid(weights, steps, top).to(torch.int16)
-            for name, code, part in zip(names, codes, parts):
-                over = code.sign() * ((code.abs() - 1).clamp_min(0) // 127)
-                part = part | {"q": (code - 127 * over).to(torch.int8)}
-                wide = {"over": over.to(torch.int8)} if over.any() else {}
-                done[name] = Encoded("wide" if wide else store.codec, store.bits, 0, 0, _to_cpu(part | wide))
+            grids = self._grids(names, store, spacing)
+            codes = self._round(names, store, grids.steps)
+            for name, tensor_codes, parts in zip(names, codes, grids.parts):
+                encoded[name] = self._encoded(store, parts, tensor_codes)
         if self.s.lqer_rank:
-            self._add_lqer(done)
+            self._add_lqer(encoded)
         for name, store in self.stores.items():
             if store.codec == "float16":
-                done[name] = Encoded("float16", 16, 0, 0, _to_cpu({"half": self.weights[name].half()}))
-        return {name: done[name] for name in self.stores}
+                half = self.weights[name].half()
+                encoded[name] = Encoded("float16", 16, 0, 0, _to_cpu({"half": half}))
+        return {name: encoded[name] for name in self.stores}
 
-    def _add_lqer(self, done):
-        """LQER where the error is felt most, if it is felt less for it. By its plain norm it would always be the largest
-        tensors (#1797).
+    def _round(self, names, store, steps):
+        """Codes int16 (N, R, C) of parameters at step sizes (N, R, C or 1), by GPTQ or to the
+        nearest.
         """
-        def felt(name, one):
-            hessian, gain, *_ = self.moments[name]
-            error = self.weights[name] - one.decode(self.weights[name].shape).to(hessian.device)
-            return (gain @ ((error @ hessian) * error).sum(1)).item(), error
+        weights = torch.stack([self.weights[name] for name in names])
+        top = store.top
+        if store.codec == "mixed":
+            top = torch.where(self._salient(names), largest_code(self.s.awq_lite_bits), top)
+        if self.s.prune_pct:  # zero whatever GPTQ feeds into them: it would undo the pruning (#967)
+            steps = steps.where(weights != 0, 1e30)
+        if store.method != "gptq":
+            return round_to_grid(weights, steps, top).to(torch.int16)
+        orders, factors = (torch.stack(tensors) for tensors in zip(*map(self.factor, names)))
+        alive = torch.stack([self.moments[name].hessian.diagonal() > 0 for name in names])[:, None]
+        return gptq(weights * alive, steps, top, orders, factors, self.s.gptq_block_size)
 
-        found = {name: felt(name, done[name]) for name in filter(self.moments.get, done)}  # a gate has none
-        for name in sorted(found, key=lambda name: found[name][0])[-self.s.lqer_top_k :]:
-            before, error = found[name]
-            fitting, group = min(self.s.lqer_rank, *error.shape), self.s.lqer_asym_group
-            parts = _to_cpu(lqer(error, *self.moments[name][:2], fitting, group))
-            one = done[name]._replace(rank=fitting, group=group, parts=done[name].parts | parts)
-            if felt(name, one)[0] < before:
-                done[name] = one
+    def _encoded(self, store, grid_parts, codes):
+        """A parameter with codes int16 (R, C): those beyond a byte are split in q + 127 over."""
+        codec = store.codec
+        over = codes.sign() * ((codes.abs() - 1).clamp_min(0) // BYTE)
+        parts = grid_parts | {"q": (codes - BYTE * over).to(torch.int8)}
+        if over.any():
+            codec = "wide"
+            parts["over"] = over.to(torch.int8)
+        return Encoded(codec, store.bits, 0, 0, _to_cpu(parts))
 
+    def _add_lqer(self, encoded):
+        """LQER for the LQER_TOP_K parameters whose error costs most, where it lowers that cost. By
+        the plain norm of errors it would always be the largest tensors (#1797).
+        """
+        def error_of(name, candidate):
+            weight = self.weights[name]
+            return weight - candidate.decode(weight.shape).to(self.moments[name].hessian.device)
 
-def allocate(quantiser, packed_of, room, log):
-    """The artifact (Packed) at the spacing that fills `room` bytes to within 5,000, or at the finest that means anything.
-    Bytes follow Quantiser.rate() up to a factor, which each try corrects.
-    """
-    finest = math.sqrt(24e-5 / max(quantiser.quantised, 1))  # 1e-5 nats in all
-    bounds, factor, best = [finest, math.inf], 1.0, None  # too many bytes, few enough
-    for attempt in range(1, 11):
-        spacing = quantiser.spacing_for(room - 2500, factor, *bounds)
-        packed = packed_of(quantiser.encode(spacing))
-        log("allocate", attempt=attempt, spacing=spacing, expected_loss=quantiser.quantised * spacing**2 / 24,
-            bytes=packed.size, room_bytes=room)
-        if packed.size <= room or best is None:
-            best = packed
-        if packed.size <= room and (packed.size >= room - 5000 or spacing <= 1.001 * finest):
-            break
-        bounds[packed.size <= room], factor = spacing, packed.size / quantiser.rate(spacing)
-    return best
+        costs = {}
+        for name, candidate in encoded.items():
+            if name in self.moments:  # a gate has none
+                costs[name] = self.moments[name].loss(error_of(name, candidate))
+        group = self.s.lqer_asym_group
+        for name in sorted(costs, key=costs.get)[-self.s.lqer_top_k :]:
+            moments = self.moments[name]
+            error = error_of(name, encoded[name])
+            rank = min(self.s.lqer_rank, *error.shape)
+            correction = _to_cpu(lqer(error, moments.hessian, moments.gain, rank, group))
+            parts = encoded[name].parts | correction
+            corrected = encoded[name]._replace(rank=rank, group=group, parts=parts)
+            if moments.loss(error_of(name, corrected)) < costs[name]:
+                encoded[name] = corrected
 
 
 # ---- pruning: FIT=prune --------------------------------------------------------------------------
 
+PRUNABLE = ("int", "mixed")  # codecs of which codes are dropped
+
+
+def ones_in(codes):
+    """Which codes are 1 or -1."""
+    return codes.abs() == 1
+
 
 def without_cheapest(encoded, count):
-    """Encoded tensors with `count` of their codes 1 and -1 set to 0: those of the smallest steps (#1019, #1539)."""
-    places, costs = [], []
-    for name, (codec, *_, parts) in encoded.items():
-        if codec not in ("int", "mixed"):
+    """Encoded tensors with `count` of their codes 1 and -1 set to 0: those of the smallest step
+    sizes (#1019, #1539).
+    """
+    places = {}  # of the ones, in each tensor's flattened codes
+    steps = []
+    for name, tensor in encoded.items():
+        if tensor.codec not in PRUNABLE:
             continue
-        q = parts["q"]
-        at = (q.abs() == 1).flatten().nonzero().squeeze(1)
-        places.append((name, at))
-        costs.append(CODECS[codec][0](parts | {"q": torch.ones_like(q)}, q.shape).flatten()[at])  # their steps
-    cheap = torch.zeros(sum(map(len, costs)), dtype=torch.bool)
-    cheap[torch.cat(costs).argsort(stable=True)[:count]] = True
-    done = dict(encoded)
-    for (name, at), drop in zip(places, cheap.split([len(at) for _, at in places])):
-        q = encoded[name].parts["q"].clone()
-        q.view(-1)[at[drop]] = 0
-        done[name] = encoded[name]._replace(parts=encoded[name].parts | {"q": q})
-    return done
+        codes = tensor.parts["q"]
+        places[name] = ones_in(codes).flatten().nonzero().squeeze(1)
+        parts = tensor.parts | {"q": torch.ones_like(codes)}
+        step = CODECS[tensor.codec].decode(parts, codes.shape)
+        steps.append(step.flatten()[places[name]])
+    cheap = torch.zeros(sum(map(len, steps)), dtype=torch.bool)
+    cheap[torch.cat(steps).argsort(stable=True)[:count]] = True
+
+    pruned = dict(encoded)
+    cheap_by_tensor = cheap.split([len(ones) for ones in places.values()])
+    for (name, ones), drop in zip(places.items(), cheap_by_tensor):
+        parts = encoded[name].parts
+        codes = parts["q"].clone()
+        codes.view(-1)[ones[drop]] = 0
+        pruned[name] = encoded[name]._replace(parts=parts | {"q": codes})
+    return pruned
 
 
 def prune_to_fit(encoded, packed_of, room, log):
-    """The artifact (Packed) with few of its cheapest codes dropped (without_cheapest) that fits `room` bytes; with all of
-    them, if even that is too large.
+    """The artifact (Packed) with few of its cheapest codes dropped (without_cheapest) that fits
+    `room` bytes, by regula falsi; with all of them dropped, if even that is too large.
     """
-    first = packed_of(encoded)
-    if first.size <= room:
-        log("prune", dropped=0, bytes=first.size, room_bytes=room)
-        return first
-    low, high = 0, sum(int((one.parts["q"].abs() == 1).sum()) for one in encoded.values() if one.codec in ("int", "mixed"))
-    best, over = packed_of(without_cheapest(encoded, high)), first.size  # sizes at high and low
-    for _ in range(8 if best.size <= room else 0):
-        if best.size >= room - 2000 or high - low <= 1:
+    whole = packed_of(encoded)
+    if whole.size <= room:
+        log("prune", dropped=0, bytes=whole.size, room_bytes=room)
+        return whole
+    too_few, too_few_size = 0, whole.size
+    codes = [tensor.parts["q"] for tensor in encoded.values() if tensor.codec in PRUNABLE]
+    enough = sum(int(ones_in(tensor_codes).sum()) for tensor_codes in codes)
+    best = packed_of(without_cheapest(encoded, enough))
+    tries = 8 if best.size <= room else 0
+    for _ in range(tries):
+        if best.size >= room - 2000 or enough - too_few <= 1:
             break
-        count = low + round((high - low) * (over - room + 500) / (over - best.size))
-        count = min(max(count, low + 1), high - 1)
-        tried = packed_of(without_cheapest(encoded, count))
-        if tried.size <= room:
-            high, best = count, tried
+        excess = too_few_size - room + 500
+        count = too_few + round((enough - too_few) * excess / (too_few_size - best.size))
+        count = min(max(count, too_few + 1), enough - 1)
+        packed = packed_of(without_cheapest(encoded, count))
+        if packed.size <= room:
+            enough, best = count, packed
         else:
-            low, over = count, tried.size
-    log("prune", dropped=high, bytes=best.size, room_bytes=room)
+            too_few, too_few_size = count, packed.size
+    log("prune", dropped=enough, bytes=best.size, room_bytes=room)
     return best
 
 
 # ---- late QAT ------------------------------------------------------------------------------------
 
+SCALE_REFRESH_STEPS = 10  # optimizer steps after which late QAT's scales follow the weights
+SHARPEST = 16  # sharpness of soft rounding at the end of training; it begins at 1
+
 
 class LateQAT:
-    """Training on weights as the artifact will hold them, from LATE_QAT_THRESHOLD on: on the exporter's own grid. That
-    of scales follows the weights, every 10 steps; that of FIT=allocate is chosen once, after a calibration of its own.
+    """Late quantisation-aware training: from LATE_QAT_THRESHOLD on, the forward sees weights as
+    the artifact will hold them, rounded to the exporter's own grid (FakeQuant). Scales follow the
+    weights every 10 optimizer steps; the grid of FIT=allocate is chosen once, after a calibration
+    of its own.
     """
 
     def __init__(self, model, s):
-        self.model, self.s, self.begun, self.on, self.moments = model, s, None, False, None
+        self.model = model
+        self.s = s
+        self.begun = None  # optimizer step at which it began
+        self.on = False
+        self.moments = None  # of FIT=allocate
         stores = storage(model, s)
-        self.modules = {f"{name}.weight": module for name, module in model.named_modules()
-                        if isinstance(module, (Linear, Table)) and stores[f"{name}.weight"].codec != "float16"}
-        self.grids = {name: FakeQuant(module.weight, stores[name].top, s.qat_rounding == "soft").to(module.weight.device)
-                      for name, module in self.modules.items()}
-        if s.fit == "allocate":
-            for name, grid in self.grids.items():
-                grid.step = torch.ones_like(self.modules[name].weight.data)
+        self.modules = {}
+        self.grids = {}
+        for name, module in model.named_modules():
+            name = f"{name}.weight"
+            if isinstance(module, (Linear, Table)) and stores[name].codec != "float16":
+                grid = FakeQuant(module.weight, stores[name].top, s.qat_rounding == "soft")
+                if s.fit == "allocate":
+                    grid.step = torch.ones_like(module.weight.data)
+                self.modules[name] = module
+                self.grids[name] = grid.to(module.weight.device)
 
     def switch(self, on):
         """Round, or do not: two graphs of the same model, both compiled in warm-up."""
@@ -3238,41 +3613,57 @@ class LateQAT:
             self.on = on
 
     def enter(self, run, training, progress):
-        """At each step that trains on rounded weights; progress from 0 to 1 sharpens soft rounding (1 to 16)."""
+        """Called before each optimizer step on rounded weights; progress from 0 to 1 sharpens soft
+        rounding.
+        """
+        allocating = self.s.fit == "allocate"
         if self.begun is None:
             self.begun = training.step
-            run.log("late_qat", step=training.step, tensors=len(self.grids), rounding=self.s.qat_rounding)
-            if self.s.fit == "allocate":
-                self.moments = training.calibrate()  # the export's, too: another grid would undo what was learned
-                try:
-                    quantiser = Quantiser(self.model, self.s, self.moments)
-                    spacing = quantiser.spacing_for(self.s.size_limit - len(run.source))
-                except Stopped:  # the steps so far are worth keeping
-                    self.begun = self.moments = None
-                    training.save()
-                    raise
-                self._set(quantiser.steps(spacing))
-        if self.s.fit != "allocate" and (training.step - self.begun) % 10 == 0:
+            run.log("late_qat", step=training.step, tensors=len(self.grids),
+                    rounding=self.s.qat_rounding)
+            if allocating:
+                self._allocate(run, training)
+        if not allocating and (training.step - self.begun) % SCALE_REFRESH_STEPS == 0:
             self._set(Quantiser(self.model, self.s).steps())
-        for grid in self.grids.values() if self.s.qat_rounding == "soft" else ():
-            grid.sharpness.fill_(1 + 15 * progress)
+        if self.s.qat_rounding == "soft":
+            for grid in self.grids.values():
+                grid.sharpness.fill_(1 + (SHARPEST - 1) * progress)
         self.switch(True)
+
+    def _allocate(self, run, training):
+        """Choose the grid of FIT=allocate. The export uses the same moments: another grid would
+        undo what was learned.
+        """
+        self.moments = training.calibrate()
+        try:
+            quantiser = Quantiser(self.model, self.s, self.moments)
+            spacing = quantiser.spacing_for(self.s.size_limit - len(run.source))
+        except Stopped:
+            self.begun = None
+            self.moments = None
+            training.save()  # the steps so far are worth keeping
+            raise
+        self._set(quantiser.steps(spacing))
 
     def _set(self, steps):
         for name, grid in self.grids.items():
             grid.step.copy_(steps[name])
 
     def state_dict(self):
-        moments = self.moments and {name: (*one.to("cpu"),) for name, one in self.moments.items()}
-        return {"begun": self.begun, "steps": {name: grid.step.cpu() for name, grid in self.grids.items()},
-                "moments": moments}
+        moments = self.moments
+        if moments:
+            moments = {name: tuple(values.to("cpu")) for name, values in moments.items()}
+        steps = {name: grid.step.cpu() for name, grid in self.grids.items()}
+        return {"begun": self.begun, "steps": steps, "moments": moments}
 
     def load_state_dict(self, state):
         self.begun = state["begun"]
         self._set(state["steps"])
         if state["moments"]:
             device = self.model.embed.weight.device
-            self.moments = {name: Moments(*one).to(device) for name, one in state["moments"].items()}
+            self.moments = {}
+            for name, values in state["moments"].items():
+                self.moments[name] = Moments(*values).to(device)
 
 
 # --------------------------------------------------------------------------------------------------
