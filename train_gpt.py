@@ -2557,9 +2557,10 @@ def load_validation(s, rt, sp):
 
 
 # --------------------------------------------------------------------------------------------------
-# 7 Quantisation Weights become integers ("codes") times step sizes. Calibration measures how much
-# the loss rises with an error in each weight; GPTQ, FIT=allocate, AWQ-lite and LQER go by that.
-# Quantiser puts it all together.
+# 7 Quantisation
+# Weights become integers ("codes") times step sizes. Calibration measures how much the loss rises
+# with an error in each weight; GPTQ, FIT=allocate, AWQ-lite and LQER go by that. Quantiser puts it
+# all together.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -2573,7 +2574,7 @@ class Moments(NamedTuple):
     diagonal.
     """
 
-    # (C, C) mean of x x^T over tokens and visits of its layer; x is what the weight is multiplied with
+    # (C, C) mean of x x^T over tokens and visits of its layer; x: what the weight multiplies
     hessian: Tensor
     # (R,) squared gradient of a token's loss at each output, summed over visits
     gain: Tensor
@@ -2640,9 +2641,7 @@ class MomentMeter:
         sums[name] = sums[name].add_(value) if name in sums else value
 
     def _watch_linear(self, name, module, args, output):
-        """A matrix W, of which args are x and, where its rows are scaled, their scale: y = scale *
-        (x W^T).
-        """
+        """args: the input x of the matrix and, where its rows are scaled, their scale."""
         x = args[0]
         scale = args[1] if len(args) > 1 else None
         if x is not self._last_input:
@@ -2704,7 +2703,7 @@ class MomentMeter:
         for sums in (self.hessian, self.gain):
             for name in sorted(sums):
                 rt.sum(sums[name]).div_(tokens)
-        for name, inputs in self.inputs.items():  # mean over visits, whose errors count as unrelated
+        for name, inputs in self.inputs.items():  # mean over visits, their errors unrelated
             self.hessian[name].div_(inputs / self.tokens)
 
         moments = {}
@@ -2923,7 +2922,8 @@ def factor_hessian(moments, damp, act_order):
         order = torch.arange(len(diagonal), device=diagonal.device)
     lower, failed = torch.linalg.cholesky_ex(hessian[order][:, order].flip(0, 1))
     if failed or not lower.isfinite().all():
-        raise Stopped("a Hessian is not positive definite; raise GPTQ_DAMP, or GPTQ_CALIBRATION_TOKENS", 4)
+        raise Stopped("a Hessian is not positive definite; raise GPTQ_DAMP, or "
+                      "GPTQ_CALIBRATION_TOKENS", 4)
     identity = torch.eye(len(order), dtype=lower.dtype, device=lower.device)
     inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
     return order, inverse.flip(0, 1).float()
@@ -3020,7 +3020,7 @@ def lqer(error, hessian, gain, rank, group):
 # ---- codecs --------------------------------------------------------------------------------------
 
 BYTE = 127  # largest code of one byte; -128 is none
-# Largest code of a grid: q + 127 over, a byte each. Few weights need `over`, so that it costs little.
+# Largest code of a grid: q + 127 over, a byte each. Few weights need `over`, so it costs little.
 WIDEST = BYTE + BYTE * BYTE
 # Rounded once: float32 powers differ between machines.
 QUARTERS = (2.0 ** (np.arange(4) / 4)).astype(np.float32)
@@ -3102,10 +3102,11 @@ CODECS = {
 # Parts of a low-rank correction (lqer), beside those of any codec; their counts are for (shape,
 # rank, group).
 CORRECTION = {
-    "a": CodecPart(np.int8, lambda shape, rank, group: shape[0] * rank),
+    "a": CodecPart(np.int8, lambda shape, rank, group: rank * per_row(shape)),
     "a_step": CodecPart(np.float16, lambda shape, rank, group: 1),
     "b": CodecPart(np.int8, lambda shape, rank, group: rank * per_column(shape)),
-    "b_step": CodecPart(np.float16, lambda shape, rank, group: -(-rank * per_column(shape) // group)),
+    "b_step": CodecPart(np.float16,
+                        lambda shape, rank, group: -(-rank * per_column(shape) // group)),
 }
 
 
@@ -3248,7 +3249,7 @@ class Quantiser:
     that need none do without.
 
         quantiser = Quantiser(model, s, moments)
-        encoded = quantiser.encode(spacing)    # {parameter: Encoded}; the spacing is that of FIT=allocate
+        encoded = quantiser.encode(spacing)    # {parameter: Encoded}; spacing: for FIT=allocate
         steps = quantiser.steps(spacing)       # {parameter: step sizes}, for late QAT
 
     Parameters of one shape and Store are rounded together. What does not depend on the spacing is
@@ -3297,7 +3298,8 @@ class Quantiser:
                 why = "it is all zero, so nothing that it does is felt"
             else:
                 why = "an activation or a gradient overflowed, or all are zero"
-            raise Stopped(f"calibration moments of {name} are nan or infinite: {why}; no artifact was made", 4)
+            raise Stopped(f"calibration moments of {name} are nan or infinite: {why}; no artifact "
+                          "was made", 4)
 
     def _pruned(self, weight):
         """The weight with the PRUNE_PCT of smallest magnitude set to zero."""
@@ -3404,7 +3406,8 @@ class Quantiser:
     def _row_scales(self, weights, bits, store):
         """(N, R): row_scales() of weights (N, R, C)."""
         rows = weights.flatten(0, 1)
-        return row_scales(rows, bits, store.method, store.sigmas, store.floor).view(len(weights), -1)
+        scales = row_scales(rows, bits, store.method, store.sigmas, store.floor)
+        return scales.view(len(weights), -1)
 
     def _row_grids(self, weights, store):
         scales = self._row_scales(weights, store.bits, store)
@@ -3668,152 +3671,283 @@ class LateQAT:
 
 # --------------------------------------------------------------------------------------------------
 # 8 Entropy coder of integer codes
+# Interleaved rANS (Duda 2013, Giesen 2014), one stream over all matrices.
+#
+# An entropy coder writes what it expects with probability p in log2(1/p) bits. rANS comes within a
+# fraction of a percent of that, so all depends on the probabilities. Those of a code are learned
+# from the earlier codes of its bucket, and its bucket is the magnitude expected of it
+# (code_context): the mean of its column so far, times how much larger than expected its row has
+# been so far. Rows that are like the one above, as of tokens never seen, are coded as differences
+# from it. Encoder and decoder visit the codes in one order (walk_codes) and learn the same on the
+# way: only codes are stored. All that the decoder depends on is integers: a last bit that differs
+# between machines would end the stream.
 # --------------------------------------------------------------------------------------------------
 
-# The entropy coder of integer codes: interleaved rANS (Duda 2013, Giesen 2014), one stream over all matrices.
-# A code has the frequencies of its bucket, the magnitude expected of it: the mean of its column so far times how much
-# larger than expected its row has been so far. Both sides learn them on the way: nothing but codes is stored.
-# Rows that are like the one above, as of tokens never seen, are coded as differences from it.
-# What the decoder depends on is integers throughout: a last bit that differs between machines would end the stream.
+PRECISION = 13  # frequencies of a bucket sum to 2^PRECISION
+# A coder state is never below this between codes; it gives or takes 16 bits at a time.
+STATE_LOW = 1 << 16
+# -128 as a byte, which is no code: the true one, too rare to have a frequency, is stored as it is.
+ESCAPE = 128
 
-PRECISION, BUCKETS = 13, 48  # a bucket's frequencies sum to 2^PRECISION; bucket k expects magnitudes of 2^(k/4 - 5)
-STATE_LOW = 1 << 16  # a lane's state is never below between codes; it gives or takes 16 bits at a time
-ESCAPE = 128  # -128 as a byte, which is no code: the true one, too rare to have a frequency, is stored as it is
+BUCKETS = 48  # bucket k expects magnitudes of 2^(k/4 - 5)
+# Magnitudes are counted in 1/256 and their logarithms in 1/16 of an octave, so that all are
+# integers.
+MAGNITUDE_BITS = 8
+LOG_OF_1 = 16 * MAGNITUDE_BITS
+LOG_OF_BUCKET_0 = LOG_OF_1 - 16 * 5
+LOGS_PER_BUCKET = 4
+
+# What is expected at the beginning, which the first codes soon outweigh.
+PRIOR_CODES = 64  # a matrix begins as if 64 codes of magnitude 1/2 had come before,
+PRIOR_ROWS = 4  # a column as if 4 rows of the matrix's mean,
+PRIOR_COLUMNS = 8  # a row as if 8 columns of what is expected
+EARLIER_CODES = 128  # the codes of earlier groups are worth 128 codes in each bucket
+FIRST_LESSON = 1024  # codes after which frequencies are first learned; later after a quarter more
+LEAST_PIECE = 128  # rows of a matrix that are coded one after the other, at least
 
 
 @cache
-def _logs():
+def log2_table():
     """floor(16 log2(x + 1)) for x < 2^15."""
     return np.array([((x + 1) ** 16).bit_length() - 1 for x in range(1 << 15)])
 
 
+def integer_log2(x):
+    """16 log2(x + 1) of integers, rounded down; at most that of 2^15 - 1."""
+    table = log2_table()
+    return table[np.minimum(x, len(table) - 1)]
+
+
 @cache
-def _prior():
-    """About 20 codes for each bucket to begin with, in 1/4096 (BUCKETS, 256): nearly normal."""
+def prior_counts():
+    """About 20 codes for each bucket to begin with, in 1/4096 (BUCKETS, 256): nearly normal, with
+    heavier tails. A code v has (1 + v^2 / (20 m^2 + 2))^-8 at a mean magnitude m = 2^(k/4 - 5).
+    """
     rows = []
     for k in range(BUCKETS):
-        wide = 20 * math.isqrt(1 << k + 2) + 4096  # (1 + v^2 / (20 m^2 + 2))^-8 at a mean magnitude m = 2^(k/4 - 5)
-        bell = [(wide << 16) ** 8 // (wide + 2048 * v * v) ** 8 for v in range(ESCAPE)]
-        half = [80_000 * x // (2 * sum(bell) - bell[0]) + 1 for x in bell]
-        rows.append([*half, 1600, *half[:0:-1]])
+        width = 20 * math.isqrt(1 << k + 2) + 4096  # 20 m^2 + 2, in 1/2048
+        bell = [(width << 16) ** 8 // (width + 2048 * v * v) ** 8 for v in range(ESCAPE)]
+        total = 2 * sum(bell) - bell[0]
+        half = [80_000 * density // total + 1 for density in bell]
+        escape = 1600
+        rows.append([*half, escape, *half[:0:-1]])
     return np.array(rows)
 
 
 def code_frequencies(counts):
-    """Counts of code bytes (BUCKETS, 256) -> integers that sum to 2^PRECISION in each bucket; 0: use ESCAPE."""
+    """Counts of code bytes (BUCKETS, 256) -> integers that sum to 2^PRECISION in each bucket; 0:
+    use ESCAPE.
+    """
     weights = counts << 2
     weights[1:] += counts[:-1]  # neighbours learn from each other
     weights[:-1] += counts[1:]
-    ends = ((weights << 10) + _prior()).cumsum(1)
-    frequencies = np.diff(ends * ((1 << PRECISION) - 1) // ends[:, -1:], axis=1, prepend=0)
+    cumulative = ((weights << 10) + prior_counts()).cumsum(1)  # in 1/4096 of a count
+    slots = (1 << PRECISION) - 1  # one is left for ESCAPE
+    frequencies = np.diff(cumulative * slots // cumulative[:, -1:], axis=1, prepend=0)
     frequencies[:, ESCAPE] += 1
     return frequencies
 
 
-def walk_codes(groups, coder):
-    """Visit all codes of groups (N, R, C), as both sides do. The coder's code() stores, or fills in, codes (N, pieces,
-    width) as differences from base, given their buckets; its learn() takes new frequencies.
-
-    The N matrices of a kind go side by side, and of each the pieces of `height` rows: `width` columns of one row of all
-    pieces are about one code a lane. Whatever predicts a code is here, from codes of earlier visits.
+class CodeCounts:
+    """How often each code came in each bucket. The coder learns its frequencies from that, again
+    and again.
     """
-    logs, counts = _logs(), np.zeros((BUCKETS, 256), np.int64)
-    coder.learn(code_frequencies(counts))
+
+    def __init__(self, coder):
+        self.coder = coder
+        self.counts = np.zeros((BUCKETS, 256), np.int64)
+        coder.learn(code_frequencies(self.counts))
+
+    def begin_group(self):
+        total = self.counts.sum(1, keepdims=True)
+        self.counts = self.counts * EARLIER_CODES // total.clip(EARLIER_CODES)
+        self.known = 0  # codes of the group that are counted
+        self.pending = []
+        self.pending_codes = 0
+
+    def add(self, buckets, differences, last):
+        """Codes, as differences from their base; last: the group ends with them."""
+        self.pending.append((buckets << 8 | differences.view(np.uint8)).ravel())
+        self.pending_codes += differences.size
+        if last or self.pending_codes >= max(FIRST_LESSON, self.known // 4):
+            seen = np.bincount(np.concatenate(self.pending), minlength=self.counts.size)
+            self.counts += seen.reshape(self.counts.shape)
+            self.coder.learn(code_frequencies(self.counts))
+            self.known += self.pending_codes
+            self.pending = []
+            self.pending_codes = 0
+
+
+class RowState:
+    """What is known of one row of every piece (N, pieces, C) of a group, as its codes are visited
+    from left to right.
+
+    column_sums (N, 1, C): of the magnitudes of the `rows_seen` rows before; above (N, pieces, C):
+    codes of the row above.
+    """
+
+    def __init__(self, column_sums, rows_seen, above):
+        columns = column_sums.shape[2]
+        total = column_sums.sum(2, keepdims=True) << MAGNITUDE_BITS
+        prior_total = PRIOR_CODES << MAGNITUDE_BITS - 1
+        mean = (total + prior_total) // (rows_seen * columns + PRIOR_CODES)
+        expected = ((column_sums << MAGNITUDE_BITS) + PRIOR_ROWS * mean) // (rows_seen + PRIOR_ROWS)
+        expected_before = expected.cumsum(2) - expected + PRIOR_COLUMNS * mean
+        # (N, 1, C): the logarithm of a column's expected magnitude; the sum of those before it
+        self.log_expected = log2_table()[expected]
+        self.expected_before = np.maximum(expected_before, 1)
+        # (N, pieces, 1): sums of |code| and |code - above| so far
+        self.magnitude = np.repeat(PRIOR_COLUMNS * mean, above.shape[1], 1)
+        self.change = self.magnitude
+        self.above = above
+
+    def add(self, codes, start):
+        """Codes (N, pieces, width) of the columns from `start` on."""
+        above = self.above[:, :, start : start + codes.shape[2]]
+        change = np.abs(np.subtract(codes, above, dtype=np.int16)).sum(2, keepdims=True)
+        magnitude = np.abs(codes).sum(2, keepdims=True, dtype=np.int64)
+        self.change = self.change + (change << MAGNITUDE_BITS)
+        self.magnitude = self.magnitude + (magnitude << MAGNITUDE_BITS)
+
+
+def code_context(row, start, stop):
+    """(buckets, base) of the codes in columns start to stop of a RowState: what predicts them.
+    They are coded as differences from base, 0 or the row above.
+    """
+    ratio = (row.magnitude << MAGNITUDE_BITS) // row.expected_before[:, :, start : start + 1]
+    log_magnitude = row.log_expected[:, :, start:stop] + (integer_log2(ratio) - LOG_OF_1)
+    base = 0
+    like_above = 4 * row.change < 3 * row.magnitude
+    if like_above.any():
+        base = row.above[:, :, start:stop] * like_above
+        mean_change = row.change // (start + PRIOR_COLUMNS)
+        log_magnitude = np.where(like_above, integer_log2(mean_change), log_magnitude)
+    buckets = (log_magnitude - LOG_OF_BUCKET_0) // LOGS_PER_BUCKET
+    return np.minimum(np.maximum(buckets, 0), BUCKETS - 1), base
+
+
+def piece_shape(shape, state_count):
+    """(rows of a piece, columns that are coded at once) for N matrices (N, R, C).
+
+    All N matrices are coded side by side, and of each all pieces: a chunk is `width` columns of
+    one row of every piece, about one code for each coder state. Pieces and width are in the
+    proportion of rows and columns.
+    """
+    matrices, rows, columns = shape
+    codes = max(1, state_count // matrices)  # of a matrix in a chunk
+    pieces = min(rows // LEAST_PIECE, math.isqrt(codes * rows // columns))
+    height = -(-rows // max(1, pieces))
+    pieces = -(-rows // height)
+    width = min(columns, max(1, codes // pieces))
+    return height, width
+
+
+def walk_codes(groups, coder):
+    """Visit all codes of groups (N, R, C), as both sides do. The coder's code() stores, or fills
+    in, codes (N, pieces, width) as differences from base, given their buckets; its learn() takes
+    new frequencies.
+    """
+    counts = CodeCounts(coder)
     for group in groups:
-        N, R, C = group.shape
-        area = max(1, coder.lanes // N)
-        height = -(-R // max(1, min(R // 128, math.isqrt(area * R // C))))
-        width = min(C, max(1, area // -(-R // height)))
-        counts = (counts << 7) // counts.sum(1, keepdims=True).clip(128)  # of earlier kinds: worth 128 codes a bucket
-        columns, above = np.zeros((N, 1, C), np.int64), np.zeros((N, -(-R // height), C), np.int8)
-        visits, fresh, known, seen = [], 0, 0, 0
+        matrices, rows, columns = group.shape
+        height, width = piece_shape(group.shape, coder.state_count)
+        counts.begin_group()
+        column_sums = np.zeros((matrices, 1, columns), np.int64)
+        rows_seen = 0
+        above = np.zeros((matrices, -(-rows // height), columns), np.int8)
         for t in range(height):
-            rows = group[:, t::height]
-            above = above[:, : rows.shape[1]]
-            # Magnitudes in 1/256, binary logarithms in 1/16; as if 64 codes of 1/2, 4 rows of the mean and 8 columns of
-            # what is expected had come before the first.
-            mean = (columns.sum(2, keepdims=True) * 256 + 8192) // (seen * C + 64)
-            expected = (columns * 256 + 4 * mean) // (seen + 4)
-            before = np.maximum(expected.cumsum(2) - expected + 8 * mean, 1)
-            level = logs[expected] - 48
-            size = change = np.repeat(8 * mean, rows.shape[1], 1)  # sums of |row| and |row - above| so far
-            for c in range(0, C, width):
-                at = np.s_[:, :, c : c + width]
-                codes, near, base = rows[at], above[at], 0
-                bucket = level[at] + logs[np.minimum((size << 8) // before[:, :, c : c + 1], len(logs) - 1)] - 128
-                alike = 4 * change < 3 * size
-                if alike.any():
-                    base = near * alike
-                    bucket = np.where(alike, logs[np.minimum(change // (c + 8), len(logs) - 1)] - 48, bucket)
-                bucket = np.minimum(np.maximum(bucket >> 2, 0), BUCKETS - 1)
-                coder.code(bucket, codes, base)
-                visits.append((bucket << 8 | (codes - base).view(np.uint8)).ravel())
-                size = size + (np.abs(codes).sum(2, keepdims=True, dtype=np.int64) << 8)
-                change = change + (np.abs(np.subtract(codes, near, dtype=np.int16)).sum(2, keepdims=True) << 8)
-                fresh += codes.size
-                if fresh >= max(1024, known // 4) or (t == height - 1 and c + width >= C):
-                    counts += np.bincount(np.concatenate(visits), minlength=counts.size).reshape(counts.shape)
-                    coder.learn(code_frequencies(counts))
-                    visits, known, fresh = [], known + fresh, 0
-            above, seen = rows, seen + rows.shape[1]
-            columns += np.abs(rows).sum(1, keepdims=True, dtype=np.int64)
+            codes = group[:, t::height]  # (N, pieces, C): row t of every piece, if it is that long
+            row = RowState(column_sums, rows_seen, above[:, : codes.shape[1]])
+            for start in range(0, columns, width):
+                stop = start + width
+                chunk = codes[:, :, start:stop]
+                buckets, base = code_context(row, start, stop)
+                coder.code(buckets, chunk, base)
+                row.add(chunk, start)
+                last = t == height - 1 and stop >= columns
+                counts.add(buckets, chunk - base, last)
+            above = codes
+            rows_seen += codes.shape[1]
+            column_sums += np.abs(codes).sum(1, keepdims=True, dtype=np.int64)
 
 
 def _checksum(groups):
-    """Of the codes, not of the bytes that hold them: proves that this machine decodes as the other one encoded."""
-    return reduce(lambda crc, group: zlib.crc32(np.ascontiguousarray(group), crc), groups, 0)
+    """Of the codes, not of the bytes that hold them: proves that this machine decodes as the other
+    one encoded.
+    """
+    checksum = 0
+    for group in groups:
+        checksum = zlib.crc32(np.ascontiguousarray(group), checksum)
+    return checksum
 
 
-def _lanes(shapes):
-    """Each costs 3 bytes and saves time."""
-    return 8 + math.isqrt(sum(map(math.prod, shapes))) // 12
+def _state_count(shapes):
+    """Number of interleaved coder states. Each costs 3 bytes and saves time."""
+    codes = sum(math.prod(shape) for shape in shapes)
+    return 8 + math.isqrt(codes) // 12
 
 
 class CodeWriter:
-    """Notes what walk_codes() visits, as frequency << 16 | start of it among the slots of the bucket: rANS encodes from
-    the last code to the first, so that decoding goes forwards.
+    """Notes the codes that walk_codes() visits, and encodes at the end: rANS goes from the last
+    code to the first, so that decoding goes forwards.
     """
 
-    def __init__(self, lanes):
-        self.lanes, self.steps, self.escaped = lanes, [], []
+    def __init__(self, state_count):
+        self.state_count = state_count
+        # frequency << 16 | first slot of up to state_count codes, which are coded at once
+        self.batches = []
+        self.escaped = []
 
     def learn(self, frequencies):
-        self.table = (frequencies << 16 | frequencies.cumsum(1) - frequencies).astype(np.uint32).ravel()
+        starts = frequencies.cumsum(1) - frequencies
+        self.table = (frequencies << 16 | starts).astype(np.uint32).ravel()
 
     def code(self, buckets, codes, base):
-        rows, symbols = buckets.ravel() << 8, (codes - base).view(np.uint8).ravel()
+        rows = buckets.ravel() << 8
+        symbols = (codes - base).view(np.uint8).ravel()
         entries = self.table.take(rows | symbols)
-        escaped = (entries < 1 << 16) | (symbols == ESCAPE)
+        escaped = (entries < 1 << 16) | (symbols == ESCAPE)  # no frequency, or none of a code
         if escaped.any():
             entries[escaped] = self.table[rows[escaped] | ESCAPE]
             self.escaped.append(codes.ravel()[escaped].tobytes())
-        self.steps += [entries[i : i + self.lanes] for i in range(0, len(entries), self.lanes)]
+        for i in range(0, len(entries), self.state_count):
+            self.batches.append(entries[i : i + self.state_count])
 
     def finish(self, checksum):
-        state, words = np.full(self.lanes, STATE_LOW, np.uint32), []
-        for entries in reversed(self.steps):
-            x, frequency = state[: len(entries)], entries >> 16
+        states = np.full(self.state_count, STATE_LOW, np.uint32)
+        words = []
+        for entries in reversed(self.batches):
+            x = states[: len(entries)]  # a view: the states change with it
+            frequency = entries >> 16
+            start = entries & 0xFFFF
             full = np.flatnonzero(x >> 32 - PRECISION >= frequency)
             words.append(x[full].astype("<u2"))
             x[full] >>= 16
-            x += x // frequency * ((1 << PRECISION) - frequency) + (entries & 0xFFFF)
+            # (x // frequency << PRECISION) + x % frequency + start
+            x += x // frequency * ((1 << PRECISION) - frequency) + start
         escaped = b"".join(self.escaped)
-        return b"".join([struct.pack("<II", checksum, len(escaped)), state.astype("<u4"), escaped, *reversed(words)])
+        head = struct.pack("<II", checksum, len(escaped))
+        return b"".join([head, states.astype("<u4"), escaped, *reversed(words)])
 
 
 class CodeReader:
-    """Fills in what walk_codes() visits, from the bytes of a CodeWriter; refuses what no CodeWriter wrote."""
+    """Fills in the codes that walk_codes() visits, from the bytes of a CodeWriter; refuses what no
+    CodeWriter wrote.
+    """
 
-    def __init__(self, data, lanes, where):
-        head = 8 + 4 * lanes
-        self.lanes, self.where, self.at, self.escapes = lanes, where, 0, 0
+    def __init__(self, data, state_count, where):
+        self.state_count = state_count
+        self.where = where
+        head = 8 + 4 * state_count
         self.check(len(data) >= head, "too short")
-        self.checksum, escaped = struct.unpack_from("<II", data)
-        end = head + escaped
+        self.checksum, escaped_bytes = struct.unpack_from("<II", data)
+        end = head + escaped_bytes
         self.check(len(data) >= end and (len(data) - end) % 2 == 0, "too short")
-        self.state = np.frombuffer(data, "<u4", lanes, 8).astype(np.uint32)
+        self.states = np.frombuffer(data, "<u4", state_count, 8).astype(np.uint32)
         self.escaped = np.frombuffer(data[head:end], np.int8)
+        self.next_escape = 0
         self.words = np.frombuffer(data[end:], "<u2").astype(np.uint32)
+        self.next_word = 0
         self.bytes = np.tile(np.arange(256, dtype=np.uint8), BUCKETS)
         self.slots = np.tile(np.arange(1 << PRECISION, dtype=np.uint32), BUCKETS)
 
@@ -3822,54 +3956,63 @@ class CodeReader:
             raise BadInput(f"{self.where}: coded weights are corrupt ({what})")
 
     def learn(self, frequencies):
-        f = frequencies.ravel().astype(np.uint32)
-        self.symbols = np.repeat(self.bytes, f)
+        """Tables over the slots of all buckets: the symbol of each, and frequency << 16 | slot -
+        first slot of it.
+        """
+        widths = frequencies.ravel().astype(np.uint32)
         starts = (frequencies.cumsum(1) - frequencies).ravel().astype(np.uint32)
-        self.entries = np.repeat((f << 16) - starts, f) + self.slots  # frequency << 16 | slot - start
+        self.symbols = np.repeat(self.bytes, widths)
+        self.entries = np.repeat((widths << 16) - starts, widths) + self.slots
 
     def code(self, buckets, codes, base):
-        slots, symbols = buckets.ravel() << PRECISION, np.empty(codes.size, np.uint8)
-        for i in range(0, codes.size, self.lanes):
-            x = self.state[: codes.size - i]
-            at = (x & (1 << PRECISION) - 1) + slots[i : i + self.lanes]
-            symbols[i : i + self.lanes] = self.symbols.take(at)
-            entries = self.entries.take(at)
+        first_slots = buckets.ravel() << PRECISION
+        symbols = np.empty(codes.size, np.uint8)
+        for i in range(0, codes.size, self.state_count):
+            x = self.states[: codes.size - i]  # a view: the states change with it
+            slots = (x & (1 << PRECISION) - 1) + first_slots[i : i + self.state_count]
+            symbols[i : i + self.state_count] = self.symbols.take(slots)
+            entries = self.entries.take(slots)
             x >>= PRECISION
             x *= entries >> 16
             x += entries & 0xFFFF
             low = np.flatnonzero(x < STATE_LOW)
-            words = self.words[self.at : self.at + len(low)]
+            words = self.words[self.next_word : self.next_word + len(low)]
             self.check(len(words) == len(low), "too short")
             x[low] = x[low] << 16 | words
-            self.at += len(low)
-        escaped = symbols.reshape(codes.shape) == ESCAPE
+            self.next_word += len(low)
         codes[...] = symbols.view(np.int8).reshape(codes.shape) + base
+        escaped = symbols.reshape(codes.shape) == ESCAPE
         if escaped.any():
-            count = np.count_nonzero(escaped)
-            values = self.escaped[self.escapes : self.escapes + count]
-            self.check(len(values) == count, "too few escapes")
-            codes[escaped] = values
-            self.escapes += count
+            codes[escaped] = self.take_escaped(np.count_nonzero(escaped))
         self.check(codes.min() > -128, "a code of -128")
 
+    def take_escaped(self, count):
+        values = self.escaped[self.next_escape : self.next_escape + count]
+        self.check(len(values) == count, "too few escapes")
+        self.next_escape += count
+        return values
+
     def finish(self, checksum):
-        self.check(self.at == len(self.words) and self.escapes == len(self.escaped), "too long")
-        self.check((self.state == STATE_LOW).all() and checksum == self.checksum, "checksum")
+        all_read = self.next_word == len(self.words) and self.next_escape == len(self.escaped)
+        self.check(all_read, "too long")
+        self.check((self.states == STATE_LOW).all() and checksum == self.checksum, "checksum")
 
 
 def encode_codes(groups):
     """int8 arrays (N, R, C), N matrices of a kind each, of codes -127..127 -> bytes."""
     if any(group.min() == -128 for group in groups):
         raise ValueError("-128 is no code")
-    writer = CodeWriter(_lanes([group.shape for group in groups]))
+    writer = CodeWriter(_state_count([group.shape for group in groups]))
     walk_codes(groups, writer)
     return writer.finish(_checksum(groups))
 
 
 def decode_codes(data, shapes, where):
-    """The arrays (N, R, C) of these shapes that encode_codes() was given; `where` begins the message if it fails."""
+    """The arrays (N, R, C) of these shapes that encode_codes() was given; `where` begins the
+    message if it fails.
+    """
     groups = [np.empty(shape, np.int8) for shape in shapes]
-    reader = CodeReader(data, _lanes(shapes), where)
+    reader = CodeReader(data, _state_count(shapes), where)
     walk_codes(groups, reader)
     reader.finish(_checksum(groups))
     return groups
@@ -3878,13 +4021,21 @@ def decode_codes(data, shapes, where):
 # --------------------------------------------------------------------------------------------------
 # 9 Artifact
 # magic | version, packed and raw header length, header checksum | header (zlib, JSON) | streams.
-# No pickle: loading a hostile file can fail, but not execute, nor allocate beyond sizes checked against the model.
+# No pickle: loading a hostile file can fail, but not execute, nor allocate beyond sizes checked
+# against the model.
+#
+# save_artifact   Quantiser -> Encoded -> pack (a stream for each kind of part) -> write_atomic
+# load_artifact   read_artifact (checked alone) -> artifact_settings (checked against the model)
+#                 -> parts of each tensor -> weights
 # --------------------------------------------------------------------------------------------------
 
-MAGIC, ARTIFACT_VERSION, PREFIX = b"PGOLF\r\n\x1a", 1, struct.Struct("<8sHIII")
+MAGIC = b"PGOLF\r\n\x1a"
+ARTIFACT_VERSION = 1
+PREFIX = struct.Struct("<8sHIII")  # magic, version, packed and raw header length, header checksum
 MAX_HEADER = 1 << 22
 MAX_VALUE = 2000  # characters of a setting in the header
-# Bytes that loading may need at once: that of about 140 M weights. 16,000,000 bytes are 128 M bits.
+# Bytes that loading may need at once: that of about 140 M weights. 16,000,000 bytes are 128 M
+# bits.
 MAX_LOADED = 1 << 30
 MAX_CORRECTION_WORK = 1 << 33  # multiplications of all low-rank corrections, some ten seconds
 MAX_RANK = Settings.__dataclass_fields__["lqer_rank"].metadata["hi"]
@@ -3901,7 +4052,8 @@ def brief(value, most=80):
 
 
 def need_number(what, value, kind, least, most):
-    """The number, if it is of this type and between these bounds (nan never is); else ValueError."""
+    """The number, if it is of this type and between these bounds (nan never is); else ValueError.
+    """
     if type(value) is not kind or not least <= value <= most:
         raise ValueError(f"{what} is {brief(value, 30)}, not {kind.__name__} from {least} to {most}")
     return value
@@ -3909,8 +4061,10 @@ def need_number(what, value, kind, least, most):
 
 def need_reasons(reasons):
     """ValueError unless these are reasons why a score is not valid, as brief() leaves them."""
-    texts = type(reasons) is list and all(type(one) is str and one == brief(one, MAX_VALUE) for one in reasons)
-    if not texts:
+    def is_text(reason):
+        return type(reason) is str and reason == brief(reason, MAX_VALUE)
+
+    if type(reasons) is not list or not all(map(is_text, reasons)):
         raise ValueError(f"reasons is {brief(reasons, 30)}, not a list of texts")
 
 
@@ -3925,9 +4079,12 @@ def read_file(path):
 
 
 def write_atomic(path, chunks):
-    """Complete under its name, or not there at all: temporary name, fsync, rename. Returns the SHA-256 of the bytes."""
+    """Complete under its name, or not there at all: temporary name, fsync, rename. Returns the
+    SHA-256 of the bytes.
+    """
     path = Path(path)
-    part, digest = path.with_name(path.name + ".part"), hashlib.sha256()
+    part = path.with_name(path.name + ".part")
+    digest = hashlib.sha256()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
@@ -3940,11 +4097,21 @@ def write_atomic(path, chunks):
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        raise BadInput(f"{path} cannot be written ({error.strerror}); nothing under that name was changed") from None
+        raise BadInput(f"{path} cannot be written ({error.strerror}); nothing under that name was "
+                       "changed") from None
     return digest.hexdigest()
 
 
 # ---- compressors ---------------------------------------------------------------------------------
+
+
+class Compressor(NamedTuple):
+    """A general compressor of bytes. A missing package is an error that names it, never another
+    choice.
+    """
+
+    compress: Callable  # (bytes) -> bytes
+    decompress: Callable  # (bytes, most) -> bytes, `most` of them at most
 
 
 def _zstd(data):
@@ -3960,6 +4127,14 @@ def _unzstd(data, most):
         raise ValueError(error) from None
 
 
+def _lzma(data):
+    return lzma.compress(data, check=lzma.CHECK_NONE, preset=9 | lzma.PRESET_EXTREME)
+
+
+def _unlzma(data, most):
+    return lzma.LZMADecompressor(memlimit=1 << 28).decompress(data, max_length=most)
+
+
 def _brotli(data):
     import brotli
     return brotli.compress(data, quality=11, lgwin=24)
@@ -3973,26 +4148,34 @@ def _unbrotli(data, most):
         raise ValueError(error) from None
 
 
-# name: (compress, decompress at most so many bytes). A missing package is an error that names it, never another choice.
+def _zlib(data):
+    return zlib.compress(data, 9)
+
+
+def _unzlib(data, most):
+    return zlib.decompressobj().decompress(data, most)
+
+
 COMPRESSORS = {
-    "zstd": (_zstd, _unzstd),
-    "lzma": (lambda data: lzma.compress(data, check=lzma.CHECK_NONE, preset=9 | lzma.PRESET_EXTREME),
-             lambda data, most: lzma.LZMADecompressor(memlimit=1 << 28).decompress(data, max_length=most)),
-    "brotli": (_brotli, _unbrotli),
-    "zlib": (lambda data: zlib.compress(data, 9), lambda data, most: zlib.decompressobj().decompress(data, most)),
+    "zstd": Compressor(_zstd, _unzstd),
+    "lzma": Compressor(_lzma, _unlzma),
+    "brotli": Compressor(_brotli, _unbrotli),
+    "zlib": Compressor(_zlib, _unzlib),
 }
 
 
 def decompress(name, data, size, where):
     """Exactly `size` bytes; never produces much more."""
     try:
-        out = COMPRESSORS[name][1](data, size + 1)
+        out = COMPRESSORS[name].decompress(data, size + 1)
     except ImportError as error:
-        raise BadInput(f"{where}: packed with {name}, which needs {error.name}: pip install {error.name}") from None
+        raise BadInput(f"{where}: packed with {name}, which needs {error.name}: "
+                       f"pip install {error.name}") from None
     except (ValueError, EOFError, MemoryError, zlib.error, lzma.LZMAError) as error:
         raise BadInput(f"{where}: {name} data is corrupt ({str(error)[:80]})") from None
     if len(out) != size:
-        raise BadInput(f"{where}: unpacks to {'more' if len(out) > size else 'fewer'} than the expected {size} bytes")
+        amount = "more" if len(out) > size else "fewer"
+        raise BadInput(f"{where}: unpacks to {amount} than the expected {size} bytes")
     return out
 
 
@@ -4021,6 +4204,11 @@ class TensorEntry(NamedTuple):
     rank: int
     group: int
 
+    @property
+    def matrix(self):
+        """(rows, columns), the axes after the first taken as one."""
+        return self.shape[0], math.prod(self.shape[1:])
+
 
 class StreamEntry(NamedTuple):
     """A line of the header's table of streams."""
@@ -4032,61 +4220,84 @@ class StreamEntry(NamedTuple):
     checksum: int  # CRC-32 of those bytes
 
 
+class StreamPart(NamedTuple):
+    """The place of one part of one tensor in a stream; places follow each other."""
+
+    tensor: str
+    part: str
+    dtype: type
+    shape: tuple[int, ...]
+
+    @property
+    def count(self):
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self):
+        return np.dtype(self.dtype).itemsize * self.count
+
+
+def tensor_entries(encoded, shapes):
+    """The table of tensors of {parameter: Encoded} with their shapes."""
+    return [TensorEntry(name, shapes[name], tensor.codec, tensor.bits, tensor.rank, tensor.group)
+            for name, tensor in encoded.items()]
+
+
 def stream_layout(tensors):
-    """{stream: [(name, part, dtype, shape)]} for rows (name, shape, codec, bits, rank, group): one stream for each kind
-    of part. In that of the codes equal kinds of matrix (all q, all k, ...) lie together.
+    """{stream: [StreamPart]} of a table of tensors: a stream for each kind of part. In that of the
+    codes equal kinds of matrix (all q, all k, ...) lie together.
     """
     streams = {}
-    for name, shape, codec, _, rank, group in tensors:
-        for part, (dtype, count) in CODECS[codec][1].items():
-            flat = (shape[0], math.prod(shape[1:])) if part in CODED else (count(shape),)
-            streams.setdefault(part, []).append((name, part, dtype, flat))
-        for part, (dtype, count) in CORRECTION.items() if rank else ():
-            streams.setdefault(part, []).append((name, part, dtype, (count(shape, rank, group),)))
-    for rows in (streams[part] for part in CODED if part in streams):
-        kinds = [_kind(row[0]) for row in rows]
-        rows.sort(key=lambda row: kinds.index(_kind(row[0])))
+    for entry in tensors:
+        for part, (dtype, count) in CODECS[entry.codec].parts.items():
+            shape = entry.matrix if part in CODED else (count(entry.shape),)
+            streams.setdefault(part, []).append(StreamPart(entry.name, part, dtype, shape))
+        if entry.rank:
+            for part, (dtype, count) in CORRECTION.items():
+                shape = (count(entry.shape, entry.rank, entry.group),)
+                streams.setdefault(part, []).append(StreamPart(entry.name, part, dtype, shape))
+    for stream in CODED:
+        if stream in streams:
+            streams[stream] = _kinds_together(streams[stream])
     return streams
 
 
+def _kinds_together(parts):
+    kinds = [_kind(part.tensor) for part in parts]
+    return sorted(parts, key=lambda part: kinds.index(_kind(part.tensor)))
+
+
 def raw_sizes(tensors):
-    """{stream: its bytes, unpacked} for rows (name, shape, codec, bits, rank, group)."""
-    return {stream: sum(np.dtype(dtype).itemsize * math.prod(shape) for _, _, dtype, shape in rows)
-            for stream, rows in stream_layout(tensors).items()}
+    """{stream: its bytes, unpacked} of a table of tensors."""
+    layout = stream_layout(tensors)
+    return {stream: sum(part.bytes for part in parts) for stream, parts in layout.items()}
 
 
 def _kind(name):
+    """The name of a tensor without the number of its layer."""
     return ".".join(word for word in name.split(".") if not word.isdigit())
 
 
-def code_groups(rows):
-    """[(number, rows, columns)]: runs of matrices of one kind and shape among the rows of the stream of codes."""
-    groups = []
-    for name, _, _, shape in rows:
-        key = (_kind(name), *shape)
-        if groups and groups[-1][0] == key:
-            groups[-1][1] += 1
-        else:
-            groups.append([key, 1])
-    return [(count, *shape) for (_, *shape), count in groups]
+def code_groups(parts):
+    """[(number, rows, columns)]: runs of matrices of one kind and shape in a stream of codes."""
+    runs = []
+    for part in parts:
+        key = (_kind(part.tensor), *part.shape)
+        if not runs or runs[-1][0] != key:
+            runs.append([key, 0])
+        runs[-1][1] += 1
+    return [(number, rows, columns) for (_, rows, columns), number in runs]
 
 
 def model_fields():
-    """The settings that define the model, stored in the artifact; SEED among them, from which adapters start."""
-    return [f for f in fields(Settings) if f.metadata["room"] == "Model" or f.name in ("vocab_size", "seed")]
+    """The settings that define the model, stored in the artifact; SEED among them, from which
+    adapters start.
+    """
+    others = ("vocab_size", "seed")
+    return [f for f in fields(Settings) if f.metadata["room"] == "Model" or f.name in others]
 
 
 # ---- save ----------------------------------------------------------------------------------------
-
-
-def pack_stream(rows, encoded, compressor):
-    """Bytes of one stream, packed."""
-    arrays = [encoded[name].parts[part].numpy() for name, part, _, _ in rows]
-    if compressor == "rans":
-        flat, groups = np.concatenate([array.ravel() for array in arrays]), code_groups(rows)
-        ends = np.cumsum([math.prod(shape) for shape in groups])
-        return encode_codes([part.reshape(shape) for part, shape in zip(np.split(flat, ends[:-1]), groups)])
-    return COMPRESSORS[compressor][0](_planes(np.concatenate([array.ravel() for array in arrays])))
 
 
 class Packed(NamedTuple):
@@ -4101,106 +4312,191 @@ class Packed(NamedTuple):
         return sum(map(len, self.chunks))
 
 
-def pack(encoded, shapes, s, header):
-    """The artifact of encoded parameters of some shapes -> Packed."""
-    tensors = [(name, shapes[name], *one[:4]) for name, one in encoded.items()]
-    streams, payload, report, sizes = [], [], [], raw_sizes(tensors)
-    for stream, rows in stream_layout(tensors).items():
-        named = s.compressor if s.compressor != "rans" or stream in CODED else "lzma"
-        candidates = [named] if named != "auto" else ["rans"] * (stream in CODED) + list(COMPRESSORS)
-        with ThreadPoolExecutor(len(candidates)) as pool:
-            packed = dict(zip(candidates, pool.map(partial(pack_stream, rows, encoded), candidates)))
-        best = min(candidates, key=lambda name: len(packed[name]))
-        size = sizes[stream]
-        streams.append(StreamEntry(stream, best, size, len(packed[best]), zlib.crc32(packed[best])))
-        payload.append(packed[best])
-        by_name = {f"{name}_bytes": len(data) for name, data in packed.items()}
-        report.append({"stream": stream, "raw_bytes": size, **by_name, "chosen": best})
-    header = json.dumps({**header, "tensors": tensors, "streams": streams}, separators=(",", ":")).encode()
-    packed = zlib.compress(header, 9)
-    chunks = [PREFIX.pack(MAGIC, ARTIFACT_VERSION, len(packed), len(header), zlib.crc32(packed)), packed, *payload]
-    return Packed(encoded, chunks, report)
-
-
 def save_artifact(path, model, s, tokenizer_sha256="", log=None, moments=None, room=None):
-    """Quantise, pack and write the model -> {"bytes", "sha256", "compressor"}. The file is complete or absent.
+    """Quantise, pack and write the model -> {"bytes", "sha256", "compressor"}. The file is
+    complete or absent.
 
-    `moments`: of calibrate(), where the settings need them; `room`: bytes that FIT may fill (default: SIZE_LIMIT).
+    `moments`: of calibrate(), where the settings need them; `room`: bytes that FIT may fill
+    (default: SIZE_LIMIT).
     """
-    log, room = log or (lambda *_, **__: None), s.size_limit if room is None else room
-    settings = {f.name.upper(): _show(getattr(s, f.name)) for f in model_fields()}
-    # `looping`: a loop that training never reached stays off.
-    header = {"settings": settings, "looping": model.looping, "tokenizer_sha256": tokenizer_sha256}
-    header |= {"temperature": model.temperature} if model.temperature else {}
-    header |= {"reasons": model.reasons} if model.reasons else {}
+    if log is None:
+        log = no_log
+    if room is None:
+        room = s.size_limit
+    header = artifact_header(model, tokenizer_sha256, s)
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
     quantiser = Quantiser(model, s, moments)
+    # Tries need not wait for every compressor.
+    s_of_tries = replace(s, compressor="rans") if s.compressor == "auto" else s
 
     def packed_of(encoded):
-        for name, one in encoded.items():
-            if not all(part.isfinite().all() for part in one.parts.values()):
+        for name, tensor in encoded.items():
+            if not all(part.isfinite().all() for part in tensor.parts.values()):
                 raise Stopped(f"{name} is too large for float16; no artifact was written", 4)
-        return pack(encoded, shapes, quick, header)
+        return pack(encoded, shapes, s_of_tries, header)
 
-    quick = replace(s, compressor="rans") if s.compressor == "auto" else s  # tries need not wait for every compressor
     if s.fit == "allocate":
         packed = allocate(quantiser, packed_of, room, log)
     elif s.fit == "prune":
         packed = prune_to_fit(quantiser.encode(), packed_of, room, log)
     else:
         packed = packed_of(quantiser.encode())
-    packed = packed if quick is s else pack(packed.encoded, shapes, s, header)
+    if s.compressor == "auto":
+        packed = pack(packed.encoded, shapes, s, header)
     for row in packed.streams:
         log("pack", **row)
     used = "+".join(sorted({row["chosen"] for row in packed.streams}))
     return {"bytes": packed.size, "sha256": write_atomic(path, packed.chunks), "compressor": used}
 
 
+def no_log(*_, **__):
+    pass
+
+
+def artifact_header(model, tokenizer_sha256, s):
+    """The header of an artifact but for its tables."""
+    settings = {f.name.upper(): _show(getattr(s, f.name)) for f in model_fields()}
+    header = {
+        "settings": settings,
+        "looping": model.looping,  # a loop that training never reached stays off
+        "tokenizer_sha256": tokenizer_sha256,
+    }
+    if model.temperature:
+        header["temperature"] = model.temperature
+    if model.reasons:
+        header["reasons"] = model.reasons
+    return header
+
+
+def pack(encoded, shapes, s, header):
+    """The artifact of encoded parameters of some shapes -> Packed."""
+    tensors = tensor_entries(encoded, shapes)
+    streams, payload, report = [], [], []
+    for stream, parts in stream_layout(tensors).items():
+        candidates = candidate_compressors(stream, s.compressor)
+        with ThreadPoolExecutor(len(candidates)) as pool:
+            results = pool.map(partial(pack_stream, parts, encoded), candidates)
+            packed = dict(zip(candidates, results))
+        lengths = {name: len(data) for name, data in packed.items()}
+        chosen = min(lengths, key=lengths.get)
+        data = packed[chosen]
+        raw_bytes = sum(part.bytes for part in parts)
+        streams.append(StreamEntry(stream, chosen, raw_bytes, len(data), zlib.crc32(data)))
+        payload.append(data)
+        by_name = {f"{name}_bytes": length for name, length in lengths.items()}
+        report.append({"stream": stream, "raw_bytes": raw_bytes, **by_name, "chosen": chosen})
+    tables = {"tensors": tensors, "streams": streams}
+    raw_header = json.dumps({**header, **tables}, separators=(",", ":")).encode()
+    packed_header = zlib.compress(raw_header, 9)
+    checksum = zlib.crc32(packed_header)
+    prefix = PREFIX.pack(MAGIC, ARTIFACT_VERSION, len(packed_header), len(raw_header), checksum)
+    return Packed(encoded, [prefix, packed_header, *payload], report)
+
+
+def candidate_compressors(stream, compressor):
+    """The compressors that COMPRESSOR=compressor tries on a stream; the smallest result is stored.
+    """
+    if compressor == "auto":
+        return ["rans", *COMPRESSORS] if stream in CODED else [*COMPRESSORS]
+    if compressor == "rans" and stream not in CODED:
+        return ["lzma"]
+    return [compressor]
+
+
+def pack_stream(parts, encoded, compressor):
+    """Bytes of the stream of these StreamParts, packed."""
+    arrays = [encoded[part.tensor].parts[part.part].numpy().ravel() for part in parts]
+    values = np.concatenate(arrays)
+    if compressor != "rans":
+        return COMPRESSORS[compressor].compress(_planes(values))
+    shapes = code_groups(parts)
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    groups = np.split(values, ends[:-1])
+    return encode_codes([group.reshape(shape) for group, shape in zip(groups, shapes)])
+
+
 # ---- read and check ------------------------------------------------------------------------------
 
 
+class PackedStream(NamedTuple):
+    """A stream as the file holds it."""
+
+    compressor: str
+    data: bytes
+    size: int  # unpacked
+
+
+class ArtifactFile(NamedTuple):
+    """An artifact that was read."""
+
+    header: dict  # of _checked_header()
+    streams: dict[str, PackedStream]
+
+
+# What the wrong JSON can raise in _checked_header().
+UNUSABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
+
+
 def read_artifact(path, data=None):
-    """(header, {stream: (compressor, packed bytes, raw size)}): all that can be checked without a model is checked.
+    """The file as ArtifactFile: all that can be checked without a model is checked.
 
     `data`: the file's bytes, where they are at hand.
     """
-    data = read_file(path) if data is None else data
+    if data is None:
+        data = read_file(path)
     if len(data) < PREFIX.size or data[:8] != MAGIC:
-        raise BadInput(f"{path}: not an artifact of this script (offset 0: found {data[:8]!r}, expected {MAGIC!r})")
-    _, version, packed, raw, checksum = PREFIX.unpack_from(data)
+        raise BadInput(f"{path}: not an artifact of this script (offset 0: found {data[:8]!r}, "
+                       f"expected {MAGIC!r})")
+    _, version, packed_length, raw_length, checksum = PREFIX.unpack_from(data)
     if version != ARTIFACT_VERSION:
-        raise BadInput(f"{path}: artifact version {version} (offset 8), this script reads version {ARTIFACT_VERSION}")
-    body, at = data[PREFIX.size : PREFIX.size + packed], PREFIX.size + packed
-    if len(body) != packed or zlib.crc32(body) != checksum or raw > MAX_HEADER:
-        raise BadInput(f"{path}: truncated or corrupt header (offset {PREFIX.size}: {len(body)} of {packed} bytes)")
+        raise BadInput(f"{path}: artifact version {version} (offset 8), this script reads version "
+                       f"{ARTIFACT_VERSION}")
+    header_end = PREFIX.size + packed_length
+    body = data[PREFIX.size : header_end]
+    whole = len(body) == packed_length and zlib.crc32(body) == checksum
+    if not whole or raw_length > MAX_HEADER:
+        raise BadInput(f"{path}: truncated or corrupt header (offset {PREFIX.size}: {len(body)} of "
+                       f"{packed_length} bytes)")
     try:
-        header = _checked_header(decompress("zlib", body, raw, f"{path}: header"))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-        raise BadInput(f"{path}: unusable header ({type(error).__name__}: {brief(error)})") from None
-    end = at + sum(row.length for row in header["streams"])
-    if end != len(data):
-        raise BadInput(f"{path}: truncated or padded: {len(data)} bytes, expected {end}")
+        header = _checked_header(decompress("zlib", body, raw_length, f"{path}: header"))
+    except UNUSABLE as error:
+        name = type(error).__name__
+        raise BadInput(f"{path}: unusable header ({name}: {brief(error)})") from None
+    return ArtifactFile(header, _split_streams(path, data, header_end, header["streams"]))
+
+
+def _split_streams(path, data, begin, entries):
+    """{stream: PackedStream}: the bytes from `begin` on, divided as the header's table of streams
+    says.
+    """
+    expected = begin + sum(entry.length for entry in entries)
+    if expected != len(data):
+        raise BadInput(f"{path}: truncated or padded: {len(data)} bytes, expected {expected}")
     streams = {}
-    for name, compressor, size, length, checksum in header["streams"]:
-        if zlib.crc32(data[at : at + length]) != checksum:
-            raise BadInput(f"{path}: stream {name} is corrupt (checksum of offset {at} to {at + length})")
-        streams[name] = (compressor, data[at : at + length], size)
-        at += length
-    return header, streams
+    for entry in entries:
+        end = begin + entry.length
+        body = data[begin:end]
+        if zlib.crc32(body) != entry.checksum:
+            raise BadInput(f"{path}: stream {entry.stream} is corrupt (checksum of offset {begin} "
+                           f"to {end})")
+        streams[entry.stream] = PackedStream(entry.compressor, body, entry.size)
+        begin = end
+    return streams
 
 
 def _checked_header(text):
-    """The header from JSON, its tables as TensorEntry and StreamEntry. An error means that save_artifact() did
-    not write it; whether it is that of a model is still to be seen.
+    """The header from JSON, its tables as TensorEntry and StreamEntry. An error means that
+    save_artifact() did not write it; whether it is that of a model is still to be seen.
     """
     header = json.loads(text, parse_constant=_no_number, object_pairs_hook=_no_name_twice)
-    wanted = {"settings", "looping", "tokenizer_sha256", "tensors", "streams"}
-    if set(header) - {"temperature", "reasons"} != wanted:
+    required = {"settings", "looping", "tokenizer_sha256", "tensors", "streams"}
+    if set(header) - {"temperature", "reasons"} != required:
         raise ValueError(f"its fields are {', '.join(sorted(header))}")
     for name, value in header["settings"].items():
         if type(value) is not str or len(value) > MAX_VALUE:
             raise ValueError(f"{brief(name, 30)} is no text of at most {MAX_VALUE} characters")
-    if unknown := set(header["settings"]) - {f.name.upper() for f in model_fields()}:
+    unknown = set(header["settings"]) - {f.name.upper() for f in model_fields()}
+    if unknown:
         raise ValueError(f"unknown {', '.join(sorted(unknown))}")
     if type(header["looping"]) is not bool:
         raise ValueError("looping is not true or false")
@@ -4214,7 +4510,7 @@ def _checked_header(text):
     header["tokenizer_sha256"] = digest.hex()
     header["tensors"] = [_tensor_entry(*row) for row in header["tensors"]]
     header["streams"] = [_stream_entry(*row) for row in header["streams"]]
-    names = [row.stream for row in header["streams"]]
+    names = [entry.stream for entry in header["streams"]]
     if len(set(names)) != len(names):
         raise ValueError("a stream is listed twice")
     return header
@@ -4231,6 +4527,7 @@ def _no_name_twice(pairs):
 
 
 def _tensor_entry(name, shape, codec, bits, rank, group):
+    """A line of the table of tensors, checked."""
     if codec not in CODECS:
         raise ValueError(f"unknown codec {brief(codec, 30)}")
     shape = tuple(need_number("shape", size, int, 1, MAX_LOADED) for size in shape)
@@ -4239,123 +4536,157 @@ def _tensor_entry(name, shape, codec, bits, rank, group):
     if rank:
         if codec == "float16":
             raise ValueError("a correction of float16")
-        need_number("rank", rank, int, 1, min(shape[0], math.prod(shape[1:]), MAX_RANK))
+        need_number("rank", rank, int, 1, min(shape[0], per_column(shape), MAX_RANK))
         need_number("group", group, int, 1, MAX_GROUP)
     need_number("rank", rank, int, 0, MAX_RANK)
     need_number("group", group, int, 0, MAX_GROUP)
-    return TensorEntry(str(name), shape, codec, need_number("bits", bits, int, 1, 16), rank, group)
+    need_number("bits", bits, int, 1, 16)
+    return TensorEntry(str(name), shape, codec, bits, rank, group)
 
 
 def _stream_entry(stream, compressor, size, length, checksum):
-    known = {part for _, parts in CODECS.values() for part in parts} | set(CORRECTION)
+    """A line of the table of streams, checked."""
+    known = {part for codec in CODECS.values() for part in codec.parts} | set(CORRECTION)
     if stream not in known:
         raise ValueError(f"unknown stream {brief(stream, 30)}")
-    if compressor not in COMPRESSORS and not (compressor == "rans" and stream in CODED):
+    coded = compressor == "rans" and stream in CODED
+    if compressor not in COMPRESSORS and not coded:
         raise ValueError(f"unknown compressor {brief(compressor, 30)} of {stream}")
     need_number("size", size, int, 0, MAX_LOADED)
     need_number("length", length, int, 0, MAX_LOADED)
-    return StreamEntry(stream, compressor, size, length, need_number("checksum", checksum, int, 0, 2**32 - 1))
+    need_number("checksum", checksum, int, 0, 2**32 - 1)
+    return StreamEntry(stream, compressor, size, length, checksum)
+
+
+# ---- what loading takes, and what model an artifact is of ----------------------------------------
 
 
 def loading_bytes(tensors):
-    """Most memory that loading these rows (TensorEntry) takes: the weights in float32; their parts three times
-    (unpacked, in order, tensor by tensor), which is enough for the entropy coder; four copies of the largest
-    tensor, while it is decoded.
+    """Most memory that loading a table of tensors takes: the weights in float32; their parts three
+    times (unpacked, in order, tensor by tensor), which is enough for the entropy coder; four
+    copies of the largest tensor, while it is decoded.
     """
-    counts = [math.prod(row.shape) for row in tensors]
+    counts = [math.prod(entry.shape) for entry in tensors]
     return 4 * sum(counts) + 3 * sum(raw_sizes(tensors).values()) + 16 * max(counts)
 
 
 def need_loadable(what, tensors):
-    """BadInput if these rows (TensorEntry) take too much memory or time to load, whatever is in a stream."""
-    counts = [math.prod(row.shape) for row in tensors]
-    need = loading_bytes(tensors)
-    if need > MAX_LOADED:
-        raise BadInput(f"{what}: {sum(counts)} parameters in these codecs need {need >> 20} MiB to be "
-                       f"loaded, the limit is {MAX_LOADED >> 20}; make the model smaller")
-    if sum(count * row.rank for count, row in zip(counts, tensors)) > MAX_CORRECTION_WORK:
-        raise BadInput(f"{what}: low-rank corrections of that many weights take too long to load; lower "
-                       "LQER_RANK or LQER_TOP_K")
+    """BadInput if a table of tensors takes too much memory or time to load, whatever is in a
+    stream.
+    """
+    counts = [math.prod(entry.shape) for entry in tensors]
+    needed = loading_bytes(tensors)
+    if needed > MAX_LOADED:
+        raise BadInput(f"{what}: {sum(counts)} parameters in these codecs need {needed >> 20} MiB "
+                       f"to be loaded, the limit is {MAX_LOADED >> 20}; make the model smaller")
+    work = sum(count * entry.rank for count, entry in zip(counts, tensors))
+    if work > MAX_CORRECTION_WORK:
+        raise BadInput(f"{what}: low-rank corrections of that many weights take too long to load; "
+                       "lower LQER_RANK or LQER_TOP_K")
 
 
 def largest_rows(model, s):
-    """The table of tensors (TensorEntry) of the largest artifact that these settings can make of a model."""
-    wider = {"grid": "wide"} | ({"int": "mixed"} if s.awq_lite_group_top_k else {})
+    """The table of tensors (TensorEntry) of the largest artifact that these settings can make of a
+    model.
+    """
+    widest = {"grid": "wide"}
+    if s.awq_lite_group_top_k:
+        widest["int"] = "mixed"
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
-    rows = [TensorEntry(name, shapes[name], wider.get(store.codec, store.codec), store.bits, 0, 0)
-            for name, store in storage(model, s).items()]
-    rows.sort(key=lambda row: math.prod(row.shape), reverse=True)
+    entries = []
+    for name, store in storage(model, s).items():
+        codec = widest.get(store.codec, store.codec)
+        entries.append(TensorEntry(name, shapes[name], codec, store.bits, 0, 0))
+    entries.sort(key=lambda entry: math.prod(entry.shape), reverse=True)
     corrections = s.lqer_top_k if s.lqer_rank else 0
-    for i, row in enumerate(rows):
-        if corrections and row.codec != "float16":
-            rows[i] = row._replace(rank=min(s.lqer_rank, *row.shape), group=s.lqer_asym_group)
+    for i, entry in enumerate(entries):
+        if corrections and entry.codec != "float16":
+            rank = min(s.lqer_rank, *entry.shape)
+            entries[i] = entry._replace(rank=rank, group=s.lqer_asym_group)
             corrections -= 1
-    return rows
+    return entries
 
 
 def artifact_settings(path, header, given):
-    """What defines the model from the artifact, the rest from `given`, which must not contradict it.
+    """What defines the model from the artifact, the rest from `given`, which must not contradict
+    it.
 
-    BadInput, too, if the header is not that of such a model, or the model is too large to be loaded. Nothing
-    of its size is allocated.
+    BadInput, too, if the header is not that of such a model, or the model is too large to be
+    loaded. Nothing of its size is allocated.
     """
     try:
-        shape = [f"{name}={value}" for name, value in header["settings"].items()]
-        stored = Settings.parse([*shape, "TRAIN_SEQ_LEN=2", "TRAIN_BATCH_TOKENS=2", "COMPRESSOR=zlib"])
+        words = [f"{name}={value}" for name, value in header["settings"].items()]
+        words += ["TRAIN_SEQ_LEN=2", "TRAIN_BATCH_TOKENS=2", "COMPRESSOR=zlib"]
+        stored = Settings.parse(words)
     except BadInput as error:
         first = brief(str(error).splitlines()[0], 150)
         raise BadInput(f"{path}: its settings cannot be used here: {first}") from None
     for f in model_fields():
-        mine, its = getattr(given, f.name), getattr(stored, f.name)
-        if mine not in (f.default, its):
-            raise BadInput(f"{f.name.upper()}={brief(_show(mine))} contradicts {path}, which was made with "
-                           f"{brief(_show(its))}")
+        given_value = getattr(given, f.name)
+        stored_value = getattr(stored, f.name)
+        if given_value not in (f.default, stored_value):
+            raise BadInput(f"{f.name.upper()}={brief(_show(given_value))} contradicts {path}, which "
+                           f"was made with {brief(_show(stored_value))}")
     s = replace(given, **{f.name: getattr(stored, f.name) for f in model_fields()})
+
     with torch.device("meta"):
         skeleton = GPT(s, init=False)
+    tensors = header["tensors"]
     shapes = [(name, tuple(weight.shape)) for name, weight in skeleton.named_parameters()]
-    if [row[:2] for row in header["tensors"]] != shapes:
+    if [(entry.name, entry.shape) for entry in tensors] != shapes:
         raise BadInput(f"{path}: its tensors are not those of its settings")
-    if raw_sizes(header["tensors"]) != {row.stream: row.size for row in header["streams"]}:
+    if raw_sizes(tensors) != {entry.stream: entry.size for entry in header["streams"]}:
         raise BadInput(f"{path}: stream sizes do not add up to its tensors")
-    need_loadable(path, header["tensors"])
+    need_loadable(path, tensors)
     return s
 
 
 # ---- load ----------------------------------------------------------------------------------------
 
 
-def _unpacked(path, tensors, streams):
-    """{tensor: {part: array as a Tensor}} from the streams of read_artifact()."""
-    parts = {row.name: {} for row in tensors}
-    for stream, rows in stream_layout(tensors).items():
-        (compressor, data, size), where, at = streams[stream], f"{path}: stream {stream}", 0
-        if compressor == "rans":
-            values = np.concatenate([group.ravel() for group in decode_codes(data, code_groups(rows), where)])
-        else:
-            values = _unplanes(decompress(compressor, data, size, where), rows[0][2])
-        for name, part, _, shape in rows:
-            parts[name][part] = torch.from_numpy(values[at : at + math.prod(shape)].copy()).view(shape)
-            at += math.prod(shape)
-    return parts
-
-
 @torch.no_grad()
 def load_artifact(path, settings=None, dtype=torch.float32, attend=None, device="cpu", data=None):
-    """-> (settings, model). The file fits a model of its settings before anything of that size is made."""
+    """-> (settings, model). The file fits a model of its settings before anything of that size is
+    made.
+    """
     header, streams = read_artifact(path, data)
     s = artifact_settings(path, header, settings or Settings())
     parts = _unpacked(path, header["tensors"], streams)
     model = GPT(s, dtype, attend, init=False)
     weights = dict(model.named_parameters())
-    for name, shape, *row in header["tensors"]:  # one after the other: not all of it is in memory twice
-        weight = Encoded(*row, parts.pop(name)).decode(shape)
+    for entry in header["tensors"]:  # one after the other: not all of it is in memory twice
+        encoded = Encoded(entry.codec, entry.bits, entry.rank, entry.group, parts.pop(entry.name))
+        weight = encoded.decode(entry.shape)
         if not weight.isfinite().all():
-            raise BadInput(f"{path}: holds values that are not finite ({name})")
-        weights[name].copy_(weight)
-    model.looping, model.temperature = s.loops and header["looping"], float(header["temperature"]) or None
+            raise BadInput(f"{path}: holds values that are not finite ({entry.name})")
+        weights[entry.name].copy_(weight)
+    model.looping = s.loops and header["looping"]
+    model.temperature = float(header["temperature"]) or None
     model.reasons = header["reasons"]
     return s, model.to(device)
+
+
+def _unpacked(path, tensors, streams):
+    """{tensor: {part: array as a Tensor}} from the streams of an ArtifactFile."""
+    unpacked = {entry.name: {} for entry in tensors}
+    for stream, parts in stream_layout(tensors).items():
+        values = _unpack_stream(f"{path}: stream {stream}", parts, streams[stream])
+        begin = 0
+        for place in parts:
+            end = begin + place.count
+            array = torch.from_numpy(values[begin:end].copy())
+            unpacked[place.tensor][place.part] = array.view(place.shape)
+            begin = end
+    return unpacked
+
+
+def _unpack_stream(where, parts, packed):
+    """The values (count,) of a PackedStream, whose StreamParts are known."""
+    if packed.compressor == "rans":
+        groups = decode_codes(packed.data, code_groups(parts), where)
+        return np.concatenate([group.ravel() for group in groups])
+    raw = decompress(packed.compressor, packed.data, packed.size, where)
+    return _unplanes(raw, parts[0].dtype)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ class Subject:
     .observe(x, y) .tokens .moments(rt); Quantiser(model, s, moments) with .encode(spacing) .spacing_for(bytes) .quantised
     .stores and .groups (rewritten where each tensor has its own clip) and .factors (shared between settings: most of its
     time); pack().chunks; load_tokenizer, load_validation,
-    ModelPredictor, contiguous_reader, score, Validity; of Loaded: row_scales, round_to_grid. The containers: Encoded, stream_layout, pack_stream, code_groups,
+    ModelPredictor, contiguous_reader, score, Validity; of Loaded: row_scales, round_to_grid. The containers: Encoded, tensor_entries, stream_layout, pack_stream, code_groups,
     decode_codes, decompress, _unplanes, _kind, COMPRESSORS.
     """
 
@@ -143,7 +143,7 @@ class Subject:
 
     def code_bytes(self, name, one):
         """Bytes of the codes of one parameter, packed alone."""
-        rows = self.trainer.stream_layout([(name, self.shapes[name], *one[:4])])["q"]
+        rows = self.trainer.stream_layout(self.trainer.tensor_entries({name: one}, self.shapes))["q"]
         return len(self.trainer.pack_stream(rows, {name: one}, ONE_COMPRESSOR))
 
     def error(self, name, one):
@@ -410,17 +410,13 @@ class Row(NamedTuple):
 def own_chunks(trainer, row, compressor):
     """The artifact of train_gpt.py."""
     chunks = trainer.pack(row.encoded, row.shapes, trainer.Settings(compressor=compressor), row.header).chunks
-    streams = trainer.stream_layout(tensor_rows(row))
+    streams = trainer.stream_layout(trainer.tensor_entries(row.encoded, row.shapes))
     return list(zip(("header", "header", *streams), chunks, strict=True))
-
-
-def tensor_rows(row):
-    return [(name, row.shapes[name], *one[:4]) for name, one in row.encoded.items()]
 
 
 def apart(trainer, row, kinds):
     """[(stream, its rows)] as the artifact has them, or with a stream of codes for each kind of matrix."""
-    for stream, rows in trainer.stream_layout(tensor_rows(row)).items():
+    for stream, rows in trainer.stream_layout(trainer.tensor_entries(row.encoded, row.shapes)).items():
         split = kinds and stream in trainer.CODED
         for _, part in itertools.groupby(rows, lambda one: trainer._kind(one[0]) if split else None):
             yield stream, list(part)
