@@ -3139,18 +3139,17 @@ def _to_cpu(parts):
 
 # ---- allocation: FIT=allocate --------------------------------------------------------------------
 
-# How many bits does each weight deserve? Rounding at a step size d makes an error of variance d^2
-# / 12, so a weight of sensitivity h costs the loss h d^2 / 24 nats a token. Half the step size is
-# one bit more and a quarter of that cost. If two weights cost differently, a bit moved from the
+# How many bits does each weight deserve? Rounding at a step size d makes an error of variance
+# d^2 / 12, so a weight of sensitivity h costs the loss h d^2 / 24 nats a token. Half the step size
+# is one bit more and a quarter of that cost. If two weights cost differently, a bit moved from the
 # cheaper to the dearer one lowers the sum, at equal bytes. So in the best allocation every weight
-# costs the same: d = spacing / sqrt(h), a cost of spacing^2 / 24 each. Rate-distortion theory
-# calls this reverse water-filling; fixed bits, with clips by the spread of a row, miss it. Large
-# weights then get large codes, and the entropy coder makes few bits of the many small ones. One
-# number is left to choose, the spacing:
-# allocation_grid        the step sizes of a matrix at a spacing, to be stored in a byte for each
-# row and column
-#     Quantiser.rate         the bytes to expect of a spacing; spacing_for() is its inverse
-#     allocate               tries artifacts until one fills the size limit
+# costs the same: d = spacing / sqrt(h), a cost of spacing^2 / 24 each. Rate-distortion theory calls
+# this reverse water-filling; fixed bits, with clips by the spread of a row, miss it. Large weights
+# then get large codes, and the entropy coder makes few bits of the many small ones. One number is
+# left to choose, the spacing:
+#     allocation_grid   the step sizes of a matrix at a spacing, stored in a byte a row and column
+#     Quantiser.rate    the bytes to expect of a spacing; spacing_for() is its inverse
+#     allocate          tries artifacts until one fills the size limit
 
 LOGIT_NOISE = 0.1  # most variance of a logit that rounding may make; 0.03 and 0.3 were worse
 # Of the mean: what calibration never saw gets at most 1,000 times the usual step size.
@@ -3180,8 +3179,8 @@ def allocation_grid(weight, moments, pivots, spacing):
     """
     gain = moments.gain.float()
     pivots = pivots.float()
-    # A row's error has variance spacing^2 / (12 gain pivot[c]) in each column, so its logit has
-    # logits C spacing^2 / (12 gain).
+    # A row's error has variance spacing^2 / (12 gain pivot[c]) in column c. Over all columns that
+    # makes a variance of the logit of logits * C * spacing^2 / (12 gain).
     gain = gain.clamp_min(moments.logits * len(pivots) * spacing**2 / (12 * LOGIT_NOISE))
     unit = spacing / (gain.mean() * pivots.mean()).sqrt().clamp_min(1e-30)
     row = step_exponents(gain)
@@ -3199,11 +3198,14 @@ RATE_OCTAVES = np.arange(-24, 40, RATE_STEP)  # log2 of a spread in units of the
 @cache
 def gaussian_entropy():
     """(log2 of the spread, bits): the entropy of a Gaussian rounded to whole numbers."""
-    octaves, root = np.arange(-4, 7, RATE_STEP), math.sqrt(2)
+    octaves = np.arange(-4, 7, RATE_STEP)
     edges = np.arange(-1023.5, 1024)
-    below = [np.array([0.5 * (1 + math.erf(e / 2**o / root)) for e in edges if abs(e) < 10 * 2**o + 1]) for o in octaves]
+    root = math.sqrt(2)
     bits = []
-    for p in map(np.diff, below):
+    for octave in octaves:
+        spread = 2**octave
+        near = [edge for edge in edges if abs(edge) < 10 * spread + 1]
+        p = np.diff([0.5 * (1 + math.erf(edge / spread / root)) for edge in near])
         p = p[p > 0]
         bits.append(float(-(p * np.log2(p)).sum()))
     return np.array([-40, *octaves]), np.array([0, *bits])
@@ -3221,7 +3223,8 @@ def allocate(quantiser, packed_of, room, log):
         spacing = quantiser.spacing_for(room - 2500, factor, too_fine, fits)
         packed = packed_of(quantiser.encode(spacing))
         log("allocate", attempt=attempt, spacing=spacing,
-            expected_loss=quantiser.quantised * spacing**2 / 24, bytes=packed.size, room_bytes=room)
+            expected_loss=quantiser.quantised * spacing**2 / 24,
+            bytes=packed.size, room_bytes=room)
         if packed.size <= room:
             best, fits = packed, spacing
             if packed.size >= room - 5000 or spacing <= 1.001 * finest:
@@ -3367,7 +3370,8 @@ class Quantiser:
                 if store.codec == "grid":
                     for name in names:
                         self._spread += self._spread_of(name)
-        return float(self._spread @ np.interp(RATE_OCTAVES - math.log2(spacing), *gaussian_entropy())) / 8
+        bits = np.interp(RATE_OCTAVES - math.log2(spacing), *gaussian_entropy())
+        return float(self._spread @ bits) / 8
 
     def _spread_of(self, name):
         """Numbers of weights by log2 of their spread in units of the step size at a spacing of 1:
