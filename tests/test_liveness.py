@@ -747,7 +747,7 @@ DEAD = {
     "parallel_first_skip": ("layer_plan", lambda s, looping, true=tg.layer_plan: [
         visit._replace(split=visit.split and "after_skip") for visit in true(s, looping)]),
     "asym_logit_rescale": ("GPT.cap_of", lambda self, logits: self.softcap),
-    "awq_lite_group_top_k": ("salient_groups", lambda weights, inputs, size, count: {}),
+    "awq_lite_group_top_k": ("awq_lite_groups", lambda weights, inputs, size, count: {}),
     "ttt_lora_scaled": ("add_adapter", lambda y, adapter, x, scale=None: y if adapter is None else y + adapter(x)),
     "ttt_lora_a": ("DocumentAdapters._begin", lambda self, rows: self.start.expand(rows, -1).clone()),
     "gptq_act_order": ("factor_hessian", lambda moments, damp, act_order, true=tg.factor_hessian: true(moments, damp, True)),

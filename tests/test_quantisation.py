@@ -317,7 +317,7 @@ def test_awq_lite_groups_are_those_of_the_published_rule():
         for start in range(0, w.shape[1] - w.shape[1] % 4, 4):
             scores[name, start] = sum(math.sqrt(squares[name][j]) * np.abs(w[:, j]).mean() for j in range(start, start + 4))
     for count in (1, 3, 9, 99):
-        found = tg.salient_groups(*({name: torch.from_numpy(z) for name, z in table.items()} for table in (weights, squares)), 4, count)
+        found = tg.awq_lite_groups(*({name: torch.from_numpy(z) for name, z in table.items()} for table in (weights, squares)), 4, count)
         chosen = sorted(scores, key=scores.get)[-count:]
         assert {(name, start) for name, starts in found.items() for start in starts} == set(chosen)
 
@@ -333,7 +333,7 @@ def test_awq_lite_columns_get_finer_steps_of_the_same_clip_within_gptq(learned, 
     salient = {name: one.parts["salient"].bool().numpy() for name, one in done.items() if one.codec == "mixed"}
     assert sum(marks.sum() for marks in salient.values()) == 16 and all(one.codec != "mixed" for one in plain.values())
     inputs = {name: moments[name].inputs for name in moments if moments[name].inputs is not None and done[name].codec != "float16"}
-    best = tg.salient_groups({name: weights[name] for name in inputs}, inputs, 4, 4)
+    best = tg.awq_lite_groups({name: weights[name] for name in inputs}, inputs, 4, 4)
     assert {name: [j for j in starts] for name, starts in best.items()}.keys() == salient.keys()
     for name, marks in salient.items():
         assert all(marks[j : j + 4].all() for j in best[name])
