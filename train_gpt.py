@@ -53,21 +53,23 @@ Techniques: the setting that turns each one on, and its function or class
     GPTQ                              MATRIX_QUANT            gptq
     act order                         GPTQ_ACT_ORDER          factor_hessian
     SDClip                            MATRIX_CLIP_SIGMAS      row_scales
-    AWQ-lite                          AWQ_LITE_GROUP_TOP_K    salient_groups
+    AWQ-lite                          AWQ_LITE_GROUP_TOP_K    awq_lite_groups
     LQER                              LQER_RANK               lqer
     calibration on generated text     GPTQ_CALIBRATION        generate
     allocation of bits                FIT                     allocate
     late QAT                          LATE_QAT_THRESHOLD      LateQAT
     soft rounding                     QAT_ROUNDING            FakeQuant
-    entropy coder (rANS), its context COMPRESSOR              encode_codes
+    entropy coder (rANS)              COMPRESSOR              encode_codes
+    context of the entropy coder      COMPRESSOR              code_context
     sliding windows                   EVAL_STRIDE             sliding_windows
-    kept keys and values              EVAL_CONTEXT            Cache
+    kept keys and values              EVAL_CONTEXT            KVCache
     fitted temperature                EVAL_TEMPERATURE        Training.fit_temperature
     score-first TTT                   TTT                     ScoreFirst
     adapters of documents             TTT_WARM_START_A        DocumentAdapters
     low-rank adapters (LoRA)          TTT_LORA_RANK           Adapters
     phased TTT                        PHASED_TTT_PREFIX_DOCS  phase_ends
-    n-gram backoff, hedge mixture     MIXER                   NgramMixture
+    n-gram backoff                    MIXER                   BackoffMixture
+    hedge of n-gram experts           MIXER                   HedgeMixture
     token-only tilt                   TOKEN_BOOST             Tilt
     self-test of the score            SELFTEST                selftest
 
@@ -327,7 +329,7 @@ class Settings:
         0, "width of a factorised token table, which is projected to MODEL_DIM; 0: MODEL_DIM",
         0, 16384, code="GPT")
     tied_embed_init_std: float = _model(
-        0.005, "initial standard deviation of the token table", 0, code="Table")
+        0.005, "initial standard deviation of the token table", 0, code="Embedding")
     qk_gain_init: float = _model(
         1.5, "initial gain of the normalised queries, learned for each head", 0, code="Attention")
     rope_dims: int = _model(
@@ -595,13 +597,13 @@ class Settings:
     awq_lite_group_top_k: int = _pack(
         0, "AWQ-lite: number of groups of columns, the most salient ones, that get AWQ_LITE_BITS "
         "(#1908); 0: off",
-        0, 1000, on=ANY_FIXED_GRID, code="salient_groups")
+        0, 1000, on=ANY_FIXED_GRID, code="awq_lite_groups")
     awq_lite_bits: int = _pack(
         8, "AWQ-lite: bits of a salient group",
-        3, 8, on="awq_lite_group_top_k", code="salient_groups")
+        3, 8, on="awq_lite_group_top_k", code="awq_lite_groups")
     awq_lite_group_size: int = _pack(
         64, "AWQ-lite: neighbouring columns of a salient group",
-        1, 2**16, on="awq_lite_group_top_k", code="salient_groups")
+        1, 2**16, on="awq_lite_group_top_k", code="awq_lite_groups")
     prune_pct: float = _pack(
         0.0, "share of each quantised tensor, its smallest weights, that becomes 0 before rounding "
         "(#967)",
@@ -667,7 +669,7 @@ class Settings:
     eval_context: Literal["window", "cache"] = _eval(
         "window", "what a token sees: a window that is forwarded anew; or kept keys and values, so "
         "that every token sees the EVAL_SEQ_LEN up to itself",
-        code="Cache")
+        code="KVCache")
     eval_temperature: float = _eval(
         1.0, "divisor of the logits; 0: fitted on training text, in the training clock",
         0, 10, code="Training.fit_temperature")
@@ -1446,8 +1448,9 @@ def other_names():
 
 # --------------------------------------------------------------------------------------------------
 # 2 Model parts
-# Every module that creates a parameter states its role; optimizer, codec and compression group are tables over roles.
-# Weights are fp32 masters, cast to the activation dtype where they are used; there is no autocast.
+# Every module that creates a parameter states its role; optimizer, codec and compression group are
+# tables over roles. Weights are fp32 masters, cast to the activation dtype where they are used;
+# there is no autocast.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1455,59 +1458,67 @@ class Docs(NamedTuple):
     """Where documents begin. One object for everything that must not look across a boundary."""
 
     first: Tensor  # (B, T) bool: this token begins a document
-    mask: Tensor | None = None  # (B, 1, T, T) bool: who sees whom, for attention kernels that take a mask
-    cu: Tensor | None = None  # (segments + 1,) int32: their starts in the flattened batch, for those that take lengths
+    mask: Tensor | None = None  # (B, 1, T, T) bool: [query, key], for kernels that take a mask
+    cu_seqlens: Tensor | None = None  # (segments + 1,) int32: starts in the flattened batch
 
 
 def find_documents(ids, mode, longest=0, varlen=False):
-    """What BOS says about ids (B, T), or None with DOC_MASK=none. With "attention" also who sees whom: documents, cut
-    every `longest` tokens (0: not), as lengths for a `varlen` kernel (waits for the device) or as a mask.
+    """Docs of ids (B, T) with DOC_MASK=`mode`; None for "none".
+
+    "inputs": only where documents begin. "attention": also the segments in which attention stays.
+    These are the documents, cut every `longest` tokens (0: not cut). A `varlen` kernel gets them
+    as lengths, which waits for the device; other kernels get a mask.
     """
     if mode == "none":
         return None
     first = ids == BOS
     if mode == "inputs":
         return Docs(first)
-    at = torch.arange(ids.size(1), device=ids.device).expand_as(ids)
-    since = at - torch.where(first, at, 0).cummax(1).values  # the row's start begins a segment, too
-    cut = (since % longest if longest else since) == 0
+    position = torch.arange(ids.size(1), device=ids.device).expand_as(ids)
+    # Position of the last BOS, 0 before the first: the row's start begins a segment, too.
+    document_start = torch.where(first, position, 0).cummax(1).values
+    offset = position - document_start
+    if longest:
+        offset = offset % longest
+    segment_begins = offset == 0
     if varlen:
-        starts = cut.flatten().nonzero().squeeze(1)
-        return Docs(first, cu=F.pad(starts, (0, 1), value=ids.numel()).int())
-    segment = cut.cumsum(1)
-    return Docs(first, mask=(segment[:, :, None] == segment[:, None]).tril()[:, None])
+        starts = segment_begins.flatten().nonzero().squeeze(1)
+        return Docs(first, cu_seqlens=F.pad(starts, (0, 1), value=ids.numel()).int())
+    segment = segment_begins.cumsum(1)
+    same_segment = segment[:, :, None] == segment[:, None]
+    return Docs(first, mask=same_segment.tril()[:, None])
 
 
-class Slot(NamedTuple):
-    """Adapters of one visit to a block: functions whose result is added beside its linear layers, or None."""
+class VisitAdapters(NamedTuple):
+    """Adapters of one visit to a block: functions whose output is added to a layer's, or None."""
 
     q: Callable | None = None
     k: Callable | None = None
     v: Callable | None = None
-    o: Callable | None = None  # from the attention's output, as the layer o
-    attn: Callable | None = None  # beside the whole attention, from its normed input (#1530)
-    mlp: Callable | None = None  # beside the whole MLP, from its normed input
-    scaled: bool = False  # the last three pass attn_scale or mlp_scale, as what they stand beside does (#1530)
+    o: Callable | None = None  # from the attention's output, which is the input of the layer o
+    attn: Callable | None = None  # added to the whole attention, from its normed input (#1530)
+    mlp: Callable | None = None  # added to the whole MLP, from its normed input
+    scaled: bool = False  # o, attn, mlp are multiplied by attn_scale or mlp_scale (#1530)
 
 
 class Past(NamedTuple):
-    """What a forward sees of the text before its tokens, as Cache kept it."""
+    """The text before the tokens of a forward, as KVCache kept it."""
 
-    ids: Tensor  # (B, 3 at most) the last tokens, which SmearGate and the n-gram hashes read
-    rope: tuple[Tensor, Tensor]  # of the new tokens' positions
-    seen: Tensor  # (B or 1, T, S + T) bool: who sees whom of the S kept keys and the T new ones
-    kept: list  # [(k, v)] of each visit, (B, S, K, C); k rotated
-    new: list  # those of the new tokens, filled by the forward
+    ids: Tensor  # (B, at most 3) its last tokens, which SmearGate and the n-gram hashes read
+    rope: tuple[Tensor, Tensor]  # cos, sin of the new tokens' positions
+    mask: Tensor  # (B or 1, T, S + T) bool: [new token, key], of S kept keys and the T new ones
+    kv: list  # [(keys, values)] of each visit, (B, S, K, C), keys rotated; (None, None) if empty
+    new_kv: list  # [(keys, values)] of the new tokens: each visit of the forward appends its own
 
 
 class Context(NamedTuple):
-    """What every block sees beside the residual stream."""
+    """What every block sees in addition to the residual stream."""
 
     x0: Tensor  # (B, T, D) the stream as it entered the first block
     rope: tuple[Tensor, Tensor]  # cos, sin: (T, rope_dims / 2)
     docs: Docs | None
-    ve: Tensor | None  # (B, T, K*C) value embedding
-    first_v: list  # the values of layer 0, once it has made them
+    value_embedding: Tensor | None  # (B, T, K*C)
+    first_values: list  # the values of layer 0, which appends them
     past: Past | None = None
 
 
@@ -1521,84 +1532,107 @@ def at_least_float32(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
-def through(module, x, *args):
-    """An optional stage: absent modules pass x on."""
+def optional(module, x, *args):
+    """module(x, *args); x if the module is None: a part of the model that a setting turned off."""
     return x if module is None else module(x, *args)
 
 
 def add_adapter(y, adapter, x, scale=None):
-    """y with an adapter's contribution computed from x, times `scale`; nothing reaches the graph when there is none."""
+    """y + scale * adapter(x), scale None: 1. Without an adapter y: nothing reaches the graph."""
     if adapter is None:
         return y
-    return y + (adapter(x) if scale is None else scale.to(x.dtype) * adapter(x))
+    if scale is None:
+        return y + adapter(x)
+    return y + scale.to(x.dtype) * adapter(x)
 
 
 class FakeQuant(nn.Module):
-    """Late QAT: a weight (R, C) as the artifact would hold it, at the exporter's `step` (R, C or 1) and range -top..top.
+    """Late QAT: a weight (R, C) as the artifact would hold it.
 
-    "ste": the gradient passes straight through. "soft" (#967): steps that are smooth, and steepen with `sharpness`.
+    The exporter's grid has the step size `step` (R, C or 1) and the range -top..top. QAT_ROUNDING
+    "ste": the gradient passes straight through; "soft" (#967): smooth steps, which are steeper
+    with more `sharpness`.
     """
 
     def __init__(self, weight, top, soft):
         super().__init__()
-        self.top, self.soft = top, soft
+        self.top = top
+        self.soft = soft
         self.register_buffer("step", weight.new_ones(len(weight), 1), persistent=False)
         self.register_buffer("sharpness", weight.new_ones(()), persistent=False)
 
     def forward(self, weight):
-        at = weight / self.step
+        code = weight / self.step  # not rounded yet
         if not self.soft:
-            return weight + (at.round().clamp(-self.top, self.top) * self.step - weight).detach()
-        low = at.floor().detach()
-        rise = torch.tanh(self.sharpness * (at - low - 0.5)) / torch.tanh(self.sharpness / 2)
-        return (low + 0.5 + 0.5 * rise).clamp(-self.top, self.top) * self.step
+            quantised = code.round().clamp(-self.top, self.top) * self.step
+            return weight + (quantised - weight).detach()
+        lower = code.floor().detach()
+        rise = torch.tanh(self.sharpness * (code - lower - 0.5)) / torch.tanh(self.sharpness / 2)
+        return (lower + 0.5 + 0.5 * rise).clamp(-self.top, self.top) * self.step
 
 
 class Linear(nn.Module):
-    """y = x W^T, W (out, in); no bias anywhere. `scale` (out,) multiplies the rows of W instead of the output: the
-    same map, but its gradient comes from dW and not from a reduction over all tokens of the batch.
+    """y = x W^T, W (out, in); no bias anywhere.
+
+    `scale` (out,) multiplies the rows of W instead of the output: the same map, but its gradient
+    comes from dW and not from a reduction over all tokens of the batch.
     """
 
     def __init__(self, inputs, outputs, zero=False, role="matrix"):
         super().__init__()
-        self.zero, self.role, self.weight = zero, role, nn.Parameter(torch.empty(outputs, inputs))
-        self.register_module("fake_quant", None)  # FakeQuant, while late QAT is on; a plain attribute would be traced a third time
+        self.zero = zero
+        self.role = role
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        # FakeQuant, while late QAT is on. A plain attribute would cost a third trace of the graph.
+        self.register_module("fake_quant", None)
 
     def init(self, generator):
-        nn.init.zeros_(self.weight) if self.zero else nn.init.orthogonal_(self.weight, generator=generator)
+        if self.zero:
+            nn.init.zeros_(self.weight)
+        else:
+            nn.init.orthogonal_(self.weight, generator=generator)
 
     def forward(self, x, scale=None):
-        weight = through(self.fake_quant, self.weight)
-        weight = weight if scale is None else scale[:, None] * weight
+        weight = optional(self.fake_quant, self.weight)
+        if scale is not None:
+            weight = scale[:, None] * weight
         return F.linear(x, weight.to(x.dtype))
 
 
-class Table(nn.Module):
-    """Rows looked up by id."""
+class Embedding(nn.Module):
+    """A table of vectors (rows, width), looked up by id; `std` of the initial values, 0: zeros."""
 
     role = "embed"
 
     def __init__(self, rows, width, std):
         super().__init__()
-        self.std, self.weight = std, nn.Parameter(torch.empty(rows, width))
+        self.std = std
+        self.weight = nn.Parameter(torch.empty(rows, width))
         self.register_module("fake_quant", None)
 
     def init(self, generator):
-        nn.init.normal_(self.weight, std=self.std, generator=generator) if self.std else nn.init.zeros_(self.weight)
+        if self.std:
+            nn.init.normal_(self.weight, std=self.std, generator=generator)
+        else:
+            nn.init.zeros_(self.weight)
 
     def forward(self, ids, dtype):
-        return F.embedding(ids, through(self.fake_quant, self.weight)).to(dtype)
+        return F.embedding(ids, optional(self.fake_quant, self.weight)).to(dtype)
 
 
 def rotary_tables(positions, dims, base):
     """cos and sin (T, dims/2) of position * base^(-2j/dims) for positions (T,), in float64."""
-    frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64, device=positions.device) / max(dims, 1))
+    even = torch.arange(0, dims, 2, dtype=torch.float64, device=positions.device)  # 2j
+    frequency = base ** (-even / max(dims, 1))
     angle = positions.double()[:, None] * frequency
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Partial RoPE (#315): the first 2n channels of x (B, T, H, C) turn by minus the angle, half against half."""
+    """Partial RoPE (#315): the first 2n channels of x (B, T, H, C) turn by minus the angle.
+
+    Channel j turns with channel n + j.
+    """
     n = cos.size(-1)
     if n == 0:
         return x
@@ -1608,15 +1642,20 @@ def rotate(x, cos, sin):
 
 
 def xsa(y, v):
-    """Exclusive self-attention (#265): y (B, T, H, C) less its component along the token's own value v (B, T, K, C)."""
-    groups = y.unflatten(2, (v.size(2), -1))
+    """Exclusive self-attention (#265): attention's output y (B, T, H, C) minus its component along
+    the token's own value v (B, T, K, C).
+    """
+    groups = y.unflatten(2, (v.size(2), -1))  # (B, T, K, H / K, C)
     v = v.unsqueeze(3)
     share = (groups * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-24)
     return (groups - share * v).flatten(2, 3)
 
 
 class SmearGate(nn.Module):
-    """SmearGate: (1 - g) x[t] + g x[t-1] per channel, g = sigmoid(gate); g = 0 where a document begins (#1855)."""
+    """SmearGate: (1 - g) x[t] + g x[t-1] per channel, g = sigmoid(gate).
+
+    g = 0 where a document begins (#1855).
+    """
 
     role = "scalar"
 
@@ -1631,81 +1670,104 @@ class SmearGate(nn.Module):
         gate = self.gate.sigmoid().to(x.dtype)
         if docs is not None:
             gate = gate * ~docs.first[..., None]
-        return torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), gate.expand_as(x))
+        previous = F.pad(x[:, :-1], (0, 0, 1, 0))
+        return torch.lerp(x, previous, gate.expand_as(x))
 
 
 class ScalarSmearGate(nn.Module):
-    """The later SmearGate (#1667): x[t] + lambda sigmoid(w . x[t, :window]) x[t-1], before the first norm."""
+    """The later SmearGate (#1667): x[t] + lambda sigmoid(w . x[t, :window]) x[t-1].
+
+    It stands before the first norm.
+    """
 
     role = "scalar"
 
     def __init__(self, window):
         super().__init__()
-        self.weight, self.scale = nn.Parameter(torch.empty(window)), nn.Parameter(torch.empty(()))
+        self.weight = nn.Parameter(torch.empty(window))
+        self.scale = nn.Parameter(torch.empty(()))
 
     def init(self, generator):
-        nn.init.zeros_(self.weight), nn.init.zeros_(self.scale)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.scale)
 
     def forward(self, x, docs):
-        gate = self.scale.to(x.dtype) * (x[..., : len(self.weight)] @ self.weight.to(x.dtype)).sigmoid()
+        inner = x[..., : len(self.weight)] @ self.weight.to(x.dtype)
+        gate = self.scale.to(x.dtype) * inner.sigmoid()
         if docs is not None:
             gate = gate * ~docs.first
-        return x + gate[..., None] * F.pad(x[:, :-1], (0, 0, 1, 0))
+        previous = F.pad(x[:, :-1], (0, 0, 1, 0))
+        return x + gate[..., None] * previous
 
 
-# Factors of this token, the one before, ...; a second row serves where the first has not enough predecessors.
-BIGRAM, SHARED_TRIGRAM = ((36313, 27191),), ((36313, 27191, 51497),)
-TRIGRAM = ((48271, 36313, 27191), (36313, 27191))
+# An n-gram hash has rows of factors: of this token, of the one before, ... The second row serves
+# where there are not enough predecessors for the first.
+BIGRAM = ((36313, 27191),)
+SHARED_TRIGRAM = ((36313, 27191, 51497),)  # in the table of the bigrams
+TRIGRAM = ((48271, 36313, 27191), (36313, 27191))  # in a table of its own
 
 
 def hash_ngrams(ids, hashes, buckets, docs):
-    """Hash of each token and its predecessors (B, T): the products, xored, modulo `buckets`. Where a predecessor is
-    missing - at the row's start, and with `docs` at a document's - the next of `hashes`, in the end `buckets` itself.
+    """Bucket (B, T) of the n-gram that ends at each token.
+
+    It is ids times factors, xored, modulo `buckets`. Predecessors are missing at the start of the
+    row, and with `docs` at the start of a document. There the next of `hashes` (rows of factors)
+    serves; after the last one it is bucket number `buckets`, which is reserved for that.
     """
-    factors, width = hashes[0], ids.size(1)
-    n = min(len(factors) - 1, width)
-    bucket = factors[0] * ids[:, n:]
-    for back in range(1, n + 1):
-        bucket = bucket ^ factors[back] * ids[:, n - back : width - back]
-    bucket = F.pad(bucket % buckets, (n, 0), value=buckets)
-    for back in range(n if docs is not None else 0):
-        bucket = bucket.masked_fill(F.pad(docs.first[:, : width - back], (back, 0)), buckets)
-    if hashes[1:]:
-        bucket = torch.where(bucket == buckets, hash_ngrams(ids, hashes[1:], buckets, docs), bucket)
+    factors = hashes[0]
+    width = ids.size(1)
+    predecessors = min(len(factors) - 1, width)
+    bucket = factors[0] * ids[:, predecessors:]
+    for back in range(1, predecessors + 1):
+        bucket = bucket ^ factors[back] * ids[:, predecessors - back : width - back]
+    bucket = F.pad(bucket % buckets, (predecessors, 0), value=buckets)
+    if docs is not None:
+        for back in range(predecessors):
+            began_here = F.pad(docs.first[:, : width - back], (back, 0))
+            bucket = bucket.masked_fill(began_here, buckets)
+    if len(hashes) > 1:
+        missing = bucket == buckets
+        bucket = torch.where(missing, hash_ngrams(ids, hashes[1:], buckets, docs), bucket)
     return bucket
 
 
 class BigramHash(nn.Module):
-    """Embedding of the hashed bigram or trigram: a zero table whose last row stands for "no predecessor", projected.
+    """Embedding of the hashed bigram that ends at a token, projected to the model's width.
 
-    Several n-grams add rows of the same table (TRIGRAM, #1539).
+    It serves trigrams, too: `ngrams` are some of BIGRAM, SHARED_TRIGRAM and TRIGRAM, and each adds
+    a row of the one table (#1539). The table starts at zero. Its last row means "no predecessor".
     """
 
     role = "scalar"
 
     def __init__(self, rows, width, dim, scale, *ngrams):
         super().__init__()
-        self.buckets, self.ngrams, self.start = rows - 1, ngrams, scale
-        self.table = Table(rows, width, std=0)
+        self.buckets = rows - 1
+        self.ngrams = ngrams
+        self.initial_scale = scale
+        self.table = Embedding(rows, width, std=0)
         self.proj = Linear(width, dim) if width != dim else None
         self.scale = nn.Parameter(torch.empty(()))
 
     def init(self, generator):
-        nn.init.constant_(self.scale, self.start)
+        nn.init.constant_(self.scale, self.initial_scale)
 
     def forward(self, ids, docs, dtype):
-        rows = sum(self.table(hash_ngrams(ids, n, self.buckets, docs), dtype) for n in self.ngrams)
-        return self.scale.to(dtype) * through(self.proj, rows)
+        rows = 0
+        for hashes in self.ngrams:
+            rows = rows + self.table(hash_ngrams(ids, hashes, self.buckets, docs), dtype)
+        return self.scale.to(dtype) * optional(self.proj, rows)
 
 
 class ValueEmbedding(nn.Module):
-    """A second, narrow token table whose projection is added to the values of some layers (#374)."""
+    """A second, narrow token table, projected and added to the values of some layers (#374)."""
 
     role = "scalar"
 
     def __init__(self, vocab, width, kv_dim):
         super().__init__()
-        self.table, self.proj = Table(vocab, width, std=0.01), Linear(width, kv_dim)
+        self.table = Embedding(vocab, width, std=0.01)
+        self.proj = Linear(width, kv_dim)
         self.scale = nn.Parameter(torch.empty(()))
 
     def init(self, generator):
@@ -1716,15 +1778,17 @@ class ValueEmbedding(nn.Module):
 
 
 class ValueResidual(nn.Module):
-    """The values v of a later layer with those of layer 0, v0: "vrl" v + c v0 (#1033), "pair" a v0 + b v (#1311),
-    "sigmoid" v + sigmoid(c) v0 (#1539).
+    """The values v of a later layer mixed with those of layer 0, v0.
+
+    "vrl": v + c v0 (#1033); "pair": a v0 + b v (#1311); "sigmoid": v + sigmoid(c) v0 (#1539).
     """
 
     role = "scalar"
 
     def __init__(self, kind):
         super().__init__()
-        self.kind, self.mix = kind, nn.Parameter(torch.empty(2 if kind == "pair" else ()))
+        self.kind = kind
+        self.mix = nn.Parameter(torch.empty(2 if kind == "pair" else ()))
 
     def init(self, generator):
         nn.init.constant_(self.mix, 0.5 if self.kind == "pair" else 0.0)
@@ -1733,24 +1797,33 @@ class ValueResidual(nn.Module):
         mix = self.mix.to(v.dtype)
         if self.kind == "pair":
             return mix[0] * v0 + mix[1] * v
-        return v + (mix if self.kind == "vrl" else mix.sigmoid()) * v0
+        if self.kind == "sigmoid":
+            mix = mix.sigmoid()
+        return v + mix * v0
 
 
 class HeadGate(nn.Module):
-    """Factor per head, from the normed input x: "head" 2 sigmoid(W x[:window]) (#1667), "dense" sigmoid(W x) (#1736),
-    "sparse" sigmoid(scale W x[:window]) (#1787).
+    """Factor of each head's output, from attention's normed input x.
+
+    "head": 2 sigmoid(W x[:window]) (#1667); "dense": sigmoid(W x) (#1736);
+    "sparse": sigmoid(scale W x[:window]) (#1787).
     """
 
     role = "gate"
 
     def __init__(self, s):
         super().__init__()
-        self.dense, self.top = s.attn_gate == "dense", 2.0 if s.attn_gate == "head" else 1.0
+        self.dense = s.attn_gate == "dense"
+        self.top = 2.0 if s.attn_gate == "head" else 1.0
         self.scale = s.sparse_attn_gate_scale if s.attn_gate == "sparse" else 1.0
-        self.weight = nn.Parameter(torch.empty(s.num_heads, s.model_dim if self.dense else s.gate_window))
+        features = s.model_dim if self.dense else s.gate_window
+        self.weight = nn.Parameter(torch.empty(s.num_heads, features))
 
     def init(self, generator):
-        nn.init.normal_(self.weight, std=0.01, generator=generator) if self.dense else nn.init.zeros_(self.weight)
+        if self.dense:
+            nn.init.normal_(self.weight, std=0.01, generator=generator)
+        else:
+            nn.init.zeros_(self.weight)
 
     def forward(self, x):
         """x (B, T, D) -> (B, T, H, 1)."""
@@ -1759,49 +1832,65 @@ class HeadGate(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with QK norm, query gain, partial RoPE, value embedding and residual, XSA and head
-    gates. The only one.
+    """Causal grouped-query attention with QK norm, query gain, partial RoPE, value embedding and
+    residual, XSA and head gates. The only one.
     """
 
     role = "scalar"
 
     def __init__(self, s, layer, attend):
         super().__init__()
-        self.head_dim, self.attend, self.xsa = s.head_dim, attend, layer >= s.num_layers - s.xsa_last_n
         kv_dim = s.num_kv_heads * s.head_dim
-        self.q, self.o = Linear(s.model_dim, s.model_dim), Linear(s.model_dim, s.model_dim, zero=True)
-        self.k, self.v = Linear(s.model_dim, kv_dim), Linear(s.model_dim, kv_dim)
-        self.gain_init, self.q_gain = s.qk_gain_init, nn.Parameter(torch.empty(s.num_heads))
-        self.ve_scale = nn.Parameter(torch.empty(())) if s.ve_dim and layer in s.ve_layers else None
-        self.residual = ValueResidual(s.value_residual) if s.value_residual != "none" and layer else None
-        self.before_ve = s.value_residual == "vrl"  # what layer 0 hands on
+        self.head_dim = s.head_dim
+        self.attend = attend  # the kernel (room 14)
+        self.xsa = layer >= s.num_layers - s.xsa_last_n
+        # The order of the weights here is their order in SEED's random numbers and in artifacts.
+        self.q = Linear(s.model_dim, s.model_dim)
+        self.o = Linear(s.model_dim, s.model_dim, zero=True)
+        self.k = Linear(s.model_dim, kv_dim)
+        self.v = Linear(s.model_dim, kv_dim)
+        self.initial_gain = s.qk_gain_init
+        self.q_gain = nn.Parameter(torch.empty(s.num_heads))
+        has_value_embedding = s.ve_dim and layer in s.ve_layers
+        self.ve_scale = nn.Parameter(torch.empty(())) if has_value_embedding else None
+        has_value_residual = s.value_residual != "none" and layer > 0
+        self.residual = ValueResidual(s.value_residual) if has_value_residual else None
+        self.residual_before_ve = s.value_residual == "vrl"  # v0 is without its value embedding
         self.gate = HeadGate(s) if s.attn_gate != "none" else None
 
     def init(self, generator):
-        nn.init.constant_(self.q_gain, self.gain_init)
+        nn.init.constant_(self.q_gain, self.initial_gain)
         if self.ve_scale is not None:
             nn.init.ones_(self.ve_scale)
 
     def values(self, x, context, adapter):
         """(B, T, K*C)."""
-        v = plain = add_adapter(self.v(x), adapter, x)
+        projected = add_adapter(self.v(x), adapter, x)
+        v = projected
         if self.ve_scale is not None:
-            v = v + self.ve_scale.to(x.dtype) * context.ve
-        if not context.first_v:
-            context.first_v.append(plain if self.before_ve else v)
-        return v if self.residual is None else self.residual(v, context.first_v[0])
+            v = v + self.ve_scale.to(x.dtype) * context.value_embedding
+        if not context.first_values:
+            context.first_values.append(projected if self.residual_before_ve else v)
+        return v if self.residual is None else self.residual(v, context.first_values[0])
 
-    def forward(self, x, scale, context, slot):
+    def forward(self, x, scale, context, adapters):
         """x (B, T, D) normed -> (B, T, D), its channels multiplied by `scale` (D,)."""
-        q, k, v = add_adapter(self.q(x), slot.q, x), add_adapter(self.k(x), slot.k, x), self.values(x, context, slot.v)
+        q = add_adapter(self.q(x), adapters.q, x)
+        k = add_adapter(self.k(x), adapters.k, x)
+        v = self.values(x, context, adapters.v)
         q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in (q, k, v))
         q = rotate(norm(q), *context.rope) * self.q_gain.to(x.dtype)[:, None]
         k = rotate(norm(k), *context.rope)
-        y = self.attend(q, k, v, context.docs) if context.past is None else attend_past(q, k, v, context.past)
-        y = xsa(y, v) if self.xsa else y
-        y = (y if self.gate is None else y * self.gate(x)).flatten(2)
-        adapter_scale = scale if slot.scaled else None
-        return add_adapter(add_adapter(self.o(y, scale), slot.o, y, adapter_scale), slot.attn, x, adapter_scale)
+        y = (self.attend(q, k, v, context.docs) if context.past is None
+             else attend_past(q, k, v, context.past))
+        if self.xsa:
+            y = xsa(y, v)
+        if self.gate is not None:
+            y = y * self.gate(x)
+        y = y.flatten(2)
+        adapter_scale = scale if adapters.scaled else None
+        out = add_adapter(self.o(y, scale), adapters.o, y, adapter_scale)
+        return add_adapter(out, adapters.attn, x, adapter_scale)
 
 
 class MLP(nn.Module):
@@ -1810,29 +1899,33 @@ class MLP(nn.Module):
     def __init__(self, s):
         super().__init__()
         self.slope = s.leaky_slope
-        self.up, self.down = Linear(s.model_dim, s.mlp_hidden), Linear(s.mlp_hidden, s.model_dim, zero=True)
+        self.up = Linear(s.model_dim, s.mlp_hidden)
+        self.down = Linear(s.mlp_hidden, s.model_dim, zero=True)
 
-    def forward(self, x, scale, slot):
+    def forward(self, x, scale, adapters):
+        """x (B, T, D) normed -> (B, T, D), its channels multiplied by `scale` (D,)."""
         y = self.down(F.leaky_relu(self.up(x), self.slope).square(), scale)
-        return add_adapter(y, slot.mlp, x, scale if slot.scaled else None)
+        return add_adapter(y, adapters.mlp, x, scale if adapters.scaled else None)
 
 
 class LogitCaps(nn.Module):
-    """Soft caps of the logits: one of positive, one of negative ones (#1923). As published, they begin equal and are in no
-    optimizer of the training: what moves them is training of the weights at test time.
+    """Asymmetric soft caps: one of positive, one of negative logits (#1923). As published, they
+    begin equal and are in no optimizer of the training: only training of the weights at test time
+    moves them.
     """
 
     role = "cap"
 
     def __init__(self, cap):
         super().__init__()
-        self.start, self.caps = cap, nn.Parameter(torch.empty(2), requires_grad=False)
+        self.initial_cap = cap
+        self.caps = nn.Parameter(torch.empty(2), requires_grad=False)
 
     def init(self, generator):
-        nn.init.constant_(self.caps, self.start)
+        nn.init.constant_(self.caps, self.initial_cap)
 
     def forward(self, logits):
-        """The cap of each."""
+        """The cap of each logit."""
         return torch.where(logits > 0, self.caps[0], self.caps[1])
 
 
@@ -1842,15 +1935,18 @@ class LogitCaps(nn.Module):
 
 
 class Skips(nn.Module):
-    """U-Net skips onto the stream x: "linear" x + w kept, "sigmoid" x + sigmoid(w) kept (#1539), "gated"
-    g x + (1 - g) w kept, g = sigmoid(gate) (#1394); per channel, one row a pair.
+    """U-Net skips: a stream kept earlier is added to the stream x, by weights of each pair.
+
+    "linear": x + w kept; "sigmoid": x + sigmoid(w) kept (#1539);
+    "gated": g x + (1 - g) w kept, g = sigmoid(gate) (#1394).
     """
 
     role = "scalar"
 
     def __init__(self, kind, pairs, dim):
         super().__init__()
-        self.kind, self.weight = kind, nn.Parameter(torch.empty(pairs, dim))
+        self.kind = kind
+        self.weight = nn.Parameter(torch.empty(pairs, dim))
         self.gate = nn.Parameter(torch.empty(pairs, dim)) if kind == "gated" else None
 
     def init(self, generator):
@@ -1860,15 +1956,21 @@ class Skips(nn.Module):
 
     def forward(self, x, kept, pair):
         weight = self.weight[pair].to(x.dtype)
-        if self.gate is None:
-            return x + (weight.sigmoid() if self.kind == "sigmoid" else weight) * kept
-        return torch.lerp(weight * kept, x, self.gate[pair].sigmoid().to(x.dtype).expand_as(x))
+        if self.kind == "gated":
+            gate = self.gate[pair].sigmoid().to(x.dtype)
+            return torch.lerp(weight * kept, x, gate.expand_as(x))
+        if self.kind == "sigmoid":
+            weight = weight.sigmoid()
+        return x + weight * kept
 
 
 class ParallelLanes(nn.Module):
-    """Two residual lanes (#1539, #1529): attention writes lane 0, the MLP lane 1; "routed": both write both, with
-    learned weights, r lane + p a + q m. Merged at the end by their mean or a learned m lane0 + (1 - m) lane1.
-    Every layer has its row of weights, as published; those below PARALLEL_START_LAYER rest.
+    """Two residual lanes: attention reads lane 0, the MLP lane 1.
+
+    "lanes" (#1539): each writes the lane that it reads. "routed" (#1529): both write both lanes,
+    with learned weights: keep * lane + write * attention + write' * MLP. At the end the lanes are
+    merged by their mean or a learned m * lane0 + (1 - m) * lane1. Every layer has its row of
+    weights, as published; those below PARALLEL_START_LAYER are not used.
     """
 
     role = "scalar"
@@ -1876,125 +1978,182 @@ class ParallelLanes(nn.Module):
     def __init__(self, s):
         super().__init__()
         routed = s.parallel_residual == "routed"
-        self.keep = nn.Parameter(torch.empty(s.num_layers, 2)) if routed else None  # [layer, lane]
-        self.write = nn.Parameter(torch.empty(s.num_layers, 2, 2)) if routed else None  # [layer, attention | MLP, lane]
-        self.merge = nn.Parameter(torch.empty(())) if s.parallel_final_lane == "learned" else None
+        learned_merge = s.parallel_final_lane == "learned"
+        # keep[layer, lane], write[layer, attention | MLP, lane]
+        self.keep = nn.Parameter(torch.empty(s.num_layers, 2)) if routed else None
+        self.write = nn.Parameter(torch.empty(s.num_layers, 2, 2)) if routed else None
+        self.merge = nn.Parameter(torch.empty(())) if learned_merge else None
 
     def init(self, generator):
         if self.keep is not None:
-            nn.init.constant_(self.keep, 1.1), nn.init.ones_(self.write)
+            nn.init.constant_(self.keep, 1.1)
+            nn.init.ones_(self.write)
         if self.merge is not None:
             nn.init.constant_(self.merge, 0.5)
 
     def route(self, lanes, attended, fed, layer):
-        keep, write = self.keep[layer].to(fed.dtype), self.write[layer].to(fed.dtype)
-        return tuple(keep[j] * lanes[j] + write[0, j] * attended + write[1, j] * fed for j in (0, 1))
+        """Both lanes after a layer whose attention gave `attended` and whose MLP gave `fed`."""
+        keep = self.keep[layer].to(fed.dtype)
+        write = self.write[layer].to(fed.dtype)
+        return tuple(
+            keep[lane] * lanes[lane] + write[0, lane] * attended + write[1, lane] * fed
+            for lane in (0, 1))
 
     def forward(self, lanes):
+        """The two lanes merged into one."""
         share = 0.5 if self.merge is None else self.merge.to(lanes[0].dtype)
         return share * lanes[0] + (1 - share) * lanes[1]
 
 
 class Visit(NamedTuple):
-    """One application of a block. The forward is a loop over visits; skips, recurrence and lanes are data."""
+    """One application of a block. The forward loops over visits, so skips and lanes are data."""
 
     block: int
-    push: bool  # keep the stream after it, for a later skip
-    pop: int | None  # before it, take back the stream kept last, with this skip's weights
-    parallel: bool  # attention and MLP side by side
-    split: Literal["", "before_skip", "after_skip"] = ""  # here the stream becomes two lanes
+    form: Literal["serial", "gptj", "lanes", "routed"]  # of the residual: see Block.forward
+    push: bool  # after the block, keep the stream for a later skip
+    pop: int | None  # before the block, add the stream kept last, by this row of skip weights
+    split: Literal["", "before_skip", "after_skip"] = ""  # here one stream becomes two lanes
+
+
+def depth_recurrence(s, looping):
+    """[(layer, times)] in the order of the forward: the layer is applied `times` times in a row.
+
+    LOOP_ORDER=range repeats the looped layers together, 3 4 5 3 4 5 (#1394); LOOP_ORDER=layer
+    repeats each of them, 3 3 4 4 5 5 (#1033).
+    """
+    layers = list(range(s.num_layers))
+    if not (looping and s.loops):
+        return [(layer, 1) for layer in layers]
+    passes = 1 + s.num_loops
+    if s.loop_order == "range":
+        loop = layers[s.loop_start : s.loop_end + 1]
+        unrolled = layers[: s.loop_start] + passes * loop + layers[s.loop_end + 1 :]
+        return [(layer, 1) for layer in unrolled]
+    return [(layer, passes if s.loop_start <= layer <= s.loop_end else 1) for layer in layers]
 
 
 def layer_plan(s, looping):
-    """The visits of one forward. U-Net: of the first half the last `pairs` push, the second half pops, last in first
-    out; a loop in range order is unrolled before the halves are taken (#1394), one that repeats each layer keeps the
-    pairs of the plain order, popping before the first pass and pushing after the last (#1033).
+    """The visits of one forward.
+
+    U-Net skips pair the end of the first half with the start of the second, last in, first out. A
+    loop in range order is unrolled before the halves are taken (#1394). One that repeats each
+    layer keeps the pairs of the plain order: it pops before a layer's first pass and pushes after
+    its last (#1033).
     """
-    passes = s.num_loops if looping else 0
-    loop = range(s.loop_start, s.loop_end + 1)
-    order = list(range(s.num_layers))
-    if s.loop_order == "range" and passes:
-        order[s.loop_end + 1 : s.loop_end + 1] = [*loop] * passes
-    half = len(order) // 2
+    layers = depth_recurrence(s, looping)
+    half = len(layers) // 2
     pairs = 0 if s.skips == "none" else min(half, s.skip_pairs or half)
-    start = s.parallel_start_layer if s.parallel_residual != "none" else s.num_layers
+    two_lanes = s.parallel_residual in ("lanes", "routed")
+    split = "before_skip" if s.parallel_first_skip == "lane0" else "after_skip"
+    # Two lanes stay apart to the end, even if a loop returns to layers below PARALLEL_START_LAYER.
+    parted = False
     plan = []
-    for j, i in enumerate(order):
-        parallel = i >= start or s.parallel_residual != "gptj" and any(k >= start for k in order[:j])
-        visit = Visit(i, half - pairs <= j < half, j - half if half <= j < half + pairs else None, parallel)
-        again = passes if s.loop_order == "layer" and i in loop else 0
-        plan += [visit._replace(push=visit.push and not k, pop=visit.pop if k == again else None)
-                 for k in range(again, -1, -1)]
-    first = next((j for j, visit in enumerate(plan) if visit.parallel), None)
-    if first is not None and s.parallel_residual in ("lanes", "routed"):
-        plan[first] = plan[first]._replace(split="before_skip" if s.parallel_first_skip == "lane0" else "after_skip")
+    for index, (layer, times) in enumerate(layers):
+        parallel = s.parallel_residual != "none" and layer >= s.parallel_start_layer
+        form = s.parallel_residual if parallel or parted else "serial"
+        pushes = half - pairs <= index < half
+        pops = half <= index < half + pairs
+        for repeat in range(times):
+            first = repeat == 0
+            last = repeat == times - 1
+            push = pushes and last
+            pop = index - half if pops and first else None
+            parts_here = two_lanes and parallel and not parted
+            parted = parted or parts_here
+            plan.append(Visit(layer, form, push, pop, split if parts_here else ""))
     return plan
 
 
 class Block(nn.Module):
+    """Attention and MLP of one layer, and how the residual stream takes what they give."""
+
     role = "scalar"
 
     def __init__(self, s, layer, attend):
         super().__init__()
-        self.layer, self.ln_scale = layer, (layer + 1) ** -0.5 if s.ln_scale else 1.0
-        self.attn, self.mlp = Attention(s, layer, attend), MLP(s)
-        self.attn_scale, self.mlp_scale = nn.Parameter(torch.empty(s.model_dim)), nn.Parameter(torch.empty(s.model_dim))
+        self.layer = layer
+        self.ln_scale = (layer + 1) ** -0.5 if s.ln_scale else 1.0
+        self.attn = Attention(s, layer, attend)
+        self.mlp = MLP(s)
+        self.attn_scale = nn.Parameter(torch.empty(s.model_dim))
+        self.mlp_scale = nn.Parameter(torch.empty(s.model_dim))
         self.resid_mix = nn.Parameter(torch.empty(2, s.model_dim)) if s.resid_mix else None
 
     def init(self, generator):
-        nn.init.ones_(self.attn_scale), nn.init.ones_(self.mlp_scale)
+        nn.init.ones_(self.attn_scale)
+        nn.init.ones_(self.mlp_scale)
         if self.resid_mix is not None:
-            nn.init.ones_(self.resid_mix[0]), nn.init.zeros_(self.resid_mix[1])
+            nn.init.ones_(self.resid_mix[0])
+            nn.init.zeros_(self.resid_mix[1])
 
-    def forward(self, lanes, context, slot, parallel=False, route=None):
-        """Attention reads and writes the first lane, the MLP the last; with one lane that is the ordinary block, or
-        with `parallel` GPT-J's. `route` (routed lanes) decides what is kept and written instead, of the unmixed lane.
-        """
+    def forward(self, lanes, context, adapters, form, parallel_lanes):
+        """The residual stream, (x,) or two lanes (B, T, D), after this layer; form: see Visit."""
+
+        def attention(x):
+            return self.attn(norm(x) * self.ln_scale, self.attn_scale, context, adapters)
+
+        def mlp(x):
+            return self.mlp(norm(x) * self.ln_scale, self.mlp_scale, adapters)
+
         x = lanes[0]
         if self.resid_mix is not None:
             mix = self.resid_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * context.x0
-        attended = self.attn(norm(x) * self.ln_scale, self.attn_scale, context, slot)
-        if len(lanes) == 1:
-            y = x + attended
-            return (y + self._feed(x if parallel else y, slot),)
-        fed = self._feed(lanes[1], slot)
-        if route is not None:
-            return route(lanes, attended, fed, self.layer)
-        return x + attended, lanes[1] + fed
-
-    def _feed(self, x, slot):
-        return self.mlp(norm(x) * self.ln_scale, self.mlp_scale, slot)
+        if form == "serial":  # the MLP reads what attention wrote
+            x = x + attention(x)
+            x = x + mlp(x)
+            return (x,)
+        if form == "gptj":  # both read the same stream (#1412)
+            x = x + attention(x) + mlp(x)
+            return (x,)
+        attended = attention(x)  # two lanes: attention reads lane 0, the MLP lane 1
+        fed = mlp(lanes[1])
+        if form == "lanes":
+            return x + attended, lanes[1] + fed
+        # "routed": what is kept of lane 0 is the lane before resid_mix.
+        return parallel_lanes.route(lanes, attended, fed, self.layer)
 
 
 class GPT(nn.Module):
-    """The model. hidden -> logits -> loss is the only forward: training, scoring and adaptation call it.
+    """The model. hidden -> logits -> loss is the only forward: of training, scoring, adaptation.
 
-    GPT(settings) has the initial weights of SEED, equal on every device and rank; init=False leaves them to be loaded.
-    `attend` is the attention kernel (room 14), `dtype` that of activations. It loops, if NUM_LOOPS says so, unless
-    `looping` is set to False; no graph is built anew for that, if warm-up has seen both.
+    GPT(settings) has the initial weights of SEED, equal on every device and rank; init=False
+    leaves them to be loaded. `attend` is the attention kernel (room 14), `dtype` that of
+    activations. With NUM_LOOPS it loops, unless `looping` is set to False; that builds no new
+    graph if warm-up has seen both.
     """
 
     def __init__(self, s, dtype=torch.float32, attend=None, init=True):
         super().__init__()
-        self.dtype, self.softcap, self.doc_mask, self.looping = dtype, s.logit_softcap, s.doc_mask, s.loops
-        self.temperature = None  # of its predictions, once fitted (EVAL_TEMPERATURE=0)
-        self.reasons = []  # why no score of these weights is valid: what was found while they were trained
-        attend, width = attend or attend_sdpa, s.embed_dim or s.model_dim
+        attend = attend or attend_sdpa
+        self.dtype = dtype
         self.varlen = getattr(attend, "varlen", False)
-        self.embed = Table(s.vocab_size, width, s.tied_embed_init_std)  # tied: also the head
+        self.softcap = s.logit_softcap
+        self.doc_mask = s.doc_mask
+        self.looping = s.loops
+        self.temperature = None  # of its predictions, once fitted (EVAL_TEMPERATURE=0)
+        self.reasons = []  # found in training: why no score of these weights is valid
+        # The order of the weights here is their order in SEED's random numbers and in artifacts.
+        width = s.embed_dim or s.model_dim
+        self.embed = Embedding(s.vocab_size, width, s.tied_embed_init_std)  # tied: also the head
         self.embed_proj = Linear(width, s.model_dim) if s.embed_dim else None
         self.head_proj = Linear(s.model_dim, width) if s.embed_dim else None
-        self.head = None if s.tie_embeddings else Linear(width, s.vocab_size, zero=True, role="head")
-        ngrams = (BIGRAM, SHARED_TRIGRAM) if s.trigram else (BIGRAM,)
-        self.bigram = BigramHash(s.bigram_vocab_size, s.bigram_dim, s.model_dim, 0.05,
-                                *ngrams) if s.bigram_vocab_size else None
-        self.trigram = BigramHash(s.trigram_vocab_size, s.trigram_dim, s.model_dim, 0.03,
-                                 TRIGRAM) if s.trigram_vocab_size else None
+        self.head = None
+        if not s.tie_embeddings:
+            self.head = Linear(width, s.vocab_size, zero=True, role="head")
+        self.bigram = None
+        if s.bigram_vocab_size:
+            ngrams = (BIGRAM, SHARED_TRIGRAM) if s.trigram else (BIGRAM,)
+            self.bigram = BigramHash(s.bigram_vocab_size, s.bigram_dim, s.model_dim, 0.05, *ngrams)
+        self.trigram = None
+        if s.trigram_vocab_size:
+            rows = s.trigram_vocab_size
+            self.trigram = BigramHash(rows, s.trigram_dim, s.model_dim, 0.03, TRIGRAM)
         self.early_smear = ScalarSmearGate(s.gate_window) if s.smear_gate == "scalar" else None
         self.smear = SmearGate(s.model_dim) if s.smear_gate == "channel" else None
-        self.value_embed = ValueEmbedding(s.vocab_size, s.ve_dim, s.num_kv_heads * s.head_dim) if s.ve_dim else None
-        self.blocks = nn.ModuleList(Block(s, i, attend) for i in range(s.num_layers))
+        kv_dim = s.num_kv_heads * s.head_dim
+        self.value_embed = ValueEmbedding(s.vocab_size, s.ve_dim, kv_dim) if s.ve_dim else None
+        self.blocks = nn.ModuleList(Block(s, layer, attend) for layer in range(s.num_layers))
         self.lanes = ParallelLanes(s) if s.parallel_residual in ("lanes", "routed") else None
         self.caps = LogitCaps(s.logit_softcap) if s.asym_logit_rescale else None
         self.plans = layer_plan(s, False), layer_plan(s, True)
@@ -2002,173 +2161,232 @@ class GPT(nn.Module):
         self.skips = Skips(s.skips, pairs, s.model_dim) if pairs else None
         # Buffers built before the first call: a lazily grown cache would recompile the graph.
         self.rope = s.rope_dims, s.rope_base
-        for name, table in zip(("cos", "sin"), rotary_tables(torch.arange(s.longest_row), *self.rope)):
-            self.register_buffer(name, table.float(), persistent=False)
+        cos, sin = rotary_tables(torch.arange(s.longest_row), *self.rope)
+        self.register_buffer("cos", cos.float(), persistent=False)
+        self.register_buffer("sin", sin.float(), persistent=False)
         if init:
-            generator = torch.Generator().manual_seed(s.seed)
-            with torch.no_grad():
-                for module in self.modules():
-                    if hasattr(module, "init"):
-                        module.init(generator)
+            self.init_weights(s.seed)
+
+    @torch.no_grad()
+    def init_weights(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if hasattr(module, "init"):
+                module.init(generator)
 
     @property
     def plan(self):
-        return self.plans[1] if self.looping else self.plans[0]  # dynamo of torch 2.9 indexes by no bool
+        """The visits of one forward."""
+        # Not plans[self.looping]: dynamo of torch 2.9 indexes by no bool.
+        return self.plans[1] if self.looping else self.plans[0]
 
     def find_documents(self, ids, longest=0):
-        """Docs of ids (B, T) as this model's DOC_MASK and attention kernel want them."""
+        """Docs of ids (B, T) as this model's DOC_MASK and attention kernel need them."""
         return find_documents(ids, self.doc_mask, longest, self.varlen)
 
     def docs_outside_graph(self, ids):
-        """Docs of ids that a graph cannot make, because how many documents there are is in the data; None if it can."""
+        """Docs of ids where no graph can make them: their shape depends on the data. Else None."""
         if not self.varlen:
             return None
         docs = self.find_documents(ids)
-        torch._dynamo.maybe_mark_dynamic(docs.cu, 0)
+        torch._dynamo.maybe_mark_dynamic(docs.cu_seqlens, 0)
         return docs
 
+    def embed_tokens(self, text, docs):
+        """The first block's input (B, T, D): token and n-gram embeddings, normed and smeared."""
+        x = optional(self.embed_proj, self.embed(text, self.dtype))
+        if self.bigram is not None:
+            x = x + self.bigram(text, docs, self.dtype)
+        if self.trigram is not None:
+            x = x + self.trigram(text, docs, self.dtype)
+        x = norm(optional(self.early_smear, x, docs))
+        return optional(self.smear, x, docs)
+
     def hidden(self, ids, docs=None, adapters=None, past=None):
-        """ids (B, T) -> normed final states (B, T, D). docs defaults to what BOS says, unless DOC_MASK=none. With a
-        past, ids go on with its text.
+        """ids (B, T) -> normed final states (B, T, D). With a `past`, ids continue its text.
+
+        docs None: found here, at each BOS, unless DOC_MASK=none.
         """
-        new, text = ids.size(1), ids if past is None else torch.cat((past.ids, ids), 1)
-        if docs is None:  # who sees whom is in the past, where there is one
-            docs = self.find_documents(ids) if past is None or self.doc_mask == "none" else find_documents(text, "inputs")
-        x = through(self.embed_proj, self.embed(text, self.dtype))
-        for table in (self.bigram, self.trigram):
-            x = x if table is None else x + table(text, docs, self.dtype)
-        x = through(self.smear, norm(through(self.early_smear, x, docs)), docs)[:, -new:]
-        ve = self.value_embed(ids, self.dtype) if self.value_embed is not None else None
-        rope = (self.cos[:new], self.sin[:new]) if past is None else past.rope
-        context = Context(x, rope, docs, ve, [], past)
-        route = self.lanes.route if self.lanes is not None and self.lanes.keep is not None else None
-        lanes, kept = (x,), []
+        length = ids.size(1)
+        if past is None:
+            text = ids
+            rope = self.cos[:length], self.sin[:length]
+            if docs is None:
+                docs = self.find_documents(text)
+        else:
+            text = torch.cat((past.ids, ids), 1)
+            rope = past.rope
+            if docs is None and self.doc_mask != "none":
+                docs = find_documents(text, "inputs")  # past.mask keeps attention in its document
+        x = self.embed_tokens(text, docs)[:, -length:]
+        value_embedding = None if self.value_embed is None else self.value_embed(ids, self.dtype)
+        context = Context(x, rope, docs, value_embedding, first_values=[], past=past)
+        lanes = (x,)
+        kept = []  # the streams that U-Net skips take back
         for j, visit in enumerate(self.plan):
             if visit.split == "before_skip":
-                lanes = 2 * lanes
+                lanes = (lanes[0], lanes[0])
             if visit.pop is not None:
                 lanes = (self.skips(lanes[0], kept.pop(), visit.pop), *lanes[1:])
             if visit.split == "after_skip":
-                lanes = 2 * lanes
-            slot = adapters.slots[j] if adapters is not None else Slot()
-            lanes = self.blocks[visit.block](lanes, context, slot, visit.parallel, route)
+                lanes = (lanes[0], lanes[0])
+            visit_adapters = VisitAdapters() if adapters is None else adapters.slots[j]
+            block = self.blocks[visit.block]
+            lanes = block(lanes, context, visit_adapters, visit.form, self.lanes)
             if visit.push:
                 kept.append(lanes[0])
-        return norm(self.lanes(lanes) if len(lanes) == 2 else lanes[0])
+        return norm(lanes[0] if self.lanes is None else self.lanes(lanes))
 
     def logits(self, hidden, adapters=None, head=None):
-        """hidden (..., D) -> float32 logits (..., V), soft-capped; `head`: another head's weight (V, width)."""
+        """hidden (..., D) -> float32 logits (..., V), soft-capped.
+
+        `head`: the weight (V, width) of another head than the model's.
+        """
         if head is None:
             module = self.embed if self.head is None else self.head
-            head = through(module.fake_quant, module.weight)
-        logits = F.linear(through(self.head_proj, hidden), head.to(hidden.dtype))
-        logits = add_adapter(logits, adapters.head if adapters is not None else None, hidden)
+            head = optional(module.fake_quant, module.weight)
+        logits = F.linear(optional(self.head_proj, hidden), head.to(hidden.dtype))
+        if adapters is not None:
+            logits = add_adapter(logits, adapters.head, hidden)
         logits = at_least_float32(logits)
+        if not self.softcap:
+            return logits
         cap = self.cap_of(logits)
-        return cap * torch.tanh(logits / cap) if self.softcap else logits
+        return cap * torch.tanh(logits / cap)
 
     def cap_of(self, logits):
-        """Soft cap: a number, or one for each of the logits."""
+        """Soft cap: one number, or with ASYM_LOGIT_RESCALE a cap of each logit."""
         return self.softcap if self.caps is None else self.caps(logits)
 
     def loss(self, hidden, targets, adapters=None, head=None, reduction="mean"):
-        """Cross entropy in nats of targets (B, T): the mean over all tokens, or (B, T) with reduction="none"."""
+        """Cross entropy in nats of targets (B, T): the mean, or (B, T) with reduction="none"."""
         logits = self.logits(hidden, adapters, head)
         loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction)
         return loss if reduction == "mean" else loss.view_as(targets)
 
     def forward(self, ids, targets, docs=None, adapters=None, reduction="mean"):
-        return self.loss(self.hidden(ids, docs, adapters), targets, adapters, None, reduction)
+        hidden = self.hidden(ids, docs, adapters)
+        return self.loss(hidden, targets, adapters, reduction=reduction)
 
 
-class Cache:
-    """Keys and values of the text so far: rows that go on token by token, each token seeing the `width` up to itself.
+class KVCache:
+    """Keys and values of the text so far, for rows of text that continue token by token. Each
+    token sees the `width` tokens up to itself.
 
-    A forward reads past(ids) and leaves its own keys there; only commit() takes them in, so that it can be repeated.
+    A ring buffer: the token at position p is in slot p % width. A forward reads past(ids) and
+    leaves its own keys and values there; only commit() takes them in, so a forward can be
+    repeated.
     """
 
     def __init__(self, model, rows, width):
-        self.model, self.width, self.at, self.kept = model, width, 0, None
         device = model.embed.weight.device
-        self.ids = torch.empty(rows, 0, dtype=torch.int64, device=device)
-        self.where = torch.full((width,), -width, device=device)  # position of each kept key, far back where none is
-        self.doc = torch.zeros(rows, width, dtype=torch.int64, device=device)  # and the number of its document
+        self.model = model
+        self.width = width
+        self.length = 0  # tokens so far
+        self.kv = None  # [(keys, values)] of each visit, (B, width, K, C), after the first commit
+        self.last_ids = torch.empty(rows, 0, dtype=torch.int64, device=device)
+        # Of each slot: its position (too far back to be seen if it is empty), and the number of
+        # its document.
+        self.positions = torch.full((width,), -width, device=device)
+        self.documents = torch.zeros(rows, width, dtype=torch.int64, device=device)
 
     def past(self, ids):
-        """What hidden(ids, past=...) needs to go on with ids (B, T), at most `width` tokens."""
-        model, new = self.model, torch.arange(self.at, self.at + ids.size(1), device=ids.device)
-        where = torch.cat((self.where, new)) if self.at else new
-        seen = ((where <= new[:, None]) & (where > new[:, None] - self.width))[None]
+        """The Past for hidden() on ids (B, T), at most `width` tokens that continue the text."""
+        model = self.model
+        new = torch.arange(self.length, self.length + ids.size(1), device=ids.device)
+        positions = torch.cat((self.positions, new)) if self.length else new
+        causal = positions <= new[:, None]
+        near = positions > new[:, None] - self.width
+        mask = (causal & near)[None]
         if model.doc_mask == "attention":
-            doc = self._documents(ids)
-            seen = seen & (doc[:, -len(new):, None] == doc[:, None])
+            documents = self._documents(ids)
+            mask = mask & (documents[:, -len(new):, None] == documents[:, None])
         rope = tuple(table.to(model.cos.dtype) for table in rotary_tables(new, *model.rope))
-        return Past(self.ids, rope, seen, self.kept or [(None, None)] * len(model.plan), [])
+        kv = self.kv or [(None, None)] * len(model.plan)
+        return Past(self.last_ids, rope, mask, kv, new_kv=[])
 
     def _documents(self, ids):
+        """Number of the document of each key: of the slots, if any was filled, and of ids."""
         new = (ids == BOS).cumsum(1)
-        return torch.cat((self.doc, new + self.doc.amax(1, keepdim=True)), 1) if self.at else new
+        if self.length == 0:
+            return new
+        return torch.cat((self.documents, new + self.documents.amax(1, keepdim=True)), 1)
 
-    def commit(self, ids, new):
-        """Go on behind ids, whose keys and values are `new`."""
-        at = torch.arange(self.at, self.at + ids.size(1), device=ids.device)
-        slots, self.at = at % self.width, self.at + len(at)
-        if self.kept is None:
-            self.kept = [tuple(z.new_zeros(len(z), self.width, *z.shape[2:]) for z in pair) for pair in new]
-        self.doc[:, slots] = self._documents(ids)[:, -len(at):]
-        self.where[slots] = at
-        for old, pair in zip(self.kept, new):
-            for z, part in zip(old, pair):
-                z[:, slots] = part.detach()
-        last = torch.cat((self.ids, ids), 1)[:, -3:]
-        self.ids = last.clone(memory_format=torch.contiguous_format)  # one layout, one graph
+    def commit(self, ids, new_kv):
+        """Take in ids, whose keys and values are `new_kv`: now they are part of the text."""
+        positions = torch.arange(self.length, self.length + ids.size(1), device=ids.device)
+        slots = positions % self.width
+        if self.kv is None:
+            self.kv = [(self._empty(keys), self._empty(values)) for keys, values in new_kv]
+        self.documents[:, slots] = self._documents(ids)[:, -len(positions):]
+        self.length += len(positions)
+        self.positions[slots] = positions
+        for (keys, values), (new_keys, new_values) in zip(self.kv, new_kv, strict=True):
+            keys[:, slots] = new_keys.detach()
+            values[:, slots] = new_values.detach()
+        last_ids = torch.cat((self.last_ids, ids), 1)[:, -3:]
+        # One layout, one graph.
+        self.last_ids = last_ids.clone(memory_format=torch.contiguous_format)
+
+    def _empty(self, new):
+        """Slots (B, width, K, C) for keys or values like `new` (B, T, K, C)."""
+        return new.new_zeros(len(new), self.width, *new.shape[2:])
 
     def advance(self, ids):
         """States (B, T, D) of the model on the next ids, which are taken in."""
         past = self.past(ids)
         hidden = self.model.hidden(ids, past=past)
-        self.commit(ids, past.new)
+        self.commit(ids, past.new_kv)
         return hidden
 
     def narrow(self, rows):
-        """Go on with the first rows only."""
-        self.ids, self.doc = self.ids[:rows], self.doc[:rows]
-        self.kept = self.kept and [tuple(z[:rows] for z in pair) for pair in self.kept]
+        """Keep the first `rows` rows only: the text of the others has ended."""
+        self.last_ids = self.last_ids[:rows]
+        self.documents = self.documents[:rows]
+        if self.kv is not None:
+            self.kv = [(keys[:rows], values[:rows]) for keys, values in self.kv]
 
 
 class Objective(nn.Module):
-    """What training minimises: the model's loss, each token weighted (complementary training), and that of heads which
-    predict the tokens after the next (MTP). Those heads live here and not in the model: no artifact ever has them.
+    """What training minimises: the model's loss, with weights of tokens (complementary training),
+    plus that of heads that predict the tokens after the next (multi-token prediction, MTP).
+
+    Those heads are here and not in the model: no artifact ever has them.
     """
 
     def __init__(self, model, s):
         super().__init__()
-        self.model, self.mtp_weight = model, s.mtp_loss_weight
+        self.model = model
+        self.mtp_weight = s.mtp_loss_weight
         width = s.embed_dim or s.model_dim
-        self.mtp = nn.ModuleList(Linear(width, s.vocab_size, zero=True, role="head") for _ in range(s.mtp_num_heads))
+        self.mtp = nn.ModuleList(
+            Linear(width, s.vocab_size, zero=True, role="head") for _ in range(s.mtp_num_heads))
         with torch.no_grad():
             for head in self.mtp:
                 head.init(None)
 
     def forward(self, ids, targets, docs=None, weights=None):
         hidden = self.model.hidden(ids, docs)
-        loss = self.model.loss(hidden, targets) if weights is None else (
-            weights * self.model.loss(hidden, targets, reduction="none")).mean()
+        if weights is None:
+            loss = self.model.loss(hidden, targets)
+        else:
+            loss = (weights * self.model.loss(hidden, targets, reduction="none")).mean()
         for ahead, head in enumerate(self.mtp, 1):
-            further = self.model.loss(hidden[:, :-ahead], targets[:, ahead:], head=head.weight)
-            loss = loss + self.mtp_weight / len(self.mtp) * further
+            mtp_loss = self.model.loss(hidden[:, :-ahead], targets[:, ahead:], head=head.weight)
+            loss = loss + self.mtp_weight / len(self.mtp) * mtp_loss
         return loss
 
 
 def roles(model):
-    """{parameter name: role}; a module that creates parameters without stating their role is an error."""
+    """{parameter name: role}. A module with parameters that states no role is a TypeError."""
     table = {}
-    for prefix, module in model.named_modules():
+    for module_name, module in model.named_modules():
         for name, _ in module.named_parameters(recurse=False):
-            full = f"{prefix}.{name}" if prefix else name
+            full_name = f"{module_name}.{name}" if module_name else name
             if not isinstance(getattr(module, "role", None), str):
-                raise TypeError(f"{type(module).__name__} creates the parameter {full} but states no role")
-            table[full] = module.role
+                creator = type(module).__name__
+                raise TypeError(f"{creator} creates the parameter {full_name} but states no role")
+            table[full_name] = module.role
     return table
 
 
@@ -2178,39 +2396,48 @@ def roles(model):
 
 
 class Runtime:
-    """Where the run happens, and why: device, dtype, ranks. Every automatic choice leaves a (name, choice, reason)."""
+    """Where the run happens, and why: device, dtype, ranks.
+
+    Every automatic choice leaves a (name, choice, reason) in `choices`.
+    """
 
     def __init__(self, settings, env=None):
         env = os.environ if env is None else env
-        ranks = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-        self.rank, self.world, self.local = (int(env.get(name, default)) for name, default in ranks)
+        self.rank = int(env.get("RANK", 0))
+        self.world = int(env.get("WORLD_SIZE", 1))
+        self.local = int(env.get("LOCAL_RANK", 0))
         self.choices = []
         cuda = torch.cuda.is_available()
         if settings.device == "cuda" and not cuda:
-            raise BadInput("DEVICE=cuda but torch sees no CUDA device; use DEVICE=cpu, or a CUDA build of torch")
+            raise BadInput("DEVICE=cuda but torch sees no CUDA device; use DEVICE=cpu, "
+                           "or a CUDA build of torch")
         use_cuda = cuda and settings.device != "cpu"
-        if use_cuda and self.local >= torch.cuda.device_count():
-            raise BadInput(f"local rank {self.local} has no GPU ({torch.cuda.device_count()}); lower --nproc_per_node")
-        self.device = torch.device("cuda", self.local) if use_cuda else torch.device("cpu")
         count = torch.cuda.device_count() if cuda else "no"
-        self.choose("device", self.device_name(), f"DEVICE={settings.device}, torch sees {count} CUDA device(s)")
+        if use_cuda and self.local >= count:
+            raise BadInput(f"local rank {self.local} has no GPU ({count}); lower --nproc_per_node")
+        self.device = torch.device("cuda", self.local) if use_cuda else torch.device("cpu")
+        reason = f"DEVICE={settings.device}, torch sees {count} CUDA device(s)"
+        self.choose("device", self.device_name(), reason)
         auto_dtype = "bfloat16" if use_cuda else "float32"
         self.dtype = getattr(torch, auto_dtype if settings.dtype == "auto" else settings.dtype)
-        # A CPU without bf16 instructions runs bf16 8-15 times slower than fp32, so it is never chosen for it.
+        # A CPU without bf16 instructions runs bf16 8-15 times slower than fp32: never chosen on CPUs.
         self.choose("dtype", str(self.dtype).removeprefix("torch."), f"DTYPE={settings.dtype}")
         self.compiled = settings.compile == "on" or (settings.compile == "auto" and use_cuda)
         self.choose("compile", "on" if self.compiled else "off", f"COMPILE={settings.compile}")
         if self.compiled:  # importing the compiler costs a second, and 3 % of each eager step
-            torch._dynamo.config.recompile_limit = 64  # of one function: stages, loops, ways of scoring
+            # Graphs of one function: stages, loops, ways of scoring.
+            torch._dynamo.config.recompile_limit = 64
         if use_cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
             free, total = torch.cuda.mem_get_info()
             if free < 0.9 * total:
-                self.choose("gpu_memory", f"{free >> 20}MiB_free", f"of {total >> 20} MiB: another process is here")
+                reason = f"of {total >> 20} MiB: another process is here"
+                self.choose("gpu_memory", f"{free >> 20}MiB_free", reason)
         self.control = None
         if self.world > 1:
-            dist.init_process_group("nccl" if use_cuda else "gloo", device_id=self.device if use_cuda else None)
+            backend = "nccl" if use_cuda else "gloo"
+            dist.init_process_group(backend, device_id=self.device if use_cuda else None)
             # Clock and stop flags travel on the CPU, so agreeing on them never waits for the GPU.
             self.control = dist.new_group(backend="gloo") if use_cuda else dist.group.WORLD
         self._events = deque()
@@ -2223,26 +2450,34 @@ class Runtime:
 
     def compile(self, function):
         """One fixed shape per graph; every graph a run will use is compiled in warm-up."""
-        return torch.compile(function, dynamic=False, fullgraph=True) if self.compiled else function
+        if not self.compiled:
+            return function
+        return torch.compile(function, dynamic=False, fullgraph=True)
 
     def sync(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def throttle(self, depth=2):
-        """Let the CPU run at most `depth` steps ahead of the GPU: the queue stays full, the clock stays honest."""
+        """Let the CPU run at most `depth` steps ahead of the GPU: the queue stays full and the clock
+        honest. Returns the number of steps ahead.
+        """
         if self.device.type == "cuda":
-            self._events.append(torch.cuda.Event())
-            self._events[-1].record()
+            event = torch.cuda.Event()
+            event.record()
+            self._events.append(event)
             if len(self._events) > depth:
                 self._events.popleft().synchronize()
         return len(self._events)
 
     def to_cpu(self, tensor):
-        """A copy on the CPU, whole once throttle() has passed this step: reading it never waits for later work."""
+        """A copy on the CPU, complete once throttle() has passed this step: to read it never waits for
+        later work.
+        """
         if self.device.type == "cpu":
             return tensor
-        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+        pinned = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        return pinned.copy_(tensor, non_blocking=True)
 
     def max(self, *values):
         """The maximum over ranks of each number, equal on all ranks."""
@@ -2280,10 +2515,12 @@ class Runtime:
             import resource
         except ImportError:  # not a Unix
             return 0
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak >> 20 if sys.platform == "darwin" else peak >> 10  # macOS: bytes, Linux: KiB
 
     def close(self):
-        self.control = None  # a group that is still referred to when Python ends may abort the process
+        # A group that is still referred to when Python ends may abort the process.
+        self.control = None
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -3550,10 +3787,10 @@ class TokenStream:
         docs = [map_docs(move, part_docs) for part_docs in docs]
         micro = []
         for part, part_docs in zip(parts, docs):
-            varlen = part_docs is not None and part_docs.cu is not None
+            varlen = part_docs is not None and part_docs.cu_seqlens is not None
             if varlen and self.rt.compiled:
                 # One graph serves any number of documents.
-                torch._dynamo.maybe_mark_dynamic(part_docs.cu, 0)
+                torch._dynamo.maybe_mark_dynamic(part_docs.cu_seqlens, 0)
             micro.append((part[:, :-1].contiguous(), part[:, 1:].contiguous(), part_docs))
         return micro
 
@@ -3608,75 +3845,116 @@ def load_validation(s, rt, sp):
 
 # --------------------------------------------------------------------------------------------------
 # 7 Quantisation
+# Weights become integers ("codes") times step sizes. Calibration measures how much the loss rises
+# with an error in each weight; GPTQ, FIT=allocate, AWQ-lite and LQER go by that. Quantiser puts it
+# all together.
 # --------------------------------------------------------------------------------------------------
 
 
-# ---- calibration: what the loss feels of an error ------------------------------------------------
+# ---- calibration: how sensitive the loss is to an error in each weight ---------------------------
 
 
 class Moments(NamedTuple):
-    """What the loss feels of an error E (R, C) in a weight: half the sum over rows r of gain[r] E[r] hessian E[r]^T, in
-    nats a token. The Fisher information as a Kronecker product (K-FAC, arXiv 1503.05671), its second factor diagonal.
+    """How sensitive the loss is to an error E (R, C) in one weight, by its second-order term: the
+    loss rises by half the sum over rows r of gain[r] E[r] hessian E[r]^T, in nats a token. This is
+    the Fisher information as a Kronecker product (K-FAC, arXiv 1503.05671) whose second factor is
+    diagonal.
     """
 
-    hessian: Tensor  # (C, C) mean of x x^T, x what the weight is multiplied with, over tokens and visits of its layer
-    gain: Tensor  # (R,) squared gradient of the loss of a token at each output, summed over visits
-    logits: float = 0.0  # of a head: variance that a logit gets by E[r] hessian E[r]^T = 1
-    inputs: Tensor | None = None  # (C,) mean square of what each column is multiplied with; None: rows are looked up
+    # (C, C) mean of x x^T over tokens and visits of its layer; x: what the weight multiplies
+    hessian: Tensor
+    # (R,) squared gradient of a token's loss at each output, summed over visits
+    gain: Tensor
+    # for a head: logit variance per unit of E[r] hessian E[r]^T
+    logits: float = 0.0
+    # (C,) mean square of each column of x; None for a table whose rows are looked up
+    inputs: Tensor | None = None
 
     def to(self, device):
-        return Moments(*(value.to(device) if isinstance(value, Tensor) else value for value in self))
+        moved = [value.to(device) if isinstance(value, Tensor) else value for value in self]
+        return Moments(*moved)
+
+    def loss(self, error):
+        """Nats a token by which an error (R, C) of the weight raises the loss."""
+        return 0.5 * (self.gain @ ((error @ self.hessian) * error).sum(1)).item()
 
 
 class MomentMeter:
-    """Sums for Moments, by hooks on the one forward. Labels are those of the text: sampling them from the model, as
-    theory wants, gave the same artifact to 0.2 % of its bytes.
+    """Sums for Moments over texts, by hooks on the one forward. The labels are those of the text:
+    sampling them from the model, as theory wants, gave the same artifact to 0.2 % of its bytes.
     """
 
     def __init__(self, model):
-        self.model, self.tokens, self.hessian, self.gain, self.inputs = model, 0, {}, {}, {}
-        self._owner, self._last, self._features = {}, (None, None), None  # q, k and v read one tensor: one Hessian
+        self.model = model
+        self.tokens = 0
+        self.hessian = {}  # {parameter: (C, C) sum of x x^T}
+        self.gain = {}  # {parameter: (R,) sum of squared gradients}
+        self.inputs = {}  # {parameter: number of x in its Hessian}
+        self._owner = {}  # {parameter: whose Hessian is its own}: q, k and v read one tensor
+        self._last_input = None
+        self._last_owner = None
+        self._features = None  # output of head_proj, where the model has one
 
     @contextlib.contextmanager
     def _watching(self):
-        hooks, trained = [], [p for p in self.model.parameters() if p.requires_grad]
+        """Hooks on every Linear and Embedding. Hidden states need gradients meanwhile, which the
+        tables give them; matrices need none.
+        """
+        hooks = []
+        trained = [param for param in self.model.parameters() if param.requires_grad]
         for name, module in self.model.named_modules():
-            if isinstance(module, (Linear, Table)):
-                watch = self._linear if isinstance(module, Linear) else self._table
-                hooks.append(module.register_forward_hook(partial(watch, f"{name}.weight")))
-                module.weight.requires_grad_(isinstance(module, Table))  # states need a gradient, matrices do not
+            if isinstance(module, Linear):
+                watch = self._watch_linear
+            elif isinstance(module, Embedding):
+                watch = self._watch_table
+            else:
+                continue
+            hooks.append(module.register_forward_hook(partial(watch, f"{name}.weight")))
+            module.weight.requires_grad_(isinstance(module, Embedding))
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
             for param in trained:
-                param.requires_grad_(True).grad.zero_() if param.grad is not None else param.requires_grad_(True)
-            self._last, self._features = (None, None), None
+                param.requires_grad_(True)
+                if param.grad is not None:
+                    param.grad.zero_()
+            self._last_input = None
+            self._last_owner = None
+            self._features = None
 
     def _add(self, sums, name, value):
         sums[name] = sums[name].add_(value) if name in sums else value
 
-    def _linear(self, name, module, args, output):
-        x, scale = args[0], args[1] if len(args) > 1 else None
-        if x is not self._last[0]:
+    def _watch_linear(self, name, module, args, output):
+        """args: the input x of the matrix and, where its rows are scaled, their scale."""
+        x = args[0]
+        scale = args[1] if len(args) > 1 else None
+        if x is not self._last_input:
             flat = x.detach().flatten(0, -2).float()
             self._add(self.hessian, name, flat.mT @ flat)
             self.inputs[name] = self.inputs.get(name, 0) + len(flat)
-            self._last = (x, name)
-        self._owner[name] = self._last[1]
+            self._last_input = x
+            self._last_owner = name
+        self._owner[name] = self._last_owner
         if module is self.model.head_proj:
             self._features = output.detach()
 
         def backward(gradient):
             square = gradient.flatten(0, -2).float().square().sum(0)
-            self._add(self.gain, name, square if scale is None else square * scale.detach().float().square())
+            if scale is not None:
+                square = square * scale.detach().float().square()
+            self._add(self.gain, name, square)
 
         output.register_hook(backward)
 
-    def _table(self, name, module, args, output):
-        """A row is felt as often as it is looked up, each time through the gradient at the output."""
-        self._add(self.gain, name, torch.bincount(args[0].flatten(), minlength=module.weight.size(0)).float())
+    def _watch_table(self, name, module, args, output):
+        """A table: an error in a row counts once for each lookup, each time through the gradient
+        at the output.
+        """
+        lookups = torch.bincount(args[0].flatten(), minlength=module.weight.size(0))
+        self._add(self.gain, name, lookups.float())
         self._owner[name] = name
 
         def backward(gradient):
@@ -3687,62 +3965,89 @@ class MomentMeter:
 
     def observe(self, ids, targets):
         """Add the text ids, targets (B, T): one forward and one backward."""
-        model, self._features = self.model, None
+        self._features = None
         with self._watching(), torch.enable_grad():
-            hidden = model.hidden(ids)
-            logits = model.logits(hidden)
+            hidden = self.model.hidden(ids)
+            logits = self.model.logits(hidden)
             F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
-            with torch.no_grad():  # the head's gain is known in closed form: p (1 - p) for each logit before its cap
-                p = logits.softmax(-1)
-                slope = 1 - (logits / model.cap_of(logits)).square() if model.softcap else 1.0
-                features = (hidden if self._features is None else self._features).flatten(0, -2).float()
-                self._add(self.gain, "head", (p * (1 - p) * slope**2).flatten(0, -2).sum(0))
-                self._add(self.hessian, "head", features.mT @ features)
+            features = hidden if self._features is None else self._features
+            self._add_head(features.detach().flatten(0, -2).float(), logits.detach())
         self.tokens += targets.numel()
 
+    @torch.no_grad()
+    def _add_head(self, features, logits):
+        """The head's gain is known in closed form: p (1 - p) for each logit before its cap."""
+        p = logits.softmax(-1)
+        slope = 1.0
+        if self.model.softcap:
+            slope = 1 - (logits / self.model.cap_of(logits)).square()
+        self._add(self.gain, "head", (p * (1 - p) * slope**2).flatten(0, -2).sum(0))
+        self._add(self.hessian, "head", features.mT @ features)
+
     def moments(self, rt):
-        """{parameter: Moments} over the texts of all ranks. A tied table is looked up and multiplied with: one Hessian
-        for both uses, the mean by weight; the gain of a row is that of both.
-        """
+        """{parameter: Moments} over the texts of all ranks."""
         tokens = rt.sum(torch.tensor(float(self.tokens), device=rt.device))
         for sums in (self.hessian, self.gain):
             for name in sorted(sums):
                 rt.sum(sums[name]).div_(tokens)
-        for name, inputs in self.inputs.items():  # the errors of visits are taken as unrelated
+        for name, inputs in self.inputs.items():  # mean over visits, their errors unrelated
             self.hessian[name].div_(inputs / self.tokens)
-        head = Moments(self.hessian.pop("head"), self.gain.pop("head"), 1.0)
-        head = head._replace(inputs=head.hessian.diagonal())
-        found = {name: Moments(self.hessian[owner], self.gain[name], inputs=self.hessian[owner].diagonal())
-                 for name, owner in self._owner.items()}
+
+        moments = {}
+        for name, owner in self._owner.items():
+            hessian = self.hessian[owner]
+            moments[name] = Moments(hessian, self.gain[name], inputs=hessian.diagonal())
         for name, module in self.model.named_modules():
-            if isinstance(module, Table):  # how often a row is met is a count: half a time more, lest a rare one is lost
-                hessian, count, *_ = found[f"{name}.weight"]
-                found[f"{name}.weight"] = Moments(hessian / count.sum().clamp_min(1e-30), count + 0.5 / tokens)
+            if isinstance(module, Embedding):
+                moments[f"{name}.weight"] = self._of_table(moments[f"{name}.weight"], tokens)
+
+        hessian = self.hessian.pop("head")
+        head = Moments(hessian, self.gain.pop("head"), 1.0, hessian.diagonal())
         if self.model.head is not None:
-            found["head.weight"] = head
+            moments["head.weight"] = head
         else:
-            uses = found["embed.weight"], head
-            gains = [use.gain * use.hessian.trace() for use in uses]
-            weights = [gain.sum() / sum(gains).sum() for gain in gains]
-            hessian = sum(w * use.hessian / use.hessian.trace() for w, use in zip(weights, uses))
-            found["embed.weight"] = Moments(hessian, sum(gains), head.hessian.trace().item(), head.inputs)
-        return found
+            moments["embed.weight"] = self._of_tied_table(moments["embed.weight"], head)
+        return moments
+
+    def _of_table(self, table, tokens):
+        """The gain of a row is how often it is looked up. Half a lookup more keeps rows that this
+        text lacks.
+        """
+        lookups = table.gain
+        return Moments(table.hessian / lookups.sum().clamp_min(1e-30), lookups + 0.5 / tokens)
+
+    def _of_tied_table(self, table, head):
+        """A tied table is looked up and multiplied with. It gets one Hessian for both uses, their
+        mean by weight; the gain of a row is that of both.
+        """
+        uses = table, head
+        gains = [use.gain * use.hessian.trace() for use in uses]
+        total = sum(gains)
+        weights = [gain.sum() / total.sum() for gain in gains]
+        shares = [w * use.hessian / use.hessian.trace() for w, use in zip(weights, uses)]
+        hessian = sum(shares)
+        return Moments(hessian, total, head.hessian.trace().item(), head.inputs)
 
 
 def generate(model, rows, length, temperature, seed, world=1, rank=0):
-    """Text (rows / world, length + 1) that the model writes: BOS, then what it draws at a temperature. The numbers that
-    decide are drawn for all rows, one after the other, so the text of a row does not depend on the number of ranks.
+    """Text (rows / world, length + 1) that the model writes: BOS, then tokens drawn at a
+    temperature. The random numbers are drawn for the rows of all ranks together, so the text of a
+    row does not depend on the number of ranks.
     """
-    generator, device = torch.Generator().manual_seed(seed), model.embed.weight.device
-    ids = torch.full((-(-rows // world), length + 1), BOS, device=device)
-    cache, chances = Cache(model, len(ids), length), torch.rand(len(ids) * world, length, generator=generator)
-    chances = chances[rank * len(ids) : (rank + 1) * len(ids)].to(device)
+    device = model.embed.weight.device
+    rows = -(-rows // world)  # of this rank
+    generator = torch.Generator().manual_seed(seed)
+    chances = torch.rand(rows * world, length, generator=generator)
+    chances = chances[rank * rows : (rank + 1) * rows].to(device)
+    ids = torch.full((rows, length + 1), BOS, device=device)
+    state = KVCache(model, rows, length)
     with torch.no_grad():
         for t in range(length):
-            logits = model.logits(cache.advance(ids[:, t : t + 1])[:, -1])
-            reached = (logits / temperature).softmax(-1).cumsum(-1)
-            chance = chances[:, t : t + 1] * reached[:, -1:]
-            ids[:, t + 1] = torch.searchsorted(reached, chance, right=True).squeeze(1).clamp_max(logits.size(-1) - 1)
+            logits = model.logits(state.advance(ids[:, t : t + 1])[:, -1])
+            cumulative = (logits / temperature).softmax(-1).cumsum(-1)
+            chance = chances[:, t : t + 1] * cumulative[:, -1:]
+            drawn = torch.searchsorted(cumulative, chance, right=True).squeeze(1)
+            ids[:, t + 1] = drawn.clamp_max(logits.size(-1) - 1)
     return ids
 
 
@@ -3750,80 +4055,80 @@ def generate(model, rows, length, temperature, seed, world=1, rank=0):
 
 
 class Store(NamedTuple):
-    """How a parameter is stored: float16; "int", integers at a step per row; "mixed", the same with finer steps in the
-    columns that AWQ-lite chooses; "grid", integers at a step per row and column that FIT=allocate chooses.
+    """How a parameter is stored.
+
+    "float16"; "int": integers times a step size per row; "mixed": the same, with finer steps in
+    the columns that AWQ-lite chooses; "grid": integers times a step size per row and column, which
+    FIT=allocate chooses.
     """
 
     codec: Literal["float16", "int", "mixed", "grid"]
     bits: int = 16
     method: str = ""
-    sigmas: float = 0.0
+    sigmas: float = 0.0  # clip of a row, in standard deviations of it; 0: `method` chooses
     floor: float = 0.0  # least clip of a row
 
     @property
     def top(self):
         """Largest code."""
-        return WIDEST if self.codec == "grid" else 1 if self.method == "ternary" else 2 ** (self.bits - 1) - 1
+        if self.codec == "grid":
+            return WIDEST
+        if self.method == "ternary":
+            return 1
+        return largest_code(self.bits)
+
+
+def largest_code(bits):
+    return 2 ** (bits - 1) - 1
 
 
 def storage(model, s):
     """{parameter: Store}, by role and, for matrices, by layer and kind."""
-    embed, of_layer = (s.embed_bits, s.embed_quant, s.embed_clip_sigmas), dict(s.layer_bits)
-    table = {"matrix": (s.matrix_bits, s.matrix_quant, s.matrix_clip_sigmas), "embed": embed, "head": embed,
-             "gate": (s.gate_bits, "rtn", 0.0)}
-    kinds = {"attn": (s.attn_bits, s.attn_clip_sigmas), "mlp": (s.mlp_bits, s.mlp_clip_sigmas)}
-    stored = {}
+    stores = {}
     for name, role in roles(model).items():
-        bits, method, sigmas = table.get(role, (16, "", 0.0))
-        place = name.split(".")  # blocks.LAYER.attn.q.weight
-        if role == "matrix" and place[0] == "blocks":
-            own_bits, own_sigmas = kinds[place[2]]
-            bits, sigmas = of_layer.get(int(place[1]), own_bits or bits), own_sigmas or sigmas
-        elif role == "matrix":
-            bits = s.proj_bits or bits
-        if s.fit == "allocate" and role in ("matrix", "embed", "head"):
-            stored[name] = Store("grid", 8, method)
-        else:
-            bits = 2 if method == "ternary" else bits
-            floor = 0.0 if role == "gate" else s.clip_floor
-            stored[name] = Store("float16") if bits == 16 else Store("int", bits, method, sigmas, floor)
-    return stored
+        store = Store("float16")
+        if role == "matrix":
+            bits, sigmas = matrix_precision(name, s)
+            store = integer_store(bits, s.matrix_quant, sigmas, s)
+        elif role in ("embed", "head"):
+            store = integer_store(s.embed_bits, s.embed_quant, s.embed_clip_sigmas, s)
+        elif role == "gate" and s.gate_bits < 16:
+            store = Store("int", s.gate_bits, "rtn")
+        stores[name] = store
+    return stores
 
 
-SCALE_FLOOR = 2.0**-24  # the smallest float16: keeps an all-zero row decodable without ever clipping a real one
-CLIP_PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
-
-
-def row_scales(rows, bits, method, sigmas=0.0, floor=0.0):
-    """float16 step of each row of (N, M). "rtn": its largest magnitude over the integer range. "gptq_lite" (#414) and
-    "gptq": the clip percentile of least squared error, for every row by itself. `sigmas` goes before both: a multiple
-    of the row's standard deviation over the range (SDClip, #1394). "ternary": its mean magnitude (arXiv 2402.17764).
-    No row but a ternary one is clipped below `floor`.
+def matrix_precision(name, s):
+    """(bits, clip in standard deviations) of a matrix: LAYER_BITS before ATTN_BITS or MLP_BITS
+    before MATRIX_BITS.
     """
-    top = 2 ** (bits - 1) - 1
+    words = name.split(".")
+    if words[0] != "blocks":
+        return s.proj_bits or s.matrix_bits, s.matrix_clip_sigmas
+    _, layer, kind, *_ = words  # blocks.LAYER.attn.q.weight
+    kinds = {"attn": (s.attn_bits, s.attn_clip_sigmas), "mlp": (s.mlp_bits, s.mlp_clip_sigmas)}
+    bits, sigmas = kinds[kind]
+    bits = dict(s.layer_bits).get(int(layer), bits or s.matrix_bits)
+    return bits, sigmas or s.matrix_clip_sigmas
 
-    def half(step):  # below float16's normal range rounding is coarse: up, so that nothing is clipped by it
-        step = step.clamp_min(max(SCALE_FLOOR, 0.0 if method == "ternary" else floor / top))
-        return torch.where(step < 2**-14, (step / SCALE_FLOOR).ceil() * SCALE_FLOOR, step).half()
 
+def integer_store(bits, method, sigmas, s):
+    """Store of a matrix or a table of tokens."""
+    if s.fit == "allocate":
+        return Store("grid", 8, method)
     if method == "ternary":
-        return half(rows.abs().mean(1))
-    if sigmas:
-        return half(sigmas * rows.std(1, correction=min(rows.size(1) - 1, 1)) / top)
-    if method == "rtn":
-        return half(rows.abs().amax(1) / top)
-    ordered = rows.abs().sort(dim=1).values
-    best_error, best = None, None
-    for p in CLIP_PERCENTILES:
-        at = p * (rows.size(1) - 1)  # linear interpolation between order statistics, as quantile() has it
-        low, high = ordered[:, math.floor(at)], ordered[:, math.ceil(at)]
-        scale = half((low + (high - low) * (at - math.floor(at))) / top)
-        error = (rows - round_to_grid(rows, scale.float()[:, None], top) * scale.float()[:, None]).square().sum(1)
-        if best is None:
-            best_error, best = error, scale
-        better = error < best_error
-        best_error, best = torch.where(better, error, best_error), torch.where(better, scale, best)
-    return best
+        bits = 2
+    if bits == 16:
+        return Store("float16")
+    return Store("int", bits, method, sigmas, s.clip_floor)
+
+
+# ---- rounding to a step size per row -------------------------------------------------------------
+
+# The smallest float16: keeps an all-zero row decodable without ever clipping a real one.
+SCALE_FLOOR = 2.0**-24
+SMALLEST_NORMAL = 2.0**-14  # of float16; below it numbers are multiples of SCALE_FLOOR
+CLIP_PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 
 
 def round_to_grid(weight, step, top):
@@ -3831,92 +4136,181 @@ def round_to_grid(weight, step, top):
     return (weight / step).round().clamp(-top, top)
 
 
+def row_scales(rows, bits, method, sigmas=0.0, floor=0.0):
+    """float16 step size of each row of (N, M). Integers reach from -top to top, so a step size
+    clips at top times it.
+
+    "ternary": the mean magnitude of the row (arXiv 2402.17764). Else, if `sigmas` is given, the
+    clip is that multiple of the row's standard deviation (SDClip, #1394). Else "rtn" clips at the
+    largest magnitude; "gptq_lite" (#414) and "gptq" at the percentile of least squared error, for
+    every row by itself. No row but a ternary one is clipped below `floor`.
+    """
+    top = largest_code(bits)
+    if method == "ternary":
+        return half_steps(rows.abs().mean(1), SCALE_FLOOR)
+    least = max(SCALE_FLOOR, floor / top)
+    if sigmas:
+        deviation = rows.std(1, correction=min(rows.size(1) - 1, 1))
+        return half_steps(sigmas * deviation / top, least)
+    if method == "rtn":
+        return half_steps(rows.abs().amax(1) / top, least)
+    return best_percentile_scales(rows, top, least)
+
+
+def half_steps(steps, least):
+    """Step sizes in float16, none below `least`. Where float16 is coarse they are rounded up, so
+    that nothing is clipped.
+    """
+    steps = steps.clamp_min(least)
+    rounded_up = (steps / SCALE_FLOOR).ceil() * SCALE_FLOOR
+    return torch.where(steps < SMALLEST_NORMAL, rounded_up, steps).half()
+
+
+def best_percentile_scales(rows, top, least):
+    """Step size of each row whose clip, one of CLIP_PERCENTILES of its magnitudes, has the least
+    squared error (#414).
+    """
+    ordered = rows.abs().sort(dim=1).values
+    best = None
+    for percentile in CLIP_PERCENTILES:
+        place = percentile * (rows.size(1) - 1)  # interpolated linearly, as in quantile()
+        low = ordered[:, math.floor(place)]
+        high = ordered[:, math.ceil(place)]
+        clip = low + (high - low) * (place - math.floor(place))
+        scale = half_steps(clip / top, least)
+        step = scale.float()[:, None]
+        error = (rows - round_to_grid(rows, step, top) * step).square().sum(1)
+        if best is None:
+            best_error, best = error, scale
+            continue
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best = torch.where(better, scale, best)
+    return best
+
+
 # ---- GPTQ, AWQ-lite, LQER ------------------------------------------------------------------------
 
 
 def factor_hessian(moments, damp, act_order):
-    """(order (C,), U (C, C) float32) for gptq(): columns by falling diagonal of the Hessian, and the upper U with U^T U
-    its damped inverse in that order. U comes from one Cholesky factor of the reversed Hessian and its inverse.
+    """(order (C,), U (C, C) float32) for gptq(): the columns in the order of rounding, and the
+    upper triangular U whose U^T U is the inverse of the damped Hessian in that order. With
+    act_order, columns of large diagonal come first.
+
+    U comes from one Cholesky factor of the reversed Hessian and its inverse.
     """
     hessian = moments.hessian.double().clone()
     diagonal = hessian.diagonal()
-    diagonal[diagonal <= 0] = 1.0  # a dead input: whatever its weight, nothing is felt
+    diagonal[diagonal <= 0] = 1.0  # an input that is always zero: its weight does not matter
     diagonal += damp * diagonal.mean()
-    order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(diagonal),
-                                                                                          device=diagonal.device)
+    if act_order:
+        order = diagonal.argsort(descending=True, stable=True)
+    else:
+        order = torch.arange(len(diagonal), device=diagonal.device)
     lower, failed = torch.linalg.cholesky_ex(hessian[order][:, order].flip(0, 1))
     if failed or not lower.isfinite().all():
-        raise Stopped("a Hessian is not positive definite; raise GPTQ_DAMP, or GPTQ_CALIBRATION_TOKENS", 4)
+        raise Stopped("a Hessian is not positive definite; raise GPTQ_DAMP, or "
+                      "GPTQ_CALIBRATION_TOKENS", 4)
     identity = torch.eye(len(order), dtype=lower.dtype, device=lower.device)
-    return order, torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).float()
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return order, inverse.flip(0, 1).float()
 
 
 @torch.no_grad()
 def gptq(weights, steps, top, orders, factors, block):
-    """Codes int16 (N, R, C) of weights (N, R, C) at steps (N, R, C or 1), at most `top`, a number or (N, 1, C): column by
-    column in `orders` (N, C), each rounding error fed forward into the columns behind it by `factors` (N, C, C), a block
-    at a time (arXiv 2210.17323).
+    """Codes int16 (N, R, C) of weights (N, R, C) by GPTQ (arXiv 2210.17323): columns are rounded
+    one after the other, and those that are left make up for the error of each as well as they can.
+
+    steps (N, R, C or 1); no code is beyond `top`, a number or (N, 1, C). orders (N, C) and factors
+    (N, C, C) are of factor_hessian(). Errors reach the columns of later blocks once a block.
     """
-    def columns(values):  # (N, C, R): a column is contiguous
+    def columns(values):  # (N, C, R) in the order of rounding: a column is contiguous
         return values.mT.gather(1, orders[:, :, None].expand(-1, -1, values.size(1)))
 
-    w, wide = columns(weights), steps.size(2) > 1
-    steps = columns(steps) if wide else steps.mT
+    w = columns(weights)
+    step_per_column = steps.size(2) > 1
+    steps = columns(steps) if step_per_column else steps.mT
     tops = columns(top) if isinstance(top, Tensor) else None
     codes = torch.empty_like(w, dtype=torch.int16)
-    for a in range(0, w.size(1), block):
-        b = min(a + block, w.size(1))
-        part, errors = w[:, a:b], torch.empty_like(w[:, a:b])
-        for j in range(b - a):
-            step = steps[:, a + j if wide else 0]
-            code = round_to_grid(part[:, j], step, top if tops is None else tops[:, a + j])
-            codes[:, a + j] = code
-            torch.div(part[:, j] - code * step, factors[:, a + j, a + j, None], out=errors[:, j])
-            part[:, j + 1 :].addcmul_(factors[:, a + j, a + j + 1 : b, None], errors[:, j : j + 1], value=-1)
-        w[:, b:] -= factors[:, a:b, b:].mT @ errors
-    return torch.empty_like(codes).scatter_(1, orders[:, :, None].expand_as(codes), codes).mT.contiguous()
+    for begin in range(0, w.size(1), block):
+        end = min(begin + block, w.size(1))
+        block_w = w[:, begin:end]
+        errors = torch.empty_like(block_w)
+        for j in range(end - begin):
+            column = begin + j
+            step = steps[:, column if step_per_column else 0]
+            code = round_to_grid(block_w[:, j], step, top if tops is None else tops[:, column])
+            codes[:, column] = code
+            pivot = factors[:, column, column, None]
+            torch.div(block_w[:, j] - code * step, pivot, out=errors[:, j])
+            later = factors[:, column, column + 1 : end, None]
+            block_w[:, j + 1 :].addcmul_(later, errors[:, j : j + 1], value=-1)
+        w[:, end:] -= factors[:, begin:end, end:].mT @ errors
+    in_place = torch.empty_like(codes).scatter_(1, orders[:, :, None].expand_as(codes), codes)
+    return in_place.mT.contiguous()
 
 
-def salient_groups(weights, inputs, size, count):
-    """{name: first columns} of the `count` groups of `size` columns with the largest saliency (AWQ-lite, #1908): the sum
-    over their columns of the root mean square of what a column is multiplied with times its mean magnitude. weights
-    {name: (R, C)}, inputs {name: (C,) mean squares}.
+def awq_lite_groups(weights, inputs, size, count):
+    """{name: first columns} of the `count` groups of `size` columns with the largest saliency
+    (AWQ-lite, #1908).
+
+    The saliency of a column is its root mean square input times its mean magnitude, that of a
+    group the sum over its columns. weights {name: (R, C)}, inputs {name: (C,) mean squares}.
     """
-    found = []
+    groups = []
     for name, weight in weights.items():
         saliency = inputs[name].double().sqrt() * weight.double().abs().mean(0)
-        groups = saliency[: len(saliency) // size * size].view(-1, size).sum(1).tolist()
-        found += [(value, name, i * size) for i, value in enumerate(groups)]
+        whole_groups = saliency[: len(saliency) // size * size].view(-1, size)
+        for i, value in enumerate(whole_groups.sum(1).tolist()):
+            groups.append((value, name, i * size))
+    groups.sort(key=itemgetter(0), reverse=True)
     chosen = {}
-    for _, name, start in sorted(found, key=itemgetter(0), reverse=True)[:count]:
+    for _, name, start in groups[:count]:
         chosen.setdefault(name, []).append(start)
     return chosen
 
 
+LQER_GAIN_FLOOR = 1e-6  # of the mean gain: rows are divided by its root
+LQER_DAMP = 1e-3  # of the mean diagonal of the Hessian, for its Cholesky factor
+LQER_RIDGE = 1e-9  # of the trace, for the normal equations of B
+
+
 def lqer(error, hessian, gain, rank, group):
-    """Parts of a correction A B of error (R, C), with the steps of LQER (#1797): A (R, rank) from the singular vectors
-    that are felt most, in 2 bits (-2..1, one step); B (rank, C), the best for that A as it is stored, in 4 bits (-8..7,
-    a step per `group` weights).
+    """Parts of a correction A B of error (R, C): LQER (arXiv 2402.02446) with the step sizes of
+    #1797.
+
+    A (R, rank): the largest singular vectors of the error, weighted by the loss's sensitivity; 2
+    bits (-2..1), one step size. B (rank, C): the best one for that A as it is stored; 4 bits
+    (-8..7), a step size for `group` weights.
     """
-    rows, felt = gain.double().clamp_min(1e-6 * gain.mean().item()).sqrt()[:, None], hessian.double().clone()
-    felt.diagonal().add_(1e-3 * felt.diagonal().mean() + 1e-30)
-    u, size, _ = torch.linalg.svd(rows * error.double() @ torch.linalg.cholesky(felt), full_matrices=False)
-    a = u[:, :rank] / rows * size[:rank]
-    step = (a.abs().amax() / 1.5).clamp_min(SCALE_FLOOR).reshape(1).half()
-    codes = (a / step.double()).round().clamp(-2, 1)
-    stored = rows * codes * step.double()
+    row_weight = gain.double().clamp_min(LQER_GAIN_FLOOR * gain.mean().item()).sqrt()[:, None]
+    damped = hessian.double().clone()
+    damped.diagonal().add_(LQER_DAMP * damped.diagonal().mean() + 1e-30)
+    weighted = row_weight * error.double()
+
+    u, sizes, _ = torch.linalg.svd(weighted @ torch.linalg.cholesky(damped), full_matrices=False)
+    a = u[:, :rank] / row_weight * sizes[:rank]
+    a_step = (a.abs().amax() / 1.5).clamp_min(SCALE_FLOOR).reshape(1).half()
+    a_codes = (a / a_step.double()).round().clamp(-2, 1)
+
+    stored = row_weight * a_codes * a_step.double()
     normal = stored.mT @ stored
-    normal.diagonal().add_(1e-9 * normal.trace() + 1e-30)
-    b = torch.linalg.solve(normal, stored.mT @ (rows * error.double())).flatten()
+    normal.diagonal().add_(LQER_RIDGE * normal.trace() + 1e-30)
+    b = torch.linalg.solve(normal, stored.mT @ weighted).flatten()
     padded = F.pad(b, (0, -len(b) % group)).view(-1, group)
-    steps = (padded.abs().amax(1) / 7.5).clamp_min(SCALE_FLOOR).half()
-    b_codes = (padded / steps.double()[:, None]).round().clamp(-8, 7).flatten()[: len(b)]
-    return {"a": codes.to(torch.int8), "a_step": step, "b": b_codes.to(torch.int8).view(rank, -1), "b_step": steps}
+    b_steps = (padded.abs().amax(1) / 7.5).clamp_min(SCALE_FLOOR).half()
+    b_codes = (padded / b_steps.double()[:, None]).round().clamp(-8, 7).flatten()[: len(b)]
+    return {"a": a_codes.to(torch.int8), "a_step": a_step,
+            "b": b_codes.to(torch.int8).view(rank, -1), "b_step": b_steps}
 
 
 # ---- codecs --------------------------------------------------------------------------------------
 
-QUARTERS = (2.0 ** (np.arange(4) / 4)).astype(np.float32)  # rounded once: float32 powers differ between machines
+BYTE = 127  # largest code of one byte; -128 is none
+# Largest code of a grid: q + 127 over, a byte each. Few weights need `over`, so it costs little.
+WIDEST = BYTE + BYTE * BYTE
+# Rounded once: float32 powers differ between machines.
+QUARTERS = (2.0 ** (np.arange(4) / 4)).astype(np.float32)
 
 
 def quarter_octaves(exponents):
@@ -3926,39 +4320,81 @@ def quarter_octaves(exponents):
 
 
 def decode_int(parts, shape):
-    return (parts["q"].float() * parts["scale"].float()[:, None]).view(shape)
+    step = parts["scale"].float()[:, None]
+    return (parts["q"].float() * step).view(shape)
 
 
 def decode_mixed(parts, shape):
-    step = torch.where(parts["salient"] != 0, parts["fine"].float()[:, None], parts["scale"].float()[:, None])
+    fine = parts["fine"].float()[:, None]
+    coarse = parts["scale"].float()[:, None]
+    step = torch.where(parts["salient"] != 0, fine, coarse)
     return (parts["q"].float() * step).view(shape)
 
 
 def decode_grid(parts, shape):
-    rows, cols = (quarter_octaves(parts[name]) for name in ("row", "col"))
-    codes = parts["q"].float() + (127 * parts["over"].float() if "over" in parts else 0)
-    return (codes * (parts["unit"] * rows)[:, None] * cols).view(shape)
+    codes = parts["q"].float()
+    if "over" in parts:
+        codes = codes + BYTE * parts["over"].float()
+    row = parts["unit"] * quarter_octaves(parts["row"])
+    column = quarter_octaves(parts["col"])
+    return (codes * row[:, None] * column).view(shape)
 
 
 def decode_float16(parts, shape):
     return parts["half"].float().view(shape)
 
 
-# name: (decode, {part: (dtype, size of it for a shape)}), and what a correction of rank k by groups of g adds to one.
-GRID = {"q": (np.int8, math.prod), "row": (np.int8, lambda shape: shape[0]),
-        "col": (np.int8, lambda shape: math.prod(shape[1:])), "unit": (np.float32, lambda shape: 1)}
-INT = {"q": (np.int8, math.prod), "scale": (np.float16, lambda shape: shape[0])}
+def per_tensor(shape):
+    return 1
+
+
+def per_row(shape):
+    return shape[0]
+
+
+def per_column(shape):
+    return math.prod(shape[1:])
+
+
+def per_weight(shape):
+    return math.prod(shape)
+
+
+class CodecPart(NamedTuple):
+    """One array of an encoded parameter."""
+
+    dtype: type
+    count: Callable  # its numbers, for the shape of the parameter
+
+
+class Codec(NamedTuple):
+    """A way to store a parameter: how its parts become weights, and what they are."""
+
+    decode: Callable  # (parts, shape) -> float32 weights
+    parts: dict[str, CodecPart]
+
+
+INT = {"q": CodecPart(np.int8, per_weight), "scale": CodecPart(np.float16, per_row)}
+MIXED = INT | {"fine": CodecPart(np.float16, per_row), "salient": CodecPart(np.int8, per_column)}
+GRID = {"q": CodecPart(np.int8, per_weight), "row": CodecPart(np.int8, per_row),
+        "col": CodecPart(np.int8, per_column), "unit": CodecPart(np.float32, per_tensor)}
+WIDE = GRID | {"over": CodecPart(np.int8, per_weight)}
 CODECS = {
-    "int": (decode_int, INT),
-    "mixed": (decode_mixed, INT | {"fine": (np.float16, lambda shape: shape[0]),
-                                   "salient": (np.int8, lambda shape: math.prod(shape[1:]))}),
-    "grid": (decode_grid, GRID),
-    "wide": (decode_grid, GRID | {"over": (np.int8, math.prod)}),
-    "float16": (decode_float16, {"half": (np.float16, math.prod)}),
+    "int": Codec(decode_int, INT),
+    "mixed": Codec(decode_mixed, MIXED),
+    "grid": Codec(decode_grid, GRID),
+    "wide": Codec(decode_grid, WIDE),
+    "float16": Codec(decode_float16, {"half": CodecPart(np.float16, per_weight)}),
 }
-CORRECTION = {"a": (np.int8, lambda shape, k, g: shape[0] * k), "a_step": (np.float16, lambda shape, k, g: 1),
-              "b": (np.int8, lambda shape, k, g: k * math.prod(shape[1:])),
-              "b_step": (np.float16, lambda shape, k, g: -(-k * math.prod(shape[1:]) // g))}
+# Parts of a low-rank correction (lqer), beside those of any codec; their counts are for (shape,
+# rank, group).
+CORRECTION = {
+    "a": CodecPart(np.int8, lambda shape, rank, group: rank * per_row(shape)),
+    "a_step": CodecPart(np.float16, lambda shape, rank, group: 1),
+    "b": CodecPart(np.int8, lambda shape, rank, group: rank * per_column(shape)),
+    "b_step": CodecPart(np.float16,
+                        lambda shape, rank, group: -(-rank * per_column(shape) // group)),
+}
 
 
 class Encoded(NamedTuple):
@@ -3967,17 +4403,18 @@ class Encoded(NamedTuple):
     codec: str
     bits: int
     rank: int  # of its correction, or 0
-    group: int
+    group: int  # weights of B that share a step size
     parts: dict[str, Tensor]
 
     def decode(self, shape):
         """float32 weights of a shape."""
-        weight = CODECS[self.codec][0](self.parts, shape)
+        weight = CODECS[self.codec].decode(self.parts, shape)
         if not self.rank:
             return weight
         a = self.parts["a"].float().view(shape[0], self.rank) * self.parts["a_step"].float()
-        steps = self.parts["b_step"].float().repeat_interleave(self.group)[: self.parts["b"].numel()]
-        b = (self.parts["b"].float().flatten() * steps).view(self.rank, -1)
+        b_codes = self.parts["b"].float().flatten()
+        b_steps = self.parts["b_step"].float().repeat_interleave(self.group)[: len(b_codes)]
+        b = (b_codes * b_steps).view(self.rank, -1)
         for k in range(self.rank):  # summed in one order everywhere
             weight = weight + a[:, k, None] * b[k]
         return weight
@@ -3989,74 +4426,160 @@ def _to_cpu(parts):
 
 # ---- allocation: FIT=allocate --------------------------------------------------------------------
 
-LOGIT_NOISE = 0.1  # most variance of a logit that rounding may make
-WIDEST = 127 + 127 * 127  # code of a grid: q + 127 over, both of one byte. Few weights are over 0, and cost little
+# How many bits does each weight deserve? Rounding at a step size d makes an error of variance
+# d^2 / 12, so a weight of sensitivity h costs the loss h d^2 / 24 nats a token. Half the step size
+# is one bit more and a quarter of that cost. If two weights cost differently, a bit moved from the
+# cheaper to the dearer one lowers the sum, at equal bytes. So in the best allocation every weight
+# costs the same: d = spacing / sqrt(h), a cost of spacing^2 / 24 each. Rate-distortion theory calls
+# this reverse water-filling; fixed bits, with clips by the spread of a row, miss it. Large weights
+# then get large codes, and the entropy coder makes few bits of the many small ones. One number is
+# left to choose, the spacing:
+#     allocation_grid   the step sizes of a matrix at a spacing, stored in a byte a row and column
+#     Quantiser.rate    the bytes to expect of a spacing; spacing_for() is its inverse
+#     allocate          tries artifacts until one fills the size limit
+
+LOGIT_NOISE = 0.1  # most variance of a logit that rounding may make; 0.03 and 0.3 were worse
+# Of the mean: what calibration never saw gets at most 1,000 times the usual step size.
+SENSITIVITY_FLOOR = 1e-6
+# Bounds of the exponents, in quarter octaves, which keep them in a byte. By the floor they are 40
+# at most, and of n rows or columns none is below -2 log2(n); only rows of absurdly large weights
+# come near their bound.
+LARGEST_COLUMN = 60
+LARGEST_ROW = 120
+
+
+def step_exponents(sensitivity):
+    """Step sizes proportional to 1 / sqrt(sensitivity), as quarter octaves: 0 for the mean."""
+    relative = sensitivity / sensitivity.mean().clamp_min(1e-30)
+    return (-2 * relative.clamp_min(SENSITIVITY_FLOOR).log2()).round()
 
 
 def allocation_grid(weight, moments, pivots, spacing):
-    """Parts of a grid for weight (R, C): step[r, c] = spacing / sqrt(gain[r] pivot[c]), to the nearest quarter octave.
+    """Parts of a grid for weight (R, C): step[r, c] = spacing / sqrt(gain[r] pivot[c]), to the
+    nearest quarter octave.
 
-    The pivots (C,) are what an error in a column costs once the columns behind it make up for it as well as they can.
-    Every weight then costs the loss spacing^2 / 24 nats a token, and no bits can be moved to where they save more: the
-    answer of rate-distortion theory ("reverse water-filling"), which fixed bits and clips by the spread of a row miss.
-    The rows of a head are finer where that would move a logit much: a token that is never likely has next to no gain,
-    but it would become likely. Without this, the token table cost three times the loss; 0.03 and 0.3 were worse.
+    The pivots (C,) are what an error in a column costs once later columns make up for it
+    (Quantiser.pivots). The rows of a head are finer where rounding would move a logit by more than
+    LOGIT_NOISE: a token that is never likely has next to no gain, but it would become likely.
+    Without this, the token table cost three times the loss. A row whose codes would be beyond
+    WIDEST gets larger step sizes.
     """
-    def exponents(felt):
-        return (-2 * (felt / felt.mean().clamp_min(1e-30)).clamp_min(1e-6).log2()).round()
-
-    gain, pivots = moments.gain.float(), pivots.float()
+    gain = moments.gain.float()
+    pivots = pivots.float()
+    # A row's error has variance spacing^2 / (12 gain pivot[c]) in column c. Over all columns that
+    # makes a variance of the logit of logits * C * spacing^2 / (12 gain).
     gain = gain.clamp_min(moments.logits * len(pivots) * spacing**2 / (12 * LOGIT_NOISE))
     unit = spacing / (gain.mean() * pivots.mean()).sqrt().clamp_min(1e-30)
-    row, col = exponents(gain), exponents(pivots).clamp(-60, 60)
-    widest = (weight.abs() / (2 ** (col / 4))).amax(1) / unit  # in units of a row's step
-    row = torch.maximum(row, (4 * (widest / WIDEST).clamp_min(1e-30).log2()).ceil()).clamp(-120, 120)
-    return {"row": row.to(torch.int8), "col": col.to(torch.int8), "unit": unit.reshape(1)}
+    row = step_exponents(gain)
+    column = step_exponents(pivots).clamp(-LARGEST_COLUMN, LARGEST_COLUMN)
+    largest = (weight.abs() / 2 ** (column / 4)).amax(1) / unit  # code of each row at exponent 0
+    least_row = (4 * (largest / WIDEST).clamp_min(1e-30).log2()).ceil()
+    row = torch.maximum(row, least_row).clamp(-LARGEST_ROW, LARGEST_ROW)
+    return {"row": row.to(torch.int8), "col": column.to(torch.int8), "unit": unit.reshape(1)}
 
 
 RATE_STEP = 1 / 16
-RATE_OCTAVES = np.arange(-24, 40, RATE_STEP)  # log2 of a spread in units of the step
+RATE_OCTAVES = np.arange(-24, 40, RATE_STEP)  # log2 of a spread in units of the step size
 
 
 @cache
 def gaussian_entropy():
     """(log2 of the spread, bits): the entropy of a Gaussian rounded to whole numbers."""
-    octaves, root = np.arange(-4, 7, RATE_STEP), math.sqrt(2)
+    octaves = np.arange(-4, 7, RATE_STEP)
     edges = np.arange(-1023.5, 1024)
-    below = [np.array([0.5 * (1 + math.erf(e / 2**o / root)) for e in edges if abs(e) < 10 * 2**o + 1]) for o in octaves]
+    root = math.sqrt(2)
     bits = []
-    for p in map(np.diff, below):
+    for octave in octaves:
+        spread = 2**octave
+        near = [edge for edge in edges if abs(edge) < 10 * spread + 1]
+        p = np.diff([0.5 * (1 + math.erf(edge / spread / root)) for edge in near])
         p = p[p > 0]
         bits.append(float(-(p * np.log2(p)).sum()))
     return np.array([-40, *octaves]), np.array([0, *bits])
 
 
+def allocate(quantiser, packed_of, room, log):
+    """The artifact (Packed) at the spacing that fills `room` bytes to within 5,000, or at the
+    finest that means anything. Bytes follow Quantiser.rate() up to a factor, which each try
+    corrects.
+    """
+    finest = math.sqrt(24e-5 / max(quantiser.quantised, 1))  # all rounding costs 1e-5 nats a token
+    too_fine, fits = finest, math.inf  # spacings that made too many bytes, and few enough
+    factor, best = 1.0, None
+    for attempt in range(1, 11):
+        spacing = quantiser.spacing_for(room - 2500, factor, too_fine, fits)
+        packed = packed_of(quantiser.encode(spacing))
+        log("allocate", attempt=attempt, spacing=spacing,
+            expected_loss=quantiser.quantised * spacing**2 / 24,
+            bytes=packed.size, room_bytes=room)
+        if packed.size <= room:
+            best, fits = packed, spacing
+            if packed.size >= room - 5000 or spacing <= 1.001 * finest:
+                break
+        else:
+            too_fine = spacing
+            if best is None:
+                best = packed
+        factor = packed.size / quantiser.rate(spacing)
+    return best
+
+
+# ---- the quantiser: from weights to codes --------------------------------------------------------
+
+
+class Grids(NamedTuple):
+    """The quantisation grids of N parameters of one shape."""
+
+    parts: list[dict[str, Tensor]]  # for each, what the artifact stores of its grid
+    steps: Tensor  # (N, R, C or 1): the step sizes that this means
+
+
 class Quantiser:
-    """The parameters of a model as its settings store them. What does not depend on the spacing of FIT=allocate is done
-    once. `moments` are of calibrate(); settings that need none do without.
+    """The parameters of a model as its settings store them. `moments` are of calibrate(); settings
+    that need none do without.
+
+        quantiser = Quantiser(model, s, moments)
+        encoded = quantiser.encode(spacing)    # {parameter: Encoded}; spacing: for FIT=allocate
+        steps = quantiser.steps(spacing)       # {parameter: step sizes}, for late QAT
+
+    Parameters of one shape and Store are rounded together. What does not depend on the spacing is
+    done once.
     """
 
     def __init__(self, model, s, moments=None):
-        self.s, self.stores, self.moments, self.groups = s, storage(model, s), moments, {}
-        self.weights, self.factors, self._spread = {n: p.detach().float() for n, p in model.named_parameters()}, {}, None
+        self.s = s
+        self.moments = moments
+        self.stores = storage(model, s)
+        self.weights = {name: param.detach().float() for name, param in model.named_parameters()}
+        self.factors = {}  # {identity of a Hessian: factor_hessian() of it}
+        self._spread = None
         self._check_moments()
         self.salient = self._salient_columns() if s.awq_lite_group_top_k and moments else {}
-        self.stores |= {name: self.stores[name]._replace(codec="mixed") for name in self.salient}
+        for name in self.salient:
+            self.stores[name] = self.stores[name]._replace(codec="mixed")
+        self._check_weights()
+        self.groups = {}  # {(shape, Store): parameters}
+        self.quantised = 0  # weights that are not float16
         for name, store in self.stores.items():
-            weight = self.weights[name]
-            if not weight.isfinite().all():
-                raise Stopped(f"{name} is not finite; no artifact was written", 4)
             if store.codec == "float16":
                 continue
-            if count := int(s.prune_pct * weight.numel()):
-                self.weights[name] = weight.where(weight.abs() > weight.abs().flatten().kthvalue(count).values, 0.0)
+            weight = self._pruned(self.weights[name])
+            self.weights[name] = weight
             self.groups.setdefault((weight.shape, store), []).append(name)
-        self.quantised = sum(self.weights[name].numel() for names in self.groups.values() for name in names)
+            self.quantised += weight.numel()
+
+    def _check_weights(self):
+        for name in self.stores:
+            if not self.weights[name].isfinite().all():
+                raise Stopped(f"{name} is not finite; no artifact was written", 4)
 
     def _check_moments(self):
-        """Moments that are nan or infinite would make an artifact of nan, or an error that blames others."""
-        for name, found in (self.moments or {}).items():
-            if found.hessian.isfinite().all() and found.gain.isfinite().all() and math.isfinite(found.logits):
+        """Moments that are nan or infinite would make an artifact of nan, or an error with a
+        misleading cause.
+        """
+        for name, moments in (self.moments or {}).items():
+            finite = moments.hessian.isfinite().all() and moments.gain.isfinite().all()
+            if finite and math.isfinite(moments.logits):
                 continue
             weight = self.weights[name]
             if not weight.isfinite().all():
@@ -4065,19 +4588,35 @@ class Quantiser:
                 why = "it is all zero, so nothing that it does is felt"
             else:
                 why = "an activation or a gradient overflowed, or all are zero"
-            raise Stopped(f"calibration moments of {name} are nan or infinite: {why}; no artifact was made", 4)
+            raise Stopped(f"calibration moments of {name} are nan or infinite: {why}; no artifact "
+                          "was made", 4)
+
+    def _pruned(self, weight):
+        """The weight with the PRUNE_PCT of smallest magnitude set to zero."""
+        count = int(self.s.prune_pct * weight.numel())
+        if not count:
+            return weight
+        threshold = weight.abs().flatten().kthvalue(count).values
+        return weight.where(weight.abs() > threshold, 0.0)
+
+    # What the moments say.
 
     def _salient_columns(self):
         """{parameter: (C,) which of its columns AWQ-lite stores in AWQ_LITE_BITS}."""
-        s, weights, inputs = self.s, {}, {}
+        s = self.s
+        weights, inputs = {}, {}
         for name, store in self.stores.items():
-            felt = self.moments.get(name)
-            fixed = store.codec == "int" and store.method != "ternary" and store.bits < s.awq_lite_bits
-            if fixed and felt and felt.inputs is not None:
-                weights[name], inputs[name] = self.weights[name], felt.inputs
+            moments = self.moments.get(name)
+            scaled = store.codec == "int" and store.method != "ternary"
+            gains_bits = scaled and store.bits < s.awq_lite_bits
+            if gains_bits and moments and moments.inputs is not None:
+                weights[name] = self.weights[name]
+                inputs[name] = moments.inputs
+        groups = awq_lite_groups(weights, inputs, s.awq_lite_group_size, s.awq_lite_group_top_k)
         columns = {}
-        for name, starts in salient_groups(weights, inputs, s.awq_lite_group_size, s.awq_lite_group_top_k).items():
-            columns[name] = torch.zeros(weights[name].size(1), dtype=torch.bool, device=weights[name].device)
+        for name, starts in groups.items():
+            weight = weights[name]
+            columns[name] = torch.zeros(weight.size(1), dtype=torch.bool, device=weight.device)
             for start in starts:
                 columns[name][start : start + s.awq_lite_group_size] = True
         return columns
@@ -4086,199 +4625,279 @@ class Quantiser:
         """factor_hessian() of a parameter's Hessian, once for q, k and v, which share theirs."""
         if self.moments is None:
             raise ValueError(f"{name} is to be stored by its Hessian, but there are no moments")
-        key = id(self.moments[name].hessian)
+        moments = self.moments[name]
+        key = id(moments.hessian)
         if key not in self.factors:
             try:
-                self.factors[key] = factor_hessian(self.moments[name], self.s.gptq_damp, self.s.gptq_act_order)
+                self.factors[key] = factor_hessian(moments, self.s.gptq_damp, self.s.gptq_act_order)
             except Stopped as error:
                 raise Stopped(f"{name}: {error}", error.code) from None
         return self.factors[key]
 
     def pivots(self, name):
-        """(C,): what an error in each column costs, after those behind it, with GPTQ, made up for what they can."""
+        """(C,) what an error in each column costs. With GPTQ, after later columns have made up for
+        it as they can: then it is the conditional variance of the column's input, the square of a
+        pivot of the Cholesky factor.
+        """
         if self.stores[name].method == "rtn":
             return self.moments[name].hessian.diagonal().clamp_min(1e-30)
         order, factor = self.factor(name)
-        return torch.empty_like(factor[0]).scatter_(0, order, factor.diagonal().square().reciprocal())
+        pivots = factor.diagonal().square().reciprocal()
+        return torch.empty_like(pivots).scatter_(0, order, pivots)
+
+    # FIT=allocate: bytes at a spacing, and back.
 
     def rate(self, spacing):
-        """Bytes of the codes at a spacing, were each weight Gaussian with the spread of its row and column."""
+        """Bytes of the codes at a spacing, were each weight Gaussian with the spread of its row
+        and column.
+        """
         if self._spread is None:
             self._spread = np.zeros(len(RATE_OCTAVES))
             for (_, store), names in self.groups.items():
-                for name in names if store.codec == "grid" else ():
-                    square, gain = self.weights[name].double().square(), self.moments[name].gain.double()
-                    local = square.mean(1, keepdim=True) * square.mean(0) / square.mean().clamp_min(1e-60)
-                    felt = local * gain[:, None] * self.pivots(name).double()  # (spread / step)^2 at a spacing of 1
-                    at = (felt.clamp_min(1e-60).log2() / 2 - RATE_OCTAVES[0]) / RATE_STEP
-                    self._spread += np.bincount(at.round().clamp(0, len(RATE_OCTAVES) - 1).int().flatten().cpu().numpy(),
-                                                minlength=len(RATE_OCTAVES))
-        return float(self._spread @ np.interp(RATE_OCTAVES - math.log2(spacing), *gaussian_entropy())) / 8
+                if store.codec == "grid":
+                    for name in names:
+                        self._spread += self._spread_of(name)
+        bits = np.interp(RATE_OCTAVES - math.log2(spacing), *gaussian_entropy())
+        return float(self._spread @ bits) / 8
+
+    def _spread_of(self, name):
+        """Numbers of weights by log2 of their spread in units of the step size at a spacing of 1:
+        RATE_OCTAVES.
+        """
+        square = self.weights[name].double().square()
+        local = square.mean(1, keepdim=True) * square.mean(0) / square.mean().clamp_min(1e-60)
+        relative = local * self.moments[name].gain.double()[:, None] * self.pivots(name).double()
+        bins = (relative.clamp_min(1e-60).log2() / 2 - RATE_OCTAVES[0]) / RATE_STEP
+        bins = bins.round().clamp(0, len(RATE_OCTAVES) - 1).int().flatten().cpu().numpy()
+        return np.bincount(bins, minlength=len(RATE_OCTAVES))
 
     def spacing_for(self, size, factor=1.0, finest=0.0, coarsest=math.inf):
         """The spacing at which factor * rate() is `size` bytes, by bisection between bounds."""
-        low, high = (math.log(min(max(x, 1e-12), 1e6)) for x in (finest, coarsest))
+        low = math.log(min(max(finest, 1e-12), 1e6))
+        high = math.log(min(max(coarsest, 1e-12), 1e6))
         for _ in range(40):
             middle = (low + high) / 2
-            low, high = (middle, high) if factor * self.rate(math.exp(middle)) > size else (low, middle)
+            if factor * self.rate(math.exp(middle)) > size:
+                low = middle
+            else:
+                high = middle
         return math.exp(high)
 
+    # Grids: the step size of each weight.
+
     def _grids(self, names, store, spacing):
-        """([parts], steps (N, R, C or 1)) of parameters of one shape: their grids."""
+        """Grids of parameters of one shape and Store."""
         weights = torch.stack([self.weights[name] for name in names])
-        if store.codec in ("int", "mixed"):
-            rows, how = weights.flatten(0, 1), (store.method, store.sigmas, store.floor)
-            scales = row_scales(rows, store.bits, *how).view(len(names), -1)
-            if store.codec == "int":
-                return [{"scale": scale} for scale in scales], scales.float()[:, :, None]
-            fine, salient = row_scales(rows, self.s.awq_lite_bits, *how).view(len(names), -1), self._salient(names)
-            parts = [{"scale": a, "fine": b, "salient": c} for a, b, c in zip(scales, fine, salient[:, 0].to(torch.int8))]
-            return parts, torch.where(salient, fine.float()[:, :, None], scales.float()[:, :, None])
-        parts = [_to_cpu(allocation_grid(self.weights[n], self.moments[n], self.pivots(n), spacing)) for n in names]
-        ones = torch.ones(weights.shape[1:], dtype=torch.int8)
-        return parts, torch.stack([decode_grid({**part, "q": ones}, ones.shape) for part in parts]).to(weights.device)
+        if store.codec == "int":
+            return self._row_grids(weights, store)
+        if store.codec == "mixed":
+            return self._mixed_grids(names, weights, store)
+        return self._allocated_grids(names, weights, spacing)
+
+    def _row_scales(self, weights, bits, store):
+        """(N, R): row_scales() of weights (N, R, C)."""
+        rows = weights.flatten(0, 1)
+        scales = row_scales(rows, bits, store.method, store.sigmas, store.floor)
+        return scales.view(len(weights), -1)
+
+    def _row_grids(self, weights, store):
+        scales = self._row_scales(weights, store.bits, store)
+        return Grids([{"scale": scale} for scale in scales], scales.float()[:, :, None])
+
+    def _mixed_grids(self, names, weights, store):
+        scales = self._row_scales(weights, store.bits, store)
+        fine_scales = self._row_scales(weights, self.s.awq_lite_bits, store)
+        salient = self._salient(names)
+        parts = []
+        for scale, fine, columns in zip(scales, fine_scales, salient[:, 0]):
+            parts.append({"scale": scale, "fine": fine, "salient": columns.to(torch.int8)})
+        steps = torch.where(salient, fine_scales.float()[:, :, None], scales.float()[:, :, None])
+        return Grids(parts, steps)
 
     def _salient(self, names):
         """(N, 1, C): which columns AWQ-lite stores in more bits."""
         return torch.stack([self.salient[name] for name in names])[:, None]
 
+    def _allocated_grids(self, names, weights, spacing):
+        ones = torch.ones(weights.shape[1:], dtype=torch.int8)
+        parts, steps = [], []
+        for name in names:
+            weight, moments = self.weights[name], self.moments[name]
+            grid = allocation_grid(weight, moments, self.pivots(name), spacing)
+            parts.append(_to_cpu(grid))
+            steps.append(decode_grid({**parts[-1], "q": ones}, ones.shape))
+        return Grids(parts, torch.stack(steps).to(weights.device))
+
     def steps(self, spacing=None):
-        """{parameter: its step, (R, 1) or (R, C)}: what weights will be rounded to."""
-        return {name: step for (_, store), names in self.groups.items()
-                for name, step in zip(names, self._grids(names, store, spacing)[1])}
+        """{parameter: its step sizes (R, 1) or (R, C)}: what weights will be rounded to."""
+        steps = {}
+        for (_, store), names in self.groups.items():
+            steps.update(zip(names, self._grids(names, store, spacing).steps))
+        return steps
+
+    # Codes.
 
     def encode(self, spacing=None):
         """{parameter: Encoded}, in the model's order."""
-        done = {}
+        encoded = {}
         for (_, store), names in self.groups.items():
-            weights = torch.stack([self.weights[name] for name in names])
-            parts, steps = self._grids(names, store, spacing)
-            top = store.top
-            if store.codec == "mixed":
-                top = torch.where(self._salient(names), 2 ** (self.s.awq_lite_bits - 1) - 1, top)
-            if self.s.prune_pct:  # zero whatever GPTQ feeds into them: it would undo the pruning (#967)
-                steps = steps.where(weights != 0, 1e30)
-            if store.method == "gptq":
-                orders, factors = (torch.stack(z) for z in zip(*map(self.factor, names)))
-                alive = torch.stack([self.moments[name].hessian.diagonal() > 0 for name in names])[:, None]
-                codes = gptq(weights * alive, steps, top, orders, factors, self.s.gptq_block_size)
-            else:
-                codes = round_to_grid(weights, steps, top).to(torch.int16)
-            for name, code, part in zip(names, codes, parts):
-                over = code.sign() * ((code.abs() - 1).clamp_min(0) // 127)
-                part = part | {"q": (code - 127 * over).to(torch.int8)}
-                wide = {"over": over.to(torch.int8)} if over.any() else {}
-                done[name] = Encoded("wide" if wide else store.codec, store.bits, 0, 0, _to_cpu(part | wide))
+            grids = self._grids(names, store, spacing)
+            codes = self._round(names, store, grids.steps)
+            for name, tensor_codes, parts in zip(names, codes, grids.parts):
+                encoded[name] = self._encoded(store, parts, tensor_codes)
         if self.s.lqer_rank:
-            self._add_lqer(done)
+            self._add_lqer(encoded)
         for name, store in self.stores.items():
             if store.codec == "float16":
-                done[name] = Encoded("float16", 16, 0, 0, _to_cpu({"half": self.weights[name].half()}))
-        return {name: done[name] for name in self.stores}
+                half = self.weights[name].half()
+                encoded[name] = Encoded("float16", 16, 0, 0, _to_cpu({"half": half}))
+        return {name: encoded[name] for name in self.stores}
 
-    def _add_lqer(self, done):
-        """LQER where the error is felt most, if it is felt less for it. By its plain norm it would always be the largest
-        tensors (#1797).
+    def _round(self, names, store, steps):
+        """Codes int16 (N, R, C) of parameters at step sizes (N, R, C or 1), by GPTQ or to the
+        nearest.
         """
-        def felt(name, one):
-            hessian, gain, *_ = self.moments[name]
-            error = self.weights[name] - one.decode(self.weights[name].shape).to(hessian.device)
-            return (gain @ ((error @ hessian) * error).sum(1)).item(), error
+        weights = torch.stack([self.weights[name] for name in names])
+        top = store.top
+        if store.codec == "mixed":
+            top = torch.where(self._salient(names), largest_code(self.s.awq_lite_bits), top)
+        if self.s.prune_pct:  # zero whatever GPTQ feeds into them: it would undo the pruning (#967)
+            steps = steps.where(weights != 0, 1e30)
+        if store.method != "gptq":
+            return round_to_grid(weights, steps, top).to(torch.int16)
+        orders, factors = (torch.stack(tensors) for tensors in zip(*map(self.factor, names)))
+        alive = torch.stack([self.moments[name].hessian.diagonal() > 0 for name in names])[:, None]
+        return gptq(weights * alive, steps, top, orders, factors, self.s.gptq_block_size)
 
-        found = {name: felt(name, done[name]) for name in filter(self.moments.get, done)}  # a gate has none
-        for name in sorted(found, key=lambda name: found[name][0])[-self.s.lqer_top_k :]:
-            before, error = found[name]
-            fitting, group = min(self.s.lqer_rank, *error.shape), self.s.lqer_asym_group
-            parts = _to_cpu(lqer(error, *self.moments[name][:2], fitting, group))
-            one = done[name]._replace(rank=fitting, group=group, parts=done[name].parts | parts)
-            if felt(name, one)[0] < before:
-                done[name] = one
+    def _encoded(self, store, grid_parts, codes):
+        """A parameter with codes int16 (R, C): those beyond a byte are split in q + 127 over."""
+        codec = store.codec
+        over = codes.sign() * ((codes.abs() - 1).clamp_min(0) // BYTE)
+        parts = grid_parts | {"q": (codes - BYTE * over).to(torch.int8)}
+        if over.any():
+            codec = "wide"
+            parts["over"] = over.to(torch.int8)
+        return Encoded(codec, store.bits, 0, 0, _to_cpu(parts))
 
+    def _add_lqer(self, encoded):
+        """LQER for the LQER_TOP_K parameters whose error costs most, where it lowers that cost. By
+        the plain norm of errors it would always be the largest tensors (#1797).
+        """
+        def error_of(name, candidate):
+            weight = self.weights[name]
+            return weight - candidate.decode(weight.shape).to(self.moments[name].hessian.device)
 
-def allocate(quantiser, packed_of, room, log):
-    """The artifact (Packed) at the spacing that fills `room` bytes to within 5,000, or at the finest that means anything.
-    Bytes follow Quantiser.rate() up to a factor, which each try corrects.
-    """
-    finest = math.sqrt(24e-5 / max(quantiser.quantised, 1))  # 1e-5 nats in all
-    bounds, factor, best = [finest, math.inf], 1.0, None  # too many bytes, few enough
-    for attempt in range(1, 11):
-        spacing = quantiser.spacing_for(room - 2500, factor, *bounds)
-        packed = packed_of(quantiser.encode(spacing))
-        log("allocate", attempt=attempt, spacing=spacing, expected_loss=quantiser.quantised * spacing**2 / 24,
-            bytes=packed.size, room_bytes=room)
-        if packed.size <= room or best is None:
-            best = packed
-        if packed.size <= room and (packed.size >= room - 5000 or spacing <= 1.001 * finest):
-            break
-        bounds[packed.size <= room], factor = spacing, packed.size / quantiser.rate(spacing)
-    return best
+        costs = {}
+        for name, candidate in encoded.items():
+            if name in self.moments:  # a gate has none
+                costs[name] = self.moments[name].loss(error_of(name, candidate))
+        group = self.s.lqer_asym_group
+        for name in sorted(costs, key=costs.get)[-self.s.lqer_top_k :]:
+            moments = self.moments[name]
+            error = error_of(name, encoded[name])
+            rank = min(self.s.lqer_rank, *error.shape)
+            correction = _to_cpu(lqer(error, moments.hessian, moments.gain, rank, group))
+            parts = encoded[name].parts | correction
+            corrected = encoded[name]._replace(rank=rank, group=group, parts=parts)
+            if moments.loss(error_of(name, corrected)) < costs[name]:
+                encoded[name] = corrected
 
 
 # ---- pruning: FIT=prune --------------------------------------------------------------------------
 
+PRUNABLE = ("int", "mixed")  # codecs of which codes are dropped
+
+
+def ones_in(codes):
+    """Which codes are 1 or -1."""
+    return codes.abs() == 1
+
 
 def without_cheapest(encoded, count):
-    """Encoded tensors with `count` of their codes 1 and -1 set to 0: those of the smallest steps (#1019, #1539)."""
-    places, costs = [], []
-    for name, (codec, *_, parts) in encoded.items():
-        if codec not in ("int", "mixed"):
+    """Encoded tensors with `count` of their codes 1 and -1 set to 0: those of the smallest step
+    sizes (#1019, #1539).
+    """
+    places = {}  # of the ones, in each tensor's flattened codes
+    steps = []
+    for name, tensor in encoded.items():
+        if tensor.codec not in PRUNABLE:
             continue
-        q = parts["q"]
-        at = (q.abs() == 1).flatten().nonzero().squeeze(1)
-        places.append((name, at))
-        costs.append(CODECS[codec][0](parts | {"q": torch.ones_like(q)}, q.shape).flatten()[at])  # their steps
-    cheap = torch.zeros(sum(map(len, costs)), dtype=torch.bool)
-    cheap[torch.cat(costs).argsort(stable=True)[:count]] = True
-    done = dict(encoded)
-    for (name, at), drop in zip(places, cheap.split([len(at) for _, at in places])):
-        q = encoded[name].parts["q"].clone()
-        q.view(-1)[at[drop]] = 0
-        done[name] = encoded[name]._replace(parts=encoded[name].parts | {"q": q})
-    return done
+        codes = tensor.parts["q"]
+        places[name] = ones_in(codes).flatten().nonzero().squeeze(1)
+        parts = tensor.parts | {"q": torch.ones_like(codes)}
+        step = CODECS[tensor.codec].decode(parts, codes.shape)
+        steps.append(step.flatten()[places[name]])
+    cheap = torch.zeros(sum(map(len, steps)), dtype=torch.bool)
+    cheap[torch.cat(steps).argsort(stable=True)[:count]] = True
+
+    pruned = dict(encoded)
+    cheap_by_tensor = cheap.split([len(ones) for ones in places.values()])
+    for (name, ones), drop in zip(places.items(), cheap_by_tensor):
+        parts = encoded[name].parts
+        codes = parts["q"].clone()
+        codes.view(-1)[ones[drop]] = 0
+        pruned[name] = encoded[name]._replace(parts=parts | {"q": codes})
+    return pruned
 
 
 def prune_to_fit(encoded, packed_of, room, log):
-    """The artifact (Packed) with few of its cheapest codes dropped (without_cheapest) that fits `room` bytes; with all of
-    them, if even that is too large.
+    """The artifact (Packed) with few of its cheapest codes dropped (without_cheapest) that fits
+    `room` bytes, by regula falsi; with all of them dropped, if even that is too large.
     """
-    first = packed_of(encoded)
-    if first.size <= room:
-        log("prune", dropped=0, bytes=first.size, room_bytes=room)
-        return first
-    low, high = 0, sum(int((one.parts["q"].abs() == 1).sum()) for one in encoded.values() if one.codec in ("int", "mixed"))
-    best, over = packed_of(without_cheapest(encoded, high)), first.size  # sizes at high and low
-    for _ in range(8 if best.size <= room else 0):
-        if best.size >= room - 2000 or high - low <= 1:
+    whole = packed_of(encoded)
+    if whole.size <= room:
+        log("prune", dropped=0, bytes=whole.size, room_bytes=room)
+        return whole
+    too_few, too_few_size = 0, whole.size
+    codes = [tensor.parts["q"] for tensor in encoded.values() if tensor.codec in PRUNABLE]
+    enough = sum(int(ones_in(tensor_codes).sum()) for tensor_codes in codes)
+    best = packed_of(without_cheapest(encoded, enough))
+    tries = 8 if best.size <= room else 0
+    for _ in range(tries):
+        if best.size >= room - 2000 or enough - too_few <= 1:
             break
-        count = low + round((high - low) * (over - room + 500) / (over - best.size))
-        count = min(max(count, low + 1), high - 1)
-        tried = packed_of(without_cheapest(encoded, count))
-        if tried.size <= room:
-            high, best = count, tried
+        excess = too_few_size - room + 500
+        count = too_few + round((enough - too_few) * excess / (too_few_size - best.size))
+        count = min(max(count, too_few + 1), enough - 1)
+        packed = packed_of(without_cheapest(encoded, count))
+        if packed.size <= room:
+            enough, best = count, packed
         else:
-            low, over = count, tried.size
-    log("prune", dropped=high, bytes=best.size, room_bytes=room)
+            too_few, too_few_size = count, packed.size
+    log("prune", dropped=enough, bytes=best.size, room_bytes=room)
     return best
 
 
 # ---- late QAT ------------------------------------------------------------------------------------
 
+SCALE_REFRESH_STEPS = 10  # optimizer steps after which late QAT's scales follow the weights
+SHARPEST = 16  # sharpness of soft rounding at the end of training; it begins at 1
+
 
 class LateQAT:
-    """Training on weights as the artifact will hold them, from LATE_QAT_THRESHOLD on: on the exporter's own grid. That
-    of scales follows the weights, every 10 steps; that of FIT=allocate is chosen once, after a calibration of its own.
+    """Late quantisation-aware training: from LATE_QAT_THRESHOLD on, the forward sees weights as
+    the artifact will hold them, rounded to the exporter's own grid (FakeQuant). Scales follow the
+    weights every 10 optimizer steps; the grid of FIT=allocate is chosen once, after a calibration
+    of its own.
     """
 
     def __init__(self, model, s):
-        self.model, self.s, self.begun, self.on, self.moments = model, s, None, False, None
+        self.model = model
+        self.s = s
+        self.begun = None  # optimizer step at which it began
+        self.on = False
+        self.moments = None  # of FIT=allocate
         stores = storage(model, s)
-        self.modules = {f"{name}.weight": module for name, module in model.named_modules()
-                        if isinstance(module, (Linear, Table)) and stores[f"{name}.weight"].codec != "float16"}
-        self.grids = {name: FakeQuant(module.weight, stores[name].top, s.qat_rounding == "soft").to(module.weight.device)
-                      for name, module in self.modules.items()}
-        if s.fit == "allocate":
-            for name, grid in self.grids.items():
-                grid.step = torch.ones_like(self.modules[name].weight.data)
+        self.modules = {}
+        self.grids = {}
+        for name, module in model.named_modules():
+            name = f"{name}.weight"
+            if isinstance(module, (Linear, Embedding)) and stores[name].codec != "float16":
+                grid = FakeQuant(module.weight, stores[name].top, s.qat_rounding == "soft")
+                if s.fit == "allocate":
+                    grid.step = torch.ones_like(module.weight.data)
+                self.modules[name] = module
+                self.grids[name] = grid.to(module.weight.device)
 
     def switch(self, on):
         """Round, or do not: two graphs of the same model, both compiled in warm-up."""
@@ -4288,191 +4907,338 @@ class LateQAT:
             self.on = on
 
     def enter(self, run, training, progress):
-        """At each step that trains on rounded weights; progress from 0 to 1 sharpens soft rounding (1 to 16)."""
+        """Called before each optimizer step on rounded weights; progress from 0 to 1 sharpens soft
+        rounding.
+        """
+        allocating = self.s.fit == "allocate"
         if self.begun is None:
             self.begun = training.step
-            run.log("late_qat", step=training.step, tensors=len(self.grids), rounding=self.s.qat_rounding)
-            if self.s.fit == "allocate":
-                self.moments = training.calibrate()  # the export's, too: another grid would undo what was learned
-                try:
-                    quantiser = Quantiser(self.model, self.s, self.moments)
-                    spacing = quantiser.spacing_for(self.s.size_limit - len(run.source))
-                except Stopped:  # the steps so far are worth keeping
-                    self.begun = self.moments = None
-                    training.save()
-                    raise
-                self._set(quantiser.steps(spacing))
-        if self.s.fit != "allocate" and (training.step - self.begun) % 10 == 0:
+            run.log("late_qat", step=training.step, tensors=len(self.grids),
+                    rounding=self.s.qat_rounding)
+            if allocating:
+                self._allocate(run, training)
+        if not allocating and (training.step - self.begun) % SCALE_REFRESH_STEPS == 0:
             self._set(Quantiser(self.model, self.s).steps())
-        for grid in self.grids.values() if self.s.qat_rounding == "soft" else ():
-            grid.sharpness.fill_(1 + 15 * progress)
+        if self.s.qat_rounding == "soft":
+            for grid in self.grids.values():
+                grid.sharpness.fill_(1 + (SHARPEST - 1) * progress)
         self.switch(True)
+
+    def _allocate(self, run, training):
+        """Choose the grid of FIT=allocate. The export uses the same moments: another grid would
+        undo what was learned.
+        """
+        self.moments = training.calibrate()
+        try:
+            quantiser = Quantiser(self.model, self.s, self.moments)
+            spacing = quantiser.spacing_for(self.s.size_limit - len(run.source))
+        except Stopped:
+            self.begun = None
+            self.moments = None
+            training.save()  # the steps so far are worth keeping
+            raise
+        self._set(quantiser.steps(spacing))
 
     def _set(self, steps):
         for name, grid in self.grids.items():
             grid.step.copy_(steps[name])
 
     def state_dict(self):
-        moments = self.moments and {name: (*one.to("cpu"),) for name, one in self.moments.items()}
-        return {"begun": self.begun, "steps": {name: grid.step.cpu() for name, grid in self.grids.items()},
-                "moments": moments}
+        moments = self.moments
+        if moments:
+            moments = {name: tuple(values.to("cpu")) for name, values in moments.items()}
+        steps = {name: grid.step.cpu() for name, grid in self.grids.items()}
+        return {"begun": self.begun, "steps": steps, "moments": moments}
 
     def load_state_dict(self, state):
         self.begun = state["begun"]
         self._set(state["steps"])
         if state["moments"]:
             device = self.model.embed.weight.device
-            self.moments = {name: Moments(*one).to(device) for name, one in state["moments"].items()}
+            self.moments = {}
+            for name, values in state["moments"].items():
+                self.moments[name] = Moments(*values).to(device)
 
 
 # --------------------------------------------------------------------------------------------------
 # 8 Entropy coder of integer codes
+# Interleaved rANS (Duda 2013, Giesen 2014), one stream over all matrices.
+#
+# An entropy coder writes what it expects with probability p in log2(1/p) bits. rANS comes within a
+# fraction of a percent of that, so all depends on the probabilities. Those of a code are learned
+# from the earlier codes of its bucket, and its bucket is the magnitude expected of it
+# (code_context): the mean of its column so far, times how much larger than expected its row has
+# been so far. Rows that are like the one above, as of tokens never seen, are coded as differences
+# from it. Encoder and decoder visit the codes in one order (walk_codes) and learn the same on the
+# way: only codes are stored. All that the decoder depends on is integers: a last bit that differs
+# between machines would end the stream.
 # --------------------------------------------------------------------------------------------------
 
-# The entropy coder of integer codes: interleaved rANS (Duda 2013, Giesen 2014), one stream over all matrices.
-# A code has the frequencies of its bucket, the magnitude expected of it: the mean of its column so far times how much
-# larger than expected its row has been so far. Both sides learn them on the way: nothing but codes is stored.
-# Rows that are like the one above, as of tokens never seen, are coded as differences from it.
-# What the decoder depends on is integers throughout: a last bit that differs between machines would end the stream.
+PRECISION = 13  # frequencies of a bucket sum to 2^PRECISION
+# A coder state is never below this between codes; it gives or takes 16 bits at a time.
+STATE_LOW = 1 << 16
+# -128 as a byte, which is no code: the true one, too rare to have a frequency, is stored as it is.
+ESCAPE = 128
 
-PRECISION, BUCKETS = 13, 48  # a bucket's frequencies sum to 2^PRECISION; bucket k expects magnitudes of 2^(k/4 - 5)
-STATE_LOW = 1 << 16  # a lane's state is never below between codes; it gives or takes 16 bits at a time
-ESCAPE = 128  # -128 as a byte, which is no code: the true one, too rare to have a frequency, is stored as it is
+BUCKETS = 48  # bucket k expects magnitudes of 2^(k/4 - 5)
+# Magnitudes are counted in 1/256 and their logarithms in 1/16 of an octave, so that all are
+# integers.
+MAGNITUDE_BITS = 8
+LOG_OF_1 = 16 * MAGNITUDE_BITS
+LOG_OF_BUCKET_0 = LOG_OF_1 - 16 * 5
+LOGS_PER_BUCKET = 4
+
+# What is expected at the beginning, which the first codes soon outweigh.
+PRIOR_CODES = 64  # a matrix begins as if 64 codes of magnitude 1/2 had come before,
+PRIOR_ROWS = 4  # a column as if 4 rows of the matrix's mean,
+PRIOR_COLUMNS = 8  # a row as if 8 columns of what is expected
+EARLIER_CODES = 128  # the codes of earlier groups are worth 128 codes in each bucket
+FIRST_LESSON = 1024  # codes after which frequencies are first learned; later after a quarter more
+LEAST_PIECE = 128  # rows of a matrix that are coded one after the other, at least
 
 
 @cache
-def _logs():
+def log2_table():
     """floor(16 log2(x + 1)) for x < 2^15."""
     return np.array([((x + 1) ** 16).bit_length() - 1 for x in range(1 << 15)])
 
 
+def integer_log2(x):
+    """16 log2(x + 1) of integers, rounded down; at most that of 2^15 - 1."""
+    table = log2_table()
+    return table[np.minimum(x, len(table) - 1)]
+
+
 @cache
-def _prior():
-    """About 20 codes for each bucket to begin with, in 1/4096 (BUCKETS, 256): nearly normal."""
+def prior_counts():
+    """About 20 codes for each bucket to begin with, in 1/4096 (BUCKETS, 256): nearly normal, with
+    heavier tails. A code v has (1 + v^2 / (20 m^2 + 2))^-8 at a mean magnitude m = 2^(k/4 - 5).
+    """
     rows = []
     for k in range(BUCKETS):
-        wide = 20 * math.isqrt(1 << k + 2) + 4096  # (1 + v^2 / (20 m^2 + 2))^-8 at a mean magnitude m = 2^(k/4 - 5)
-        bell = [(wide << 16) ** 8 // (wide + 2048 * v * v) ** 8 for v in range(ESCAPE)]
-        half = [80_000 * x // (2 * sum(bell) - bell[0]) + 1 for x in bell]
-        rows.append([*half, 1600, *half[:0:-1]])
+        width = 20 * math.isqrt(1 << k + 2) + 4096  # 20 m^2 + 2, in 1/2048
+        bell = [(width << 16) ** 8 // (width + 2048 * v * v) ** 8 for v in range(ESCAPE)]
+        total = 2 * sum(bell) - bell[0]
+        half = [80_000 * density // total + 1 for density in bell]
+        escape = 1600
+        rows.append([*half, escape, *half[:0:-1]])
     return np.array(rows)
 
 
 def code_frequencies(counts):
-    """Counts of code bytes (BUCKETS, 256) -> integers that sum to 2^PRECISION in each bucket; 0: use ESCAPE."""
+    """Counts of code bytes (BUCKETS, 256) -> integers that sum to 2^PRECISION in each bucket; 0:
+    use ESCAPE.
+    """
     weights = counts << 2
     weights[1:] += counts[:-1]  # neighbours learn from each other
     weights[:-1] += counts[1:]
-    ends = ((weights << 10) + _prior()).cumsum(1)
-    frequencies = np.diff(ends * ((1 << PRECISION) - 1) // ends[:, -1:], axis=1, prepend=0)
+    cumulative = ((weights << 10) + prior_counts()).cumsum(1)  # in 1/4096 of a count
+    slots = (1 << PRECISION) - 1  # one is left for ESCAPE
+    frequencies = np.diff(cumulative * slots // cumulative[:, -1:], axis=1, prepend=0)
     frequencies[:, ESCAPE] += 1
     return frequencies
 
 
-def walk_codes(groups, coder):
-    """Visit all codes of groups (N, R, C), as both sides do. The coder's code() stores, or fills in, codes (N, pieces,
-    width) as differences from base, given their buckets; its learn() takes new frequencies.
-
-    The N matrices of a kind go side by side, and of each the pieces of `height` rows: `width` columns of one row of all
-    pieces are about one code a lane. Whatever predicts a code is here, from codes of earlier visits.
+class CodeCounts:
+    """How often each code came in each bucket. The coder learns its frequencies from that, again
+    and again.
     """
-    logs, counts = _logs(), np.zeros((BUCKETS, 256), np.int64)
-    coder.learn(code_frequencies(counts))
+
+    def __init__(self, coder):
+        self.coder = coder
+        self.counts = np.zeros((BUCKETS, 256), np.int64)
+        coder.learn(code_frequencies(self.counts))
+
+    def begin_group(self):
+        total = self.counts.sum(1, keepdims=True)
+        self.counts = self.counts * EARLIER_CODES // total.clip(EARLIER_CODES)
+        self.known = 0  # codes of the group that are counted
+        self.pending = []
+        self.pending_codes = 0
+
+    def add(self, buckets, differences, last):
+        """Codes, as differences from their base; last: the group ends with them."""
+        self.pending.append((buckets << 8 | differences.view(np.uint8)).ravel())
+        self.pending_codes += differences.size
+        if last or self.pending_codes >= max(FIRST_LESSON, self.known // 4):
+            seen = np.bincount(np.concatenate(self.pending), minlength=self.counts.size)
+            self.counts += seen.reshape(self.counts.shape)
+            self.coder.learn(code_frequencies(self.counts))
+            self.known += self.pending_codes
+            self.pending = []
+            self.pending_codes = 0
+
+
+class RowState:
+    """What is known of one row of every piece (N, pieces, C) of a group, as its codes are visited
+    from left to right.
+
+    column_sums (N, 1, C): of the magnitudes of the `rows_seen` rows before; above (N, pieces, C):
+    codes of the row above.
+    """
+
+    def __init__(self, column_sums, rows_seen, above):
+        columns = column_sums.shape[2]
+        total = column_sums.sum(2, keepdims=True) << MAGNITUDE_BITS
+        prior_total = PRIOR_CODES << MAGNITUDE_BITS - 1
+        mean = (total + prior_total) // (rows_seen * columns + PRIOR_CODES)
+        expected = ((column_sums << MAGNITUDE_BITS) + PRIOR_ROWS * mean) // (rows_seen + PRIOR_ROWS)
+        expected_before = expected.cumsum(2) - expected + PRIOR_COLUMNS * mean
+        # (N, 1, C): the logarithm of a column's expected magnitude; the sum of those before it
+        self.log_expected = log2_table()[expected]
+        self.expected_before = np.maximum(expected_before, 1)
+        # (N, pieces, 1): sums of |code| and |code - above| so far
+        self.magnitude = np.repeat(PRIOR_COLUMNS * mean, above.shape[1], 1)
+        self.change = self.magnitude
+        self.above = above
+
+    def add(self, codes, start):
+        """Codes (N, pieces, width) of the columns from `start` on."""
+        above = self.above[:, :, start : start + codes.shape[2]]
+        change = np.abs(np.subtract(codes, above, dtype=np.int16)).sum(2, keepdims=True)
+        magnitude = np.abs(codes).sum(2, keepdims=True, dtype=np.int64)
+        self.change = self.change + (change << MAGNITUDE_BITS)
+        self.magnitude = self.magnitude + (magnitude << MAGNITUDE_BITS)
+
+
+def code_context(row, start, stop):
+    """(buckets, base) of the codes in columns start to stop of a RowState: what predicts them.
+    They are coded as differences from base, 0 or the row above.
+    """
+    ratio = (row.magnitude << MAGNITUDE_BITS) // row.expected_before[:, :, start : start + 1]
+    log_magnitude = row.log_expected[:, :, start:stop] + (integer_log2(ratio) - LOG_OF_1)
+    base = 0
+    like_above = 4 * row.change < 3 * row.magnitude
+    if like_above.any():
+        base = row.above[:, :, start:stop] * like_above
+        mean_change = row.change // (start + PRIOR_COLUMNS)
+        log_magnitude = np.where(like_above, integer_log2(mean_change), log_magnitude)
+    buckets = (log_magnitude - LOG_OF_BUCKET_0) // LOGS_PER_BUCKET
+    return np.minimum(np.maximum(buckets, 0), BUCKETS - 1), base
+
+
+def piece_shape(shape, state_count):
+    """(rows of a piece, columns that are coded at once) for N matrices (N, R, C).
+
+    All N matrices are coded side by side, and of each all pieces: a chunk is `width` columns of
+    one row of every piece, about one code for each coder state. Pieces and width are in the
+    proportion of rows and columns.
+    """
+    matrices, rows, columns = shape
+    codes = max(1, state_count // matrices)  # of a matrix in a chunk
+    pieces = min(rows // LEAST_PIECE, math.isqrt(codes * rows // columns))
+    height = -(-rows // max(1, pieces))
+    pieces = -(-rows // height)
+    width = min(columns, max(1, codes // pieces))
+    return height, width
+
+
+def walk_codes(groups, coder):
+    """Visit all codes of groups (N, R, C), as both sides do. The coder's code() stores, or fills
+    in, codes (N, pieces, width) as differences from base, given their buckets; its learn() takes
+    new frequencies.
+    """
+    counts = CodeCounts(coder)
     for group in groups:
-        N, R, C = group.shape
-        area = max(1, coder.lanes // N)
-        height = -(-R // max(1, min(R // 128, math.isqrt(area * R // C))))
-        width = min(C, max(1, area // -(-R // height)))
-        counts = (counts << 7) // counts.sum(1, keepdims=True).clip(128)  # of earlier kinds: worth 128 codes a bucket
-        columns, above = np.zeros((N, 1, C), np.int64), np.zeros((N, -(-R // height), C), np.int8)
-        visits, fresh, known, seen = [], 0, 0, 0
+        matrices, rows, columns = group.shape
+        height, width = piece_shape(group.shape, coder.state_count)
+        counts.begin_group()
+        column_sums = np.zeros((matrices, 1, columns), np.int64)
+        rows_seen = 0
+        above = np.zeros((matrices, -(-rows // height), columns), np.int8)
         for t in range(height):
-            rows = group[:, t::height]
-            above = above[:, : rows.shape[1]]
-            # Magnitudes in 1/256, binary logarithms in 1/16; as if 64 codes of 1/2, 4 rows of the mean and 8 columns of
-            # what is expected had come before the first.
-            mean = (columns.sum(2, keepdims=True) * 256 + 8192) // (seen * C + 64)
-            expected = (columns * 256 + 4 * mean) // (seen + 4)
-            before = np.maximum(expected.cumsum(2) - expected + 8 * mean, 1)
-            level = logs[expected] - 48
-            size = change = np.repeat(8 * mean, rows.shape[1], 1)  # sums of |row| and |row - above| so far
-            for c in range(0, C, width):
-                at = np.s_[:, :, c : c + width]
-                codes, near, base = rows[at], above[at], 0
-                bucket = level[at] + logs[np.minimum((size << 8) // before[:, :, c : c + 1], len(logs) - 1)] - 128
-                alike = 4 * change < 3 * size
-                if alike.any():
-                    base = near * alike
-                    bucket = np.where(alike, logs[np.minimum(change // (c + 8), len(logs) - 1)] - 48, bucket)
-                bucket = np.minimum(np.maximum(bucket >> 2, 0), BUCKETS - 1)
-                coder.code(bucket, codes, base)
-                visits.append((bucket << 8 | (codes - base).view(np.uint8)).ravel())
-                size = size + (np.abs(codes).sum(2, keepdims=True, dtype=np.int64) << 8)
-                change = change + (np.abs(np.subtract(codes, near, dtype=np.int16)).sum(2, keepdims=True) << 8)
-                fresh += codes.size
-                if fresh >= max(1024, known // 4) or (t == height - 1 and c + width >= C):
-                    counts += np.bincount(np.concatenate(visits), minlength=counts.size).reshape(counts.shape)
-                    coder.learn(code_frequencies(counts))
-                    visits, known, fresh = [], known + fresh, 0
-            above, seen = rows, seen + rows.shape[1]
-            columns += np.abs(rows).sum(1, keepdims=True, dtype=np.int64)
+            codes = group[:, t::height]  # (N, pieces, C): row t of every piece, if it is that long
+            row = RowState(column_sums, rows_seen, above[:, : codes.shape[1]])
+            for start in range(0, columns, width):
+                stop = start + width
+                chunk = codes[:, :, start:stop]
+                buckets, base = code_context(row, start, stop)
+                coder.code(buckets, chunk, base)
+                row.add(chunk, start)
+                last = t == height - 1 and stop >= columns
+                counts.add(buckets, chunk - base, last)
+            above = codes
+            rows_seen += codes.shape[1]
+            column_sums += np.abs(codes).sum(1, keepdims=True, dtype=np.int64)
 
 
 def _checksum(groups):
-    """Of the codes, not of the bytes that hold them: proves that this machine decodes as the other one encoded."""
-    return reduce(lambda crc, group: zlib.crc32(np.ascontiguousarray(group), crc), groups, 0)
+    """Of the codes, not of the bytes that hold them: proves that this machine decodes as the other
+    one encoded.
+    """
+    checksum = 0
+    for group in groups:
+        checksum = zlib.crc32(np.ascontiguousarray(group), checksum)
+    return checksum
 
 
-def _lanes(shapes):
-    """Each costs 3 bytes and saves time."""
-    return 8 + math.isqrt(sum(map(math.prod, shapes))) // 12
+def _state_count(shapes):
+    """Number of interleaved coder states. Each costs 3 bytes and saves time."""
+    codes = sum(math.prod(shape) for shape in shapes)
+    return 8 + math.isqrt(codes) // 12
 
 
 class CodeWriter:
-    """Notes what walk_codes() visits, as frequency << 16 | start of it among the slots of the bucket: rANS encodes from
-    the last code to the first, so that decoding goes forwards.
+    """Notes the codes that walk_codes() visits, and encodes at the end: rANS goes from the last
+    code to the first, so that decoding goes forwards.
     """
 
-    def __init__(self, lanes):
-        self.lanes, self.steps, self.escaped = lanes, [], []
+    def __init__(self, state_count):
+        self.state_count = state_count
+        # frequency << 16 | first slot of up to state_count codes, which are coded at once
+        self.batches = []
+        self.escaped = []
 
     def learn(self, frequencies):
-        self.table = (frequencies << 16 | frequencies.cumsum(1) - frequencies).astype(np.uint32).ravel()
+        starts = frequencies.cumsum(1) - frequencies
+        self.table = (frequencies << 16 | starts).astype(np.uint32).ravel()
 
     def code(self, buckets, codes, base):
-        rows, symbols = buckets.ravel() << 8, (codes - base).view(np.uint8).ravel()
+        rows = buckets.ravel() << 8
+        symbols = (codes - base).view(np.uint8).ravel()
         entries = self.table.take(rows | symbols)
-        escaped = (entries < 1 << 16) | (symbols == ESCAPE)
+        escaped = (entries < 1 << 16) | (symbols == ESCAPE)  # no frequency, or none of a code
         if escaped.any():
             entries[escaped] = self.table[rows[escaped] | ESCAPE]
             self.escaped.append(codes.ravel()[escaped].tobytes())
-        self.steps += [entries[i : i + self.lanes] for i in range(0, len(entries), self.lanes)]
+        for i in range(0, len(entries), self.state_count):
+            self.batches.append(entries[i : i + self.state_count])
 
     def finish(self, checksum):
-        state, words = np.full(self.lanes, STATE_LOW, np.uint32), []
-        for entries in reversed(self.steps):
-            x, frequency = state[: len(entries)], entries >> 16
+        states = np.full(self.state_count, STATE_LOW, np.uint32)
+        words = []
+        for entries in reversed(self.batches):
+            x = states[: len(entries)]  # a view: the states change with it
+            frequency = entries >> 16
+            start = entries & 0xFFFF
             full = np.flatnonzero(x >> 32 - PRECISION >= frequency)
             words.append(x[full].astype("<u2"))
             x[full] >>= 16
-            x += x // frequency * ((1 << PRECISION) - frequency) + (entries & 0xFFFF)
+            # (x // frequency << PRECISION) + x % frequency + start
+            x += x // frequency * ((1 << PRECISION) - frequency) + start
         escaped = b"".join(self.escaped)
-        return b"".join([struct.pack("<II", checksum, len(escaped)), state.astype("<u4"), escaped, *reversed(words)])
+        head = struct.pack("<II", checksum, len(escaped))
+        return b"".join([head, states.astype("<u4"), escaped, *reversed(words)])
 
 
 class CodeReader:
-    """Fills in what walk_codes() visits, from the bytes of a CodeWriter; refuses what no CodeWriter wrote."""
+    """Fills in the codes that walk_codes() visits, from the bytes of a CodeWriter; refuses what no
+    CodeWriter wrote.
+    """
 
-    def __init__(self, data, lanes, where):
-        head = 8 + 4 * lanes
-        self.lanes, self.where, self.at, self.escapes = lanes, where, 0, 0
+    def __init__(self, data, state_count, where):
+        self.state_count = state_count
+        self.where = where
+        head = 8 + 4 * state_count
         self.check(len(data) >= head, "too short")
-        self.checksum, escaped = struct.unpack_from("<II", data)
-        end = head + escaped
+        self.checksum, escaped_bytes = struct.unpack_from("<II", data)
+        end = head + escaped_bytes
         self.check(len(data) >= end and (len(data) - end) % 2 == 0, "too short")
-        self.state = np.frombuffer(data, "<u4", lanes, 8).astype(np.uint32)
+        self.states = np.frombuffer(data, "<u4", state_count, 8).astype(np.uint32)
         self.escaped = np.frombuffer(data[head:end], np.int8)
+        self.next_escape = 0
         self.words = np.frombuffer(data[end:], "<u2").astype(np.uint32)
+        self.next_word = 0
         self.bytes = np.tile(np.arange(256, dtype=np.uint8), BUCKETS)
         self.slots = np.tile(np.arange(1 << PRECISION, dtype=np.uint32), BUCKETS)
 
@@ -4481,54 +5247,63 @@ class CodeReader:
             raise BadInput(f"{self.where}: coded weights are corrupt ({what})")
 
     def learn(self, frequencies):
-        f = frequencies.ravel().astype(np.uint32)
-        self.symbols = np.repeat(self.bytes, f)
+        """Tables over the slots of all buckets: the symbol of each, and frequency << 16 | slot -
+        first slot of it.
+        """
+        widths = frequencies.ravel().astype(np.uint32)
         starts = (frequencies.cumsum(1) - frequencies).ravel().astype(np.uint32)
-        self.entries = np.repeat((f << 16) - starts, f) + self.slots  # frequency << 16 | slot - start
+        self.symbols = np.repeat(self.bytes, widths)
+        self.entries = np.repeat((widths << 16) - starts, widths) + self.slots
 
     def code(self, buckets, codes, base):
-        slots, symbols = buckets.ravel() << PRECISION, np.empty(codes.size, np.uint8)
-        for i in range(0, codes.size, self.lanes):
-            x = self.state[: codes.size - i]
-            at = (x & (1 << PRECISION) - 1) + slots[i : i + self.lanes]
-            symbols[i : i + self.lanes] = self.symbols.take(at)
-            entries = self.entries.take(at)
+        first_slots = buckets.ravel() << PRECISION
+        symbols = np.empty(codes.size, np.uint8)
+        for i in range(0, codes.size, self.state_count):
+            x = self.states[: codes.size - i]  # a view: the states change with it
+            slots = (x & (1 << PRECISION) - 1) + first_slots[i : i + self.state_count]
+            symbols[i : i + self.state_count] = self.symbols.take(slots)
+            entries = self.entries.take(slots)
             x >>= PRECISION
             x *= entries >> 16
             x += entries & 0xFFFF
             low = np.flatnonzero(x < STATE_LOW)
-            words = self.words[self.at : self.at + len(low)]
+            words = self.words[self.next_word : self.next_word + len(low)]
             self.check(len(words) == len(low), "too short")
             x[low] = x[low] << 16 | words
-            self.at += len(low)
-        escaped = symbols.reshape(codes.shape) == ESCAPE
+            self.next_word += len(low)
         codes[...] = symbols.view(np.int8).reshape(codes.shape) + base
+        escaped = symbols.reshape(codes.shape) == ESCAPE
         if escaped.any():
-            count = np.count_nonzero(escaped)
-            values = self.escaped[self.escapes : self.escapes + count]
-            self.check(len(values) == count, "too few escapes")
-            codes[escaped] = values
-            self.escapes += count
+            codes[escaped] = self.take_escaped(np.count_nonzero(escaped))
         self.check(codes.min() > -128, "a code of -128")
 
+    def take_escaped(self, count):
+        values = self.escaped[self.next_escape : self.next_escape + count]
+        self.check(len(values) == count, "too few escapes")
+        self.next_escape += count
+        return values
+
     def finish(self, checksum):
-        self.check(self.at == len(self.words) and self.escapes == len(self.escaped), "too long")
-        self.check((self.state == STATE_LOW).all() and checksum == self.checksum, "checksum")
+        all_read = self.next_word == len(self.words) and self.next_escape == len(self.escaped)
+        self.check(all_read, "too long")
+        self.check((self.states == STATE_LOW).all() and checksum == self.checksum, "checksum")
 
 
 def encode_codes(groups):
     """int8 arrays (N, R, C), N matrices of a kind each, of codes -127..127 -> bytes."""
     if any(group.min() == -128 for group in groups):
         raise ValueError("-128 is no code")
-    writer = CodeWriter(_lanes([group.shape for group in groups]))
+    writer = CodeWriter(_state_count([group.shape for group in groups]))
     walk_codes(groups, writer)
     return writer.finish(_checksum(groups))
 
 
 def decode_codes(data, shapes, where):
-    """The arrays (N, R, C) of these shapes that encode_codes() was given; `where` begins the message if it fails."""
+    """The arrays (N, R, C) of these shapes that encode_codes() was given; `where` begins the
+    message if it fails.
+    """
     groups = [np.empty(shape, np.int8) for shape in shapes]
-    reader = CodeReader(data, _lanes(shapes), where)
+    reader = CodeReader(data, _state_count(shapes), where)
     walk_codes(groups, reader)
     reader.finish(_checksum(groups))
     return groups
@@ -4537,13 +5312,21 @@ def decode_codes(data, shapes, where):
 # --------------------------------------------------------------------------------------------------
 # 9 Artifact
 # magic | version, packed and raw header length, header checksum | header (zlib, JSON) | streams.
-# No pickle: loading a hostile file can fail, but not execute, nor allocate beyond sizes checked against the model.
+# No pickle: loading a hostile file can fail, but not execute, nor allocate beyond sizes checked
+# against the model.
+#
+# save_artifact   Quantiser -> Encoded -> pack (a stream for each kind of part) -> write_atomic
+# load_artifact   read_artifact (checked alone) -> artifact_settings (checked against the model)
+#                 -> parts of each tensor -> weights
 # --------------------------------------------------------------------------------------------------
 
-MAGIC, ARTIFACT_VERSION, PREFIX = b"PGOLF\r\n\x1a", 1, struct.Struct("<8sHIII")
+MAGIC = b"PGOLF\r\n\x1a"
+ARTIFACT_VERSION = 1
+PREFIX = struct.Struct("<8sHIII")  # magic, version, packed and raw header length, header checksum
 MAX_HEADER = 1 << 22
 MAX_VALUE = 2000  # characters of a setting in the header
-# Bytes that loading may need at once: that of about 140 M weights. 16,000,000 bytes are 128 M bits.
+# Bytes that loading may need at once: that of about 140 M weights. 16,000,000 bytes are 128 M
+# bits.
 MAX_LOADED = 1 << 30
 MAX_CORRECTION_WORK = 1 << 33  # multiplications of all low-rank corrections, some ten seconds
 MAX_RANK = Settings.__dataclass_fields__["lqer_rank"].metadata["hi"]
@@ -4560,7 +5343,8 @@ def brief(value, most=80):
 
 
 def need_number(what, value, kind, least, most):
-    """The number, if it is of this type and between these bounds (nan never is); else ValueError."""
+    """The number, if it is of this type and between these bounds (nan never is); else ValueError.
+    """
     if type(value) is not kind or not least <= value <= most:
         raise ValueError(f"{what} is {brief(value, 30)}, not {kind.__name__} from {least} to {most}")
     return value
@@ -4568,8 +5352,10 @@ def need_number(what, value, kind, least, most):
 
 def need_reasons(reasons):
     """ValueError unless these are reasons why a score is not valid, as brief() leaves them."""
-    texts = type(reasons) is list and all(type(one) is str and one == brief(one, MAX_VALUE) for one in reasons)
-    if not texts:
+    def is_text(reason):
+        return type(reason) is str and reason == brief(reason, MAX_VALUE)
+
+    if type(reasons) is not list or not all(map(is_text, reasons)):
         raise ValueError(f"reasons is {brief(reasons, 30)}, not a list of texts")
 
 
@@ -4584,9 +5370,12 @@ def read_file(path):
 
 
 def write_atomic(path, chunks):
-    """Complete under its name, or not there at all: temporary name, fsync, rename. Returns the SHA-256 of the bytes."""
+    """Complete under its name, or not there at all: temporary name, fsync, rename. Returns the
+    SHA-256 of the bytes.
+    """
     path = Path(path)
-    part, digest = path.with_name(path.name + ".part"), hashlib.sha256()
+    part = path.with_name(path.name + ".part")
+    digest = hashlib.sha256()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
@@ -4599,11 +5388,21 @@ def write_atomic(path, chunks):
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        raise BadInput(f"{path} cannot be written ({error.strerror}); nothing under that name was changed") from None
+        raise BadInput(f"{path} cannot be written ({error.strerror}); nothing under that name was "
+                       "changed") from None
     return digest.hexdigest()
 
 
 # ---- compressors ---------------------------------------------------------------------------------
+
+
+class Compressor(NamedTuple):
+    """A general compressor of bytes. A missing package is an error that names it, never another
+    choice.
+    """
+
+    compress: Callable  # (bytes) -> bytes
+    decompress: Callable  # (bytes, most) -> bytes, `most` of them at most
 
 
 def _zstd(data):
@@ -4619,6 +5418,14 @@ def _unzstd(data, most):
         raise ValueError(error) from None
 
 
+def _lzma(data):
+    return lzma.compress(data, check=lzma.CHECK_NONE, preset=9 | lzma.PRESET_EXTREME)
+
+
+def _unlzma(data, most):
+    return lzma.LZMADecompressor(memlimit=1 << 28).decompress(data, max_length=most)
+
+
 def _brotli(data):
     import brotli
     return brotli.compress(data, quality=11, lgwin=24)
@@ -4632,26 +5439,34 @@ def _unbrotli(data, most):
         raise ValueError(error) from None
 
 
-# name: (compress, decompress at most so many bytes). A missing package is an error that names it, never another choice.
+def _zlib(data):
+    return zlib.compress(data, 9)
+
+
+def _unzlib(data, most):
+    return zlib.decompressobj().decompress(data, most)
+
+
 COMPRESSORS = {
-    "zstd": (_zstd, _unzstd),
-    "lzma": (lambda data: lzma.compress(data, check=lzma.CHECK_NONE, preset=9 | lzma.PRESET_EXTREME),
-             lambda data, most: lzma.LZMADecompressor(memlimit=1 << 28).decompress(data, max_length=most)),
-    "brotli": (_brotli, _unbrotli),
-    "zlib": (lambda data: zlib.compress(data, 9), lambda data, most: zlib.decompressobj().decompress(data, most)),
+    "zstd": Compressor(_zstd, _unzstd),
+    "lzma": Compressor(_lzma, _unlzma),
+    "brotli": Compressor(_brotli, _unbrotli),
+    "zlib": Compressor(_zlib, _unzlib),
 }
 
 
 def decompress(name, data, size, where):
     """Exactly `size` bytes; never produces much more."""
     try:
-        out = COMPRESSORS[name][1](data, size + 1)
+        out = COMPRESSORS[name].decompress(data, size + 1)
     except ImportError as error:
-        raise BadInput(f"{where}: packed with {name}, which needs {error.name}: pip install {error.name}") from None
+        raise BadInput(f"{where}: packed with {name}, which needs {error.name}: "
+                       f"pip install {error.name}") from None
     except (ValueError, EOFError, MemoryError, zlib.error, lzma.LZMAError) as error:
         raise BadInput(f"{where}: {name} data is corrupt ({str(error)[:80]})") from None
     if len(out) != size:
-        raise BadInput(f"{where}: unpacks to {'more' if len(out) > size else 'fewer'} than the expected {size} bytes")
+        amount = "more" if len(out) > size else "fewer"
+        raise BadInput(f"{where}: unpacks to {amount} than the expected {size} bytes")
     return out
 
 
@@ -4680,6 +5495,11 @@ class TensorEntry(NamedTuple):
     rank: int
     group: int
 
+    @property
+    def matrix(self):
+        """(rows, columns), the axes after the first taken as one."""
+        return self.shape[0], math.prod(self.shape[1:])
+
 
 class StreamEntry(NamedTuple):
     """A line of the header's table of streams."""
@@ -4691,61 +5511,84 @@ class StreamEntry(NamedTuple):
     checksum: int  # CRC-32 of those bytes
 
 
+class StreamPart(NamedTuple):
+    """The place of one part of one tensor in a stream; places follow each other."""
+
+    tensor: str
+    part: str
+    dtype: type
+    shape: tuple[int, ...]
+
+    @property
+    def count(self):
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self):
+        return np.dtype(self.dtype).itemsize * self.count
+
+
+def tensor_entries(encoded, shapes):
+    """The table of tensors of {parameter: Encoded} with their shapes."""
+    return [TensorEntry(name, shapes[name], tensor.codec, tensor.bits, tensor.rank, tensor.group)
+            for name, tensor in encoded.items()]
+
+
 def stream_layout(tensors):
-    """{stream: [(name, part, dtype, shape)]} for rows (name, shape, codec, bits, rank, group): one stream for each kind
-    of part. In that of the codes equal kinds of matrix (all q, all k, ...) lie together.
+    """{stream: [StreamPart]} of a table of tensors: a stream for each kind of part. In that of the
+    codes equal kinds of matrix (all q, all k, ...) lie together.
     """
     streams = {}
-    for name, shape, codec, _, rank, group in tensors:
-        for part, (dtype, count) in CODECS[codec][1].items():
-            flat = (shape[0], math.prod(shape[1:])) if part in CODED else (count(shape),)
-            streams.setdefault(part, []).append((name, part, dtype, flat))
-        for part, (dtype, count) in CORRECTION.items() if rank else ():
-            streams.setdefault(part, []).append((name, part, dtype, (count(shape, rank, group),)))
-    for rows in (streams[part] for part in CODED if part in streams):
-        kinds = [_kind(row[0]) for row in rows]
-        rows.sort(key=lambda row: kinds.index(_kind(row[0])))
+    for entry in tensors:
+        for part, (dtype, count) in CODECS[entry.codec].parts.items():
+            shape = entry.matrix if part in CODED else (count(entry.shape),)
+            streams.setdefault(part, []).append(StreamPart(entry.name, part, dtype, shape))
+        if entry.rank:
+            for part, (dtype, count) in CORRECTION.items():
+                shape = (count(entry.shape, entry.rank, entry.group),)
+                streams.setdefault(part, []).append(StreamPart(entry.name, part, dtype, shape))
+    for stream in CODED:
+        if stream in streams:
+            streams[stream] = _kinds_together(streams[stream])
     return streams
 
 
+def _kinds_together(parts):
+    kinds = [_kind(part.tensor) for part in parts]
+    return sorted(parts, key=lambda part: kinds.index(_kind(part.tensor)))
+
+
 def raw_sizes(tensors):
-    """{stream: its bytes, unpacked} for rows (name, shape, codec, bits, rank, group)."""
-    return {stream: sum(np.dtype(dtype).itemsize * math.prod(shape) for _, _, dtype, shape in rows)
-            for stream, rows in stream_layout(tensors).items()}
+    """{stream: its bytes, unpacked} of a table of tensors."""
+    layout = stream_layout(tensors)
+    return {stream: sum(part.bytes for part in parts) for stream, parts in layout.items()}
 
 
 def _kind(name):
+    """The name of a tensor without the number of its layer."""
     return ".".join(word for word in name.split(".") if not word.isdigit())
 
 
-def code_groups(rows):
-    """[(number, rows, columns)]: runs of matrices of one kind and shape among the rows of the stream of codes."""
-    groups = []
-    for name, _, _, shape in rows:
-        key = (_kind(name), *shape)
-        if groups and groups[-1][0] == key:
-            groups[-1][1] += 1
-        else:
-            groups.append([key, 1])
-    return [(count, *shape) for (_, *shape), count in groups]
+def code_groups(parts):
+    """[(number, rows, columns)]: runs of matrices of one kind and shape in a stream of codes."""
+    runs = []
+    for part in parts:
+        key = (_kind(part.tensor), *part.shape)
+        if not runs or runs[-1][0] != key:
+            runs.append([key, 0])
+        runs[-1][1] += 1
+    return [(number, rows, columns) for (_, rows, columns), number in runs]
 
 
 def model_fields():
-    """The settings that define the model, stored in the artifact; SEED among them, from which adapters start."""
-    return [f for f in fields(Settings) if f.metadata["room"] == "Model" or f.name in ("vocab_size", "seed")]
+    """The settings that define the model, stored in the artifact; SEED among them, from which
+    adapters start.
+    """
+    others = ("vocab_size", "seed")
+    return [f for f in fields(Settings) if f.metadata["room"] == "Model" or f.name in others]
 
 
 # ---- save ----------------------------------------------------------------------------------------
-
-
-def pack_stream(rows, encoded, compressor):
-    """Bytes of one stream, packed."""
-    arrays = [encoded[name].parts[part].numpy() for name, part, _, _ in rows]
-    if compressor == "rans":
-        flat, groups = np.concatenate([array.ravel() for array in arrays]), code_groups(rows)
-        ends = np.cumsum([math.prod(shape) for shape in groups])
-        return encode_codes([part.reshape(shape) for part, shape in zip(np.split(flat, ends[:-1]), groups)])
-    return COMPRESSORS[compressor][0](_planes(np.concatenate([array.ravel() for array in arrays])))
 
 
 class Packed(NamedTuple):
@@ -4760,106 +5603,191 @@ class Packed(NamedTuple):
         return sum(map(len, self.chunks))
 
 
-def pack(encoded, shapes, s, header):
-    """The artifact of encoded parameters of some shapes -> Packed."""
-    tensors = [(name, shapes[name], *one[:4]) for name, one in encoded.items()]
-    streams, payload, report, sizes = [], [], [], raw_sizes(tensors)
-    for stream, rows in stream_layout(tensors).items():
-        named = s.compressor if s.compressor != "rans" or stream in CODED else "lzma"
-        candidates = [named] if named != "auto" else ["rans"] * (stream in CODED) + list(COMPRESSORS)
-        with ThreadPoolExecutor(len(candidates)) as pool:
-            packed = dict(zip(candidates, pool.map(partial(pack_stream, rows, encoded), candidates)))
-        best = min(candidates, key=lambda name: len(packed[name]))
-        size = sizes[stream]
-        streams.append(StreamEntry(stream, best, size, len(packed[best]), zlib.crc32(packed[best])))
-        payload.append(packed[best])
-        by_name = {f"{name}_bytes": len(data) for name, data in packed.items()}
-        report.append({"stream": stream, "raw_bytes": size, **by_name, "chosen": best})
-    header = json.dumps({**header, "tensors": tensors, "streams": streams}, separators=(",", ":")).encode()
-    packed = zlib.compress(header, 9)
-    chunks = [PREFIX.pack(MAGIC, ARTIFACT_VERSION, len(packed), len(header), zlib.crc32(packed)), packed, *payload]
-    return Packed(encoded, chunks, report)
-
-
 def save_artifact(path, model, s, tokenizer_sha256="", log=None, moments=None, room=None):
-    """Quantise, pack and write the model -> {"bytes", "sha256", "compressor"}. The file is complete or absent.
+    """Quantise, pack and write the model -> {"bytes", "sha256", "compressor"}. The file is
+    complete or absent.
 
-    `moments`: of calibrate(), where the settings need them; `room`: bytes that FIT may fill (default: SIZE_LIMIT).
+    `moments`: of calibrate(), where the settings need them; `room`: bytes that FIT may fill
+    (default: SIZE_LIMIT).
     """
-    log, room = log or (lambda *_, **__: None), s.size_limit if room is None else room
-    settings = {f.name.upper(): format_value(getattr(s, f.name)) for f in model_fields()}
-    # `looping`: a loop that training never reached stays off.
-    header = {"settings": settings, "looping": model.looping, "tokenizer_sha256": tokenizer_sha256}
-    header |= {"temperature": model.temperature} if model.temperature else {}
-    header |= {"reasons": model.reasons} if model.reasons else {}
+    if log is None:
+        log = no_log
+    if room is None:
+        room = s.size_limit
+    header = artifact_header(model, tokenizer_sha256, s)
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
     quantiser = Quantiser(model, s, moments)
+    # Tries need not wait for every compressor.
+    s_of_tries = replace(s, compressor="rans") if s.compressor == "auto" else s
 
     def packed_of(encoded):
-        for name, one in encoded.items():
-            if not all(part.isfinite().all() for part in one.parts.values()):
+        for name, tensor in encoded.items():
+            if not all(part.isfinite().all() for part in tensor.parts.values()):
                 raise Stopped(f"{name} is too large for float16; no artifact was written", 4)
-        return pack(encoded, shapes, quick, header)
+        return pack(encoded, shapes, s_of_tries, header)
 
-    quick = replace(s, compressor="rans") if s.compressor == "auto" else s  # tries need not wait for every compressor
     if s.fit == "allocate":
         packed = allocate(quantiser, packed_of, room, log)
     elif s.fit == "prune":
         packed = prune_to_fit(quantiser.encode(), packed_of, room, log)
     else:
         packed = packed_of(quantiser.encode())
-    packed = packed if quick is s else pack(packed.encoded, shapes, s, header)
+    if s.compressor == "auto":
+        packed = pack(packed.encoded, shapes, s, header)
     for row in packed.streams:
         log("pack", **row)
     used = "+".join(sorted({row["chosen"] for row in packed.streams}))
     return {"bytes": packed.size, "sha256": write_atomic(path, packed.chunks), "compressor": used}
 
 
+def no_log(*_, **__):
+    pass
+
+
+def artifact_header(model, tokenizer_sha256, s):
+    """The header of an artifact but for its tables."""
+    settings = {f.name.upper(): format_value(getattr(s, f.name)) for f in model_fields()}
+    header = {
+        "settings": settings,
+        "looping": model.looping,  # a loop that training never reached stays off
+        "tokenizer_sha256": tokenizer_sha256,
+    }
+    if model.temperature:
+        header["temperature"] = model.temperature
+    if model.reasons:
+        header["reasons"] = model.reasons
+    return header
+
+
+def pack(encoded, shapes, s, header):
+    """The artifact of encoded parameters of some shapes -> Packed."""
+    tensors = tensor_entries(encoded, shapes)
+    streams, payload, report = [], [], []
+    for stream, parts in stream_layout(tensors).items():
+        candidates = candidate_compressors(stream, s.compressor)
+        with ThreadPoolExecutor(len(candidates)) as pool:
+            results = pool.map(partial(pack_stream, parts, encoded), candidates)
+            packed = dict(zip(candidates, results))
+        lengths = {name: len(data) for name, data in packed.items()}
+        chosen = min(lengths, key=lengths.get)
+        data = packed[chosen]
+        raw_bytes = sum(part.bytes for part in parts)
+        streams.append(StreamEntry(stream, chosen, raw_bytes, len(data), zlib.crc32(data)))
+        payload.append(data)
+        by_name = {f"{name}_bytes": length for name, length in lengths.items()}
+        report.append({"stream": stream, "raw_bytes": raw_bytes, **by_name, "chosen": chosen})
+    tables = {"tensors": tensors, "streams": streams}
+    raw_header = json.dumps({**header, **tables}, separators=(",", ":")).encode()
+    packed_header = zlib.compress(raw_header, 9)
+    checksum = zlib.crc32(packed_header)
+    prefix = PREFIX.pack(MAGIC, ARTIFACT_VERSION, len(packed_header), len(raw_header), checksum)
+    return Packed(encoded, [prefix, packed_header, *payload], report)
+
+
+def candidate_compressors(stream, compressor):
+    """The compressors that COMPRESSOR=compressor tries on a stream; the smallest result is stored.
+    """
+    if compressor == "auto":
+        return ["rans", *COMPRESSORS] if stream in CODED else [*COMPRESSORS]
+    if compressor == "rans" and stream not in CODED:
+        return ["lzma"]
+    return [compressor]
+
+
+def pack_stream(parts, encoded, compressor):
+    """Bytes of the stream of these StreamParts, packed."""
+    arrays = [encoded[part.tensor].parts[part.part].numpy().ravel() for part in parts]
+    values = np.concatenate(arrays)
+    if compressor != "rans":
+        return COMPRESSORS[compressor].compress(_planes(values))
+    shapes = code_groups(parts)
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    groups = np.split(values, ends[:-1])
+    return encode_codes([group.reshape(shape) for group, shape in zip(groups, shapes)])
+
+
 # ---- read and check ------------------------------------------------------------------------------
 
 
+class PackedStream(NamedTuple):
+    """A stream as the file holds it."""
+
+    compressor: str
+    data: bytes
+    size: int  # unpacked
+
+
+class ArtifactFile(NamedTuple):
+    """An artifact that was read."""
+
+    header: dict  # of _checked_header()
+    streams: dict[str, PackedStream]
+
+
+# What the wrong JSON can raise in _checked_header().
+UNUSABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
+
+
 def read_artifact(path, data=None):
-    """(header, {stream: (compressor, packed bytes, raw size)}): all that can be checked without a model is checked.
+    """The file as ArtifactFile: all that can be checked without a model is checked.
 
     `data`: the file's bytes, where they are at hand.
     """
-    data = read_file(path) if data is None else data
+    if data is None:
+        data = read_file(path)
     if len(data) < PREFIX.size or data[:8] != MAGIC:
-        raise BadInput(f"{path}: not an artifact of this script (offset 0: found {data[:8]!r}, expected {MAGIC!r})")
-    _, version, packed, raw, checksum = PREFIX.unpack_from(data)
+        raise BadInput(f"{path}: not an artifact of this script (offset 0: found {data[:8]!r}, "
+                       f"expected {MAGIC!r})")
+    _, version, packed_length, raw_length, checksum = PREFIX.unpack_from(data)
     if version != ARTIFACT_VERSION:
-        raise BadInput(f"{path}: artifact version {version} (offset 8), this script reads version {ARTIFACT_VERSION}")
-    body, at = data[PREFIX.size : PREFIX.size + packed], PREFIX.size + packed
-    if len(body) != packed or zlib.crc32(body) != checksum or raw > MAX_HEADER:
-        raise BadInput(f"{path}: truncated or corrupt header (offset {PREFIX.size}: {len(body)} of {packed} bytes)")
+        raise BadInput(f"{path}: artifact version {version} (offset 8), this script reads version "
+                       f"{ARTIFACT_VERSION}")
+    header_end = PREFIX.size + packed_length
+    body = data[PREFIX.size : header_end]
+    whole = len(body) == packed_length and zlib.crc32(body) == checksum
+    if not whole or raw_length > MAX_HEADER:
+        raise BadInput(f"{path}: truncated or corrupt header (offset {PREFIX.size}: {len(body)} of "
+                       f"{packed_length} bytes)")
     try:
-        header = _checked_header(decompress("zlib", body, raw, f"{path}: header"))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-        raise BadInput(f"{path}: unusable header ({type(error).__name__}: {brief(error)})") from None
-    end = at + sum(row.length for row in header["streams"])
-    if end != len(data):
-        raise BadInput(f"{path}: truncated or padded: {len(data)} bytes, expected {end}")
+        header = _checked_header(decompress("zlib", body, raw_length, f"{path}: header"))
+    except UNUSABLE as error:
+        name = type(error).__name__
+        raise BadInput(f"{path}: unusable header ({name}: {brief(error)})") from None
+    return ArtifactFile(header, _split_streams(path, data, header_end, header["streams"]))
+
+
+def _split_streams(path, data, begin, entries):
+    """{stream: PackedStream}: the bytes from `begin` on, divided as the header's table of streams
+    says.
+    """
+    expected = begin + sum(entry.length for entry in entries)
+    if expected != len(data):
+        raise BadInput(f"{path}: truncated or padded: {len(data)} bytes, expected {expected}")
     streams = {}
-    for name, compressor, size, length, checksum in header["streams"]:
-        if zlib.crc32(data[at : at + length]) != checksum:
-            raise BadInput(f"{path}: stream {name} is corrupt (checksum of offset {at} to {at + length})")
-        streams[name] = (compressor, data[at : at + length], size)
-        at += length
-    return header, streams
+    for entry in entries:
+        end = begin + entry.length
+        body = data[begin:end]
+        if zlib.crc32(body) != entry.checksum:
+            raise BadInput(f"{path}: stream {entry.stream} is corrupt (checksum of offset {begin} "
+                           f"to {end})")
+        streams[entry.stream] = PackedStream(entry.compressor, body, entry.size)
+        begin = end
+    return streams
 
 
 def _checked_header(text):
-    """The header from JSON, its tables as TensorEntry and StreamEntry. An error means that save_artifact() did
-    not write it; whether it is that of a model is still to be seen.
+    """The header from JSON, its tables as TensorEntry and StreamEntry. An error means that
+    save_artifact() did not write it; whether it is that of a model is still to be seen.
     """
     header = json.loads(text, parse_constant=_no_number, object_pairs_hook=_no_name_twice)
-    wanted = {"settings", "looping", "tokenizer_sha256", "tensors", "streams"}
-    if set(header) - {"temperature", "reasons"} != wanted:
+    required = {"settings", "looping", "tokenizer_sha256", "tensors", "streams"}
+    if set(header) - {"temperature", "reasons"} != required:
         raise ValueError(f"its fields are {', '.join(sorted(header))}")
     for name, value in header["settings"].items():
         if type(value) is not str or len(value) > MAX_VALUE:
             raise ValueError(f"{brief(name, 30)} is no text of at most {MAX_VALUE} characters")
-    if unknown := set(header["settings"]) - {f.name.upper() for f in model_fields()}:
+    unknown = set(header["settings"]) - {f.name.upper() for f in model_fields()}
+    if unknown:
         raise ValueError(f"unknown {', '.join(sorted(unknown))}")
     if type(header["looping"]) is not bool:
         raise ValueError("looping is not true or false")
@@ -4873,7 +5801,7 @@ def _checked_header(text):
     header["tokenizer_sha256"] = digest.hex()
     header["tensors"] = [_tensor_entry(*row) for row in header["tensors"]]
     header["streams"] = [_stream_entry(*row) for row in header["streams"]]
-    names = [row.stream for row in header["streams"]]
+    names = [entry.stream for entry in header["streams"]]
     if len(set(names)) != len(names):
         raise ValueError("a stream is listed twice")
     return header
@@ -4890,6 +5818,7 @@ def _no_name_twice(pairs):
 
 
 def _tensor_entry(name, shape, codec, bits, rank, group):
+    """A line of the table of tensors, checked."""
     if codec not in CODECS:
         raise ValueError(f"unknown codec {brief(codec, 30)}")
     shape = tuple(need_number("shape", size, int, 1, MAX_LOADED) for size in shape)
@@ -4898,123 +5827,157 @@ def _tensor_entry(name, shape, codec, bits, rank, group):
     if rank:
         if codec == "float16":
             raise ValueError("a correction of float16")
-        need_number("rank", rank, int, 1, min(shape[0], math.prod(shape[1:]), MAX_RANK))
+        need_number("rank", rank, int, 1, min(shape[0], per_column(shape), MAX_RANK))
         need_number("group", group, int, 1, MAX_GROUP)
     need_number("rank", rank, int, 0, MAX_RANK)
     need_number("group", group, int, 0, MAX_GROUP)
-    return TensorEntry(str(name), shape, codec, need_number("bits", bits, int, 1, 16), rank, group)
+    need_number("bits", bits, int, 1, 16)
+    return TensorEntry(str(name), shape, codec, bits, rank, group)
 
 
 def _stream_entry(stream, compressor, size, length, checksum):
-    known = {part for _, parts in CODECS.values() for part in parts} | set(CORRECTION)
+    """A line of the table of streams, checked."""
+    known = {part for codec in CODECS.values() for part in codec.parts} | set(CORRECTION)
     if stream not in known:
         raise ValueError(f"unknown stream {brief(stream, 30)}")
-    if compressor not in COMPRESSORS and not (compressor == "rans" and stream in CODED):
+    coded = compressor == "rans" and stream in CODED
+    if compressor not in COMPRESSORS and not coded:
         raise ValueError(f"unknown compressor {brief(compressor, 30)} of {stream}")
     need_number("size", size, int, 0, MAX_LOADED)
     need_number("length", length, int, 0, MAX_LOADED)
-    return StreamEntry(stream, compressor, size, length, need_number("checksum", checksum, int, 0, 2**32 - 1))
+    need_number("checksum", checksum, int, 0, 2**32 - 1)
+    return StreamEntry(stream, compressor, size, length, checksum)
+
+
+# ---- what loading takes, and what model an artifact is of ----------------------------------------
 
 
 def loading_bytes(tensors):
-    """Most memory that loading these rows (TensorEntry) takes: the weights in float32; their parts three times
-    (unpacked, in order, tensor by tensor), which is enough for the entropy coder; four copies of the largest
-    tensor, while it is decoded.
+    """Most memory that loading a table of tensors takes: the weights in float32; their parts three
+    times (unpacked, in order, tensor by tensor), which is enough for the entropy coder; four
+    copies of the largest tensor, while it is decoded.
     """
-    counts = [math.prod(row.shape) for row in tensors]
+    counts = [math.prod(entry.shape) for entry in tensors]
     return 4 * sum(counts) + 3 * sum(raw_sizes(tensors).values()) + 16 * max(counts)
 
 
 def need_loadable(what, tensors):
-    """BadInput if these rows (TensorEntry) take too much memory or time to load, whatever is in a stream."""
-    counts = [math.prod(row.shape) for row in tensors]
-    need = loading_bytes(tensors)
-    if need > MAX_LOADED:
-        raise BadInput(f"{what}: {sum(counts)} parameters in these codecs need {need >> 20} MiB to be "
-                       f"loaded, the limit is {MAX_LOADED >> 20}; make the model smaller")
-    if sum(count * row.rank for count, row in zip(counts, tensors)) > MAX_CORRECTION_WORK:
-        raise BadInput(f"{what}: low-rank corrections of that many weights take too long to load; lower "
-                       "LQER_RANK or LQER_TOP_K")
+    """BadInput if a table of tensors takes too much memory or time to load, whatever is in a
+    stream.
+    """
+    counts = [math.prod(entry.shape) for entry in tensors]
+    needed = loading_bytes(tensors)
+    if needed > MAX_LOADED:
+        raise BadInput(f"{what}: {sum(counts)} parameters in these codecs need {needed >> 20} MiB "
+                       f"to be loaded, the limit is {MAX_LOADED >> 20}; make the model smaller")
+    work = sum(count * entry.rank for count, entry in zip(counts, tensors))
+    if work > MAX_CORRECTION_WORK:
+        raise BadInput(f"{what}: low-rank corrections of that many weights take too long to load; "
+                       "lower LQER_RANK or LQER_TOP_K")
 
 
 def largest_rows(model, s):
-    """The table of tensors (TensorEntry) of the largest artifact that these settings can make of a model."""
-    wider = {"grid": "wide"} | ({"int": "mixed"} if s.awq_lite_group_top_k else {})
+    """The table of tensors (TensorEntry) of the largest artifact that these settings can make of a
+    model.
+    """
+    widest = {"grid": "wide"}
+    if s.awq_lite_group_top_k:
+        widest["int"] = "mixed"
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
-    rows = [TensorEntry(name, shapes[name], wider.get(store.codec, store.codec), store.bits, 0, 0)
-            for name, store in storage(model, s).items()]
-    rows.sort(key=lambda row: math.prod(row.shape), reverse=True)
+    entries = []
+    for name, store in storage(model, s).items():
+        codec = widest.get(store.codec, store.codec)
+        entries.append(TensorEntry(name, shapes[name], codec, store.bits, 0, 0))
+    entries.sort(key=lambda entry: math.prod(entry.shape), reverse=True)
     corrections = s.lqer_top_k if s.lqer_rank else 0
-    for i, row in enumerate(rows):
-        if corrections and row.codec != "float16":
-            rows[i] = row._replace(rank=min(s.lqer_rank, *row.shape), group=s.lqer_asym_group)
+    for i, entry in enumerate(entries):
+        if corrections and entry.codec != "float16":
+            rank = min(s.lqer_rank, *entry.shape)
+            entries[i] = entry._replace(rank=rank, group=s.lqer_asym_group)
             corrections -= 1
-    return rows
+    return entries
 
 
 def artifact_settings(path, header, given):
-    """What defines the model from the artifact, the rest from `given`, which must not contradict it.
+    """What defines the model from the artifact, the rest from `given`, which must not contradict
+    it.
 
-    BadInput, too, if the header is not that of such a model, or the model is too large to be loaded. Nothing
-    of its size is allocated.
+    BadInput, too, if the header is not that of such a model, or the model is too large to be
+    loaded. Nothing of its size is allocated.
     """
     try:
-        shape = [f"{name}={value}" for name, value in header["settings"].items()]
-        stored = Settings.parse([*shape, "TRAIN_SEQ_LEN=2", "TRAIN_BATCH_TOKENS=2", "COMPRESSOR=zlib"])
+        words = [f"{name}={value}" for name, value in header["settings"].items()]
+        words += ["TRAIN_SEQ_LEN=2", "TRAIN_BATCH_TOKENS=2", "COMPRESSOR=zlib"]
+        stored = Settings.parse(words)
     except BadInput as error:
         first = brief(str(error).splitlines()[0], 150)
         raise BadInput(f"{path}: its settings cannot be used here: {first}") from None
     for f in model_fields():
-        mine, its = getattr(given, f.name), getattr(stored, f.name)
-        if mine not in (f.default, its):
-            raise BadInput(f"{f.name.upper()}={brief(format_value(mine))} contradicts {path}, which was made with "
-                           f"{brief(format_value(its))}")
+        given_value = getattr(given, f.name)
+        stored_value = getattr(stored, f.name)
+        if given_value not in (f.default, stored_value):
+            raise BadInput(f"{f.name.upper()}={brief(format_value(given_value))} contradicts {path}, which "
+                           f"was made with {brief(format_value(stored_value))}")
     s = replace(given, **{f.name: getattr(stored, f.name) for f in model_fields()})
+
     with torch.device("meta"):
         skeleton = GPT(s, init=False)
+    tensors = header["tensors"]
     shapes = [(name, tuple(weight.shape)) for name, weight in skeleton.named_parameters()]
-    if [row[:2] for row in header["tensors"]] != shapes:
+    if [(entry.name, entry.shape) for entry in tensors] != shapes:
         raise BadInput(f"{path}: its tensors are not those of its settings")
-    if raw_sizes(header["tensors"]) != {row.stream: row.size for row in header["streams"]}:
+    if raw_sizes(tensors) != {entry.stream: entry.size for entry in header["streams"]}:
         raise BadInput(f"{path}: stream sizes do not add up to its tensors")
-    need_loadable(path, header["tensors"])
+    need_loadable(path, tensors)
     return s
 
 
 # ---- load ----------------------------------------------------------------------------------------
 
 
-def _unpacked(path, tensors, streams):
-    """{tensor: {part: array as a Tensor}} from the streams of read_artifact()."""
-    parts = {row.name: {} for row in tensors}
-    for stream, rows in stream_layout(tensors).items():
-        (compressor, data, size), where, at = streams[stream], f"{path}: stream {stream}", 0
-        if compressor == "rans":
-            values = np.concatenate([group.ravel() for group in decode_codes(data, code_groups(rows), where)])
-        else:
-            values = _unplanes(decompress(compressor, data, size, where), rows[0][2])
-        for name, part, _, shape in rows:
-            parts[name][part] = torch.from_numpy(values[at : at + math.prod(shape)].copy()).view(shape)
-            at += math.prod(shape)
-    return parts
-
-
 @torch.no_grad()
 def load_artifact(path, settings=None, dtype=torch.float32, attend=None, device="cpu", data=None):
-    """-> (settings, model). The file fits a model of its settings before anything of that size is made."""
+    """-> (settings, model). The file fits a model of its settings before anything of that size is
+    made.
+    """
     header, streams = read_artifact(path, data)
     s = artifact_settings(path, header, settings or Settings())
     parts = _unpacked(path, header["tensors"], streams)
     model = GPT(s, dtype, attend, init=False)
     weights = dict(model.named_parameters())
-    for name, shape, *row in header["tensors"]:  # one after the other: not all of it is in memory twice
-        weight = Encoded(*row, parts.pop(name)).decode(shape)
+    for entry in header["tensors"]:  # one after the other: not all of it is in memory twice
+        encoded = Encoded(entry.codec, entry.bits, entry.rank, entry.group, parts.pop(entry.name))
+        weight = encoded.decode(entry.shape)
         if not weight.isfinite().all():
-            raise BadInput(f"{path}: holds values that are not finite ({name})")
-        weights[name].copy_(weight)
-    model.looping, model.temperature = s.loops and header["looping"], float(header["temperature"]) or None
+            raise BadInput(f"{path}: holds values that are not finite ({entry.name})")
+        weights[entry.name].copy_(weight)
+    model.looping = s.loops and header["looping"]
+    model.temperature = float(header["temperature"]) or None
     model.reasons = header["reasons"]
     return s, model.to(device)
+
+
+def _unpacked(path, tensors, streams):
+    """{tensor: {part: array as a Tensor}} from the streams of an ArtifactFile."""
+    unpacked = {entry.name: {} for entry in tensors}
+    for stream, parts in stream_layout(tensors).items():
+        values = _unpack_stream(f"{path}: stream {stream}", parts, streams[stream])
+        begin = 0
+        for place in parts:
+            end = begin + place.count
+            array = torch.from_numpy(values[begin:end].copy())
+            unpacked[place.tensor][place.part] = array.view(place.shape)
+            begin = end
+    return unpacked
+
+
+def _unpack_stream(where, parts, packed):
+    """The values (count,) of a PackedStream, whose StreamParts are known."""
+    if packed.compressor == "rans":
+        groups = decode_codes(packed.data, code_groups(parts), where)
+        return np.concatenate([group.ravel() for group in groups])
+    raw = decompress(packed.compressor, packed.data, packed.size, where)
+    return _unplanes(raw, parts[0].dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5404,10 +6367,7 @@ def scoring_name(s):
         words.append(reading)
     if s.ttt != "off":
         words.append(f"ttt_{s.ttt}")
-    if s.mixer != "off":
-        words.append(s.mixer)
-    if s.token_boost > 0:
-        words.append("tilt")
+    words += reversed([word for word, _ in wrappers(s)])
     return "_".join(words)
 
 
@@ -6164,34 +7124,41 @@ def selftest_text(val, lengths):
 
 
 # --------------------------------------------------------------------------------------------------
-# 12 Predictors: what is scored. They compose: mixtures and the tilt take another predictor as their base.
+# 12 Predictors: what is scored. Mixtures and the tilt take another predictor as their base.
 # --------------------------------------------------------------------------------------------------
 
 
 class Predictor:
-    """predict() is given inputs and never targets; observe() gets a chunk after it was scored, learn() a part after all
-    ranks have scored theirs. What these two do changes only what is predicted next; reset() undoes it.
+    """Predicts each token of a text from the tokens before it.
+
+    predict() gets inputs and never targets. observe() gets a chunk of this rank after it was
+    scored, and learn() gets a part after all ranks have scored theirs. These two change only what
+    is predicted next, and reset() undoes them.
     """
 
-    invalid = ""  # the condition that it breaks
-    learns = False  # has it a use for learn()?
-    history = 0  # tokens that it reads before a place, of Inputs.recent
-    adaptation = adapters = flat = None  # what learns at test time: Adaptation; Adapters, and their tensor
+    invalid = ""  # the condition of a valid score that it breaks
+    learns = False  # does learn() do anything?
+    history = 0  # how many tokens before the first place Inputs.recent must hold
+    adaptation = None  # an Adaptation, where gradient steps on scored text change the predictions
+    adapters = None  # Adapters, where there are low-rank adapters beside the model
+    adapter_weights = None  # (R, P) the weights of these adapters
 
-    def predict(self, inputs, most=None):
-        """Log-probabilities (B, K, V) of the token after each of the K places, or of the first `most` of them."""
+    def predict(self, inputs, count=None):
+        """Log-probabilities (B, K, V) after each of the K places, or after the first `count`."""
         raise NotImplementedError
 
     def nll(self, inputs, targets):
-        """Nats (B, K) of targets. May be computed by a shorter way where tests prove it equal."""
+        """Nats (B, K) of the targets. A shorter way needs a test that it is equal."""
         return -self.predict(inputs).gather(-1, targets[..., None]).squeeze(-1)
 
     def observe(self, chunk):
-        """Go on behind a chunk of this rank that was scored."""
+        """Take in a chunk of this rank that was scored."""
 
     def learn(self, part, stream):
-        """Learn from the targets part.ranges of the stream, which are scored; the same on all ranks. The stream is a copy
-        that holds what has been scored so far, and zeros for the rest.
+        """Learn from the targets part.ranges of the stream, which are scored.
+
+        All ranks learn the same. The stream is a copy that holds what has been scored so far, and
+        zeros for the rest.
         """
 
     def reset(self):
@@ -6202,154 +7169,242 @@ class Predictor:
 
 
 def nats_of(logits, targets):
-    """(B, K) from logits (B, K, V)."""
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    """Nats (B, K) of the targets, from logits (B, K, V)."""
+    nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return nats.view(targets.shape)
 
 
 class ModelPredictor(Predictor):
-    """The model as it is in the artifact. Only the scored places meet the head, in float32 (bfloat16 logits cost 0.0005
-    BPB and more, #1923). With a `width`, rows that go on keep their keys and values (Cache).
+    """The model as it is in the artifact.
+
+    Only the scored places meet the head, in float32: bfloat16 logits cost 0.0005 BPB and more
+    (#1923). With a `width` (EVAL_CONTEXT=cache) rows that continue keep the keys and values of
+    their last `width` tokens in a Cache.
     """
 
     def __init__(self, model, rt, temperature=1.0, width=0):
-        self.model, self.rt, self.temperature, self.width = model, rt, temperature, width
-        self.cache, self.new, self._forward = None, [], rt.compile(self._run)
+        self.model = model
+        self.rt = rt
+        self.temperature = temperature
+        self.width = width
+        self.cache = None
+        self.new_keys = None  # keys and values of the last forward; the cache takes them in later
+        self._forward = rt.compile(self._run)
 
-    def _run(self, x, docs, take, past, flat):
-        """-> (logits (B, K, V), keys and values of x)."""
-        past, adapters = past and Past(*past, []), flat if flat is None else self.adapters.of(flat)
-        hidden = self.model.hidden(x, docs, adapters, past)
-        hidden = hidden.gather(1, take[..., None].expand(*take.shape, hidden.size(-1)))
-        return self.model.logits(at_least_float32(hidden), adapters) / self.temperature, past and past.new
+    def _run(self, ids, docs, places, past, adapter_weights):
+        """(logits (B, K, V) of the places, keys and values of the ids). This gets compiled."""
+        adapters = None
+        if adapter_weights is not None:
+            adapters = self.adapters.of(adapter_weights)
+        if past is not None:
+            past = Past(*past, [])
+        hidden = self.model.hidden(ids, docs, adapters, past)
+        hidden = hidden.gather(1, places[..., None].expand(*places.shape, hidden.size(-1)))
+        logits = self.model.logits(at_least_float32(hidden), adapters) / self.temperature
+        if past is None:
+            return logits, None
+        return logits, past.new_kv
 
     def logits(self, inputs):
-        x, past = inputs.ids, None
-        if inputs.turn is not None and self.width:
-            if inputs.turn == 0:
-                self.cache = Cache(self.model, len(x), self.width)
-            self.cache.narrow(len(x))
-            past = self.cache.past(x)[:-1]
-        docs = self.model.docs_outside_graph(x) if past is None else None
-        logits, self.new = self._forward(x, docs, inputs.places, past, self.flat)
+        """(B, K, V) of the places."""
+        past = None
+        docs = None
+        if self.width and inputs.turn is not None:
+            past = self._cached_past(inputs)
+        else:
+            docs = self.model.docs_outside_graph(inputs.ids)
+        logits, self.new_keys = self._forward(
+            inputs.ids, docs, inputs.places, past, self.adapter_weights)
         return logits
 
+    def _cached_past(self, inputs):
+        """The fields of Past except for the last, `new`, which each forward makes anew."""
+        rows = len(inputs.ids)
+        if inputs.turn == 0:
+            self.cache = KVCache(self.model, rows, self.width)
+        self.cache.narrow(rows)  # the last rows may have ended
+        return self.cache.past(inputs.ids)[:-1]
+
     @torch.no_grad()
-    def predict(self, inputs, most=None):
-        return F.log_softmax(self.logits(inputs)[:, :most], dim=-1)
+    def predict(self, inputs, count=None):
+        return F.log_softmax(self.logits(inputs)[:, :count], dim=-1)
 
     @torch.no_grad()
     def nll(self, inputs, targets):
         return nats_of(self.logits(inputs), targets)
 
     def observe(self, chunk):
-        if self.new:
-            self.cache.commit(chunk.inputs.ids, self.new)
+        if self.new_keys:
+            self.cache.commit(chunk.inputs.ids, self.new_keys)
 
     def reset(self):
-        self.cache, self.new = None, []
+        self.cache = None
+        self.new_keys = None
 
 
 # ---- test-time training --------------------------------------------------------------------------
 
 
 class Adaptation:
-    """Gradient steps on scored text. A step has TTT_BATCH_SEQS sequences over all ranks: the same on any number of them.
+    """Gradient steps on scored text, which change the model's weights or its adapters.
 
-    groups: of parameters, as `optimizer` (of torch.optim) takes them; adapters() is for the model's forward, if given.
+    A step takes TTT_BATCH_SEQS sequences over all ranks: it is the same on any number of them.
+
+    groups: parameter groups as torch.optim takes them. make_optimizer: makes an optimizer of such
+    groups. adapters: gives the adapters for the model's forward, or None.
     """
 
-    def __init__(self, model, groups, optimizer, s, rt, adapters=lambda: None):
-        self.model, self.groups, self.make, self.s, self.rt, self.adapters = model, groups, optimizer, s, rt, adapters
+    def __init__(self, model, groups, make_optimizer, s, rt, adapters=lambda: None):
+        self.model = model
+        self.groups = groups
+        self.make_optimizer = make_optimizer
+        self.s = s
+        self.rt = rt
+        self.adapters = adapters
         self.params = [param for group in groups for param in group["params"]]
-        self.first = [param.detach().clone() for param in self.params]
+        self.start = [param.detach().clone() for param in self.params]
         self._loss = rt.compile(self._weighted_loss)
         self.reset()
 
     def reset(self):
-        self.put(self.first)
+        self.put(self.start)
         self.renew()
 
     def renew(self):
         """Begin with an optimizer that remembers nothing."""
-        self.optimizer = self.make([dict(group) for group in self.groups])
+        self.optimizer = self.make_optimizer([dict(group) for group in self.groups])
 
     @torch.no_grad()
     def put(self, values):
+        """Set the parameters to these values."""
         for param, value in zip(self.params, values):
             param.copy_(value)
 
-    def _weighted_loss(self, x, y, weight, docs):
+    def _weighted_loss(self, ids, targets, weights, docs):
         adapters = self.adapters()
-        return (weight * nats_of(self.model.logits(at_least_float32(self.model.hidden(x, docs, adapters)), adapters), y)).sum()
+        hidden = self.model.hidden(ids, docs, adapters)
+        logits = self.model.logits(at_least_float32(hidden), adapters)
+        return (weights * nats_of(logits, targets)).sum()
 
-    def fit(self, stream, targets, epochs, scale, after=lambda: None):
-        """Learn targets (n,) of the stream, in this order, in sequences of EVAL_SEQ_LEN; scale(progress) is that of the
-        learning rates; after() is called behind each step.
+    def fit(self, stream, targets, epochs, lr_scale, after_step=lambda: None):
+        """Learn the targets (n,) of the stream `epochs` times, in this order.
+
+        A sequence has EVAL_SEQ_LEN targets. lr_scale(progress), of progress in [0, 1), multiplies
+        the learning rates. after_step() is called after each step.
         """
-        s, world, length = self.s, self.rt.world, self.s.eval_seq_len
-        rows = np.pad(targets, (0, -len(targets) % length), constant_values=-1).reshape(-1, length)
+        s, world = self.s, self.rt.world
+        padding = -len(targets) % s.eval_seq_len
+        rows = np.pad(targets, (0, padding), constant_values=-1).reshape(-1, s.eval_seq_len)
         batches = [rows[i : i + s.ttt_batch_seqs] for i in range(0, len(rows), s.ttt_batch_seqs)]
-        whole = -(-len(batches[0]) // world) * world
-        for step in range(epochs * len(batches)):
-            some = batches[step % len(batches)]
-            some = np.pad(some, ((0, whole - len(some)), (0, 0)), constant_values=-1)
-            self._step(stream, torch.from_numpy(some).to(self.rt.device), scale(step / (epochs * len(batches))))
-            after()
+        batch_rows = -(-len(batches[0]) // world) * world  # of every batch, divisible by the ranks
+        steps = epochs * len(batches)
+        for step in range(steps):
+            batch = batches[step % len(batches)]
+            batch = np.pad(batch, ((0, batch_rows - len(batch)), (0, 0)), constant_values=-1)
+            self._step(stream, torch.from_numpy(batch).to(self.rt.device), lr_scale(step / steps))
+            after_step()
 
-    def _step(self, stream, targets, scale):
-        s, rt, index = self.s, self.rt, targets.clamp(min=0)
-        weight = (targets >= 0) * (stream.bytes[index] if s.byte_weighted_ttt else torch.ones_like(index))
-        weight = weight / weight.sum().clamp(min=1)
-        rows = [z[rt.rank :: rt.world] for z in (stream.tokens[index].long(), stream.tokens[index + 1].long(), weight)]
-        most = max(s.micro_batch_tokens // s.eval_seq_len, 1)
-        size = max(n for n in range(1, most + 1) if len(rows[0]) % n == 0)  # one shape, one graph
-        for x, y, part in zip(*(z.split(size) for z in rows)):
-            self._loss(x, y, part, self.model.docs_outside_graph(x)).backward()
-        if rt.world > 1:
-            grads = rt.sum(torch.cat([param.grad.flatten() for param in self.params]))
-            for param, grad in zip(self.params, grads.split([param.numel() for param in self.params])):
-                param.grad.copy_(grad.view_as(param))
-        if s.ttt_grad_clip:
-            nn.utils.clip_grad_norm_(self.params, s.ttt_grad_clip)
+    def _step(self, stream, targets, lr_scale):
+        """One step on targets (rows, EVAL_SEQ_LEN) of the stream; -1 is none."""
+        self._backward(stream, targets)
+        if self.rt.world > 1:
+            self._sum_gradients()
+        if self.s.ttt_grad_clip:
+            nn.utils.clip_grad_norm_(self.params, self.s.ttt_grad_clip)
         for group, given in zip(self.optimizer.param_groups, self.groups):
-            group["lr"] = given["lr"] * scale
+            group["lr"] = given["lr"] * lr_scale
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def _backward(self, stream, targets):
+        """Gradients of the mean loss of the targets, summed over the rows of this rank."""
+        s, rt = self.s, self.rt
+        index = targets.clamp(min=0)
+        weights = (targets >= 0).long()
+        if s.byte_weighted_ttt:
+            weights = weights * stream.bytes[index]
+        weights = weights / weights.sum().clamp(min=1)
+
+        rows = slice(rt.rank, None, rt.world)
+        ids = stream.tokens[index].long()[rows]
+        next_ids = stream.tokens[index + 1].long()[rows]
+        weights = weights[rows]
+        micro_rows = self._micro_batch_rows(len(ids))
+        micro_batches = zip(*(z.split(micro_rows) for z in (ids, next_ids, weights)))
+        for x, y, weight in micro_batches:
+            self._loss(x, y, weight, self.model.docs_outside_graph(x)).backward()
+
+    def _micro_batch_rows(self, rows):
+        """As many rows as MICRO_BATCH_TOKENS allow and as divide all: one shape, one graph."""
+        allowed = max(self.s.micro_batch_tokens // self.s.eval_seq_len, 1)
+        return max(n for n in range(1, allowed + 1) if rows % n == 0)
+
+    def _sum_gradients(self):
+        """Over the ranks, in one message."""
+        grads = self.rt.sum(torch.cat([param.grad.flatten() for param in self.params]))
+        sizes = [param.numel() for param in self.params]
+        for param, grad in zip(self.params, grads.split(sizes)):
+            param.grad.copy_(grad.view_as(param))
+
 
 def adaptation_of_weights(model, s, rt):
-    """Adaptation of what TTT_FREEZE_* leave, at TTT_LR times TTT_LR_MULT_*. The rest needs no gradient any more."""
-    table, special, groups = roles(model), {}, {}
+    """Adaptation of the model's weights, except for those that TTT_FREEZE_* freezes.
+
+    The learning rates are TTT_LR times TTT_LR_MULT_*. Frozen weights need no gradient from now on.
+    """
+    multiples = {}
     for block in model.blocks:
-        special |= {block.attn.o.weight: s.ttt_lr_mult_proj, block.mlp.down.weight: s.ttt_lr_mult_proj,
-                    block.mlp.up.weight: s.ttt_lr_mult_fc}
-    frozen = {param for block in model.blocks[: s.ttt_freeze_blocks] for param in block.parameters()}
+        multiples[block.attn.o.weight] = s.ttt_lr_mult_proj
+        multiples[block.mlp.down.weight] = s.ttt_lr_mult_proj
+        multiples[block.mlp.up.weight] = s.ttt_lr_mult_fc
+    params_by_multiple = {}
+    frozen = frozen_in_ttt(model, s)
     for name, param in model.named_parameters():
-        fixed = param in frozen and not (s.ttt_train_scales and table[name] == "scalar")
-        fixed = fixed or s.ttt_freeze_embed and table[name] in ("embed", "head")
-        param.requires_grad_(not fixed)
-        if not fixed:
-            groups.setdefault(special.get(param, 1.0), []).append(param)
-    optimizer = (partial(torch.optim.SGD, momentum=s.ttt_momentum) if s.ttt_optimizer == "sgd" else
-                 partial(torch.optim.AdamW, weight_decay=0.0))
-    groups = [dict(params=params, lr=s.ttt_lr * multiple) for multiple, params in groups.items()]
-    return Adaptation(model, groups, optimizer, s, rt)
+        param.requires_grad_(name not in frozen)
+        if name not in frozen:
+            params_by_multiple.setdefault(multiples.get(param, 1.0), []).append(param)
+    groups = [dict(params=params, lr=s.ttt_lr * multiple)
+              for multiple, params in params_by_multiple.items()]
+    if s.ttt_optimizer == "sgd":
+        make_optimizer = partial(torch.optim.SGD, momentum=s.ttt_momentum)
+    else:
+        make_optimizer = partial(torch.optim.AdamW, weight_decay=0.0)
+    return Adaptation(model, groups, make_optimizer, s, rt)
+
+
+def frozen_in_ttt(model, s):
+    """Names of the parameters that TTT_FREEZE_BLOCKS and TTT_FREEZE_EMBED leave as they are."""
+    role_of = roles(model)
+    frozen_blocks = model.blocks[: s.ttt_freeze_blocks]
+    in_frozen_blocks = {param for block in frozen_blocks for param in block.parameters()}
+    frozen = set()
+    for name, param in model.named_parameters():
+        learns_anyway = s.ttt_train_scales and role_of[name] == "scalar"
+        if param in in_frozen_blocks and not learns_anyway:
+            frozen.add(name)
+        if s.ttt_freeze_embed and role_of[name] in ("embed", "head"):
+            frozen.add(name)
+    return frozen
 
 
 def phase_ends(s):
-    """Numbers of documents after which the weights learn (PHASED_TTT_*)."""
-    n = s.phased_ttt_num_phases
-    return {round(s.phased_ttt_prefix_docs * i / n) for i in range(1, n + 1)} if s.phased_ttt_prefix_docs else set()
+    """Numbers of documents after which a phase ends and the weights learn (PHASED_TTT_*)."""
+    if not s.phased_ttt_prefix_docs:
+        return set()
+    phases = s.phased_ttt_num_phases
+    return {round(s.phased_ttt_prefix_docs * phase / phases) for phase in range(1, phases + 1)}
 
 
 def cosine(s, progress):
-    """From 1 to TTT_MIN_LR."""
+    """Scale of the learning rates of test-time training: half a cosine from 1 to TTT_MIN_LR."""
     return s.ttt_min_lr + (1 - s.ttt_min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class ScoreFirst(ModelPredictor):
-    """Score-first test-time training: a part is scored, then learnt, but for the last. TTT=full: the weights (#549);
-    TTT=lora: adapters that stay for the whole stream (#1033). With POLYAK_DECAY their running mean is what scores.
+    """Score-first test-time training: each part is scored and then learnt, except for the last.
+
+    TTT=full: the model's weights learn (#549). TTT=lora: adapters learn, one set for the whole
+    stream (#1033). With POLYAK_DECAY the running mean of what learns is what scores.
     """
 
     learns = True
@@ -6360,45 +7415,67 @@ class ScoreFirst(ModelPredictor):
         if s.ttt == "full":
             self.adaptation = adaptation_of_weights(model, s, rt)
         else:
-            self.adapters = Adapters(model.requires_grad_(False), s)
-            self.flat = self.adapters.start().requires_grad_()
-            self.adaptation = Adaptation(
-                model, [dict(params=[self.flat], lr=s.ttt_lora_lr)], partial(torch.optim.AdamW, eps=1e-10, betas=(
-                    s.ttt_beta1, s.ttt_beta2), weight_decay=s.ttt_wd), s, rt, lambda: self.adapters.of(self.flat))
+            model.requires_grad_(False)
+            self.adapters = Adapters(model, s)
+            self.adapter_weights = self.adapters.start().requires_grad_()
+            self.adaptation = self._adaptation_of_adapters()
         self.reset()
+
+    def _adaptation_of_adapters(self):
+        s = self.s
+        groups = [dict(params=[self.adapter_weights], lr=s.ttt_lora_lr)]
+        make_optimizer = partial(torch.optim.AdamW, eps=1e-10, betas=(s.ttt_beta1, s.ttt_beta2),
+                                 weight_decay=s.ttt_wd)
+        return Adaptation(self.model, groups, make_optimizer, s, self.rt,
+                          lambda: self.adapters.of(self.adapter_weights))
 
     def reset(self):
         super().reset()
         self.adaptation.reset()
-        self.raw, self.mean = self.adaptation.first, [value.clone() for value in self.adaptation.first]
+        # With POLYAK_DECAY the weights that learn are put aside while their running mean scores.
+        self.learnt = self.adaptation.start
+        self.mean = [value.clone() for value in self.adaptation.start]
 
     def rehearse(self, stream):
-        self.adaptation.fit(stream, np.arange(len(stream.bytes)), 1, lambda _: 0.0)
+        self.adaptation.fit(stream, np.arange(len(stream.bytes)), 1, lambda progress: 0.0)
 
     def learn(self, part, stream):
-        s, adaptation, progress = self.s, self.adaptation, part.number / max(part.total - 1, 1)
+        s, adaptation = self.s, self.adaptation
         if part.number + 1 == part.total:
             return
-        scale = cosine(s, progress) * (1 + (s.adaptive_lr_max - 1) * min(progress / 0.3, 1))
-        (a, b), = part.ranges
-        if s.polyak_decay:
-            adaptation.put(self.raw)
-        adaptation.fit(stream, np.arange(a, b), s.ttt_epochs, lambda _: scale, self._average)
-        if s.polyak_decay:
-            self.raw = [param.detach().clone() for param in adaptation.params]
-            adaptation.put(self.mean)
+        progress = part.number / max(part.total - 1, 1)
+        warmup = min(progress / 0.3, 1)
+        lr_scale = cosine(s, progress) * (1 + (s.adaptive_lr_max - 1) * warmup)
+        begin, end = part.ranges[0]
+        targets = np.arange(begin, end)
+        if not s.polyak_decay:
+            adaptation.fit(stream, targets, s.ttt_epochs, lambda _: lr_scale)
+            return
+        adaptation.put(self.learnt)
+        adaptation.fit(stream, targets, s.ttt_epochs, lambda _: lr_scale, self._average)
+        self.learnt = [param.detach().clone() for param in adaptation.params]
+        adaptation.put(self.mean)
 
     @torch.no_grad()
     def _average(self):
-        for mean, param in zip(self.mean, self.adaptation.params if self.s.polyak_decay else ()):
+        for mean, param in zip(self.mean, self.adaptation.params):
             mean.lerp_(param, 1 - self.s.polyak_decay)
 
 
 class AdapterSet(NamedTuple):
     """Adapters as the forward takes them."""
 
-    slots: list[Slot]  # of each visit
+    slots: list[VisitAdapters]  # of each visit
     head: Callable | None
+
+
+class AdapterShape(NamedTuple):
+    """Where an adapter stands, and the widths of what it reads and adds."""
+
+    visit: int | None  # to a block; None: the head, after all visits
+    target: str  # of TTT_LORA_TARGETS
+    inputs: int
+    outputs: int
 
 
 def lora(a, b, scale, x):
@@ -6407,266 +7484,459 @@ def lora(a, b, scale, x):
 
 
 class Adapters:
-    """Low-rank adapters (LoRA, arXiv 2106.09685) of each visit of the plan, in a flat tensor with a row for each text."""
+    """Low-rank adapters (LoRA, arXiv 2106.09685) of each visit of the plan, without their weights.
+
+    The predictors keep the weights, a tensor (R, P): a row for each text, and in it A and B of
+    each adapter in turn.
+    """
 
     def __init__(self, model, s):
-        self.rank, self.scale = s.ttt_lora_rank, (s.ttt_lora_alpha or s.ttt_lora_rank) / s.ttt_lora_rank
-        self.seed, self.visits, self.scaled = s.seed, len(model.plan), s.ttt_lora_scaled
-        self.weight, self.dtype = model.embed.weight, model.dtype
-        dim, narrow = s.model_dim, s.num_kv_heads * s.head_dim
-        outputs = {"q": dim, "k": narrow, "v": narrow, "o": dim, "attn": dim, "mlp": dim, "head": s.vocab_size}
-        self.shapes = [(visit, what, dim, outputs[what]) for visit in (*range(self.visits), None)
-                       for what in s.ttt_lora_targets if (what == "head") == (visit is None)]  # None: behind all visits
-        self.sizes = [size for _, _, inputs, outputs in self.shapes for size in (self.rank * inputs, outputs * self.rank)]
-        self.is_a = torch.cat([torch.full((size,), i % 2 == 0) for i, size in enumerate(self.sizes)]).to(self.weight.device)
+        self.rank = s.ttt_lora_rank
+        self.scale = (s.ttt_lora_alpha or s.ttt_lora_rank) / s.ttt_lora_rank
+        self.seed = s.seed
+        self.visits = len(model.plan)
+        self.scaled = s.ttt_lora_scaled
+        self.weight = model.embed.weight  # whose device and dtype the adapters' weights have
+        self.dtype = model.dtype
+        dim = s.model_dim
+        kv_dim = s.num_kv_heads * s.head_dim
+        outputs = {"q": dim, "k": kv_dim, "v": kv_dim, "o": dim, "attn": dim, "mlp": dim}
+        self.shapes = []
+        for visit in range(self.visits):
+            for target in s.ttt_lora_targets:
+                if target != "head":
+                    self.shapes.append(AdapterShape(visit, target, dim, outputs[target]))
+        self.body_tensors = 2 * len(self.shapes)  # A and B of all but the head
+        if "head" in s.ttt_lora_targets:
+            self.shapes.append(AdapterShape(None, "head", dim, s.vocab_size))
+        self.sizes = []  # of A, B, A, B, ...
+        for shape in self.shapes:
+            self.sizes += [self.rank * shape.inputs, shape.outputs * self.rank]
+        is_a = [torch.full((size,), i % 2 == 0) for i, size in enumerate(self.sizes)]
+        self.is_a = torch.cat(is_a).to(self.weight.device)  # (P,) bool
 
     def start(self, *draw):
-        """(1, P): A uniform within 1 / sqrt(inputs), B zero, so that nothing is added at first. Other numbers `draw` are
-        another draw; each is the same on every device.
-        """
-        seed = int(np.random.SeedSequence((self.seed, *draw)).generate_state(1)[0]) if draw else self.seed
-        generator, parts = torch.Generator().manual_seed(seed), []
-        for _, _, inputs, outputs in self.shapes:
-            a = (2 * torch.rand(self.rank * inputs, generator=generator) - 1) * inputs**-0.5
-            parts += [a, torch.zeros(outputs * self.rank)]
-        return torch.cat(parts)[None].to(self.weight)
+        """Weights (1, P) with which adapters begin. They add nothing, because B is zero.
 
-    def of(self, flat):
-        """AdapterSet of rows (R, P), in the model's dtype, but for the head in float32."""
-        n = 2 * sum(visit is not None for visit, *_ in self.shapes)
-        body, head = flat.split((sum(self.sizes[:n]), sum(self.sizes[n:])), 1)
-        parts = [*body.to(self.dtype).split(self.sizes[:n], 1), *(head.split(self.sizes[n:], 1) if self.sizes[n:] else ())]
-        maps = [partial(lora, a.view(-1, self.rank, inputs), b.view(-1, outputs, self.rank), self.scale)
-                for a, b, (_, _, inputs, outputs) in zip(parts[::2], parts[1::2], self.shapes)]
-        slots = [{"scaled": self.scaled} for _ in range(self.visits)]
-        for (visit, what, *_), each in zip(self.shapes, maps):
-            if visit is not None:
-                slots[visit][what] = each
-        return AdapterSet([Slot(**slot) for slot in slots], maps[-1] if self.shapes[-1][0] is None else None)
+        A is uniform within 1 / sqrt(inputs). Other numbers `draw` give another draw. A draw is the
+        same on every device.
+        """
+        seed = self.seed
+        if draw:
+            seed = int(np.random.SeedSequence((self.seed, *draw)).generate_state(1)[0])
+        generator = torch.Generator().manual_seed(seed)
+        tensors = []
+        for shape in self.shapes:
+            uniform = torch.rand(self.rank * shape.inputs, generator=generator)
+            a = (2 * uniform - 1) * shape.inputs**-0.5
+            b = torch.zeros(shape.outputs * self.rank)
+            tensors += [a, b]
+        return torch.cat(tensors)[None].to(self.weight)
+
+    def of(self, weights):
+        """AdapterSet of weights (R, P): the head's in float32, the others in the model's dtype."""
+        body_sizes = self.sizes[: self.body_tensors]
+        head_sizes = self.sizes[self.body_tensors :]
+        body, head = weights.split((sum(body_sizes), sum(head_sizes)), 1)
+        tensors = [*body.to(self.dtype).split(body_sizes, 1)]
+        if head_sizes:
+            tensors += head.split(head_sizes, 1)
+        head_adapter = None
+        by_visit = [{} for _ in range(self.visits)]
+        for shape, a, b in zip(self.shapes, tensors[::2], tensors[1::2]):
+            a = a.view(-1, self.rank, shape.inputs)
+            b = b.view(-1, shape.outputs, self.rank)
+            adapter = partial(lora, a, b, self.scale)
+            if shape.visit is None:
+                head_adapter = adapter
+            else:
+                by_visit[shape.visit][shape.target] = adapter
+        slots = [VisitAdapters(**adapters, scaled=self.scaled) for adapters in by_visit]
+        return AdapterSet(slots, head_adapter)
 
 
 class DocumentAdapters(ModelPredictor):
-    """Adapters of each document on its own (#77, #1530): scored a chunk at a time, and after each one step of AdamW on
-    it; documents side by side never meet. With kept keys (EVAL_CONTEXT=cache) each token is forwarded once and its
-    gradient ends where its chunk began; with windows, all of the window is forwarded again and again.
+    """Adapters of each document (TTT=lora_docs, #77, #1530).
 
-    TTT_WARM_START_A: A of later documents begins at the mean of those with which the group before ended, or with
-    TTT_LORA_A=own where A of the document at the same place of it did (#1767: in the same row of a rank's batch, which
-    is the same where all ranks are equally fast). PHASED_TTT_PREFIX_DOCS: at the end of each phase the weights learn
-    from all documents so far (#1610), and every own A is drawn anew.
+    A document is scored a chunk at a time. After each chunk its adapters take one step of AdamW on
+    that chunk. Documents that are read together never meet: each has its own row of weights. With
+    EVAL_CONTEXT=cache each token is forwarded once, and its gradient ends where its chunk began.
+    With windows the window is forwarded for each chunk.
+
+    The Reader gives the documents in groups, each of them a Part. A rank reads its share of a
+    group in batches of TTT_BATCH_SIZE rows, a document a row. A batch is read in turns, one chunk
+    of every row each. Rows whose document has ended drop out, from the last one on. Three kinds of
+    state follow from this:
+
+    - of the batch: the weights of each row's adapters, and AdamW's moments of them;
+    - of the group: how many batches have begun, and for a warm start the sum of the weights with
+      which adapters ended, and their number;
+    - of the text: the weights with which adapters begin, and for phases which documents were read.
+
+    With which weights the adapters of a document begin:
+
+    - TTT_LORA_A=shared: all with the same draw. TTT_WARM_START_A: A is the mean of those that
+      ended in the last group.
+    - TTT_LORA_A=own: A is drawn for each seat of a group, anew for each group. TTT_WARM_START_A: A
+      is where the last document in the same seat ended. The seats of a group are its places in
+      the batches of all ranks. (#1767 has a start for each row of a rank's batch, which is the
+      same where all ranks are equally fast.)
+
+    PHASED_TTT_PREFIX_DOCS: at the end of each phase the model's weights learn from all documents
+    so far (#1610), and every own A is drawn anew.
     """
 
     def __init__(self, model, s, rt, temperature=1.0):
-        super().__init__(model, rt, temperature, s.eval_seq_len if s.eval_context == "cache" else 0)
-        self.s, self.phases = s, s.phased_ttt_prefix_docs > 0
+        width = s.eval_seq_len if s.eval_context == "cache" else 0
+        super().__init__(model, rt, temperature, width)
+        self.s = s
+        self.phases = s.phased_ttt_prefix_docs > 0
         self.learns = s.ttt_warm_start_a or self.phases
         self.adapters = Adapters(model, s)
-        self.adaptation = adaptation_of_weights(model, s, rt) if self.phases else None
+        if self.phases:
+            self.adaptation = adaptation_of_weights(model, s, rt)
         self.reset()
 
     def reset(self):
         super().reset()
-        self.start, self.read = self.adapters.start(), []
-        self.ended = torch.zeros(self.start.size(1) + 1, dtype=torch.float64, device=self.start.device)  # sum, count
-        self.batch, self.draw, self.places = 0, 0, {}  # of a group; of TTT_LORA_A=own: number, {place: (P,) so far}
+        # Of the text.
+        self.start = self.adapters.start()  # (1, P), for all documents
+        self.draw = 0  # number of the draw of own starts
+        self.seats = {}  # {seat: (P,) weights of the last document there}
+        self.groups = []  # ranges of the documents of each group
+        # Of the group.
+        self.batches = 0
+        sum_and_count = self.start.size(1) + 1
+        self.ended = torch.zeros(sum_and_count, dtype=torch.float64, device=self.start.device)
+        # Of the batch, (rows, P) each.
+        self.weights = None
+        self.mean = None
+        self.square = None
         if self.phases:
             self.adaptation.reset()
         self.model.requires_grad_(False)
 
+    # Of a batch: predict a chunk, and take a step on it after it was scored.
+
+    @torch.enable_grad()
+    def logits(self, inputs):
+        rows = len(inputs.ids)
+        if inputs.turn == 0:
+            self.weights = self._begin(rows)
+            self.mean = torch.zeros_like(self.weights)
+            self.square = torch.zeros_like(self.weights)
+        self.weights = self.weights[:rows]
+        self.mean = self.mean[:rows]
+        self.square = self.square[:rows]
+        self.adapter_weights = self.weights.detach().requires_grad_()
+        self.last_logits = super().logits(inputs)  # with their graph, for observe()
+        return self.last_logits.detach()
+
+    def observe(self, chunk):
+        super().observe(chunk)
+        if chunk.inputs.turn == 0:
+            self.batches += 1
+        scored = chunk.index >= 0
+        if chunk.continuing:
+            self._step(chunk, scored)
+        if self.s.ttt_warm_start_a and self.s.ttt_lora_a == "shared":
+            self._add_ended(chunk, scored)
+
+    def _step(self, chunk, scored):
+        """A step of AdamW on the chunk, of the rows that continue."""
+        s = self.s
+        rows = chunk.continuing
+        nats = nats_of(self.last_logits, chunk.targets)
+        loss = (nats * scored).sum(1) / scored.sum(1).clamp(min=1)
+        grad = torch.autograd.grad(loss[:rows].sum(), self.adapter_weights)[0]
+        betas = (s.ttt_beta1, s.ttt_beta2)
+        adamw(self.weights[:rows], grad[:rows], self.mean[:rows], self.square[:rows],
+              chunk.inputs.turn + 1, s.ttt_lora_lr, s.ttt_wd, betas, 1e-10)
+
+    def _add_ended(self, chunk, scored):
+        """Add the adapters of rows that end with this chunk to the group's sum and count."""
+        ends = scored.any(1).double()
+        ends[: chunk.continuing] = 0
+        self.ended += torch.cat((ends @ self.weights.double(), ends.sum()[None]))
+
+    # Where adapters begin.
+
     def _begin(self, rows):
-        """(rows, P) of the next documents of this rank."""
-        s, rt = self.s, self.rt
-        if s.ttt_lora_a == "shared":
+        """Weights (rows, P) with which the adapters of this rank's next documents begin."""
+        if self.s.ttt_lora_a == "shared":
             return self.start.expand(rows, -1).clone()
-        places = [(self.batch * s.ttt_batch_size + row) * rt.world + rt.rank for row in range(rows)]
-        new = [place for place in places if place not in self.places]
-        kept = self.places | {place: self.adapters.start(self.draw, place)[0] for place in new}
-        weight = torch.stack([kept[place] for place in places]) * self.adapters.is_a
-        if s.ttt_warm_start_a:
-            self.places |= dict(zip(places, weight))  # views, which go on learning
-        return weight
+        seats = self._seats(rows)
+        starts = torch.stack([self._own_start(seat) for seat in seats])
+        weights = starts * self.adapters.is_a  # B begins with zeros
+        if self.s.ttt_warm_start_a:
+            for seat, row in zip(seats, weights):
+                self.seats[seat] = row  # a view: it learns as the document goes on
+        return weights
 
-    def rehearse(self, stream):
-        if self.phases:
-            self._train(stream, np.arange(len(stream.bytes)), 1)
+    def _seats(self, rows):
+        """Numbers of the next documents of this rank within their group."""
+        first = self.batches * self.s.ttt_batch_size
+        return [(first + row) * self.rt.world + self.rt.rank for row in range(rows)]
 
-    def _train(self, stream, targets, epochs):
+    def _own_start(self, seat):
+        """(P,): where the last document in this seat ended, or a draw."""
+        if seat in self.seats:
+            return self.seats[seat]
+        return self.adapters.start(self.draw, seat)[0]
+
+    # The end of a group, and of a phase.
+
+    def learn(self, part, stream):
+        if self.s.ttt_warm_start_a:
+            self._warm_start()
+        else:
+            self.draw += 1
+        self.ended.zero_()
+        self.batches = 0
+        self.groups.append(part.ranges)
+        documents = sum(map(len, self.groups))
+        if self.phases and documents in phase_ends(self.s):
+            self._end_phase(stream)
+
+    def _warm_start(self):
+        """A begins at the mean over the adapters that ended in this group, on all ranks."""
+        self.rt.sum(self.ended)
+        total, count = self.ended[:-1], self.ended[-1]
+        if count > 0:
+            mean = (total / count).to(self.start)
+            self.start = torch.where(self.adapters.is_a, mean, self.start)
+
+    def _end_phase(self, stream):
+        """The weights learn from all documents so far, and own starts are drawn anew."""
+        self.seats = {}
+        self.draw += 1
+        documents = np.concatenate(self.groups)
+        targets = np.concatenate([np.arange(begin, end) for begin, end in documents])
+        self._train_weights(stream, targets, self.s.ttt_epochs)
+
+    def _train_weights(self, stream, targets, epochs):
         for param in self.adaptation.params:
             param.requires_grad_(True)
         self.adaptation.renew()
         self.adaptation.fit(stream, targets, epochs, partial(cosine, self.s))
         self.model.requires_grad_(False)
 
-    @torch.enable_grad()
-    def logits(self, inputs):
-        rows = len(inputs.ids)
-        if inputs.turn == 0:
-            weight = self._begin(rows)
-            self.state = [weight, torch.zeros_like(weight), torch.zeros_like(weight)]
-        self.state = [z[:rows] for z in self.state]
-        self.flat = self.state[0].detach().requires_grad_()
-        self.said = super().logits(inputs)
-        return self.said.detach()
-
-    def observe(self, chunk):
-        s, n, live = self.s, chunk.continuing, chunk.index >= 0
-        super().observe(chunk)
-        self.batch += chunk.inputs.turn == 0
-        if n:
-            nll = (nats_of(self.said, chunk.targets) * live).sum(1) / live.sum(1).clamp(min=1)
-            grad, = torch.autograd.grad(nll[:n].sum(), self.flat)
-            weight, mean, square = (z[:n] for z in self.state)
-            betas, step = (s.ttt_beta1, s.ttt_beta2), chunk.inputs.turn + 1
-            adamw(weight, grad[:n], mean, square, step, s.ttt_lora_lr, s.ttt_wd, betas, 1e-10)
-        if s.ttt_warm_start_a and s.ttt_lora_a == "shared":
-            done = live.any(1).double()
-            done[:n] = 0
-            self.ended += torch.cat((done @ self.state[0].double(), done.sum()[None]))
-
-    def learn(self, part, stream):
-        s = self.s
-        if s.ttt_warm_start_a and (count := self.rt.sum(self.ended)[-1]) > 0:
-            self.start = torch.where(self.adapters.is_a, (self.ended[:-1] / count).to(self.start), self.start)
-        self.ended.zero_()
-        self.read.append(part.ranges)
-        self.batch, self.draw = 0, self.draw + (not s.ttt_warm_start_a)
-        if self.phases and sum(map(len, self.read)) in phase_ends(s):
-            self.places, self.draw = {}, self.draw + 1
-            self._train(stream, np.concatenate([np.arange(a, b) for a, b in np.concatenate(self.read)]), s.ttt_epochs)
+    def rehearse(self, stream):
+        if self.phases:
+            self._train_weights(stream, np.arange(len(stream.bytes)), 1)
 
 
 def log_adaptation(run, model, predictor):
-    """What test-time training may change, and what it may not."""
+    """Log what test-time training may change, and what it may not."""
     while isinstance(predictor, WrappingPredictor):
         predictor = predictor.base
     if predictor.adapters:
-        run.log("ttt_adapters", parameters=sum(predictor.adapters.sizes), beside=run.s.ttt_lora_targets,
-                rank=run.s.ttt_lora_rank, of_each="document" if run.s.ttt == "lora_docs" else "stream")
-    if predictor.adaptation and predictor.adaptation.params[0] is not predictor.flat:
-        log_trainable(run, model, predictor.adaptation)
+        of_each = "document" if run.s.ttt == "lora_docs" else "stream"
+        run.log("ttt_adapters", parameters=sum(predictor.adapters.sizes),
+                beside=run.s.ttt_lora_targets, rank=run.s.ttt_lora_rank, of_each=of_each)
+    adaptation = predictor.adaptation
+    if adaptation and adaptation.params[0] is not predictor.adapter_weights:
+        log_trainable(run, model, adaptation)
 
 
 def log_trainable(run, model, adaptation):
-    learns = set(adaptation.params)
-    blocks = [sum(p.numel() for p in block.parameters() if p in learns) for block in model.blocks]
-    total, count = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in learns)
-    run.log("ttt_trainable", parameters=count, frozen=total - count, by_block=blocks, outside_blocks=count - sum(blocks))
+    """Log how many of the model's parameters an adaptation changes, and where they are."""
+    trainable = set(adaptation.params)
+    total = sum(p.numel() for p in model.parameters())
+    count = sum(p.numel() for p in trainable)
+    by_block = []
+    for block in model.blocks:
+        by_block.append(sum(p.numel() for p in block.parameters() if p in trainable))
+    run.log("ttt_trainable", parameters=count, frozen=total - count, by_block=by_block,
+            outside_blocks=count - sum(by_block))
 
 
 # ---- n-grams of the scored text ------------------------------------------------------------------
 
+# Odd numbers of 64 bits, as int64. Multiplied by one, a number is spread over the upper bits.
+GOLDEN = -7046029254386353131  # 2^64 / golden ratio
+PCG = 6364136223846793005  # multiplier of Knuth's MMIX and of PCG
+SPLITMIX = -4658895280553007687  # of SplitMix64
+XXHASH = -4417276706812531889  # the second prime of xxHash64
+
 
 class HashTable:
-    """Open hash table on the device: slots of int64 keys >= 0, `most` of which have room. Vectorised, with no order that
-    matters but which of several new keys gets a slot first, and nothing that is computed from slots depends on that.
+    """A set of int64 keys >= 0 on the device. Each key has a slot, a number below len(table).
+
+    The hash of a key says at which slot the search for it begins. If another key is there, the
+    search moves on to the next slot (open addressing, linear probing). It ends at the key, or at a
+    free slot: then the key is not in the table, and that slot is where it can be added. probe()
+    searches many keys at once, a slot of each in every round.
+
+    `capacity` keys have room. The device decides which of several new keys gets a slot first.
+    Nothing that is computed from slots depends on that.
     """
 
-    def __init__(self, most, device):
-        self.bits = max(int(1.5 * most).bit_length(), 8)
-        self.keys = torch.zeros(1 << self.bits, dtype=torch.int64, device=device)  # key + 1; 0: free
+    def __init__(self, capacity, device):
+        self.bits = max(int(1.5 * capacity).bit_length(), 8)
+        # At each slot its key + 1, or 0 where it is free.
+        self.keys = torch.zeros(1 << self.bits, dtype=torch.int64, device=device)
 
     def __len__(self):
         return len(self.keys)
 
     def probe(self, keys, add=False):
-        """Slots of keys (n,); -1 where one is not there, unless `add` puts it there."""
-        found = at = keys * -7046029254386353131 >> (64 - self.bits) & (1 << self.bits) - 1
-        key, place = keys + 1, None  # of the keys that are still looked for
-        while len(at):
-            there = self.keys.index_select(0, at)
-            if add and len(free := (there == 0).nonzero().squeeze(1)):
-                some = at.index_select(0, free)
-                self.keys.index_copy_(0, some, key.index_select(0, free))  # of several that want the slot one gets it
-                there.index_copy_(0, free, self.keys.index_select(0, some))
-            miss = (there != key).nonzero().squeeze(1)
-            place, key = miss if place is None else place.index_select(0, miss), key.index_select(0, miss)
-            at = torch.where(there.index_select(0, miss) == 0, -1, (at.index_select(0, miss) + 1) % len(self.keys))
-            found.index_copy_(0, place, at)
-            if not add:
-                on = (at >= 0).nonzero().squeeze(1)
-                at, key, place = (z.index_select(0, on) for z in (at, key, place))
-        return found
+        """Slots of keys (n,). A key that is not in the table gets -1, or with `add` a slot."""
+        slots = keys * GOLDEN >> (64 - self.bits) & (1 << self.bits) - 1
+        # Of the keys that are still searched: indices, what must be stored, the slot to look at.
+        index = None  # None: all
+        wanted = keys + 1
+        current = slots
+        while len(current):
+            stored = self.keys.index_select(0, current)
+            if add:
+                self._take_free_slots(current, wanted, stored)
+            missed = (stored != wanted).nonzero().squeeze(1)
+            index = missed if index is None else index.index_select(0, missed)
+            wanted = wanted.index_select(0, missed)
+            free = stored.index_select(0, missed) == 0
+            following = (current.index_select(0, missed) + 1) % len(self.keys)
+            current = torch.where(free, -1, following)
+            slots.index_copy_(0, index, current)
+            if not add:  # a free slot ends the search
+                searched = (current >= 0).nonzero().squeeze(1)
+                index = index.index_select(0, searched)
+                wanted = wanted.index_select(0, searched)
+                current = current.index_select(0, searched)
+        return slots
+
+    def _take_free_slots(self, slots, wanted, stored):
+        """Store keys at their slots where these are free, and update what is `stored` there.
+
+        Of several keys that want the same slot one gets it.
+        """
+        free = (stored == 0).nonzero().squeeze(1)
+        if len(free):
+            free_slots = slots.index_select(0, free)
+            self.keys.index_copy_(0, free_slots, wanted.index_select(0, free))
+            stored.index_copy_(0, free, self.keys.index_select(0, free_slots))
 
 
 class NgramCounts:
-    """How often each n-gram of up to `order` tokens occurred, exactly: a trie whose nodes have (parent, token) as key, so
-    no two n-grams share a count; `most` n-grams have room.
+    """How often each n-gram of up to `order` tokens occurred, exactly.
 
-    The node of a single token is its number; longer ones follow, vocab + slot; -1 is none, the last is the root. Texts
-    that are counted together are kept apart by the token `vocab`.
+    The n-grams are the nodes of a trie. The node of the tokens (a, b, c) is the child by c of the
+    node of (a, b), whose parent is the node of (a), whose parent is the root. A HashTable holds
+    the children: its keys are pairs (parent, token), so no two n-grams share a count. All places
+    of a text walk down the trie together, a token a round.
+
+    A node is a number: that of one token is the token; that of a longer n-gram is vocab + 1 + its
+    slot in the table; the root is the last number; -1 is no node.
+
+    `capacity` n-grams of two tokens and more have room. Texts that are counted together are kept
+    apart by the token `vocab`.
     """
 
-    def __init__(self, vocab, order, most, device):
-        self.vocab, self.order, self.table = vocab, order, HashTable(most, device)
-        self.count = torch.zeros(vocab + 1 + len(self.table) + 1, dtype=torch.int32, device=device)
-        self.fan = torch.zeros(len(self.count), dtype=torch.int64, device=device)  # tokens after it + 2^32 different ones
+    KINDS = 32  # bits of `followers` below the number of different tokens
+
+    def __init__(self, vocab, order, capacity, device):
+        self.vocab = vocab
+        self.order = order
+        self.table = HashTable(capacity, device)
+        nodes = vocab + 1 + len(self.table) + 1
+        self.count = torch.zeros(nodes, dtype=torch.int32, device=device)
+        # After each n-gram: (number of different tokens << KINDS) + number of tokens.
+        self.followers = torch.zeros(nodes, dtype=torch.int64, device=device)
 
     def reset(self):
-        self.table.keys.zero_(), self.count.zero_(), self.fan.zero_()
+        self.table.keys.zero_()
+        self.count.zero_()
+        self.followers.zero_()
 
     @property
     def root(self):
         return len(self.count) - 1
 
     def _children(self, nodes, tokens, add=False):
+        """Nodes one token longer; -1 where there is none, unless `add` makes it."""
         slots = self.table.probe(nodes * (self.vocab + 1) + tokens, add)
         return torch.where(slots < 0, -1, slots + self.vocab + 1)
 
     def find(self, nodes, tokens):
-        """Nodes one token longer, of the same shape; -1 where there is none."""
-        found, some = torch.full_like(nodes, -1), ((nodes >= 0) & (tokens >= 0)).flatten().nonzero().squeeze(1)
-        pairs = (z.reshape(-1).index_select(0, some) for z in (nodes, tokens))
-        found.view(-1).index_copy_(0, some, self._children(*pairs))
-        return found
+        """Nodes one token longer, of the same shape; -1 for what is not there, and after -1."""
+        children = torch.full_like(nodes, -1)
+        given = ((nodes >= 0) & (tokens >= 0)).flatten().nonzero().squeeze(1)
+        nodes = nodes.reshape(-1).index_select(0, given)
+        tokens = tokens.reshape(-1).index_select(0, given)
+        children.view(-1).index_copy_(0, given, self._children(nodes, tokens))
+        return children
 
-    def walk(self, run):
-        """[nodes (B, L) of the last 1, 2, ..., order tokens at each place of run (B, L)]."""
-        nodes = [run]
+    def walk(self, text):
+        """[nodes (B, L) of the last 1, 2, ..., order tokens at each place of text (B, L)]."""
+        nodes = [text]
         while len(nodes) < self.order:
-            nodes.append(self.find(F.pad(nodes[-1][:, :-1], (1, 0), value=-1), run))
+            end_one_earlier = F.pad(nodes[-1][:, :-1], (1, 0), value=-1)
+            nodes.append(self.find(end_one_earlier, text))
         return nodes
 
-    def add(self, run, new):
-        """Count the n-grams that end at the places `new` (n,) of run (L,), the last token of which keeps texts apart."""
-        fresh = torch.zeros_like(run, dtype=torch.bool).index_fill_(0, new, True)
-        ends = (run < self.vocab).nonzero().squeeze(1)  # where the n-grams so far end
-        nodes = run.index_select(0, ends)
+    def add(self, text, new):
+        """Count the n-grams that end at places `new` (n,) of text (L,). It ends with `vocab`."""
+        is_new = torch.zeros_like(text, dtype=torch.bool).index_fill_(0, new, True)
+        ends = (text < self.vocab).nonzero().squeeze(1)  # places at which the n-grams so far end
+        nodes = text.index_select(0, ends)
         parents = torch.full_like(nodes, self.root)
-        for n in range(self.order):
-            if n:  # one token longer, but for what would span two texts
-                tokens = run.index_select(0, ends + 1)
-                inside = (tokens < self.vocab).nonzero().squeeze(1)
-                parents, tokens, ends = (z.index_select(0, inside) for z in (nodes, tokens, ends + 1))
-                nodes = self._children(parents, tokens, add=True)
-            now = fresh.index_select(0, ends).nonzero().squeeze(1)
-            self._count(nodes.index_select(0, now), parents.index_select(0, now))
+        self._count_new(is_new, ends, nodes, parents)
+        for _ in range(1, self.order):  # one token longer, except for what would span two texts
+            tokens = text.index_select(0, ends + 1)
+            inside = (tokens < self.vocab).nonzero().squeeze(1)
+            tokens = tokens.index_select(0, inside)
+            ends = (ends + 1).index_select(0, inside)
+            parents = nodes.index_select(0, inside)
+            nodes = self._children(parents, tokens, add=True)
+            self._count_new(is_new, ends, nodes, parents)
 
-    def _count(self, nodes, parents):
-        """One more of each node, the last token of which follows on its parent."""
-        one, step = torch.ones(len(nodes), dtype=torch.int32, device=nodes.device), torch.ones_like(nodes)
-        first = (self.count.index_select(0, nodes) == 0).nonzero().squeeze(1)
-        some = nodes.index_select(0, first)
-        mark = torch.arange(1, len(first) + 1, dtype=torch.int32, device=nodes.device)
-        self.count.index_copy_(0, some, mark)  # of several equal ones, one stays
-        once = (self.count.index_select(0, some) == mark).nonzero().squeeze(1)
-        one[first[once]] -= mark[once]
-        step[first[once]] += 1 << 32
-        self.count.index_add_(0, nodes, one)
-        self.fan.index_add_(0, parents, step)
+    def _count_new(self, is_new, ends, nodes, parents):
+        """Count the nodes that end at new places, and each as a follower of its parent."""
+        counted = is_new.index_select(0, ends).nonzero().squeeze(1)
+        nodes = nodes.index_select(0, counted)
+        parents = parents.index_select(0, counted)
+        followers = torch.ones_like(nodes)
+        followers[self._first_occurrences(nodes)] += 1 << self.KINDS
+        ones = torch.ones(len(nodes), dtype=torch.int32, device=nodes.device)
+        self.count.index_add_(0, nodes, ones)
+        self.followers.index_add_(0, parents, followers)
 
-    def probability(self, contexts, grams):
-        """[p (...)] of orders 1, 2, ...: nodes of the contexts of 0, 1, ... tokens, and those of them with the token that
-        is asked for. Each order takes DISCOUNT off its counts and gives that mass to the order below, down to 1 / V
-        (interpolated absolute discounting), so that every one sums to 1 over the tokens.
+    def _first_occurrences(self, nodes):
+        """Indices into nodes (n,): of each node that has no count yet, one index.
+
+        Every index is written to the node's count, and of equal nodes one index stays: the one
+        that reads itself.
         """
-        p, found = torch.full(grams[0].shape, 1 / self.vocab, dtype=torch.float64, device=grams[0].device), []
+        uncounted = (self.count.index_select(0, nodes) == 0).nonzero().squeeze(1)
+        their_nodes = nodes.index_select(0, uncounted)
+        marks = torch.arange(1, len(uncounted) + 1, dtype=torch.int32, device=nodes.device)
+        self.count.index_copy_(0, their_nodes, marks)
+        stayed = (self.count.index_select(0, their_nodes) == marks).nonzero().squeeze(1)
+        self.count.index_fill_(0, their_nodes, 0)
+        return uncounted.index_select(0, stayed)
+
+    def backoff_probabilities(self, contexts, grams):
+        """[p (...) float64 of a token after its context, by orders 1, 2, ...].
+
+        contexts: nodes of the 0, 1, ... tokens before. grams: nodes of these contexts and the
+        token. Each order is a distribution over all tokens.
+
+        Each order takes DISCOUNT off its counts and gives that mass to the order below it, down to
+        1 / vocab (interpolated absolute discounting). Where a context never occurred, the order
+        below answers.
+        """
+        p = torch.full(grams[0].shape, 1 / self.vocab, dtype=torch.float64, device=grams[0].device)
+        by_order = []
         for context, gram in zip(contexts, grams):
-            fan = torch.where(context < 0, 0, self.fan[context])
-            total, kinds = (fan & (1 << 32) - 1).double(), (fan >> 32).double()
+            followers = torch.where(context < 0, 0, self.followers[context])
+            kinds = (followers >> self.KINDS).double()
+            total = (followers & (1 << self.KINDS) - 1).double()
             count = torch.where(gram < 0, 0, self.count[gram]).double()
-            p = torch.where(total > 0, ((count - DISCOUNT).clamp(min=0) + DISCOUNT * kinds * p) / total.clamp(min=1), p)
-            found.append(p)
-        return found
+            kept = (count - DISCOUNT).clamp(min=0)
+            interpolated = (kept + DISCOUNT * kinds * p) / total.clamp(min=1)
+            p = torch.where(total > 0, interpolated, p)
+            by_order.append(p)
+        return by_order
 
 
 DISCOUNT = 0.9  # of 0.5, 0.6, ..., 0.9 and Witten-Bell the best for English of 1,024 pieces
@@ -6674,12 +7944,20 @@ ORDERS = {"unigram": 1, "bigram": 2, "trigram": 3}  # of MIXER_EXPERTS; backoff 
 
 
 class WrappingPredictor(Predictor):
-    """A predictor that changes what another one says."""
+    """A predictor that changes the predictions of another one, its base.
+
+    A subclass has predict(), which asks the base, and of the others what it needs; each of them
+    calls the base's through super(). wrappers() says when it is used. targets: of the stream.
+    """
 
     learns = True
 
-    def __init__(self, base, s, rt):
-        self.base, self.s, self.rt, self.invalid = base, s, rt, base.invalid
+    def __init__(self, base, s, rt, targets=0):
+        self.base = base
+        self.s = s
+        self.rt = rt
+        self.invalid = base.invalid
+        self.history = base.history
 
     def observe(self, chunk):
         self.base.observe(chunk)
@@ -6695,237 +7973,355 @@ class WrappingPredictor(Predictor):
 
 
 def scored_text(part, stream, back, s):
-    """(the scored text of a part (L,), places of it that are new): each range behind up to `back` tokens before its first
-    target; but documents that are read in another order (TTT=lora_docs) alone. They are kept apart by the token VOCAB_SIZE.
+    """(text (L,), new): the scored text of a part, and the places in it that nobody has counted.
+
+    A range of the part comes with up to `back` tokens before it, which are counted already. With
+    TTT=lora_docs it is a document and comes alone. The token VOCAB_SIZE follows on each range.
     """
-    pieces, new, at = [], [], 0
+    pieces = []
+    new = []
+    length = 0  # of the pieces so far
     edge = stream.tokens.new_full((1,), s.vocab_size)
-    for a, b in part.ranges.tolist():
-        start = a if s.ttt == "lora_docs" else max(a + 1 - back, 0)
-        pieces += [stream.tokens[start : b + 1], edge]
-        new.append(torch.arange(at + a + 1 - start, at + b + 1 - start, device=edge.device))
-        at += b + 2 - start
+    for begin, end in part.ranges.tolist():  # whose targets are the tokens from begin + 1 to end
+        first = begin if s.ttt == "lora_docs" else max(begin + 1 - back, 0)
+        pieces += [stream.tokens[first : end + 1], edge]
+        shift = length - first
+        new.append(torch.arange(begin + 1 + shift, end + 1 + shift, device=edge.device))
+        length += end + 1 - first + 1
     return torch.cat(pieces).long(), torch.cat(new)
 
 
-def ngram_weight(s, said):
-    """Weight of the n-grams (B, K): it rises with the model's entropy (#1033)."""
-    entropy = -(said.exp() * said).sum(-1).double()
-    return s.alpha_base + s.alpha_range * torch.sigmoid(2 * (entropy - s.alpha_center))
+def entropy_of(log_probs):
+    """Entropy (B, K) in nats of log-probabilities (B, K, V)."""
+    return -(log_probs.exp() * log_probs).sum(-1).double()
+
+
+def ngram_weight(s, log_probs):
+    """Weight (B, K) of the n-grams (#1033): it rises with the entropy of the model's log_probs."""
+    above_center = entropy_of(log_probs) - s.alpha_center
+    return s.alpha_base + s.alpha_range * torch.sigmoid(2 * above_center)
+
+
+def tokens_before(inputs):
+    """How many tokens of inputs.recent come before the first place."""
+    return inputs.recent.size(1) - inputs.places.size(1)
+
+
+def every_token(log_probs):
+    """Tokens (B, K, V) of which log_probs (B, K, V) are the log-probabilities."""
+    return torch.arange(log_probs.size(-1), device=log_probs.device).expand(log_probs.shape)
+
+
+def with_dims_of(values, like):
+    """values (..., B, K) as (..., B, K, 1, ...), to meet a tensor like (B, K, ...)."""
+    return values.view(*values.shape, *(1,) * (like.dim() - 2))
 
 
 class NgramMixture(WrappingPredictor):
-    """The model beside n-grams that are counted in the scored text, each a distribution. MIXER=backoff: the longest order,
-    at a weight that rises with the model's entropy (#1033, made normal). MIXER=hedge: MIXER_EXPERTS by their record: at the
-    end of a part each log weight falls by MIXER_ETA times its expert's mean nats, over all ranks (#967, made normal).
+    """The base mixed with experts, which are n-grams of one order, counted in the scored text.
 
-    #967's expert "entropy" says exp(-H) of every token, H the model's entropy, and so far more than 1 in all.
+    Each expert is a distribution, and so is the mixture. _log_weights() of a subclass says what
+    each of them weighs. names: of the experts, as in MIXER_EXPERTS.
     """
 
-    def __init__(self, base, s, rt, targets):
-        super().__init__(base, s, rt)
-        self.names = ("backoff",) if s.mixer == "backoff" else s.mixer_experts
-        order = max((ORDERS.get(name, s.ngram_order) for name in self.names if name != "entropy"), default=1)
+    def __init__(self, base, s, rt, targets, names):
+        super().__init__(base, s, rt, targets)
+        self.orders = [self._order(name) for name in names]
+        order = max(self.orders, default=1)
         self.counts = NgramCounts(s.vocab_size, order, targets * (order - 1), rt.device)
-        self.history = max(order - 2, base.history)
-        if "entropy" in self.names:
-            self.invalid = "C2 normalisation: MIXER_EXPERTS=entropy is no distribution (#967)"
+        self.history = max(self.history, order - 2)
         self.reset()
+
+    def _order(self, name):
+        return ORDERS.get(name, self.s.ngram_order)
+
+    def _log_weights(self, log_probs):
+        """Of base and experts (1 + E, B or 1, K or 1). log_probs (B, K, V): what the base says."""
+        raise NotImplementedError
 
     def reset(self):
         super().reset()
         self.counts.reset()
-        self.seen, self.weights = 0, torch.zeros(1 + len(self.names), dtype=torch.float64, device=self.rt.device)
-        self.weights[0] = 2.0  # the model's
-        self.nats = torch.zeros(len(self.weights) + 1, dtype=torch.float64, device=self.rt.device)  # and how many targets
-
-    def _mix(self, said, own, contexts, grams):
-        """(log-probability (B, K, ...) of tokens of which the model says `own`, that of each expert): `said` is all that the
-        model says (B, K, V).
-        """
-        orders, more = self.counts.probability(contexts, grams), (1,) * (own.dim() - 2)
-        entropy = (said.exp() * said).sum(-1).double().view(*said.shape[:2], *more)
-        experts = torch.stack([own.double(), *(entropy.expand_as(own) if name == "entropy" else orders[
-            ORDERS.get(name, self.s.ngram_order) - 1].log() for name in self.names)])
-        if self.s.mixer == "hedge":
-            weights = self.weights.log_softmax(0).view(-1, 1, 1, *more)
-        else:
-            alpha = ngram_weight(self.s, said).view(*said.shape[:2], *more)
-            weights = torch.stack((torch.log1p(-alpha), alpha.log()))
-        return (experts + weights).logsumexp(0), experts
-
-    def _contexts(self, nodes, h, k):
-        root = torch.full_like(nodes[0][:, h : h + k], self.counts.root)
-        return [root, *(node[:, h : h + k] for node in nodes[: self.counts.order - 1])]
+        self.counted = 0  # targets
+        self.experts = None  # log-probabilities (1 + E, B, K) of the last targets
 
     @torch.no_grad()
-    def predict(self, inputs, most=None):
-        said = self.base.predict(inputs, most)
-        if self.seen < self.s.mixer_min_tokens:
-            return said
-        contexts = self._contexts(self.counts.walk(inputs.recent), inputs.recent.size(1) - inputs.places.size(1), said.size(1))
-        everyone = torch.arange(said.size(-1), device=said.device).expand(said.shape)
-        contexts = [node[..., None].expand(said.shape) for node in contexts]
-        grams = [everyone, *(self.counts.find(node, everyone) for node in contexts[1:])]
-        return self._mix(said, said, contexts, grams)[0]
+    def predict(self, inputs, count=None):
+        log_probs = self.base.predict(inputs, count)
+        if self.counted < self.s.mixer_min_tokens:
+            return log_probs
+        nodes = self.counts.walk(inputs.recent)
+        contexts = self._contexts(nodes, tokens_before(inputs), log_probs.size(1))
+        contexts = [context[..., None].expand(log_probs.shape) for context in contexts]
+        vocabulary = every_token(log_probs)
+        grams = [vocabulary]
+        for context in contexts[1:]:
+            grams.append(self.counts.find(context, vocabulary))
+        return self._mix(self._experts(log_probs, log_probs, contexts, grams), log_probs)
 
     @torch.no_grad()
     def nll(self, inputs, targets):
-        said, k = self.base.predict(inputs), inputs.places.size(1)
-        own, self.experts = said.gather(-1, targets[..., None]).squeeze(-1), None
-        if self.seen < self.s.mixer_min_tokens:
-            return -own
-        h = inputs.recent.size(1) - k
-        nodes = self.counts.walk(torch.cat((inputs.recent[:, : h + 1], targets), 1))
-        mixed, self.experts = self._mix(said, own, self._contexts(nodes, h, k), [node[:, h + 1 :] for node in nodes])
-        return -mixed
+        log_probs = self.base.predict(inputs)
+        of_targets = log_probs.gather(-1, targets[..., None]).squeeze(-1)
+        self.experts = None
+        if self.counted < self.s.mixer_min_tokens:
+            return -of_targets
+        contexts, grams = self.nodes_of_targets(inputs, targets)
+        self.experts = self._experts(log_probs, of_targets, contexts, grams)
+        return -self._mix(self.experts, log_probs)
+
+    def _contexts(self, nodes, before, places):
+        """[nodes (B, K) of the last 0, 1, ... tokens up to each place], from what walk() found."""
+        span = slice(before, before + places)
+        contexts = [torch.full_like(nodes[0][:, span], self.counts.root)]
+        for of_length in nodes[: self.counts.order - 1]:
+            contexts.append(of_length[:, span])
+        return contexts
+
+    def nodes_of_targets(self, inputs, targets):
+        """(contexts, grams) of targets (B, K), as backoff_probabilities() takes them."""
+        before = tokens_before(inputs)
+        first_place = inputs.recent[:, : before + 1]
+        nodes = self.counts.walk(torch.cat((first_place, targets), 1))
+        grams = [of_length[:, before + 1 :] for of_length in nodes]
+        return self._contexts(nodes, before, targets.size(1)), grams
+
+    def _experts(self, log_probs, of_tokens, contexts, grams):
+        """Log-probabilities (1 + E, B, K, ...) of tokens: of_tokens by the base, and experts."""
+        by_order = self.counts.backoff_probabilities(contexts, grams)
+        experts = [by_order[order - 1].log() for order in self.orders]
+        return torch.stack([of_tokens.double(), *experts])
+
+    def _mix(self, experts, log_probs):
+        """Log-probabilities (B, K, ...) of the mixture."""
+        return (experts + with_dims_of(self._log_weights(log_probs), experts[0])).logsumexp(0)
+
+    def learn(self, part, stream):
+        super().learn(part, stream)
+        text, new = scored_text(part, stream, self.counts.order - 1, self.s)
+        self.counts.add(text, new)
+        self.counted += len(new)
+
+
+class BackoffMixture(NgramMixture):
+    """MIXER=backoff: n-grams of NGRAM_ORDER at a weight that rises with the model's entropy.
+
+    HashedMixture is #1033's original, which is not normalised.
+    """
+
+    def __init__(self, base, s, rt, targets):
+        super().__init__(base, s, rt, targets, ("backoff",))
+
+    def _log_weights(self, log_probs):
+        alpha = ngram_weight(self.s, log_probs)
+        return torch.stack((torch.log1p(-alpha), alpha.log()))
+
+
+class HedgeMixture(NgramMixture):
+    """MIXER=hedge: the model and MIXER_EXPERTS, weighted by their record (#967).
+
+    At the end of each part the log weight of each falls by MIXER_ETA times its mean nats, over all
+    ranks. EntropyMixture is the original, whose expert "entropy" is not normalised.
+    """
+
+    MODEL_WEIGHT = 2.0  # log weight with which the model begins; the experts begin at 0
+
+    def __init__(self, base, s, rt, targets):
+        super().__init__(base, s, rt, targets, s.mixer_experts)
+
+    def reset(self):
+        super().reset()
+        device = self.rt.device
+        self.weights = torch.zeros(1 + len(self.orders), dtype=torch.float64, device=device)  # log
+        self.weights[0] = self.MODEL_WEIGHT
+        # Of the part: the nats of each, and at last the number of targets.
+        self.nats = torch.zeros(len(self.weights) + 1, dtype=torch.float64, device=device)
+
+    def _log_weights(self, log_probs):
+        return self.weights.log_softmax(0).view(-1, 1, 1)
 
     def observe(self, chunk):
         if self.experts is not None:
-            live = chunk.index >= 0
-            self.nats[:-1] -= (self.experts * live).flatten(1).sum(1)
-            self.nats[-1] += live.sum()
+            scored = chunk.index >= 0
+            self.nats[:-1] -= (self.experts * scored).flatten(1).sum(1)
+            self.nats[-1] += scored.sum()
         super().observe(chunk)
 
     def learn(self, part, stream):
         super().learn(part, stream)
-        nats = self.rt.sum(self.nats)
-        if self.s.mixer == "hedge" and nats[-1] > 0:
-            self.weights -= self.s.mixer_eta * nats[:-1] / nats[-1]
-        nats.zero_()
-        self.counts.add(*scored_text(part, stream, self.counts.order - 1, self.s))
-        self.seen += int(np.diff(part.ranges).sum())
+        self.rt.sum(self.nats)
+        nats, targets = self.nats[:-1], self.nats[-1]
+        if targets > 0:
+            self.weights -= self.s.mixer_eta * nats / targets
+        self.nats.zero_()
 
 
 # ---- token-only tilt -----------------------------------------------------------------------------
 
 
 class Followers:
-    """What followed on each context, a key of 62 bits: how often any token did, and which one most often."""
+    """What followed on each context: how often any token did, and which token most often.
 
-    PACK = 17  # bits below the count in `best`: more than a token has
+    Both are kept by the slots of a HashTable. Its keys are contexts, hashes of 62 bits, and pairs
+    of a context and a token, hashes of 62 bits with bit 62 set.
+    """
 
-    def __init__(self, most, device):
-        self.used = 0  # an upper bound of the keys in the table: that of contexts and of contexts with a token
-        self._make(HashTable(2 * most, device))
+    TOKEN_BITS = 17  # lower bits of `best`: more than a token has
 
-    def _make(self, table):
-        self.table, self.count = table, torch.zeros(len(table), dtype=torch.int64, device=table.keys.device)
-        self.best = torch.zeros_like(self.count)  # of a context: the most that a token followed, << PACK, + that token
+    def __init__(self, capacity, device):
+        self.used = 0  # an upper bound of the number of keys in the table
+        self._use(HashTable(2 * capacity, device))
+
+    def _use(self, table):
+        self.table = table
+        self.count = torch.zeros(len(table), dtype=torch.int64, device=table.keys.device)
+        # Of a context: (most often that a token followed << TOKEN_BITS) + the token.
+        self.best = torch.zeros_like(self.count)
 
     def reset(self):
-        self.table.keys.zero_(), self.count.zero_(), self.best.zero_()
+        self.table.keys.zero_()
+        self.count.zero_()
+        self.best.zero_()
         self.used = 0
 
     def _pairs(self, contexts, tokens):
-        return mix_bits(contexts + (tokens + 1) * -4417276706812531889) | 1 << 62
+        """Keys of contexts and the tokens after them."""
+        return mix_bits(contexts + (tokens + 1) * XXHASH) | 1 << 62
 
     def _make_room(self, more):
-        """Double the table until so many keys more fit."""
+        """Double the table until `more` keys fit in."""
         self.used += more
         while 1.5 * self.used > len(self.table):
-            old, count, best = self.table, self.count, self.best
-            kept = old.keys.nonzero().squeeze(1)
-            self._make(HashTable(len(old), old.keys.device))
-            slots = self.table.probe(old.keys[kept] - 1, add=True)
-            self.count[slots], self.best[slots] = count[kept], best[kept]
+            old_table, old_count, old_best = self.table, self.count, self.best
+            kept = old_table.keys.nonzero().squeeze(1)
+            self._use(HashTable(len(old_table), old_table.keys.device))
+            slots = self.table.probe(old_table.keys[kept] - 1, add=True)
+            self.count[slots] = old_count[kept]
+            self.best[slots] = old_best[kept]
 
     def add(self, contexts, tokens, elsewhere=0):
-        """Tokens (n,) followed on contexts (n,), and `elsewhere` so many times on the same ones."""
+        """Count that tokens (n,) followed on contexts (n,).
+
+        elsewhere (n,): how often the token followed on the context in another table. `best`
+        includes it.
+        """
         self._make_room(2 * len(contexts))
-        slots, pairs = (self.table.probe(keys, add=True) for keys in (contexts, self._pairs(contexts, tokens)))
-        one = torch.ones_like(slots)
-        self.count.index_add_(0, slots, one).index_add_(0, pairs, one)
-        self.best.scatter_reduce_(0, slots, (self.count[pairs] + elsewhere << self.PACK) + tokens, "amax")
+        context_slots = self.table.probe(contexts, add=True)
+        pair_slots = self.table.probe(self._pairs(contexts, tokens), add=True)
+        ones = torch.ones_like(context_slots)
+        self.count.index_add_(0, context_slots, ones)
+        self.count.index_add_(0, pair_slots, ones)
+        times = self.count[pair_slots] + elsewhere
+        self.best.scatter_reduce_(0, context_slots, (times << self.TOKEN_BITS) + tokens, "amax")
 
     def times(self, contexts, tokens):
         """How often each token followed on its context."""
         slots = self.table.probe(self._pairs(contexts, tokens))
         return torch.where(slots < 0, 0, self.count[slots])
 
-    def look(self, contexts):
-        """(how often anything followed, `best`) of contexts, zeros where nothing did."""
+    def look_up(self, contexts):
+        """(how often anything followed, `best`) of contexts; zeros where nothing did."""
         slots = self.table.probe(contexts)
-        return (torch.where(slots < 0, 0, values[slots]) for values in (self.count, self.best))
+        absent = slots < 0
+        return torch.where(absent, 0, self.count[slots]), torch.where(absent, 0, self.best[slots])
 
 
 def mix_bits(keys):
     """62 bits that look random, of int64 keys."""
-    return (keys ^ keys >> 29) * -4658895280553007687 >> 2 & (1 << 62) - 1
+    return (keys ^ keys >> 29) * SPLITMIX >> 2 & (1 << 62) - 1
 
 
 class Tilt(WrappingPredictor):
-    """Token-only tilt (#1145, #1514): the token that followed most often on the last TOKEN_ORDER - 1, if it did in at least
-    TOKEN_THRESHOLD of the cases, is the hint, and p'(v) = p(v) e^(TOKEN_BOOST [v = hint]) / Z with Z = 1 + p(hint)
-    (e^TOKEN_BOOST - 1). Whatever the hint, that sums to 1, so contexts may go by a hash.
+    """Token-only tilt (#1145, #1514): one token, the hint, gets a higher probability.
 
-    It knows the parts before, and of a row that goes on (a document, kept keys) the chunks of its own that were scored.
+    The hint is the token that followed most often on the last TOKEN_ORDER - 1 tokens, if it did in
+    at least TOKEN_THRESHOLD of the cases. With it
+
+        p'(v) = p(v) e^(TOKEN_BOOST [v = hint]) / Z,  Z = 1 + p(hint) (e^TOKEN_BOOST - 1).
+
+    That sums to 1 whatever the hint is, so contexts may be found by a hash.
+
+    It counts the parts that were scored. A row that continues (a document, kept keys) also knows
+    the chunks of its own that were scored.
     """
 
     def __init__(self, base, s, rt, targets):
-        super().__init__(base, s, rt)
-        self.context, self.history = s.token_order - 1, max(s.token_order - 2, base.history)
-        self.text, self.row = Followers(targets, rt.device), Followers(256, rt.device)
-        powers = [pow(6364136223846793005, i, 2**64) for i in range(self.context)]
+        super().__init__(base, s, rt, targets)
+        self.context = s.token_order - 1  # tokens
+        self.history = max(self.history, self.context - 1)
+        self.text_followers = Followers(targets, rt.device)
+        self.row_followers = Followers(256, rt.device)  # whose contexts hold the row's number
+        powers = [pow(PCG, i, 2**64) for i in range(self.context)]
         self.powers = torch.tensor(powers, dtype=torch.uint64).view(torch.int64).to(rt.device)
 
     def reset(self):
         super().reset()
-        self.text.reset(), self.row.reset()
+        self.text_followers.reset()
+        self.row_followers.reset()
 
-    def _hashes(self, run):
-        """Key of the last `context` tokens at each place of run (..., L) from the context-th on."""
-        return mix_bits(((run.unfold(-1, self.context, 1) + 1) * self.powers).sum(-1))
+    def _hashes(self, text):
+        """Keys of the last `context` tokens at each place of text (..., L) that has as many."""
+        return mix_bits(((text.unfold(-1, self.context, 1) + 1) * self.powers).sum(-1))
 
     def _contexts(self, inputs):
-        """(keys (B, K) of what precedes each place, the same with the row's number, is it all there?)."""
-        run = inputs.recent[:, inputs.recent.size(1) - inputs.places.size(1) - self.context + 1 :]
-        keys, number = self._hashes(run), torch.arange(1, 1 + len(run), device=run.device)[:, None]
-        return keys, mix_bits(keys + number * -7046029254386353131), (run.unfold(-1, self.context, 1) >= 0).all(-1)
+        """Of each place (B, K): (key of its context, key in row_followers, is it complete?)."""
+        recent = inputs.recent[:, tokens_before(inputs) - self.context + 1 :]
+        keys = self._hashes(recent)
+        numbers = torch.arange(1, 1 + len(recent), device=recent.device)[:, None]
+        row_keys = mix_bits(keys + numbers * GOLDEN)
+        complete = (recent.unfold(-1, self.context, 1) >= 0).all(-1)
+        return keys, row_keys, complete
 
     def _hints(self, inputs):
-        """(B, K), -1 where there is none."""
-        keys, own, known = self._contexts(inputs)
-        total, best = self.text.look(keys.flatten())
-        if inputs.turn:  # what the row has added to a context's best token is in its own best
-            here, its_best = self.row.look(own.flatten())
-            total, best = total + here, torch.maximum(best, its_best)
-        share = (best >> Followers.PACK).double() / total.clamp(min=1)
-        sure = known.flatten() & (total > 0) & (share >= self.s.token_threshold)
-        return torch.where(sure, best & (1 << Followers.PACK) - 1, -1).view_as(keys)
+        """Hints (B, K), -1 where there is none."""
+        keys, row_keys, complete = self._contexts(inputs)
+        total, best = self.text_followers.look_up(keys.flatten())
+        if inputs.turn:
+            row_total, row_best = self.row_followers.look_up(row_keys.flatten())
+            total = total + row_total
+            best = torch.maximum(best, row_best)  # row_best includes the text's counts (observe)
+        times = best >> Followers.TOKEN_BITS
+        token = best & (1 << Followers.TOKEN_BITS) - 1
+        often_enough = times.double() / total.clamp(min=1) >= self.s.token_threshold
+        sure = complete.flatten() & (total > 0) & often_enough
+        return torch.where(sure, token, -1).view_as(keys)
 
     @torch.no_grad()
-    def predict(self, inputs, most=None):
-        said, hints = self.base.predict(inputs, most), self._hints(inputs)[:, :most, None]
+    def predict(self, inputs, count=None):
+        log_probs = self.base.predict(inputs, count)
+        hints = self._hints(inputs)[:, :count, None]
         boost = (hints >= 0) * self.s.token_boost
         hints = hints.clamp(min=0)
-        share = said.gather(-1, hints).exp() * torch.expm1(boost)
-        return (said - torch.log1p(share)).scatter_add(-1, hints, boost.to(said.dtype))
+        added = log_probs.gather(-1, hints).exp() * torch.expm1(boost)  # Z - 1
+        return (log_probs - torch.log1p(added)).scatter_add(-1, hints, boost.to(log_probs.dtype))
 
     def observe(self, chunk):
         super().observe(chunk)
-        step = chunk.inputs.turn
-        if step == 0:
-            self.row.reset()
-        if step is not None:
-            keys, own, known = self._contexts(chunk.inputs)
-            keys, own, tokens = (z[known & (chunk.index >= 0)] for z in (keys, own, chunk.targets))
-            self.row.add(own, tokens, self.text.times(keys, tokens))
+        turn = chunk.inputs.turn
+        if turn is None:
+            return
+        if turn == 0:
+            self.row_followers.reset()
+        keys, row_keys, complete = self._contexts(chunk.inputs)
+        scored = complete & (chunk.index >= 0)
+        tokens = chunk.targets[scored]
+        in_text = self.text_followers.times(keys[scored], tokens)
+        self.row_followers.add(row_keys[scored], tokens, in_text)
 
     def learn(self, part, stream):
         super().learn(part, stream)
-        self.row.reset()
-        run, new = scored_text(part, stream, self.context, self.s)
+        self.row_followers.reset()
+        text, new = scored_text(part, stream, self.context, self.s)
         new = new[new >= self.context]
         if len(new):
-            self.text.add(self._hashes(run)[new - self.context], run[new])
+            self.text_followers.add(self._hashes(text)[new - self.context], text[new])
 
 
 # ---- composition ---------------------------------------------------------------------------------
 
 
 def make_predictor(model, s, rt, targets, temperature=1.0):
-    """What the settings say is to be scored, over a stream of so many targets."""
+    """The predictor that the settings ask for, over a stream of `targets` targets."""
     width = s.eval_seq_len if s.eval_context == "cache" else 0
     if s.ttt == "lora_docs":
         predictor = DocumentAdapters(model, s, rt, temperature)
@@ -6933,164 +8329,303 @@ def make_predictor(model, s, rt, targets, temperature=1.0):
         predictor = ScoreFirst(model, s, rt, temperature, width)
     else:
         predictor = ModelPredictor(model, rt, temperature, width)
-    predictor = Tilt(predictor, s, rt, targets) if s.token_boost else predictor
-    if s.mixer != "off":
-        predictor = HashedMixture(predictor, s, rt) if s.mixer == "hashed" else NgramMixture(predictor, s, rt, targets)
+    return wrap_predictor(predictor, s, rt, targets)
+
+
+def wrap_predictor(predictor, s, rt, targets):
+    """The predictor inside all that the settings put around it."""
+    for _, wrapper in wrappers(s):
+        predictor = wrapper(predictor, s, rt, targets)
     return predictor
 
 
+def wrappers(s):
+    """(word in the score's name, class) of all that goes around a predictor, inside first."""
+    if s.token_boost:
+        yield "tilt", Tilt
+    if s.mixer == "backoff":
+        yield "backoff", BackoffMixture
+    elif s.mixer == "hedge" and "entropy" not in s.mixer_experts:
+        yield "hedge", HedgeMixture
+    elif s.mixer != "off":
+        yield s.mixer, invalid_mixture(s)
+
+
 # --------------------------------------------------------------------------------------------------
-# 13 Invalid originals: techniques of the reference systems whose score is not valid. No valid run comes here.
+# 13 Invalid originals: techniques of the reference systems whose score is not valid.
+# No valid run comes here. ALLOW_INVALID=1 lets in TTT=before and TTT=prequant
+# (train_on_validation), MIXER_EXPERTS=entropy (EntropyMixture) and MIXER=hashed (HashedMixture).
 # --------------------------------------------------------------------------------------------------
 
 
 def train_on_validation(run, model, stream):
-    """TTT=prequant (#1539) and TTT=before (#518): steps on the whole validation text before any of it is scored. What is
-    reported afterwards is a training loss, and no score; it is here so that this can be measured.
+    """TTT=before (#518) and TTT=prequant (#1539): steps on all of the text before it is scored.
+
+    What is reported afterwards is a training loss and no score. It is here so that this can be
+    measured.
     """
-    s, rt = run.s, run.rt
-    run.validity.need(False, f"C3 order: TTT={s.ttt} trains on the validation text before it is scored")
+    s = run.s
+    reason = f"C3 order: TTT={s.ttt} trains on the validation text before it is scored"
+    run.validity.need(False, reason)
     with run.clock.phase("eval"), run.validity.report(), torch.enable_grad():
-        adaptation = adaptation_of_weights(model, s, rt)
+        adaptation = adaptation_of_weights(model, s, run.rt)
         log_trainable(run, model, adaptation)
         adaptation.fit(stream, np.arange(len(stream.bytes)), s.ttt_epochs, partial(cosine, s))
     model.requires_grad_(True)
 
 
+def invalid_mixture(s):
+    """The class of a mixture that is no distribution, for wrappers()."""
+    if s.mixer == "hashed":
+        return HashedMixture
+    return EntropyMixture
+
+
+class EntropyMixture(HedgeMixture):
+    """#967's mixture as published, with its expert "entropy" (MIXER_EXPERTS=entropy).
+
+    This expert gives every token exp(-H), H the entropy of the model. Over all tokens that is far
+    more than 1.
+    """
+
+    def __init__(self, base, s, rt, targets):
+        super().__init__(base, s, rt, targets)
+        self.invalid = "C2 normalisation: MIXER_EXPERTS=entropy is no distribution (#967)"
+
+    def _order(self, name):
+        if name == "entropy":
+            return 1  # any order will do: _experts() replaces its probabilities
+        return super()._order(name)
+
+    def _experts(self, log_probs, of_tokens, contexts, grams):
+        experts = super()._experts(log_probs, of_tokens, contexts, grams)
+        for number, name in enumerate(self.s.mixer_experts, 1):
+            if name == "entropy":
+                experts[number] = with_dims_of(-entropy_of(log_probs), of_tokens)
+        return experts
+
+
 class HashedMixture(WrappingPredictor):
-    """The mixer of #1033 as published: the share of the target among what a context's bucket saw, both found by hashes, of
-    the longest order whose context's bucket has MIN_COUNT; no sum is ever 1, and with full buckets each is nearly V.
+    """The mixer of #1033 as published (MIXER=hashed).
+
+    The "probability" of a token is its share among what a context's bucket saw, of the longest
+    order whose context's bucket has MIN_COUNT. Both the context and the context with the token are
+    found by hashes. So no sum is ever 1, and with full buckets each is nearly V.
     """
 
     PRIMES = 36313, 27191, 51647, 81929, 131071, 174763, 233017
 
-    def __init__(self, base, s, rt):
-        super().__init__(base, s, rt)
-        self.invalid = "C2 normalisation: MIXER=hashed looks the target up in a hash of itself (#1033)"
-        self.history = max(s.ngram_order - 2, base.history)
-        self.counts = torch.zeros(2, s.ngram_order + 1, s.ngram_buckets, dtype=torch.int32, device=rt.device)
-        self.single = torch.zeros(s.vocab_size + 1, dtype=torch.int64, device=rt.device)
+    def __init__(self, base, s, rt, targets):
+        super().__init__(base, s, rt, targets)
+        self.invalid = ("C2 normalisation: MIXER=hashed looks the target up in a hash of itself "
+                        "(#1033)")
+        self.history = max(self.history, s.ngram_order - 2)
+        # By order and bucket: of contexts, and of contexts with a token.
+        shape = (2, s.ngram_order + 1, s.ngram_buckets)
+        self.counts = torch.zeros(shape, dtype=torch.int32, device=rt.device)
+        self.unigrams = torch.zeros(s.vocab_size + 1, dtype=torch.int64, device=rt.device)
         self.reset()
 
     def reset(self):
         super().reset()
-        self.counts.zero_(), self.single.zero_()
-        self.seen = 0
+        self.counts.zero_()
+        self.unigrams.zero_()
+        self.counted = 0  # targets
 
-    def _context(self, run, n):
-        """Hash of the n - 1 tokens that end at each place of run (..., L), from the (n - 1)-th on."""
-        spans = run.unfold(-1, n - 1, 1) * torch.tensor([self.PRIMES[i % 7] for i in range(n - 1)], device=run.device)
+    def _context_hash(self, text, n):
+        """Hash of the last n - 1 tokens at each place of text (..., L) that has as many."""
+        primes = torch.tensor([self.PRIMES[i % 7] for i in range(n - 1)], device=text.device)
+        spans = text.unfold(-1, n - 1, 1) * primes
         return reduce(torch.bitwise_xor, spans.unbind(-1))
 
-    def _full(self, context, tokens, n):
-        return (context ^ tokens * self.PRIMES[(n - 1) % 7]) % self.s.ngram_buckets
+    def _full_bucket(self, context_hash, tokens, n):
+        """Bucket of contexts with the tokens after them."""
+        return (context_hash ^ tokens * self.PRIMES[(n - 1) % 7]) % self.s.ngram_buckets
 
-    def _share(self, run, k, tokens):
-        """"p" (B, K, ...) of tokens, each at its own key."""
-        vocab, left, p = self.s.vocab_size, torch.ones_like(tokens, dtype=torch.bool), None
-        p = (self.single[tokens] + 0.5) / (self.seen + 0.5 * vocab)
-        for n in range(self.s.ngram_order, 1, -1):
-            some = run[:, run.size(1) - k - n + 2 :]
-            context = self._context(some, n).view(*some.shape[:1], k, *(1,) * (tokens.dim() - 2))
-            there = (some.unfold(-1, n - 1, 1) >= 0).all(-1).view(context.shape)
-            before = self.counts[0, n][context % self.s.ngram_buckets]
-            use = left & there & (before >= self.s.min_count)
-            both = torch.minimum(self.counts[1, n][self._full(context, tokens, n)], before)
-            p, left = torch.where(use, both / before.clamp(min=1).double(), p.double()), left & ~use
+    def shares(self, recent, tokens):
+        """"Probabilities" (B, K, ...) of tokens after the last K places of recent (B, h + K)."""
+        s = self.s
+        places = tokens.size(1)
+        p = (self.unigrams[tokens] + 0.5) / (self.counted + 0.5 * s.vocab_size)
+        unanswered = torch.ones_like(tokens, dtype=torch.bool)  # no longer order has MIN_COUNT
+        for n in range(s.ngram_order, 1, -1):
+            text = recent[:, recent.size(1) - places - n + 2 :]
+            context_hash = with_dims_of(self._context_hash(text, n), tokens)
+            complete = with_dims_of((text.unfold(-1, n - 1, 1) >= 0).all(-1), tokens)
+            of_context = self.counts[0, n][context_hash % s.ngram_buckets]
+            of_both = self.counts[1, n][self._full_bucket(context_hash, tokens, n)]
+            answers = unanswered & complete & (of_context >= s.min_count)
+            share = torch.minimum(of_both, of_context) / of_context.clamp(min=1).double()
+            p = torch.where(answers, share, p.double())
+            unanswered = unanswered & ~answers
         return p
 
-    def _mixed(self, inputs, said, own, tokens):
-        alpha, k = ngram_weight(self.s, said).view(*said.shape[:2], *(1,) * (own.dim() - 2)), inputs.places.size(1)
-        p = self._share(inputs.recent[:, : inputs.recent.size(1) - k + own.size(1)], own.size(1), tokens)
-        return torch.log(((1 - alpha) * own.double().exp() + alpha * p).clamp(min=1e-12))
+    def _mix(self, inputs, log_probs, of_tokens, tokens):
+        """Log "probabilities" (B, K, ...) of tokens, which are of_tokens by the base."""
+        alpha = with_dims_of(ngram_weight(self.s, log_probs), of_tokens)
+        upto_last = inputs.recent[:, : tokens_before(inputs) + tokens.size(1)]
+        p = (1 - alpha) * of_tokens.double().exp() + alpha * self.shares(upto_last, tokens)
+        return torch.log(p.clamp(min=1e-12))
 
     @torch.no_grad()
-    def predict(self, inputs, most=None):
-        said = self.base.predict(inputs, most)
-        everyone = torch.arange(said.size(-1), device=said.device).expand(said.shape)
-        return said if self.seen < self.s.mixer_min_tokens else self._mixed(inputs, said, said, everyone)
+    def predict(self, inputs, count=None):
+        log_probs = self.base.predict(inputs, count)
+        if self.counted < self.s.mixer_min_tokens:
+            return log_probs
+        return self._mix(inputs, log_probs, log_probs, every_token(log_probs))
 
     @torch.no_grad()
     def nll(self, inputs, targets):
-        said = self.base.predict(inputs)
-        own = said.gather(-1, targets[..., None]).squeeze(-1)
-        return -(own if self.seen < self.s.mixer_min_tokens else self._mixed(inputs, said, own, targets))
+        log_probs = self.base.predict(inputs)
+        of_targets = log_probs.gather(-1, targets[..., None]).squeeze(-1)
+        if self.counted < self.s.mixer_min_tokens:
+            return -of_targets
+        return -self._mix(inputs, log_probs, of_targets, targets)
 
     def learn(self, part, stream):
         super().learn(part, stream)
-        run, new = scored_text(part, stream, self.s.ngram_order - 1, self.s)
-        one = torch.ones_like(new, dtype=torch.int32)
-        self.single.index_add_(0, run[new], one.long())
-        for n in range(2, self.s.ngram_order + 1):
-            at = new[new >= n - 1]
-            if not len(at):
+        s = self.s
+        text, new = scored_text(part, stream, s.ngram_order - 1, s)
+        ones = torch.ones_like(new, dtype=torch.int32)
+        self.unigrams.index_add_(0, text[new], ones.long())
+        for n in range(2, s.ngram_order + 1):
+            places = new[new >= n - 1]  # with n - 1 tokens before them
+            if not len(places):
                 break
-            context = self._context(run, n)[at - n + 1]
-            self.counts[0, n].index_add_(0, context % self.s.ngram_buckets, one[: len(at)])
-            self.counts[1, n].index_add_(0, self._full(context, run[at], n), one[: len(at)])
-        self.seen += len(new)
+            context_hash = self._context_hash(text, n)[places - n + 1]
+            buckets = self._full_bucket(context_hash, text[places], n)
+            self.counts[0, n].index_add_(0, context_hash % s.ngram_buckets, ones[: len(places)])
+            self.counts[1, n].index_add_(0, buckets, ones[: len(places)])
+        self.counted += len(new)
 
 
 # --------------------------------------------------------------------------------------------------
-# 14 Kernels: each fused kernel beside its reference, same signature
+# 14 Kernels: attention written out, fused kernels of the same signature, and the choice of one
 # --------------------------------------------------------------------------------------------------
-
-
-def attend_sdpa(q, k, v, docs=None):
-    """Causal attention, q (B, T, H, C), k and v (B, T, K, C) -> (B, T, H, C); query head j reads kv head j * K // H.
-
-    docs with a mask confines it to documents.
-    """
-    q, k, v, mask = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), docs.mask if docs is not None else None
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
-                                          enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
-
-
-def attend_fa3(q, k, v, docs=None, *, kernel):
-    """The same by FlashAttention-3 (Hopper); `kernel` is flash_attn_interface.flash_attn_func."""
-    out = kernel(q, k, v, causal=True)
-    return out[0] if isinstance(out, tuple) else out
-
-
-def attend_varlen(q, k, v, docs, *, kernel, longest):
-    """The same within documents of at most `longest` tokens; `kernel` takes (q, k, v, cu, longest) of (B * T, ., C)."""
-    out = kernel(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), docs.cu, longest)
-    return (out[0] if isinstance(out, tuple) else out).view_as(q)
 
 
 def attend_reference(q, k, v, docs=None):
-    """The same, written out."""
-    causal = torch.ones(q.size(1), q.size(1), dtype=torch.bool, device=q.device).tril()
-    return attend_seen(q, k, v, causal if docs is None or docs.mask is None else docs.mask)
+    """Causal attention written out: q (B, T, H, C), k and v (B, T, K, C) -> (B, T, H, C).
+
+    Query head j reads key/value head j * K // H. docs with a mask confines attention to documents.
+    """
+    if docs is None or docs.mask is None:
+        mask = torch.ones(q.size(1), q.size(1), dtype=torch.bool, device=q.device).tril()
+    else:
+        mask = docs.mask
+    return attend_masked(q, k, v, mask)
 
 
-def attend_seen(q, k, v, seen):
-    """The same, of any queries q (B, R, H, C) to the keys that `seen` (..., R, S) says."""
+def attend_masked(q, k, v, mask):
+    """Attention written out: queries q (B, R, H, C), keys k (B, S, K, C), mask (..., R, S)."""
     k, v = (z.repeat_interleave(q.size(2) // z.size(2), dim=2) for z in (k, v))
     scores = torch.einsum("brhc,bshc->bhrs", q, k) * q.size(-1) ** -0.5
-    return torch.einsum("bhrs,bshc->brhc", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    return torch.einsum("bhrs,bshc->brhc", weights, v)
 
 
 def attend_past(q, k, v, past):
-    """The same, confined to what past.seen says, of new positions q, k, v to kept keys and each other."""
-    keys, values = (new if old is None else torch.cat((old, new), 1)
-                    for old, new in zip(past.kept[len(past.new)], (k, v)))
-    past.new.append((k, v))
-    scores = torch.einsum("btkgc,bskc->bkgts", q.unflatten(2, (k.size(2), -1)), keys) * q.size(-1) ** -0.5
-    share = scores.masked_fill(~past.seen[:, None, None], -torch.inf).softmax(-1)
-    return torch.einsum("bkgts,bskc->btkgc", share, values).flatten(2, 3)
+    """Attention of new tokens to the keys and values in `past` and to their own, by past.mask."""
+    visit = len(past.new_kv)
+    kept_k, kept_v = past.kv[visit]
+    past.new_kv.append((k, v))
+    if kept_k is not None:
+        k = torch.cat((kept_k, k), 1)
+        v = torch.cat((kept_v, v), 1)
+    groups = q.unflatten(2, (k.size(2), -1))  # (B, T, K, H / K, C)
+    scores = torch.einsum("btkgc,bskc->bkgts", groups, k) * q.size(-1) ** -0.5
+    weights = scores.masked_fill(~past.mask[:, None, None], -torch.inf).softmax(-1)
+    return torch.einsum("bkgts,bskc->btkgc", weights, v).flatten(2, 3)
 
 
-def _set_sdpa(*names):
-    """Let PyTorch's attention use only these CUDA backends; the slow math one is never a silent last resort."""
-    for name in ("cudnn", "flash", "mem_efficient", "math"):
-        getattr(torch.backends.cuda, f"enable_{name}_sdp")(name in names)
+def attend_sdpa(q, k, v, docs=None):
+    """attend_reference by PyTorch: cuDNN, FlashAttention-2 or math, as _set_sdpa allows."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    mask = docs.mask if docs is not None else None
+    grouped = q.size(1) != k.size(1)
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
+    return out.transpose(1, 2)
 
 
+def attend_fa3(q, k, v, docs=None, *, kernel):
+    """attend_reference without documents by FlashAttention-3; `kernel` is its flash_attn_func."""
+    return _without_lse(kernel(q, k, v, causal=True))
+
+
+def attend_varlen(q, k, v, docs, *, kernel, longest):
+    """attend_reference within documents of at most `longest` tokens, by lengths instead of a mask.
+
+    `kernel` takes (q, k, v, cu_seqlens, longest), its tensors (B * T, heads, C).
+    """
+    out = kernel(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), docs.cu_seqlens, longest)
+    return _without_lse(out).view_as(q)
+
+
+def _without_lse(out):
+    """A kernel's output; some versions return (output, log-sum-exp)."""
+    return out[0] if isinstance(out, tuple) else out
+
+
+ATTENTION_KERNELS = ("fa3", "cudnn", "flash", "math")  # the best first
+# The backends of PyTorch's attention that each allows. Slow math is never a silent last resort.
+SDPA_BACKENDS = {
+    "fa3": (),
+    "cudnn": ("cudnn",),
+    "flash": ("flash",),
+    "math": ("math", "mem_efficient"),
+}
 MASKED_ROW = 16384  # longest packed row for which the square of its length is still a mask
 
 
-def _why_not(name, s, rt):
+def _set_sdpa(*names):
+    """Let PyTorch's attention use only these CUDA backends.
+
+    Flags, not torch.nn.attention.sdpa_kernel(..., set_priority=True): as a context around each
+    call it adds nine nodes to the captured graph, and its order knows neither faulty cuDNN
+    versions nor wrong results.
+    """
+    for name in ("cudnn", "flash", "mem_efficient", "math"):
+        enable = getattr(torch.backends.cuda, f"enable_{name}_sdp")
+        enable(name in names)
+
+
+def pick_attention(s, rt):
+    """The attention of this run: the first of ATTENTION_KERNELS that agrees with the reference.
+
+    One line says which were passed over, and why. With ATTENTION=name or KERNELS=require that is
+    an error.
+    """
+    candidates = ATTENTION_KERNELS if s.attention == "auto" else (s.attention,)
+    passed_over = []
+    for name in candidates:
+        attend, reason = _try_attention(name, s, rt)
+        if reason is None:
+            break
+        passed_over.append(f"{name}: {reason}")
+    else:
+        raise BadInput(f"ATTENTION={s.attention} cannot be used: {'; '.join(passed_over)}")
+    rt.choose("attention", name, "; ".join(passed_over) or f"ATTENTION={s.attention}")
+    if s.kernels == "require" and passed_over:
+        reasons = "; ".join(passed_over)
+        raise BadInput(f"KERNELS=require, but attention would fall back to {name} ({reasons}); "
+                       f"KERNELS=auto allows that, ATTENTION={name} asks for it")
+    return attend
+
+
+def _try_attention(name, s, rt):
+    """(the function, None), or (None, why this kernel cannot be used here)."""
+    reason = _why_unavailable(name, s, rt)
+    if reason is not None:
+        return None, reason
+    if rt.device.type == "cuda":
+        _set_sdpa(*SDPA_BACKENDS[name])
+    attend, reason = _attention_function(name, s)
+    if reason is None:
+        reason = _attention_error(attend, s, rt)
+    return attend, reason
+
+
+def _why_unavailable(name, s, rt):
     """Why an attention kernel cannot be used here, or None."""
     if name == "fa3":
         if s.kernels == "off":
@@ -7107,61 +8642,44 @@ def _why_not(name, s, rt):
         if name == "flash" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
             return f"torch {torch.__version__} has no torch.nn.attention.varlen"
         if name == "math" and s.loader == "packed" and s.longest_row > MASKED_ROW:
-            return f"rows of LOADER=packed have {s.longest_row} tokens, masks at most {MASKED_ROW} (MICRO_BATCH_TOKENS)"
+            return (f"rows of LOADER=packed have {s.longest_row} tokens, "
+                    f"masks at most {MASKED_ROW} (MICRO_BATCH_TOKENS)")
     if name in ("fa3", "cudnn", "flash") and rt.dtype != torch.bfloat16:
         return "needs bfloat16"
-    if name == "cudnn" and (torch.backends.cudnn.version() or 0) < 91501:
-        return f"cuDNN {torch.backends.cudnn.version()} is older than 9.15.1, whose attention gave wrong results"
+    if name == "cudnn":
+        version = torch.backends.cudnn.version()
+        if (version or 0) < 91501:
+            return f"cuDNN {version} is older than 9.15.1, whose attention gave wrong results"
     return None
 
 
-def pick_attention(s, rt):
-    """The attention function of this run: the first of FA3, cuDNN, flash, math that agrees with the reference.
-
-    What was passed over, and why, is said in one line; with ATTENTION=name or KERNELS=require a fallback is an error.
-    """
-    wanted = ("fa3", "cudnn", "flash", "math") if s.attention == "auto" else (s.attention,)
-    passed = []
-    for name in wanted:
-        reason = _why_not(name, s, rt)
-        if reason is None:
-            if rt.device.type == "cuda":
-                _set_sdpa(*{"fa3": (), "math": ("math", "mem_efficient")}.get(name, (name,)))
-            attend, reason = _attention_function(name, s)
-            reason = reason or _attention_error(attend, s, rt)
-            if reason is None:
-                rt.choose("attention", name, "; ".join(passed) or f"ATTENTION={s.attention}")
-                break
-        passed.append(f"{name}: {reason}")
-    else:
-        raise BadInput(f"ATTENTION={s.attention} cannot be used: {'; '.join(passed)}")
-    if s.kernels == "require" and passed:
-        raise BadInput(f"KERNELS=require, but attention would fall back to {name} ({'; '.join(passed)}); "
-                       f"KERNELS=auto allows that, ATTENTION={name} asks for it")
-    return attend
-
-
 def _attention_function(name, s):
-    """(the function, None) or (None, why it cannot be imported). `varlen` says that it wants Docs with lengths."""
-    masked = s.doc_mask == "attention"
+    """(the function, None), or (None, why it cannot be imported).
+
+    The function's attribute `varlen`, if it has one, says that it needs Docs with cu_seqlens.
+    """
+    documents = s.doc_mask == "attention"
     if name == "fa3":
         try:
             import flash_attn_interface as fa3
         except (ImportError, OSError) as error:
-            return None, f"flash_attn_interface cannot be imported ({str(error).partition(chr(10))[0][:80]})"
-        if not masked:
+            return None, f"flash_attn_interface cannot be imported ({_first_line(error)})"
+        if not documents:
             return partial(attend_fa3, kernel=fa3.flash_attn_func), None
 
-        def kernel(q, k, v, cu, longest):
-            return fa3.flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
-    elif name == "flash" and masked:
+        def kernel(q, k, v, cu_seqlens, longest):
+            return fa3.flash_attn_varlen_func(
+                q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True)
+    elif name == "flash" and documents:
         from torch.nn.attention.varlen import varlen_attn
-        takes = inspect.signature(varlen_attn).parameters
-        options = {"window_size": (-1, 0)} if "window_size" in takes else {"is_causal": True}  # its first name
-        options |= {"enable_gqa": True} if "enable_gqa" in takes else {}
+        parameters = inspect.signature(varlen_attn).parameters
+        # is_causal is the first name of what later versions of torch call window_size.
+        options = {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
+        if "enable_gqa" in parameters:
+            options["enable_gqa"] = True
 
-        def kernel(q, k, v, cu, longest):
-            return varlen_attn(q, k, v, cu, cu, longest, longest, **options)
+        def kernel(q, k, v, cu_seqlens, longest):
+            return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
     else:
         return attend_sdpa, None
     attend = partial(attend_varlen, kernel=kernel, longest=s.longest_sequence)
@@ -7169,56 +8687,84 @@ def _attention_function(name, s):
     return attend, None
 
 
+def _first_line(error):
+    """The beginning of an error's message, short enough for a line of the log."""
+    return str(error).partition("\n")[0][:80]
+
+
 def _attention_error(attend, s, rt):
-    """What is wrong with an attention kernel at the lengths of training and evaluation, or None."""
-    lengths = {128, s.eval_seq_len, s.longest_row, *(length for _, length, _ in s.stages)}
+    """What is wrong with a kernel at the lengths of training and evaluation, or None."""
+    lengths = {128, s.eval_seq_len, s.longest_row}
+    lengths |= {length for _, length, _ in s.stages}
     for length in sorted(lengths):
-        if error := _attention_error_at(attend, s, rt, length):
+        error = _attention_error_at(attend, s, rt, length)
+        if error:
             return f"{error} at {length} tokens"
     return None
 
 
 def _attention_error_at(attend, s, rt, length):
-    """Run the kernel forward and backward on the run's head shape, and compare some queries with attention written out in
-    float32: at the edges of row and documents and of kernels' blocks, and elsewhere.
+    """Run the kernel forward and backward on the run's head shape, and compare it with attention
+    written out in float32, at queries beside the edges of the row, of documents and of kernels'
+    blocks, and at others.
     """
-    generator, rows = torch.Generator().manual_seed(length), 2 if length <= 4096 else 1
-    heads = s.num_heads, s.num_kv_heads, s.num_kv_heads
+    generator = torch.Generator().manual_seed(length)
+    rows = 2 if length <= 4096 else 1
+    heads = (s.num_heads, s.num_kv_heads, s.num_kv_heads)
     inputs = [torch.randn(rows, length, count, s.head_dim, generator=generator) for count in heads]
-    begins = {0, length // 3, length // 3 + 1} | set(torch.randint(length, (3,), generator=generator).tolist())
+    document_starts = {0, length // 3, length // 3 + 1}
+    document_starts |= set(torch.randint(length, (3,), generator=generator).tolist())
     ids = torch.zeros(rows, length, dtype=torch.int64)
-    ids[:, sorted(begins)] = BOS
-    queries = {0, length - 1, *torch.randint(length, (40,), generator=generator).tolist()}
-    queries |= {edge + i for edge in (*begins, 64, 128, 256) for i in (-1, 0) if 0 <= edge + i < length}
-    queries = torch.tensor(sorted(queries), device=rt.device)
-    place = torch.arange(length, device=rt.device)
-    begin = torch.zeros_like(place)
-    if s.doc_mask == "attention":
-        first = torch.where(ids[0].to(rt.device) == BOS, place, 0).cummax(0).values
-        begin = place - (place - first) % s.longest_sequence
-    seen = (place <= queries[:, None]) & (place >= begin[queries][:, None])
+    ids[:, sorted(document_starts)] = BOS
+    ids = ids.to(rt.device)
+    elsewhere = torch.randint(length, (40,), generator=generator).tolist()
+    edges = (*document_starts, 64, 128, 256)  # 64, 128, 256: sizes of kernels' blocks
+    beside_edges = {edge + i for edge in edges for i in (-1, 0) if 0 <= edge + i < length}
+    queries = torch.tensor(sorted({0, length - 1, *elsewhere, *beside_edges}), device=rt.device)
+    mask = _expected_mask(ids[0], queries, s)
 
     def reference(q, k, v):
-        return attend_seen(q[:, queries], k, v, seen)
+        return attend_masked(q[:, queries], k, v, mask)
 
     def kernel(q, k, v):
-        docs = find_documents(ids.to(rt.device), s.doc_mask, s.longest_sequence, getattr(attend, "varlen", False))
+        varlen = getattr(attend, "varlen", False)
+        docs = find_documents(ids, s.doc_mask, s.longest_sequence, varlen)
         return attend(q, k, v, docs)[:, queries]
 
     results = []
     for function, dtype in ((kernel, rt.dtype), (reference, torch.float32)):
-        leaves = [z.to(rt.device, rt.dtype).to(dtype).requires_grad_() for z in inputs]  # both from the same numbers
+        # Both get the same numbers: those that rt.dtype can hold.
+        leaves = [z.to(rt.device, rt.dtype).to(dtype).requires_grad_() for z in inputs]
         try:
             out = function(*leaves)
-            results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
-        except Exception as error:  # whatever a foreign kernel can come up with: it is passed over, and that is said
-            return f"fails ({type(error).__name__}: {str(error).partition(chr(10))[0][:80]})"
-    worst = [(a.float() - b).norm() / b.norm() for a, b in zip(*results)]  # nan stays nan
-    out, expected = results[0][0].float(), results[1][0]
-    worst.append(((out - expected).norm(dim=-1) / expected.norm(dim=-1)).max() / 4)  # of one head at one place
-    worst = torch.stack(worst).max().item()
-    allowed = 2e-2 if rt.dtype == torch.bfloat16 else 2e-3 if rt.device.type == "cuda" else 1e-4  # CUDA float32 is TF32
+            gradients = torch.autograd.grad(out.float().square().sum(), leaves)
+        except Exception as error:  # a foreign kernel may raise anything
+            return f"fails ({type(error).__name__}: {_first_line(error)})"
+        results.append([out.float(), *gradients])
+    fused, expected = results
+    errors = []  # nan stays nan
+    for result, right in zip(fused, expected, strict=True):
+        errors.append((result.float() - right).norm() / right.norm())
+    per_head = (fused[0] - expected[0]).norm(dim=-1) / expected[0].norm(dim=-1)
+    errors.append(per_head.max() / 4)  # one head at one place may be 4 times as far off
+    worst = torch.stack(errors).max().item()
+    allowed = 1e-4
+    if rt.device.type == "cuda":
+        allowed = 2e-3  # CUDA float32 is TF32
+    if rt.dtype == torch.bfloat16:
+        allowed = 2e-2
     return None if worst < allowed else f"differs from the reference by {worst:.1e}"
+
+
+def _expected_mask(ids, queries, s):
+    """(queries, T) bool: the keys that queries in ids (T,) must see, without find_documents."""
+    position = torch.arange(len(ids), device=ids.device)
+    segment_start = torch.zeros_like(position)
+    if s.doc_mask == "attention":
+        document_start = torch.where(ids == BOS, position, 0).cummax(0).values
+        segment_start = position - (position - document_start) % s.longest_sequence
+    causal = position <= queries[:, None]
+    return causal & (position >= segment_start[queries][:, None])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -8223,7 +9769,7 @@ def _check_qat(training, state, fresh, step):
         need_like("qat moments", state["moments"], None)
         return
     modules = {f"{name}.weight": module for name, module in training.model.named_modules()
-               if isinstance(module, (Linear, Table))}
+               if isinstance(module, (Linear, Embedding))}
     need_names("qat moments", state["moments"], modules)
     for name, moments in state["moments"].items():
         rows, columns = modules[name].weight.shape

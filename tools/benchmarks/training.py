@@ -205,9 +205,9 @@ class Session:
     def context(self):
         """Mean length of the sequences in which a token of the last micro-batch attends: of documents, where masked."""
         docs = self.docs
-        if docs is None or docs.cu is None:
+        if docs is None or docs.cu_seqlens is None:
             return self.s.stages[self.training.stage][1]
-        lengths = docs.cu.diff().double()
+        lengths = docs.cu_seqlens.diff().double()
         return (lengths.square().sum() / lengths.sum()).item()
 
     def close(self):
