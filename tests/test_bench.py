@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -814,10 +815,14 @@ QUICK = ("FIT=off", "MATRIX_QUANT=gptq_lite", "EMBED_QUANT=gptq_lite", "COMPRESS
 
 @pytest.fixture(scope="module")
 def verdicts(raw, tmp_path_factory):
-    """(console, JSON) of all studies."""
+    """(console, JSON) of all studies, with two epochs in place of six and ten."""
     path, words = raw
     out = tmp_path_factory.mktemp("verdicts") / "validity.json"
-    with here() as printed:
+    quick = {}
+    for study, variants in validity.STUDIES.items():
+        quick[study] = [variant._replace(settings=re.sub("TTT_EPOCHS=(6|10)", "TTT_EPOCHS=2", variant.settings))
+                        for variant in variants]
+    with here() as printed, mock.patch.dict(validity.STUDIES, quick):
         assert bench.main(["validity", path, *words, *QUICK, "--val-tokens", "640", "--json", str(out)]) == 0
     return "\n".join(printed), json.loads(out.read_text())
 
@@ -883,8 +888,8 @@ def test_rounded_weights_are_scored_as_they_are(toy, tmp_path):
     published = {study: validity.STUDIES[study][:1] for study in ("518", "1539")}
     with here() as printed, mock.patch.dict(validity.STUDIES, published):
         assert bench.main(["validity", str(path), *words, "--val-tokens", "640", "--studies", "518,1539", "--json", str(out)]) == 0
-    alone, before, packing = json.loads(out.read_text())["rows"]
-    assert "not rounded" in packing["skipped"] and "bpb" not in packing and packing["skipped"] in "\n".join(printed)
+    alone, before, prequant = json.loads(out.read_text())["rows"]
+    assert "not rounded" in prequant["skipped"] and "bpb" not in prequant and prequant["skipped"] in "\n".join(printed)
     for row, more in ((alone, []), (before, ["ALLOW_INVALID=1", *before["settings"].split()])):
         theirs = summary(good(call([*words, "PHASES=eval", f"ARTIFACT={path}", "VAL_TOKENS=640", *more,
                                     f"OUT_DIR={tmp_path}/{len(more)}"])))
