@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import reference as ref
 import train_gpt as tg
-from parameters import role_of
+from parameters import role_of, trained_by
 from training import begun, text
 
 def kind_of(name):
@@ -215,7 +215,7 @@ MUON = {"classic": {}, "polar express": dict(newton_schulz="polar_express", muon
 def test_matrices_equal_the_muon_loop(variant):
     s = ref.small(**RATES, mlp_mult=3, **MUON[variant])
     model, optimizer = built(s)
-    matrices = {n: p for n, p in model.named_parameters() if kind_of(n) == "matrix"}
+    matrices = {n: p for n, p in model.named_parameters() if trained_by(n) == "muon"}
     assert len(matrices) == 3 * 6 + 2
     loops = {name: MuonLoop(p, s) for name, p in matrices.items()}
     for step, scales in enumerate(SCALES):
@@ -640,7 +640,7 @@ def test_state_of_two_ranks_is_that_of_one(ranks, variant):
         for name, tensors in want.items():
             if name == "t":
                 continue
-            muon = kind_of(name) == "matrix" and variant != "adamw"
+            muon = trained_by(name) == "muon" and variant != "adamw"
             assert len(tensors) == len(state[name]) == (2 if moments or not muon else 1)
             for a, b in zip(tensors, state[name]):
                 assert a.any() and torch.isfinite(a).all()
