@@ -22,7 +22,7 @@ FIRST = ("test_bench.py", "test_liveness.py", "test_signals.py", "test_runtime.p
 
 
 def pytest_configure(config):
-    guard.watch()
+    config.guard = guard.watch()
     if hasattr(config.option, "loadscopereorder"):  # of pytest-xdist, which would go by the number of tests
         config.option.loadscopereorder = False
 

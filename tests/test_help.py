@@ -20,7 +20,7 @@ PARENT = """
 import subprocess, sys, time
 sys.path.insert(0, {help!r})
 import guard, process
-guard.watch()
+kept = guard.watch()
 child = "import subprocess; subprocess.Popen(['sleep', '600']).wait()"
 print(subprocess.Popen([sys.executable, "-c", child], env=process.clean_env(), start_new_session=True).pid, flush=True)
 time.sleep(600)

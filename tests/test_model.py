@@ -858,7 +858,10 @@ GRAPHS = {
     "default": dict(num_layers=2, ve_layers=(1,)),
     "bare": dict(num_layers=2, bigram_vocab_size=0, ve_dim=0, ve_layers=(), smear_gate="none", resid_mix=False,
                  skips="none", rope_dims=0, logit_softcap=0),
-    "1855": TINY_1855, "1539": TINY_1539, "1033": TINY_1033, "mixture": MIXTURE,
+    # A layer fewer than elsewhere, with the same parts: each visit is traced for seconds.
+    "1855": TINY_1855 | dict(num_layers=3, loop_start=0, loop_end=0, parallel_start_layer=1),
+    "1539": TINY_1539 | dict(num_layers=3, xsa_last_n=3),
+    "1033": TINY_1033, "mixture": MIXTURE,
     "heads": dict(mtp_num_heads=2, attn_gate="head", value_residual="sigmoid", smear_gate="scalar"),
 }
 

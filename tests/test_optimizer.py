@@ -217,7 +217,7 @@ MUON = {"classic": {}, "polar express": dict(newton_schulz="polar_express", muon
 def test_matrices_equal_the_muon_loop(variant):
     s = ref.small(**RATES, mlp_mult=3, **MUON[variant])
     model, optimizer = built(s)
-    matrices = {n: p for n, p in model.named_parameters() if kind_of(n) == "matrix"}
+    matrices = {n: p for n, p in model.named_parameters() if trained_by(n) == "muon"}
     assert len(matrices) == 3 * 6 + 2
     loops = {name: MuonLoop(p, s) for name, p in matrices.items()}
     for step, scales in enumerate(SCALES):

@@ -31,17 +31,20 @@ def kill(mark):
         for pid in pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
 
 
 def watch():
-    """Start the guard of this process."""
+    """Start the guard of this process; its Popen, to be kept."""
     if not Path("/proc/self/environ").exists():
-        return
+        return None
     mark = f"{os.getpid()}.{os.urandom(8).hex()}"
     unmarked = {name: value for name, value in os.environ.items() if name != MARK}
-    subprocess.Popen([sys.executable, "-S", __file__, str(os.getpid()), mark], env=unmarked, start_new_session=True,
-                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = [sys.executable, "-S", __file__, str(os.getpid()), mark]
+    process = subprocess.Popen(words, env=unmarked, start_new_session=True, stdin=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     os.environ[MARK] = mark
+    return process
 
 
 def main(pid, mark):

@@ -159,6 +159,11 @@ def role_of(name):
     raise AssertionError(unknown(name))
 
 
+def trained_by(name):
+    """Its optimizer with MATRIX_OPTIMIZER=muon: "muon", "adam" or "nothing"."""
+    return TRAINED_BY[role_of(name)]
+
+
 def width_of(s, name):
     """Stored bits by role alone; 16 is float16. What ATTN_BITS, MLP_BITS, PROJ_BITS and LAYER_BITS change is not here."""
     setting = WIDTH[role_of(name)]
