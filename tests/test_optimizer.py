@@ -17,7 +17,7 @@ import reference as ref
 import torch
 from hypothesis import given, note
 from hypothesis import strategies as st
-from parameters import role_of
+from parameters import role_of, trained_by
 from training import begun, text
 
 import train_gpt as tg
