@@ -63,7 +63,7 @@ def on_ranks(args, world):
             return self.member.gather(value) if self.world > 1 else [value]
 
         def broadcast(self, value):
-            return self.member.same(value) if self.world > 1 else value
+            return self.member.broadcast(value) if self.world > 1 else value
 
         def close(self):
             pass
