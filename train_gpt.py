@@ -1,5 +1,6 @@
-"""One file that trains, averages, quantises, packs, reloads and scores a small GPT for the Parameter
-Golf contest: the lowest bits per byte (BPB) whose code + compressed weights fit in 16,000,000 bytes.
+"""One file that trains, averages, quantises, packs, reloads and scores a small GPT for the
+Parameter Golf contest: the lowest bits per byte (BPB) whose code + compressed weights fit in
+16,000,000 bytes.
 
     bash run.sh                                                     the demo: set up, train, score
     torchrun --standalone --nproc_per_node=8 train_gpt.py           the real thing
@@ -112,15 +113,19 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin
 
 if __name__ == "__main__":
-    # The number of a closed standard stream goes to the next file that is opened, which then gets our prints.
+    # The number of a closed standard stream goes to the next file that is opened, which then gets
+    # our prints.
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest number: this one
-    # Before torch: OpenMP threads that spin while waiting make a shared CPU 5-11x slower, and torch 2.10-2.12 fuse
-    # reductions of this architecture badly (+6 ms a step; pytorch PR 179494). Both can be overridden from outside.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends quietly; main() takes over
+            # takes the lowest number: this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    # Before torch: OpenMP threads that spin while waiting make a shared CPU 5-11x slower, and torch
+    # 2.10-2.12 fuse reductions of this architecture badly (+6 ms a step; pytorch PR 179494). Both
+    # can be overridden from outside.
+    # Ctrl-C during the imports ends quietly; main() takes over
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
 
@@ -136,7 +141,9 @@ BOS = 1  # begins every document of the contest's shards; there is no end-of-doc
 
 
 class BadInput(Exception):
-    """What a user gave cannot be used. The message is one line that names the cause and the fix; exit code 2."""
+    """What a user gave cannot be used. The message is one line that names the cause and the fix;
+    exit code 2.
+    """
 
 
 class Stopped(Exception):
@@ -158,7 +165,8 @@ def ceil_div(total, size):
 
 Layers = tuple[int, ...]  # "9,10"; an empty value means none
 Betas = tuple[float, ...]  # "0.9,0.95"; empty: BETA1,BETA2
-Stages = tuple[tuple[int, float], ...]  # "1024@0.1,2048@1": size@fraction of the run up to which it holds
+# "1024@0.1,2048@1": size@fraction of the run up to which it holds
+Stages = tuple[tuple[int, float], ...]
 Widths = tuple[tuple[int, int], ...]  # "0@8,10@8": layer@bits, or size@place
 Names = tuple[str, ...]  # "q,v,head"; an empty value means none
 LISTS = {  # how --help names them
@@ -263,7 +271,9 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything a person chooses. MATRIX_LR in a command is the field matrix_lr; derived values are properties."""
+    """Everything a person chooses. MATRIX_LR in a command is the field matrix_lr; derived values
+    are properties.
+    """
 
     run_id: str = _run("", "name of the run; empty: date, time, settings hash and seed")
     out_dir: str = _run(
@@ -883,7 +893,9 @@ class Settings:
         return max(self.eval_seq_len, *(stage.length for stage in self.stages))
 
     def idle(self):
-        """{changed setting: what it waits for}: settings without effect, such as VE_LAYERS while VE_DIM=0."""
+        """{changed setting: what it waits for}: settings without effect, such as VE_LAYERS while
+        VE_DIM=0.
+        """
         waiting = {}
         for f in fields(self):
             changed = getattr(self, f.name) != f.default
@@ -892,7 +904,9 @@ class Settings:
         return waiting
 
     def holds(self, rule):
-        """Does one alternative of an `on` rule (see opt) hold, with what it waits for? An empty rule holds."""
+        """Does one alternative of an `on` rule (see opt) hold, with what it waits for? An empty
+        rule holds.
+        """
         def met(condition):
             value = getattr(self, condition.setting)
             return condition.holds(value) and self.holds(self.rule(condition.setting))
@@ -908,8 +922,9 @@ class Settings:
     def parse(cls, args=(), env=None):
         """Settings from a list of KEY=VALUE or @file and a mapping of environment variables.
 
-        Files and arguments are strict: an unknown name is an error. In the environment a near miss is one (a shell has
-        variables of its own; see doubtful_names). Raises BadInput that lists every complaint, one a line.
+        Files and arguments are strict: an unknown name is an error. In the environment a near miss
+        is one (a shell has variables of its own; see doubtful_names). Raises BadInput that lists
+        every complaint, one a line.
         """
         known = {f.name.upper(): f for f in fields(cls)}
         complaints = []
@@ -944,7 +959,8 @@ class Settings:
             problem = None if name in known else _why_not_env(name, known, settings.strict_env)
             if problem:
                 complaints.append(f"environment: {problem}")
-        # A conflict with a setting whose value is wrong would be about its default, which nobody asked for.
+        # A conflict with a setting whose value is wrong would be about its default, which nobody
+        # asked for.
         for conflict in _conflicts(settings, given=set(values)):
             if not any(name in conflict for name in wrong):
                 complaints.append(conflict)
@@ -954,11 +970,17 @@ class Settings:
 
     def text(self):
         """The settings that were changed, as one line of KEY=VALUE that parse accepts."""
-        changed = [f for f in fields(self) if getattr(self, f.name) != f.default]
-        return " ".join(shlex.quote(f"{f.name.upper()}={format_value(getattr(self, f.name))}") for f in changed)
+        pairs = []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value != f.default:
+                pairs.append(shlex.quote(f"{f.name.upper()}={format_value(value)}"))
+        return " ".join(pairs)
 
     def experiment(self):
-        """{name: value as text} of every setting outside the room Run: equal for the runs of one experiment."""
+        """{name: value as text} of every setting outside the room Run: equal for the runs of one
+        experiment.
+        """
         chosen = [f for f in fields(self) if f.metadata["room"] != "Run"]
         return {f.name.upper(): format_value(getattr(self, f.name)) for f in chosen}
 
@@ -991,7 +1013,9 @@ class Settings:
 
 
 def describe_rule(rule):
-    """An `on` rule as a user would type it: AVERAGE=swa|best, VE_DIM, or NORMUON with MATRIX_OPTIMIZER=muon."""
+    """An `on` rule as a user would type it: AVERAGE=swa|best, VE_DIM, or NORMUON with
+    MATRIX_OPTIMIZER=muon.
+    """
     def describe(condition):
         text = condition.setting.upper()
         if condition.values:
@@ -1009,10 +1033,13 @@ def format_value(value):
     """A value as a user types it: 1 for True, 1024@0.1,2048@1 for stages."""
     if isinstance(value, bool):
         return str(int(value))
-    if isinstance(value, tuple):
-        parts = ["@".join(map(str, part)) if isinstance(part, tuple) else str(part) for part in value]
-        return ",".join(parts)
-    return str(value)
+    if not isinstance(value, tuple):
+        return str(value)
+    parts = []
+    for part in value:
+        words = part if isinstance(part, tuple) else (part,)
+        parts.append("@".join(map(str, words)))
+    return ",".join(parts)
 
 
 def parse_value(f, text):
@@ -1074,7 +1101,9 @@ def _parse_number(kind, text, lo, hi):
     torch_holds = 2**63 - 1 if whole else 1e30
     most = torch_holds if hi is None else hi
     if not lo <= value <= most:  # also false for nan
-        raise ValueError(f"between {lo} and {hi}" if hi is not None else f"at least {lo}, and at most {most}")
+        if hi is None:
+            raise ValueError(f"at least {lo}, and at most {most}")
+        raise ValueError(f"between {lo} and {hi}")
     return value
 
 
@@ -1082,7 +1111,9 @@ def _parse_number(kind, text, lo, hi):
 
 
 def _conflicts(s, given):
-    """Impossible combinations, in words that name the settings and their values; `given`: fields that were set."""
+    """Impossible combinations, in words that name the settings and their values; `given`: fields
+    that were set.
+    """
     conflicts = []
     _model_conflicts(s, conflicts.append)
     _training_conflicts(s, given, conflicts.append)
@@ -1098,13 +1129,15 @@ def _model_conflicts(s, complain):
     if s.num_heads % s.num_kv_heads:
         complain(f"NUM_HEADS={s.num_heads} is not a multiple of NUM_KV_HEADS={s.num_kv_heads}")
     if s.rope_dims % 2 or s.rope_dims > s.head_dim:
-        complain(f"ROPE_DIMS={s.rope_dims} must be even and at most MODEL_DIM/NUM_HEADS={s.head_dim}")
+        complain(f"ROPE_DIMS={s.rope_dims} must be even and at most "
+                 f"MODEL_DIM/NUM_HEADS={s.head_dim}")
     if abs(s.mlp_mult * s.model_dim - s.mlp_hidden) >= 1e-6:
         complain(f"MLP_MULT={s.mlp_mult} times MODEL_DIM={s.model_dim} is not a whole number")
     if s.xsa_last_n > s.num_layers:
         complain(f"XSA_LAST_N={s.xsa_last_n} exceeds NUM_LAYERS={s.num_layers}")
     if s.ve_dim and not all(0 <= layer < s.num_layers for layer in s.ve_layers):
-        complain(f"VE_LAYERS={format_value(s.ve_layers)} names a layer outside 0..NUM_LAYERS-1={s.num_layers - 1}")
+        complain(f"VE_LAYERS={format_value(s.ve_layers)} names a layer outside "
+                 f"0..NUM_LAYERS-1={s.num_layers - 1}")
     if s.ve_dim and not s.ve_layers:
         complain(f"VE_DIM={s.ve_dim} but VE_LAYERS is empty; VE_DIM=0 turns them off")
     for name in ("bigram_vocab_size", "trigram_vocab_size"):
@@ -1113,7 +1146,8 @@ def _model_conflicts(s, complain):
     if s.gate_window > s.model_dim and s.holds(s.rule("gate_window")):
         complain(f"GATE_WINDOW={s.gate_window} exceeds MODEL_DIM={s.model_dim}")
     if s.loops and not s.loop_start <= s.loop_end < s.num_layers:
-        complain(f"LOOP_START={s.loop_start} LOOP_END={s.loop_end} is no range of layers 0..{s.num_layers - 1}")
+        complain(f"LOOP_START={s.loop_start} LOOP_END={s.loop_end} is no range of layers "
+                 f"0..{s.num_layers - 1}")
     if s.asym_logit_rescale and not s.logit_softcap:
         complain("ASYM_LOGIT_RESCALE=1 rescales the cap of LOGIT_SOFTCAP, which is 0")
     _lane_conflicts(s, complain)
@@ -1124,42 +1158,48 @@ def _lane_conflicts(s, complain):
     if s.parallel_residual == "none":
         return
     if s.parallel_start_layer >= s.num_layers:
-        complain(f"PARALLEL_START_LAYER={s.parallel_start_layer}: there is no such layer (NUM_LAYERS={s.num_layers})")
+        complain(f"PARALLEL_START_LAYER={s.parallel_start_layer}: there is no such layer "
+                 f"(NUM_LAYERS={s.num_layers})")
     last_layer = s.num_layers - 1
     visited_again = s.loops and s.loop_end == last_layer
     last_layer_alone = s.parallel_start_layer == last_layer and not visited_again
     learned_merge = s.parallel_residual == "routed" and s.parallel_final_lane == "learned"
     if learned_merge and last_layer_alone:
-        complain(f"PARALLEL_FINAL_LANE=learned learns nothing from PARALLEL_START_LAYER={s.parallel_start_layer}: the "
-                 "last layer alone leaves two equal lanes; mean is the same")
+        complain("PARALLEL_FINAL_LANE=learned learns nothing from "
+                 f"PARALLEL_START_LAYER={s.parallel_start_layer}: the last layer alone leaves two "
+                 "equal lanes; mean is the same")
     if s.parallel_first_skip == "lane0" and s.holds(parse_rule(TWO_LANES_SKIPPING)):
         visits = [*layer_plan(s, looping=False), *layer_plan(s, looping=s.loops)]
         if not any(visit.split and visit.pop is not None for visit in visits):
-            complain("PARALLEL_FIRST_SKIP=lane0 changes nothing: no skip enters where the lanes part, "
-                     f"PARALLEL_START_LAYER={s.parallel_start_layer}")
+            complain("PARALLEL_FIRST_SKIP=lane0 changes nothing: no skip enters where the lanes "
+                     f"part, PARALLEL_START_LAYER={s.parallel_start_layer}")
 
 
 def _training_conflicts(s, given, complain):
     if s.loader == "packed" and s.doc_mask != "attention":
-        complain(f"LOADER=packed puts many documents in a row: it needs DOC_MASK=attention, not {s.doc_mask}")
+        complain("LOADER=packed puts many documents in a row: it needs DOC_MASK=attention, not "
+                 f"{s.doc_mask}")
     if s.complement_alpha and s.vocab_size > 16384:
-        complain(f"COMPLEMENT_ALPHA={s.complement_alpha} counts pairs of tokens: VOCAB_SIZE={s.vocab_size} exceeds "
-                 "16384")
+        complain(f"COMPLEMENT_ALPHA={s.complement_alpha} counts pairs of tokens: "
+                 f"VOCAB_SIZE={s.vocab_size} exceeds 16384")
     _stage_conflicts(s, complain)
     for name in ("matrix_betas", "embed_betas", "head_betas"):
         betas = getattr(s, name)
         two_decays = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
         if betas and not two_decays:
-            complain(f"{name.upper()}={format_value(betas)}: two numbers from 0 to below 1, such as 0.9,0.99")
+            complain(f"{name.upper()}={format_value(betas)}: two numbers from 0 to below 1, such "
+                     "as 0.9,0.99")
     warmdowns = [name for name in ("warmdown_iters", "warmdown_frac", "warmdown_seconds")
                  if getattr(s, name) and name in given]
     if len(warmdowns) > 1:
         pairs = [f"{name.upper()}={format_value(getattr(s, name))}" for name in warmdowns]
         complain(f"{' and '.join(pairs)} say the same; make all but one of them 0")
     if s.warmdown_seconds and not s.max_wallclock_seconds:
-        complain(f"WARMDOWN_SECONDS={s.warmdown_seconds} counts back from MAX_WALLCLOCK_SECONDS, which is 0")
+        complain(f"WARMDOWN_SECONDS={s.warmdown_seconds} counts back from MAX_WALLCLOCK_SECONDS, "
+                 "which is 0")
     if s.average == "best" and s.holdout_tokens <= s.eval_seq_len:
-        complain(f"HOLDOUT_TOKENS={s.holdout_tokens} is less than a window of EVAL_SEQ_LEN={s.eval_seq_len}")
+        complain(f"HOLDOUT_TOKENS={s.holdout_tokens} is less than a window of "
+                 f"EVAL_SEQ_LEN={s.eval_seq_len}")
 
 
 def _stage_conflicts(s, complain):
@@ -1170,21 +1210,24 @@ def _stage_conflicts(s, complain):
         rising = sorted(set(ends)) == ends
         sizes_fit = all(size >= least for size, _ in schedule)
         if schedule and not (rising and ends[0] > 0 and ends[-1] == 1 and sizes_fit):
-            complain(f"{name.upper()}={format_value(schedule)}: sizes, at fractions of the run that rise to 1")
+            complain(f"{name.upper()}={format_value(schedule)}: sizes, at fractions of the run "
+                     "that rise to 1")
     lengths = [stage.length for stage in s.stages]
     where = " in a stage" if s.train_seq_schedule or s.train_batch_schedule else ""
     for _, length, tokens in s.stages:
         if not length or tokens % length:
-            complain(f"TRAIN_BATCH_TOKENS={tokens} is not a multiple of TRAIN_SEQ_LEN={length}{where}")
+            complain(f"TRAIN_BATCH_TOKENS={tokens} is not a multiple of "
+                     f"TRAIN_SEQ_LEN={length}{where}")
         if s.micro_batch_tokens < length:
-            complain(f"MICRO_BATCH_TOKENS={s.micro_batch_tokens} is less than one sequence, TRAIN_SEQ_LEN={length}"
-                     f"{where}")
+            complain(f"MICRO_BATCH_TOKENS={s.micro_batch_tokens} is less than one sequence, "
+                     f"TRAIN_SEQ_LEN={length}{where}")
         deals_blocks = s.loader in ("coprime", "shuffled")
         if deals_blocks and (not length or max(lengths) % length):
-            complain(f"LOADER={s.loader} deals out blocks of the longest sequence: {max(lengths)} of "
-                     f"TRAIN_SEQ_SCHEDULE is no multiple of {length}")
+            complain(f"LOADER={s.loader} deals out blocks of the longest sequence: {max(lengths)} "
+                     f"of TRAIN_SEQ_SCHEDULE is no multiple of {length}")
     if s.mtp_num_heads >= min(lengths):
-        complain(f"MTP_NUM_HEADS={s.mtp_num_heads} look beyond the end of TRAIN_SEQ_LEN={min(lengths)}{where}")
+        complain(f"MTP_NUM_HEADS={s.mtp_num_heads} look beyond the end of "
+                 f"TRAIN_SEQ_LEN={min(lengths)}{where}")
 
 
 def _run_conflicts(s, complain):
@@ -1193,32 +1236,32 @@ def _run_conflicts(s, complain):
     if s.resume == "auto" and not (s.run_id or s.out_dir):
         complain("RESUME=auto needs the RUN_ID or OUT_DIR to go on with")
     if (s.phases == "eval") != bool(s.artifact):
-        complain(f"PHASES={s.phases} and ARTIFACT={s.artifact or '(empty)'}: PHASES=eval needs an ARTIFACT, and "
-                 "nothing else reads one")
+        complain(f"PHASES={s.phases} and ARTIFACT={s.artifact or '(empty)'}: PHASES=eval needs an "
+                 "ARTIFACT, and nothing else reads one")
 
 
 def _packing_conflicts(s, complain):
-    widths = {f"{name.upper()}={getattr(s, name)}": (name, getattr(s, name))
-              for name in ("matrix_bits", "attn_bits", "mlp_bits", "proj_bits", "embed_bits", "gate_bits")}
-    for pair, (name, bits) in widths.items():
+    for name in ("matrix_bits", "attn_bits", "mlp_bits", "proj_bits", "embed_bits", "gate_bits"):
+        bits = getattr(s, name)
         falls_back = bits == 0 and name in ("attn_bits", "mlp_bits", "proj_bits")
         if not _storable(bits) and not falls_back:
-            complain(f"{pair}: bits are 2 to 8, or 16")
+            complain(f"{name.upper()}={bits}: bits are 2 to 8, or 16")
     layer_bits = f"LAYER_BITS={format_value(s.layer_bits)}"
     for _, bits in s.layer_bits:
         if not _storable(bits):
             complain(f"{layer_bits}: bits are 2 to 8, or 16")
     layers = [layer for layer, _ in s.layer_bits]
     if len(set(layers)) < len(layers) or not all(0 <= layer < s.num_layers for layer in layers):
-        complain(f"{layer_bits} names a layer twice, or one outside 0..NUM_LAYERS-1={s.num_layers - 1}")
+        complain(f"{layer_bits} names a layer twice, or one outside "
+                 f"0..NUM_LAYERS-1={s.num_layers - 1}")
     if s.awq_lite_group_top_k and s.awq_lite_group_size > s.model_dim:
-        complain(f"AWQ_LITE_GROUP_SIZE={s.awq_lite_group_size} exceeds MODEL_DIM={s.model_dim}: no matrix has such a "
-                 "group of columns")
+        complain(f"AWQ_LITE_GROUP_SIZE={s.awq_lite_group_size} exceeds MODEL_DIM={s.model_dim}: no "
+                 "matrix has such a group of columns")
     for name in ("matrix_quant", "embed_quant"):
         method = getattr(s, name)
         if s.fit == "allocate" and method not in ("rtn", "gptq"):
-            complain(f"FIT=allocate chooses the grid, so {name.upper()} says only how to round to it: rtn or gptq, "
-                     f"not {method}")
+            complain(f"FIT=allocate chooses the grid, so {name.upper()} says only how to round to "
+                     f"it: rtn or gptq, not {method}")
     packages = {"auto": ("zstandard", "brotli"), "zstd": ("zstandard",), "brotli": ("brotli",)}
     for package in packages.get(s.compressor, ()):
         if not importlib.util.find_spec(package):
@@ -1247,15 +1290,16 @@ def _evaluation_conflicts(s, complain):
     if s.ttt == "prequant" and s.phases == "eval":
         complain("TTT=prequant happens before the artifact, and PHASES=eval after it")
     if s.alpha_base + s.alpha_range >= 1 + 1e-12 and s.holds(s.rule("alpha_range")):
-        complain(f"ALPHA_BASE={s.alpha_base} and ALPHA_RANGE={s.alpha_range} come to more than 1, which is all the "
-                 "weight there is")
+        complain(f"ALPHA_BASE={s.alpha_base} and ALPHA_RANGE={s.alpha_range} come to more than 1, "
+                 "which is all the weight there is")
     known = {"ttt_lora_targets": ("q", "k", "v", "o", "attn", "mlp", "head"),
              "mixer_experts": ("unigram", "bigram", "trigram", "backoff", "entropy")}
     for setting, words in known.items():
         names = getattr(s, setting)
         named_twice = len(set(names)) < len(names)
         if not names or named_twice or not set(names) <= set(words):
-            complain(f"{setting.upper()}={format_value(names)}: some of {','.join(words)}, each once")
+            complain(f"{setting.upper()}={format_value(names)}: some of {','.join(words)}, each "
+                     "once")
     _adaptation_conflicts(s, complain)
 
 
@@ -1269,8 +1313,8 @@ def _adaptation_conflicts(s, complain):
         complain(f"{short_chunks}: sizes are positive")
     all_blocks_frozen = s.ttt_freeze_blocks >= s.num_layers and s.holds(s.rule("ttt_freeze_blocks"))
     if all_blocks_frozen and s.ttt_freeze_embed:
-        complain(f"TTT_FREEZE_BLOCKS={s.ttt_freeze_blocks} of NUM_LAYERS={s.num_layers} and TTT_FREEZE_EMBED=1 leave "
-                 "hardly anything to learn")
+        complain(f"TTT_FREEZE_BLOCKS={s.ttt_freeze_blocks} of NUM_LAYERS={s.num_layers} and "
+                 "TTT_FREEZE_EMBED=1 leave hardly anything to learn")
     if s.phased_ttt_prefix_docs and s.phased_ttt_num_phases > s.phased_ttt_prefix_docs:
         complain(f"PHASED_TTT_NUM_PHASES={s.phased_ttt_num_phases} exceeds "
                  f"PHASED_TTT_PREFIX_DOCS={s.phased_ttt_prefix_docs}")
@@ -1280,7 +1324,9 @@ def _adaptation_conflicts(s, complain):
 
 
 def _file_pairs(path, complaints):
-    """(where, KEY=VALUE) of each assignment in a settings file, or in settings.env of a record folder."""
+    """(where, KEY=VALUE) of each assignment in a settings file, or in settings.env of a record
+    folder.
+    """
     path = Path(path)
     if path.is_dir():
         path = path / "settings.env"
@@ -1290,7 +1336,8 @@ def _file_pairs(path, complaints):
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         complaints.append(f"@{path}: cannot be read ({reason})")
         return
-    lines = os.fsdecode(text.encode()).splitlines()  # as arguments are decoded: a path may have an accent
+    # as arguments are decoded: a path may have an accent
+    lines = os.fsdecode(text.encode()).splitlines()
     seen = set()
     for number, line in enumerate(lines, 1):
         try:
@@ -1326,14 +1373,17 @@ def _why_not_env(name, known, strict):
         return _unknown(name, known)
     near = difflib.get_close_matches(name, known, 1, 0.85)
     if near:
-        return f"{name} is not a setting; did you mean {near[0]}? (unset it if it is not meant for this script)"
+        return (f"{name} is not a setting; did you mean {near[0]}? (unset it if it is not meant "
+                "for this script)")
     if strict and doubtful_names([name]):
         return f"{name} looks like a setting but is none (STRICT_ENV=1)"
     return None
 
 
 def doubtful_names(env):
-    """Names in the environment that are made only of words of our settings, such as MODEL_LR, but are no setting."""
+    """Names in the environment that are made only of words of our settings, such as MODEL_LR, but
+    are no setting.
+    """
     known = {f.name.upper() for f in fields(Settings)}
     words = {word for name in known for word in name.split("_")}
 
@@ -1344,13 +1394,15 @@ def doubtful_names(env):
     return sorted(filter(doubtful, env))
 
 
-# How names begin that other programs read or set: OMP_NUM_THREADS is near MTP_NUM_HEADS, torchrun sets GROUP_RANK.
+# How names begin that other programs read or set: OMP_NUM_THREADS is near MTP_NUM_HEADS, torchrun
+# sets GROUP_RANK.
 ELSEWHERE = ("OMP_", "MKL_", "NCCL_", "CUDA_", "TORCH", "PARALLEL_SEQ", "GROUP_RANK", "DATA_DIR")
-# How the names of the contest's other techniques begin: they are meant for a trainer, and not read here.
+# How the names of the contest's other techniques begin: they are meant for a trainer, and not read
+# here.
 FOREIGN = tuple("""
-    AGREE_ CACHE_ALPHA CALIBRATE_TEMP CROWN_Q DTG_ GATED_ATTN_ NGRAM_HINT PPM_ALPHA PREQUANT_ QTTT ROPE_YARN SKYLIGHT_
-    SLOT_ SOFT_ROUND SPARSE_ATTN_GATE_INIT TTT_GRAD_STEPS TTT_HASH TTT_LORA_EMA TTT_MAX_CHUNKS TTT_UPDATE_EVERY
-    TTT_WARM_START_MEAN USE_CACHE WITHIN_ WORD_""".split())
+    AGREE_ CACHE_ALPHA CALIBRATE_TEMP CROWN_Q DTG_ GATED_ATTN_ NGRAM_HINT PPM_ALPHA PREQUANT_
+    QTTT ROPE_YARN SKYLIGHT_ SLOT_ SOFT_ROUND SPARSE_ATTN_GATE_INIT TTT_GRAD_STEPS TTT_HASH
+    TTT_LORA_EMA TTT_MAX_CHUNKS TTT_UPDATE_EVERY TTT_WARM_START_MEAN USE_CACHE WITHIN_ WORD_""".split())
 
 # Names of published commands that mean something else here, and what to write instead.
 OTHER_NAMES = """
@@ -1367,7 +1419,7 @@ OTHER_NAMES = """
     FORCE_STOP_STEP: ITERATIONS
     FUSED_CE_ENABLED: KERNELS; the loss is the same
     SKYLIGHT_MUON: NORMUON (0 is NORMUON=0)
-    TRAIN_SEQ_SCHEDULE_MODE: TRAIN_SEQ_SCHEDULE, of the clock, or of ITERATIONS where that ends the run first
+    TRAIN_SEQ_SCHEDULE_MODE: TRAIN_SEQ_SCHEDULE, whose fractions are of the clock or of ITERATIONS
     SMEAR_GATE_ENABLED: SMEAR_GATE=scalar
     EVAL_ONLY TTT_EVAL_ONLY TTT_ONLY: PHASES=eval ARTIFACT=file
     EMBEDDING_DIM: EMBED_DIM
@@ -1416,8 +1468,8 @@ OTHER_NAMES = """
     TTT_LM_HEAD_LORA: TTT_LORA_TARGETS with head
     TTT_LOCAL_LR_MULT: TTT_LORA_LR, times it
     TTT_WEIGHT_DECAY: TTT_WD
-    TTT_SHORT_SCORE_FIRST_ENABLED TTT_SHORT_SCORE_FIRST_STEPS: TTT_SHORT_CHUNKS such as 8@256,24@2000, by the place in a document
-    TTT_SHORT_CHUNK_SIZE TTT_SHORT_DOC_LEN: TTT_SHORT_CHUNKS such as 8@256,24@2000, by the place in a document
+    TTT_SHORT_SCORE_FIRST_ENABLED TTT_SHORT_SCORE_FIRST_STEPS: TTT_SHORT_CHUNKS such as 8@256
+    TTT_SHORT_CHUNK_SIZE TTT_SHORT_DOC_LEN: TTT_SHORT_CHUNKS such as 8@256,24@2000
     PREQUANT_TTT_ENABLED: TTT=prequant
     PREQUANT_TTT_EPOCHS GLOBAL_TTT_EPOCHS: TTT_EPOCHS
     PREQUANT_TTT_LR GLOBAL_TTT_LR: TTT_LR
@@ -2420,7 +2472,8 @@ class Runtime:
         self.choose("device", self.device_name(), reason)
         auto_dtype = "bfloat16" if use_cuda else "float32"
         self.dtype = getattr(torch, auto_dtype if settings.dtype == "auto" else settings.dtype)
-        # A CPU without bf16 instructions runs bf16 8-15 times slower than fp32: never chosen on CPUs.
+        # A CPU without bf16 instructions runs bf16 8-15 times slower than fp32: never chosen on
+        # CPUs.
         self.choose("dtype", str(self.dtype).removeprefix("torch."), f"DTYPE={settings.dtype}")
         self.compiled = settings.compile == "on" or (settings.compile == "auto" and use_cuda)
         self.choose("compile", "on" if self.compiled else "off", f"COMPILE={settings.compile}")
@@ -2459,8 +2512,8 @@ class Runtime:
             torch.cuda.synchronize(self.device)
 
     def throttle(self, depth=2):
-        """Let the CPU run at most `depth` steps ahead of the GPU: the queue stays full and the clock
-        honest. Returns the number of steps ahead.
+        """Let the CPU run at most `depth` steps ahead of the GPU: the queue stays full and the
+        clock honest. Returns the number of steps ahead.
         """
         if self.device.type == "cuda":
             event = torch.cuda.Event()
@@ -2471,8 +2524,8 @@ class Runtime:
         return len(self._events)
 
     def to_cpu(self, tensor):
-        """A copy on the CPU, complete once throttle() has passed this step: to read it never waits for
-        later work.
+        """A copy on the CPU, complete once throttle() has passed this step: to read it never waits
+        for later work.
         """
         if self.device.type == "cpu":
             return tensor
@@ -5346,7 +5399,8 @@ def need_number(what, value, kind, least, most):
     """The number, if it is of this type and between these bounds (nan never is); else ValueError.
     """
     if type(value) is not kind or not least <= value <= most:
-        raise ValueError(f"{what} is {brief(value, 30)}, not {kind.__name__} from {least} to {most}")
+        raise ValueError(f"{what} is {brief(value, 30)}, not {kind.__name__} from {least} to "
+                         f"{most}")
     return value
 
 
@@ -5916,8 +5970,8 @@ def artifact_settings(path, header, given):
         given_value = getattr(given, f.name)
         stored_value = getattr(stored, f.name)
         if given_value not in (f.default, stored_value):
-            raise BadInput(f"{f.name.upper()}={brief(format_value(given_value))} contradicts {path}, which "
-                           f"was made with {brief(format_value(stored_value))}")
+            raise BadInput(f"{f.name.upper()}={brief(format_value(given_value))} contradicts "
+                           f"{path}, which was made with {brief(format_value(stored_value))}")
     s = replace(given, **{f.name: getattr(stored, f.name) for f in model_fields()})
 
     with torch.device("meta"):
@@ -8808,13 +8862,15 @@ class Clock:
 
 
 class Console:
-    """Standard output or error, which may go away during the run: a pipe without reader, a full disk,
-    a closed terminal. From then on text for it is dropped; `lost` says why.
+    """Standard output or error, which may go away during the run: a pipe without reader, a full
+    disk, a closed terminal. From then on text for it is dropped; `lost` says why.
     """
 
     def __init__(self, stream):
         self.lost = "" if stream else "it was closed at the start"
-        self._stream = stream or open(os.devnull, "w", encoding="utf-8")
+        if not stream:
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - stays open to the end
+        self._stream = stream
 
     def __getattr__(self, name):  # encoding, fileno, buffer, ...
         return getattr(self._stream, name)
@@ -8840,7 +8896,8 @@ class Console:
 
     def _lose(self, error):
         self.lost = self.lost or getattr(error, "strerror", None) or str(error)
-        # What the stream still holds goes nowhere. When Python ends, that would make the exit code 120.
+        # What the stream still holds goes nowhere. When Python ends, that would make the exit code
+        # 120.
         with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
@@ -8866,8 +8923,9 @@ def guarded_console():
 class Log:
     """train.log, metrics.jsonl and the console, written by rank 0, flushed line by line.
 
-    A line is `event key:value ...`; the contest's own forms are given as text. metrics.jsonl gets every event as JSON.
-    A terminal shows long lines wrapped, and in place of one that only programs read, its `short` form.
+    A line is `event key:value ...`; the contest's own forms are given as text. metrics.jsonl gets
+    every event as JSON. A terminal shows long lines wrapped, and in place of one that only programs
+    read, its `short` form.
     """
 
     def __init__(self, out_dir, main, append=False):
@@ -8904,7 +8962,7 @@ class Log:
         try:
             self._files[which].write(text + "\n")
             self._files[which].flush()
-        except OSError as error:  # a full disk must not end the training; the console still gets every line
+        except OSError as error:  # a full disk must not end the training; the console goes on
             self._files[which] = None
             print(f"warning: log file closed: {error.strerror}", file=sys.stderr, flush=True)
 
@@ -8920,7 +8978,8 @@ class Log:
 
 
 def readable(text):
-    """Text that UTF-8 can hold: bytes of a path that are not UTF-8 become \\xNN, in every locale."""
+    """Text that UTF-8 can hold: bytes of a path that are not UTF-8 become \\xNN, in every locale.
+    """
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # half a pair, from a file that says \ud800
@@ -8928,7 +8987,8 @@ def readable(text):
 
 
 def to_json(values, indent=None):
-    """JSON that every reader takes: a number that is not finite becomes null, text is readable()."""
+    """JSON that every reader takes: a number that is not finite becomes null, text is readable().
+    """
     return json.dumps(_plain(values), indent=indent)
 
 
@@ -8945,7 +9005,9 @@ def _plain(value):
 
 
 def _word(value):
-    """A value as a line of the log shows it: text with spaces stands in double quotes, with the escapes of JSON."""
+    """A value as a line of the log shows it: text with spaces stands in double quotes, with the
+    escapes of JSON.
+    """
     if isinstance(value, (tuple, list)):
         return ",".join(map(_word, value))
     text = f"{value:.8g}" if isinstance(value, float) else str(value)
@@ -8958,11 +9020,14 @@ def _word(value):
 def _wrapped(text):
     """Text in lines of the terminal's width."""
     width = shutil.get_terminal_size((120, 24)).columns
-    return textwrap.fill(text, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(
+        text, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 
 def _has_results(metrics):
-    """Did a run get as far as a result? One that stopped at its input may be repeated in its folder."""
+    """Did a run get as far as a result? One that stopped at its input may be repeated in its
+    folder.
+    """
     results = '{"event": "train"', '{"event": "final"'
     with contextlib.suppress(OSError), open(metrics, encoding="utf-8", errors="replace") as lines:
         return any(line.startswith(results) for line in lines)
@@ -8971,12 +9036,14 @@ def _has_results(metrics):
 
 def _open_log(path, append):
     if path.exists() and not append and _has_results(path.with_name("metrics.jsonl")):
-        raise BadInput(f"{path} belongs to an earlier run: choose another RUN_ID or OUT_DIR, or RESUME=auto to go on")
+        raise BadInput(f"{path} belongs to an earlier run: choose another RUN_ID or OUT_DIR, or "
+                       "RESUME=auto to go on")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return open(path, "a" if append else "w", encoding="utf-8")
     except OSError as error:
-        raise BadInput(f"{path} cannot be written ({error.strerror}); choose another OUT_DIR") from None
+        raise BadInput(f"{path} cannot be written ({error.strerror}); choose another "
+                       "OUT_DIR") from None
 
 
 def make_folder(s):
@@ -9001,17 +9068,22 @@ def make_folder(s):
                 tries += 1
                 folder = first.with_name(f"{first.name}-{tries}")
     except OSError as error:
-        raise BadInput(f"{folder} cannot be written ({error.strerror}); choose another OUT_DIR") from None
+        raise BadInput(f"{folder} cannot be written ({error.strerror}); choose another "
+                       "OUT_DIR") from None
 
 
 LOCK_FILE = "run.lock"  # lies in OUT_DIR while a run uses it, and names its process
 
 
 class FolderLock:
-    """A folder belongs to one run: a lock that the kernel releases when the process ends, however it ends."""
+    """A folder belongs to one run: a lock that the kernel releases when the process ends, however
+    it ends.
+    """
 
     def __init__(self, folder, rt):
-        """BadInput if another run has the folder. Where files cannot be locked, a line of the log says so."""
+        """BadInput if another run has the folder. Where files cannot be locked, a line of the log
+        says so.
+        """
         self._path = folder / LOCK_FILE
         self._file = None
         try:
@@ -9024,7 +9096,8 @@ class FolderLock:
             os.ftruncate(self._file, 0)
         except OSError as error:
             reason = error.strerror
-            raise BadInput(f"{self._path} cannot be written ({reason}); choose another OUT_DIR") from None
+            raise BadInput(f"{self._path} cannot be written ({reason}); choose another "
+                           "OUT_DIR") from None
         with contextlib.suppress(OSError):  # a full disk
             os.write(self._file, f"process {os.getpid()} on {platform.node()}".encode())
         # We are alone here: what a killed run had begun to write is nobody's.
@@ -9044,7 +9117,8 @@ class FolderLock:
             raise BadInput(f"OUT_DIR={self._path.parent} is in use by another run ({holder}); "
                            "wait until it ends, or choose another RUN_ID or OUT_DIR") from None
         except OSError as error:
-            rt.choose("folder_lock", "none", f"{error.strerror}: do not start two runs in one OUT_DIR")
+            reason = f"{error.strerror}: do not start two runs in one OUT_DIR"
+            rt.choose("folder_lock", "none", reason)
 
     def _is_there(self):
         try:
@@ -9071,8 +9145,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interrupt:
-    """SIGTERM, SIGHUP and Ctrl-C. The train loop reads `signal` between its steps, so that it can save; a second
-    Ctrl-C is immediate. The phases around it have saved what they need: `at_once`, Interrupted is raised.
+    """SIGTERM, SIGHUP and Ctrl-C. The train loop reads `signal` between its steps, so that it can
+    save; a second Ctrl-C is immediate. The phases around it have saved what they need: `at_once`,
+    Interrupted is raised.
     """
 
     def __init__(self, at_once=False):
@@ -9086,7 +9161,8 @@ class Interrupt:
         first = not self.signal
         if first:
             self.signal = number
-        unwinding = sys.exc_info()[0] is not None  # of another rank that is gone, say: that must end in order
+        # of another rank that is gone, say: that must end in order
+        unwinding = sys.exc_info()[0] is not None
         if self.at_once and not unwinding:
             raise Interrupted
         if number == signal.SIGINT and not first and not self.at_once:
@@ -9106,7 +9182,8 @@ class Interrupt:
     def __exit__(self, kind, *_):
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self.signal and kind is None and not self.at_once:  # it came after the last look: for those around
+        # it came after the last look: for those around
+        if self.signal and kind is None and not self.at_once:
             signal.raise_signal(self.signal)
 
 
@@ -9125,11 +9202,14 @@ class Run:
         self.facts = {}
         self.too_large = ""  # by how much, in words
         self.kept = ""  # what an end from now on leaves behind, and how to continue from there
-        self.last_checkpoint = None  # of the end of training, until nothing can lose the weights any more
+        # of the end of training, until nothing can lose the weights any more
+        self.last_checkpoint = None
 
 
 def open_run(s, rt, attend):
-    """(Run, its FolderLock or None). Rank 0 takes the folder; if it cannot, all ranks raise its BadInput."""
+    """(Run, its FolderLock or None). Rank 0 takes the folder; if it cannot, all ranks raise its
+    BadInput.
+    """
     run = None
     lock = None
     folder = None
@@ -9200,7 +9280,8 @@ class Training:
         self.objective = Objective(model, s).to(rt.device)
         self.step_loss = rt.compile(self.objective)
         self.optimizer = MuonAdam(self.objective, s, rt)
-        docs_from_loader = model.varlen or s.loader == "packed"  # else the graph finds documents itself
+        # else the graph finds documents itself
+        docs_from_loader = model.varlen or s.loader == "packed"
         find_docs = model.find_documents if docs_from_loader else None
         self.stream = TokenStream(find_shards(s.data_path, "train"), s, rt, find_docs)
         self.average = Average(s, self.optimizer.banks)
@@ -9250,7 +9331,9 @@ class Training:
         return graphs
 
     def backward(self, micro):
-        """Gradients of a step's micro-batches [(ids, targets, docs)]; returns this rank's mean loss."""
+        """Gradients of a step's micro-batches [(ids, targets, docs)]; returns this rank's mean
+        loss.
+        """
         weights = [None] * len(micro)
         if self.complement:
             weights = self.complement.weights(micro)
@@ -9262,7 +9345,8 @@ class Training:
         return total
 
     def warm_up(self):
-        """Compile every graph of the run by real steps on synthetic tokens, then undo all of them."""
+        """Compile every graph of the run by real steps on synthetic tokens, then undo all of them.
+        """
         s = self.run.s
         generator = torch.Generator().manual_seed(s.seed)
         weights = self.average.copy()
@@ -9291,8 +9375,8 @@ class Training:
             if not self.run.rt.compiled or isinstance(error, torch.OutOfMemoryError):
                 raise
             first_line = str(error).strip().partition("\n")[0][:120]
-            raise BadInput(f"torch.compile failed ({type(error).__name__}: {first_line}); COMPILE=off "
-                           "runs without it") from error
+            raise BadInput(f"torch.compile failed ({type(error).__name__}: {first_line}); "
+                           "COMPILE=off runs without it") from error
 
     # Calibration: what rounding will cost, measured inside the training clock
 
@@ -9374,7 +9458,8 @@ class Training:
         return round(1 / inverse, 4)
 
     def _states_of_next_step(self):
-        """Final states (N, D) and targets (N, 1) of rows of the next step, TEMPERATURE_TOKENS in all.
+        """Final states (N, D) and targets (N, 1) of rows of the next step, TEMPERATURE_TOKENS in
+        all.
 
         The rows are evenly spaced over all ranks, so that they do not depend on their number.
         """
@@ -9401,10 +9486,11 @@ class Training:
     # Checkpoints
 
     def save(self):
-        """Write a checkpoint, outside the training clock, by parameter name; the last two are kept. Collective.
+        """Write a checkpoint, outside the training clock, by parameter name; the last two are kept.
+        Collective.
 
-        One that cannot be written (full disk) is a line in the log: the run and the older checkpoints
-        are worth more. Returns whether it was written.
+        One that cannot be written (full disk) is a line in the log: the run and the older
+        checkpoints are worth more. Returns whether it was written.
         """
         with self.run.clock.phase("checkpoint"):
             return self._save()
@@ -9464,7 +9550,9 @@ class Training:
 
     @torch.no_grad()
     def load(self, state):
-        """Continue from the state of a checkpoint, which check_state() has found to be one of this run."""
+        """Continue from the state of a checkpoint, which check_state() has found to be one of this
+        run.
+        """
         state = {**self.ADDED_LATER, **state}
         self.step = state["step"]
         self.tokens = state["tokens"]
@@ -9496,7 +9584,9 @@ class Training:
 
 
 def _best_inverse_temperature(logits, targets, rt):
-    """1 / T at which targets (N, 1) cost least under logits (N, V) / T, by Newton's method, over all ranks."""
+    """1 / T at which targets (N, 1) cost least under logits (N, V) / T, by Newton's method, over
+    all ranks.
+    """
     inverse = 1.0
     for _ in range(8):
         share = (inverse * logits).softmax(-1)
@@ -9512,8 +9602,10 @@ def _best_inverse_temperature(logits, targets, rt):
 # magic | state as torch.save writes it | SHA-256 of both. Nothing in a file is executed.
 
 CHECKPOINT_MAGIC = b"PGOLF checkpoint 2\n"
-PLACES = ("DATA_PATH", "TOKENIZER_PATH")  # a checkpoint knows its data by content, wherever they lie
-HEAD_TOKENS = 64  # of each shard that tell it from others; one that was repaired further in is the same
+# a checkpoint knows its data by content, wherever they lie
+PLACES = ("DATA_PATH", "TOKENIZER_PATH")
+# of each shard that tell it from others; one that was repaired further in is the same
+HEAD_TOKENS = 64
 MOST_STEPS = 2**53  # of any run
 MOST_SECONDS = 1e9
 
@@ -9534,7 +9626,9 @@ def identity(run):
 
 
 def training_data(s):
-    """{"shards", "tokens", "sha256"} of the training shards; the hash covers the length and head of each."""
+    """{"shards", "tokens", "sha256"} of the training shards; the hash covers the length and head of
+    each.
+    """
     paths = find_shards(s.data_path, "train")
     digest = hashlib.sha256()
     tokens = 0
@@ -9546,10 +9640,12 @@ def training_data(s):
 
 
 def checkpoint_to_resume(run, training):
-    """The state to continue from, found to be one of this run, or None. Changes nothing of the run. Collective.
+    """The state to continue from, found to be one of this run, or None. Changes nothing of the run.
+    Collective.
 
-    RESUME=file must be usable. RESUME=auto takes the newest checkpoint that is; each that is not gets a
-    line. Other settings are an error in both. Rank 0's disk counts, and what it finds ends all ranks alike.
+    RESUME=file must be usable. RESUME=auto takes the newest checkpoint that is; each that is not
+    gets a line. Other settings are an error in both. Rank 0's disk counts, and what it finds ends
+    all ranks alike.
     """
     paths = []
     if run.s.resume == "auto":
@@ -9604,12 +9700,14 @@ def read_checkpoint(path):
     data = read_file(path)
     body, digest = data[:-32], data[-32:]
     if not data.startswith(CHECKPOINT_MAGIC) or hashlib.sha256(body).digest() != digest:
-        raise BadInput(f"{path}: not a whole checkpoint of this script (its beginning or its checksum is wrong)")
+        raise BadInput(f"{path}: not a whole checkpoint of this script (its beginning or its "
+                       "checksum is wrong)")
     return body[len(CHECKPOINT_MAGIC) :]
 
 
 def checkpoint_state(path, data):
-    """The state in the bytes of read_checkpoint(); BadInput if there is none, or none that says of which run it is.
+    """The state in the bytes of read_checkpoint(); BadInput if there is none, or none that says of
+    which run it is.
 
     Nothing is executed, and no more is unpacked than the file has bytes.
     """
@@ -9641,7 +9739,8 @@ def _unpickled(data):
 
 
 def need_same_run(path, run, state, data):
-    """BadInput if the state of a checkpoint is that of other settings, or of other data than `data`.
+    """BadInput if the state of a checkpoint is that of other settings, or of other data than
+    `data`.
 
     Settings may be younger than the checkpoint; `data` is that of training_data().
     """
@@ -9657,11 +9756,12 @@ def need_same_run(path, run, state, data):
         if value != ours.get(name):
             different.append(f"{name}={value}")
     if different:
-        raise BadInput(f"{path}: the checkpoint has other settings: {brief(' '.join(different), 120)}; "
-                       "repeat them, or take another RUN_ID")
+        raise BadInput(f"{path}: the checkpoint has other settings: "
+                       f"{brief(' '.join(different), 120)}; repeat them, or take another RUN_ID")
     if state.get("data", data) != data:
-        raise BadInput(f"{path}: the checkpoint has other data ({_data_in_words(state['data'])}) than "
-                       f"DATA_PATH ({_data_in_words(data)}); set it right, or take another RUN_ID")
+        raise BadInput(f"{path}: the checkpoint has other data ({_data_in_words(state['data'])}) "
+                       f"than DATA_PATH ({_data_in_words(data)}); set it right, or take another "
+                       "RUN_ID")
 
 
 def _data_in_words(data):
@@ -9674,7 +9774,8 @@ def _data_in_words(data):
 def check_state(training, state, fresh):
     """ValueError, naming the field, unless training.load() can take this state. Nothing is changed.
 
-    It must have the form of `fresh`, the state of a training that has not begun, and possible numbers.
+    It must have the form of `fresh`, the state of a training that has not begun, and possible
+    numbers.
     """
     s = training.run.s
     state = {**Training.ADDED_LATER, **state}
@@ -9725,7 +9826,8 @@ def _check_average(average, s, state, weights):
     need_names("average", state["average"])
     for kind, snapshots in state["average"].items():
         if kind not in average.kinds:
-            raise ValueError(f"average has {brief(kind, 20)}, which AVERAGE={s.average} does not take")
+            raise ValueError(f"average has {brief(kind, 20)}, which AVERAGE={s.average} does not "
+                             "take")
         if type(snapshots) is not list or not 1 <= len(snapshots) <= most[kind]:
             raise ValueError(f"average {kind} is no list of at most {most[kind]} snapshots")
         need_like(f"average {kind}", snapshots, [weights] * len(snapshots))
@@ -9798,7 +9900,9 @@ def need_names(what, value, names=None):
 
 
 def need_like(what, value, like):
-    """ValueError unless the value has types, names, lengths, dtypes and shapes of `like`, and is finite."""
+    """ValueError unless the value has types, names, lengths, dtypes and shapes of `like`, and is
+    finite.
+    """
     if type(value) is not type(like) or _form(value) != _form(like):
         raise ValueError(f"{what} is {_form(value)}, not {_form(like)}")
     if isinstance(like, Tensor):
@@ -9909,7 +10013,8 @@ def _log_training(run, training):
 
 
 def _warm_up(run, training, predictor, val):
-    """Compile every graph of training and of its reports, and measure how long calibration takes."""
+    """Compile every graph of training and of its reports, and measure how long calibration takes.
+    """
     s = run.s
     clock = run.clock
     if s.warmup_steps:
@@ -9938,20 +10043,22 @@ def _warm_up_reports(run, training, predictor, val):
 def _check_copies(run, copies):
     """Validation documents in the training text.
 
-    FineWeb was deduplicated within each crawl only, so that a few openings are in both; 20 % were in the
-    folders of #2127.
+    FineWeb was deduplicated within each crawl only, so that a few openings are in both; 20 % were
+    in the folders of #2127.
     """
     count = len(copies.found(run.rt))
     documents = len(copies.keys)
     run.facts.update(val_documents_in_training=count)
     run.validity.need(
         count <= max(documents // 100, 1),
-        f"C3: {count} of {documents} validation documents begin as some did that were trained on, with the "
-        f"same {copies.PREFIX} tokens")
+        f"C3: {count} of {documents} validation documents begin as some did that were trained on, "
+        f"with the same {copies.PREFIX} tokens")
 
 
 def keep_weights(run, training):
-    """The trained weights are on disk before anything else is tried with them, until the run is over."""
+    """The trained weights are on disk before anything else is tried with them, until the run is
+    over.
+    """
     if not training.save():
         run.kept = "the trained weights could not be kept: no checkpoint could be written"
         return
@@ -9978,8 +10085,8 @@ def _report_young_average(run, training):
 def _choose_average(run, training, predictor):
     """(name of the average, weights to export in place of the last ones, or None).
 
-    AVERAGE=best is decided by the loss on the end of the *training* stream, on the training side of the
-    ledger; validation text has no say.
+    AVERAGE=best is decided by the loss on the end of the *training* stream, on the training side of
+    the ledger; validation text has no say.
     """
     average = training.average
     candidates = {}
@@ -9988,14 +10095,17 @@ def _choose_average(run, training, predictor):
         if weights is not None:
             candidates[kind] = weights
         elif run.s.average != "best":
-            run.log("never_reached", what=f"AVERAGE={kind}", consequence="the last weights are exported")
+            run.log("never_reached", what=f"AVERAGE={kind}",
+                    consequence="the last weights are exported")
     if run.s.average == "best":
         return _best_average(run, training, predictor, {"last": average.copy(), **candidates})
     return next(iter(candidates.items()), ("last", None))
 
 
 def _best_average(run, training, predictor, candidates):
-    """(name, weights) of the candidate with the lowest loss on the held-out end of the training stream."""
+    """(name, weights) of the candidate with the lowest loss on the held-out end of the training
+    stream.
+    """
     s = run.s
     rt = run.rt
     run.validity.opened("train")
@@ -10026,7 +10136,9 @@ def _seconds_to_train(run, training):
 
 
 def _train_steps(run, training, predictor, val, interrupt):
-    """Steps until the clock or ITERATIONS says stop; returns the lowest learning-rate scale that was used."""
+    """Steps until the clock or ITERATIONS says stop; returns the lowest learning-rate scale that
+    was used.
+    """
     s = run.s
     rt = run.rt
     clock = run.clock
@@ -10036,7 +10148,8 @@ def _train_steps(run, training, predictor, val, interrupt):
     losses = deque()  # of steps that the device may not have finished
     marks = deque(maxlen=20)  # the clock at the last steps
     while True:
-        # Rank 0's clock decides for all; a step begins only if, as slow as the slowest of late, it ends in time.
+        # Rank 0's clock decides for all; a step begins only if, as slow as the slowest of late, it
+        # ends in time.
         elapsed, stop = rt.max(clock["train"] if rt.rank == 0 else 0.0, interrupt.signal)
         if stop:
             break
@@ -10056,7 +10169,8 @@ def _train_steps(run, training, predictor, val, interrupt):
         if done:
             break
 
-        # A run that ends by the clock has as many steps as fit at this pace; WARMDOWN_ITERS is measured against it.
+        # A run that ends by the clock has as many steps as fit at this pace; WARMDOWN_ITERS is
+        # measured against it.
         total_steps = step / by_time if by_time > by_step else s.iterations
         training.enter(progress, warmdown(s, progress, total_steps, limit))
         since_stage = step - training.stage_start if training.stage else None
@@ -10088,16 +10202,16 @@ def _train_steps(run, training, predictor, val, interrupt):
         name = signal.Signals(stop).name
         raise Stopped(f"interrupted by {name} after step {training.step}; {then}", 128 + stop)
     if by_step < 1:
-        ms = 1e3 * elapsed
-        run.log("stopping_early", f"stopping_early: wallclock_cap train_time:{ms:.0f}ms {step_of(s, step)}",
-                step=step)
+        times = f"train_time:{1e3 * elapsed:.0f}ms {step_of(s, step)}"
+        run.log("stopping_early", f"stopping_early: wallclock_cap {times}", step=step)
     return lowest_scale
 
 
 def _next_batch(run, training, stage):
     """The next batch of a stage; or the end of the run on all ranks together.
 
-    It ends if a rank meets a token outside the vocabulary deep in a shard. What was trained so far is kept.
+    It ends if a rank meets a token outside the vocabulary deep in a shard. What was trained so far
+    is kept.
     """
     stream = training.stream
     position = stream.position
@@ -10154,14 +10268,16 @@ def log_step(run, event, step, result, scale=None, tokens=0):
         run.log(event, text, step=step, val_loss=result.loss, val_bpb=result.bpb, train_time_ms=ms)
     else:
         rate = tokens / max(ms / 1e3, 1e-9)
-        run.log(event, f"{count} train_loss:{result:.4f} {times}",
-                step=step, train_loss=result, train_time_ms=ms, lr_scale=scale, tokens_per_second=rate)
+        text = f"{count} train_loss:{result:.4f} {times}"
+        run.log(event, text, step=step, train_loss=result, train_time_ms=ms, lr_scale=scale,
+                tokens_per_second=rate)
 
 
 def _check_loss(run, step, loss):
     if math.isfinite(loss.item()):
         return
-    # The loss of a step judges the weights that the step before left: a checkpoint of those is bad, too.
+    # The loss of a step judges the weights that the step before left: a checkpoint of those is bad,
+    # too.
     first_bad = checkpoint_path(run.out_dir, step - 1).name
     bad = [path for path in checkpoints(run.out_dir) if path.name >= first_bad]
     if run.rt.rank == 0:
@@ -10230,15 +10346,16 @@ def export(run, model, tokenizer_sha256, moments=None):
         code_bytes=code_bytes, model_bytes=model_bytes, total_bytes=total,
         artifact_sha256=info["sha256"], compressor=compressor)
     run.log("artifact", code_bytes=code_bytes, model_bytes=model_bytes, total_bytes=total,
-            limit_bytes=s.size_limit, margin_bytes=s.size_limit - total, sha256=info["sha256"], file=path)
+            limit_bytes=s.size_limit, margin_bytes=s.size_limit - total, sha256=info["sha256"],
+            file=path)
     text = f"Total submission size {s.format}+{compressor}: {total} bytes"
     run.log("submission_size", text, total_bytes=total)
     if total > s.size_limit:  # it is scored all the same, as the contest's scripts do
         run.validity.need_for_record(False, f"{total} bytes, the limit is {s.size_limit}")
         run.too_large = (
-            f"code {code_bytes} + artifact {model_bytes} = {total} bytes, {total - s.size_limit} over the "
-            f"limit of {s.size_limit}; {path} was kept. FIT=allocate or prune, or a trainer packed by "
-            "tools/submit.py, makes it fit")
+            f"code {code_bytes} + artifact {model_bytes} = {total} bytes, "
+            f"{total - s.size_limit} over the limit of {s.size_limit}; {path} was kept. "
+            "FIT=allocate or prune, or a trainer packed by tools/submit.py, makes it fit")
         run.log("warning", note=run.too_large)
     return path
 
@@ -10248,7 +10365,8 @@ def evaluate(run, path):
     rt = run.rt
     validity = run.validity
     with run.clock.phase("eval"), validity.evaluation():
-        data = rt.broadcast(read_file(path) if rt.rank == 0 else None)  # over nodes, only rank 0's disk has the file
+        # over nodes, only rank 0's disk has the file
+        data = rt.broadcast(read_file(path) if rt.rank == 0 else None)
         artifact_sha256 = hashlib.sha256(data).hexdigest()
         written = run.facts.setdefault("artifact_sha256", artifact_sha256)
         validity.need(artifact_sha256 == written, "the artifact changed after it was written")
@@ -10306,7 +10424,8 @@ def _load_to_score(run, path, data):
     s, model = load_artifact(path, s, run.rt.dtype, run.attend, run.rt.device, data)
     run.validity.restore(model.reasons)
     if s.eval_temperature == 0 and model.temperature is None:
-        raise BadInput(f"EVAL_TEMPERATURE=0, but {path} was written without a fitted one; train with it, or give it")
+        raise BadInput(f"EVAL_TEMPERATURE=0, but {path} was written without a fitted one; train "
+                       "with it, or give it")
     return s, model
 
 
@@ -10315,13 +10434,15 @@ def _tokenizer_of(path, data, s):
     stored = read_artifact(path, data)[0]["tokenizer_sha256"]
     sp, _, tokenizer_sha256 = load_tokenizer(s)
     if stored and stored != tokenizer_sha256:
-        raise BadInput(f"{path} was trained with another tokenizer (SHA-256 {stored[:12]}, this one "
-                       f"{tokenizer_sha256[:12]}); set TOKENIZER_PATH")
+        raise BadInput(f"{path} was trained with another tokenizer (SHA-256 {stored[:12]}, this "
+                       f"one {tokenizer_sha256[:12]}); set TOKENIZER_PATH")
     return sp
 
 
 def _report_packed(run, s, model, predictor, val):
-    """The contiguous score of the packed model: next to the one before packing, it is what packing cost."""
+    """The contiguous score of the packed model: next to the one before packing, it is what packing
+    cost.
+    """
     if scoring_name(s) == "contiguous":
         return
     is_model_alone = type(predictor) is ModelPredictor and predictor.temperature == 1
@@ -10339,8 +10460,9 @@ def _log_final(run, name, result, verdict):
     """The contest's line of the final score, with the verdict."""
     ms = 1e3 * run.clock["eval"]
     words = " ".join(f"{key}:{_word(value)}" for key, value in verdict.items())
-    text = f"final_{name} val_loss:{result.loss:.8f} val_bpb:{result.bpb:.8f} eval_time:{ms:.0f}ms {words}"
-    run.log("final", text, name=name, val_loss=result.loss, val_bpb=result.bpb, **verdict)
+    score_text = f"val_loss:{result.loss:.8f} val_bpb:{result.bpb:.8f} eval_time:{ms:.0f}ms"
+    run.log("final", f"final_{name} {score_text} {words}", name=name, val_loss=result.loss,
+            val_bpb=result.bpb, **verdict)
 
 
 def _need_fineweb(validity, val, result):
@@ -10358,7 +10480,8 @@ def graphs_so_far():
 
 
 def warm_up_scoring(run, predictor, reader):
-    """Compile every graph of a scoring on synthetic tokens; returns how many there are in all so far.
+    """Compile every graph of a scoring on synthetic tokens; returns how many there are in all so
+    far.
 
     The limit of an evaluation includes this.
     """
@@ -10371,7 +10494,8 @@ def warm_up_scoring(run, predictor, reader):
         return torch.randint(s.vocab_size, shape, generator=generator).to(device)
 
     for rows, length, width, turn in reader.shapes():
-        places = torch.arange(length - width, length, device=device).repeat(rows, 1)  # laid out as the reader's
+        # laid out as the reader's
+        places = torch.arange(length - width, length, device=device).repeat(rows, 1)
         recent = tokens(rows, predictor.history + width)
         inputs = Inputs(tokens(rows, length), places, recent, turn)
         chunk = Chunk(inputs, tokens(rows, width), places, rows)
@@ -10423,11 +10547,14 @@ def summarise(run):
             write_atomic(path, [to_json(summary, indent=1).encode()])
     except BadInput as error:
         run.log("warning", note=str(error))
-    run.log("summary", f"summary {to_json(summary)}", short=f"summary file:{_word(path)}", **summary)
+    short = f"summary file:{_word(path)}"
+    run.log("summary", f"summary {to_json(summary)}", short=short, **summary)
 
 
 def _need_record(run, seconds):
-    """What a record of the contest needs beside a valid score: trained here, in time, on its hardware."""
+    """What a record of the contest needs beside a valid score: trained here, in time, on its
+    hardware.
+    """
     rt = run.rt
     need = run.validity.need_for_record
     train_seconds = seconds["train_seconds"] + seconds["calibrate_seconds"]
@@ -10442,11 +10569,14 @@ def _need_record(run, seconds):
 
 
 def log_header(run, argv):
-    """What a reader years later needs: source, commit, versions, device, settings, every automatic choice."""
+    """What a reader years later needs: source, commit, versions, device, settings, every automatic
+    choice.
+    """
     log = run.log
     if not log.main:
         return
-    running = "".join(linecache.getlines(log_header.__code__.co_filename))  # not __file__, which may be packed
+    # not __file__, which may be packed
+    running = "".join(linecache.getlines(log_header.__code__.co_filename))
     versions = f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}"
     rule = "=" * 100
     for text in (running, rule, versions, _output_of("nvidia-smi"), rule):
@@ -10480,9 +10610,11 @@ def _output_of(*command):
 
 
 def run_phases(s, argv, interrupt=None):
-    """Settings to summary, in the order in which data flows; inputs are looked at before anything is built.
+    """Settings to summary, in the order in which data flows; inputs are looked at before anything
+    is built.
 
-    Whatever ends it before its time is the last line of its log. `interrupt`: the Interrupt that is in force.
+    Whatever ends it before its time is the last line of its log. `interrupt`: the Interrupt that is
+    in force.
     """
     if s.artifact:
         s = artifact_settings(s.artifact, read_artifact(s.artifact)[0], s)
@@ -10555,7 +10687,8 @@ def _log_tokenizer(run, tokenizer):
 
 
 def _train_and_export(run, tokenizer):
-    """Train a model and write it; nothing but the file, whose path this returns, goes on from here."""
+    """Train a model and write it; nothing but the file, whose path this returns, goes on from here.
+    """
     s = run.s
     rt = run.rt
     _log_tokenizer(run, tokenizer)
@@ -10575,7 +10708,9 @@ def _train_and_export(run, tokenizer):
 
 
 def _end_of(run, error, interrupt):
-    """The error that ends the run, or, if a signal does, Stopped; with what is kept and how to continue."""
+    """The error that ends the run, or, if a signal does, Stopped; with what is kept and how to
+    continue.
+    """
     kept = run.kept if run else ""
     known = isinstance(error, (BadInput, Stopped))
     if interrupt.signal and not known:  # Interrupted, or what a rank meets when another one is gone
@@ -10588,7 +10723,8 @@ def _end_of(run, error, interrupt):
 
 
 def main(argv):
-    """Returns the exit code: 0 done, 2 bad input, 3 artifact too large, 4 not finite, 128 + signal that ended it.
+    """Returns the exit code: 0 done, 2 bad input, 3 artifact too large, 4 not finite, 128 + signal
+    that ended it.
 
     A console that goes away changes neither the run nor the code.
     """
@@ -10619,11 +10755,13 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    if "LOCAL_RANK" in os.environ:  # under torchrun the traceback of the rank that failed first is the one to show
+    # under torchrun the traceback of the rank that failed first is the one to show
+    if "LOCAL_RANK" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import record
 
         main = record(main)
     code = main(sys.argv[1:])
-    for late in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # nothing is left that they could save
+    # nothing is left that they could save
+    for late in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
         signal.signal(getattr(signal, late), signal.SIG_IGN)
     sys.exit(code)

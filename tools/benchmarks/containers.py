@@ -39,18 +39,13 @@ def own_chunks(trainer, contents, compressor):
     """The artifact of train_gpt.py: [(stream, bytes)]."""
     settings = trainer.Settings(compressor=compressor)
     chunks = trainer.pack(contents.encoded, contents.shapes, settings, contents.header).chunks
-    streams = trainer.stream_layout(tensor_rows(contents))
+    streams = trainer.stream_layout(trainer.tensor_entries(contents.encoded, contents.shapes))
     return list(zip(("header", "header", *streams), chunks, strict=True))
-
-
-def tensor_rows(contents):
-    """The rows of the artifact's table of tensors."""
-    return [(name, contents.shapes[name], *parameter[:4]) for name, parameter in contents.encoded.items()]
 
 
 def split_streams(trainer, contents, kinds):
     """[(stream, its rows)] as the artifact has them; with `kinds` a stream of codes for each kind of matrix."""
-    for stream, rows in trainer.stream_layout(tensor_rows(contents)).items():
+    for stream, rows in trainer.stream_layout(trainer.tensor_entries(contents.encoded, contents.shapes)).items():
         if kinds and stream in trainer.CODED:
             for _, rows_of_kind in itertools.groupby(rows, lambda row: trainer._kind(row[0])):
                 yield stream, list(rows_of_kind)

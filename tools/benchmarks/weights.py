@@ -29,8 +29,8 @@ class Subject:
     model_fields; Runtime, pick_attention; find_shards, TokenStream(paths, s, rt).next(); MomentMeter(model) with
     .observe(x, y) .tokens .moments(rt); Quantiser(model, s, moments) with .encode(spacing) .spacing_for(bytes)
     .quantised .stores and .groups (rewritten where each tensor has its own clip) and .factors (shared between settings:
-    most of its time); pack().chunks; load_tokenizer, load_validation, ModelPredictor, contiguous_reader, score, Validity;
-    of Loaded: row_scales, round_to_grid. The containers: Encoded, stream_layout, pack_stream, code_groups,
+    most of its time); pack().chunks; load_tokenizer, load_validation, ModelPredictor, contiguous_reader, score,
+    Validity; of Loaded: row_scales, round_to_grid. The containers: Encoded, tensor_entries, stream_layout, pack_stream, code_groups,
     decode_codes, decompress, _unplanes, _kind, COMPRESSORS.
     """
 
@@ -99,7 +99,7 @@ class Subject:
 
     def code_bytes(self, name, encoded):
         """Bytes of the codes of one encoded parameter, packed alone."""
-        rows = self.trainer.stream_layout([(name, self.shapes[name], *encoded[:4])])["q"]
+        rows = self.trainer.stream_layout(self.trainer.tensor_entries({name: encoded}, self.shapes))["q"]
         return len(self.trainer.pack_stream(rows, {name: encoded}, ONE_COMPRESSOR))
 
     def error(self, name, encoded):
