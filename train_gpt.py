@@ -5915,6 +5915,11 @@ def loading_bytes(tensors):
     return 4 * sum(counts) + 3 * sum(raw_sizes(tensors).values()) + 16 * max(counts)
 
 
+def correction_work(entry):
+    """Multiplications of decoding the low-rank correction of a TensorEntry."""
+    return math.prod(entry.shape) * entry.rank
+
+
 def need_loadable(what, tensors):
     """BadInput if a table of tensors takes too much memory or time to load, whatever is in a
     stream.
@@ -5924,32 +5929,39 @@ def need_loadable(what, tensors):
     if needed > MAX_LOADED:
         raise BadInput(f"{what}: {sum(counts)} parameters in these codecs need {needed >> 20} MiB "
                        f"to be loaded, the limit is {MAX_LOADED >> 20}; make the model smaller")
-    work = sum(count * entry.rank for count, entry in zip(counts, tensors))
-    if work > MAX_CORRECTION_WORK:
+    if sum(map(correction_work, tensors)) > MAX_CORRECTION_WORK:
         raise BadInput(f"{what}: low-rank corrections of that many weights take too long to load; "
                        "lower LQER_RANK or LQER_TOP_K")
 
 
-def largest_rows(model, s):
-    """The table of tensors (TensorEntry) of the largest artifact that these settings can make of a
-    model.
+def largest_entries(model, s):
+    """The table of tensors (TensorEntry) of the largest artifact that settings can make of a model.
+
+    Which tensors LQER will correct is known after the training only. Those are assumed whose
+    corrections take most memory, and those whose corrections take most time.
     """
     widest = {"grid": "wide"}
     if s.awq_lite_group_top_k:
         widest["int"] = "mixed"
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
-    entries = []
+    plain = []
+    corrected = []
     for name, store in storage(model, s).items():
         codec = widest.get(store.codec, store.codec)
-        entries.append(TensorEntry(name, shapes[name], codec, store.bits, 0, 0))
-    entries.sort(key=lambda entry: math.prod(entry.shape), reverse=True)
-    corrections = s.lqer_top_k if s.lqer_rank else 0
-    for i, entry in enumerate(entries):
-        if corrections and entry.codec != "float16":
+        entry = TensorEntry(name, shapes[name], codec, store.bits, 0, 0)
+        plain.append(entry)
+        if s.lqer_rank and codec != "float16":
             rank = min(s.lqer_rank, *entry.shape)
-            entries[i] = entry._replace(rank=rank, group=s.lqer_asym_group)
-            corrections -= 1
-    return entries
+            corrected.append(entry._replace(rank=rank, group=s.lqer_asym_group))
+
+    def correction_bytes(entry):
+        return loading_bytes([entry]) - loading_bytes([entry._replace(rank=0)])
+
+    worst = {}
+    for cost in (correction_bytes, correction_work):
+        for entry in sorted(corrected, key=cost)[-s.lqer_top_k :]:
+            worst[entry.name] = entry
+    return [worst.get(entry.name, entry) for entry in plain]
 
 
 def artifact_settings(path, header, given):
@@ -9954,7 +9966,7 @@ def train(run, model, val):
     s = run.s
     rt = run.rt
     log = run.log
-    need_loadable("the artifact of this model", largest_rows(model, s))
+    need_loadable("the artifact of this model", largest_entries(model, s))
     training = Training(run, model)
     copies = training.stream.copies = Contamination(val.tokens.cpu().numpy())
     copies.look(training.stream.held)

@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import inspect
+import itertools
 import json
 import lzma
 import math
@@ -152,9 +153,26 @@ def test_grids_and_corrections_are_the_same_out_of_the_file(tmp_path_factory, s,
     loaded = dict(tg.load_artifact(path, s)[1].named_parameters())
     assert info["bytes"] == path.stat().st_size and sum(one.rank > 0 for one in seen[-1].values()) <= 2 * (rank > 0)
     tensors = tg.read_artifact(path)[0]["tensors"]
-    assert tg.loading_bytes(tensors) <= tg.loading_bytes(tg.largest_rows(model, s)), "known before training"
+    assert tg.loading_bytes(tensors) <= tg.loading_bytes(tg.largest_entries(model, s)), "known before training"
     for name, one in seen[-1].items():
         assert torch.equal(loaded[name], one.decode(loaded[name].shape)), name
+
+
+@ref.tries(15)
+@given(ref.models(), st.integers(1, 6), st.integers(1, 7))
+def test_the_bound_of_an_artifact_holds_for_any_tensors_that_lqer_may_correct(s, rank, group):
+    """What training is refused for: every pair of tensors, each corrected, against the table that is looked at before."""
+    s = tg.replace(s, fit="off", lqer_rank=rank, lqer_top_k=2, lqer_asym_group=group)
+    model = tg.GPT(s, init=False)
+    bound, plain = tg.largest_entries(model, s), tg.largest_entries(model, tg.replace(s, lqer_rank=0))
+    places = [i for i, entry in enumerate(plain) if entry.codec != "float16"]
+    for pair in itertools.combinations(places, 2):
+        entries = list(plain)
+        for i in pair:
+            entries[i] = plain[i]._replace(rank=min(rank, *plain[i].shape), group=group)
+        assert tg.loading_bytes(entries) <= tg.loading_bytes(bound)
+        work = [sum(entry.rank * math.prod(entry.shape) for entry in table) for table in (entries, bound)]
+        assert work[0] <= work[1]
 
 
 @pytest.mark.parametrize("compressor", [*ALL, "auto"])
