@@ -664,6 +664,16 @@ def test_the_table_of_techniques_names_settings_and_their_code():
         assert code_at(code), f"{technique}: there is no {code}"
 
 
+def test_the_readme_says_of_each_technique_what_the_setting_says():
+    rows = re.findall(r"^\| `([A-Z_]+)` \| (.+?) \| `([\w.]+)` \| (.+?) \|$", (REPO / "README.md").read_text(), re.M)
+    assert len(rows) > 40
+    for setting, sentence, code, effect in rows:
+        about = FIELDS[setting].metadata
+        expected = (about["doc"].replace("|", "\\|"), about["code"])
+        assert (sentence, code) == expected, f"README.md says of {setting}: {sentence} ({code}); write {expected}"
+        assert effect
+
+
 def _settings_class():
     return next(node for node in TREE.body if isinstance(node, ast.ClassDef) and node.name == "Settings")
 
