@@ -1,6 +1,6 @@
 """One file that trains, averages, quantises, packs, reloads and scores a small GPT for the
-Parameter Golf contest: the lowest bits per byte (BPB) whose code + compressed weights fit in
-16,000,000 bytes.
+Parameter Golf contest: the lowest bits per byte (BPB) that a file of code and compressed weights
+can reach in 16,000,000 bytes.
 
     bash run.sh                                                     the demo: set up, train, score
     torchrun --standalone --nproc_per_node=8 train_gpt.py           the real thing
@@ -66,7 +66,7 @@ Techniques: the setting that turns each one on, and its function or class
     kept keys and values              EVAL_CONTEXT            KVCache
     fitted temperature                EVAL_TEMPERATURE        Training.fit_temperature
     score-first TTT                   TTT                     ScoreFirst
-    adapters of documents             TTT_WARM_START_A        DocumentAdapters
+    adapters of documents             TTT                     DocumentAdapters
     low-rank adapters (LoRA)          TTT_LORA_RANK           Adapters
     phased TTT                        PHASED_TTT_PREFIX_DOCS  phase_ends
     n-gram backoff                    MIXER                   BackoffMixture
@@ -75,7 +75,8 @@ Techniques: the setting that turns each one on, and its function or class
     self-test of the score            SELFTEST                selftest
 
 Axes: B sequences, T positions, D model width, H query heads, K key/value heads, C channels of a
-head, V vocabulary. "#N" is pull request or issue N of openai/parameter-golf.
+head, V vocabulary. Rooms 7 to 9: N matrices, R rows, C columns; their codes are integer weights.
+Room 10: K places of a row, N targets. "#N" is pull request or issue N of openai/parameter-golf.
 """
 
 import contextlib
@@ -90,6 +91,7 @@ import lzma
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -113,19 +115,19 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin
 
 if __name__ == "__main__":
-    # The number of a closed standard stream goes to the next file that is opened, which then gets
-    # our prints.
+    # If a standard stream is closed, the next file that is opened gets its number, and with it our
+    # prints: open the null device there.
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # takes the lowest number: this one
+            # This takes the lowest free number, which is the closed one's.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    # Ctrl-C during the imports ends quietly; main() takes over.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Before torch: OpenMP threads that spin while waiting make a shared CPU 5-11x slower, and torch
     # 2.10-2.12 fuse reductions of this architecture badly (+6 ms a step; pytorch PR 179494). Both
     # can be overridden from outside.
-    # Ctrl-C during the imports ends quietly; main() takes over
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
 
@@ -141,8 +143,8 @@ BOS = 1  # begins every document of the contest's shards; there is no end-of-doc
 
 
 class BadInput(Exception):
-    """What a user gave cannot be used. The message is one line that names the cause and the fix;
-    exit code 2.
+    """What a user gave cannot be used. Each line of the message names one cause and its fix; exit
+    code 2.
     """
 
 
@@ -166,14 +168,14 @@ def ceil_div(total, size):
 Layers = tuple[int, ...]  # "9,10"; an empty value means none
 Betas = tuple[float, ...]  # "0.9,0.95"; empty: BETA1,BETA2
 # "1024@0.1,2048@1": size@fraction of the run up to which it holds
-Stages = tuple[tuple[int, float], ...]
-Widths = tuple[tuple[int, int], ...]  # "0@8,10@8": layer@bits, or size@place
+Schedule = tuple[tuple[int, float], ...]
+IntPairs = tuple[tuple[int, int], ...]  # "0@8,10@8": layer@bits, or chunk size@position
 Names = tuple[str, ...]  # "q,v,head"; an empty value means none
 LISTS = {  # how --help names them
     Layers: "layers",
     Betas: "two numbers",
-    Stages: "size@fraction, ...",
-    Widths: "number@number, ...",
+    Schedule: "size@fraction, ...",
+    IntPairs: "number@number, ...",
     Names: "names",
 }
 
@@ -278,7 +280,9 @@ class Settings:
     run_id: str = _run("", "name of the run; empty: date, time, settings hash and seed")
     out_dir: str = _run(
         "", "folder for everything the run writes; empty: logs/RUN_ID", code="make_folder")
-    seed: int = _run(1337, "seed of the initial weights", 0)
+    seed: int = _run(
+        1337, "seed of the initial weights, the order of the training text and all that is drawn",
+        0)
     phases: Literal["all", "train", "eval"] = _run(
         "all", "train: stop after the artifact; eval: only score ARTIFACT", code="run_phases")
     artifact: str = _run("", "artifact that PHASES=eval scores", code="load_artifact")
@@ -368,7 +372,7 @@ class Settings:
     skips: Literal["none", "linear", "sigmoid", "gated"] = _model(
         "linear", "U-Net skips (sigmoid #1539, gated #1394)", code="Skips")
     skip_pairs: int = _model(
-        0, "most U-Net skips; 0: half the visits of the longest plan",
+        0, "largest number of U-Net skips; 0: half the visits of the longest plan",
         0, 256, on=SKIPPING, code="layer_plan")
     num_loops: int = _model(
         0, "depth recurrence: further passes over layers LOOP_START..LOOP_END (#1394)",
@@ -426,11 +430,11 @@ class Settings:
     max_wallclock_seconds: float = _train(
         600.0, "stop before the training clock passes this; 0: no limit", 0, code="Clock")
     train_batch_tokens: int = _train(786432, "tokens of a step over all ranks", 1)
-    train_batch_schedule: Stages = _train(
+    train_batch_schedule: Schedule = _train(
         (), "tokens of a step in stages, such as 196608@0.2,786432@1; replaces TRAIN_BATCH_TOKENS",
         code="Settings.stages")
     train_seq_len: int = _train(2048, "length of a training sequence", 2, 2**20)
-    train_seq_schedule: Stages = _train(
+    train_seq_schedule: Schedule = _train(
         (), "length of a training sequence in stages, such as 1024@0.1,2048@1 (#2014); replaces "
         "TRAIN_SEQ_LEN",
         code="Settings.stages")
@@ -438,10 +442,12 @@ class Settings:
         0, "steps over which the learning rate rises again in a new stage",
         0, on=STAGED, code="lr_scale")
     micro_batch_tokens: int = _train(
-        98304, "most tokens forwarded at once on a rank, or in a packed row", 1, code="TokenStream")
+        98304, "largest number of tokens that a rank forwards at once, or of a packed row",
+        1, code="TokenStream")
     loader: Literal["sequential", "coprime", "shuffled", "packed"] = _train(
         "sequential", "order of the training text: as it is; blocks by coprime strides (#1060); "
-        "shuffled blocks (#1394); whole documents packed into rows (#1530)",
+        "shuffled blocks (#1394); in order, in long rows whose documents do not see each other "
+        "(packed, #1530)",
         code="TokenStream")
     warmup_steps: int = _train(
         3, "steps on synthetic tokens that compile everything and are undone",
@@ -575,7 +581,7 @@ class Settings:
         0, "bits of a weight of q, k, v, o; 0: MATRIX_BITS", 0, 16, on=FIXED_GRID, code="storage")
     mlp_bits: int = _pack(
         0, "bits of a weight of the MLP; 0: MATRIX_BITS", 0, 16, on=FIXED_GRID, code="storage")
-    layer_bits: Widths = _pack(
+    layer_bits: IntPairs = _pack(
         (), "bits of whole layers, such as 0@8,10@8; goes before ATTN_BITS and MLP_BITS",
         on=FIXED_GRID, code="storage")
     matrix_clip_sigmas: float = _pack(
@@ -632,7 +638,7 @@ class Settings:
         "(#1019)",
         on=CALIBRATED, code="generate")
     gptq_calibration_tokens: int = _pack(
-        2**20, "least tokens of the calibration text, which has whole steps",
+        2**20, "tokens of the calibration text, rounded up to whole training steps",
         1, on=CALIBRATED, code="Training.calibrate")
     gptq_temperature: float = _pack(
         0.8, "temperature of the calibration text that the model writes",
@@ -738,7 +744,7 @@ class Settings:
         0, 0.999999, on=STREAM_TTT, code="ScoreFirst")
     ttt_lora_rank: int = _eval(8, "adapters: rank", 1, 1024, on=ADAPTERS, code="Adapters")
     ttt_lora_alpha: float = _eval(
-        0.0, "adapters: the product B A counts alpha / rank times; 0: once",
+        0.0, "adapters: the product B A is scaled by alpha / rank; 0: not scaled",
         0, on=ADAPTERS, code="lora")
     ttt_lora_targets: Names = _eval(
         ("q", "v", "head"),
@@ -761,9 +767,9 @@ class Settings:
         0.95, "adapters: decay of AdamW's second moment", 0, 0.99999, on=ADAPTERS, code="adamw")
     ttt_wd: float = _eval(0.0, "adapters: decoupled weight decay", 0, on=ADAPTERS, code="adamw")
     ttt_chunk_size: int = _eval(
-        48, "adapters: targets of a document between two steps",
+        48, "TTT=lora_docs: targets of a document between two steps of its adapters",
         1, 2**20, on=DOCS_TTT, code="Reader")
-    ttt_short_chunks: Widths = _eval(
+    ttt_short_chunks: IntPairs = _eval(
         (), "adapters: fewer targets between two steps where a document begins, such as "
         "8@256,24@2000: size@place up to which it holds",
         on=DOCS_TTT, code="Reader")
@@ -796,10 +802,10 @@ class Settings:
         "experts next to the model: unigram, bigram, trigram, backoff; invalid: entropy",
         on="mixer=hedge", code="NgramMixture")
     mixer_eta: float = _eval(
-        0.1, "by how much an expert's mean nats of a chunk lower its log weight",
+        0.1, "learning rate of the hedge: an expert's log weight falls by this times its mean loss",
         0, on="mixer=hedge", code="NgramMixture")
     mixer_min_tokens: int = _eval(
-        10000, "scored targets before n-gram counts are asked", 0, on=NGRAMS, code="NgramMixture")
+        10000, "targets that are scored before n-grams are used", 0, on=NGRAMS, code="NgramMixture")
     alpha_base: float = _eval(
         0.2, "weight of the n-grams where the model is certain",
         0, 1, on=ENTROPY_WEIGHT, code="ngram_weight")
@@ -881,7 +887,7 @@ class Settings:
 
     @property
     def longest_row(self):
-        """Most positions of a row that the model meets."""
+        """Length of the longest row that the model ever meets."""
         if self.loader != "packed":
             return self.longest_sequence
         most_tokens = max(stage.tokens for stage in self.stages)
@@ -889,7 +895,7 @@ class Settings:
 
     @property
     def longest_sequence(self):
-        """Most tokens that attention joins: where rows are longer, documents are cut."""
+        """Longest span that attention covers; longer documents are cut."""
         return max(self.eval_seq_len, *(stage.length for stage in self.stages))
 
     def idle(self):
@@ -962,7 +968,7 @@ class Settings:
         # A conflict with a setting whose value is wrong would be about its default, which nobody
         # asked for.
         for conflict in _conflicts(settings, given=set(values)):
-            if not any(name in conflict for name in wrong):
+            if not any(re.search(rf"\b{name}\b", conflict) for name in wrong):
                 complaints.append(conflict)
         if complaints:
             raise BadInput("\n".join(complaints))
@@ -985,7 +991,7 @@ class Settings:
         return {f.name.upper(): format_value(getattr(self, f.name)) for f in chosen}
 
     def sha256(self):
-        """Hash of experiment(), whatever the seed."""
+        """Hash of experiment(), the same for every seed."""
         lines = [f"{name}={value}" for name, value in self.experiment().items()]
         return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
@@ -1074,8 +1080,8 @@ def _parse_list(kind, text):
     read, example = {
         Layers: (int, "layer numbers separated by commas, such as 9,10"),
         Betas: (float, "numbers separated by commas, such as 0.9,0.99"),
-        Stages: (_pair_reader(float), "size@fraction separated by commas, such as 1024@0.1,2048@1"),
-        Widths: (_pair_reader(int), "number@number separated by commas, such as 0@8,10@8"),
+        Schedule: (_pair_reader(float), "size@fraction separated by commas, such as 1024@0.1,2048@1"),
+        IntPairs: (_pair_reader(int), "number@number separated by commas, such as 0@8,10@8"),
         Names: (str, "names separated by commas"),
     }[kind]
     try:
@@ -1272,7 +1278,8 @@ def _storable(bits):
     return 2 <= bits <= 8 or bits == 16
 
 
-# Settings whose score is not valid (room 13), and why.
+# Settings whose score is not valid (room 13), and the condition that they break (C1 to C4, room
+# 11).
 INVALID = {
     "ttt=before": "TTT=before trains on the text before scoring it (C3; #518)",
     "ttt=prequant": "TTT=prequant trains on the text before scoring it (C3; #1539)",
@@ -1336,7 +1343,7 @@ def _file_pairs(path, complaints):
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         complaints.append(f"@{path}: cannot be read ({reason})")
         return
-    # as arguments are decoded: a path may have an accent
+    # Decoded as arguments are: a path may have an accent.
     lines = os.fsdecode(text.encode()).splitlines()
     seen = set()
     for number, line in enumerate(lines, 1):
@@ -1365,11 +1372,11 @@ def _unknown(name, known):
 
 
 def _why_not_env(name, known, strict):
-    """Why an environment variable that is no setting cannot be let pass, or None."""
+    """The complaint about an environment variable that is no setting; None if it is harmless."""
     of_other_script = name in other_names() or name.startswith(FOREIGN)
     if name in ELSEWHERE or (name.startswith(ELSEWHERE) and not of_other_script):
         return None
-    if of_other_script:  # before the near misses: TTT_EVAL_SEQ_LEN is none of EVAL_SEQ_LEN
+    if of_other_script:  # first: TTT_EVAL_SEQ_LEN is no misspelt EVAL_SEQ_LEN
         return _unknown(name, known)
     near = difflib.get_close_matches(name, known, 1, 0.85)
     if near:
@@ -1394,8 +1401,8 @@ def doubtful_names(env):
     return sorted(filter(doubtful, env))
 
 
-# How names begin that other programs read or set: OMP_NUM_THREADS is near MTP_NUM_HEADS, torchrun
-# sets GROUP_RANK.
+# Beginnings of names that other programs read or set: OMP_NUM_THREADS is near MTP_NUM_HEADS,
+# torchrun sets GROUP_RANK, PARALLEL_SEQ is GNU parallel's. DATA_DIR is common in shells.
 ELSEWHERE = ("OMP_", "MKL_", "NCCL_", "CUDA_", "TORCH", "PARALLEL_SEQ", "GROUP_RANK", "DATA_DIR")
 # How the names of the contest's other techniques begin: they are meant for a trainer, and not read
 # here.
@@ -1404,7 +1411,7 @@ FOREIGN = tuple("""
     QTTT ROPE_YARN SKYLIGHT_ SLOT_ SOFT_ROUND SPARSE_ATTN_GATE_INIT TTT_GRAD_STEPS TTT_HASH
     TTT_LORA_EMA TTT_MAX_CHUNKS TTT_UPDATE_EVERY TTT_WARM_START_MEAN USE_CACHE WITHIN_ WORD_""".split())
 
-# Names of published commands that mean something else here, and what to write instead.
+# Settings of other published scripts that have another name here, and what to write instead.
 OTHER_NAMES = """
     VE_ENABLED: VE_DIM=0 turns value embeddings off
     EMA_ENABLED: AVERAGE=ema
@@ -1480,7 +1487,7 @@ OTHER_NAMES = """
     ADAPTIVE_LR: ADAPTIVE_LR_MAX
     USE_POLYAK: POLYAK_DECAY
     USE_MIXER: MIXER=hedge
-    USE_HEDGE_MIXER: MIXER=backoff (#1033's is hashed)
+    USE_HEDGE_MIXER: MIXER=backoff (as #1033 computed it: MIXER=hashed, which is invalid)
     SKIP_SLIDING SKIP_SLIDING_WINDOW: EVAL_STRIDE=0
     EVAL_INCLUDE_TAIL: what always happens: the tail is scored
     CASEOPS_ENABLED: DATA_PATH: shards with a byte sidecar are CaseOps
@@ -1511,15 +1518,16 @@ class Docs(NamedTuple):
 
     first: Tensor  # (B, T) bool: this token begins a document
     mask: Tensor | None = None  # (B, 1, T, T) bool: [query, key], for kernels that take a mask
-    cu_seqlens: Tensor | None = None  # (segments + 1,) int32: starts in the flattened batch
+    # (segments + 1,) int32: starts in the flattened batch, its length
+    cu_seqlens: Tensor | None = None
 
 
 def find_documents(ids, mode, longest=0, varlen=False):
     """Docs of ids (B, T) with DOC_MASK=`mode`; None for "none".
 
     "inputs": only where documents begin. "attention": also the segments in which attention stays.
-    These are the documents, cut every `longest` tokens (0: not cut). A `varlen` kernel gets them
-    as lengths, which waits for the device; other kernels get a mask.
+    These are the documents, cut every `longest` tokens (0: not cut). A `varlen` kernel gets where
+    they start (cu_seqlens), and the host waits for the device to find that; others get a mask.
     """
     if mode == "none":
         return None
@@ -1570,7 +1578,7 @@ class Context(NamedTuple):
     rope: tuple[Tensor, Tensor]  # cos, sin: (T, rope_dims / 2)
     docs: Docs | None
     value_embedding: Tensor | None  # (B, T, K*C)
-    first_values: list  # the values of layer 0, which appends them
+    first_values: list  # [values of layer 0], filled by that layer
     past: Past | None = None
 
 
@@ -1590,7 +1598,9 @@ def optional(module, x, *args):
 
 
 def add_adapter(y, adapter, x, scale=None):
-    """y + scale * adapter(x), scale None: 1. Without an adapter y: nothing reaches the graph."""
+    """y + scale * adapter(x); scale=None means 1. Without an adapter y itself: the graph has no
+    trace of it.
+    """
     if adapter is None:
         return y
     if scale is None:
@@ -1601,9 +1611,9 @@ def add_adapter(y, adapter, x, scale=None):
 class FakeQuant(nn.Module):
     """Late QAT: a weight (R, C) as the artifact would hold it.
 
-    The exporter's grid has the step size `step` (R, C or 1) and the range -top..top. QAT_ROUNDING
-    "ste": the gradient passes straight through; "soft" (#967): smooth steps, which are steeper
-    with more `sharpness`.
+    The exporter's grid has the step size `step`, (R, C) or (R, 1), and the range -top..top.
+    QAT_ROUNDING "ste": the gradient passes straight through, everywhere; "soft" (#967): smooth
+    steps, steeper with more `sharpness`, and no gradient beyond the range.
     """
 
     def __init__(self, weight, top, soft):
@@ -1620,7 +1630,8 @@ class FakeQuant(nn.Module):
             return weight + (quantised - weight).detach()
         lower = code.floor().detach()
         rise = torch.tanh(self.sharpness * (code - lower - 0.5)) / torch.tanh(self.sharpness / 2)
-        return (lower + 0.5 + 0.5 * rise).clamp(-self.top, self.top) * self.step
+        soft_code = lower + 0.5 + 0.5 * rise
+        return soft_code.clamp(-self.top, self.top) * self.step
 
 
 class Linear(nn.Module):
@@ -1727,9 +1738,8 @@ class SmearGate(nn.Module):
 
 
 class ScalarSmearGate(nn.Module):
-    """The later SmearGate (#1667): x[t] + lambda sigmoid(w . x[t, :window]) x[t-1].
-
-    It stands before the first norm.
+    """The SmearGate of #1667, before the first norm: x[t] + lambda sigmoid(w . x[t, :window])
+    x[t-1].
     """
 
     role = "scalar"
@@ -1762,9 +1772,9 @@ TRIGRAM = ((48271, 36313, 27191), (36313, 27191))  # in a table of its own
 def hash_ngrams(ids, hashes, buckets, docs):
     """Bucket (B, T) of the n-gram that ends at each token.
 
-    It is ids times factors, xored, modulo `buckets`. Predecessors are missing at the start of the
-    row, and with `docs` at the start of a document. There the next of `hashes` (rows of factors)
-    serves; after the last one it is bucket number `buckets`, which is reserved for that.
+    It is ids times factors, xored, modulo `buckets`. Where a token has too few predecessors, at the
+    start of the row and with `docs` of a document, the next row of factors in `hashes` is used,
+    for shorter n-grams. Where no row is left, it is bucket number `buckets`, reserved for that.
     """
     factors = hashes[0]
     width = ids.size(1)
@@ -1775,8 +1785,8 @@ def hash_ngrams(ids, hashes, buckets, docs):
     bucket = F.pad(bucket % buckets, (predecessors, 0), value=buckets)
     if docs is not None:
         for back in range(predecessors):
-            began_here = F.pad(docs.first[:, : width - back], (back, 0))
-            bucket = bucket.masked_fill(began_here, buckets)
+            began_back = F.pad(docs.first[:, : width - back], (back, 0))  # so many tokens ago
+            bucket = bucket.masked_fill(began_back, buckets)
     if len(hashes) > 1:
         missing = bucket == buckets
         bucket = torch.where(missing, hash_ngrams(ids, hashes[1:], buckets, docs), bucket)
@@ -1916,7 +1926,9 @@ class Attention(nn.Module):
             nn.init.ones_(self.ve_scale)
 
     def values(self, x, context, adapter):
-        """(B, T, K*C)."""
+        """Values (B, T, K*C) with value embedding and residual. The first layer leaves its own in
+        context.first_values.
+        """
         projected = add_adapter(self.v(x), adapter, x)
         v = projected
         if self.ve_scale is not None:
@@ -1962,8 +1974,7 @@ class MLP(nn.Module):
 
 class LogitCaps(nn.Module):
     """Asymmetric soft caps: one of positive, one of negative logits (#1923). As published, they
-    begin equal and are in no optimizer of the training: only training of the weights at test time
-    moves them.
+    begin equal, and training leaves them so: only training of the weights at test time moves them.
     """
 
     role = "cap"
@@ -2376,6 +2387,7 @@ class KVCache:
         for (keys, values), (new_keys, new_values) in zip(self.kv, new_kv, strict=True):
             keys[:, slots] = new_keys.detach()
             values[:, slots] = new_values.detach()
+        # SmearGate reads the embedding of the token before, whose trigram reads two more.
         last_ids = torch.cat((self.last_ids, ids), 1)[:, -3:]
         # One layout, one graph.
         self.last_ids = last_ids.clone(memory_format=torch.contiguous_format)
@@ -2464,20 +2476,20 @@ class Runtime:
             raise BadInput("DEVICE=cuda but torch sees no CUDA device; use DEVICE=cpu, "
                            "or a CUDA build of torch")
         use_cuda = cuda and settings.device != "cpu"
-        count = torch.cuda.device_count() if cuda else "no"
+        count = torch.cuda.device_count() if cuda else 0
         if use_cuda and self.local >= count:
             raise BadInput(f"local rank {self.local} has no GPU ({count}); lower --nproc_per_node")
         self.device = torch.device("cuda", self.local) if use_cuda else torch.device("cpu")
-        reason = f"DEVICE={settings.device}, torch sees {count} CUDA device(s)"
+        reason = f"DEVICE={settings.device}, torch sees {count or 'no'} CUDA device(s)"
         self.choose("device", self.device_name(), reason)
+        # A CPU without bf16 instructions runs bf16 8-15 times slower than fp32.
         auto_dtype = "bfloat16" if use_cuda else "float32"
         self.dtype = getattr(torch, auto_dtype if settings.dtype == "auto" else settings.dtype)
-        # A CPU without bf16 instructions runs bf16 8-15 times slower than fp32: never chosen on
-        # CPUs.
         self.choose("dtype", str(self.dtype).removeprefix("torch."), f"DTYPE={settings.dtype}")
         self.compiled = settings.compile == "on" or (settings.compile == "auto" and use_cuda)
         self.choose("compile", "on" if self.compiled else "off", f"COMPILE={settings.compile}")
-        if self.compiled:  # importing the compiler costs a second, and 3 % of each eager step
+        # Only then: this imports the compiler, which takes a second and slows eager steps by 3 %.
+        if self.compiled:
             # Graphs of one function: stages, loops, ways of scoring.
             torch._dynamo.config.recompile_limit = 64
         if use_cuda:
@@ -2502,7 +2514,9 @@ class Runtime:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
     def compile(self, function):
-        """One fixed shape per graph; every graph a run will use is compiled in warm-up."""
+        """The function compiled, a graph for each shape that it meets, all of them in warm-up; with
+        COMPILE=off the function itself.
+        """
         if not self.compiled:
             return function
         return torch.compile(function, dynamic=False, fullgraph=True)
@@ -2644,9 +2658,9 @@ def adamw(weight, grad, mean, square, t, lr, wd, betas, eps):
 
 
 # ---- update functions ----------------------------------------------------------------------------
-# update(weight, grad, state, step) gets the tensors of a bank, of a stacked one this rank's share.
-# It keeps what it needs in `state`, may overwrite `grad`, and returns an Update. Where the bank is
-# flat, it may change `weight` itself instead and return None.
+# update(weight, grad, state, step) gets the tensors of a flat bank, or this rank's share of a
+# stacked one. It keeps what it needs in `state`, may overwrite `grad`, and returns an Update. Where
+# the bank is flat, it may change `weight` itself instead and return None.
 
 
 class OptimizerStep(NamedTuple):
@@ -2685,10 +2699,10 @@ def muon(weight, grad, state, step):
 
 
 def muon_state(weight, s):
-    """The momentum; with NORMUON also the mean square of each row."""
+    """Shapes of Muon's state: the momentum; with NORMUON also the mean square of each row."""
     if s.normuon:
-        return [weight, weight[..., :1]]
-    return [weight]
+        return [weight.shape, weight[..., :1].shape]
+    return [weight.shape]
 
 
 def adam(weight, grad, state, step):
@@ -2701,13 +2715,13 @@ class Optimizer(NamedTuple):
     """An update function, the state that it keeps, and the layout of its banks (see Bank)."""
 
     update: Callable
-    state: Callable  # state(weight, settings): for each tensor of the state, one of its shape
+    state: Callable  # state(weight, settings) -> the shapes of its tensors
     layout: Literal["stacked", "flat"]
 
 
 OPTIMIZERS = {
     "muon": Optimizer(muon, muon_state, "stacked"),
-    "adam": Optimizer(adam, lambda weight, s: [weight, weight], "flat"),
+    "adam": Optimizer(adam, lambda weight, s: [weight.shape, weight.shape], "flat"),
 }
 
 
@@ -2743,8 +2757,8 @@ FLAT_ALIGNMENT = 64  # float32 numbers, 256 bytes: where a parameter may begin i
 
 
 class Bank:
-    """Parameters of one role in one tensor, of which they and their gradients are views: a bank
-    is updated, reduced and averaged by single operations. It has one of two layouts.
+    """Parameters of one role as views of one tensor, and their gradients of another: a bank is
+    updated, reduced and averaged by single operations. It has one of two layouts.
 
     stacked: the matrices of one shape, (N, rows, cols), N padded to a multiple of the ranks. Each
     rank updates its share of the matrices and has the state of that share alone.
@@ -2760,21 +2774,21 @@ class Bank:
         params = [param for _, param in named_params]
         self.shapes = [param.shape for param in params]
         if self.stacked:
-            matrices_per_rank = math.ceil(len(params) / rt.world)
+            matrices_per_rank = ceil_div(len(params), rt.world)
             size = (matrices_per_rank * rt.world, *self.shapes[0])
             begin = rt.rank * matrices_per_rank
             self.share = slice(begin, begin + matrices_per_rank)
         else:
             self.starts = [0]
             for shape in self.shapes:
-                padded = math.ceil(shape.numel() / FLAT_ALIGNMENT) * FLAT_ALIGNMENT
+                padded = ceil_div(shape.numel(), FLAT_ALIGNMENT) * FLAT_ALIGNMENT
                 self.starts.append(self.starts[-1] + padded)
             size = (self.starts[-1],)
             self.share = slice(None)
         self.weight = torch.zeros(size, device=params[0].device)
         self.grad = torch.zeros(size, device=params[0].device)
         state_shapes = self.optimizer.state(self.weight[self.share], s)
-        self.state = [torch.zeros_like(tensor) for tensor in state_shapes]
+        self.state = [self.weight.new_zeros(shape) for shape in state_shapes]
         for param, weight, grad in zip(params, self.views(self.weight), self.views(self.grad)):
             weight.copy_(param.data)
             param.data = weight
@@ -2991,7 +3005,7 @@ def warmdown(s, progress, total_steps, seconds=None):
     elif s.warmdown_seconds:
         length = min(s.warmdown_seconds / (seconds or s.max_wallclock_seconds), 1.0)
     if not length:
-        return max(1.0, s.min_lr)
+        return 1.0
     return max(min((1 - progress) / length, 1.0), s.min_lr)
 
 
@@ -3016,7 +3030,7 @@ def momentum_at(s, step):
 
 
 class Complement:
-    """Complementary training (#1033): the loss weighs tokens less that bigram counts predict.
+    """Complementary training (#1033): tokens that bigram counts predict weigh less in the loss.
 
     A token b after a has bigram probability p = C[a, b] / (N[a] + 1). It weighs
     max(1 - COMPLEMENT_ALPHA p, 0.1), divided by the mean weight of the step. The counts are of
@@ -3169,11 +3183,12 @@ SHARD_HEADER = 1024  # bytes
 FINEWEB_VAL_BYTES = 151_080_891
 
 SPACE = "\u2581"  # what SentencePiece writes for a space
-# Texts of which the byte table must count every byte: characters of any vocabulary, and of none.
-SPACED_TEXTS = ("a b", "zq\U0001f9ff \U0001f9ff xj")
+# Probes of tokenizer_fault(): a text of common characters, and one with a character that no
+# vocabulary has.
+PROBE_TEXTS = ("a b", "zq\U0001f9ff \U0001f9ff xj")
 # Characters that NFKC leaves alone and that case folding, or a rule of a user's own, may change.
-LETTERS = "".join(map(chr, range(33, 127))) + "\xc9\xdf\u03a3\u042f"
-# Normalisations that change texts as the contest's tokenizers do (nmt_nfkc), or less.
+PROBE_CHARACTERS = "".join(map(chr, range(33, 127))) + "\xc9\xdf\u03a3\u042f"
+# Normalisations that change a text no more than the contest's own, nmt_nfkc.
 CONTEST_NORMALISATIONS = ("identity", "nfkc", "nmt_nfkc")
 # The operators of a CaseOps tokenizer (#1729); the last one escapes the others.
 CASE_OPERATORS = "\ue001\ue002\ue003\ue004"
@@ -3225,7 +3240,7 @@ def check_tokens(tokens, vocab_size, path, start):
 def list_shards(folder, split):
     """Shards of a split in the order of their numbers, with or without leading zeros.
 
-    BadInput for a copy: a file whose number is none, or that of another file.
+    BadInput for a file whose name has no valid number, or the number of another file (a copy).
     """
     paths = {}
     for path in sorted(Path(folder).glob(f"fineweb_{split}_[0-9]*.bin")):
@@ -3321,7 +3336,8 @@ def manifest_tokenizer(folder):
 
 
 def foreign_tokens(sp, stream):
-    """What suggests, in words, that another tokenizer made the validation shards; or "".
+    """A sentence if another tokenizer seems to have made the validation shards, else "". Looks at
+    the first 100 documents.
 
     A wrong tokenizer of the right size decodes them to a text that nobody wrote, and counts the
     bytes of that text correctly. But encoding that text again gives other tokens.
@@ -3340,10 +3356,10 @@ def foreign_tokens(sp, stream):
 
 
 def tokenizer_fault(sp):
-    """Why the byte table would miscount texts of a tokenizer, with the fix; "" if it would not.
+    """Why the byte table would miscount text that this tokenizer encoded, and the fix; "" if not.
 
-    Both the trainer and data/prepare.py ask this. Control pieces count nothing: of them only the
-    id of BOS matters.
+    Both the trainer and data/prepare.py ask this. Control pieces count no bytes, so of their ids
+    only that of BOS is looked at.
     """
     pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
     if sp.bos_id() != BOS:
@@ -3364,7 +3380,7 @@ def tokenizer_fault(sp):
                     "front only; use a tokenizer without such pieces")
     # A model of words spells an unknown word in bytes, the 3 bytes of U+2581 in front included.
     tables = byte_tables(sp, len(pieces))
-    for text in SPACED_TEXTS:
+    for text in PROBE_TEXTS:
         normalised = sp.normalize(text).replace(SPACE, " ").removeprefix(" ")
         size = len(normalised.encode())
         counted = int(target_bytes([BOS, *sp.encode(text)], tables).sum())
@@ -3384,8 +3400,8 @@ def text_changes(sp):
     name = "identity"  # without a table of characters nothing changes, whatever the name says
     if spec.get(characters_field):
         name = spec.get(name_field, b"")[:40].decode(errors="replace")
-    written = {letter: sp.normalize(letter).removeprefix(SPACE) for letter in LETTERS}
-    changed = [letter for letter in LETTERS if written[letter] != letter]
+    written = {letter: sp.normalize(letter).removeprefix(SPACE) for letter in PROBE_CHARACTERS}
+    changed = [letter for letter in PROBE_CHARACTERS if written[letter] != letter]
     if name in CONTEST_NORMALISATIONS and not changed:
         return ""
     example = ""
@@ -3469,7 +3485,7 @@ def has_case_operators(sp):
 
 
 def read_sidecar(paths):
-    """Bytes of the text that each token of the validation shards stands for, (N,) int32.
+    """Number of bytes of the text that each token of the validation shards stands for, (N,) int32.
 
     CaseOps data (#1729) has a file fineweb_val_bytes_*.bin for each shard; None for other data.
     """
@@ -3539,9 +3555,10 @@ def coprime_order(counts, rng, chunk):
     """Every block of every shard once, as rows (shard, block), in the manner of #1060.
 
     counts: the number of blocks of each shard. Each shard is walked by a stride that is coprime
-    to its number of blocks. Each chunk of `chunk` blocks mixes blocks of several shards, 8 at
-    first and 64 after 1,800 chunks. A shard is drawn with a probability proportional to a power
-    of the number of its blocks that are left; the power falls from 0.9 to 0.5 meanwhile.
+    to its number of blocks. Each chunk of `chunk` blocks mixes blocks of several shards, each
+    drawn with a probability proportional to a power of the number of its blocks that are left.
+    Over the first 1,800 chunks, the number of shards rises from 8 to 64, and the power falls from
+    0.9 to 0.5. Near the end a chunk may be shorter.
     """
     walks = [coprime_walk(count, rng) for count in counts]
     counts = np.array(counts)
@@ -3551,12 +3568,12 @@ def coprime_order(counts, rng, chunk):
         left = counts - used
         progress = min(len(order) / 1800, 1.0)
         power = 0.9 - 0.4 * progress
-        weight = left**power * (left > 0)
-        mixed = min(round(8 + 56 * progress), int((left > 0).sum()), chunk)
-        chosen = rng.choice(len(counts), mixed, replace=False, p=weight / weight.sum())
+        weight = left**power
+        shards_in_chunk = min(round(8 + 56 * progress), int((left > 0).sum()), chunk)
+        chosen = rng.choice(len(counts), shards_in_chunk, replace=False, p=weight / weight.sum())
         # One block of each chosen shard; the rest of the chunk by weight, if blocks are left.
-        further = rng.multinomial(chunk - mixed, weight[chosen] / weight[chosen].sum())
-        takes = np.minimum(1 + further, left[chosen])
+        extra_blocks = rng.multinomial(chunk - shards_in_chunk, weight[chosen] / weight[chosen].sum())
+        takes = np.minimum(1 + extra_blocks, left[chosen])
         pairs = []
         for shard, take in zip(chosen, takes):
             blocks = walks[shard][used[shard] : used[shard] + take]
@@ -3586,6 +3603,7 @@ class Contamination:
     """
 
     PREFIX = 64  # as for data/prepare.py, which leaves out such training documents
+    # Of Knuth's multiplier for 64 bits.
     POWERS = np.array([pow(6364136223846793005, power, 1 << 64) for power in range(1, PREFIX + 1)],
                       np.uint64)
 
@@ -3642,11 +3660,11 @@ class TokenStream:
     shuffled, coprime: the shards are cut into blocks of the longest training sequence, and the
     blocks are reordered each epoch. A shard that is too short for a block is joined to the next.
 
-    The whole state is `position`, a number of tokens. A batch depends on the settings only, and
-    any number of ranks sees the same stream. A thread reads the next batch while this one is
-    trained on.
+    The whole state is `position`, a number of tokens. A batch depends only on that and on the
+    settings, so any number of ranks sees the same stream. A thread reads the next batch while this
+    one is trained on.
 
-    find_documents(ids, length) returns the Docs of a micro-batch. It is None where the model
+    `find_documents` is a function (ids, length) -> Docs of a micro-batch, or None where the model
     finds documents itself.
     """
 
@@ -3656,7 +3674,8 @@ class TokenStream:
         self.rt = rt
         self.find_documents = find_documents
         self.position = 0
-        # Validation documents that are looked for in all that is read; train() sets them.
+        # Validation documents that are looked for in all that is read; train() sets them. Only
+        # openings that lie within one read are seen.
         self.copies = Contamination(np.empty(0, np.uint16))
         self.packed = s.loader == "packed"
         self.reordered = s.loader in ("shuffled", "coprime")
@@ -3664,7 +3683,7 @@ class TokenStream:
         self.hold_out(s.holdout_tokens if s.average == "best" else 0)
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.check_stages()
-        self.block = max(length for _, length, _ in s.stages)
+        self.block = max(stage.length for stage in s.stages)  # its length
         self.lengths = merge_short_shards([len(shard) for shard in self.shards], self.block + 1)
         self.counts = [(length - 1) // self.block for length in self.lengths]  # blocks
         if self.ends[-1] < 2:
@@ -3751,13 +3770,13 @@ class TokenStream:
             # Whole blocks leave some tokens over. Each epoch skips another number in front.
             spare = [(length - 1) % self.block for length in self.lengths]
             skipped = [int(rng.integers(count + 1)) for count in spare]
-            batch_blocks = max(self.s.stages[-1][2] // self.block, 1)
+            batch_blocks = max(self.s.stages[-1].tokens // self.block, 1)
             reorder = shuffled_order if self.s.loader == "shuffled" else coprime_order
             shard, block = reorder(self.counts, rng, batch_blocks).T
             shard_starts = np.cumsum([0, *self.lengths[:-1]]) + skipped
-            for number in list(self._orders):
-                if number != epoch - 1:  # a batch spans two epochs at most
-                    del self._orders[number]
+            for other in list(self._orders):
+                if other != epoch - 1:  # a batch spans two epochs at most
+                    del self._orders[other]
             self._orders[epoch] = shard_starts[shard] + block * self.block
         return self._orders[epoch]
 
@@ -3774,11 +3793,12 @@ class TokenStream:
         x and y are (sequences, length) int64, packed (1, sequences * length). docs is None where
         the model finds documents itself. Without arguments: the batch of the first stage.
         """
-        length = length or self.s.stages[0][1]
-        tokens = tokens or self.s.stages[0][2]
+        length = length or self.s.stages[0].length
+        tokens = tokens or self.s.stages[0].tokens
         position = self.position
-        if self.reordered:  # a stage may begin inside a block of the stage before
-            position = math.ceil(position / length) * length
+        if self.reordered:
+            # A new stage may have another length: no sequence may cross the end of a block.
+            position = ceil_div(position, length) * length
         request = BatchRequest(position, length, tokens)
         ahead = self._ahead
         if ahead.request != request:
@@ -3808,8 +3828,8 @@ class TokenStream:
 
     def synthetic(self, generator, length=None, tokens=None):
         """A batch of random tokens, laid out like a real one: it compiles the same graph."""
-        length = length or self.s.stages[0][1]
-        tokens = tokens or self.s.stages[0][2]
+        length = length or self.s.stages[0].length
+        tokens = tokens or self.s.stages[0].tokens
         on_rank, in_micro_batch = self.split_batch(length, tokens)
         shape = (on_rank, length + 1)
         if self.packed:
@@ -3820,7 +3840,7 @@ class TokenStream:
     def _prepare(self, batch, length, in_micro_batch):
         """(tokens of each micro-batch, Docs of each or None) on the CPU, pinned for a GPU.
 
-        The lengths that a varlen kernel needs are counted here, where nothing waits for them.
+        Where documents start is found here for a varlen kernel: nothing waits for it.
         """
         parts = batch.split(1 if self.packed else in_micro_batch)
         docs = [None] * len(parts)
@@ -3914,13 +3934,15 @@ class Moments(NamedTuple):
     diagonal.
     """
 
-    # (C, C) mean of x x^T over tokens and visits of its layer; x: what the weight multiplies
+    # (C, C) of a matrix: mean of x x^T over tokens and visits of its layer, x what it multiplies;
+    # of a table: mean of g g^T, g the gradient of the loss at its output
     hessian: Tensor
-    # (R,) squared gradient of a token's loss at each output, summed over visits
+    # (R,) of a matrix: squared gradient of a token's loss at each output, summed over visits; of a
+    # table: lookups of each row, for a token
     gain: Tensor
-    # for a head: logit variance per unit of E[r] hessian E[r]^T
+    # of a head: logit variance per unit of E[r] hessian E[r]^T
     logits: float = 0.0
-    # (C,) mean square of each column of x; None for a table whose rows are looked up
+    # (C,) mean square of each column of x; None for a table that is only looked up
     inputs: Tensor | None = None
 
     def to(self, device):
@@ -4038,12 +4060,14 @@ class MomentMeter:
         self._add(self.hessian, "head", features.mT @ features)
 
     def moments(self, rt):
-        """{parameter: Moments} over the texts of all ranks."""
+        """{parameter: Moments} over the texts of all ranks. Divides its own sums: call it once."""
         tokens = rt.sum(torch.tensor(float(self.tokens), device=rt.device))
         for sums in (self.hessian, self.gain):
             for name in sorted(sums):
                 rt.sum(sums[name]).div_(tokens)
-        for name, inputs in self.inputs.items():  # mean over visits, their errors unrelated
+        # The gain is summed over visits, so the Hessian is averaged: errors at different visits are
+        # taken as independent.
+        for name, inputs in self.inputs.items():
             self.hessian[name].div_(inputs / self.tokens)
 
         moments = {}
@@ -4070,13 +4094,14 @@ class MomentMeter:
         return Moments(table.hessian / lookups.sum().clamp_min(1e-30), lookups + 0.5 / tokens)
 
     def _of_tied_table(self, table, head):
-        """A tied table is looked up and multiplied with. It gets one Hessian for both uses, their
-        mean by weight; the gain of a row is that of both.
+        """A tied table is looked up and multiplied with. It gets one Hessian: the mean of both
+        uses, each scaled to trace 1 and weighted by gain * trace. The gain of a row is that of
+        both.
         """
         uses = table, head
-        gains = [use.gain * use.hessian.trace() for use in uses]
-        total = sum(gains)
-        weights = [gain.sum() / total.sum() for gain in gains]
+        costs = [use.gain * use.hessian.trace() for use in uses]
+        total = sum(costs)
+        weights = [cost.sum() / total.sum() for cost in costs]
         shares = [w * use.hessian / use.hessian.trace() for w, use in zip(weights, uses)]
         hessian = sum(shares)
         return Moments(hessian, total, head.hessian.trace().item(), head.inputs)
@@ -4181,7 +4206,7 @@ def integer_store(bits, method, sigmas, s):
 # The smallest float16: keeps an all-zero row decodable without ever clipping a real one.
 SCALE_FLOOR = 2.0**-24
 SMALLEST_NORMAL = 2.0**-14  # of float16; below it numbers are multiples of SCALE_FLOOR
-CLIP_PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
+CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 
 
 def round_to_grid(weight, step, top):
@@ -4200,17 +4225,17 @@ def row_scales(rows, bits, method, sigmas=0.0, floor=0.0):
     """
     top = largest_code(bits)
     if method == "ternary":
-        return half_steps(rows.abs().mean(1), SCALE_FLOOR)
+        return float16_steps(rows.abs().mean(1), SCALE_FLOOR)
     least = max(SCALE_FLOOR, floor / top)
     if sigmas:
         deviation = rows.std(1, correction=min(rows.size(1) - 1, 1))
-        return half_steps(sigmas * deviation / top, least)
+        return float16_steps(sigmas * deviation / top, least)
     if method == "rtn":
-        return half_steps(rows.abs().amax(1) / top, least)
+        return float16_steps(rows.abs().amax(1) / top, least)
     return best_percentile_scales(rows, top, least)
 
 
-def half_steps(steps, least):
+def float16_steps(steps, least):
     """Step sizes in float16, none below `least`. Where float16 is coarse they are rounded up, so
     that nothing is clipped.
     """
@@ -4220,17 +4245,17 @@ def half_steps(steps, least):
 
 
 def best_percentile_scales(rows, top, least):
-    """Step size of each row whose clip, one of CLIP_PERCENTILES of its magnitudes, has the least
+    """Step size of each row whose clip, one of CLIP_QUANTILES of its magnitudes, has the least
     squared error (#414).
     """
     ordered = rows.abs().sort(dim=1).values
     best = None
-    for percentile in CLIP_PERCENTILES:
+    for percentile in CLIP_QUANTILES:
         place = percentile * (rows.size(1) - 1)  # interpolated linearly, as in quantile()
         low = ordered[:, math.floor(place)]
         high = ordered[:, math.ceil(place)]
         clip = low + (high - low) * (place - math.floor(place))
-        scale = half_steps(clip / top, least)
+        scale = float16_steps(clip / top, least)
         step = scale.float()[:, None]
         error = (rows - round_to_grid(rows, step, top) * step).square().sum(1)
         if best is None:
@@ -4359,9 +4384,10 @@ def lqer(error, hessian, gain, rank, group):
 
 # ---- codecs --------------------------------------------------------------------------------------
 
-BYTE = 127  # largest code of one byte; -128 is none
-# Largest code of a grid: q + 127 over, a byte each. Few weights need `over`, so it costs little.
-WIDEST = BYTE + BYTE * BYTE
+BYTE_TOP = 127  # largest code that one byte holds; -128 is not a code
+# Largest code of codec "wide": q + 127 * over, with q and over of one byte each. Few weights need
+# `over`, so it costs little.
+WIDEST = BYTE_TOP + BYTE_TOP * BYTE_TOP
 # Rounded once: float32 powers differ between machines.
 QUARTERS = (2.0 ** (np.arange(4) / 4)).astype(np.float32)
 
@@ -4387,7 +4413,7 @@ def decode_mixed(parts, shape):
 def decode_grid(parts, shape):
     codes = parts["q"].float()
     if "over" in parts:
-        codes = codes + BYTE * parts["over"].float()
+        codes = codes + BYTE_TOP * parts["over"].float()
     row = parts["unit"] * quarter_octaves(parts["row"])
     column = quarter_octaves(parts["col"])
     return (codes * row[:, None] * column).view(shape)
@@ -4417,7 +4443,8 @@ class CodecPart(NamedTuple):
     """One array of an encoded parameter."""
 
     dtype: type
-    count: Callable  # its numbers, for the shape of the parameter
+    # (shape of the parameter) -> how many numbers it has; in CORRECTION (shape, rank, group) -> ...
+    count: Callable
 
 
 class Codec(NamedTuple):
@@ -4491,12 +4518,12 @@ def _to_cpu(parts):
 #     Quantiser.rate    the bytes to expect of a spacing; spacing_for() is its inverse
 #     allocate          tries artifacts until one fills the size limit
 
-LOGIT_NOISE = 0.1  # most variance of a logit that rounding may make; 0.03 and 0.3 were worse
+MAX_LOGIT_VARIANCE = 0.1  # of a logit, by rounding; 0.03 and 0.3 were worse
 # Of the mean: what calibration never saw gets at most 1,000 times the usual step size.
 SENSITIVITY_FLOOR = 1e-6
-# Bounds of the exponents, in quarter octaves, which keep them in a byte. By the floor they are 40
-# at most, and of n rows or columns none is below -2 log2(n); only rows of absurdly large weights
-# come near their bound.
+# Bounds of the exponents, in quarter octaves, which keep them in a byte. SENSITIVITY_FLOOR keeps
+# exponents below 40. No sensitivity exceeds n times the mean of n, so none is below -2 log2(n).
+# Only rows of absurdly large weights come near their bound.
 LARGEST_COLUMN = 60
 LARGEST_ROW = 120
 
@@ -4512,16 +4539,16 @@ def allocation_grid(weight, moments, pivots, spacing):
     nearest quarter octave.
 
     The pivots (C,) are what an error in a column costs once later columns make up for it
-    (Quantiser.pivots). The rows of a head are finer where rounding would move a logit by more than
-    LOGIT_NOISE: a token that is never likely has next to no gain, but it would become likely.
-    Without this, the token table cost three times the loss. A row whose codes would be beyond
-    WIDEST gets larger step sizes.
+    (Quantiser.pivots). A rare token has almost no gain, so its row of a head would be rounded so
+    coarsely that the token became likely: the variance of its logit is kept below
+    MAX_LOGIT_VARIANCE. Without this bound, rounding the token table cost three times as much loss.
+    A row whose codes would be beyond WIDEST gets larger step sizes.
     """
     gain = moments.gain.float()
     pivots = pivots.float()
-    # A row's error has variance spacing^2 / (12 gain pivot[c]) in column c. Over all columns that
-    # makes a variance of the logit of logits * C * spacing^2 / (12 gain).
-    gain = gain.clamp_min(moments.logits * len(pivots) * spacing**2 / (12 * LOGIT_NOISE))
+    # A row's error has variance spacing^2 / (12 gain pivot[c]) in column c. Summed over the
+    # columns, the variance of its logit is moments.logits * C * spacing^2 / (12 gain).
+    gain = gain.clamp_min(moments.logits * len(pivots) * spacing**2 / (12 * MAX_LOGIT_VARIANCE))
     unit = spacing / (gain.mean() * pivots.mean()).sqrt().clamp_min(1e-30)
     row = step_exponents(gain)
     column = step_exponents(pivots).clamp(-LARGEST_COLUMN, LARGEST_COLUMN)
@@ -4551,27 +4578,34 @@ def gaussian_entropy():
     return np.array([-40, *octaves]), np.array([0, *bits])
 
 
+FIT_SLACK = 5000  # bytes of the room that may stay empty
+LEAST_LOSS = 1e-5  # nats a token of all rounding together: finer step sizes would gain nothing
+
+
 def allocate(quantiser, packed_of, room, log):
-    """The artifact (Packed) at the spacing that fills `room` bytes to within 5,000, or at the
-    finest that means anything. Bytes follow Quantiser.rate() up to a factor, which each try
-    corrects.
+    """The artifact (Packed) at the spacing that fills `room` bytes to within FIT_SLACK, or at the
+    finest that means anything; if none fits, the smallest that was tried. Bytes follow
+    Quantiser.rate() up to a factor, which each try corrects.
     """
-    finest = math.sqrt(24e-5 / max(quantiser.quantised, 1))  # all rounding costs 1e-5 nats a token
-    too_fine, fits = finest, math.inf  # spacings that made too many bytes, and few enough
-    factor, best = 1.0, None
+    finest = math.sqrt(24 * LEAST_LOSS / max(quantiser.quantised, 1))
+    lower = finest  # the largest spacing at which there were too many bytes
+    upper = math.inf  # the smallest at which there were few enough
+    factor = 1.0
+    best = None
     for attempt in range(1, 11):
-        spacing = quantiser.spacing_for(room - 2500, factor, too_fine, fits)
+        spacing = quantiser.spacing_for(room - FIT_SLACK // 2, factor, lower, upper)
         packed = packed_of(quantiser.encode(spacing))
         log("allocate", attempt=attempt, spacing=spacing,
             expected_loss=quantiser.quantised * spacing**2 / 24,
             bytes=packed.size, room_bytes=room)
         if packed.size <= room:
-            best, fits = packed, spacing
-            if packed.size >= room - 5000 or spacing <= 1.001 * finest:
+            best = packed
+            upper = spacing
+            if packed.size >= room - FIT_SLACK or spacing <= 1.001 * finest:
                 break
         else:
-            too_fine = spacing
-            if best is None:
+            lower = spacing
+            if best is None or room < packed.size < best.size:
                 best = packed
         factor = packed.size / quantiser.rate(spacing)
     return best
@@ -4814,7 +4848,8 @@ class Quantiser:
         top = store.top
         if store.codec == "mixed":
             top = torch.where(self._salient(names), largest_code(self.s.awq_lite_bits), top)
-        if self.s.prune_pct:  # zero whatever GPTQ feeds into them: it would undo the pruning (#967)
+        if self.s.prune_pct:
+            # At a huge step size pruned weights stay 0 whatever error GPTQ feeds into them (#967).
             steps = steps.where(weights != 0, 1e30)
         if store.method != "gptq":
             return round_to_grid(weights, steps, top).to(torch.int16)
@@ -4823,10 +4858,12 @@ class Quantiser:
         return gptq(weights * alive, steps, top, orders, factors, self.s.gptq_block_size)
 
     def _encoded(self, store, grid_parts, codes):
-        """A parameter with codes int16 (R, C): those beyond a byte are split in q + 127 over."""
+        """A parameter with codes int16 (R, C). Codes beyond a byte are split into q + 127 * over,
+        and the codec becomes "wide".
+        """
         codec = store.codec
-        over = codes.sign() * ((codes.abs() - 1).clamp_min(0) // BYTE)
-        parts = grid_parts | {"q": (codes - BYTE * over).to(torch.int8)}
+        over = codes.sign() * ((codes.abs() - 1).clamp_min(0) // BYTE_TOP)
+        parts = grid_parts | {"q": (codes - BYTE_TOP * over).to(torch.int8)}
         if over.any():
             codec = "wide"
             parts["over"] = over.to(torch.int8)
@@ -4859,10 +4896,12 @@ class Quantiser:
 # ---- pruning: FIT=prune --------------------------------------------------------------------------
 
 PRUNABLE = ("int", "mixed")  # codecs of which codes are dropped
+PRUNE_SLACK = 2000  # bytes of the room that may stay empty
+PRUNE_MARGIN = 500  # bytes below the room that a try aims at
 
 
-def ones_in(codes):
-    """Which codes are 1 or -1."""
+def is_unit_code(codes):
+    """Where codes are 1 or -1."""
     return codes.abs() == 1
 
 
@@ -4876,7 +4915,7 @@ def without_cheapest(encoded, count):
         if tensor.codec not in PRUNABLE:
             continue
         codes = tensor.parts["q"]
-        places[name] = ones_in(codes).flatten().nonzero().squeeze(1)
+        places[name] = is_unit_code(codes).flatten().nonzero().squeeze(1)
         parts = tensor.parts | {"q": torch.ones_like(codes)}
         step = CODECS[tensor.codec].decode(parts, codes.shape)
         steps.append(step.flatten()[places[name]])
@@ -4894,8 +4933,8 @@ def without_cheapest(encoded, count):
 
 
 def prune_to_fit(encoded, packed_of, room, log):
-    """The artifact (Packed) with few of its cheapest codes dropped (without_cheapest) that fits
-    `room` bytes, by regula falsi; with all of them dropped, if even that is too large.
+    """The artifact (Packed) that fits `room` bytes with about as few of its cheapest codes dropped
+    (without_cheapest) as it takes, by regula falsi; with all of them dropped, if that is too large.
     """
     whole = packed_of(encoded)
     if whole.size <= room:
@@ -4903,13 +4942,16 @@ def prune_to_fit(encoded, packed_of, room, log):
         return whole
     too_few, too_few_size = 0, whole.size
     codes = [tensor.parts["q"] for tensor in encoded.values() if tensor.codec in PRUNABLE]
-    enough = sum(int(ones_in(tensor_codes).sum()) for tensor_codes in codes)
+    enough = sum(int(is_unit_code(tensor_codes).sum()) for tensor_codes in codes)
+    if not enough:  # float16 alone
+        log("prune", dropped=0, bytes=whole.size, room_bytes=room)
+        return whole
     best = packed_of(without_cheapest(encoded, enough))
     tries = 8 if best.size <= room else 0
     for _ in range(tries):
-        if best.size >= room - 2000 or enough - too_few <= 1:
+        if best.size >= room - PRUNE_SLACK or enough - too_few <= 1:
             break
-        excess = too_few_size - room + 500
+        excess = too_few_size - room + PRUNE_MARGIN
         count = too_few + round((enough - too_few) * excess / (too_few_size - best.size))
         count = min(max(count, too_few + 1), enough - 1)
         packed = packed_of(without_cheapest(encoded, count))
@@ -4931,7 +4973,8 @@ class LateQAT:
     """Late quantisation-aware training: from LATE_QAT_THRESHOLD on, the forward sees weights as
     the artifact will hold them, rounded to the exporter's own grid (FakeQuant). Scales follow the
     weights every 10 optimizer steps; the grid of FIT=allocate is chosen once, after a calibration
-    of its own.
+    of its own, at the spacing that is expected to fit. The finer columns of AWQ-lite and what
+    PRUNE_PCT sets to zero are not imitated.
     """
 
     def __init__(self, model, s):
@@ -4942,21 +4985,21 @@ class LateQAT:
         self.moments = None  # of FIT=allocate
         stores = storage(model, s)
         self.modules = {}
-        self.grids = {}
+        self.fake_quants = {}
         for name, module in model.named_modules():
             name = f"{name}.weight"
             if isinstance(module, (Linear, Embedding)) and stores[name].codec != "float16":
-                grid = FakeQuant(module.weight, stores[name].top, s.qat_rounding == "soft")
+                fake_quant = FakeQuant(module.weight, stores[name].top, s.qat_rounding == "soft")
                 if s.fit == "allocate":
-                    grid.step = torch.ones_like(module.weight.data)
+                    fake_quant.step = torch.ones_like(module.weight.data)
                 self.modules[name] = module
-                self.grids[name] = grid.to(module.weight.device)
+                self.fake_quants[name] = fake_quant.to(module.weight.device)
 
     def switch(self, on):
         """Round, or do not: two graphs of the same model, both compiled in warm-up."""
         if on != self.on:
             for name, module in self.modules.items():
-                module.fake_quant = self.grids[name] if on else None
+                module.fake_quant = self.fake_quants[name] if on else None
             self.on = on
 
     def enter(self, run, training, progress):
@@ -4966,15 +5009,15 @@ class LateQAT:
         allocating = self.s.fit == "allocate"
         if self.begun is None:
             self.begun = training.step
-            run.log("late_qat", step=training.step, tensors=len(self.grids),
+            run.log("late_qat", step=training.step, tensors=len(self.fake_quants),
                     rounding=self.s.qat_rounding)
             if allocating:
                 self._allocate(run, training)
         if not allocating and (training.step - self.begun) % SCALE_REFRESH_STEPS == 0:
             self._set(Quantiser(self.model, self.s).steps())
         if self.s.qat_rounding == "soft":
-            for grid in self.grids.values():
-                grid.sharpness.fill_(1 + (SHARPEST - 1) * progress)
+            for fake_quant in self.fake_quants.values():
+                fake_quant.sharpness.fill_(1 + (SHARPEST - 1) * progress)
         self.switch(True)
 
     def _allocate(self, run, training):
@@ -4993,14 +5036,14 @@ class LateQAT:
         self._set(quantiser.steps(spacing))
 
     def _set(self, steps):
-        for name, grid in self.grids.items():
-            grid.step.copy_(steps[name])
+        for name, fake_quant in self.fake_quants.items():
+            fake_quant.step.copy_(steps[name])
 
     def state_dict(self):
         moments = self.moments
         if moments:
             moments = {name: tuple(values.to("cpu")) for name, values in moments.items()}
-        steps = {name: grid.step.cpu() for name, grid in self.grids.items()}
+        steps = {name: fake_quant.step.cpu() for name, fake_quant in self.fake_quants.items()}
         return {"begun": self.begun, "steps": steps, "moments": moments}
 
     def load_state_dict(self, state):
@@ -5030,7 +5073,8 @@ class LateQAT:
 PRECISION = 13  # frequencies of a bucket sum to 2^PRECISION
 # A coder state is never below this between codes; it gives or takes 16 bits at a time.
 STATE_LOW = 1 << 16
-# -128 as a byte, which is no code: the true one, too rare to have a frequency, is stored as it is.
+# The byte of -128, which is never a code. It stands for a code that is too rare to have a
+# frequency; that code itself is stored beside the words of the coder.
 ESCAPE = 128
 
 BUCKETS = 48  # bucket k expects magnitudes of 2^(k/4 - 5)
@@ -5226,7 +5270,9 @@ def _checksum(groups):
 
 
 def _state_count(shapes):
-    """Number of interleaved coder states. Each costs 3 bytes and saves time."""
+    """Number of interleaved coder states. Each adds 4 bytes, about 3 of them for nothing, and lets
+    more codes be coded at once.
+    """
     codes = sum(math.prod(shape) for shape in shapes)
     return 8 + math.isqrt(codes) // 12
 
@@ -5525,7 +5571,9 @@ def decompress(name, data, size, where):
 
 
 def _planes(array):
-    """float16 as all low bytes, then all high bytes: exponents compress, mantissas do not."""
+    """All first bytes of the numbers, then all second bytes, ...: of float16, the exponents
+    compress and the mantissas do not.
+    """
     return np.ascontiguousarray(array.view(np.uint8).reshape(-1, array.itemsize).T).tobytes()
 
 
@@ -5799,7 +5847,9 @@ def read_artifact(path, data=None):
     header_end = PREFIX.size + packed_length
     body = data[PREFIX.size : header_end]
     whole = len(body) == packed_length and zlib.crc32(body) == checksum
-    if not whole or raw_length > MAX_HEADER:
+    if whole and raw_length > MAX_HEADER:
+        raise BadInput(f"{path}: unusable header ({raw_length} bytes, at most {MAX_HEADER})")
+    if not whole:
         raise BadInput(f"{path}: truncated or corrupt header (offset {PREFIX.size}: {len(body)} of "
                        f"{packed_length} bytes)")
     try:
@@ -5966,7 +6016,7 @@ def largest_entries(model, s):
 
 def artifact_settings(path, header, given):
     """What defines the model from the artifact, the rest from `given`, which must not contradict
-    it.
+    it. A setting that has its default in `given` gives way.
 
     BadInput, too, if the header is not that of such a model, or the model is too large to be
     loaded. Nothing of its size is allocated.
@@ -6305,7 +6355,7 @@ class Reader:
     def _segments(self, begin, end):
         """TextRows of a span of the stream. Each is a segment that first reads the window before.
 
-        A part of 16 windows or more has at least 16 segments, which are read side by side.
+        A full part of 16 windows or more has at least 16 segments, which are read side by side.
         """
         window = self.s.eval_seq_len
         length = min(CACHE_SEGMENT * window, max(self.part_size // 16, window))
@@ -6734,7 +6784,7 @@ TOLERANCE = 2e-5  # in log, at those places: worth 0.00001 BPB at most; honest r
 class Sample(NamedTuple):
     """What the Examiner looks at in a chunk: L <= LOOK neighbouring places of each row."""
 
-    places: Tensor  # (B, L) which of the K places of its row
+    columns: Tensor  # (B, L) which of the K places of its row
     looked: Tensor  # (B, L) is it looked at? A row may score fewer than L
     log_probs: Tensor  # (B, L, V) what is predicted there
 
@@ -6743,7 +6793,7 @@ class Examiner:
     """Looks at some chunks while they are scored, at places that nobody can know beforehand:
         C1   does the distribution stay as it is when the text after the place changes?
         C2   does it sum to 1?
-        C2   does nll() cost what it says?
+        C2   does nll() charge what predict() says?
     Chunks and places are drawn anew in each run. Half of the places are the last of their row.
     """
 
@@ -6797,14 +6847,14 @@ class Examiner:
         count = min(LOOK, width)
         last = self._last_places(live)
         begin = np.maximum(last - LOOK + 1, 0)
-        places = np.minimum(begin + np.arange(width), width - 1)  # of the K
+        columns = np.minimum(begin + np.arange(width), width - 1)  # which of the K places
         recent = np.minimum(begin + np.arange(history + width), history + width - 1)  # of h + K
-        looked = np.take_along_axis(live, places, 1) & (places <= last)
-        last, places, recent, looked = (
-            torch.from_numpy(values).to(device) for values in (last, places, recent, looked))
+        looked = np.take_along_axis(live, columns, 1) & (columns <= last)
+        last, columns, recent, looked = (
+            torch.from_numpy(values).to(device) for values in (last, columns, recent, looked))
         looked = looked[:, :count]
 
-        asked = inputs._replace(places=inputs.places.gather(1, places),
+        asked = inputs._replace(places=inputs.places.gather(1, columns),
                                 recent=inputs.recent.gather(1, recent))
         log_probs = self.predictor.predict(asked, count).clone()
         position = torch.arange(inputs.ids.size(1), device=device)
@@ -6815,10 +6865,9 @@ class Examiner:
                                  recent=self._with_noise(asked.recent, later_recent, vocab))
         others = self.predictor.predict(changed, count)
         change = (log_probs.clamp(min=LEAST_LOG) - others.clamp(min=LEAST_LOG)).abs()
-        change = torch.where(log_probs == others, 0.0, change)  # both may be infinite
         change = torch.where(looked[..., None], change, 0.0)
         self.changed = max(self.changed, _or_infinite(change.max()))
-        return Sample(places[:, :count], looked, log_probs)
+        return Sample(columns[:, :count], looked, log_probs)
 
     def _last_places(self, live):
         """(B, 1) a place that each row scores (`live`); half of the time the last of these."""
@@ -6834,10 +6883,12 @@ class Examiner:
     def report(self, rt, validity, log):
         """Log what was found on all ranks; errors above TOLERANCE are reasons. Collective."""
         off, changed, largest_sum = rt.max(self.off, self.changed, max(self.sums, default=0.0))
-        mean_sum = sum(self.sums) / max(len(self.sums), 1)
+        totals = torch.tensor([len(self.sums), sum(self.sums)], dtype=torch.float64)
+        positions, total = rt.sum(totals.to(rt.device)).tolist()
         if log:
-            log("normalisation", positions=len(self.sums) * rt.world, worst_log=off,
-                largest_sum=largest_sum, mean_sum=mean_sum, changed_by_later=changed)
+            log("normalisation", positions=int(positions), worst_log=off,
+                largest_sum=largest_sum, mean_sum=total / max(positions, 1),
+                changed_by_later=changed)
         validity.need(off < TOLERANCE,
                       f"C2 normalisation: off by {off:.1e} in log on sampled positions")
         validity.need(changed < TOLERANCE, "C1 causality: what comes later in its row changes a "
@@ -6854,7 +6905,9 @@ def _or_infinite(value):
 
 
 def fingerprint(model):
-    """SHA-256 of all that a forward could read in a model: parameters, buffers, attributes."""
+    """SHA-256 of what a forward could read in a model: the tensors, numbers, texts and containers
+    among its parameters, buffers and attributes. Functions and other objects are left out.
+    """
     digest = hashlib.sha256()
 
     def add(value):
@@ -6952,8 +7005,8 @@ def _document_bytes(sp, stream, ids, counted, begin, end):
 
 
 def _cased_length(text):
-    """Bytes of the text that a CaseOps text (#1729) stands for. Operators count nothing, unless
-    the last of them escapes them.
+    """Bytes of the text that a CaseOps text (#1729) stands for. The case operators, 3 bytes each,
+    are not in it, except where one follows the escape, the last of CASE_OPERATORS.
     """
     escape = CASE_OPERATORS[-1]
     escaped = text.count(escape) - text.count(escape + escape)
@@ -7015,7 +7068,7 @@ SELFTESTS = {  # what is wrong where a test fails
 
 
 def code_tests(nats, ids, vocab, flips, cuts, sums, distribution=None, ends=()):
-    """{name of a test: its error}: could nats() be what a code costs? Nan fails, too.
+    """{name of a test: its largest error, or nan}: 0 but for rounding if nats() is a code length.
 
     Tests are made in the text `ids`, at places t: flips, cuts, sums; and ends (see ends_test).
     distribution(ids, t) (V,), if given, is what the predictor says at target t of a text.
@@ -7163,7 +7216,7 @@ def selftest(run, s, path, data, val):
 
 
 def selftest_settings(s):
-    """Settings with sizes so small that a text of 13 windows has many parts, groups and phases."""
+    """Settings with sizes so small that a text of 13 windows has many parts and groups."""
     window = min(s.eval_seq_len, 8)
     stride = 0
     if 0 < s.eval_stride < s.eval_seq_len:
@@ -7284,7 +7337,7 @@ class ModelPredictor(Predictor):
         return logits
 
     def _cached_past(self, inputs):
-        """The fields of Past except for the last, `new`, which each forward makes anew."""
+        """The fields of Past except for the last, `new_kv`, which each forward makes anew."""
         rows = len(inputs.ids)
         if inputs.turn == 0:
             self.cache = KVCache(self.model, rows, self.width)
@@ -7545,7 +7598,7 @@ class AdapterShape(NamedTuple):
 
 
 def lora(a, b, scale, x):
-    """scale B A x for A (R, r, in), B (R, out, r), x (B, T, in); R is B, or 1 for all rows."""
+    """scale * B A x, for A = a (R, r, in), B = b (R, out, r), x (rows, T, in); R is 1 or rows."""
     return (x @ a.mT * scale) @ b.mT
 
 
@@ -7819,7 +7872,8 @@ def log_trainable(run, model, adaptation):
 
 # ---- n-grams of the scored text ------------------------------------------------------------------
 
-# Odd numbers of 64 bits, as int64. Multiplied by one, a number is spread over the upper bits.
+# Odd constants of 64 bits, as int64. A product with one of them spreads a number over its upper
+# bits.
 GOLDEN = -7046029254386353131  # 2^64 / golden ratio
 PCG = 6364136223846793005  # multiplier of Knuth's MMIX and of PCG
 SPLITMIX = -4658895280553007687  # of SplitMix64
@@ -8012,8 +8066,8 @@ ORDERS = {"unigram": 1, "bigram": 2, "trigram": 3}  # of MIXER_EXPERTS; backoff 
 class WrappingPredictor(Predictor):
     """A predictor that changes the predictions of another one, its base.
 
-    A subclass has predict(), which asks the base, and of the others what it needs; each of them
-    calls the base's through super(). wrappers() says when it is used. targets: of the stream.
+    A subclass overrides predict(), which asks the base, and may override the other methods, which
+    call super(). wrappers() says when it is used. targets: how many the stream has.
     """
 
     learns = True
@@ -8184,7 +8238,7 @@ class BackoffMixture(NgramMixture):
 
 
 class HedgeMixture(NgramMixture):
-    """MIXER=hedge: the model and MIXER_EXPERTS, weighted by their record (#967).
+    """MIXER=hedge: the model and MIXER_EXPERTS, weighted by their losses so far (#967).
 
     At the end of each part the log weight of each falls by MIXER_ETA times its mean nats, over all
     ranks. EntropyMixture is the original, whose expert "entropy" is not normalised.
@@ -8307,8 +8361,8 @@ class Tilt(WrappingPredictor):
 
     That sums to 1 whatever the hint is, so contexts may be found by a hash.
 
-    It counts the parts that were scored. A row that continues (a document, kept keys) also knows
-    the chunks of its own that were scored.
+    Counts come from the scored parts. A row that continues (a document, kept keys) also counts its
+    own earlier turns.
     """
 
     def __init__(self, base, s, rt, targets):
@@ -8433,7 +8487,7 @@ def train_on_validation(run, model, stream):
     s = run.s
     reason = f"C3 order: TTT={s.ttt} trains on the validation text before it is scored"
     run.validity.need(False, reason)
-    with run.clock.phase("eval"), run.validity.report(), torch.enable_grad():
+    with run.clock.phase("eval"):
         adaptation = adaptation_of_weights(model, s, run.rt)
         log_trainable(run, model, adaptation)
         adaptation.fit(stream, np.arange(len(stream.bytes)), s.ttt_epochs, partial(cosine, s))
@@ -8474,9 +8528,9 @@ class EntropyMixture(HedgeMixture):
 class HashedMixture(WrappingPredictor):
     """The mixer of #1033 as published (MIXER=hashed).
 
-    The "probability" of a token is its share among what a context's bucket saw, of the longest
-    order whose context's bucket has MIN_COUNT. Both the context and the context with the token are
-    found by hashes. So no sum is ever 1, and with full buckets each is nearly V.
+    The "probability" of a token is count(context and token) / count(context), of the longest order
+    whose context was counted MIN_COUNT times. Both counts are of hash buckets, which n-grams share,
+    so the sum over all tokens is not 1; with full buckets it is nearly V.
     """
 
     PRIMES = 36313, 27191, 51647, 81929, 131071, 174763, 233017
@@ -8640,7 +8694,7 @@ SDPA_BACKENDS = {
     "flash": ("flash",),
     "math": ("math", "mem_efficient"),
 }
-MASKED_ROW = 16384  # longest packed row for which the square of its length is still a mask
+MAX_MASKED_ROW = 16384  # longest packed row for which a mask, its length squared, is not too large
 
 
 def _set_sdpa(*names):
@@ -8707,9 +8761,9 @@ def _why_unavailable(name, s, rt):
             return "takes no document lengths"
         if name == "flash" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
             return f"torch {torch.__version__} has no torch.nn.attention.varlen"
-        if name == "math" and s.loader == "packed" and s.longest_row > MASKED_ROW:
+        if name == "math" and s.loader == "packed" and s.longest_row > MAX_MASKED_ROW:
             return (f"rows of LOADER=packed have {s.longest_row} tokens, "
-                    f"masks at most {MASKED_ROW} (MICRO_BATCH_TOKENS)")
+                    f"masks at most {MAX_MASKED_ROW} (MICRO_BATCH_TOKENS)")
     if name in ("fa3", "cudnn", "flash") and rt.dtype != torch.bfloat16:
         return "needs bfloat16"
     if name == "cudnn":
@@ -8908,8 +8962,8 @@ class Console:
 
     def _lose(self, error):
         self.lost = self.lost or getattr(error, "strerror", None) or str(error)
-        # What the stream still holds goes nowhere. When Python ends, that would make the exit code
-        # 120.
+        # Its descriptor becomes that of the null device: else flushing the rest at the end fails,
+        # and Python exits with 120.
         with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
@@ -8918,7 +8972,7 @@ class Console:
 
 @contextlib.contextmanager
 def guarded_console():
-    """Prints of the block, of Python's warnings, too, never end the run."""
+    """Printing in this block, warnings included, cannot end the run."""
     stdout = sys.stdout
     stderr = sys.stderr
     sys.stdout = Console(stdout)
@@ -9098,6 +9152,7 @@ class FolderLock:
         """
         self._path = folder / LOCK_FILE
         self._file = None
+        self._locked = False
         try:
             while True:
                 self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -9112,8 +9167,8 @@ class FolderLock:
                            "OUT_DIR") from None
         with contextlib.suppress(OSError):  # a full disk
             os.write(self._file, f"process {os.getpid()} on {platform.node()}".encode())
-        # We are alone here: what a killed run had begun to write is nobody's.
-        self.remove_parts()
+        if self._locked:  # we are alone here: what a killed run had begun to write is nobody's
+            self.remove_parts()
 
     def _lock(self, rt):
         try:
@@ -9123,6 +9178,7 @@ class FolderLock:
             return
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._locked = True
         except (BlockingIOError, PermissionError):  # over NFS the second
             holder = os.pread(self._file, 100, 0).decode("utf-8", "replace") or "of unknown process"
             os.close(self._file)
@@ -9157,9 +9213,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interrupt:
-    """SIGTERM, SIGHUP and Ctrl-C. The train loop reads `signal` between its steps, so that it can
-    save; a second Ctrl-C is immediate. The phases around it have saved what they need: `at_once`,
-    Interrupted is raised.
+    """SIGTERM, SIGHUP and Ctrl-C.
+
+    In the training loop a signal is only noted, so that the loop can save after its step; a second
+    Ctrl-C is immediate. Everywhere else, `at_once`, Interrupted is raised: there is nothing left
+    to save.
     """
 
     def __init__(self, at_once=False):
@@ -9173,7 +9231,7 @@ class Interrupt:
         first = not self.signal
         if first:
             self.signal = number
-        # of another rank that is gone, say: that must end in order
+        # An error that unwinds already (another rank died, say) is not to be raised over.
         unwinding = sys.exc_info()[0] is not None
         if self.at_once and not unwinding:
             raise Interrupted
@@ -9194,7 +9252,7 @@ class Interrupt:
     def __exit__(self, kind, *_):
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        # it came after the last look: for those around
+        # It came after the loop's last look: it is for the outer handler.
         if self.signal and kind is None and not self.at_once:
             signal.raise_signal(self.signal)
 
@@ -9214,8 +9272,7 @@ class Run:
         self.facts = {}
         self.too_large = ""  # by how much, in words
         self.kept = ""  # what an end from now on leaves behind, and how to continue from there
-        # of the end of training, until nothing can lose the weights any more
-        self.last_checkpoint = None
+        self.last_checkpoint = None  # of the end of training; removed when the run is complete
 
 
 def open_run(s, rt, attend):
@@ -9271,7 +9328,8 @@ class TrainingGraph(NamedTuple):
 class Training:
     """Everything that a training run changes from step to step.
 
-    A checkpoint holds all of it and nothing else. What was found against the run is part of that.
+    A checkpoint holds all of it, with the clock, the identity of the run and what was found
+    against it.
     """
 
     # Fields of a state that older checkpoints do not have.
@@ -9292,7 +9350,7 @@ class Training:
         self.objective = Objective(model, s).to(rt.device)
         self.step_loss = rt.compile(self.objective)
         self.optimizer = MuonAdam(self.objective, s, rt)
-        # else the graph finds documents itself
+        # Otherwise the graph finds documents itself.
         docs_from_loader = model.varlen or s.loader == "packed"
         find_docs = model.find_documents if docs_from_loader else None
         self.stream = TokenStream(find_shards(s.data_path, "train"), s, rt, find_docs)
@@ -9323,9 +9381,9 @@ class Training:
         """[TrainingGraph] that the run will meet, if it lasts."""
         s = self.run.s
         looping_from = s.enable_looping_at if s.loops else 1.0
-        # Where the warmdown is in steps or seconds, rounding may begin anywhere.
-        begins_anywhere = s.warmdown_iters or s.warmdown_seconds
-        falling_part = 1.0 if begins_anywhere else s.warmdown_frac
+        # In steps or seconds, the warmdown may be as long as the run.
+        length_unknown = s.warmdown_iters or s.warmdown_seconds
+        falling_part = 1.0 if length_unknown else s.warmdown_frac
         rounded_from = 1 - s.late_qat_threshold * falling_part
         graphs = []
         begin = 0.0
@@ -9381,7 +9439,7 @@ class Training:
     def _synthetic_step(self, micro):
         self.optimizer.zero_grad()
         try:
-            self.backward(micro[:2])
+            self.backward(micro[:2])  # two: the first gradient is stored, the second added
             self.optimizer.step(1.0, self.run.s.muon_momentum)
         except RuntimeError as error:
             if not self.run.rt.compiled or isinstance(error, torch.OutOfMemoryError):
@@ -9535,7 +9593,7 @@ class Training:
             parts = self.optimizer.named(tensors)
             return {name: part.cpu().clone() for name, part in parts.items()}
 
-        settings = {name: value for name, value in identity(run).items() if name not in PLACES}
+        settings = {name: value for name, value in identity(run).items() if name not in PATH_SETTINGS}
         copies = self.stream.copies.found(run.rt)
         return {
             "step": self.step,
@@ -9614,9 +9672,9 @@ def _best_inverse_temperature(logits, targets, rt):
 # magic | state as torch.save writes it | SHA-256 of both. Nothing in a file is executed.
 
 CHECKPOINT_MAGIC = b"PGOLF checkpoint 2\n"
-# a checkpoint knows its data by content, wherever they lie
-PLACES = ("DATA_PATH", "TOKENIZER_PATH")
-# of each shard that tell it from others; one that was repaired further in is the same
+# Not compared: a checkpoint knows its data by content, wherever they lie.
+PATH_SETTINGS = ("DATA_PATH", "TOKENIZER_PATH")
+# Leading tokens that identify a shard: one that was repaired further in counts as the same.
 HEAD_TOKENS = 64
 MOST_STEPS = 2**53  # of any run
 MOST_SECONDS = 1e9
@@ -9760,7 +9818,7 @@ def need_same_run(path, run, state, data):
     theirs = state["settings"]
     defaults = Settings().experiment()
     if "data" in state:
-        for name in PLACES:
+        for name in PATH_SETTINGS:
             del ours[name]
     different = []
     for name in {**ours, **theirs}:
@@ -9984,11 +10042,11 @@ def train(run, model, val):
     was_done = training.done
     with Interrupt() as interrupt:
         with run.clock.phase("train"):
-            lowest_scale = _train_steps(run, training, predictor, val, interrupt)
+            lowest_fall = _train_steps(run, training, predictor, val, interrupt)
         training.done = True
         keep_weights(run, training)
     if not was_done:
-        _report_never_reached(run, training, lowest_scale)
+        _report_never_reached(run, training, lowest_fall)
 
     kind, weights = _choose_average(run, training, predictor)
     if kind == "ema":
@@ -10053,7 +10111,7 @@ def _warm_up_reports(run, training, predictor, val):
 
 
 def _check_copies(run, copies):
-    """Validation documents in the training text.
+    """Unless few validation documents are in the training text, the score is not valid.
 
     FineWeb was deduplicated within each crawl only, so that a few openings are in both; 20 % were
     in the folders of #2127.
@@ -10122,8 +10180,8 @@ def _best_average(run, training, predictor, candidates):
     rt = run.rt
     run.validity.opened("train")
     held = torch.from_numpy(training.stream.held.astype(np.int32)).to(rt.device)
-    no_bytes = torch.ones(len(held) - 1, dtype=torch.int16, device=rt.device)
-    stream = ValStream(held, no_bytes, False)
+    one_byte_each = torch.ones(len(held) - 1, dtype=torch.int16, device=rt.device)
+    stream = ValStream(held, one_byte_each, False)
     losses = {}
     with run.clock.phase("calibrate"), torch.no_grad():
         for kind, weights in candidates.items():
@@ -10148,20 +10206,20 @@ def _seconds_to_train(run, training):
 
 
 def _train_steps(run, training, predictor, val, interrupt):
-    """Steps until the clock or ITERATIONS says stop; returns the lowest learning-rate scale that
-    was used.
+    """Steps until the clock or ITERATIONS says stop; returns the lowest multiplier that the
+    warmdown reached.
     """
     s = run.s
     rt = run.rt
     clock = run.clock
     limit = _seconds_to_train(run, training)
     first_step = training.step
-    lowest_scale = 1.0
+    lowest_fall = 1.0
     losses = deque()  # of steps that the device may not have finished
     marks = deque(maxlen=20)  # the clock at the last steps
     while True:
-        # Rank 0's clock decides for all; a step begins only if, as slow as the slowest of late, it
-        # ends in time.
+        # Rank 0's clock decides for all. A step begins only if it would still end in time at the
+        # slowest recent pace.
         elapsed, stop = rt.max(clock["train"] if rt.rank == 0 else 0.0, interrupt.signal)
         if stop:
             break
@@ -10184,10 +10242,12 @@ def _train_steps(run, training, predictor, val, interrupt):
         # A run that ends by the clock has as many steps as fit at this pace; WARMDOWN_ITERS is
         # measured against it.
         total_steps = step / by_time if by_time > by_step else s.iterations
-        training.enter(progress, warmdown(s, progress, total_steps, limit))
+        falling = warmdown(s, progress, total_steps, limit)
+        if step:  # before that, the number of steps is not known
+            lowest_fall = min(lowest_fall, falling)
+        training.enter(progress, falling)
         since_stage = step - training.stage_start if training.stage else None
         scale = lr_scale(s, progress, step, total_steps, since_stage, limit)
-        lowest_scale = min(lowest_scale, scale)
         losses.append(_train_step(run, training, progress, scale))
         in_flight = rt.throttle()
         save = s.checkpoint_every and training.step % s.checkpoint_every == 0
@@ -10216,7 +10276,7 @@ def _train_steps(run, training, predictor, val, interrupt):
     if by_step < 1:
         times = f"train_time:{1e3 * elapsed:.0f}ms {step_of(s, step)}"
         run.log("stopping_early", f"stopping_early: wallclock_cap {times}", step=step)
-    return lowest_scale
+    return lowest_fall
 
 
 def _next_batch(run, training, stage):
@@ -10300,7 +10360,7 @@ def _check_loss(run, step, loss):
     raise Stopped(f"the loss is not finite at step {step}; last good checkpoint: {last}", 4)
 
 
-def _report_never_reached(run, training, lowest_scale):
+def _report_never_reached(run, training, lowest_fall):
     """A scheduled event that did not happen is said, not left to be found in the result (#1798)."""
     s = run.s
     step = training.step
@@ -10311,7 +10371,7 @@ def _report_never_reached(run, training, lowest_scale):
     if s.matrix_optimizer == "muon" and step < s.muon_momentum_warmup_steps:
         report("MUON_MOMENTUM", f"it ended at {momentum_at(s, step):.4f}")
     falls = s.warmdown_frac or s.warmdown_iters or s.warmdown_seconds
-    if falls and lowest_scale >= 1:
+    if falls and lowest_fall >= 1:
         report("warmdown", "the learning rate never fell")
     if step < s.lr_warmup_steps:
         report("LR_WARMUP_STEPS", "the learning rate never reached its peak")
@@ -10377,7 +10437,7 @@ def evaluate(run, path):
     rt = run.rt
     validity = run.validity
     with run.clock.phase("eval"), validity.evaluation():
-        # over nodes, only rank 0's disk has the file
+        # Over nodes, only rank 0's disk has the file.
         data = rt.broadcast(read_file(path) if rt.rank == 0 else None)
         artifact_sha256 = hashlib.sha256(data).hexdigest()
         written = run.facts.setdefault("artifact_sha256", artifact_sha256)
@@ -10506,7 +10566,7 @@ def warm_up_scoring(run, predictor, reader):
         return torch.randint(s.vocab_size, shape, generator=generator).to(device)
 
     for rows, length, width, turn in reader.shapes():
-        # laid out as the reader's
+        # Laid out as the reader's.
         places = torch.arange(length - width, length, device=device).repeat(rows, 1)
         recent = tokens(rows, predictor.history + width)
         inputs = Inputs(tokens(rows, length), places, recent, turn)

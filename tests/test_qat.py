@@ -70,14 +70,14 @@ def test_the_rounded_forward_is_that_of_the_decoded_artifact(tmp_path, changes):
     training.enter(0.9, 0.2)
     assert training.qat.on
     steps, done = tg.Quantiser(model, s).steps(), tg.Quantiser(model, s).encode()
-    assert training.qat.grids.keys() == {name for name, one in done.items() if one.codec == "int"}
-    for name, grid in training.qat.grids.items():
+    assert training.qat.fake_quants.keys() == {name for name, one in done.items() if one.codec == "int"}
+    for name, grid in training.qat.fake_quants.items():
         assert torch.equal(grid.step, steps[name])
         assert torch.equal(grid.step[:, 0], done[name].parts["scale"].float())
         assert torch.equal(grid(dict(model.named_parameters())[name]), done[name].decode(grid.step.shape[:1] + (-1,)))
     exported = tg.GPT(s, init=False)
     exported.load_state_dict({name: one.decode(p.shape) for (name, p), one in zip(model.named_parameters(), done.values())})
-    whole = {name: p for name, p in model.named_parameters() if name not in training.qat.grids}
+    whole = {name: p for name, p in model.named_parameters() if name not in training.qat.fake_quants}
     exported.load_state_dict({name: p.detach() for name, p in whole.items()}, strict=False)  # scalars are not rounded
     with torch.no_grad():
         rounded, want = model.logits(model.hidden(ids)), exported.logits(exported.hidden(ids))
@@ -95,7 +95,7 @@ def test_scales_follow_the_weights_every_ten_steps(tmp_path, monkeypatch):
         if training.qat.begun is not None:
             name = "blocks.1.mlp.up.weight"
             now = tg.Quantiser(training.model, run.s).steps()[name]
-            seen.append((training.step - training.qat.begun, training.qat.grids[name].step.clone(), now))
+            seen.append((training.step - training.qat.begun, training.qat.fake_quants[name].step.clone(), now))
         return step(run, training, *rest)
 
     monkeypatch.setattr(tg, "_train_step", watched)
@@ -111,7 +111,7 @@ def test_soft_rounding_steepens_from_1_to_16_with_the_fall_of_the_learning_rate(
     seen, step = [], tg._train_step
 
     def watched(run, training, progress, scale):
-        seen.append((scale, {grid.sharpness.item() for grid in training.qat.grids.values()}))
+        seen.append((scale, {grid.sharpness.item() for grid in training.qat.fake_quants.values()}))
         return step(run, training, progress, scale)
 
     monkeypatch.setattr(tg, "_train_step", watched)

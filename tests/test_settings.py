@@ -430,7 +430,7 @@ def other_value(f):
     if f.type is bool:
         return not f.default
     if get_origin(f.type) is tuple:
-        return {train_gpt.Layers: (1,), train_gpt.Betas: (0.5, 0.5), train_gpt.Stages: ((64, 1.0),), train_gpt.Widths: ((0, 4),),
+        return {train_gpt.Layers: (1,), train_gpt.Betas: (0.5, 0.5), train_gpt.Schedule: ((64, 1.0),), train_gpt.IntPairs: ((0, 4),),
                 train_gpt.Names: f.default[:1]}[f.type]
     return f.metadata["lo"] if f.default != f.metadata["lo"] else f.metadata["hi"] or f.default + 1
 
@@ -563,10 +563,10 @@ def _value(f):
         return st.floats(lo, hi if hi is not None else 1e9, allow_nan=False, allow_infinity=False)
     if f.type is str:
         return st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=12)
-    if f.type is train_gpt.Stages:
+    if f.type is train_gpt.Schedule:
         return st.lists(st.tuples(st.integers(2, 4096), st.floats(0.01, 0.99)), max_size=2, unique_by=lambda stage: stage[1]).flatmap(
             lambda table: st.sampled_from([(), (*sorted(table, key=lambda stage: stage[1]), (2048, 1.0))]))
-    if f.type is train_gpt.Widths:
+    if f.type is train_gpt.IntPairs:
         return st.lists(st.tuples(st.integers(0, 10), st.integers(2, 8)), max_size=3, unique_by=lambda pair: pair[0]).map(tuple)
     if f.type is train_gpt.Betas:
         return st.one_of(st.just(()), st.tuples(*2 * [st.floats(0, 0.999)]))
