@@ -1080,7 +1080,8 @@ def _parse_list(kind, text):
     read, example = {
         Layers: (int, "layer numbers separated by commas, such as 9,10"),
         Betas: (float, "numbers separated by commas, such as 0.9,0.99"),
-        Schedule: (_pair_reader(float), "size@fraction separated by commas, such as 1024@0.1,2048@1"),
+        Schedule: (_pair_reader(float),
+                   "size@fraction separated by commas, such as 1024@0.1,2048@1"),
         IntPairs: (_pair_reader(int), "number@number separated by commas, such as 0@8,10@8"),
         Names: (str, "names separated by commas"),
     }[kind]
@@ -1409,7 +1410,8 @@ ELSEWHERE = ("OMP_", "MKL_", "NCCL_", "CUDA_", "TORCH", "PARALLEL_SEQ", "GROUP_R
 FOREIGN = tuple("""
     AGREE_ CACHE_ALPHA CALIBRATE_TEMP CROWN_Q DTG_ GATED_ATTN_ NGRAM_HINT PPM_ALPHA PREQUANT_
     QTTT ROPE_YARN SKYLIGHT_ SLOT_ SOFT_ROUND SPARSE_ATTN_GATE_INIT TTT_GRAD_STEPS TTT_HASH
-    TTT_LORA_EMA TTT_MAX_CHUNKS TTT_UPDATE_EVERY TTT_WARM_START_MEAN USE_CACHE WITHIN_ WORD_""".split())
+    TTT_LORA_EMA TTT_MAX_CHUNKS TTT_UPDATE_EVERY TTT_WARM_START_MEAN USE_CACHE WITHIN_ WORD_
+""".split())
 
 # Settings of other published scripts that have another name here, and what to write instead.
 OTHER_NAMES = """
@@ -3572,7 +3574,8 @@ def coprime_order(counts, rng, chunk):
         shards_in_chunk = min(round(8 + 56 * progress), int((left > 0).sum()), chunk)
         chosen = rng.choice(len(counts), shards_in_chunk, replace=False, p=weight / weight.sum())
         # One block of each chosen shard; the rest of the chunk by weight, if blocks are left.
-        extra_blocks = rng.multinomial(chunk - shards_in_chunk, weight[chosen] / weight[chosen].sum())
+        shares = weight[chosen] / weight[chosen].sum()
+        extra_blocks = rng.multinomial(chunk - shards_in_chunk, shares)
         takes = np.minimum(1 + extra_blocks, left[chosen])
         pairs = []
         for shard, take in zip(chosen, takes):
@@ -9377,7 +9380,7 @@ class Training:
         if self.qat and (self.qat.begun is not None or falling < s.late_qat_threshold):
             self.qat.enter(self.run, self, 1 - falling / s.late_qat_threshold)
 
-    def graphs(self):
+    def plans(self):
         """[TrainingGraph] that the run will meet, if it lasts."""
         s = self.run.s
         looping_from = s.enable_looping_at if s.loops else 1.0
@@ -9420,7 +9423,7 @@ class Training:
         s = self.run.s
         generator = torch.Generator().manual_seed(s.seed)
         weights = self.average.copy()
-        for graph in self.graphs():
+        for graph in self.plans():
             self.model.looping = graph.looping
             if self.qat:
                 self.qat.switch(graph.rounded)
@@ -9593,7 +9596,9 @@ class Training:
             parts = self.optimizer.named(tensors)
             return {name: part.cpu().clone() for name, part in parts.items()}
 
-        settings = {name: value for name, value in identity(run).items() if name not in PATH_SETTINGS}
+        settings = identity(run)
+        for name in PATH_SETTINGS:
+            del settings[name]
         copies = self.stream.copies.found(run.rt)
         return {
             "step": self.step,
@@ -10092,7 +10097,7 @@ def _warm_up(run, training, predictor, val):
             training.warm_up()
             if run.rt.compiled:
                 _warm_up_reports(run, training, predictor, val)
-        run.log("warmup", steps=s.warmup_steps, graphs=len(training.graphs()),
+        run.log("warmup", steps=s.warmup_steps, graphs=len(training.plans()),
                 seconds=round(clock["warmup"], 2))
     if s.needs_moments and s.max_wallclock_seconds:
         with clock.phase("warmup"):
@@ -10105,7 +10110,7 @@ def _warm_up_reports(run, training, predictor, val):
     length = run.s.eval_seq_len
     tokens = torch.zeros_like(val.tokens[: length + 1])
     stream = ValStream(tokens, val.bytes[:length], False)
-    for looping in sorted({graph.looping for graph in training.graphs()}):  # ends as the run will
+    for looping in sorted({graph.looping for graph in training.plans()}):  # ends as the run will
         training.model.looping = looping
         report_score(run, predictor, stream)
 

@@ -695,7 +695,7 @@ def test_a_prediction_that_later_tokens_of_its_row_change_is_c1():
             ends = x.gather(1, inputs.places[:, :count] + 1) == x[:, :1]
             return (super().predict(inputs, count) + 3.0 * ends[..., None] * (torch.arange(32) == 1)).log_softmax(-1)
 
-    for predictor, length, docs, text in ((Long(), 129, False, random_text(129 * 8)), (End(), 64, True, random_text(3000, bos=0.05))):
+    for predictor, length, docs, text in ((Long(), 129, False, random_text(129 * 48)), (End(), 64, True, random_text(3000, bos=0.05))):
         reasons = scored(predictor, text, length, batch=4, check_every=1, docs=docs)[1]
         assert [reason.partition(":")[0] for reason in reasons] == ["C1 causality"], type(predictor)
     assert scored(Long(), random_text(128 * 8), 128, batch=4, check_every=1)[1] == []

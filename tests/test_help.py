@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import reference as ref
 from process import REPO, clean_env
+from runs import heard
 
 import train_gpt as tg
 
@@ -39,7 +40,7 @@ def alive(pid):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_process_outlives_the_tests(number):
     words = [sys.executable, "-c", PARENT.format(help=str(REPO / "tests/help"))]
-    with subprocess.Popen(words, env=clean_env(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as parent:
+    with subprocess.Popen(words, env=clean_env(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, preexec_fn=heard) as parent:
         child = int(parent.stdout.readline())
         assert alive(child)
         parent.send_signal(number)

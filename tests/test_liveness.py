@@ -515,8 +515,8 @@ def advised_case(name):
         values = "another value"
     condition = ""
     if f.metadata["on"] and not base.holds(f.metadata["on"]):
-        other, _, wanted = f.metadata["on"].partition(",")[0].partition("&")[0].partition("=")
-        condition = f"{other.upper()}={wanted.partition('|')[0] or 'a value that is not 0'}"
+        (other, values_that_wake), *_ = ref.alternatives(f.metadata["on"])[0]
+        condition = f"{other.upper()}={values_that_wake[0] if values_that_wake else 'a value that is not 0'}"
     shows = {PACKING: "artifact", SCORING: "score", "Averaging": "weights"}.get(f.metadata["room"], "loss")
     return f'"{name}": each("{values}", "{condition}", "{shows}"),'
 

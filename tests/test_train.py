@@ -462,7 +462,7 @@ def test_resume_auto_passes_over_a_checkpoint_that_cannot_be_of_this_run(stopped
     eight.write_bytes(container.checkpoint(state))
     step, done = resumed(args, folder, "RESUME=auto")
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("checkpoint_skipped ")]
-    assert step == 6 and eight.name in line and "has_no_step" in line
+    assert step == 6 and eight.name in line and "has no step" in line
     assert (folder / "model.pg").read_bytes() == (original / "model.pg").read_bytes()
     for path in checkpoints(folder).values():
         path.write_bytes(container.checkpoint(state))
@@ -606,7 +606,7 @@ def test_the_planned_graphs_are_those_of_any_progress(seq, batch, switch, loops,
         assert bool(late and qat.begun) == rounded
         assert s.stages[fake.stage][1:] == (4 * 2**length, 32 * (tokens + 1)) and fake.model.looping == looping
         met.add((fake.stage, looping, rounded))
-    plans = Training.graphs(SimpleNamespace(run=SimpleNamespace(s=s), qat=qat))
+    plans = Training.plans(SimpleNamespace(run=SimpleNamespace(s=s), qat=qat))
     assert len(plans) == len(set(plans)) and met <= set(plans)
     assert all(not rounded and (stage, loop, True) in met for stage, loop, rounded in set(plans) - met), "but for what is rounded all along"
 
