@@ -664,6 +664,23 @@ def test_the_table_of_techniques_names_settings_and_their_code():
         assert code_at(code), f"{technique}: there is no {code}"
 
 
+FIELD_NAMES = {  # what somebody who knows the paper types, as a regular expression
+    "XSA": r"\bxsa", "BigramHash": "bigram_?hash", "SmearGate": "smear_?gate", "depth recurrence": "depth[_ ]recurrence",
+    "parallel lanes": "parallel_?lanes|lanes", "Newton-Schulz": "newton_schulz", "NorMuon": "normuon",
+    "EMA start": "ema_start", "act order": "act_order", "coder context": "code_context|compressor",
+    "allocation": "allocat", "LQER": "lqer", "sliding windows": "sliding_? ?window", "document adapters":
+    "document_?adapters|lora_docs", "n-gram backoff": "backoff", "phases": "phase"}
+
+
+@pytest.mark.parametrize("technique, words", FIELD_NAMES.items(), ids=FIELD_NAMES)
+def test_one_search_finds_setting_code_and_test_of_a_technique(technique, words):
+    search = re.compile(words, re.I)
+    settings_found = [name for name, f in FIELDS.items() if search.search(f"{name} {f.type} {f.metadata['doc']}")]
+    code = [node.name for node in ast.walk(TREE) if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and search.search(node.name)]
+    tests = [path.name for path in (REPO / "tests").glob("test_*.py") if re.search(f"def test_.*({words})", path.read_text(), re.I)]
+    assert settings_found and code and tests, f"{technique}: {settings_found} {code} {tests}"
+
+
 def test_the_readme_says_of_each_technique_what_the_setting_says():
     rows = re.findall(r"^\| `([A-Z_]+)` \| (.+?) \| `([\w.]+)` \| (.+?) \|$", (REPO / "README.md").read_text(), re.M)
     assert len(rows) > 40
