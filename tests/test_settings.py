@@ -665,7 +665,7 @@ def test_the_table_of_techniques_names_settings_and_their_code():
 
 
 FIELD_NAMES = {  # what somebody who knows the paper types, as a regular expression
-    "XSA": r"\bxsa", "BigramHash": "bigram_?hash", "SmearGate": "smear_?gate", "depth recurrence": "depth[_ ]recurrence",
+    "XSA": "xsa", "BigramHash": "bigram_?hash", "SmearGate": "smear_?gate", "depth recurrence": "depth[_ ]recurrence",
     "parallel lanes": "parallel_?lanes|lanes", "Newton-Schulz": "newton_schulz", "NorMuon": "normuon",
     "EMA start": "ema_start", "act order": "act_order", "coder context": "code_context|compressor",
     "allocation": "allocat", "LQER": "lqer", "sliding windows": "sliding_? ?window", "document adapters":
@@ -676,7 +676,9 @@ FIELD_NAMES = {  # what somebody who knows the paper types, as a regular express
 def test_one_search_finds_setting_code_and_test_of_a_technique(technique, words):
     search = re.compile(words, re.I)
     settings_found = [name for name, f in FIELDS.items() if search.search(f"{name} {f.type} {f.metadata['doc']}")]
-    code = [node.name for node in ast.walk(TREE) if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and search.search(node.name)]
+    names = [getattr(node, "arg", None) or getattr(node, "name", "") for node in ast.walk(TREE)
+             if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.arg))]  # of functions, classes and arguments
+    code = [name for name in names if search.search(name)]
     tests = [path.name for path in (REPO / "tests").glob("test_*.py") if re.search(f"def test_.*({words})", path.read_text(), re.I)]
     assert settings_found and code and tests, f"{technique}: {settings_found} {code} {tests}"
 
