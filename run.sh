@@ -9,7 +9,7 @@ bash run.sh KEY=VALUE ...              the same with other settings, such as MAX
 bash run.sh RECORD [KEY=VALUE ...]     a settings file, or a folder or folder name of records/, in place of the defaults
 bash run.sh RECORD --small             the same at a size for two CPU cores, on the embedded text
 bash run.sh setup                      only set up: .venv, requirements, embedded data
-bash run.sh test [PYTEST ARGUMENTS]    run the tests
+bash run.sh test [PYTEST ARGUMENTS]    run the tests; `test quick`: the basic ones, under a minute
 bash run.sh help                       this text; all settings: .venv/bin/python train_gpt.py --help
 
 Settings: default < settings file < environment < KEY=VALUE. Relative paths in them start at the repository.

@@ -3890,6 +3890,12 @@ class ValStream(NamedTuple):
     sidecar: bool = False  # the bytes are those of fineweb_val_bytes_*.bin, not of the byte table
 
 
+def unmeasured_text(tokens):
+    """ValStream of tokens (N + 1,) whose bytes do not matter: one for each target."""
+    one_byte_each = torch.ones(len(tokens) - 1, dtype=torch.int16, device=tokens.device)
+    return ValStream(tokens, one_byte_each, False)
+
+
 def load_validation(s, rt, sp):
     """All validation shards in order, with the bytes of each target.
 
@@ -4116,7 +4122,7 @@ def generate(model, rows, length, temperature, seed, world=1, rank=0):
     row does not depend on the number of ranks.
     """
     device = model.embed.weight.device
-    rows = -(-rows // world)  # of this rank
+    rows = ceil_div(rows, world)  # of this rank
     generator = torch.Generator().manual_seed(seed)
     chances = torch.rand(rows * world, length, generator=generator)
     chances = chances[rank * rows : (rank + 1) * rows].to(device)
@@ -4476,7 +4482,7 @@ CORRECTION = {
     "a_step": CodecPart(np.float16, lambda shape, rank, group: 1),
     "b": CodecPart(np.int8, lambda shape, rank, group: rank * per_column(shape)),
     "b_step": CodecPart(np.float16,
-                        lambda shape, rank, group: -(-rank * per_column(shape) // group)),
+                        lambda shape, rank, group: ceil_div(rank * per_column(shape), group)),
 }
 
 
@@ -5227,8 +5233,8 @@ def piece_shape(shape, state_count):
     matrices, rows, columns = shape
     codes = max(1, state_count // matrices)  # of a matrix in a chunk
     pieces = min(rows // LEAST_PIECE, math.isqrt(codes * rows // columns))
-    height = -(-rows // max(1, pieces))
-    pieces = -(-rows // height)
+    height = ceil_div(rows, max(1, pieces))
+    pieces = ceil_div(rows, height)
     width = min(columns, max(1, codes // pieces))
     return height, width
 
@@ -5245,7 +5251,7 @@ def walk_codes(groups, coder):
         counts.begin_group()
         column_sums = np.zeros((matrices, 1, columns), np.int64)
         rows_seen = 0
-        above = np.zeros((matrices, -(-rows // height), columns), np.int8)
+        above = np.zeros((matrices, ceil_div(rows, height), columns), np.int8)
         for t in range(height):
             codes = group[:, t::height]  # (N, pieces, C): row t of every piece, if it is that long
             row = RowState(column_sums, rows_seen, above[:, : codes.shape[1]])
@@ -6212,7 +6218,7 @@ def sliding_windows(ranges, length, stride=0):
     """
     stride = stride or length
     begin, end = ranges.T
-    count = 1 + np.maximum(-(-(end - begin - length) // stride), 0)  # windows of each range
+    count = 1 + np.maximum(ceil_div(end - begin - length, stride), 0)  # windows of each range
     first_window = np.cumsum(count) - count  # of each range
     source = np.repeat(np.arange(len(ranges)), count)  # the range of each window
     number = np.arange(len(source)) - first_window[source]  # of each window within its range
@@ -6226,7 +6232,7 @@ def sliding_windows(ranges, length, stride=0):
 def padded_width(tokens, longest, least=1):
     """Width to which a row is padded: a multiple of longest / 4, or of `least` if that is more."""
     unit = max(longest // WINDOW_WIDTHS, least)
-    return np.minimum(-(-tokens // unit) * unit, longest)
+    return np.minimum(ceil_div(tokens, unit) * unit, longest)
 
 
 def padded_rows(rows, batch):
@@ -6235,7 +6241,7 @@ def padded_rows(rows, batch):
     A batch shrinks as its documents end, but documents of similar length end together. A third
     size would save 3 % of the forwards on FineWeb and cost one more graph of each width.
     """
-    quarter = -(-batch // 4)
+    quarter = ceil_div(batch, 4)
     return quarter if rows <= quarter else batch
 
 
@@ -7185,8 +7191,7 @@ def selftest(run, s, path, data, val):
     def nats(ids, ranks=rt, distributions=None):
         predictor = predictors[ranks]
         predictor.reset()
-        one_byte_each = torch.ones(len(ids) - 1, dtype=torch.int16, device=ids.device)
-        stream = ValStream(ids.int(), one_byte_each, False)
+        stream = unmeasured_text(ids.int())
         costs = torch.zeros(len(ids) - 1, dtype=torch.float64, device=ids.device)
         if before:
             before.reset()
@@ -7237,7 +7242,7 @@ def selftest_text(val, lengths):
     text that is too short is repeated.
     """
     count = sum(lengths) + 1
-    repeats = -(-count // len(val.tokens))
+    repeats = ceil_div(count, len(val.tokens))
     ids = val.tokens.repeat(repeats)[:count].long()
     ids[ids == BOS] = BOS + 1
     starts = [0, *np.cumsum(lengths)[:-1]]
@@ -7418,7 +7423,8 @@ class Adaptation:
         padding = -len(targets) % s.eval_seq_len
         rows = np.pad(targets, (0, padding), constant_values=-1).reshape(-1, s.eval_seq_len)
         batches = [rows[i : i + s.ttt_batch_seqs] for i in range(0, len(rows), s.ttt_batch_seqs)]
-        batch_rows = -(-len(batches[0]) // world) * world  # of every batch, divisible by the ranks
+        # Of every batch, divisible by the ranks.
+        batch_rows = ceil_div(len(batches[0]), world) * world
         steps = epochs * len(batches)
         for step in range(steps):
             batch = batches[step % len(batches)]
@@ -10185,8 +10191,7 @@ def _best_average(run, training, predictor, candidates):
     rt = run.rt
     run.validity.opened("train")
     held = torch.from_numpy(training.stream.held.astype(np.int32)).to(rt.device)
-    one_byte_each = torch.ones(len(held) - 1, dtype=torch.int16, device=rt.device)
-    stream = ValStream(held, one_byte_each, False)
+    stream = unmeasured_text(held)
     losses = {}
     with run.clock.phase("calibrate"), torch.no_grad():
         for kind, weights in candidates.items():
@@ -10580,8 +10585,7 @@ def warm_up_scoring(run, predictor, reader):
         predictor.observe(chunk)
     if predictor.learns:
         count = min(s.ttt_chunk_tokens, len(reader.stream.bytes))
-        one_byte_each = torch.ones(count, dtype=torch.int16, device=device)
-        predictor.rehearse(ValStream(tokens(count + 1).int(), one_byte_each, False))
+        predictor.rehearse(unmeasured_text(tokens(count + 1).int()))
     predictor.reset()
     run.rt.sync()
     graphs = graphs_so_far()
