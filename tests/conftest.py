@@ -20,6 +20,8 @@ from toy import make_toy
 FIRST = ("test_bench.py", "test_liveness.py", "test_signals.py", "test_runtime.py", "test_model.py", "test_submit.py",
          "test_train.py", "test_prepare.py", "test_records.py", "test_optimizer.py")
 
+CACHES = (".pytest_cache", ".hypothesis", ".ruff_cache", "__pycache__")  # that tools keep in the repository
+
 
 def pytest_configure(config):
     config.guard = guard.watch()
@@ -35,6 +37,15 @@ def temporary_files(tmp_path_factory):
         patch.setenv("TMPDIR", folder)
         patch.setattr(tempfile, "tempdir", folder)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def clean_repository():
+    """No test leaves a file in the repository, where the next commit would take it along."""
+    before = set(REPO.iterdir())
+    yield
+    left = {path.name for path in set(REPO.iterdir()) - before} - {*CACHES, "logs"}
+    assert not left, f"a test wrote to the working directory, not to tmp_path: {sorted(left)}"
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ bit for bit the one without the field, and Settings.idle() must name it.
 import contextlib
 import functools
 import io
+import os
 import tempfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -274,7 +275,8 @@ def differs(toy, changes, losses):
 def _run(s, result):
     """A run without files, whose log is `result`."""
     run, rt = tg.Run.__new__(tg.Run), tg.Runtime(s, {})
-    run.s, run.rt, run.out_dir, run.attend, run.log, run.source = s, rt, Path("nowhere"), tg.pick_attention(s, rt), result, b""
+    run.s, run.rt, run.attend, run.log, run.source = s, rt, tg.pick_attention(s, rt), result, b""
+    run.out_dir = Path(os.devnull) / "run"  # in which no file can be made
     run.clock, run.validity, run.facts = tg.Clock(), tg.Validity(), {}
     return run
 
