@@ -190,7 +190,8 @@ class Condition(NamedTuple):
     def holds(self, value):
         if not self.values:
             return bool(value)
-        words = set(value) if isinstance(value, tuple) else {format_value(value)}
+        typed = format_value(value).removesuffix(".0")  # a rule says 0 of a number
+        words = set(value) if isinstance(value, tuple) else {typed}
         met = bool(words & set(self.values))  # of a list, one of its words is enough
         return met != self.negated
 
@@ -242,6 +243,7 @@ FIXED_EMBED_GRID = "fit!=allocate&embed_quant!=ternary"
 ANY_FIXED_GRID = f"{FIXED_GRID},{FIXED_EMBED_GRID}"
 GPTQ = "matrix_quant=gptq,embed_quant=gptq"
 CALIBRATED = f"{GPTQ},fit=allocate,lqer_rank,awq_lite_group_top_k"
+RESERVED = f"{CALIBRATED},eval_temperature=0,average=best"
 ONE_STREAM = "ttt!=lora_docs"
 WINDOWS = f"eval_context=window&{ONE_STREAM}"
 STREAM_TTT = "ttt=full|lora"
@@ -646,7 +648,7 @@ class Settings:
     gptq_reserve_seconds: float = _pack(
         0.0, "seconds of MAX_WALLCLOCK_SECONDS that are kept for the calibration; 0: as measured "
         "in warm-up",
-        0, on=CALIBRATED, code="Training.measure_reserve")
+        0, on=RESERVED, code="Training.measure_reserve")
     lqer_rank: int = _pack(
         0, "LQER: rank of a low-rank correction of the worst tensors (#1797); 0: off",
         0, 256, code="lqer")
@@ -860,6 +862,11 @@ class Settings:
         tables_by_gptq = self.embed_quant == "gptq" and self.embed_bits != 16
         chooses = self.fit == "allocate" or self.lqer_rank > 0 or self.awq_lite_group_top_k > 0
         return chooses or matrices_by_gptq or tables_by_gptq
+
+    @property
+    def calibrates(self):
+        """Does anything but steps take a part of the training clock?"""
+        return self.needs_moments or self.eval_temperature == 0 or self.average == "best"
 
     @property
     def format(self):
@@ -9457,34 +9464,41 @@ class Training:
             raise BadInput(f"torch.compile failed ({type(error).__name__}: {first_line}); "
                            "COMPILE=off runs without it") from error
 
-    # Calibration: what rounding will cost, measured inside the training clock
+    # Calibration: what is measured inside the training clock once the steps are over
 
-    def measure_reserve(self):
-        """Seconds that calibration will take, from a second try on synthetic tokens.
-
-        The first try is all set-up.
-        """
+    def measure_reserve(self, predictor):
+        """Seconds that calibration will take, rehearsed on synthetic tokens."""
         s = self.run.s
         rt = self.run.rt
         stage = s.stages[-1]
-        generator = torch.Generator().manual_seed(s.seed)
-        for _ in range(2):
-            rt.sync()
-            began = time.monotonic()
+        micro = self.stream.synthetic(torch.Generator().manual_seed(s.seed), stage.length,
+                                      stage.tokens)
+        seconds = 0.0
+        if s.needs_moments:
             meter = MomentMeter(self.model)
+            one_micro_batch = self._seconds_of(self._measure, meter, micro[:1], stage.length)
+            seconds += one_micro_batch * len(micro) * calibration_steps(s)
             if s.gptq_calibration == "generated":
                 part = max(stage.length // 32, 1)  # of the length, then scaled up to all of it
                 rows = calibration_rows(s) // rt.world + 1
-                generate(self.model, rows, part, s.gptq_temperature, s.seed)
-                rt.sync()
-                began -= (time.monotonic() - began) * (stage.length / part - 1)
-            prepared = time.monotonic()
-            micro = self.stream.synthetic(generator, stage.length, stage.tokens)
-            self._measure(meter, micro[:1], stage.length)
-            rt.sync()
-            one_micro_batch = time.monotonic() - prepared
-            seconds = prepared - began + one_micro_batch * len(micro) * calibration_steps(s)
+                seconds += stage.length / part * self._seconds_of(
+                    generate, self.model, rows, part, s.gptq_temperature, s.seed)
+        if s.eval_temperature == 0:
+            seconds += self._seconds_of(self._inverse_temperature, micro)
+        if s.average == "best":
+            candidates = 1 + len(self.average.kinds)
+            held = torch.zeros(len(self.stream.held), dtype=torch.int32, device=rt.device)
+            seconds += candidates * self._seconds_of(held_out_loss, self.run, predictor, held)
         return rt.max(1.1 * seconds)[0]
+
+    def _seconds_of(self, work, *args):
+        """How long work(*args) takes when it is done again: the first time is all set-up."""
+        for _ in range(2):
+            self.run.rt.sync()
+            began = time.monotonic()
+            work(*args)
+            self.run.rt.sync()
+        return time.monotonic() - began
 
     def _measure(self, meter, micro, length):
         rows = max(CALIBRATION_MICRO_TOKENS // length, 1)
@@ -9522,29 +9536,36 @@ class Training:
                 seconds=round(run.clock["calibrate"], 3), reserved_seconds=round(self.reserve, 3))
         return moments
 
-    @torch.no_grad()
     def fit_temperature(self):
         """The divisor of the logits at which further training text costs least."""
         run = self.run
         with run.clock.phase("calibrate"):
             run.validity.opened("train")
-            states, targets = self._states_of_next_step()
-            logits = self.model.logits(states.float()).double()
-            inverse = _best_inverse_temperature(logits, targets, run.rt)
-        count = torch.tensor([float(len(targets))], dtype=torch.float64, device=run.rt.device)
-        tokens = int(run.rt.sum(count).item())
+            micro = _next_batch(run, self, run.s.stages[self.stage])
+            inverse, tokens = self._inverse_temperature(micro)
         run.log("temperature", fitted=1 / inverse, tokens=tokens)
         return round(1 / inverse, 4)
 
-    def _states_of_next_step(self):
-        """Final states (N, D) and targets (N, 1) of rows of the next step, TEMPERATURE_TOKENS in
-        all.
+    @torch.no_grad()
+    def _inverse_temperature(self, micro):
+        """(1 / T at which a step's micro-batches cost least, the tokens of all ranks it is fitted
+        on).
+        """
+        rt = self.run.rt
+        states, targets = self._states_to_fit(micro)
+        logits = self.model.logits(states.float()).double()
+        inverse = _best_inverse_temperature(logits, targets, rt)
+        count = torch.tensor([float(len(targets))], dtype=torch.float64, device=rt.device)
+        return inverse, int(rt.sum(count).item())
+
+    def _states_to_fit(self, micro):
+        """Final states (N, D) and targets (N, 1) of rows of a step, TEMPERATURE_TOKENS in all.
 
         The rows are evenly spaced over all ranks, so that they do not depend on their number.
         """
         run = self.run
         rows = []
-        for ids, targets, docs in _next_batch(run, self, run.s.stages[self.stage]):
+        for ids, targets, docs in micro:
             row_docs = docs if len(ids) == 1 else None
             rows += [(ids[i : i + 1], targets[i : i + 1], row_docs) for i in range(len(ids))]
         count = len(rows) * run.rt.world
@@ -10105,9 +10126,9 @@ def _warm_up(run, training, predictor, val):
                 _warm_up_reports(run, training, predictor, val)
         run.log("warmup", steps=s.warmup_steps, graphs=len(training.plans()),
                 seconds=round(clock["warmup"], 2))
-    if s.needs_moments and s.max_wallclock_seconds:
+    if s.calibrates and s.max_wallclock_seconds:
         with clock.phase("warmup"):
-            training.reserve = s.gptq_reserve_seconds or training.measure_reserve()
+            training.reserve = s.gptq_reserve_seconds or training.measure_reserve(predictor)
         run.log("reserve", seconds=round(training.reserve, 3))
 
 
@@ -10187,21 +10208,25 @@ def _best_average(run, training, predictor, candidates):
     """(name, weights) of the candidate with the lowest loss on the held-out end of the training
     stream.
     """
-    s = run.s
-    rt = run.rt
     run.validity.opened("train")
-    held = torch.from_numpy(training.stream.held.astype(np.int32)).to(rt.device)
-    stream = unmeasured_text(held)
+    held = torch.from_numpy(training.stream.held.astype(np.int32)).to(run.rt.device)
     losses = {}
-    with run.clock.phase("calibrate"), torch.no_grad():
+    with run.clock.phase("calibrate"):
         for kind, weights in candidates.items():
             training.average.apply(weights)
-            reader = contiguous_reader(stream, s, rt)
-            losses[kind] = score(predictor, reader, stream, rt, Validity()).loss
+            losses[kind] = held_out_loss(run, predictor, held)
     best = min(losses, key=losses.get)
     run.log("candidates", chosen=best, held_out_tokens=len(held) - 1,
             **{f"{kind}_loss": loss for kind, loss in losses.items()})
     return best, candidates[best]
+
+
+@torch.no_grad()
+def held_out_loss(run, predictor, held):
+    """Contiguous loss in nats on training text (K,) that was not trained on."""
+    stream = unmeasured_text(held)
+    reader = contiguous_reader(stream, run.s, run.rt)
+    return score(predictor, reader, stream, run.rt, Validity()).loss
 
 
 def _seconds_to_train(run, training):
@@ -10209,10 +10234,78 @@ def _seconds_to_train(run, training):
     s = run.s
     limit = max(s.max_wallclock_seconds - training.reserve, 0.0)
     if s.max_wallclock_seconds and not limit:
-        name = "gptq_reserve_seconds" if s.gptq_reserve_seconds else "gptq_calibration_tokens"
+        advice = "raise it"
+        if s.gptq_reserve_seconds:
+            advice = f"lower GPTQ_RESERVE_SECONDS={s.gptq_reserve_seconds}"
+        elif s.needs_moments:
+            advice = f"lower GPTQ_CALIBRATION_TOKENS={s.gptq_calibration_tokens}"
         raise BadInput(f"calibration will take {training.reserve:.1f} s of MAX_WALLCLOCK_SECONDS="
-                       f"{s.max_wallclock_seconds}; lower {name.upper()}={getattr(s, name)}")
+                       f"{s.max_wallclock_seconds}; {advice}")
     return limit
+
+
+class Pace:
+    """How far the steps are, by ITERATIONS or by the clock, whichever is further, and how fast."""
+
+    def __init__(self, s, limit):
+        self.s = s
+        self.limit = limit  # seconds that there are for steps; 0: no limit
+        self.step = 0
+        self.elapsed = 0.0  # seconds of the training clock
+        self.progress = 0.0  # fraction of the run
+        self.marks = deque(maxlen=20)  # the clock at the last steps
+
+    def update(self, step, elapsed):
+        """Call it before each step: the number of steps that were made, and the training clock."""
+        self.step = step
+        self.elapsed = elapsed
+        self.marks.append(elapsed)
+        self.progress = min(max(self.by_time, self.by_step), 1.0)
+
+    @property
+    def by_time(self):
+        return self.elapsed / self.limit if self.limit else 0.0
+
+    @property
+    def by_step(self):
+        return self.step / self.s.iterations if self.s.iterations else 0.0
+
+    @property
+    def seconds(self):
+        """Of the slowest of the last steps."""
+        return max((later - earlier for earlier, later in pairwise(self.marks)), default=0.0)
+
+    @property
+    def total_steps(self):
+        """Of the run: if the clock ends it, as many as fit at the pace so far."""
+        return self.step / self.by_time if self.by_time > self.by_step else self.s.iterations
+
+    def is_over(self, in_flight):
+        """Are all steps made, or would one that begins now end too late?
+
+        in_flight: number of steps that the device has not finished.
+        """
+        late = self.elapsed + self.seconds * (1 + in_flight) > self.limit
+        return self.by_step >= 1 or bool(self.limit and late)
+
+    def eta(self):
+        """Seconds until the steps are over."""
+        return self.elapsed * (1 - self.progress) / max(self.progress, 1e-9)
+
+
+class LossCheck:
+    """Looks at the loss of each step once the device has finished it: the host never waits."""
+
+    def __init__(self):
+        self.waiting = deque()  # (step, its loss on the way to the CPU)
+        self.bad_step = math.inf  # the first whose loss was not finite
+
+    def look(self, in_flight=0):
+        """At all steps but the last `in_flight`."""
+        while len(self.waiting) > in_flight:
+            step, loss = self.waiting.popleft()
+            if not math.isfinite(loss.item()):
+                self.bad_step = min(self.bad_step, step)
 
 
 def _train_steps(run, training, predictor, val, interrupt):
@@ -10221,26 +10314,20 @@ def _train_steps(run, training, predictor, val, interrupt):
     """
     s = run.s
     rt = run.rt
-    clock = run.clock
-    limit = _seconds_to_train(run, training)
+    pace = Pace(s, _seconds_to_train(run, training))
+    losses = LossCheck()
     first_step = training.step
     lowest_fall = 1.0
-    losses = deque()  # of steps that the device may not have finished
-    marks = deque(maxlen=20)  # the clock at the last steps
     while True:
-        # Rank 0's clock decides for all. A step begins only if it would still end in time at the
-        # slowest recent pace.
-        elapsed, stop = rt.max(clock["train"] if rt.rank == 0 else 0.0, interrupt.signal)
+        # Rank 0's clock decides for all.
+        elapsed = run.clock["train"] if rt.rank == 0 else 0.0
+        elapsed, stop, bad = rt.max(elapsed, interrupt.signal, -losses.bad_step)
+        _need_finite(run, -bad)
         if stop:
             break
         step = training.step
-        marks.append(elapsed)
-        pace = max((later - earlier for earlier, later in pairwise(marks)), default=0.0)
-        by_time = elapsed / limit if limit else 0.0
-        by_step = step / s.iterations if s.iterations else 0.0
-        progress = min(max(by_time, by_step), 1.0)
-        out_of_time = limit and elapsed + pace * (1 + len(losses)) > limit
-        done = by_step >= 1 or out_of_time or training.done
+        pace.update(step, elapsed)
+        done = training.done or pace.is_over(len(losses.waiting))
         due = s.val_loss_every and step % s.val_loss_every == 0 and step > first_step
         if done or due:
             if training.qat:  # what is scored is the weights themselves
@@ -10249,33 +10336,23 @@ def _train_steps(run, training, predictor, val, interrupt):
         if done:
             break
 
-        # A run that ends by the clock has as many steps as fit at this pace; WARMDOWN_ITERS is
-        # measured against it.
-        total_steps = step / by_time if by_time > by_step else s.iterations
-        falling = warmdown(s, progress, total_steps, limit)
+        falling = warmdown(s, pace.progress, pace.total_steps, pace.limit)
         if step:  # before that, the number of steps is not known
             lowest_fall = min(lowest_fall, falling)
-        training.enter(progress, falling)
+        training.enter(pace.progress, falling)
         since_stage = step - training.stage_start if training.stage else None
-        scale = lr_scale(s, progress, step, total_steps, since_stage, limit)
-        losses.append(_train_step(run, training, progress, scale))
-        in_flight = rt.throttle()
-        save = s.checkpoint_every and training.step % s.checkpoint_every == 0
-        if save:
-            rt.sync()
-            in_flight = 0
-        while len(losses) > in_flight:
-            _check_loss(run, *losses.popleft())
-        if save:
+        scale = lr_scale(s, pace.progress, step, pace.total_steps, since_stage, pace.limit)
+        losses.waiting.append(_train_step(run, training, pace.progress, scale))
+        losses.look(rt.throttle())
+        if s.checkpoint_every and training.step % s.checkpoint_every == 0:
+            _finish_steps(run, losses)
             training.save()
-        eta = elapsed * (1 - progress) / max(progress, 1e-9)
-        run.log.progress("training", progress, 1.0,
-                         f"step {training.step} {1e3 * pace:.0f} ms/step ETA {eta:.0f} s")
-    rt.sync()
+        run.log.progress(
+            "training", pace.progress, 1.0,
+            f"step {training.step} {1e3 * pace.seconds:.0f} ms/step ETA {pace.eta():.0f} s")
     if training.qat:
         training.qat.switch(False)
-    while losses:
-        _check_loss(run, *losses.popleft())
+    _finish_steps(run, losses)
     stop = int(rt.max(interrupt.signal)[0])
     if stop:
         then = "no checkpoint could be written"
@@ -10283,10 +10360,17 @@ def _train_steps(run, training, predictor, val, interrupt):
             then = f"go on with RESUME=auto OUT_DIR={run.out_dir}"
         name = signal.Signals(stop).name
         raise Stopped(f"interrupted by {name} after step {training.step}; {then}", 128 + stop)
-    if by_step < 1:
+    if pace.by_step < 1:
         times = f"train_time:{1e3 * elapsed:.0f}ms {step_of(s, step)}"
         run.log("stopping_early", f"stopping_early: wallclock_cap {times}", step=step)
     return lowest_fall
+
+
+def _finish_steps(run, losses):
+    """Wait for the device, and look at every loss. Collective."""
+    run.rt.sync()
+    losses.look()
+    _need_finite(run, -run.rt.max(-losses.bad_step)[0])
 
 
 def _next_batch(run, training, stage):
@@ -10355,17 +10439,20 @@ def log_step(run, event, step, result, scale=None, tokens=0):
                 tokens_per_second=rate)
 
 
-def _check_loss(run, step, loss):
-    if math.isfinite(loss.item()):
+def _need_finite(run, bad_step):
+    """End the run on all ranks if the loss of a step was not finite on one of them; inf: of none.
+    """
+    if bad_step == math.inf:
         return
     # The loss of a step judges the weights that the step before left: a checkpoint of those is bad,
     # too.
+    step = int(bad_step)
     first_bad = checkpoint_path(run.out_dir, step - 1).name
-    bad = [path for path in checkpoints(run.out_dir) if path.name >= first_bad]
+    good = [path.name for path in checkpoints(run.out_dir) if path.name < first_bad]
     if run.rt.rank == 0:
-        for path in bad:
-            path.rename(path.with_suffix(".bad"))
-    good = [path.name for path in checkpoints(run.out_dir) if path not in bad]
+        for path in checkpoints(run.out_dir):
+            if path.name >= first_bad:
+                path.rename(path.with_suffix(".bad"))
     last = good[0] if good else "none"
     raise Stopped(f"the loss is not finite at step {step}; last good checkpoint: {last}", 4)
 

@@ -347,6 +347,20 @@ def test_the_job_ends_when_one_rank_dies(toy, tmp_path):
     assert not (tmp_path / "model.pg").exists()
 
 
+def test_a_loss_that_is_not_finite_on_one_rank_ends_all(toy, tmp_path):
+    """Rank 0 writes the checkpoints: what rank 1 found must reach it, or bad weights keep a good name."""
+    source, line = SCRIPT.read_text(encoding="utf-8"), "return training.step, rt.to_cpu(loss)"
+    assert source.count(line) == 1
+    script = tmp_path / "train_gpt.py"
+    script.write_text(source.replace(line, f"loss = loss / (rt.rank != 1 or training.step != 6)\n    {line}"), encoding="utf-8")
+    args = command(toy, tmp_path / "out", *STEPS, "CHECKPOINT_EVERY=1")
+    with Started([str(script) if word == str(SCRIPT) else word for word in torchrun(args)]) as run:
+        done = run.finish()
+    why = "the loss is not finite at step 6; last good checkpoint: checkpoint_0000004.pt"
+    assert done.returncode != 0 and all(f"{who}: {why}" in done.stderr for who in ("error", "error (rank 1)"))
+    assert list(checkpoints(tmp_path / "out")) == [4] and (tmp_path / "out/checkpoint_0000005.bad").exists()
+
+
 def test_a_scheduler_that_ends_a_job_of_several_ranks_leaves_a_checkpoint(toy, one, tmp_path):
     args = command(toy, tmp_path, *STEPS, "ITERATIONS=100000", "CHECKPOINT_EVERY=0", "PHASES=train")
     with Started(torchrun(args)) as run:

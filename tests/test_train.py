@@ -749,7 +749,7 @@ def test_the_reserve_is_what_calibration_takes_and_a_tenth_more(tmp_path, monkey
     s = ref.small(**text(tmp_path / "text"), matrix_quant="gptq", gptq_calibration=source,
                   gptq_calibration_tokens=200, train_batch_tokens=64, micro_batch_tokens=32)
     run, training = begun(s, train_gpt.Runtime(s, {}), tmp_path / "run")
-    reserve, before = training.measure_reserve(), now[0]
+    reserve, before = training.measure_reserve(None), now[0]
     training.calibrate()
     if source == "train":
         assert now[0] - before == 8 and reserve == pytest.approx(1.1 * 8), "4 steps of 2 micro-batches"
@@ -757,8 +757,26 @@ def test_the_reserve_is_what_calibration_takes_and_a_tenth_more(tmp_path, monkey
         assert 16 < now[0] - before <= reserve < 30, "16 tokens of each row, all rows at once"
 
 
+@pytest.mark.parametrize("slow, changes, seconds", [
+    ("score", dict(average="best", holdout_tokens=200), 4), ("_best_inverse_temperature", dict(eval_temperature=0), 1)])
+def test_the_reserve_holds_the_choice_of_an_average_and_the_temperature(tmp_path, monkeypatch, slow, changes, seconds):
+    """By a clock on which each of the four candidates takes a second, or the fit of the temperature."""
+    now, function = [0.0], getattr(train_gpt, slow)
+
+    def timed(*args):
+        now[0] += 1
+        return function(*args)
+
+    monkeypatch.setattr(train_gpt, "time", SimpleNamespace(monotonic=lambda: now[0], strftime=time.strftime))
+    monkeypatch.setattr(train_gpt, slow, timed)
+    s = ref.small(**text(tmp_path / "text"), **changes)
+    run, training = begun(s, train_gpt.Runtime(s, {}), tmp_path / "run")
+    predictor = train_gpt.ModelPredictor(training.model, run.rt)
+    assert training.measure_reserve(predictor) == pytest.approx(1.1 * seconds)
+
+
 def test_a_reserve_that_is_given_is_kept_and_not_measured(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(Training, "measure_reserve", lambda self: pytest.fail("it was given"))
+    monkeypatch.setattr(Training, "measure_reserve", lambda *_: pytest.fail("it was given"))
     done = good(call(command(toy, tmp_path, *CALIBRATED, "GPTQ_CALIBRATION_TOKENS=512", "MAX_WALLCLOCK_SECONDS=100",
                              "GPTQ_RESERVE_SECONDS=98.5", "PHASES=train")))
     said, (reserve,) = summary(done), events(tmp_path, "reserve")
@@ -773,7 +791,7 @@ def test_a_calibration_that_would_take_all_of_the_budget_is_refused(toy, tmp_pat
 
 
 def test_without_a_limit_or_a_need_nothing_is_measured(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(Training, "measure_reserve", lambda self: pytest.fail("nothing to keep it of"))
+    monkeypatch.setattr(Training, "measure_reserve", lambda *_: pytest.fail("nothing to keep it of"))
     good(call(command(toy, tmp_path / "steps", "MATRIX_QUANT=gptq", "GPTQ_CALIBRATION_TOKENS=512", "PHASES=train")))
     good(call(command(toy, tmp_path / "rtn", "MAX_WALLCLOCK_SECONDS=60", "MATRIX_QUANT=rtn", "PHASES=train")))
     assert len(events(tmp_path / "steps", "calibrate")) == 1 and not events(tmp_path / "rtn", "calibrate")

@@ -479,6 +479,8 @@ def typed_choices(f):
     """What a user may type for a field whose values a condition names."""
     if get_origin(f.type) is Literal:
         return get_args(f.type)
+    if f.type is float:
+        return ("0", "0.7")
     return ("0", "1") if f.type is bool else ("q", "k", "v", "o", "attn", "mlp", "head")
 
 
