@@ -2714,7 +2714,7 @@ def muon_state(weight, s):
     return [weight.shape]
 
 
-def adam(weight, grad, state, step):
+def adamw_of_bank(weight, grad, state, step):
     """AdamW for a flat bank, in place: one fused operation, no tensor for the update."""
     mean, square = state
     adamw(weight, grad, mean, square, step.t, step.lr, step.wd, step.betas, step.s.adam_eps)
@@ -2730,7 +2730,7 @@ class Optimizer(NamedTuple):
 
 OPTIMIZERS = {
     "muon": Optimizer(muon, muon_state, "stacked"),
-    "adam": Optimizer(adam, lambda weight, s: [weight.shape, weight.shape], "flat"),
+    "adamw": Optimizer(adamw_of_bank, lambda weight, s: [weight.shape, weight.shape], "flat"),
 }
 
 
@@ -2746,14 +2746,14 @@ class UpdateRule(NamedTuple):
 def update_rules(s):
     """{role: UpdateRule} of the settings."""
     betas = (s.beta1, s.beta2)
-    matrix_kind = "adam" if s.matrix_optimizer == "adamw" else s.matrix_optimizer
     embed_lr = s.tied_embed_lr if s.tie_embeddings else s.embed_lr
-    return {"matrix": UpdateRule(matrix_kind, s.matrix_lr, s.muon_wd, s.matrix_betas or betas),
-            "embed": UpdateRule("adam", embed_lr, s.embed_wd, s.embed_betas or betas),
-            "head": UpdateRule("adam", s.head_lr, s.head_wd, s.head_betas or betas),
-            "gate": UpdateRule("adam", s.scalar_lr, s.adam_wd, betas),
-            "cap": UpdateRule("adam", 0.0, 0.0, betas),
-            "scalar": UpdateRule("adam", s.scalar_lr, s.adam_wd, betas)}
+    matrix_betas = s.matrix_betas or betas
+    return {"matrix": UpdateRule(s.matrix_optimizer, s.matrix_lr, s.muon_wd, matrix_betas),
+            "embed": UpdateRule("adamw", embed_lr, s.embed_wd, s.embed_betas or betas),
+            "head": UpdateRule("adamw", s.head_lr, s.head_wd, s.head_betas or betas),
+            "gate": UpdateRule("adamw", s.scalar_lr, s.adam_wd, betas),
+            "cap": UpdateRule("adamw", 0.0, 0.0, betas),
+            "scalar": UpdateRule("adamw", s.scalar_lr, s.adam_wd, betas)}
 
 
 # ---- banks and ranks -----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import reference as ref
 
-TRAINED_BY = {"matrix": "muon", "embed": "adam", "head": "adam", "gate": "adam", "scalar": "adam", "cap": "nothing"}
+TRAINED_BY = {"matrix": "muon", "embed": "adamw", "head": "adamw", "gate": "adamw", "scalar": "adamw", "cap": "nothing"}
 WIDTH = {"matrix": "matrix_bits", "embed": "embed_bits", "head": "embed_bits", "gate": "gate_bits",
          "scalar": "float16", "cap": "float16"}  # the setting of the stored width
 
@@ -160,7 +160,7 @@ def role_of(name):
 
 
 def trained_by(name):
-    """Its optimizer with MATRIX_OPTIMIZER=muon: "muon", "adam" or "nothing"."""
+    """Its optimizer with MATRIX_OPTIMIZER=muon: "muon", "adamw" or "nothing"."""
     return TRAINED_BY[role_of(name)]
 
 
