@@ -115,8 +115,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin
 
 if __name__ == "__main__":
-    # If a standard stream is closed, the next file that is opened gets its number, and with it our
-    # prints: open the null device there.
+    # If stdout is closed, the next open() would get its number and our prints would land in that
+    # file: open the null device there.
     for number in range(3):
         try:
             os.fstat(number)
@@ -181,17 +181,17 @@ LISTS = {  # how --help names them
 
 
 class Condition(NamedTuple):
-    """One condition of an `on` rule, such as VE_DIM, AVERAGE=swa|best or TTT!=lora_docs."""
+    """One condition of an `on` rule, such as ve_dim, average=swa|best or ttt!=lora_docs."""
 
     setting: str  # the field
-    values: tuple[str, ...] = ()  # as a user types them; none: the setting is neither 0 nor empty
+    values: tuple[str, ...] = ()  # as text; none: the setting is neither 0 nor empty
     negated: bool = False  # none of the values
 
     def holds(self, value):
         if not self.values:
             return bool(value)
-        typed = format_value(value).removesuffix(".0")  # a rule says 0 of a number
-        words = set(value) if isinstance(value, tuple) else {typed}
+        text = format_value(value).removesuffix(".0")  # the number 0.0 is "0" in a rule
+        words = set(value) if isinstance(value, tuple) else {text}
         met = bool(words & set(self.values))  # of a list, one of its words is enough
         return met != self.negated
 
@@ -228,7 +228,7 @@ def opt(room, default, doc, lo=None, hi=None, on="", code=""):
     return field(default=default, metadata=metadata)
 
 
-# Rules that several settings share.
+# Rules that several settings share; come back here where `on=` names one.
 GATE_OF_A_WINDOW = "attn_gate=head|sparse,smear_gate=scalar"
 SKIPPING = "skips!=none"
 TWO_LANES = "parallel_residual=lanes|routed"
@@ -242,6 +242,7 @@ FIXED_GRID = "fit!=allocate&matrix_quant!=ternary"
 FIXED_EMBED_GRID = "fit!=allocate&embed_quant!=ternary"
 ANY_FIXED_GRID = f"{FIXED_GRID},{FIXED_EMBED_GRID}"
 GPTQ = "matrix_quant=gptq,embed_quant=gptq"
+# What calibration serves; needs_moments looks at the bits, too, and so says whether it takes place.
 CALIBRATED = f"{GPTQ},fit=allocate,lqer_rank,awq_lite_group_top_k"
 RESERVED = f"{CALIBRATED},eval_temperature=0,average=best"
 ONE_STREAM = "ttt!=lora_docs"
@@ -556,7 +557,8 @@ class Settings:
     swa_every: int = _average(
         50, "SWA: steps between snapshots", 1, on="average=swa|best", code="Average")
     swa_start_scale: float = _average(
-        0.2, "SWA: snapshots are taken below this fraction of the peak learning rate",
+        0.2, "SWA: snapshots are taken once the warmdown is below this fraction of the peak "
+        "learning rate",
         0, 1, on="average=swa|best", code="Average")
     lawa_freq: int = _average(
         100, "LAWA: steps between snapshots", 1, on="average=lawa|best", code="Average")
@@ -855,17 +857,17 @@ class Settings:
     @property
     def needs_moments(self):
         """Does anything about the artifact depend on calibration (Moments)?"""
-        layer_bits = [bits for _, bits in self.layer_bits]
-        widths = {self.matrix_bits, self.attn_bits, self.mlp_bits, self.proj_bits, *layer_bits}
-        rounds_matrices = not widths <= {0, 16}
+        all_bits = [self.matrix_bits, self.attn_bits, self.mlp_bits, self.proj_bits]
+        all_bits += [bits for _, bits in self.layer_bits]
+        rounds_matrices = any(bits not in (0, 16) for bits in all_bits)  # 0: as MATRIX_BITS says
         matrices_by_gptq = self.matrix_quant == "gptq" and rounds_matrices
         tables_by_gptq = self.embed_quant == "gptq" and self.embed_bits != 16
         chooses = self.fit == "allocate" or self.lqer_rank > 0 or self.awq_lite_group_top_k > 0
         return chooses or matrices_by_gptq or tables_by_gptq
 
     @property
-    def calibrates(self):
-        """Does anything but steps take a part of the training clock?"""
+    def needs_reserve(self):
+        """Does anything after the last step take a part of the training clock?"""
         return self.needs_moments or self.eval_temperature == 0 or self.average == "best"
 
     @property
@@ -875,7 +877,7 @@ class Settings:
             return "allocated"
         if self.matrix_quant == "ternary":
             return "ternary"
-        return f"int{self.matrix_bits}"
+        return "float16" if self.matrix_bits == 16 else f"int{self.matrix_bits}"
 
     @property
     def stages(self):
@@ -897,8 +899,9 @@ class Settings:
         """Length of the longest row that the model ever meets."""
         if self.loader != "packed":
             return self.longest_sequence
-        most_tokens = max(stage.tokens for stage in self.stages)
-        return max(min(self.micro_batch_tokens, most_tokens), self.longest_sequence)
+        largest_step = max(stage.tokens for stage in self.stages)
+        packed_row = min(self.micro_batch_tokens, largest_step)
+        return max(packed_row, self.longest_sequence)
 
     @property
     def longest_sequence(self):
@@ -917,8 +920,10 @@ class Settings:
         return waiting
 
     def holds(self, rule):
-        """Does one alternative of an `on` rule (see opt) hold, with what it waits for? An empty
-        rule holds.
+        """Does an `on` rule (see opt) hold? holds(rule("ve_layers")): has VE_LAYERS an effect?
+
+        One alternative must hold, each of whose settings has an effect itself. An empty rule
+        holds.
         """
         def met(condition):
             value = getattr(self, condition.setting)
@@ -1070,7 +1075,7 @@ def parse_value(f, text):
     return _parse_number(f.type, text, f.metadata["lo"], f.metadata["hi"])
 
 
-# What other scripts call a choice of ours.
+# A choice of other scripts: what it may mean here.
 ALSO_CALLED = {"0": ("none", "off"), "pergroup": ("rans",)}
 
 
@@ -1109,11 +1114,11 @@ def _pair_reader(second):
 def _parse_number(kind, text, lo, hi):
     whole = kind is int
     try:
-        value = int(text.replace("_", "")) if whole else float(text)
+        value = int(text) if whole else float(text)
     except ValueError:
         raise ValueError("a whole number" if whole else "a number") from None
-    torch_holds = 2**63 - 1 if whole else 1e30
-    most = torch_holds if hi is None else hi
+    largest = 2**63 - 1 if whole else 1e30  # float32 holds it, and its products with small numbers
+    most = largest if hi is None else hi
     if not lo <= value <= most:  # also false for nan
         if hi is None:
             raise ValueError(f"at least {lo}, and at most {most}")
@@ -1175,18 +1180,20 @@ def _lane_conflicts(s, complain):
         complain(f"PARALLEL_START_LAYER={s.parallel_start_layer}: there is no such layer "
                  f"(NUM_LAYERS={s.num_layers})")
     last_layer = s.num_layers - 1
+    visits = [*layer_plan(s, looping=False), *layer_plan(s, looping=s.loops)]
+    pops_at_split = any(visit.split and visit.pop is not None for visit in visits)
     visited_again = s.loops and s.loop_end == last_layer
     last_layer_alone = s.parallel_start_layer == last_layer and not visited_again
+    skip_tells_lanes_apart = s.parallel_first_skip == "lane0" and pops_at_split
     learned_merge = s.parallel_residual == "routed" and s.parallel_final_lane == "learned"
-    if learned_merge and last_layer_alone:
+    if learned_merge and last_layer_alone and not skip_tells_lanes_apart:
         complain("PARALLEL_FINAL_LANE=learned learns nothing from "
                  f"PARALLEL_START_LAYER={s.parallel_start_layer}: the last layer alone leaves two "
                  "equal lanes; mean is the same")
-    if s.parallel_first_skip == "lane0" and s.holds(parse_rule(TWO_LANES_SKIPPING)):
-        visits = [*layer_plan(s, looping=False), *layer_plan(s, looping=s.loops)]
-        if not any(visit.split and visit.pop is not None for visit in visits):
-            complain("PARALLEL_FIRST_SKIP=lane0 changes nothing: no skip enters where the lanes "
-                     f"part, PARALLEL_START_LAYER={s.parallel_start_layer}")
+    lane0 = s.parallel_first_skip == "lane0" and s.holds(parse_rule(TWO_LANES_SKIPPING))
+    if lane0 and not pops_at_split:
+        complain("PARALLEL_FIRST_SKIP=lane0 changes nothing: no skip enters where the lanes part, "
+                 f"PARALLEL_START_LAYER={s.parallel_start_layer}")
 
 
 def _training_conflicts(s, given, complain):
@@ -1269,8 +1276,8 @@ def _packing_conflicts(s, complain):
         complain(f"{layer_bits} names a layer twice, or one outside "
                  f"0..NUM_LAYERS-1={s.num_layers - 1}")
     if s.awq_lite_group_top_k and s.awq_lite_group_size > s.model_dim:
-        complain(f"AWQ_LITE_GROUP_SIZE={s.awq_lite_group_size} exceeds MODEL_DIM={s.model_dim}: no "
-                 "matrix has such a group of columns")
+        complain(f"AWQ_LITE_GROUP_SIZE={s.awq_lite_group_size} exceeds MODEL_DIM={s.model_dim}, "
+                 "the columns of most matrices")
     for name in ("matrix_quant", "embed_quant"):
         method = getattr(s, name)
         if s.fit == "allocate" and method not in ("rtn", "gptq"):
@@ -1351,7 +1358,7 @@ def _file_pairs(path, complaints):
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         complaints.append(f"@{path}: cannot be read ({reason})")
         return
-    # Decoded as arguments are: a path may have an accent.
+    # Decoded like sys.argv, so that a path with an accent is the same in a file and as an argument.
     lines = os.fsdecode(text.encode()).splitlines()
     seen = set()
     for number, line in enumerate(lines, 1):
@@ -1372,7 +1379,7 @@ def _unknown(name, known):
     """What is to be said of a name that is no setting."""
     renamed = other_names()
     if name in renamed:
-        return f"{name} is now {renamed[name]}"
+        return f"{name} is no setting here: {renamed[name]}"
     if name.startswith(FOREIGN):
         return f"{name} is a switch of other contest scripts; this one does not have it"
     near = difflib.get_close_matches(name.upper(), known, 1, 0.6)
@@ -1381,11 +1388,14 @@ def _unknown(name, known):
 
 def _why_not_env(name, known, strict):
     """The complaint about an environment variable that is no setting; None if it is harmless."""
-    of_other_script = name in other_names() or name.startswith(FOREIGN)
-    if name in ELSEWHERE or (name.startswith(ELSEWHERE) and not of_other_script):
+    if name in COMMON:
         return None
-    if of_other_script:  # first: TTT_EVAL_SEQ_LEN is no misspelt EVAL_SEQ_LEN
+    # Before others' names: TORCH_COMPILE is one of those. Before the spelling: TTT_EVAL_SEQ_LEN is
+    # no misspelt EVAL_SEQ_LEN.
+    if name in other_names() or name.startswith(FOREIGN):
         return _unknown(name, known)
+    if name.startswith(ELSEWHERE):
+        return None
     near = difflib.get_close_matches(name, known, 1, 0.85)
     if near:
         return (f"{name} is not a setting; did you mean {near[0]}? (unset it if it is not meant "
@@ -1404,14 +1414,17 @@ def doubtful_names(env):
 
     def doubtful(name):
         several_words = "_" in name and words.issuperset(name.split("_"))
-        return several_words and name not in known and not name.startswith(ELSEWHERE)
+        known_elsewhere = name in COMMON or name.startswith(ELSEWHERE)
+        return several_words and name not in known and not known_elsewhere
 
     return sorted(filter(doubtful, env))
 
 
 # Beginnings of names that other programs read or set: OMP_NUM_THREADS is near MTP_NUM_HEADS,
-# torchrun sets GROUP_RANK, PARALLEL_SEQ is GNU parallel's. DATA_DIR is common in shells.
-ELSEWHERE = ("OMP_", "MKL_", "NCCL_", "CUDA_", "TORCH", "PARALLEL_SEQ", "GROUP_RANK", "DATA_DIR")
+# torchrun sets GROUP_RANK, PARALLEL_SEQ is GNU parallel's.
+ELSEWHERE = ("OMP_", "MKL_", "NCCL_", "CUDA_", "TORCH", "PARALLEL_SEQ", "GROUP_RANK")
+# Common in shells, so no error: the log says that the trainer does not read it.
+COMMON = ("DATA_DIR",)
 # How the names of the contest's other techniques begin: they are meant for a trainer, and not read
 # here.
 FOREIGN = tuple("""
@@ -1527,7 +1540,7 @@ class Docs(NamedTuple):
 
     first: Tensor  # (B, T) bool: this token begins a document
     mask: Tensor | None = None  # (B, 1, T, T) bool: [query, key], for kernels that take a mask
-    # (segments + 1,) int32: starts in the flattened batch, its length
+    # (segments + 1,) int32: start of each segment in the flattened batch, then its tokens in all
     cu_seqlens: Tensor | None = None
 
 
@@ -1655,7 +1668,8 @@ class Linear(nn.Module):
         self.zero = zero
         self.role = role
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
-        # FakeQuant, while late QAT is on. A plain attribute would cost a third trace of the graph.
+        # FakeQuant, while late QAT is on. Registered: as a plain attribute, None and then a module,
+        # it would make dynamo trace the graph once more.
         self.register_module("fake_quant", None)
 
     def init(self, generator):
@@ -1695,7 +1709,7 @@ class Embedding(nn.Module):
 def rotary_tables(positions, dims, base):
     """cos and sin (T, dims/2) of position * base^(-2j/dims) for positions (T,), in float64."""
     even = torch.arange(0, dims, 2, dtype=torch.float64, device=positions.device)  # 2j
-    frequency = base ** (-even / max(dims, 1))
+    frequency = base ** (-even / dims) if dims else even
     angle = positions.double()[:, None] * frequency
     return angle.cos(), angle.sin()
 
@@ -1771,21 +1785,22 @@ class ScalarSmearGate(nn.Module):
         return x + gate[..., None] * previous
 
 
-# An n-gram hash has rows of factors: of this token, of the one before, ... The second row serves
-# where there are not enough predecessors for the first.
+# Factors of this token, of the one before, ... in the hash of an n-gram. The second set serves
+# where a token has too few predecessors for the first.
 BIGRAM = ((36313, 27191),)
 SHARED_TRIGRAM = ((36313, 27191, 51497),)  # in the table of the bigrams
 TRIGRAM = ((48271, 36313, 27191), (36313, 27191))  # in a table of its own
 
 
-def hash_ngrams(ids, hashes, buckets, docs):
-    """Bucket (B, T) of the n-gram that ends at each token.
+def hash_ngrams(ids, factor_sets, buckets, docs):
+    """Bucket (B, T) of the n-gram that ends at each token, for factors f = factor_sets[0]:
 
-    It is ids times factors, xored, modulo `buckets`. Where a token has too few predecessors, at the
-    start of the row and with `docs` of a document, the next row of factors in `hashes` is used,
-    for shorter n-grams. Where no row is left, it is bucket number `buckets`, reserved for that.
+        (f[0] id[t] ^ f[1] id[t - 1] ^ ...) % buckets
+
+    At the start of a row, and with `docs` of a document, a token has too few predecessors for that.
+    There the next set serves, of a shorter n-gram; without one the bucket is number `buckets`.
     """
-    factors = hashes[0]
+    factors = factor_sets[0]
     width = ids.size(1)
     predecessors = min(len(factors) - 1, width)
     bucket = factors[0] * ids[:, predecessors:]
@@ -1794,11 +1809,11 @@ def hash_ngrams(ids, hashes, buckets, docs):
     bucket = F.pad(bucket % buckets, (predecessors, 0), value=buckets)
     if docs is not None:
         for back in range(predecessors):
-            began_back = F.pad(docs.first[:, : width - back], (back, 0))  # so many tokens ago
-            bucket = bucket.masked_fill(began_back, buckets)
-    if len(hashes) > 1:
-        missing = bucket == buckets
-        bucket = torch.where(missing, hash_ngrams(ids, hashes[1:], buckets, docs), bucket)
+            document_began = F.pad(docs.first[:, : width - back], (back, 0))  # `back` tokens ago
+            bucket = bucket.masked_fill(document_began, buckets)
+    if len(factor_sets) > 1:
+        shorter = hash_ngrams(ids, factor_sets[1:], buckets, docs)
+        bucket = torch.where(bucket == buckets, shorter, bucket)
     return bucket
 
 
@@ -1824,10 +1839,11 @@ class BigramHash(nn.Module):
         nn.init.constant_(self.scale, self.initial_scale)
 
     def forward(self, ids, docs, dtype):
-        rows = 0
-        for hashes in self.ngrams:
-            rows = rows + self.table(hash_ngrams(ids, hashes, self.buckets, docs), dtype)
-        return self.scale.to(dtype) * optional(self.proj, rows)
+        vectors = 0
+        for factor_sets in self.ngrams:
+            buckets = hash_ngrams(ids, factor_sets, self.buckets, docs)
+            vectors = vectors + self.table(buckets, dtype)
+        return self.scale.to(dtype) * optional(self.proj, vectors)
 
 
 class ValueEmbedding(nn.Module):
@@ -1904,7 +1920,7 @@ class HeadGate(nn.Module):
 
 class Attention(nn.Module):
     """Causal grouped-query attention with QK norm, query gain, partial RoPE, value embedding and
-    residual, XSA and head gates. The only one.
+    residual, XSA and head gates. The kernel is `attend`.
     """
 
     role = "scalar"
@@ -2081,7 +2097,9 @@ class Visit(NamedTuple):
     """One application of a block. The forward loops over visits, so skips and lanes are data."""
 
     block: int
-    form: Literal["serial", "gptj", "lanes", "routed"]  # of the residual: see Block.forward
+    # Of the residual. serial: the MLP reads what attention wrote. gptj: both read the one stream.
+    # lanes, routed: they read a lane each, see ParallelLanes.
+    form: Literal["serial", "gptj", "lanes", "routed"]
     push: bool  # after the block, keep the stream for a later skip
     pop: int | None  # before the block, add the stream kept last, by this row of skip weights
     split: Literal["", "before_skip", "after_skip"] = ""  # here one stream becomes two lanes
@@ -2158,8 +2176,10 @@ class Block(nn.Module):
             nn.init.ones_(self.resid_mix[0])
             nn.init.zeros_(self.resid_mix[1])
 
-    def forward(self, lanes, context, adapters, form, parallel_lanes):
-        """The residual stream, (x,) or two lanes (B, T, D), after this layer; form: see Visit."""
+    def forward(self, streams, context, adapters, form, parallel_lanes):
+        """The residual streams after this layer, and before it: one, (x,), or two lanes, each
+        (B, T, D). form: see Visit.
+        """
 
         def attention(x):
             return self.attn(norm(x) * self.ln_scale, self.attn_scale, context, adapters)
@@ -2167,7 +2187,7 @@ class Block(nn.Module):
         def mlp(x):
             return self.mlp(norm(x) * self.ln_scale, self.mlp_scale, adapters)
 
-        x = lanes[0]
+        x = streams[0]
         if self.resid_mix is not None:
             mix = self.resid_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * context.x0
@@ -2179,11 +2199,11 @@ class Block(nn.Module):
             x = x + attention(x) + mlp(x)
             return (x,)
         attended = attention(x)  # two lanes: attention reads lane 0, the MLP lane 1
-        fed = mlp(lanes[1])
+        fed = mlp(streams[1])
         if form == "lanes":
-            return x + attended, lanes[1] + fed
+            return x + attended, streams[1] + fed
         # "routed": what is kept of lane 0 is the lane before resid_mix.
-        return parallel_lanes.route(lanes, attended, fed, self.layer)
+        return parallel_lanes.route(streams, attended, fed, self.layer)
 
 
 class GPT(nn.Module):
@@ -2226,7 +2246,8 @@ class GPT(nn.Module):
         kv_dim = s.num_kv_heads * s.head_dim
         self.value_embed = ValueEmbedding(s.vocab_size, s.ve_dim, kv_dim) if s.ve_dim else None
         self.blocks = nn.ModuleList(Block(s, layer, attend) for layer in range(s.num_layers))
-        self.lanes = ParallelLanes(s) if s.parallel_residual in ("lanes", "routed") else None
+        two_lanes = s.parallel_residual in ("lanes", "routed")
+        self.lanes = ParallelLanes(s) if two_lanes else None
         self.caps = LogitCaps(s.logit_softcap) if s.asym_logit_rescale else None
         self.plans = layer_plan(s, False), layer_plan(s, True)
         pairs = max(sum(visit.pop is not None for visit in plan) for plan in self.plans)
@@ -2257,7 +2278,9 @@ class GPT(nn.Module):
         return find_documents(ids, self.doc_mask, longest, self.varlen)
 
     def docs_outside_graph(self, ids):
-        """Docs of ids where no graph can make them: their shape depends on the data. Else None."""
+        """Docs for a varlen kernel, made before the graph, since their shape depends on the data;
+        None where the graph makes them itself.
+        """
         if not self.varlen:
             return None
         docs = self.find_documents(ids)
@@ -2293,21 +2316,21 @@ class GPT(nn.Module):
         x = self.embed_tokens(text, docs)[:, -length:]
         value_embedding = None if self.value_embed is None else self.value_embed(ids, self.dtype)
         context = Context(x, rope, docs, value_embedding, first_values=[], past=past)
-        lanes = (x,)
+        streams = (x,)  # one, or two lanes
         kept = []  # the streams that U-Net skips take back
         for j, visit in enumerate(self.plan):
             if visit.split == "before_skip":
-                lanes = (lanes[0], lanes[0])
+                streams = (streams[0], streams[0])
             if visit.pop is not None:
-                lanes = (self.skips(lanes[0], kept.pop(), visit.pop), *lanes[1:])
+                streams = (self.skips(streams[0], kept.pop(), visit.pop), *streams[1:])
             if visit.split == "after_skip":
-                lanes = (lanes[0], lanes[0])
+                streams = (streams[0], streams[0])
             visit_adapters = VisitAdapters() if adapters is None else adapters.slots[j]
             block = self.blocks[visit.block]
-            lanes = block(lanes, context, visit_adapters, visit.form, self.lanes)
+            streams = block(streams, context, visit_adapters, visit.form, self.lanes)
             if visit.push:
-                kept.append(lanes[0])
-        return norm(lanes[0] if self.lanes is None else self.lanes(lanes))
+                kept.append(streams[0])
+        return norm(streams[0] if self.lanes is None else self.lanes(streams))
 
     def logits(self, hidden, adapters=None, head=None):
         """hidden (..., D) -> float32 logits (..., V), soft-capped.
@@ -2494,16 +2517,19 @@ class Runtime:
         # A CPU without bf16 instructions runs bf16 8-15 times slower than fp32.
         auto_dtype = "bfloat16" if use_cuda else "float32"
         self.dtype = getattr(torch, auto_dtype if settings.dtype == "auto" else settings.dtype)
-        self.choose("dtype", str(self.dtype).removeprefix("torch."), f"DTYPE={settings.dtype}")
+        reason = f"DTYPE={settings.dtype}"
+        if use_cuda:
+            torch.set_float32_matmul_precision("high")
+            reason += ", products of float32 matrices in TF32"
+        self.choose("dtype", str(self.dtype).removeprefix("torch."), reason)
         self.compiled = settings.compile == "on" or (settings.compile == "auto" and use_cuda)
         self.choose("compile", "on" if self.compiled else "off", f"COMPILE={settings.compile}")
-        # Only then: this imports the compiler, which takes a second and slows eager steps by 3 %.
+        # Untouched without it: torch._dynamo takes a second to import and slows eager steps by 3 %.
         if self.compiled:
             # Graphs of one function: stages, loops, ways of scoring.
             torch._dynamo.config.recompile_limit = 64
         if use_cuda:
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
             free, total = torch.cuda.mem_get_info()
             if free < 0.9 * total:
                 reason = f"of {total >> 20} MiB: another process is here"
@@ -2547,8 +2573,8 @@ class Runtime:
         return len(self._events)
 
     def to_cpu(self, tensor):
-        """A copy on the CPU, complete once throttle() has passed this step: to read it never waits
-        for later work.
+        """A tensor on its way to the CPU, complete once throttle() has passed this step: to read it
+        never waits for later work. On the CPU the tensor itself.
         """
         if self.device.type == "cpu":
             return tensor
@@ -2556,7 +2582,7 @@ class Runtime:
         return pinned.copy_(tensor, non_blocking=True)
 
     def max(self, *values):
-        """The maximum over ranks of each number, equal on all ranks."""
+        """A tuple: the maximum over ranks of each number, equal on all ranks."""
         if self.world == 1:
             return values
         numbers = torch.tensor(values, dtype=torch.float64)
@@ -2603,14 +2629,15 @@ class Runtime:
 
 # --------------------------------------------------------------------------------------------------
 # 5 Optimizer
-# A new optimizer of matrices is one function and one entry of OPTIMIZERS.
+# A new optimizer of matrices is an update function, the shapes of its state, an entry of OPTIMIZERS
+# and a choice of MATRIX_OPTIMIZER.
 # --------------------------------------------------------------------------------------------------
 
 # Coefficients a, b, c of X <- a X + (b A + c A A) X, A = X X^T. One row an iteration; the last row
 # serves all further iterations.
 NEWTON_SCHULZ = {
     "classic": ((3.4445, -4.7750, 2.0315),),  # Keller Jordan's Muon
-    # arXiv 2505.16932
+    # arXiv 2505.16932, without its safety factor of 1.02 on the norm, as in #1787
     "polar_express": ((8.156554524902461, -22.48329292557795, 15.878769915207462),
                       (4.042929935166739, -2.808917465908714, 0.5000178451051316),
                       (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -2724,7 +2751,8 @@ class Optimizer(NamedTuple):
     """An update function, the state that it keeps, and the layout of its banks (see Bank)."""
 
     update: Callable
-    state: Callable  # state(weight, settings) -> the shapes of its tensors
+    # state(weight, settings) -> the shapes of its tensors; in a flat bank they are the weight's
+    state: Callable
     layout: Literal["stacked", "flat"]
 
 
@@ -2767,7 +2795,10 @@ FLAT_ALIGNMENT = 64  # float32 numbers, 256 bytes: where a parameter may begin i
 
 class Bank:
     """Parameters of one role as views of one tensor, and their gradients of another: a bank is
-    updated, reduced and averaged by single operations. It has one of two layouts.
+    updated, reduced and averaged by single operations. The views must stay: clear gradients
+    with zero_grad() of the optimizer, not with the module's, which drops them.
+
+    A bank has one of two layouts.
 
     stacked: the matrices of one shape, (N, rows, cols), N padded to a multiple of the ranks. Each
     rank updates its share of the matrices and has the state of that share alone.
@@ -2846,7 +2877,7 @@ class MuonAdam:
         def size(group):
             return sum(param.numel() for _, param in groups[group])
 
-        self.banks = []
+        self.banks = []  # the largest first: its communication takes longest
         for group in sorted(groups, key=size, reverse=True):
             role, _ = group
             self.banks.append(Bank(role, rules[role], groups[group], s, rt))
@@ -2857,6 +2888,7 @@ class MuonAdam:
             if names:
                 count = sum(params[name].numel() for name in names)
                 self.table[role] = (len(names), count, rules[role])
+        # Not DTYPE: the iteration needs no more than bf16 has, and tensor cores multiply that fast.
         dtype = torch.bfloat16 if rt.device.type == "cuda" else torch.float32
         self.orthogonalise = rt.compile(partial(
             newton_schulz, steps=s.muon_backend_steps, dtype=dtype, coefficients=s.newton_schulz,
@@ -3027,7 +3059,7 @@ def wd_scale(s, progress):
 
 
 def momentum_at(s, step):
-    """Momentum of Muon: it rises linearly to MUON_MOMENTUM over the first steps."""
+    """Momentum of Muon: it rises linearly to MUON_MOMENTUM over the first steps. step: from 0."""
     fraction = 1.0
     if s.muon_momentum_warmup_steps:
         fraction = min(step / s.muon_momentum_warmup_steps, 1.0)
@@ -3052,16 +3084,16 @@ class Complement:
         self.vocab = s.vocab_size
         self.rt = rt
         # C[a, b], at a * vocab + b
-        self.pairs = torch.zeros(s.vocab_size**2, dtype=torch.int64, device=rt.device)
+        self.pair_counts = torch.zeros(s.vocab_size**2, dtype=torch.int64, device=rt.device)
         # N[a]
-        self.count = torch.zeros(s.vocab_size, dtype=torch.int64, device=rt.device)
+        self.token_counts = torch.zeros(s.vocab_size, dtype=torch.int64, device=rt.device)
 
     def weights(self, micro):
         """[(B, T) weights] for a step's micro-batches [(ids, targets, ...)], of mean 1."""
         weights = []
         for ids, targets, *_ in micro:
-            pair_counts = self.pairs[ids * self.vocab + targets]
-            raw = 1 - self.alpha * pair_counts / (self.count[ids] + 1.0)
+            seen = self.pair_counts[ids * self.vocab + targets]
+            raw = 1 - self.alpha * seen / (self.token_counts[ids] + 1.0)
             weights.append(raw.clamp_min(0.1))
         total = self.rt.sum(torch.stack([weight.double().sum() for weight in weights]).sum())
         mean = total / (self.rt.world * sum(weight.numel() for weight in weights))
@@ -3077,17 +3109,17 @@ class Complement:
         self.count_pairs(pairs, torch.ones_like(pairs))
 
     def count_pairs(self, pairs, times):
-        self.pairs.index_add_(0, pairs, times)
-        self.count.index_add_(0, pairs // self.vocab, times)
+        self.pair_counts.index_add_(0, pairs, times)
+        self.token_counts.index_add_(0, pairs // self.vocab, times)
 
     def state_dict(self):
         """Pairs that occurred, and how often; the same on all ranks."""
-        pairs = self.pairs.nonzero().squeeze(1)
-        return {"pairs": pairs.cpu(), "times": self.pairs[pairs].cpu()}
+        pairs = self.pair_counts.nonzero().squeeze(1)
+        return {"pairs": pairs.cpu(), "times": self.pair_counts[pairs].cpu()}
 
     def load_state_dict(self, state):
-        self.pairs.zero_()
-        self.count.zero_()
+        self.pair_counts.zero_()
+        self.token_counts.zero_()
         self.count_pairs(state["pairs"].to(self.rt.device), state["times"].to(self.rt.device))
 
 
@@ -3098,17 +3130,17 @@ class Average:
     """Averages of the weights over the run, candidates for export. fp32: bf16 would swallow the
     small steps of a slow average (#1699).
 
-    `snapshots` holds for each kind a list of weights, each a list of tensors shaped like the
-    banks: for "ema" the exponential moving average, for "swa" the sum of `count` snapshots, for
+    `kept` holds for each kind a list of weights, each a list of tensors shaped like the
+    banks: for "ema" the exponential moving average, for "swa" the sum of `swa_count` snapshots, for
     "lawa" the last LAWA_K snapshots.
     """
 
     def __init__(self, s, banks):
         self.s = s
         self.banks = banks
-        self.snapshots = {}
-        self.count = 0
-        self.begun = 0  # the step whose weights EMA began with; 0: the initial weights
+        self.kept = {}
+        self.swa_count = 0
+        self.ema_begun = 0  # the step whose weights it began with; 0: the initial weights
         self.kinds = (s.average,)
         if s.average == "none":
             self.kinds = ()
@@ -3120,57 +3152,59 @@ class Average:
         if "ema" in self.kinds and self.s.ema_start_frac == 0:
             self.ema_start(0)
 
-    def copy(self):
+    def current(self):
+        """A copy of the weights as they are."""
         return [bank.weight.clone() for bank in self.banks]
 
     @torch.no_grad()
-    def update(self, step, progress, scale):
+    def update(self, step, progress, falling):
         """Call it after each optimizer step.
 
-        step: its number, from 1. progress: of the run, when the step began. scale: lr_scale of it.
+        step: its number, from 1. progress: of the run, when the step began. falling: warmdown() of
+        the step; not lr_scale(), which is small in a warm-up, too.
         """
         s = self.s
         if "ema" in self.kinds and progress >= s.ema_start_frac:
-            if "ema" in self.snapshots:
+            if "ema" in self.kept:
                 self.ema()
             else:
                 self.ema_start(step)
-        if "swa" in self.kinds and scale < s.swa_start_scale and step % s.swa_every == 0:
+        if "swa" in self.kinds and falling < s.swa_start_scale and step % s.swa_every == 0:
             self.swa()
         if "lawa" in self.kinds and step % s.lawa_freq == 0:
             self.lawa()
 
     def ema_start(self, step):
         """Begin the exponential moving average with the weights after a step."""
-        self.snapshots["ema"] = [self.copy()]
-        self.begun = step
+        self.kept["ema"] = [self.current()]
+        self.ema_begun = step
 
     def ema(self):
         """Move the exponential moving average towards the weights."""
-        averages = self.snapshots["ema"][0]
+        averages = self.kept["ema"][0]
         for average, bank in zip(averages, self.banks):
             average.lerp_(bank.weight, 1 - self.s.ema_decay)
 
     def swa(self):
         """Stochastic weight averaging: add the weights to the sum of snapshots."""
-        if "swa" not in self.snapshots:
-            self.snapshots["swa"] = [[torch.zeros_like(bank.weight) for bank in self.banks]]
-        sums = self.snapshots["swa"][0]
+        if "swa" not in self.kept:
+            self.kept["swa"] = [[torch.zeros_like(bank.weight) for bank in self.banks]]
+        sums = self.kept["swa"][0]
         for total, bank in zip(sums, self.banks):
             total.add_(bank.weight)
-        self.count += 1
+        self.swa_count += 1
 
     def lawa(self):
         """Latest weight averaging: keep the weights as the newest of LAWA_K snapshots."""
-        snapshots = [*self.snapshots.get("lawa", []), self.copy()]
-        self.snapshots["lawa"] = snapshots[-self.s.lawa_k :]
+        snapshots = [*self.kept.get("lawa", []), self.current()]
+        self.kept["lawa"] = snapshots[-self.s.lawa_k :]
 
     def mean(self, kind):
         """The average of a kind, shaped like the banks, or None if it never began."""
-        if kind not in self.snapshots:
+        if kind not in self.kept:
             return None
-        snapshots = self.snapshots[kind]
-        count = self.count if kind == "swa" else len(snapshots)
+        snapshots = self.kept[kind]
+        count = self.swa_count if kind == "swa" else len(snapshots)
         return [sum(tensors) / count for tensors in zip(*snapshots)]
 
     @torch.no_grad()
@@ -9376,6 +9410,7 @@ class Training:
         self.data = training_data(s)
         self.reserve = 0.0  # seconds of the training clock kept for calibration
         self.done = False  # all steps were made
+        self.falling = 1.0  # what the warmdown multiplies learning rates by
 
     def enter(self, progress, falling=1.0):
         """Switch on what begins at this progress of the run, before a step is made.
@@ -9384,6 +9419,7 @@ class Training:
         learning rate is below LATE_QAT_THRESHOLD, training on rounded weights.
         """
         s = self.run.s
+        self.falling = falling
         last = len(s.stages) - 1
         stage = next(i for i, row in enumerate(s.stages) if progress < row.until or i == last)
         if stage != self.stage:
@@ -9435,7 +9471,7 @@ class Training:
         """
         s = self.run.s
         generator = torch.Generator().manual_seed(s.seed)
-        weights = self.average.copy()
+        weights = self.average.current()
         for graph in self.plans():
             self.model.looping = graph.looping
             if self.qat:
@@ -9638,14 +9674,14 @@ class Training:
             "seconds": dict(run.clock.seconds),
             "weights": by_name([bank.weight for bank in self.optimizer.banks]),
             "average": {kind: [by_name(snapshot) for snapshot in snapshots]
-                        for kind, snapshots in self.average.snapshots.items()},
-            "average_count": self.average.count,
+                        for kind, snapshots in self.average.kept.items()},
+            "average_count": self.average.swa_count,
             "complement": self.complement.state_dict() if self.complement else None,
             "qat": self.qat.state_dict() if self.qat else None,
             "reserve": self.reserve,
             "optimizer": self.optimizer.state_dict(),
             "done": self.done,
-            "average_begun": self.average.begun,
+            "average_begun": self.average.ema_begun,
             "reasons": run.validity.to_keep(run.rt),
             "copies": torch.from_numpy(copies.view(np.int64)),
         }
@@ -9666,9 +9702,9 @@ class Training:
                 view.copy_(parts[name])
             return tensors
 
-        self.average.snapshots = {kind: [read(self.average.copy(), parts) for parts in snapshots]
+        self.average.kept = {kind: [read(self.average.current(), parts) for parts in snapshots]
                                   for kind, snapshots in state["average"].items()}
-        self.average.count = state["average_count"]
+        self.average.swa_count = state["average_count"]
         read([bank.weight for bank in self.optimizer.banks], state["weights"])
         if self.complement:
             self.complement.load_state_dict(state["complement"])
@@ -9680,7 +9716,7 @@ class Training:
         self.run.clock.seconds.update(seconds)
         torch.set_rng_state(state["rng"])
         self.done = state["done"]
-        self.average.begun = state["average_begun"]
+        self.average.ema_begun = state["average_begun"]
         self.stream.copies.restore(state["copies"].numpy().view(np.uint64))
         self.run.validity.restore(state["reasons"])
 
@@ -10126,7 +10162,7 @@ def _warm_up(run, training, predictor, val):
                 _warm_up_reports(run, training, predictor, val)
         run.log("warmup", steps=s.warmup_steps, graphs=len(training.plans()),
                 seconds=round(clock["warmup"], 2))
-    if s.calibrates and s.max_wallclock_seconds:
+    if s.needs_reserve and s.max_wallclock_seconds:
         with clock.phase("warmup"):
             training.reserve = s.gptq_reserve_seconds or training.measure_reserve(predictor)
         run.log("reserve", seconds=round(training.reserve, 3))
@@ -10172,11 +10208,13 @@ def _report_young_average(run, training):
     """An average that began a short while ago is still what it began with."""
     average = training.average
     decay = run.s.ema_decay
-    steps = training.step - average.begun
+    steps = training.step - average.ema_begun
     share = decay**steps
     if share <= 0.01:
         return
-    first = f"the weights after step {average.begun}" if average.begun else "the initial weights"
+    first = "the initial weights"
+    if average.ema_begun:
+        first = f"the weights after step {average.ema_begun}"
     enough = 0.01 ** (1 / max(steps, 1))
     lower = math.floor(1e4 * enough) / 1e4
     run.log("young_average", ema_decay=decay, steps=steps, share=share,
@@ -10200,7 +10238,7 @@ def _choose_average(run, training, predictor):
             run.log("never_reached", what=f"AVERAGE={kind}",
                     consequence="the last weights are exported")
     if run.s.average == "best":
-        return _best_average(run, training, predictor, {"last": average.copy(), **candidates})
+        return _best_average(run, training, predictor, {"last": average.current(), **candidates})
     return next(iter(candidates.items()), ("last", None))
 
 
@@ -10407,7 +10445,7 @@ def _train_step(run, training, progress, scale):
     training.optimizer.step(scale, momentum_at(s, training.step), wd_scale(s, progress))
     training.step += 1
     training.tokens += stage.tokens
-    training.average.update(training.step, progress, scale)
+    training.average.update(training.step, progress, training.falling)
     if training.complement:
         training.complement.observe(micro)
     if training.step <= 10 or training.step % s.train_log_every == 0:
@@ -10764,6 +10802,9 @@ def log_header(run, argv):
     for name in doubtful_names(os.environ):
         log("warning", environment=name,
             note="looks like a setting but is none; STRICT_ENV=1 makes that an error")
+    for name in COMMON:
+        if name in os.environ and run.s.data_path == Settings.data_path:  # it may be meant
+            log("warning", environment=name, note=f"is not read: {other_names()[name]}")
 
 
 def _output_of(*command):

@@ -99,6 +99,15 @@ def test_lawa_is_the_mean_of_the_last_snapshots(steps, freq, k):
         close(found["lawa"], mixed(history, dict.fromkeys(taken, 1 / len(taken))))
 
 
+def test_swa_takes_no_snapshot_in_a_warm_up(tmp_path, monkeypatch):
+    """Learning rates are small there, too, and the weights are hardly trained."""
+    snapshots, swa = [], tg.Average.swa
+    monkeypatch.setattr(tg.Average, "swa", lambda self: (snapshots.append(1), swa(self)))
+    trained(ref.small(**text(tmp_path / "text"), average="swa", swa_every=1, swa_start_scale=0.9, lr_warmup_steps=6,
+                      iterations=8, warmdown_frac=0.25), tmp_path / "run")
+    assert len(snapshots) == 1, "only the last step begins with 1 - 7/8 of the run left, half of its warmdown"
+
+
 def test_the_choice_of_the_best_keeps_every_kind():
     """The same three averages as alone."""
     path = [(i / 12, 1 - i / 12) for i in range(12)]

@@ -343,7 +343,7 @@ def test_complementary_weights_keep_the_size_of_the_loss_and_forget_nothing():
     for times in (2**24, 2**25, 2**26):  # token 2 follows 1 every second time, however often 1 was seen
         complement.load_state_dict({"pairs": torch.tensor([8 + 2, 8 + 3]), "times": torch.tensor([times, times])})
         complement.observe([(torch.tensor([[1]]), torch.tensor([[2]]))])
-        assert complement.pairs[10].item() == times + 1
+        assert complement.pair_counts[10].item() == times + 1
         known, new = complement.weights([(torch.tensor([[1, 4]]), torch.tensor([[2, 4]]))])[0][0].tolist()
         shares.append(known / new)
     assert shares == pytest.approx([0.5] * 3, rel=1e-6)
@@ -387,6 +387,7 @@ def test_rotary_frequencies_are_those_of_every_length(length):
 @pytest.mark.parametrize("words, size, final", [
     (["COMPRESSOR=zlib"], "int6+zlib", "final_int6_sliding_window"),
     (["MATRIX_BITS=5", "COMPRESSOR=lzma", "EVAL_STRIDE=0"], "int5+lzma", "final_int5_contiguous"),
+    (["MATRIX_BITS=16", "COMPRESSOR=zlib", "EVAL_STRIDE=0"], "float16+zlib", "final_float16_contiguous"),
     (["MATRIX_BITS=8", "COMPRESSOR=brotli", "EVAL_STRIDE=64"], "int8+brotli", "final_int8_contiguous")])
 def test_labels_say_what_was_done(toy, tmp_path, words, size, final):
     """9.1.9, 9.2.8, 9.4.9: "int8_zlib" for int6 and zstd, "int6" for int5."""

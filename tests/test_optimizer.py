@@ -524,7 +524,7 @@ def test_counts_go_on_beyond_what_float32_can_count():
     ours.count_pairs(pair + 1, torch.tensor([2**33 + 1]))
     state = ours.state_dict()
     assert state["pairs"].tolist() == [19, 20] and state["times"].tolist() == [2**24 + 3, 2**33 + 1]
-    assert ours.count[2] == 2**24 + 3 + 2**33 + 1 and ours.count.sum() == ours.count[2]
+    assert ours.token_counts[2] == 2**24 + 3 + 2**33 + 1 and ours.token_counts.sum() == ours.token_counts[2]
 
 
 # --- two ranks -------------------------------------------------------------------------------------------------------
@@ -563,7 +563,7 @@ def twenty_steps(rt, variant, folder, place, state=None):
         if state is not None:
             training.load(state)
         for step in range(training.step, STEPS):
-            training.enter(step / STEPS)
+            training.enter(step / STEPS, tg.warmdown(s, step / STEPS, STEPS))
             _, loss = tg._train_step(run, training, step / STEPS, tg.lr_scale(s, step / STEPS, step, STEPS))
             losses.append(rt.sum(loss.clone()).item() / rt.world)
             if training.step == HALF:

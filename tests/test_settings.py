@@ -77,7 +77,7 @@ def test_files_are_strict_and_complaints_name_the_line(tmp_path):
     path = tmp_path / "bad.env"
     path.write_text("SEED=1\nMATRX_LR=0.1\nSEED=2\nSWA_ENABLED=1\njust words\n")
     said = complaints(f"@{path}")
-    for number, words in ((2, "MATRIX_LR"), (3, "SEED is set twice"), (4, "SWA_ENABLED is now AVERAGE=swa"), (5, "'just' is not KEY=VALUE")):
+    for number, words in ((2, "MATRIX_LR"), (3, "SEED is set twice"), (4, "SWA_ENABLED is no setting here: AVERAGE=swa"), (5, "'just' is not KEY=VALUE")):
         assert any(line.startswith(f"{path}:{number}: ") and words in line for line in said), (number, said)
     (tmp_path / "latin.env").write_bytes(b"RUN_ID=\xe9\n")
     (tmp_path / "quote.env").write_text("RUN_ID='open\n")
@@ -96,7 +96,7 @@ def test_files_are_strict_and_complaints_name_the_line(tmp_path):
     ("=1", ("unknown setting",)),
     ("MATRIX_LR", ("'MATRIX_LR'", "KEY=VALUE")),
     ("--matrix_lr=1", ("--matrix_lr",)),
-    ("VE_ENABLED=0", ("VE_ENABLED is now VE_DIM=0",)),
+    ("VE_ENABLED=0", ("VE_ENABLED is no setting here: VE_DIM=0",)),
     ("TTT_NO_SUCH_SWITCH=1", ("unknown setting TTT_NO_SUCH_SWITCH",)),
 ])
 def test_an_unknown_argument_is_answered_with_the_nearest_name(argument, words):
@@ -129,7 +129,7 @@ def test_a_renamed_setting_says_what_it_is_now(answer):
     name, now = answer
     assert name not in FIELDS
     for said in (complaint(f"{name}=1"), *([] if name in OF_OTHERS else [complaint(env={name: "1"})])):
-        assert f"{name} is now {now}" in said
+        assert f"{name} is no setting here: {now}" in said
     for word in re.findall(r"\b[A-Z]+(?:_[A-Z]+)+\b|\b[A-Z_]+(?==)", now):
         assert word in FIELDS, f"{name} is answered with {word}, which is no setting"
 
@@ -226,6 +226,16 @@ def test_a_doubtful_name_in_the_environment_warns_in_the_log(toy, tmp_path):
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("warning ")]
     assert "MODEL_LR" in line
     assert "MODEL_LR" in (tmp_path / "train.log").read_text().rpartition("=" * 100)[2]
+
+
+def test_data_dir_of_other_scripts_is_answered_in_the_log_where_it_may_be_meant(toy, tmp_path, monkeypatch):
+    """Too common in shells for an error, and too easily taken for DATA_PATH to be passed over."""
+    assert complaints(env={"DATA_DIR": "x"}) == []
+    done = good(call([*toy, "ITERATIONS=1", "PHASES=train", "DEVICE=cpu", f"OUT_DIR={tmp_path / 'given'}"], env={"DATA_DIR": "x"}))
+    assert "DATA_DIR" not in done.stdout, "DATA_PATH is given"
+    monkeypatch.setattr(Settings, "data_path", next(word for word in toy if word.startswith("DATA_PATH="))[10:])
+    done = good(call([*toy, "ITERATIONS=1", "PHASES=train", "DEVICE=cpu", f"OUT_DIR={tmp_path / 'default'}"], env={"DATA_DIR": "x"}))
+    assert "warning environment:DATA_DIR note:\"is not read: DATA_PATH, the folder of the shards\"" in done.stdout
 
 
 @pytest.mark.parametrize("args, env", [
@@ -343,6 +353,13 @@ def test_a_window_or_a_loop_that_nothing_uses_may_be_anything():
     for idle in ("GATE_WINDOW=4000", "LOOP_END=200", "LOOP_START=9", "PARALLEL_START_LAYER=100", "HOLDOUT_TOKENS=2", "VE_DIM=0 VE_LAYERS=99",
                  "TTT_CHUNK_SIZE=4096", "TTT_FREEZE_BLOCKS=99 TTT_FREEZE_EMBED=1", "PHASED_TTT_NUM_PHASES=3"):
         assert complaints(*idle.split()) == [], idle
+
+
+def test_a_learned_merge_of_a_last_layer_alone_is_refused_only_where_the_lanes_are_equal():
+    alone = "NUM_LAYERS=4 XSA_LAST_N=4 VE_LAYERS=3 PARALLEL_RESIDUAL=routed PARALLEL_START_LAYER=3 PARALLEL_FINAL_LANE=learned"
+    (said,) = complaints(*alone.split())
+    assert "two equal lanes" in said
+    assert complaints(*alone.split(), "PARALLEL_FIRST_SKIP=lane0") == [], "a skip enters one of them"
 
 
 @pytest.mark.parametrize("case", CONFLICTS, ids=lambda case: case[0])
@@ -532,7 +549,7 @@ def test_every_complaint_is_made_at_once_before_anything_else_happens(tmp_path):
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - began < 5  # CPU seconds: other jobs may slow the clock
     lines = done.stderr.splitlines()
     assert done.returncode == 2 and done.stdout == "" and all(line.startswith("error: ") for line in lines), done
-    for words in ("run.env:1", "COMPRESSOR=ztsd", "BANANA", "NUM_LAYERS=2.5", "MATRX_LR", "SWA_ENABLED is now", "QAT_ENABLED"):
+    for words in ("run.env:1", "COMPRESSOR=ztsd", "BANANA", "NUM_LAYERS=2.5", "MATRX_LR", "SWA_ENABLED is no setting", "QAT_ENABLED"):
         assert sum(words in line for line in lines) == 1, (words, lines)
     assert len(lines) == 7 and not (tmp_path / "out").exists() and not (tmp_path / "logs").exists()
 
