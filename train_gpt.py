@@ -3599,10 +3599,12 @@ def coprime_walk(count, rng):
 
 
 class Contamination:
-    """Which documents of one text occur in another text.
+    """Which documents of one text occur in another text, of which pieces are looked at.
 
     A document occurs there if its opening does: its first PREFIX tokens, there too after a BOS.
-    Openings are compared by a hash of 64 bits.
+    It is met when a piece shows the BOS and the token after it, wherever the piece ends. This is
+    strict: one token that was trained on counts. A document of which only a later piece is looked
+    at is not met. Openings are compared by a hash of 64 bits.
     """
 
     PREFIX = 64  # as for data/prepare.py, which leaves out such training documents
@@ -3611,23 +3613,34 @@ class Contamination:
                       np.uint64)
 
     def __init__(self, tokens):
-        self.keys = np.unique(self._keys(tokens))
+        self.keys = np.unique(self._keys(tokens, self._starts(tokens)))
         self.met = np.zeros(len(self.keys), bool)
 
-    def _keys(self, tokens):
-        """Hashes of the openings in a text: polynomials in the tokens, modulo 2^64."""
-        starts = np.flatnonzero(tokens == BOS) + 1
+    def _starts(self, tokens):
+        """Where documents begin: after each BOS but one at the end, of which nothing is shown."""
+        return np.flatnonzero(tokens[:-1] == BOS) + 1
+
+    def _keys(self, tokens, starts):
+        """Hashes of the openings at `starts` of a text: polynomials in the tokens, modulo 2^64."""
         starts = starts[starts + self.PREFIX <= len(tokens)]
         openings = tokens[starts[:, None] + np.arange(self.PREFIX)].astype(np.uint64)
         openings = openings[(openings != BOS).all(1)]  # shorter documents say too little
         return (openings * self.POWERS).sum(1, dtype=np.uint64)
 
-    def look(self, tokens):
-        """Note which documents occur in these tokens."""
-        if len(self.keys):
-            keys = self._keys(tokens)
-            slots = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
-            self.met[slots[self.keys[slots] == keys]] = True
+    def look(self, tokens, text_after=None):
+        """Note which documents begin in these tokens.
+
+        text_after: function (count) -> the tokens that follow these, for an opening that goes
+        beyond them.
+        """
+        starts = self._starts(tokens)
+        if not len(self.keys) or not len(starts):
+            return
+        if text_after and starts[-1] + self.PREFIX > len(tokens):
+            tokens = np.concatenate((tokens, text_after(self.PREFIX)))
+        keys = self._keys(tokens, starts)
+        slots = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        self.met[slots[self.keys[slots] == keys]] = True
 
     def found(self, rt):
         """Keys of the documents that any rank has met. Collective."""
@@ -3677,8 +3690,7 @@ class TokenStream:
         self.rt = rt
         self.find_documents = find_documents
         self.position = 0
-        # Validation documents that are looked for in all that is read; train() sets them. Only
-        # openings that lie within one read are seen.
+        # Validation documents that are looked for in all that is read; train() sets them.
         self.copies = Contamination(np.empty(0, np.uint16))
         self.packed = s.loader == "packed"
         self.reordered = s.loader in ("shuffled", "coprime")
@@ -3751,7 +3763,16 @@ class TokenStream:
         return on_rank, in_micro_batch
 
     def read(self, start, count):
-        """`count` tokens of the concatenated shards from `start`, beginning again at their end."""
+        """`count` tokens of the concatenated shards from `start`, beginning again at their end.
+
+        BadInput for a token outside the vocabulary. Copies of validation documents are noted.
+        """
+        tokens = self._text(start, count, self.s.vocab_size)
+        self.copies.look(tokens, partial(self._text, start + count))
+        return tokens
+
+    def _text(self, start, count, vocab_size=None):
+        """The tokens that read() returns; checked if vocab_size is given."""
         tokens = np.empty(count, np.uint16)
         filled = 0
         while filled < count:
@@ -3760,10 +3781,10 @@ class TokenStream:
             shard = self.shards[number]
             offset = index - int(self.ends[number]) + len(shard)
             part = shard[offset : offset + count - filled]
-            check_tokens(part, self.s.vocab_size, self.paths[number], offset)
+            if vocab_size is not None:
+                check_tokens(part, vocab_size, self.paths[number], offset)
             tokens[filled : filled + len(part)] = part
             filled += len(part)
-        self.copies.look(tokens)
         return tokens
 
     def _block_starts(self, epoch):

@@ -416,6 +416,79 @@ def test_the_model_has_positions_for_the_longest_packed_row_of_any_stage(tmp_pat
         assert torch.isfinite(model(ids, ids))
 
 
+# --- copies of validation documents ----------------------------------------------------------------------------------
+
+
+def a_text(rng, documents):
+    """Documents of 70 to 200 tokens. The first token of each is its number, from 1000 on."""
+    bodies = [rng.integers(2, 900, rng.integers(70, 200)) for _ in range(documents)]
+    return [np.array([ref.BOS, 1000 + n, *body]) for n, body in enumerate(bodies)]
+
+
+def begun(batch):
+    """The documents whose first token is a target in this batch, predicted after their BOS."""
+    x, y = map(np.array, flat(batch))
+    return set((y[x == ref.BOS] - 1000).tolist())
+
+
+def met(stream):
+    stream._ahead.batch.result()  # what is read ahead counts
+    return stream.copies.met
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_copy_of_a_validation_document_is_met_when_it_begins_in_a_batch(tmp_path, loader, world):
+    """Sequences of 16 tokens and reads of 32 or 64, so every opening goes beyond its sequence, most beyond the read."""
+    rng = np.random.default_rng(5)
+    text = a_text(rng, 30)
+    tokens = np.concatenate(text)
+    s = settings(loader, train_seq_len=16, train_batch_tokens=64, micro_batch_tokens=32)
+    paths = write(tmp_path, np.split(tokens, [700, 730, 2000]))  # documents across the ends of shards, too
+    ranks = [stream_of(paths, s, rank, world) for rank in range(world)]
+    plain = stream_of(paths, s)
+    copied = tg.Contamination(np.concatenate(text))
+    numbers = {tg.Contamination(document).keys.item(): n for n, document in enumerate(text)}
+    for stream in ranks:
+        stream.copies = tg.Contamination(np.concatenate(text))
+    expected, ahead = set(), begun(plain.next())
+    for _ in range(len(tokens) // 64):
+        for stream in ranks:
+            stream.next()
+        expected |= ahead
+        ahead = begun(plain.next())
+        together = np.any([met(stream) for stream in ranks], 0)
+        assert {numbers[key] for key in copied.keys[together].tolist()} == expected | ahead
+    assert len(expected) >= 28, "all but those that the skipped tokens of an epoch begin"
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_text_that_only_resembles_a_validation_document_is_no_copy(tmp_path, loader):
+    """Other documents, one whose 64th token differs, one without BOS, and one cut off by the end of the shards."""
+    rng = np.random.default_rng(6)
+    val = a_text(rng, 4)
+    near = val[0].copy()
+    near[tg.Contamination.PREFIX] += 1
+    training = [*a_text(rng, 20), near, val[1][1:], val[2][:64]]
+    s = settings(loader, train_seq_len=16, train_batch_tokens=64)
+    stream = stream_of(write(tmp_path, [np.concatenate(training)]), s)
+    stream.copies = tg.Contamination(np.concatenate(val))
+    while stream.epoch < 1:
+        stream.next()
+    assert len(stream.copies.keys) == 4 and not met(stream).any()
+
+
+def test_an_opening_counts_from_its_first_token_on(tmp_path):
+    """Of a read that ends in the BOS nothing was trained on; one token later it is a copy."""
+    (document,) = a_text(np.random.default_rng(7), 1)
+    paths = write(tmp_path, [[*range(2, 40)], document])
+    for count, found in ((39, False), (40, True), (41, True), (120, True)):
+        stream = stream_of(paths, settings("sequential"))
+        stream.copies = tg.Contamination(document)
+        text = stream.read(0, count).tolist()
+        assert text == [*range(2, 40), *document][:count] and stream.copies.met.tolist() == [found]
+
+
 # --- synthetic batches -----------------------------------------------------------------------------------------------
 
 
