@@ -1528,27 +1528,29 @@ def find_documents(ids, mode, longest=0, varlen=False):
     """Docs of ids (B, T) with DOC_MASK=`mode`; None for "none".
 
     "inputs": only where documents begin. "attention": also the segments in which attention stays.
-    These are the documents, cut every `longest` tokens (0: not cut). A `varlen` kernel gets where
-    they start (cu_seqlens), and the host waits for the device to find that; others get a mask.
+    A segment is a document, or a piece of `longest` tokens of it (0: documents stay whole). The
+    text before the first BOS of a row counts as a document.
+    A `varlen` kernel gets where segments start (cu_seqlens), and the host waits for the device to
+    find that; others get a mask.
     """
     if mode == "none":
         return None
-    first = ids == BOS
+    is_bos = ids == BOS
     if mode == "inputs":
-        return Docs(first)
+        return Docs(is_bos)
     position = torch.arange(ids.size(1), device=ids.device).expand_as(ids)
-    # Position of the last BOS, 0 before the first: the row's start begins a segment, too.
-    document_start = torch.where(first, position, 0).cummax(1).values
-    offset = position - document_start
+    document_start = torch.where(is_bos, position, 0).cummax(1).values  # of each token's document
+    position_in_segment = position - document_start
     if longest:
-        offset = offset % longest
-    segment_begins = offset == 0
+        position_in_segment = position_in_segment % longest
+    begins_segment = position_in_segment == 0
     if varlen:
-        starts = segment_begins.flatten().nonzero().squeeze(1)
-        return Docs(first, cu_seqlens=F.pad(starts, (0, 1), value=ids.numel()).int())
-    segment = segment_begins.cumsum(1)
+        starts = begins_segment.flatten().nonzero().squeeze(1)
+        return Docs(is_bos, cu_seqlens=F.pad(starts, (0, 1), value=ids.numel()).int())
+    segment = begins_segment.cumsum(1)  # number of each token's segment in its row
     same_segment = segment[:, :, None] == segment[:, None]
-    return Docs(first, mask=same_segment.tril()[:, None])
+    causal = same_segment.tril()
+    return Docs(is_bos, mask=causal[:, None])  # one mask for all heads
 
 
 class VisitAdapters(NamedTuple):
@@ -3542,10 +3544,10 @@ def merge_short_shards(lengths, minimum):
     return merged
 
 
-def shuffled_order(counts, rng, chunk=None):
+def shuffled_order(counts, rng, batch_blocks=None):
     """Every block of every shard once, as rows (shard, block), in random order (#1394).
 
-    counts: the number of blocks of each shard. chunk: not used.
+    counts: the number of blocks of each shard. batch_blocks: not used.
     """
     shards = np.repeat(np.arange(len(counts)), counts)
     blocks = np.concatenate([np.arange(count) for count in counts])
@@ -3553,37 +3555,37 @@ def shuffled_order(counts, rng, chunk=None):
     return pairs[rng.permutation(len(pairs))]
 
 
-def coprime_order(counts, rng, chunk):
+def coprime_order(counts, rng, batch_blocks):
     """Every block of every shard once, as rows (shard, block), in the manner of #1060.
 
-    counts: the number of blocks of each shard. Each shard is walked by a stride that is coprime
-    to its number of blocks. Each chunk of `chunk` blocks mixes blocks of several shards, each
-    drawn with a probability proportional to a power of the number of its blocks that are left.
-    Over the first 1,800 chunks, the number of shards rises from 8 to 64, and the power falls from
-    0.9 to 0.5. Near the end a chunk may be shorter.
+    counts: the number of blocks of each shard, which is walked in the order of coprime_walk().
+    The walks are mixed batch by batch, of `batch_blocks` blocks each; near the end a batch may be
+    shorter. A shard's weight is a power of the number of its blocks that are left. A batch draws
+    its shards by weight, takes one block of each, and draws the shards of its other blocks by
+    weight. Over the first 1,800 batches, the number of shards rises from 8 to 64, and the power
+    falls from 0.9 to 0.5.
     """
     walks = [coprime_walk(count, rng) for count in counts]
     counts = np.array(counts)
-    used = np.zeros(len(counts), int)
-    order = []
-    while (used < counts).any():
-        left = counts - used
-        progress = min(len(order) / 1800, 1.0)
+    left = counts.copy()
+    batches = []
+    while left.any():
+        progress = min(len(batches) / 1800, 1.0)
         power = 0.9 - 0.4 * progress
         weight = left**power
-        shards_in_chunk = min(round(8 + 56 * progress), int((left > 0).sum()), chunk)
-        chosen = rng.choice(len(counts), shards_in_chunk, replace=False, p=weight / weight.sum())
-        # One block of each chosen shard; the rest of the chunk by weight, if blocks are left.
-        shares = weight[chosen] / weight[chosen].sum()
-        extra_blocks = rng.multinomial(chunk - shards_in_chunk, shares)
-        takes = np.minimum(1 + extra_blocks, left[chosen])
-        pairs = []
-        for shard, take in zip(chosen, takes):
-            blocks = walks[shard][used[shard] : used[shard] + take]
-            pairs.append(np.stack([np.full(take, shard), blocks], 1))
-            used[shard] += take
-        order.append(rng.permutation(np.concatenate(pairs)))
-    return np.concatenate(order)
+        shards = min(round(8 + 56 * progress), np.count_nonzero(left), batch_blocks)
+        drawn = rng.choice(len(counts), shards, replace=False, p=weight / weight.sum())
+        shares = weight[drawn] / weight[drawn].sum()
+        takes = 1 + rng.multinomial(batch_blocks - shards, shares)
+        takes = np.minimum(takes, left[drawn])
+        batch = []
+        for shard, take in zip(drawn, takes):
+            begin = counts[shard] - left[shard]
+            for block in walks[shard][begin : begin + take]:
+                batch.append((shard, block))
+        left[drawn] -= takes
+        batches.append(rng.permutation(batch))
+    return np.concatenate(batches)
 
 
 def coprime_walk(count, rng):
@@ -5197,30 +5199,38 @@ class CodeCounts:
 
 
 class RowState:
-    """What is known of one row of every piece (N, pieces, C) of a group, as its codes are visited
-    from left to right.
+    """What predicts the codes of one row of every piece (N, pieces, C) of a group, as they are
+    visited from left to right. All sums are of magnitudes, in 1/256.
 
-    column_sums (N, 1, C): of the magnitudes of the `rows_seen` rows before; above (N, pieces, C):
-    codes of the row above.
+    A code's magnitude is expected to be the mean of its column in the rows before, times how much
+    larger than expected its row has been so far. Few codes say little, so each sum begins with a
+    prior (PRIOR_CODES, PRIOR_ROWS, PRIOR_COLUMNS).
+
+    column_sums (N, 1, C): magnitudes of the `rows_seen` rows before. above (N, pieces, C): codes
+    of the row above.
     """
 
     def __init__(self, column_sums, rows_seen, above):
         columns = column_sums.shape[2]
-        total = column_sums.sum(2, keepdims=True) << MAGNITUDE_BITS
-        prior_total = PRIOR_CODES << MAGNITUDE_BITS - 1
-        mean = (total + prior_total) // (rows_seen * columns + PRIOR_CODES)
-        expected = ((column_sums << MAGNITUDE_BITS) + PRIOR_ROWS * mean) // (rows_seen + PRIOR_ROWS)
-        expected_before = expected.cumsum(2) - expected + PRIOR_COLUMNS * mean
-        # (N, 1, C): the logarithm of a column's expected magnitude; the sum of those before it
-        self.log_expected = log2_table()[expected]
-        self.expected_before = np.maximum(expected_before, 1)
-        # (N, pieces, 1): sums of |code| and |code - above| so far
-        self.magnitude = np.repeat(PRIOR_COLUMNS * mean, above.shape[1], 1)
-        self.change = self.magnitude
+        column_sums = column_sums << MAGNITUDE_BITS
+        prior_sum = PRIOR_CODES << MAGNITUDE_BITS - 1
+        matrix_sum = column_sums.sum(2, keepdims=True) + prior_sum
+        mean = matrix_sum // (rows_seen * columns + PRIOR_CODES)
+        expected = (column_sums + PRIOR_ROWS * mean) // (rows_seen + PRIOR_ROWS)
+        prior = PRIOR_COLUMNS * mean
+        expected_before = prior + expected.cumsum(2) - expected
         self.above = above
+        # (N, 1, C): logarithm of the mean of each column
+        self.log_expected = integer_log2(expected)
+        # (N, 1, C): what `magnitude` is expected to be when a column is reached; at least 1
+        self.expected_before = np.maximum(expected_before, 1)
+        # (N, pieces, 1): the prior and the sum of |code| so far
+        self.magnitude = np.repeat(prior, above.shape[1], 1)
+        # (N, pieces, 1): the prior and the sum of |code - above| so far
+        self.change = self.magnitude
 
     def add(self, codes, start):
-        """Codes (N, pieces, width) of the columns from `start` on."""
+        """Count codes (N, pieces, width) of the columns from `start` on."""
         above = self.above[:, :, start : start + codes.shape[2]]
         change = np.abs(np.subtract(codes, above, dtype=np.int16)).sum(2, keepdims=True)
         magnitude = np.abs(codes).sum(2, keepdims=True, dtype=np.int64)
@@ -5229,15 +5239,19 @@ class RowState:
 
 
 def code_context(row, start, stop):
-    """(buckets, base) of the codes in columns start to stop of a RowState: what predicts them.
-    They are coded as differences from base, 0 or the row above.
+    """(buckets, base) of the codes in columns start to stop of a RowState.
+
+    A code is coded as its difference from base. The base is the row above where the row so far
+    differs from that by less than 3/4 of its own magnitude, else 0. The bucket tells the magnitude
+    that is expected of the difference.
     """
     ratio = (row.magnitude << MAGNITUDE_BITS) // row.expected_before[:, :, start : start + 1]
-    log_magnitude = row.log_expected[:, :, start:stop] + (integer_log2(ratio) - LOG_OF_1)
+    log_ratio = integer_log2(ratio) - LOG_OF_1
+    log_magnitude = row.log_expected[:, :, start:stop] + log_ratio
     base = 0
     like_above = 4 * row.change < 3 * row.magnitude
     if like_above.any():
-        base = row.above[:, :, start:stop] * like_above
+        base = np.where(like_above, row.above[:, :, start:stop], np.int8(0))
         mean_change = row.change // (start + PRIOR_COLUMNS)
         log_magnitude = np.where(like_above, integer_log2(mean_change), log_magnitude)
     buckets = (log_magnitude - LOG_OF_BUCKET_0) // LOGS_PER_BUCKET
@@ -5247,12 +5261,12 @@ def code_context(row, start, stop):
 def piece_shape(shape, state_count):
     """(rows of a piece, columns that are coded at once) for N matrices (N, R, C).
 
-    All N matrices are coded side by side, and of each all pieces: a chunk is `width` columns of
-    one row of every piece, about one code for each coder state. Pieces and width are in the
+    All N matrices are coded side by side, and of each all pieces: `width` columns of one row of
+    every piece at once, about one code for each coder state. Pieces and width are in the
     proportion of rows and columns.
     """
     matrices, rows, columns = shape
-    codes = max(1, state_count // matrices)  # of a matrix in a chunk
+    codes = max(1, state_count // matrices)  # of a matrix that are coded at once
     pieces = min(rows // LEAST_PIECE, math.isqrt(codes * rows // columns))
     height = ceil_div(rows, max(1, pieces))
     pieces = ceil_div(rows, height)
@@ -5274,19 +5288,19 @@ def walk_codes(groups, coder):
         rows_seen = 0
         above = np.zeros((matrices, ceil_div(rows, height), columns), np.int8)
         for t in range(height):
-            codes = group[:, t::height]  # (N, pieces, C): row t of every piece, if it is that long
-            row = RowState(column_sums, rows_seen, above[:, : codes.shape[1]])
+            rows_t = group[:, t::height]  # (N, pieces, C): row t of every piece that is that long
+            row = RowState(column_sums, rows_seen, above[:, : rows_t.shape[1]])
             for start in range(0, columns, width):
                 stop = start + width
-                chunk = codes[:, :, start:stop]
+                codes = rows_t[:, :, start:stop]
                 buckets, base = code_context(row, start, stop)
-                coder.code(buckets, chunk, base)
-                row.add(chunk, start)
+                coder.code(buckets, codes, base)
+                row.add(codes, start)
                 last = t == height - 1 and stop >= columns
-                counts.add(buckets, chunk - base, last)
-            above = codes
-            rows_seen += codes.shape[1]
-            column_sums += np.abs(codes).sum(1, keepdims=True, dtype=np.int64)
+                counts.add(buckets, codes - base, last)
+            above = rows_t
+            rows_seen += rows_t.shape[1]
+            column_sums += np.abs(rows_t).sum(1, keepdims=True, dtype=np.int64)
 
 
 def _checksum(groups):
@@ -6183,6 +6197,10 @@ class TextRows(NamedTuple):
     first: np.ndarray  # first target that is scored
     end: np.ndarray  # end of the row: it reads the tokens [begin, end)
 
+    def take(self, index):
+        """The rows at an index: numbers, a slice or a mask."""
+        return TextRows(self.begin[index], self.first[index], self.end[index])
+
 
 class ChunkShape(NamedTuple):
     """A compiled predictor has a graph for each of these."""
@@ -6414,33 +6432,36 @@ class Reader:
         dealt = longest_first[self.rt.rank :: self.rt.world]
         for i in range(0, len(dealt), self.batch):
             batch = dealt[i : i + self.batch]
-            yield from self._turns(TextRows(*(values[batch] for values in rows)))
+            yield from self._turns(rows.take(batch))
 
     def _turns(self, rows):
-        """Cuts of a batch of TextRows, the longest first: turns until the longest row ends."""
+        """Cuts of a batch of TextRows, the longest first: one for each turn, until all have ended.
+
+        In a turn each row reads its next `size` tokens. Rows that have ended are left out.
+        """
         s = self.s
         longest = rows.end[0] - rows.begin[0]
         turn = 0
-        read = 0  # tokens that each row has read before this turn
+        read = 0  # tokens of each row that earlier turns have read
         while read < longest:
-            count = np.count_nonzero(rows.begin + read < rows.end)
-            begin, first, end = (values[:count] for values in rows)
             size = self._turn_size(read)
-            start = begin + read
-            stop = np.minimum(start + size, end)
-            first = np.maximum(first, start)
+            rows = rows.take(rows.begin + read < rows.end)
+            start = rows.begin + read
+            stop = np.minimum(start + size, rows.end)
+            first = np.maximum(rows.first, start)
             tokens = size
-            if self.adapted and s.eval_context == "window":  # as much of the text before as fits
+            if self.adapted and s.eval_context == "window":
+                # No keys are kept, so a row shows its earlier text again: as much of it as fits.
                 tokens = int(padded_width(read + size, s.eval_seq_len, size))
-                start = np.maximum(begin, start + size - s.eval_seq_len)
+                start = np.maximum(rows.begin, start + size - s.eval_seq_len)
             places = size
             if not (first < stop).any():  # nothing is scored: little work for the head
                 places = 1
-            padded = self.batch
+            batch = self.batch
             if turn > 0:
-                padded = padded_rows(count, self.batch)
-            continuing = np.count_nonzero(stop < end)
-            yield Cut(start, stop, first, padded, tokens, places, turn, continuing)
+                batch = padded_rows(len(start), self.batch)
+            continuing = np.count_nonzero(stop < rows.end)  # the leading rows: they are the longest
+            yield Cut(start, stop, first, batch, tokens, places, turn, continuing)
             read += size
             turn += 1
 

@@ -286,17 +286,17 @@ def walk(visited, slack):
 
 @ref.tries(150)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(any), st.integers(1, 20), st.integers(0, 99))
-def test_coprime_deals_every_block_once(counts, chunk, seed):
-    order = tg.coprime_order(counts, np.random.default_rng(seed), chunk)
+def test_coprime_deals_every_block_once(counts, batch, seed):
+    order = tg.coprime_order(counts, np.random.default_rng(seed), batch)
     assert sorted(map(tuple, order)) == [(i, j) for i, n in enumerate(counts) for j in range(n)]
     for shard in range(len(counts)):
         visited = [j for i, j in order if i == shard]
         if len(visited) > 1:
-            assert walk(visited, chunk - 1), (visited, "no stride coprime to the number of blocks")
+            assert walk(visited, batch - 1), (visited, "no stride coprime to the number of blocks")
 
 
 def test_coprime_walks_each_shard_by_a_constant_stride():
-    """With one block a chunk nothing blurs the walk. Strides and starts differ between shards and seeds."""
+    """With one block a batch nothing blurs the walk. Strides and starts differ between shards and seeds."""
     strides, starts = set(), set()
     for seed in range(10):
         order = tg.coprime_order([30, 7, 1, 12], np.random.default_rng(seed), 1)
@@ -317,7 +317,7 @@ def test_coprime_mixes_8_shards_at_first_and_64_in_the_end():
 
 
 def test_coprime_draws_shards_by_what_is_left_in_them():
-    """In proportion to its power, 0.9 at first and 0.5 after 1,800 chunks; other powers are excluded."""
+    """In proportion to its power, 0.9 at first and 0.5 after 1,800 batches; other powers are excluded."""
     counts = np.array([300, 1500, 4200])
     order = tg.coprime_order(counts.tolist(), np.random.default_rng(3), 1)[:, 0]
 
@@ -335,7 +335,7 @@ def test_coprime_draws_shards_by_what_is_left_in_them():
 
 
 def test_a_batch_of_the_coprime_stream_mixes_shards(tmp_path):
-    """The chunk is the batch: 16 blocks of 20 shards, 8 of them at first."""
+    """16 blocks of 20 shards, 8 of them at first."""
     shards = numbered(*[101] * 20)
     stream = stream_of(write(tmp_path, shards), settings("coprime", train_batch_tokens=64))
     for _ in range(5):
