@@ -4307,11 +4307,15 @@ def factor_hessian(moments, damp, act_order):
     upper triangular U whose U^T U is the inverse of the damped Hessian in that order. With
     act_order, columns of large diagonal come first.
 
+    The weights of an input that is always zero do not matter, but the Hessian needs an inverse:
+    its diagonal becomes the mean of the others, which changes neither their damping nor U.
+
     U comes from one Cholesky factor of the reversed Hessian and its inverse.
     """
     hessian = moments.hessian.double().clone()
     diagonal = hessian.diagonal()
-    diagonal[diagonal <= 0] = 1.0  # an input that is always zero: its weight does not matter
+    unused = diagonal <= 0
+    diagonal[unused] = 1.0 if unused.all() else diagonal[~unused].mean()
     diagonal += damp * diagonal.mean()
     if act_order:
         order = diagonal.argsort(descending=True, stable=True)

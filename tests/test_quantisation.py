@@ -433,7 +433,7 @@ def surgery(w, steps, top, hessian, damp, act_order):
     w, h, left = w.astype(float).copy(), hessian.astype(float).copy(), list(range(w.shape[1]))
     tops = np.broadcast_to(top, w.shape[1])  # one for all columns, or one for each
     dead = np.diag(h) <= 0
-    h[dead, dead], w[:, dead] = 1, 0
+    h[dead, dead], w[:, dead] = 1 if dead.all() else np.mean(np.diag(h)[~dead]), 0
     h += damp * np.mean(np.diag(h)) * np.eye(len(h))
     order = sorted(left, key=lambda j: -h[j, j]) if act_order else list(left)
     inverse, codes, margins = np.linalg.inv(h), np.zeros(w.shape), np.zeros(w.shape)
@@ -494,6 +494,21 @@ def test_gptq_stores_zeros_for_inputs_that_never_fire(changes):
             assert not decoded[:, dead].any()
         elif s.fit == "off":
             assert decoded[:, dead].any(0).all()
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptq_damps_by_the_inputs_that_fire_whatever_their_scale(scale, act_order):
+    """Two columns that never fire are as good as absent; without one that does, rounding is to nearest."""
+    hessian = torch.from_numpy(random_hessian(8, 30, 1))
+    padded = torch.nn.functional.pad(hessian, (1, 1, 1, 1))
+    order, factor = tg.factor_hessian(tg.Moments(scale * padded, torch.ones(2)), 0.1, act_order)
+    order_without, without = tg.factor_hessian(tg.Moments(hessian, torch.ones(2)), 0.1, act_order)
+    where = [place for place, column in enumerate(order.tolist()) if 0 < column < 9]
+    assert order[where].tolist() == (order_without + 1).tolist()
+    torch.testing.assert_close(factor[where][:, where] * scale**0.5, without, rtol=1e-5, atol=1e-7)
+    _, alone = tg.factor_hessian(tg.Moments(torch.zeros(3, 3), torch.ones(2)), 0.1, act_order)
+    assert torch.equal(alone, alone.diagonal().diag()) and alone.diagonal().gt(0).all()
 
 
 def test_matrices_of_one_shape_are_rounded_together_as_each_alone():
