@@ -3997,18 +3997,18 @@ class MomentMeter:
         self.hessian = {}  # {parameter: (C, C) sum of x x^T}
         self.gain = {}  # {parameter: (R,) sum of squared gradients}
         self.inputs = {}  # {parameter: number of x in its Hessian}
-        self._owner = {}  # {parameter: whose Hessian is its own}: q, k and v read one tensor
+        self._hessian_of = {}  # {parameter: the one that has its Hessian}: q, k and v read one x
         self._last_input = None
-        self._last_owner = None
+        self._last_name = None  # the parameter that multiplied it first
         self._features = None  # output of head_proj, where the model has one
 
     @contextlib.contextmanager
     def _watching(self):
         """Hooks on every Linear and Embedding. Hidden states need gradients meanwhile, which the
-        tables give them; matrices need none.
+        tables give them, frozen or not; matrices need none.
         """
         hooks = []
-        trained = [param for param in self.model.parameters() if param.requires_grad]
+        required = [(param, param.requires_grad) for param in self.model.parameters()]
         for name, module in self.model.named_modules():
             if isinstance(module, Linear):
                 watch = self._watch_linear
@@ -4023,12 +4023,14 @@ class MomentMeter:
         finally:
             for hook in hooks:
                 hook.remove()
-            for param in trained:
-                param.requires_grad_(True)
-                if param.grad is not None:
+            for param, requires_grad in required:
+                param.requires_grad_(requires_grad)
+                if not requires_grad:
+                    param.grad = None
+                elif param.grad is not None:
                     param.grad.zero_()
             self._last_input = None
-            self._last_owner = None
+            self._last_name = None
             self._features = None
 
     def _add(self, sums, name, value):
@@ -4043,8 +4045,8 @@ class MomentMeter:
             self._add(self.hessian, name, flat.mT @ flat)
             self.inputs[name] = self.inputs.get(name, 0) + len(flat)
             self._last_input = x
-            self._last_owner = name
-        self._owner[name] = self._last_owner
+            self._last_name = name
+        self._hessian_of[name] = self._last_name
         if module is self.model.head_proj:
             self._features = output.detach()
 
@@ -4062,7 +4064,7 @@ class MomentMeter:
         """
         lookups = torch.bincount(args[0].flatten(), minlength=module.weight.size(0))
         self._add(self.gain, name, lookups.float())
-        self._owner[name] = name
+        self._hessian_of[name] = name
 
         def backward(gradient):
             flat = gradient.flatten(0, -2).float()
@@ -4093,37 +4095,42 @@ class MomentMeter:
 
     def moments(self, rt):
         """{parameter: Moments} over the texts of all ranks. Divides its own sums: call it once."""
+        # Sums over tokens become means.
         tokens = rt.sum(torch.tensor(float(self.tokens), device=rt.device))
         for sums in (self.hessian, self.gain):
-            for name in sorted(sums):
+            for name in sorted(sums):  # in one order on all ranks
                 rt.sum(sums[name]).div_(tokens)
-        # The gain is summed over visits, so the Hessian is averaged: errors at different visits are
-        # taken as independent.
+        # The gain stays a sum over visits, so the Hessian becomes a mean over them: errors at
+        # different visits are taken as independent.
         for name, inputs in self.inputs.items():
-            self.hessian[name].div_(inputs / self.tokens)
+            visits = inputs / self.tokens
+            self.hessian[name].div_(visits)
 
+        modules = self.model.named_modules()
+        tables = {f"{name}.weight" for name, module in modules if isinstance(module, Embedding)}
         moments = {}
-        for name, owner in self._owner.items():
-            hessian = self.hessian[owner]
-            moments[name] = Moments(hessian, self.gain[name], inputs=hessian.diagonal())
-        for name, module in self.model.named_modules():
-            if isinstance(module, Embedding):
-                moments[f"{name}.weight"] = self._of_table(moments[f"{name}.weight"], tokens)
+        for name, source in self._hessian_of.items():
+            hessian = self.hessian[source]
+            gain = self.gain[name]
+            if name in tables:
+                moments[name] = self._of_table(hessian, gain, tokens)
+            else:
+                moments[name] = Moments(hessian, gain, inputs=hessian.diagonal())
 
-        hessian = self.hessian.pop("head")
-        head = Moments(hessian, self.gain.pop("head"), 1.0, hessian.diagonal())
+        hessian = self.hessian["head"]
+        head = Moments(hessian, self.gain["head"], logits=1.0, inputs=hessian.diagonal())
         if self.model.head is not None:
             moments["head.weight"] = head
         else:
             moments["embed.weight"] = self._of_tied_table(moments["embed.weight"], head)
         return moments
 
-    def _of_table(self, table, tokens):
-        """The gain of a row is how often it is looked up. Half a lookup more keeps rows that this
-        text lacks.
+    def _of_table(self, hessian, lookups, tokens):
+        """The gain of a row is how often it is looked up, for a token. Half a lookup more keeps
+        rows that this text lacks.
         """
-        lookups = table.gain
-        return Moments(table.hessian / lookups.sum().clamp_min(1e-30), lookups + 0.5 / tokens)
+        hessian_of_a_lookup = hessian / lookups.sum().clamp_min(1e-30)
+        return Moments(hessian_of_a_lookup, lookups + 0.5 / tokens)
 
     def _of_tied_table(self, table, head):
         """A tied table is looked up and multiplied with. It gets one Hessian: the mean of both

@@ -689,6 +689,22 @@ def test_the_meter_leaves_nothing_behind():
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_the_meter_leaves_frozen_parameters_frozen_and_measures_the_same():
+    model = ref.randomise(tg.GPT(ref.small()))
+    frozen = {name for name, _ in model.named_parameters() if name.startswith(("embed", "bigram", "blocks.0"))}
+    measured = []
+    for all_train in (True, False):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(all_train or name not in frozen)
+        meter = tg.MomentMeter(model)
+        meter.observe(*a_text())
+        measured.append(meter.moments(ref.alone()))
+    assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == frozen
+    assert len(frozen) > 3 and all(parameter.grad is None for name, parameter in model.named_parameters() if name in frozen)
+    for name, moments in measured[0].items():
+        assert all(torch.equal(a, b) for a, b in zip(moments[:2], measured[1][name])), name
+
+
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
     """(settings, trained weights, moments of the model, ids, targets): 16 x 16 matrices after 120 steps on tokens with structure."""
