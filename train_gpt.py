@@ -3505,7 +3505,7 @@ def read_sidecar(paths):
         names = ", ".join(path.name for path in byte_paths[:3])
         raise BadInput(f"{folder}: expected one fineweb_val_bytes_*.bin for each of the "
                        f"{len(paths)} validation shards, found {len(byte_paths)}: {names}; {fix}")
-    parts = []
+    sidecar = []
     for path, byte_path in zip(paths, byte_paths):
         ids = read_shard(path)
         counts = read_shard(byte_path)
@@ -3518,8 +3518,8 @@ def read_sidecar(paths):
             offset = SHARD_HEADER + 2 * i
             raise BadInput(f"{byte_path}: expected 0 bytes for the BOS token at offset {offset}, "
                            f"found {int(counts[i])}: it belongs to another shard; {fix}")
-        parts.append(counts)
-    return np.concatenate(parts).astype(np.int32)
+        sidecar.append(counts)
+    return np.concatenate(sidecar).astype(np.int32)
 
 
 # ---- training stream -----------------------------------------------------------------------------
@@ -3650,7 +3650,7 @@ class Contamination:
         return self.keys[met.cpu().numpy()]
 
     def restore(self, keys):
-        """Note documents that an earlier part of the run had met."""
+        """Note documents that the run had met before it was resumed."""
         self.met |= np.isin(self.keys, keys)
 
 
@@ -3722,19 +3722,19 @@ class TokenStream:
 
     def hold_out(self, count):
         """Set the last `count` tokens of the stream aside in `held`: they are not trained on."""
-        parts = []
+        tails = []
         while count > 0 and self.shards:
             shard = self.shards.pop()
             start = max(len(shard) - count, 0)
-            part = shard[start:]
-            check_tokens(part, self.s.vocab_size, self.paths[len(self.shards)], start)
-            parts.insert(0, part)
-            count -= len(part)
+            tail = shard[start:]
+            check_tokens(tail, self.s.vocab_size, self.paths[len(self.shards)], start)
+            tails.insert(0, tail)
+            count -= len(tail)
             if start > 0:
                 self.shards.append(shard[:start])
         if not self.shards:
             raise BadInput(f"HOLDOUT_TOKENS={self.s.holdout_tokens} leaves nothing to train on")
-        self.held = np.concatenate(parts) if parts else np.empty(0, np.uint16)
+        self.held = np.concatenate(tails) if tails else np.empty(0, np.uint16)
 
     def check_stages(self):
         """BadInput if the ranks cannot share the batches of a stage evenly."""
@@ -3782,11 +3782,11 @@ class TokenStream:
             number = int(np.searchsorted(self.ends, index, side="right"))
             shard = self.shards[number]
             offset = index - int(self.ends[number]) + len(shard)
-            part = shard[offset : offset + count - filled]
+            span = shard[offset : offset + count - filled]
             if vocab_size is not None:
-                check_tokens(part, vocab_size, self.paths[number], offset)
-            tokens[filled : filled + len(part)] = part
-            filled += len(part)
+                check_tokens(span, vocab_size, self.paths[number], offset)
+            tokens[filled : filled + len(span)] = span
+            filled += len(span)
         return tokens
 
     def _block_starts(self, epoch):
@@ -3814,7 +3814,7 @@ class TokenStream:
         return self.read(start + offset, length + 1)
 
     def next(self, length=None, tokens=None):
-        """This rank's part of the next batch, as micro-batches [(x, y, docs)].
+        """This rank's share of the next batch, as micro-batches [(x, y, docs)].
 
         x and y are (sequences, length) int64, packed (1, sequences * length). docs is None where
         the model finds documents itself. Without arguments: the batch of the first stage.
@@ -3829,16 +3829,16 @@ class TokenStream:
         ahead = self._ahead
         if ahead.request != request:
             ahead = self._read_ahead(request)
-        parts, docs = ahead.batch.result()
+        micro_batches, docs = ahead.batch.result()
         self.position = position + tokens
         self._ahead = self._read_ahead(request._replace(position=self.position))
-        return self._to_device(parts, docs)
+        return self._to_device(micro_batches, docs)
 
     def _read_ahead(self, request):
         return ReadAhead(request, self._thread.submit(self._read_batch, request))
 
     def _read_batch(self, request):
-        """What _prepare returns for this rank's part of a batch; called by the thread."""
+        """What _prepare returns for this rank's share of a batch; called by the thread."""
         position, length, tokens = request
         on_rank, in_micro_batch = self.split_batch(length, tokens)
         begin = position + self.rt.rank * on_rank * length
@@ -3868,30 +3868,32 @@ class TokenStream:
 
         Where documents start is found here for a varlen kernel: nothing waits for it.
         """
-        parts = batch.split(1 if self.packed else in_micro_batch)
-        docs = [None] * len(parts)
+        micro_batches = batch.split(1 if self.packed else in_micro_batch)
+        docs = [None] * len(micro_batches)
         if self.find_documents:
-            docs = [self.find_documents(part[:, :-1], length) for part in parts]
+            docs = [self.find_documents(tokens[:, :-1], length) for tokens in micro_batches]
         if self.rt.device.type == "cuda":
-            parts = [part.pin_memory() for part in parts]
-            docs = [map_docs(Tensor.pin_memory, part_docs) for part_docs in docs]
-        return parts, docs
+            micro_batches = [tokens.pin_memory() for tokens in micro_batches]
+            docs = [map_docs(Tensor.pin_memory, documents) for documents in docs]
+        return micro_batches, docs
 
-    def _to_device(self, parts, docs):
+    def _to_device(self, micro_batches, docs):
         """Micro-batches [(x, y, docs)] on the device, without waiting for the copies."""
         def move(tensor):
             return tensor.to(self.rt.device, non_blocking=True)
 
-        parts = [move(part).long() for part in parts]
-        docs = [map_docs(move, part_docs) for part_docs in docs]
-        micro = []
-        for part, part_docs in zip(parts, docs):
-            varlen = part_docs is not None and part_docs.cu_seqlens is not None
+        on_device = []
+        for tokens, documents in zip(micro_batches, docs):
+            tokens = move(tokens).long()
+            documents = map_docs(move, documents)
+            varlen = documents is not None and documents.cu_seqlens is not None
             if varlen and self.rt.compiled:
                 # One graph serves any number of documents.
-                torch._dynamo.maybe_mark_dynamic(part_docs.cu_seqlens, 0)
-            micro.append((part[:, :-1].contiguous(), part[:, 1:].contiguous(), part_docs))
-        return micro
+                torch._dynamo.maybe_mark_dynamic(documents.cu_seqlens, 0)
+            x = tokens[:, :-1].contiguous()
+            y = tokens[:, 1:].contiguous()
+            on_device.append((x, y, documents))
+        return on_device
 
 
 def map_docs(function, docs):
