@@ -4399,7 +4399,7 @@ LQER_RIDGE = 1e-9  # of the trace, for the normal equations of B
 
 
 def lqer(error, hessian, gain, rank, group):
-    """Parts of a correction A B of error (R, C): LQER (arXiv 2402.02446) with the step sizes of
+    """Arrays of a correction A B of error (R, C): LQER (arXiv 2402.02446) with the step sizes of
     #1797.
 
     A (R, rank): the largest singular vectors of the error, weighted by the loss's sensitivity; 2
@@ -4443,29 +4443,29 @@ def quarter_octaves(exponents):
     return torch.from_numpy(np.ldexp(QUARTERS[e & 3], e >> 2))
 
 
-def decode_int(parts, shape):
-    step = parts["scale"].float()[:, None]
-    return (parts["q"].float() * step).view(shape)
+def decode_int(arrays, shape):
+    step = arrays["scale"].float()[:, None]
+    return (arrays["q"].float() * step).view(shape)
 
 
-def decode_mixed(parts, shape):
-    fine = parts["fine"].float()[:, None]
-    coarse = parts["scale"].float()[:, None]
-    step = torch.where(parts["salient"] != 0, fine, coarse)
-    return (parts["q"].float() * step).view(shape)
+def decode_mixed(arrays, shape):
+    fine = arrays["fine"].float()[:, None]
+    coarse = arrays["scale"].float()[:, None]
+    step = torch.where(arrays["salient"] != 0, fine, coarse)
+    return (arrays["q"].float() * step).view(shape)
 
 
-def decode_grid(parts, shape):
-    codes = parts["q"].float()
-    if "over" in parts:
-        codes = codes + BYTE_TOP * parts["over"].float()
-    row = parts["unit"] * quarter_octaves(parts["row"])
-    column = quarter_octaves(parts["col"])
+def decode_grid(arrays, shape):
+    codes = arrays["q"].float()
+    if "over" in arrays:
+        codes = codes + BYTE_TOP * arrays["over"].float()
+    row = arrays["unit"] * quarter_octaves(arrays["row"])
+    column = quarter_octaves(arrays["col"])
     return (codes * row[:, None] * column).view(shape)
 
 
-def decode_float16(parts, shape):
-    return parts["half"].float().view(shape)
+def decode_float16(arrays, shape):
+    return arrays["half"].float().view(shape)
 
 
 def per_tensor(shape):
@@ -4484,8 +4484,8 @@ def per_weight(shape):
     return math.prod(shape)
 
 
-class CodecPart(NamedTuple):
-    """One array of an encoded parameter."""
+class ArrayFormat(NamedTuple):
+    """What an array of an encoded parameter is made of."""
 
     dtype: type
     # (shape of the parameter) -> how many numbers it has; in CORRECTION (shape, rank, group) -> ...
@@ -4493,32 +4493,33 @@ class CodecPart(NamedTuple):
 
 
 class Codec(NamedTuple):
-    """A way to store a parameter: how its parts become weights, and what they are."""
+    """A way to store a parameter: how its arrays become weights, and what they are."""
 
-    decode: Callable  # (parts, shape) -> float32 weights
-    parts: dict[str, CodecPart]
+    decode: Callable  # (arrays, shape) -> float32 weights
+    arrays: dict[str, ArrayFormat]
 
 
-INT = {"q": CodecPart(np.int8, per_weight), "scale": CodecPart(np.float16, per_row)}
-MIXED = INT | {"fine": CodecPart(np.float16, per_row), "salient": CodecPart(np.int8, per_column)}
-GRID = {"q": CodecPart(np.int8, per_weight), "row": CodecPart(np.int8, per_row),
-        "col": CodecPart(np.int8, per_column), "unit": CodecPart(np.float32, per_tensor)}
-WIDE = GRID | {"over": CodecPart(np.int8, per_weight)}
+INT = {"q": ArrayFormat(np.int8, per_weight), "scale": ArrayFormat(np.float16, per_row)}
+MIXED = INT | {"fine": ArrayFormat(np.float16, per_row),
+               "salient": ArrayFormat(np.int8, per_column)}
+GRID = {"q": ArrayFormat(np.int8, per_weight), "row": ArrayFormat(np.int8, per_row),
+        "col": ArrayFormat(np.int8, per_column), "unit": ArrayFormat(np.float32, per_tensor)}
+WIDE = GRID | {"over": ArrayFormat(np.int8, per_weight)}
 CODECS = {
     "int": Codec(decode_int, INT),
     "mixed": Codec(decode_mixed, MIXED),
     "grid": Codec(decode_grid, GRID),
     "wide": Codec(decode_grid, WIDE),
-    "float16": Codec(decode_float16, {"half": CodecPart(np.float16, per_weight)}),
+    "float16": Codec(decode_float16, {"half": ArrayFormat(np.float16, per_weight)}),
 }
-# Parts of a low-rank correction (lqer), beside those of any codec; their counts are for (shape,
+# Arrays of a low-rank correction (lqer), beside those of any codec; their counts are for (shape,
 # rank, group).
 CORRECTION = {
-    "a": CodecPart(np.int8, lambda shape, rank, group: rank * per_row(shape)),
-    "a_step": CodecPart(np.float16, lambda shape, rank, group: 1),
-    "b": CodecPart(np.int8, lambda shape, rank, group: rank * per_column(shape)),
-    "b_step": CodecPart(np.float16,
-                        lambda shape, rank, group: ceil_div(rank * per_column(shape), group)),
+    "a": ArrayFormat(np.int8, lambda shape, rank, group: rank * per_row(shape)),
+    "a_step": ArrayFormat(np.float16, lambda shape, rank, group: 1),
+    "b": ArrayFormat(np.int8, lambda shape, rank, group: rank * per_column(shape)),
+    "b_step": ArrayFormat(np.float16,
+                          lambda shape, rank, group: ceil_div(rank * per_column(shape), group)),
 }
 
 
@@ -4529,24 +4530,24 @@ class Encoded(NamedTuple):
     bits: int
     rank: int  # of its correction, or 0
     group: int  # weights of B that share a step size
-    parts: dict[str, Tensor]
+    arrays: dict[str, Tensor]
 
     def decode(self, shape):
         """float32 weights of a shape."""
-        weight = CODECS[self.codec].decode(self.parts, shape)
+        weight = CODECS[self.codec].decode(self.arrays, shape)
         if not self.rank:
             return weight
-        a = self.parts["a"].float().view(shape[0], self.rank) * self.parts["a_step"].float()
-        b_codes = self.parts["b"].float().flatten()
-        b_steps = self.parts["b_step"].float().repeat_interleave(self.group)[: len(b_codes)]
+        a = self.arrays["a"].float().view(shape[0], self.rank) * self.arrays["a_step"].float()
+        b_codes = self.arrays["b"].float().flatten()
+        b_steps = self.arrays["b_step"].float().repeat_interleave(self.group)[: len(b_codes)]
         b = (b_codes * b_steps).view(self.rank, -1)
         for k in range(self.rank):  # summed in one order everywhere
             weight = weight + a[:, k, None] * b[k]
         return weight
 
 
-def _to_cpu(parts):
-    return {name: part.cpu() for name, part in parts.items()}
+def _to_cpu(arrays):
+    return {name: array.cpu() for name, array in arrays.items()}
 
 
 # ---- allocation: FIT=allocate --------------------------------------------------------------------
@@ -4662,7 +4663,7 @@ def allocate(quantiser, packed_of, room, log):
 class Grids(NamedTuple):
     """The quantisation grids of N parameters of one shape."""
 
-    parts: list[dict[str, Tensor]]  # for each, what the artifact stores of its grid
+    arrays: list[dict[str, Tensor]]  # for each, what the artifact stores of its grid
     steps: Tensor  # (N, R, C or 1): the step sizes that this means
 
 
@@ -4840,11 +4841,11 @@ class Quantiser:
         scales = self._row_scales(weights, store.bits, store)
         fine_scales = self._row_scales(weights, self.s.awq_lite_bits, store)
         salient = self._salient(names)
-        parts = []
+        arrays = []
         for scale, fine, columns in zip(scales, fine_scales, salient[:, 0]):
-            parts.append({"scale": scale, "fine": fine, "salient": columns.to(torch.int8)})
+            arrays.append({"scale": scale, "fine": fine, "salient": columns.to(torch.int8)})
         steps = torch.where(salient, fine_scales.float()[:, :, None], scales.float()[:, :, None])
-        return Grids(parts, steps)
+        return Grids(arrays, steps)
 
     def _salient(self, names):
         """(N, 1, C): which columns AWQ-lite stores in more bits."""
@@ -4852,13 +4853,13 @@ class Quantiser:
 
     def _allocated_grids(self, names, weights, spacing):
         ones = torch.ones(weights.shape[1:], dtype=torch.int8)
-        parts, steps = [], []
+        arrays, steps = [], []
         for name in names:
             weight, moments = self.weights[name], self.moments[name]
             grid = allocation_grid(weight, moments, self.pivots(name), spacing)
-            parts.append(_to_cpu(grid))
-            steps.append(decode_grid({**parts[-1], "q": ones}, ones.shape))
-        return Grids(parts, torch.stack(steps).to(weights.device))
+            arrays.append(_to_cpu(grid))
+            steps.append(decode_grid({**arrays[-1], "q": ones}, ones.shape))
+        return Grids(arrays, torch.stack(steps).to(weights.device))
 
     def steps(self, spacing=None):
         """{parameter: its step sizes (R, 1) or (R, C)}: what weights will be rounded to."""
@@ -4875,8 +4876,8 @@ class Quantiser:
         for (_, store), names in self.groups.items():
             grids = self._grids(names, store, spacing)
             codes = self._round(names, store, grids.steps)
-            for name, tensor_codes, parts in zip(names, codes, grids.parts):
-                encoded[name] = self._encoded(store, parts, tensor_codes)
+            for name, tensor_codes, arrays in zip(names, codes, grids.arrays):
+                encoded[name] = self._encoded(store, arrays, tensor_codes)
         if self.s.lqer_rank:
             self._add_lqer(encoded)
         for name, store in self.stores.items():
@@ -4902,17 +4903,17 @@ class Quantiser:
         alive = torch.stack([self.moments[name].hessian.diagonal() > 0 for name in names])[:, None]
         return gptq(weights * alive, steps, top, orders, factors, self.s.gptq_block_size)
 
-    def _encoded(self, store, grid_parts, codes):
+    def _encoded(self, store, grid_arrays, codes):
         """A parameter with codes int16 (R, C). Codes beyond a byte are split into q + 127 * over,
         and the codec becomes "wide".
         """
         codec = store.codec
         over = codes.sign() * ((codes.abs() - 1).clamp_min(0) // BYTE_TOP)
-        parts = grid_parts | {"q": (codes - BYTE_TOP * over).to(torch.int8)}
+        arrays = grid_arrays | {"q": (codes - BYTE_TOP * over).to(torch.int8)}
         if over.any():
             codec = "wide"
-            parts["over"] = over.to(torch.int8)
-        return Encoded(codec, store.bits, 0, 0, _to_cpu(parts))
+            arrays["over"] = over.to(torch.int8)
+        return Encoded(codec, store.bits, 0, 0, _to_cpu(arrays))
 
     def _add_lqer(self, encoded):
         """LQER for the LQER_TOP_K parameters whose error costs most, where it lowers that cost. By
@@ -4932,8 +4933,8 @@ class Quantiser:
             error = error_of(name, encoded[name])
             rank = min(self.s.lqer_rank, *error.shape)
             correction = _to_cpu(lqer(error, moments.hessian, moments.gain, rank, group))
-            parts = encoded[name].parts | correction
-            corrected = encoded[name]._replace(rank=rank, group=group, parts=parts)
+            arrays = encoded[name].arrays | correction
+            corrected = encoded[name]._replace(rank=rank, group=group, arrays=arrays)
             if moments.loss(error_of(name, corrected)) < costs[name]:
                 encoded[name] = corrected
 
@@ -4959,10 +4960,10 @@ def without_cheapest(encoded, count):
     for name, tensor in encoded.items():
         if tensor.codec not in PRUNABLE:
             continue
-        codes = tensor.parts["q"]
+        codes = tensor.arrays["q"]
         places[name] = is_unit_code(codes).flatten().nonzero().squeeze(1)
-        parts = tensor.parts | {"q": torch.ones_like(codes)}
-        step = CODECS[tensor.codec].decode(parts, codes.shape)
+        arrays = tensor.arrays | {"q": torch.ones_like(codes)}
+        step = CODECS[tensor.codec].decode(arrays, codes.shape)
         steps.append(step.flatten()[places[name]])
     cheap = torch.zeros(sum(map(len, steps)), dtype=torch.bool)
     cheap[torch.cat(steps).argsort(stable=True)[:count]] = True
@@ -4970,10 +4971,10 @@ def without_cheapest(encoded, count):
     pruned = dict(encoded)
     cheap_by_tensor = cheap.split([len(ones) for ones in places.values()])
     for (name, ones), drop in zip(places.items(), cheap_by_tensor):
-        parts = encoded[name].parts
-        codes = parts["q"].clone()
+        arrays = encoded[name].arrays
+        codes = arrays["q"].clone()
         codes.view(-1)[ones[drop]] = 0
-        pruned[name] = encoded[name]._replace(parts=parts | {"q": codes})
+        pruned[name] = encoded[name]._replace(arrays=arrays | {"q": codes})
     return pruned
 
 
@@ -4986,7 +4987,7 @@ def prune_to_fit(encoded, packed_of, room, log):
         log("prune", dropped=0, bytes=whole.size, room_bytes=room)
         return whole
     too_few, too_few_size = 0, whole.size
-    codes = [tensor.parts["q"] for tensor in encoded.values() if tensor.codec in PRUNABLE]
+    codes = [tensor.arrays["q"] for tensor in encoded.values() if tensor.codec in PRUNABLE]
     enough = sum(int(is_unit_code(tensor_codes).sum()) for tensor_codes in codes)
     if not enough:  # float16 alone
         log("prune", dropped=0, bytes=whole.size, room_bytes=room)
@@ -5471,9 +5472,9 @@ def decode_codes(data, shapes, where):
 # No pickle: loading a hostile file can fail, but not execute, nor allocate beyond sizes checked
 # against the model.
 #
-# save_artifact   Quantiser -> Encoded -> pack (a stream for each kind of part) -> write_atomic
+# save_artifact   Quantiser -> Encoded -> pack (a stream for each kind of array) -> write_atomic
 # load_artifact   read_artifact (checked alone) -> artifact_settings (checked against the model)
-#                 -> parts of each tensor -> weights
+#                 -> arrays of each tensor -> weights
 # --------------------------------------------------------------------------------------------------
 
 MAGIC = b"PGOLF\r\n\x1a"
@@ -5531,20 +5532,20 @@ def write_atomic(path, chunks):
     SHA-256 of the bytes.
     """
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    temporary = path.with_name(path.name + ".part")
     digest = hashlib.sha256()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
+        with open(temporary, "wb") as file:
             for chunk in chunks:
                 file.write(chunk)
                 digest.update(chunk)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
-            part.unlink()
+            temporary.unlink()
         raise BadInput(f"{path} cannot be written ({error.strerror}); nothing under that name was "
                        "changed") from None
     return digest.hexdigest()
@@ -5670,11 +5671,11 @@ class StreamEntry(NamedTuple):
     checksum: int  # CRC-32 of those bytes
 
 
-class StreamPart(NamedTuple):
-    """The place of one part of one tensor in a stream; places follow each other."""
+class StreamArray(NamedTuple):
+    """The place of one array of one tensor in a stream; places follow each other."""
 
     tensor: str
-    part: str
+    stream: str
     dtype: type
     shape: tuple[int, ...]
 
@@ -5694,33 +5695,33 @@ def tensor_entries(encoded, shapes):
 
 
 def stream_layout(tensors):
-    """{stream: [StreamPart]} of a table of tensors: a stream for each kind of part. In that of the
-    codes equal kinds of matrix (all q, all k, ...) lie together.
+    """{stream: [StreamArray]} of a table of tensors: a stream for each kind of array. In that of
+    the codes equal kinds of matrix (all q, all k, ...) lie together.
     """
     streams = {}
     for entry in tensors:
-        for part, (dtype, count) in CODECS[entry.codec].parts.items():
-            shape = entry.matrix if part in CODED else (count(entry.shape),)
-            streams.setdefault(part, []).append(StreamPart(entry.name, part, dtype, shape))
+        for stream, (dtype, count) in CODECS[entry.codec].arrays.items():
+            shape = entry.matrix if stream in CODED else (count(entry.shape),)
+            streams.setdefault(stream, []).append(StreamArray(entry.name, stream, dtype, shape))
         if entry.rank:
-            for part, (dtype, count) in CORRECTION.items():
+            for stream, (dtype, count) in CORRECTION.items():
                 shape = (count(entry.shape, entry.rank, entry.group),)
-                streams.setdefault(part, []).append(StreamPart(entry.name, part, dtype, shape))
+                streams.setdefault(stream, []).append(StreamArray(entry.name, stream, dtype, shape))
     for stream in CODED:
         if stream in streams:
             streams[stream] = _kinds_together(streams[stream])
     return streams
 
 
-def _kinds_together(parts):
-    kinds = [_kind(part.tensor) for part in parts]
-    return sorted(parts, key=lambda part: kinds.index(_kind(part.tensor)))
+def _kinds_together(arrays):
+    kinds = [_kind(array.tensor) for array in arrays]
+    return sorted(arrays, key=lambda array: kinds.index(_kind(array.tensor)))
 
 
 def raw_sizes(tensors):
     """{stream: its bytes, unpacked} of a table of tensors."""
     layout = stream_layout(tensors)
-    return {stream: sum(part.bytes for part in parts) for stream, parts in layout.items()}
+    return {stream: sum(array.bytes for array in arrays) for stream, arrays in layout.items()}
 
 
 def _kind(name):
@@ -5728,11 +5729,11 @@ def _kind(name):
     return ".".join(word for word in name.split(".") if not word.isdigit())
 
 
-def code_groups(parts):
+def code_groups(arrays):
     """[(number, rows, columns)]: runs of matrices of one kind and shape in a stream of codes."""
     runs = []
-    for part in parts:
-        key = (_kind(part.tensor), *part.shape)
+    for array in arrays:
+        key = (_kind(array.tensor), *array.shape)
         if not runs or runs[-1][0] != key:
             runs.append([key, 0])
         runs[-1][1] += 1
@@ -5781,7 +5782,7 @@ def save_artifact(path, model, s, tokenizer_sha256="", log=None, moments=None, r
 
     def packed_of(encoded):
         for name, tensor in encoded.items():
-            if not all(part.isfinite().all() for part in tensor.parts.values()):
+            if not all(array.isfinite().all() for array in tensor.arrays.values()):
                 raise Stopped(f"{name} is too large for float16; no artifact was written", 4)
         return pack(encoded, shapes, s_of_tries, header)
 
@@ -5822,15 +5823,15 @@ def pack(encoded, shapes, s, header):
     """The artifact of encoded parameters of some shapes -> Packed."""
     tensors = tensor_entries(encoded, shapes)
     streams, payload, report = [], [], []
-    for stream, parts in stream_layout(tensors).items():
+    for stream, arrays in stream_layout(tensors).items():
         candidates = candidate_compressors(stream, s.compressor)
         with ThreadPoolExecutor(len(candidates)) as pool:
-            results = pool.map(partial(pack_stream, parts, encoded), candidates)
+            results = pool.map(partial(pack_stream, arrays, encoded), candidates)
             packed = dict(zip(candidates, results))
         lengths = {name: len(data) for name, data in packed.items()}
         chosen = min(lengths, key=lengths.get)
         data = packed[chosen]
-        raw_bytes = sum(part.bytes for part in parts)
+        raw_bytes = sum(array.bytes for array in arrays)
         streams.append(StreamEntry(stream, chosen, raw_bytes, len(data), zlib.crc32(data)))
         payload.append(data)
         by_name = {f"{name}_bytes": length for name, length in lengths.items()}
@@ -5853,13 +5854,13 @@ def candidate_compressors(stream, compressor):
     return [compressor]
 
 
-def pack_stream(parts, encoded, compressor):
-    """Bytes of the stream of these StreamParts, packed."""
-    arrays = [encoded[part.tensor].parts[part.part].numpy().ravel() for part in parts]
-    values = np.concatenate(arrays)
+def pack_stream(arrays, encoded, compressor):
+    """Bytes of the stream of these StreamArrays, packed."""
+    values = [encoded[array.tensor].arrays[array.stream].numpy().ravel() for array in arrays]
+    values = np.concatenate(values)
     if compressor != "rans":
         return COMPRESSORS[compressor].compress(_planes(values))
-    shapes = code_groups(parts)
+    shapes = code_groups(arrays)
     ends = np.cumsum([math.prod(shape) for shape in shapes])
     groups = np.split(values, ends[:-1])
     return encode_codes([group.reshape(shape) for group, shape in zip(groups, shapes)])
@@ -5998,7 +5999,7 @@ def _tensor_entry(name, shape, codec, bits, rank, group):
 
 def _stream_entry(stream, compressor, size, length, checksum):
     """A line of the table of streams, checked."""
-    known = {part for codec in CODECS.values() for part in codec.parts} | set(CORRECTION)
+    known = {name for codec in CODECS.values() for name in codec.arrays} | set(CORRECTION)
     if stream not in known:
         raise ValueError(f"unknown stream {brief(stream, 30)}")
     coded = compressor == "rans" and stream in CODED
@@ -6014,7 +6015,7 @@ def _stream_entry(stream, compressor, size, length, checksum):
 
 
 def loading_bytes(tensors):
-    """Most memory that loading a table of tensors takes: the weights in float32; their parts three
+    """Most memory that loading a table of tensors takes: the weights in float32; their arrays three
     times (unpacked, in order, tensor by tensor), which is enough for the entropy coder; four
     copies of the largest tensor, while it is decoded.
     """
@@ -6115,11 +6116,11 @@ def load_artifact(path, settings=None, dtype=torch.float32, attend=None, device=
     """
     header, streams = read_artifact(path, data)
     s = artifact_settings(path, header, settings or Settings())
-    parts = _unpacked(path, header["tensors"], streams)
+    arrays = _unpacked(path, header["tensors"], streams)
     model = GPT(s, dtype, attend, init=False)
     weights = dict(model.named_parameters())
     for entry in header["tensors"]:  # one after the other: not all of it is in memory twice
-        encoded = Encoded(entry.codec, entry.bits, entry.rank, entry.group, parts.pop(entry.name))
+        encoded = Encoded(entry.codec, entry.bits, entry.rank, entry.group, arrays.pop(entry.name))
         weight = encoded.decode(entry.shape)
         if not weight.isfinite().all():
             raise BadInput(f"{path}: holds values that are not finite ({entry.name})")
@@ -6131,26 +6132,26 @@ def load_artifact(path, settings=None, dtype=torch.float32, attend=None, device=
 
 
 def _unpacked(path, tensors, streams):
-    """{tensor: {part: array as a Tensor}} from the streams of an ArtifactFile."""
+    """{tensor: {stream: array}} from the streams of an ArtifactFile."""
     unpacked = {entry.name: {} for entry in tensors}
-    for stream, parts in stream_layout(tensors).items():
-        values = _unpack_stream(f"{path}: stream {stream}", parts, streams[stream])
+    for stream, arrays in stream_layout(tensors).items():
+        values = _unpack_stream(f"{path}: stream {stream}", arrays, streams[stream])
         begin = 0
-        for place in parts:
+        for place in arrays:
             end = begin + place.count
             array = torch.from_numpy(values[begin:end].copy())
-            unpacked[place.tensor][place.part] = array.view(place.shape)
+            unpacked[place.tensor][place.stream] = array.view(place.shape)
             begin = end
     return unpacked
 
 
-def _unpack_stream(where, parts, packed):
-    """The values (count,) of a PackedStream, whose StreamParts are known."""
+def _unpack_stream(where, arrays, packed):
+    """The values (count,) of a PackedStream, whose StreamArrays are known."""
     if packed.compressor == "rans":
-        groups = decode_codes(packed.data, code_groups(parts), where)
+        groups = decode_codes(packed.data, code_groups(arrays), where)
         return np.concatenate([group.ravel() for group in groups])
     raw = decompress(packed.compressor, packed.data, packed.size, where)
-    return _unplanes(raw, parts[0].dtype)
+    return _unplanes(raw, arrays[0].dtype)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def test_the_rounded_forward_is_that_of_the_decoded_artifact(tmp_path, changes):
     assert training.qat.fake_quants.keys() == {name for name, one in done.items() if one.codec == "int"}
     for name, grid in training.qat.fake_quants.items():
         assert torch.equal(grid.step, steps[name])
-        assert torch.equal(grid.step[:, 0], done[name].parts["scale"].float())
+        assert torch.equal(grid.step[:, 0], done[name].arrays["scale"].float())
         assert torch.equal(grid(dict(model.named_parameters())[name]), done[name].decode(grid.step.shape[:1] + (-1,)))
     exported = tg.GPT(s, init=False)
     exported.load_state_dict({name: one.decode(p.shape) for (name, p), one in zip(model.named_parameters(), done.values())})

@@ -274,9 +274,9 @@ def test_widths_and_clips_are_those_of_kind_and_layer(changes, method):
         (bits, sigmas), w = width(s, name), weights[name].detach()
         assert one.bits == bits and one.codec == ("float16" if bits == 16 else "int"), name
         if bits == 16:
-            np.testing.assert_array_equal(one.parts["half"].numpy(), w.numpy().astype(np.float16))
+            np.testing.assert_array_equal(one.arrays["half"].numpy(), w.numpy().astype(np.float16))
             continue
-        top, scale = 2 ** (bits - 1) - 1, one.parts["scale"].numpy().astype(float)
+        top, scale = 2 ** (bits - 1) - 1, one.arrays["scale"].numpy().astype(float)
         floor = 0 if role_of(name) == "gate" else s.clip_floor / top
         if sigmas:
             want = sigmas * w.double().numpy().std(1, ddof=1 if w.size(1) > 1 else 0) / top
@@ -288,8 +288,8 @@ def test_widths_and_clips_are_those_of_kind_and_layer(changes, method):
         want = np.maximum(want, floor)
         np.testing.assert_allclose(scale, want, rtol=2**-10)
         assert not s.clip_floor or role_of(name) == "gate" or (np.float16(scale) == np.float16(floor)).any(), "none was met"
-        np.testing.assert_array_equal(one.parts["q"].numpy(), np.clip(np.rint(w.numpy() / scale[:, None].astype(np.float32)), -top, top))
-        np.testing.assert_array_equal(one.decode(w.shape).numpy(), one.parts["q"].numpy() * one.parts["scale"].numpy()[:, None].astype(np.float32))
+        np.testing.assert_array_equal(one.arrays["q"].numpy(), np.clip(np.rint(w.numpy() / scale[:, None].astype(np.float32)), -top, top))
+        np.testing.assert_array_equal(one.decode(w.shape).numpy(), one.arrays["q"].numpy() * one.arrays["scale"].numpy()[:, None].astype(np.float32))
 
 
 @pytest.mark.parametrize("bits, floor", [(6, 1 / 31), (5, 1 / 15), (8, 1 / 127)])
@@ -330,7 +330,7 @@ def test_awq_lite_columns_get_finer_steps_of_the_same_clip_within_gptq(learned, 
     s = tg.replace(s, matrix_quant=method, embed_quant=method, matrix_bits=4, embed_bits=5, matrix_clip_sigmas=3.0,
                    embed_clip_sigmas=3.0, awq_lite_group_top_k=4, awq_lite_group_size=4, awq_lite_bits=bits)
     done, plain = (tg.Quantiser(model, one, moments).encode() for one in (s, tg.replace(s, awq_lite_group_top_k=0)))
-    salient = {name: one.parts["salient"].bool().numpy() for name, one in done.items() if one.codec == "mixed"}
+    salient = {name: one.arrays["salient"].bool().numpy() for name, one in done.items() if one.codec == "mixed"}
     assert sum(marks.sum() for marks in salient.values()) == 16 and all(one.codec != "mixed" for one in plain.values())
     inputs = {name: moments[name].inputs for name in moments if moments[name].inputs is not None and done[name].codec != "float16"}
     best = tg.awq_lite_groups({name: weights[name] for name in inputs}, inputs, 4, 4)
@@ -345,7 +345,7 @@ def test_awq_lite_columns_get_finer_steps_of_the_same_clip_within_gptq(learned, 
             codes, margins, order = np.clip(np.rint(w / steps), -tops, tops), np.abs(np.abs(w / steps) % 1 - 0.5), range(len(marks))
         else:
             codes, margins, order = surgery(w, steps, tops, moments[name].hessian.double().numpy(), s.gptq_damp, True)
-        for row, want, margin in zip(done[name].parts["q"].numpy(), codes, margins):
+        for row, want, margin in zip(done[name].arrays["q"].numpy(), codes, margins):
             wrong = [j for j in order if row[j] != want[j]]
             assert not wrong or margin[wrong[0]] < 1e-2, "only what is next to a tie may be rounded the other way"
         if method == "rtn":
@@ -365,7 +365,7 @@ def test_no_code_is_wider_than_its_bits_however_much_is_clipped(learned, method)
                    awq_lite_group_top_k=4, awq_lite_group_size=4)
     for bits in (6, 8):
         done = tg.Quantiser(model, tg.replace(s, awq_lite_bits=bits), moments).encode()
-        mixed = [one.parts for one in done.values() if one.codec == "mixed"]
+        mixed = [one.arrays for one in done.values() if one.codec == "mixed"]
         assert mixed and {one.codec for one in done.values()} == {"int", "mixed", "float16"}
         for parts in mixed:
             widest = parts["q"].abs().amax(0)
@@ -388,7 +388,7 @@ def test_ternary_is_the_mean_magnitude_times_minus_one_zero_or_one():
     weights, done = encoded(ref.small(matrix_quant="ternary", embed_quant="ternary", matrix_bits=6))
     for name, w in weights.items():
         if width(ref.small(), name)[0] < 16:
-            w, q, scale = w.detach().double().numpy(), done[name].parts["q"].numpy(), done[name].parts["scale"].numpy()
+            w, q, scale = w.detach().double().numpy(), done[name].arrays["q"].numpy(), done[name].arrays["scale"].numpy()
             np.testing.assert_allclose(scale.astype(float), np.abs(w).mean(1), rtol=2**-10)
             np.testing.assert_array_equal(q, np.clip(np.rint(w / scale[:, None].astype(float)), -1, 1))
             assert set(np.unique(q)) <= {-1, 0, 1}
@@ -408,7 +408,7 @@ def test_the_smallest_weights_become_zero(share, method):
             kept = weights[name].detach().flatten().clone()
             kept[smallest] = 0
             plain = integers(kept.view_as(weights[name]), one.bits, method)
-            assert torch.equal(one.parts["q"], plain["q"]), "scales are those of what is left"
+            assert torch.equal(one.arrays["q"], plain["q"]), "scales are those of what is left"
 
 
 def test_gptq_does_not_refill_what_was_pruned(learned):
@@ -419,8 +419,8 @@ def test_gptq_does_not_refill_what_was_pruned(learned):
         done = tg.Quantiser(model, s, moments).encode(1e-4)
         for name, error in errors_of(done, weights, moments).items():
             smallest = weights[name].abs().flatten().argsort()[: int(0.4 * weights[name].numel())]
-            assert not done[name].parts["q"].flatten()[smallest].any(), name
-            assert done[name].parts["q"].any() and error.isfinite().all()
+            assert not done[name].arrays["q"].flatten()[smallest].any(), name
+            assert done[name].arrays["q"].any() and error.isfinite().all()
 
 
 # --- GPTQ -------------------------------------------------------------------------------------------------------------
@@ -736,7 +736,7 @@ def test_gptq_is_felt_less_than_rounding_to_nearest_in_every_tensor(learned):
         for method in ("rtn", "gptq"):
             how = tg.replace(s, matrix_quant=method, embed_quant=method, matrix_clip_sigmas=9.0, embed_bits=5, embed_clip_sigmas=6.0)
             done = tg.Quantiser(model, tg.replace(how, **changes), moments).encode()
-            scales = {name: one.parts["scale"] for name, one in done.items() if one.codec == "int"}
+            scales = {name: one.arrays["scale"] for name, one in done.items() if one.codec == "int"}
             lost[method] = {name: felt(e, moments[name]) for name, e in errors_of(done, weights, moments).items()}, scales
         assert all(torch.equal(lost["rtn"][1][name], scale) for name, scale in lost["gptq"][1].items()), "at the same scales"
         for name, error in lost["gptq"][0].items():
@@ -843,7 +843,7 @@ def test_codes_beyond_a_byte_come_back(tmp_path, method):
         done, steps = quantiser.encode(spacing), quantiser.steps(spacing)
         assert any(one.codec == "wide" for one in done.values()) == wide
         for name, step in steps.items():
-            parts = done[name].parts
+            parts = done[name].arrays
             assert ("over" in parts) == (done[name].codec == "wide") and all(parts[n].dtype == torch.int8 for n in parts.keys() & {"q", "over"})
             codes = parts["q"].int() + 127 * parts.get("over", torch.zeros(1)).int()
             torch.testing.assert_close(done[name].decode(step.shape), codes * step, rtol=1e-6, atol=0)
@@ -962,14 +962,14 @@ def test_pruning_drops_the_cheapest_ones_until_it_fits(share):
     fitted = packed.encoded
     dropped, kept = [], []
     for name, one in done.items():
-        before = one.parts.get("q")
+        before = one.arrays.get("q")
         if one.codec != "int":
             assert fitted[name] is one
             continue
-        after = fitted[name].parts["q"]
+        after = fitted[name].arrays["q"]
         changed = before != after
-        assert not after[changed].any() and (before[changed].abs() == 1).all() and fitted[name].parts["scale"] is one.parts["scale"]
-        scale = one.parts["scale"].float()[:, None].expand_as(before)
+        assert not after[changed].any() and (before[changed].abs() == 1).all() and fitted[name].arrays["scale"] is one.arrays["scale"]
+        scale = one.arrays["scale"].float()[:, None].expand_as(before)
         dropped += scale[changed].tolist()
         kept += scale[(after.abs() == 1)].tolist()
     assert len(dropped) == rows[-1]["dropped"] > 0 and max(dropped) <= min(kept, default=math.inf), "those of the smallest steps"
@@ -980,7 +980,7 @@ def test_nothing_is_pruned_where_it_fits_and_all_that_can_be_where_it_cannot():
     done, pack = tg.Quantiser(model, s).encode(), packer(s, model)
     assert tg.prune_to_fit(done, pack, pack(done).size, silent).encoded is done
     hopeless = tg.prune_to_fit(done, pack, 500, silent).encoded
-    assert not any((one.parts["q"].abs() == 1).any() for one in hopeless.values() if one.codec == "int")
+    assert not any((one.arrays["q"].abs() == 1).any() for one in hopeless.values() if one.codec == "int")
 
 
 def test_salient_tensors_are_pruned_by_their_steps_like_the_others(learned):
@@ -992,17 +992,17 @@ def test_salient_tensors_are_pruned_by_their_steps_like_the_others(learned):
     coded = {name: one for name, one in done.items() if one.codec in ("int", "mixed")}
     costs = {}
     for name, one in coded.items():
-        codes = one.parts["q"]
-        steps = one._replace(parts=one.parts | {"q": torch.ones_like(codes)}).decode(codes.shape)
+        codes = one.arrays["q"]
+        steps = one._replace(arrays=one.arrays | {"q": torch.ones_like(codes)}).decode(codes.shape)
         costs[name] = steps[codes.abs() == 1]
     dearest = torch.cat(list(costs.values())).sort().values[199]
     for name, one in tg.without_cheapest(done, 200).items():
         if name in coded:
-            gone = (one.parts["q"] != coded[name].parts["q"]).sum()
+            gone = (one.arrays["q"] != coded[name].arrays["q"]).sum()
             assert (costs[name] < dearest).sum() <= gone <= (costs[name] <= dearest).sum()
     hopeless = tg.prune_to_fit(done, packer(s, model), 500, silent).encoded
     assert {one.codec for one in coded.values()} == {"int", "mixed"}
-    assert not any((hopeless[name].parts["q"].abs() == 1).any() for name in coded)
+    assert not any((hopeless[name].arrays["q"].abs() == 1).any() for name in coded)
 
 
 def test_the_bytes_that_allocation_expects_are_near_those_of_its_artifact():
@@ -1121,7 +1121,7 @@ def test_an_artifact_whose_lqer_has_more_rank_than_its_matrix_is_refused(tmp_pat
     for rank in (16, 17):
         parts = {"a": torch.zeros(16, rank, dtype=torch.int8), "a_step": torch.ones(1).half(),
                  "b": torch.zeros(rank, 16, dtype=torch.int8), "b_step": torch.ones(4 * rank).half()}
-        altered = done | {name: done[name]._replace(rank=rank, group=4, parts=done[name].parts | parts)}
+        altered = done | {name: done[name]._replace(rank=rank, group=4, parts=done[name].arrays | parts)}
         with mock.patch.object(tg.Quantiser, "encode", lambda self, spacing=None: altered):
             tg.save_artifact(path, model, s)
         if rank == 16:

@@ -116,8 +116,8 @@ def code_arrays(subject, encoded):
     """The matrices of codes of all parameters."""
     for parameter in encoded.values():
         for part in subject.trainer.CODED:
-            if part in parameter.parts:
-                yield parameter.parts[part].numpy()
+            if part in parameter.arrays:
+                yield parameter.arrays[part].numpy()
 
 
 def code_facts(subject, name, encoded, spacing):
@@ -128,7 +128,7 @@ def code_facts(subject, name, encoded, spacing):
         "row": name,
         "settings": ROWS[name],
         "spacing": spacing,
-        "codes": sum(one.parts["q"].numel() for one in encoded.values() if "q" in one.parts),
+        "codes": sum(one.arrays["q"].numel() for one in encoded.values() if "q" in one.arrays),
         "squared_error": squared_error,
         "felt_error": felt_error,
         "tensor_entropy_bytes": sum(map(tensor_entropy, codes)) if codes else None,
@@ -138,7 +138,7 @@ def code_facts(subject, name, encoded, spacing):
 
 def loaded_facts(loaded, name, encoded):
     """code_facts() of a Loaded, which has no moments."""
-    codes = {parameter: one.parts["q"] for parameter, one in encoded.items()}
+    codes = {parameter: one.arrays["q"] for parameter, one in encoded.items()}
     tensors = [{"name": parameter, "shape": q.shape, "entropy_bytes": tensor_entropy(q.numpy())}
                for parameter, q in codes.items()]
     return {
