@@ -4942,8 +4942,8 @@ class Quantiser:
 # ---- pruning: FIT=prune --------------------------------------------------------------------------
 
 PRUNABLE = ("int", "mixed")  # codecs of which codes are dropped
-PRUNE_SLACK = 2000  # bytes of the room that may stay empty
-PRUNE_MARGIN = 500  # bytes below the room that a try aims at
+PRUNE_SLACK = 2000  # bytes of the budget that may stay empty
+PRUNE_MARGIN = 500  # bytes below the budget that a try aims at
 
 
 def is_unit_code(codes):
@@ -4978,34 +4978,35 @@ def without_cheapest(encoded, count):
     return pruned
 
 
-def prune_to_fit(encoded, packed_of, room, log):
-    """The artifact (Packed) that fits `room` bytes with about as few of its cheapest codes dropped
-    (without_cheapest) as it takes, by regula falsi; with all of them dropped, if that is too large.
+def prune_to_fit(encoded, packed_of, budget, log):
+    """The artifact (Packed) that fits `budget` bytes with about as few of its cheapest codes
+    dropped (without_cheapest) as it takes, by regula falsi; with all of them dropped, if that is
+    too large.
     """
     whole = packed_of(encoded)
-    if whole.size <= room:
-        log("prune", dropped=0, bytes=whole.size, room_bytes=room)
+    if whole.size <= budget:
+        log("prune", dropped=0, bytes=whole.size, room_bytes=budget)
         return whole
     too_few, too_few_size = 0, whole.size
     codes = [tensor.arrays["q"] for tensor in encoded.values() if tensor.codec in PRUNABLE]
     enough = sum(int(is_unit_code(tensor_codes).sum()) for tensor_codes in codes)
     if not enough:  # float16 alone
-        log("prune", dropped=0, bytes=whole.size, room_bytes=room)
+        log("prune", dropped=0, bytes=whole.size, room_bytes=budget)
         return whole
     best = packed_of(without_cheapest(encoded, enough))
-    tries = 8 if best.size <= room else 0
+    tries = 8 if best.size <= budget else 0
     for _ in range(tries):
-        if best.size >= room - PRUNE_SLACK or enough - too_few <= 1:
+        if best.size >= budget - PRUNE_SLACK or enough - too_few <= 1:
             break
-        excess = too_few_size - room + PRUNE_MARGIN
+        excess = too_few_size - budget + PRUNE_MARGIN
         count = too_few + round((enough - too_few) * excess / (too_few_size - best.size))
         count = min(max(count, too_few + 1), enough - 1)
         packed = packed_of(without_cheapest(encoded, count))
-        if packed.size <= room:
+        if packed.size <= budget:
             enough, best = count, packed
         else:
             too_few, too_few_size = count, packed.size
-    log("prune", dropped=enough, bytes=best.size, room_bytes=room)
+    log("prune", dropped=enough, bytes=best.size, room_bytes=budget)
     return best
 
 
@@ -5493,30 +5494,6 @@ MAX_GROUP = Settings.__dataclass_fields__["lqer_asym_group"].metadata["hi"]
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def brief(value, most=80):
-    """What a file says, for a message: printable, and cut."""
-    text = "".join(c if c.isprintable() else "?" for c in str(value)[: most + 1])
-    return text if len(text) <= most else text[: most - 3] + "..."
-
-
-def need_number(what, value, kind, least, most):
-    """The number, if it is of this type and between these bounds (nan never is); else ValueError.
-    """
-    if type(value) is not kind or not least <= value <= most:
-        raise ValueError(f"{what} is {brief(value, 30)}, not {kind.__name__} from {least} to "
-                         f"{most}")
-    return value
-
-
-def need_reasons(reasons):
-    """ValueError unless these are reasons why a score is not valid, as brief() leaves them."""
-    def is_text(reason):
-        return type(reason) is str and reason == brief(reason, MAX_VALUE)
-
-    if type(reasons) is not list or not all(map(is_text, reasons)):
-        raise ValueError(f"reasons is {brief(reasons, 30)}, not a list of texts")
-
-
 def read_file(path):
     """Bytes of a regular file: a device or a pipe may never end."""
     try:
@@ -5527,7 +5504,7 @@ def read_file(path):
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def write_atomic(path, chunks):
+def write_atomic(path, buffers):
     """Complete under its name, or not there at all: temporary name, fsync, rename. Returns the
     SHA-256 of the bytes.
     """
@@ -5537,9 +5514,9 @@ def write_atomic(path, chunks):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-                digest.update(chunk)
+            for buffer in buffers:
+                file.write(buffer)
+                digest.update(buffer)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -5755,25 +5732,25 @@ class Packed(NamedTuple):
     """An artifact, before it is written."""
 
     encoded: dict[str, Encoded]
-    chunks: list[bytes]
+    buffers: list[bytes]  # the file, in order
     streams: list[dict]  # what each compressor made of each stream
 
     @property
     def size(self):
-        return sum(map(len, self.chunks))
+        return sum(map(len, self.buffers))
 
 
-def save_artifact(path, model, s, tokenizer_sha256="", log=None, moments=None, room=None):
+def save_artifact(path, model, s, tokenizer_sha256="", log=None, moments=None, budget=None):
     """Quantise, pack and write the model -> {"bytes", "sha256", "compressor"}. The file is
     complete or absent.
 
-    `moments`: of calibrate(), where the settings need them; `room`: bytes that FIT may fill
+    `moments`: of calibrate(), where the settings need them; `budget`: bytes that FIT may fill
     (default: SIZE_LIMIT).
     """
     if log is None:
         log = no_log
-    if room is None:
-        room = s.size_limit
+    if budget is None:
+        budget = s.size_limit
     header = artifact_header(model, tokenizer_sha256, s)
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
     quantiser = Quantiser(model, s, moments)
@@ -5787,9 +5764,9 @@ def save_artifact(path, model, s, tokenizer_sha256="", log=None, moments=None, r
         return pack(encoded, shapes, s_of_tries, header)
 
     if s.fit == "allocate":
-        packed = allocate(quantiser, packed_of, room, log)
+        packed = allocate(quantiser, packed_of, budget, log)
     elif s.fit == "prune":
-        packed = prune_to_fit(quantiser.encode(), packed_of, room, log)
+        packed = prune_to_fit(quantiser.encode(), packed_of, budget, log)
     else:
         packed = packed_of(quantiser.encode())
     if s.compressor == "auto":
@@ -5797,7 +5774,7 @@ def save_artifact(path, model, s, tokenizer_sha256="", log=None, moments=None, r
     for row in packed.streams:
         log("pack", **row)
     used = "+".join(sorted({row["chosen"] for row in packed.streams}))
-    return {"bytes": packed.size, "sha256": write_atomic(path, packed.chunks), "compressor": used}
+    return {"bytes": packed.size, "sha256": write_atomic(path, packed.buffers), "compressor": used}
 
 
 def no_log(*_, **__):
@@ -5867,6 +5844,30 @@ def pack_stream(arrays, encoded, compressor):
 
 
 # ---- read and check ------------------------------------------------------------------------------
+
+
+def brief(value, most=80):
+    """What a file says, for a message: printable, and cut."""
+    text = "".join(c if c.isprintable() else "?" for c in str(value)[: most + 1])
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def need_number(what, value, kind, least, most):
+    """The number, if it is of this type and between these bounds (nan never is); else ValueError.
+    """
+    if type(value) is not kind or not least <= value <= most:
+        raise ValueError(f"{what} is {brief(value, 30)}, not {kind.__name__} from {least} to "
+                         f"{most}")
+    return value
+
+
+def need_reasons(reasons):
+    """ValueError unless these are reasons why a score is not valid, as brief() leaves them."""
+    def is_text(reason):
+        return type(reason) is str and reason == brief(reason, MAX_VALUE)
+
+    if type(reasons) is not list or not all(map(is_text, reasons)):
+        raise ValueError(f"reasons is {brief(reasons, 30)}, not a list of texts")
 
 
 class PackedStream(NamedTuple):

@@ -149,7 +149,7 @@ def test_grids_and_corrections_are_the_same_out_of_the_file(tmp_path_factory, s,
     seen = []
     pack = tg.pack
     with mock.patch.object(tg, "pack", lambda done, *rest: (seen.append(done), pack(done, *rest))[1]):
-        info = tg.save_artifact(path, model, s, moments=moments, room=9_000)
+        info = tg.save_artifact(path, model, s, moments=moments, budget=9_000)
     loaded = dict(tg.load_artifact(path, s)[1].named_parameters())
     assert info["bytes"] == path.stat().st_size and sum(one.rank > 0 for one in seen[-1].values()) <= 2 * (rank > 0)
     tensors = tg.read_artifact(path)[0]["tensors"]

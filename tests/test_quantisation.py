@@ -883,7 +883,7 @@ def silent(*_, **__):
 def test_allocation_fills_its_room(tmp_path, room):
     s, model, moments = bigger()
     rows = []
-    info = tg.save_artifact(tmp_path / "model.pg", model, s, log=lambda event, **v: rows.append((event, v)), moments=moments, room=room)
+    info = tg.save_artifact(tmp_path / "model.pg", model, s, log=lambda event, **v: rows.append((event, v)), moments=moments, budget=room)
     tries = [v for event, v in rows if event == "allocate"]
     assert info["bytes"] == (tmp_path / "model.pg").stat().st_size <= room
     assert 1 <= len(tries) <= 10 and info["bytes"] == max(one["bytes"] for one in tries if one["bytes"] <= room)
@@ -899,7 +899,7 @@ def test_allocation_fills_its_room(tmp_path, room):
 
 def test_allocation_does_not_hide_a_room_that_nothing_fits(tmp_path):
     s, model, moments = bigger(vocab_size=64)
-    assert tg.save_artifact(tmp_path / "model.pg", model, s, moments=moments, room=1000)["bytes"] > 1000
+    assert tg.save_artifact(tmp_path / "model.pg", model, s, moments=moments, budget=1000)["bytes"] > 1000
 
 
 @ref.tries(100)
@@ -958,7 +958,7 @@ def test_pruning_drops_the_cheapest_ones_until_it_fits(share):
     done, pack, rows = tg.Quantiser(model, s).encode(), packer(s, model), []
     room = int(share * pack(done).size)
     packed = tg.prune_to_fit(done, pack, room, lambda event, **v: rows.append(v))
-    assert room - 2000 <= packed.size == sum(map(len, packed.chunks)) <= room and packed.size == rows[-1]["bytes"]
+    assert room - 2000 <= packed.size == sum(map(len, packed.buffers)) <= room and packed.size == rows[-1]["bytes"]
     fitted = packed.encoded
     dropped, kept = [], []
     for name, one in done.items():
@@ -1098,7 +1098,7 @@ def test_lqer_goes_where_the_error_is_felt_most_and_through_the_file(learned, tm
             assert torch.equal(one.decode(weights[name].shape), done[name].decode(weights[name].shape))
     assert len(chosen) == 4 or methods == "gptq", "one that would make it worse is left out"
     assert sum(after.values()) < 0.99 * sum(before.values())
-    tg.save_artifact(tmp_path / "model.pg", model, corrected, moments=moments, room=12_000)
+    tg.save_artifact(tmp_path / "model.pg", model, corrected, moments=moments, budget=12_000)
     loaded = dict(tg.load_artifact(tmp_path / "model.pg", corrected)[1].named_parameters())
     if fit == "off":
         assert all(torch.equal(loaded[name], one.decode(weights[name].shape)) for name, one in fixed.items())

@@ -74,12 +74,12 @@ ORIGINALS = {
                                         tie_embeddings=False, smear_gate="scalar"),
     "ternary, zstd": dict(compressor="zstd", matrix_quant="ternary"),
     "float16, lzma": dict(compressor="lzma", matrix_bits=16, embed_bits=16),
-    "grid, rans": dict(fit="allocate", compressor="rans", room=5500),
-    "wide, zstd": dict(fit="allocate", compressor="zstd", room=10**9),
+    "grid, rans": dict(fit="allocate", compressor="rans", budget=5500),
+    "wide, zstd": dict(fit="allocate", compressor="zstd", budget=10**9),
     "mixed, correction, zlib": dict(compressor="zlib", matrix_bits=3, awq_lite_group_top_k=3,
                                     awq_lite_group_size=4, lqer_rank=2),
     "grid, correction, rans": dict(fit="allocate", compressor="rans", lqer_rank=3, lqer_asym_group=5,
-                                   room=5500),
+                                   budget=5500),
 }
 
 
@@ -95,15 +95,15 @@ def random_moments(model, seed):
 
 
 def save(path, changes, seed=0):
-    """A real artifact of random weights: its bytes. `room` among the changes: the bytes that FIT may fill."""
+    """A real artifact of random weights: its bytes. `budget` among the changes: the bytes that FIT may fill."""
     changes = {**SMALL, **changes}
-    room = changes.pop("room", None)
+    budget = changes.pop("budget", None)
     if changes.get("fit") == "allocate":
         changes |= dict(matrix_quant="rtn", embed_quant="rtn")
     s = ref.small(**changes)
     model = ref.randomise(tg.GPT(s, init=False), seed)
     moments = random_moments(model, seed) if s.needs_moments else None
-    tg.save_artifact(path, model, s, "a" * 64, moments=moments, room=room)
+    tg.save_artifact(path, model, s, "a" * 64, moments=moments, budget=budget)
     return Path(path).read_bytes()
 
 

@@ -38,7 +38,7 @@ def decoded(contents, encoded):
 def own_chunks(trainer, contents, compressor):
     """The artifact of train_gpt.py: [(stream, bytes)]."""
     settings = trainer.Settings(compressor=compressor)
-    chunks = trainer.pack(contents.encoded, contents.shapes, settings, contents.header).chunks
+    chunks = trainer.pack(contents.encoded, contents.shapes, settings, contents.header).buffers
     streams = trainer.stream_layout(trainer.tensor_entries(contents.encoded, contents.shapes))
     return list(zip(("header", "header", *streams), chunks, strict=True))
 

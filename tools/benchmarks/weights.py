@@ -29,7 +29,7 @@ class Subject:
     model_fields; Runtime, pick_attention; find_shards, TokenStream(paths, s, rt).next(); MomentMeter(model) with
     .observe(x, y) .tokens .moments(rt); Quantiser(model, s, moments) with .encode(spacing) .spacing_for(bytes)
     .quantised .stores and .groups (rewritten where each tensor has its own clip) and .factors (shared between settings:
-    most of its time); pack().chunks; load_tokenizer, load_validation, ModelPredictor, contiguous_reader, score,
+    most of its time); pack().buffers; load_tokenizer, load_validation, ModelPredictor, contiguous_reader, score,
     Validity; of Loaded: row_scales, round_to_grid. The containers: Encoded, tensor_entries, stream_layout,
     pack_stream, code_groups, decode_codes, decompress, _unplanes, _kind, COMPRESSORS.
     """
