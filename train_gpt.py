@@ -3700,9 +3700,9 @@ class TokenStream:
         self.hold_out(s.holdout_tokens if s.average == "best" else 0)
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.check_stages()
-        self.block = max(stage.length for stage in s.stages)  # its length
+        self.block = max(stage.length for stage in s.stages)  # tokens of a block
         self.lengths = merge_short_shards([len(shard) for shard in self.shards], self.block + 1)
-        self.counts = [(length - 1) // self.block for length in self.lengths]  # blocks
+        self.counts = [(length - 1) // self.block for length in self.lengths]  # of blocks
         if self.ends[-1] < 2:
             raise BadInput(f"{paths[0]}: the training stream holds fewer than 2 tokens")
         if self.reordered and not sum(self.counts):
@@ -6351,7 +6351,11 @@ class Reader:
     def shapes(self):
         """[ChunkShape] of this rank's chunks, when compiled. Rows that begin come first."""
         shapes = {cut.shape for part in self._plan() for cut in part.cuts}
-        return sorted(shapes, key=lambda shape: (shape.turn or 0, -shape.rows, *shape[1:3]))
+
+        def order(shape):
+            return shape.turn or 0, -shape.rows, shape.tokens, shape.places
+
+        return sorted(shapes, key=order)
 
     def _plan(self):
         """The PlannedParts of the text."""
