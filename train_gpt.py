@@ -76,7 +76,8 @@ Techniques: the setting that turns each one on, and its function or class
 
 Axes: B sequences, T positions, D model width, H query heads, K key/value heads, C channels of a
 head, V vocabulary. Rooms 7 to 9: N matrices, R rows, C columns; their codes are integer weights.
-Room 10: K places of a row, N targets. "#N" is pull request or issue N of openai/parameter-golf.
+Rooms 10 to 13: M places of a row, N targets.
+"#N" is pull request or issue N of openai/parameter-golf.
 """
 
 import contextlib
@@ -4256,7 +4257,7 @@ def round_to_grid(weight, step, top):
 
 
 def row_scales(rows, bits, method, sigmas=0.0, floor=0.0):
-    """float16 step size of each row of (N, M). Integers reach from -top to top, so a step size
+    """float16 step size of each row of (R, C). Integers reach from -top to top, so a step size
     clips at top times it.
 
     "ternary": the mean magnitude of the row (arXiv 2402.17764). Else, if `sigmas` is given, the
@@ -6166,8 +6167,8 @@ class Inputs(NamedTuple):
     """What a predictor knows of a chunk: rows of text, and places after which it predicts."""
 
     ids: Tensor  # (B, T) tokens
-    places: Tensor  # (B, K) neighbouring positions in ids; a token is predicted after each of them
-    recent: Tensor  # (B, h + K) tokens up to each place, and h before the first; -1: there is none
+    places: Tensor  # (B, M) neighbouring positions in ids; a token is predicted after each of them
+    recent: Tensor  # (B, h + M) tokens up to each place, and h before the first; -1: there is none
     # None: the rows stand alone. 0: rows begin. n: the first B rows of turn n - 1 continue.
     turn: int | None = None
 
@@ -6176,8 +6177,8 @@ class Chunk(NamedTuple):
     """Rows that are scored together. Only `inputs` is given to predict()."""
 
     inputs: Inputs
-    targets: Tensor  # (B, K) the tokens after those places
-    index: Tensor  # (B, K) their numbers among the targets of the stream; -1: the place is padding
+    targets: Tensor  # (B, M) the tokens after those places
+    index: Tensor  # (B, M) their numbers among the targets of the stream; -1: the place is padding
     continuing: int = 0  # number of leading rows that continue in the next chunk
 
 
@@ -6649,7 +6650,7 @@ class Meters:
         self.times = torch.zeros(len(stream.bytes) + 1, dtype=torch.uint8, device=rt.device)
 
     def add(self, chunk, nll):
-        """Count a chunk whose targets cost nll (B, K), which is 0 for padding."""
+        """Count a chunk whose targets cost nll (B, M), which is 0 for padding."""
         text = self.stream.tokens
         live = chunk.index >= 0
         target = chunk.index.clamp(min=0)
@@ -6854,7 +6855,7 @@ TOLERANCE = 2e-5  # in log, at those places: worth 0.00001 BPB at most; honest r
 class Sample(NamedTuple):
     """What the Examiner looks at in a chunk: L <= LOOK neighbouring places of each row."""
 
-    columns: Tensor  # (B, L) which of the K places of its row
+    columns: Tensor  # (B, L) which of the M places of its row
     looked: Tensor  # (B, L) is it looked at? A row may score fewer than L
     log_probs: Tensor  # (B, L, V) what is predicted there
 
@@ -6891,7 +6892,7 @@ class Examiner:
             self.sample = self._look(chunk)
 
     def after(self, chunk, nll):
-        """After a chunk was scored at nll (B, K): compare that with what predict() said. (C2)"""
+        """After a chunk was scored at nll (B, M): compare that with what predict() said. (C2)"""
         if self.sample is None:
             return
         places, looked, log_probs = self.sample
@@ -6906,7 +6907,7 @@ class Examiner:
     def _look(self, chunk):
         """The Sample of a chunk. Later text in its rows must not change it. (C1)
 
-        predict() is given all K places, because its graphs have that shape. Those that are looked
+        predict() is given all M places, because its graphs have that shape. Those that are looked
         at come first.
         """
         inputs = chunk.inputs
@@ -6917,8 +6918,8 @@ class Examiner:
         count = min(LOOK, width)
         last = self._last_places(live)
         begin = np.maximum(last - LOOK + 1, 0)
-        columns = np.minimum(begin + np.arange(width), width - 1)  # which of the K places
-        recent = np.minimum(begin + np.arange(history + width), history + width - 1)  # of h + K
+        columns = np.minimum(begin + np.arange(width), width - 1)  # which of the M places
+        recent = np.minimum(begin + np.arange(history + width), history + width - 1)  # of h + M
         looked = np.take_along_axis(live, columns, 1) & (columns <= last)
         last, columns, recent, looked = (
             torch.from_numpy(values).to(device) for values in (last, columns, recent, looked))
@@ -7332,11 +7333,11 @@ class Predictor:
     adapter_weights = None  # (R, P) the weights of these adapters
 
     def predict(self, inputs, count=None):
-        """Log-probabilities (B, K, V) after each of the K places, or after the first `count`."""
+        """Log-probabilities (B, M, V) after each of the M places, or after the first `count`."""
         raise NotImplementedError
 
     def nll(self, inputs, targets):
-        """Nats (B, K) of the targets. A shorter way needs a test that it is equal."""
+        """Nats (B, M) of the targets. A shorter way needs a test that it is equal."""
         return -self.predict(inputs).gather(-1, targets[..., None]).squeeze(-1)
 
     def observe(self, chunk):
@@ -7357,7 +7358,7 @@ class Predictor:
 
 
 def nats_of(logits, targets):
-    """Nats (B, K) of the targets, from logits (B, K, V)."""
+    """Nats (B, M) of the targets, from logits (B, M, V)."""
     nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return nats.view(targets.shape)
 
@@ -7380,7 +7381,7 @@ class ModelPredictor(Predictor):
         self._forward = rt.compile(self._run)
 
     def _run(self, ids, docs, places, past, adapter_weights):
-        """(logits (B, K, V) of the places, keys and values of the ids). This gets compiled."""
+        """(logits (B, M, V) of the places, keys and values of the ids). This gets compiled."""
         adapters = None
         if adapter_weights is not None:
             adapters = self.adapters.of(adapter_weights)
@@ -7394,7 +7395,7 @@ class ModelPredictor(Predictor):
         return logits, past.new_kv
 
     def logits(self, inputs):
-        """(B, K, V) of the places."""
+        """(B, M, V) of the places."""
         past = None
         docs = None
         if self.width and inputs.turn is not None:
@@ -8182,12 +8183,12 @@ def scored_text(part, stream, back, s):
 
 
 def entropy_of(log_probs):
-    """Entropy (B, K) in nats of log-probabilities (B, K, V)."""
+    """Entropy (B, M) in nats of log-probabilities (B, M, V)."""
     return -(log_probs.exp() * log_probs).sum(-1).double()
 
 
 def ngram_weight(s, log_probs):
-    """Weight (B, K) of the n-grams (#1033): it rises with the entropy of the model's log_probs."""
+    """Weight (B, M) of the n-grams (#1033): it rises with the entropy of the model's log_probs."""
     above_center = entropy_of(log_probs) - s.alpha_center
     return s.alpha_base + s.alpha_range * torch.sigmoid(2 * above_center)
 
@@ -8198,12 +8199,12 @@ def tokens_before(inputs):
 
 
 def every_token(log_probs):
-    """Tokens (B, K, V) of which log_probs (B, K, V) are the log-probabilities."""
+    """Tokens (B, M, V) of which log_probs (B, M, V) are the log-probabilities."""
     return torch.arange(log_probs.size(-1), device=log_probs.device).expand(log_probs.shape)
 
 
 def with_dims_of(values, like):
-    """values (..., B, K) as (..., B, K, 1, ...), to meet a tensor like (B, K, ...)."""
+    """values (..., B, M) as (..., B, M, 1, ...), to meet a tensor like (B, M, ...)."""
     return values.view(*values.shape, *(1,) * (like.dim() - 2))
 
 
@@ -8226,14 +8227,14 @@ class NgramMixture(WrappingPredictor):
         return ORDERS.get(name, self.s.ngram_order)
 
     def _log_weights(self, log_probs):
-        """Of base and experts (1 + E, B or 1, K or 1). log_probs (B, K, V): what the base says."""
+        """Of base and experts (1 + E, B or 1, M or 1). log_probs (B, M, V): what the base says."""
         raise NotImplementedError
 
     def reset(self):
         super().reset()
         self.counts.reset()
         self.counted = 0  # targets
-        self.experts = None  # log-probabilities (1 + E, B, K) of the last targets
+        self.experts = None  # log-probabilities (1 + E, B, M) of the last targets
 
     @torch.no_grad()
     def predict(self, inputs, count=None):
@@ -8261,7 +8262,7 @@ class NgramMixture(WrappingPredictor):
         return -self._mix(self.experts, log_probs)
 
     def _contexts(self, nodes, before, places):
-        """[nodes (B, K) of the last 0, 1, ... tokens up to each place], from what walk() found."""
+        """[nodes (B, M) of the last 0, 1, ... tokens up to each place], from what walk() found."""
         span = slice(before, before + places)
         contexts = [torch.full_like(nodes[0][:, span], self.counts.root)]
         for of_length in nodes[: self.counts.order - 1]:
@@ -8269,7 +8270,7 @@ class NgramMixture(WrappingPredictor):
         return contexts
 
     def nodes_of_targets(self, inputs, targets):
-        """(contexts, grams) of targets (B, K), as backoff_probabilities() takes them."""
+        """(contexts, grams) of targets (B, M), as backoff_probabilities() takes them."""
         before = tokens_before(inputs)
         first_place = inputs.recent[:, : before + 1]
         nodes = self.counts.walk(torch.cat((first_place, targets), 1))
@@ -8277,13 +8278,13 @@ class NgramMixture(WrappingPredictor):
         return self._contexts(nodes, before, targets.size(1)), grams
 
     def _experts(self, log_probs, of_tokens, contexts, grams):
-        """Log-probabilities (1 + E, B, K, ...) of tokens: of_tokens by the base, and experts."""
+        """Log-probabilities (1 + E, B, M, ...) of tokens: of_tokens by the base, and experts."""
         by_order = self.counts.backoff_probabilities(contexts, grams)
         experts = [by_order[order - 1].log() for order in self.orders]
         return torch.stack([of_tokens.double(), *experts])
 
     def _mix(self, experts, log_probs):
-        """Log-probabilities (B, K, ...) of the mixture."""
+        """Log-probabilities (B, M, ...) of the mixture."""
         return (experts + with_dims_of(self._log_weights(log_probs), experts[0])).logsumexp(0)
 
     def learn(self, part, stream):
@@ -8454,7 +8455,7 @@ class Tilt(WrappingPredictor):
         return mix_bits(((text.unfold(-1, self.context, 1) + 1) * self.powers).sum(-1))
 
     def _contexts(self, inputs):
-        """Of each place (B, K): (key of its context, key in row_followers, is it complete?)."""
+        """Of each place (B, M): (key of its context, key in row_followers, is it complete?)."""
         recent = inputs.recent[:, tokens_before(inputs) - self.context + 1 :]
         keys = self._hashes(recent)
         numbers = torch.arange(1, 1 + len(recent), device=recent.device)[:, None]
@@ -8463,7 +8464,7 @@ class Tilt(WrappingPredictor):
         return keys, row_keys, complete
 
     def _hints(self, inputs):
-        """Hints (B, K), -1 where there is none."""
+        """Hints (B, M), -1 where there is none."""
         keys, row_keys, complete = self._contexts(inputs)
         total, best = self.text_followers.look_up(keys.flatten())
         if inputs.turn:
@@ -8633,7 +8634,7 @@ class HashedMixture(WrappingPredictor):
         return (context_hash ^ tokens * self.PRIMES[(n - 1) % 7]) % self.s.ngram_buckets
 
     def shares(self, recent, tokens):
-        """"Probabilities" (B, K, ...) of tokens after the last K places of recent (B, h + K)."""
+        """"Probabilities" (B, M, ...) of tokens after the last M places of recent (B, h + M)."""
         s = self.s
         places = tokens.size(1)
         p = (self.unigrams[tokens] + 0.5) / (self.counted + 0.5 * s.vocab_size)
@@ -8651,7 +8652,7 @@ class HashedMixture(WrappingPredictor):
         return p
 
     def _mix(self, inputs, log_probs, of_tokens, tokens):
-        """Log "probabilities" (B, K, ...) of tokens, which are of_tokens by the base."""
+        """Log "probabilities" (B, M, ...) of tokens, which are of_tokens by the base."""
         alpha = with_dims_of(ngram_weight(self.s, log_probs), of_tokens)
         upto_last = inputs.recent[:, : tokens_before(inputs) + tokens.size(1)]
         p = (1 - alpha) * of_tokens.double().exp() + alpha * self.shares(upto_last, tokens)
