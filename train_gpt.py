@@ -852,8 +852,8 @@ class Settings:
         return round(self.mlp_mult * self.model_dim)
 
     @property
-    def needs_moments(self):
-        """Does anything about the artifact depend on calibration (Moments)?"""
+    def needs_curvature(self):
+        """Does anything about the artifact depend on calibration (Curvature)?"""
         layer_bits = [bits for _, bits in self.layer_bits]
         widths = {self.matrix_bits, self.attn_bits, self.mlp_bits, self.proj_bits, *layer_bits}
         rounds_matrices = not widths <= {0, 16}
@@ -3962,7 +3962,7 @@ def load_validation(s, rt, sp):
 # ---- calibration: how sensitive the loss is to an error in each weight ---------------------------
 
 
-class Moments(NamedTuple):
+class Curvature(NamedTuple):
     """How sensitive the loss is to an error E (R, C) in one weight, by its second-order term: the
     loss rises by half the sum over rows r of gain[r] E[r] hessian E[r]^T, in nats a token. This is
     the Fisher information as a Kronecker product (K-FAC, arXiv 1503.05671) whose second factor is
@@ -3982,16 +3982,17 @@ class Moments(NamedTuple):
 
     def to(self, device):
         moved = [value.to(device) if isinstance(value, Tensor) else value for value in self]
-        return Moments(*moved)
+        return Curvature(*moved)
 
     def loss(self, error):
         """Nats a token by which an error (R, C) of the weight raises the loss."""
         return 0.5 * (self.gain @ ((error @ self.hessian) * error).sum(1)).item()
 
 
-class MomentMeter:
-    """Sums for Moments over texts, by hooks on the one forward. The labels are those of the text:
-    sampling them from the model, as theory wants, gave the same artifact to 0.2 % of its bytes.
+class CurvatureMeter:
+    """Sums over texts that give the Curvature, by hooks on the one forward. The labels are those of
+    the text: sampling them from the model, as theory wants, gave the same artifact to 0.2 % of its
+    bytes.
     """
 
     def __init__(self, model):
@@ -4096,8 +4097,9 @@ class MomentMeter:
         self._add(self.gain, "head", (p * (1 - p) * slope**2).flatten(0, -2).sum(0))
         self._add(self.hessian, "head", features.mT @ features)
 
-    def moments(self, rt):
-        """{parameter: Moments} over the texts of all ranks. Divides its own sums: call it once."""
+    def curvature(self, rt):
+        """{parameter: Curvature} over the texts of all ranks. Divides its own sums: call it once.
+        """
         # Sums over tokens become means.
         tokens = rt.sum(torch.tensor(float(self.tokens), device=rt.device))
         for sums in (self.hessian, self.gain):
@@ -4111,29 +4113,29 @@ class MomentMeter:
 
         modules = self.model.named_modules()
         tables = {f"{name}.weight" for name, module in modules if isinstance(module, Embedding)}
-        moments = {}
+        curvature = {}
         for name, source in self._hessian_of.items():
             hessian = self.hessian[source]
             gain = self.gain[name]
             if name in tables:
-                moments[name] = self._of_table(hessian, gain, tokens)
+                curvature[name] = self._of_table(hessian, gain, tokens)
             else:
-                moments[name] = Moments(hessian, gain, inputs=hessian.diagonal())
+                curvature[name] = Curvature(hessian, gain, inputs=hessian.diagonal())
 
         hessian = self.hessian["head"]
-        head = Moments(hessian, self.gain["head"], logits=1.0, inputs=hessian.diagonal())
+        head = Curvature(hessian, self.gain["head"], logits=1.0, inputs=hessian.diagonal())
         if self.model.head is not None:
-            moments["head.weight"] = head
+            curvature["head.weight"] = head
         else:
-            moments["embed.weight"] = self._of_tied_table(moments["embed.weight"], head)
-        return moments
+            curvature["embed.weight"] = self._of_tied_table(curvature["embed.weight"], head)
+        return curvature
 
     def _of_table(self, hessian, lookups, tokens):
         """The gain of a row is how often it is looked up, for a token. Half a lookup more keeps
         rows that this text lacks.
         """
         hessian_of_a_lookup = hessian / lookups.sum().clamp_min(1e-30)
-        return Moments(hessian_of_a_lookup, lookups + 0.5 / tokens)
+        return Curvature(hessian_of_a_lookup, lookups + 0.5 / tokens)
 
     def _of_tied_table(self, table, head):
         """A tied table is looked up and multiplied with. It gets one Hessian: the mean of both
@@ -4146,7 +4148,7 @@ class MomentMeter:
         weights = [cost.sum() / total.sum() for cost in costs]
         shares = [w * use.hessian / use.hessian.trace() for w, use in zip(weights, uses)]
         hessian = sum(shares)
-        return Moments(hessian, total, head.hessian.trace().item(), head.inputs)
+        return Curvature(hessian, total, head.hessian.trace().item(), head.inputs)
 
 
 def generate(model, rows, length, temperature, seed, world=1, rank=0):
@@ -4312,7 +4314,7 @@ def best_percentile_scales(rows, top, least):
 # ---- GPTQ, AWQ-lite, LQER ------------------------------------------------------------------------
 
 
-def factor_hessian(moments, damp, act_order):
+def factor_hessian(curvature, damp, act_order):
     """(order (C,), U (C, C) float32) for gptq(): the columns in the order of rounding, and the
     upper triangular U whose U^T U is the inverse of the damped Hessian in that order. With
     act_order, columns of large diagonal come first.
@@ -4322,7 +4324,7 @@ def factor_hessian(moments, damp, act_order):
 
     U comes from one Cholesky factor of the reversed Hessian and its inverse.
     """
-    hessian = moments.hessian.double().clone()
+    hessian = curvature.hessian.double().clone()
     diagonal = hessian.diagonal()
     unused = diagonal <= 0
     diagonal[unused] = 1.0 if unused.all() else diagonal[~unused].mean()
@@ -4581,7 +4583,7 @@ def step_exponents(sensitivity):
     return (-2 * relative.clamp_min(SENSITIVITY_FLOOR).log2()).round()
 
 
-def allocation_grid(weight, moments, pivots, spacing):
+def allocation_grid(weight, curvature, pivots, spacing):
     """Parts of a grid for weight (R, C): step[r, c] = spacing / sqrt(gain[r] pivot[c]), to the
     nearest quarter octave.
 
@@ -4591,11 +4593,11 @@ def allocation_grid(weight, moments, pivots, spacing):
     MAX_LOGIT_VARIANCE. Without this bound, rounding the token table cost three times as much loss.
     A row whose codes would be beyond WIDEST gets larger step sizes.
     """
-    gain = moments.gain.float()
+    gain = curvature.gain.float()
     pivots = pivots.float()
     # A row's error has variance spacing^2 / (12 gain pivot[c]) in column c. Summed over the
-    # columns, the variance of its logit is moments.logits * C * spacing^2 / (12 gain).
-    gain = gain.clamp_min(moments.logits * len(pivots) * spacing**2 / (12 * MAX_LOGIT_VARIANCE))
+    # columns, the variance of its logit is curvature.logits * C * spacing^2 / (12 gain).
+    gain = gain.clamp_min(curvature.logits * len(pivots) * spacing**2 / (12 * MAX_LOGIT_VARIANCE))
     unit = spacing / (gain.mean() * pivots.mean()).sqrt().clamp_min(1e-30)
     row = step_exponents(gain)
     column = step_exponents(pivots).clamp(-LARGEST_COLUMN, LARGEST_COLUMN)
@@ -4669,10 +4671,10 @@ class Grids(NamedTuple):
 
 
 class Quantiser:
-    """The parameters of a model as its settings store them. `moments` are of calibrate(); settings
+    """The parameters of a model as its settings store them. `curvature` is of calibrate(); settings
     that need none do without.
 
-        quantiser = Quantiser(model, s, moments)
+        quantiser = Quantiser(model, s, curvature)
         encoded = quantiser.encode(spacing)    # {parameter: Encoded}; spacing: for FIT=allocate
         steps = quantiser.steps(spacing)       # {parameter: step sizes}, for late QAT
 
@@ -4680,15 +4682,15 @@ class Quantiser:
     done once.
     """
 
-    def __init__(self, model, s, moments=None):
+    def __init__(self, model, s, curvature=None):
         self.s = s
-        self.moments = moments
+        self.curvature = curvature
         self.stores = storage(model, s)
         self.weights = {name: param.detach().float() for name, param in model.named_parameters()}
         self.factors = {}  # {identity of a Hessian: factor_hessian() of it}
         self._spread = None
-        self._check_moments()
-        self.salient = self._salient_columns() if s.awq_lite_group_top_k and moments else {}
+        self._check_curvature()
+        self.salient = self._salient_columns() if s.awq_lite_group_top_k and curvature else {}
         for name in self.salient:
             self.stores[name] = self.stores[name]._replace(codec="mixed")
         self._check_weights()
@@ -4707,13 +4709,13 @@ class Quantiser:
             if not self.weights[name].isfinite().all():
                 raise Stopped(f"{name} is not finite; no artifact was written", 4)
 
-    def _check_moments(self):
-        """Moments that are nan or infinite would make an artifact of nan, or an error with a
+    def _check_curvature(self):
+        """A curvature that is nan or infinite would make an artifact of nan, or an error with a
         misleading cause.
         """
-        for name, moments in (self.moments or {}).items():
-            finite = moments.hessian.isfinite().all() and moments.gain.isfinite().all()
-            if finite and math.isfinite(moments.logits):
+        for name, curvature in (self.curvature or {}).items():
+            finite = curvature.hessian.isfinite().all() and curvature.gain.isfinite().all()
+            if finite and math.isfinite(curvature.logits):
                 continue
             weight = self.weights[name]
             if not weight.isfinite().all():
@@ -4733,19 +4735,19 @@ class Quantiser:
         threshold = weight.abs().flatten().kthvalue(count).values
         return weight.where(weight.abs() > threshold, 0.0)
 
-    # What the moments say.
+    # What the curvature says.
 
     def _salient_columns(self):
         """{parameter: (C,) which of its columns AWQ-lite stores in AWQ_LITE_BITS}."""
         s = self.s
         weights, inputs = {}, {}
         for name, store in self.stores.items():
-            moments = self.moments.get(name)
+            curvature = self.curvature.get(name)
             scaled = store.codec == "int" and store.method != "ternary"
             gains_bits = scaled and store.bits < s.awq_lite_bits
-            if gains_bits and moments and moments.inputs is not None:
+            if gains_bits and curvature and curvature.inputs is not None:
                 weights[name] = self.weights[name]
-                inputs[name] = moments.inputs
+                inputs[name] = curvature.inputs
         groups = awq_lite_groups(weights, inputs, s.awq_lite_group_size, s.awq_lite_group_top_k)
         columns = {}
         for name, starts in groups.items():
@@ -4757,13 +4759,14 @@ class Quantiser:
 
     def factor(self, name):
         """factor_hessian() of a parameter's Hessian, once for q, k and v, which share theirs."""
-        if self.moments is None:
-            raise ValueError(f"{name} is to be stored by its Hessian, but there are no moments")
-        moments = self.moments[name]
-        key = id(moments.hessian)
+        if self.curvature is None:
+            raise ValueError(f"{name} is to be stored by its Hessian, but there is no curvature")
+        curvature = self.curvature[name]
+        key = id(curvature.hessian)
         if key not in self.factors:
             try:
-                self.factors[key] = factor_hessian(moments, self.s.gptq_damp, self.s.gptq_act_order)
+                self.factors[key] = factor_hessian(
+                    curvature, self.s.gptq_damp, self.s.gptq_act_order)
             except Stopped as error:
                 raise Stopped(f"{name}: {error}", error.code) from None
         return self.factors[key]
@@ -4774,7 +4777,7 @@ class Quantiser:
         pivot of the Cholesky factor.
         """
         if self.stores[name].method == "rtn":
-            return self.moments[name].hessian.diagonal().clamp_min(1e-30)
+            return self.curvature[name].hessian.diagonal().clamp_min(1e-30)
         order, factor = self.factor(name)
         pivots = factor.diagonal().square().reciprocal()
         return torch.empty_like(pivots).scatter_(0, order, pivots)
@@ -4800,7 +4803,7 @@ class Quantiser:
         """
         square = self.weights[name].double().square()
         local = square.mean(1, keepdim=True) * square.mean(0) / square.mean().clamp_min(1e-60)
-        relative = local * self.moments[name].gain.double()[:, None] * self.pivots(name).double()
+        relative = local * self.curvature[name].gain.double()[:, None] * self.pivots(name).double()
         bins = (relative.clamp_min(1e-60).log2() / 2 - RATE_OCTAVES[0]) / RATE_STEP
         bins = bins.round().clamp(0, len(RATE_OCTAVES) - 1).int().flatten().cpu().numpy()
         return np.bincount(bins, minlength=len(RATE_OCTAVES))
@@ -4856,8 +4859,8 @@ class Quantiser:
         ones = torch.ones(weights.shape[1:], dtype=torch.int8)
         arrays, steps = [], []
         for name in names:
-            weight, moments = self.weights[name], self.moments[name]
-            grid = allocation_grid(weight, moments, self.pivots(name), spacing)
+            weight, curvature = self.weights[name], self.curvature[name]
+            grid = allocation_grid(weight, curvature, self.pivots(name), spacing)
             arrays.append(_to_cpu(grid))
             steps.append(decode_grid({**arrays[-1], "q": ones}, ones.shape))
         return Grids(arrays, torch.stack(steps).to(weights.device))
@@ -4901,7 +4904,8 @@ class Quantiser:
         if store.method != "gptq":
             return round_to_grid(weights, steps, top).to(torch.int16)
         orders, factors = (torch.stack(tensors) for tensors in zip(*map(self.factor, names)))
-        alive = torch.stack([self.moments[name].hessian.diagonal() > 0 for name in names])[:, None]
+        diagonals = torch.stack([self.curvature[name].hessian.diagonal() for name in names])
+        alive = diagonals[:, None] > 0
         return gptq(weights * alive, steps, top, orders, factors, self.s.gptq_block_size)
 
     def _encoded(self, store, grid_arrays, codes):
@@ -4922,21 +4926,21 @@ class Quantiser:
         """
         def error_of(name, candidate):
             weight = self.weights[name]
-            return weight - candidate.decode(weight.shape).to(self.moments[name].hessian.device)
+            return weight - candidate.decode(weight.shape).to(self.curvature[name].hessian.device)
 
         costs = {}
         for name, candidate in encoded.items():
-            if name in self.moments:  # a gate has none
-                costs[name] = self.moments[name].loss(error_of(name, candidate))
+            if name in self.curvature:  # a gate has none
+                costs[name] = self.curvature[name].loss(error_of(name, candidate))
         group = self.s.lqer_asym_group
         for name in sorted(costs, key=costs.get)[-self.s.lqer_top_k :]:
-            moments = self.moments[name]
+            curvature = self.curvature[name]
             error = error_of(name, encoded[name])
             rank = min(self.s.lqer_rank, *error.shape)
-            correction = _to_cpu(lqer(error, moments.hessian, moments.gain, rank, group))
+            correction = _to_cpu(lqer(error, curvature.hessian, curvature.gain, rank, group))
             arrays = encoded[name].arrays | correction
             corrected = encoded[name]._replace(rank=rank, group=group, arrays=arrays)
-            if moments.loss(error_of(name, corrected)) < costs[name]:
+            if curvature.loss(error_of(name, corrected)) < costs[name]:
                 encoded[name] = corrected
 
 
@@ -5030,7 +5034,7 @@ class LateQAT:
         self.s = s
         self.begun = None  # optimizer step at which it began
         self.on = False
-        self.moments = None  # of FIT=allocate
+        self.curvature = None  # of FIT=allocate
         stores = storage(model, s)
         self.modules = {}
         self.fake_quants = {}
@@ -5069,16 +5073,16 @@ class LateQAT:
         self.switch(True)
 
     def _allocate(self, run, training):
-        """Choose the grid of FIT=allocate. The export uses the same moments: another grid would
+        """Choose the grid of FIT=allocate. The export uses the same curvature: another grid would
         undo what was learned.
         """
-        self.moments = training.calibrate()
+        self.curvature = training.calibrate()
         try:
-            quantiser = Quantiser(self.model, self.s, self.moments)
+            quantiser = Quantiser(self.model, self.s, self.curvature)
             spacing = quantiser.spacing_for(self.s.size_limit - len(run.source))
         except Stopped:
             self.begun = None
-            self.moments = None
+            self.curvature = None
             training.save()  # the steps so far are worth keeping
             raise
         self._set(quantiser.steps(spacing))
@@ -5088,20 +5092,20 @@ class LateQAT:
             fake_quant.step.copy_(steps[name])
 
     def state_dict(self):
-        moments = self.moments
-        if moments:
-            moments = {name: tuple(values.to("cpu")) for name, values in moments.items()}
+        curvature = self.curvature
+        if curvature:
+            curvature = {name: tuple(values.to("cpu")) for name, values in curvature.items()}
         steps = {name: fake_quant.step.cpu() for name, fake_quant in self.fake_quants.items()}
-        return {"begun": self.begun, "steps": steps, "moments": moments}
+        return {"begun": self.begun, "steps": steps, "moments": curvature}
 
     def load_state_dict(self, state):
         self.begun = state["begun"]
         self._set(state["steps"])
         if state["moments"]:
             device = self.model.embed.weight.device
-            self.moments = {}
+            self.curvature = {}
             for name, values in state["moments"].items():
-                self.moments[name] = Moments(*values).to(device)
+                self.curvature[name] = Curvature(*values).to(device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5741,11 +5745,11 @@ class Packed(NamedTuple):
         return sum(map(len, self.buffers))
 
 
-def save_artifact(path, model, s, tokenizer_sha256="", log=None, moments=None, budget=None):
+def save_artifact(path, model, s, tokenizer_sha256="", log=None, curvature=None, budget=None):
     """Quantise, pack and write the model -> {"bytes", "sha256", "compressor"}. The file is
     complete or absent.
 
-    `moments`: of calibrate(), where the settings need them; `budget`: bytes that FIT may fill
+    `curvature`: of calibrate(), where the settings need them; `budget`: bytes that FIT may fill
     (default: SIZE_LIMIT).
     """
     if log is None:
@@ -5754,7 +5758,7 @@ def save_artifact(path, model, s, tokenizer_sha256="", log=None, moments=None, b
         budget = s.size_limit
     header = artifact_header(model, tokenizer_sha256, s)
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
-    quantiser = Quantiser(model, s, moments)
+    quantiser = Quantiser(model, s, curvature)
     # Tries need not wait for every compressor.
     s_of_tries = replace(s, compressor="rans") if s.compressor == "auto" else s
 
@@ -9533,7 +9537,7 @@ class Training:
         for _ in range(2):
             rt.sync()
             began = time.monotonic()
-            meter = MomentMeter(self.model)
+            meter = CurvatureMeter(self.model)
             if s.gptq_calibration == "generated":
                 part = max(stage.length // 32, 1)  # of the length, then scaled up to all of it
                 rows = calibration_rows(s) // rt.world + 1
@@ -9557,14 +9561,14 @@ class Training:
                 meter.observe(ids_part, target_part)
 
     def calibrate(self):
-        """{parameter: Moments} of the model as it is, inside the training clock.
+        """{parameter: Curvature} of the model as it is, inside the training clock.
 
         The text is that of the next training steps, or text that the model writes itself.
         """
         run = self.run
         s = run.s
         rt = run.rt
-        meter = MomentMeter(self.model)
+        meter = CurvatureMeter(self.model)
         stage = s.stages[self.stage]
         with run.clock.phase("calibrate"):
             if s.gptq_calibration == "generated":
@@ -9578,11 +9582,11 @@ class Training:
                 run.validity.opened("train")
                 for _ in range(calibration_steps(s)):
                     self._measure(meter, _next_batch(run, self, stage), stage.length)
-            moments = meter.moments(rt)
+            curvature = meter.curvature(rt)
         tokens = int(rt.sum(torch.tensor(meter.tokens, device=rt.device)))
         run.log("calibrate", source=s.gptq_calibration, tokens=tokens,
                 seconds=round(run.clock["calibrate"], 3), reserved_seconds=round(self.reserve, 3))
-        return moments
+        return curvature
 
     @torch.no_grad()
     def fit_temperature(self):
@@ -10016,13 +10020,13 @@ def _check_qat(training, state, fresh, step):
     modules = {f"{name}.weight": module for name, module in training.model.named_modules()
                if isinstance(module, (Linear, Embedding))}
     need_names("qat moments", state["moments"], modules)
-    for name, moments in state["moments"].items():
+    for name, curvature in state["moments"].items():
         rows, columns = modules[name].weight.shape
         hessian = torch.empty(columns, columns)
         gain = torch.empty(rows)
-        looked_up = type(moments) is tuple and moments[-1] is None
+        looked_up = type(curvature) is tuple and curvature[-1] is None
         inputs = None if looked_up else torch.empty(columns)
-        need_like(f"qat moments {name}", moments, (hessian, gain, 0.0, inputs))
+        need_like(f"qat moments {name}", curvature, (hessian, gain, 0.0, inputs))
 
 
 def _length(vector):
@@ -10092,7 +10096,7 @@ def report_score(run, predictor, stream):
 def train(run, model, val):
     """The training phase: leaves the weights to export in the model.
 
-    Returns their Moments ({parameter: Moments}), or None where the settings need none.
+    Returns {parameter: Curvature} of them, or None where the settings need none.
     """
     s = run.s
     rt = run.rt
@@ -10135,12 +10139,12 @@ def train(run, model, val):
     log("peak_memory", f"peak memory allocated: {peak} MiB", mib=peak)
 
     model.temperature = training.fit_temperature() if s.eval_temperature == 0 else None
-    moments = training.qat and training.qat.moments
-    if s.needs_moments and not moments:
-        moments = training.calibrate()
+    curvature = training.qat and training.qat.curvature
+    if s.needs_curvature and not curvature:
+        curvature = training.calibrate()
     _check_copies(run, copies)
     model.reasons = run.validity.to_keep(rt)
-    return moments or None
+    return curvature or None
 
 
 def _log_training(run, training):
@@ -10167,7 +10171,7 @@ def _warm_up(run, training, predictor, val):
                 _warm_up_reports(run, training, predictor, val)
         run.log("warmup", steps=s.warmup_steps, graphs=len(training.plans()),
                 seconds=round(clock["warmup"], 2))
-    if s.needs_moments and s.max_wallclock_seconds:
+    if s.needs_curvature and s.max_wallclock_seconds:
         with clock.phase("warmup"):
             training.reserve = s.gptq_reserve_seconds or training.measure_reserve()
         run.log("reserve", seconds=round(training.reserve, 3))
@@ -10460,7 +10464,7 @@ def _report_never_reached(run, training, lowest_fall):
 # --------------------------------------------------------------------------------------------------
 
 
-def export(run, model, tokenizer_sha256, moments=None):
+def export(run, model, tokenizer_sha256, curvature=None):
     """Write the artifact, account for every byte of the submission; returns the artifact's path."""
     s = run.s
     path = run.out_dir / "model.pg"
@@ -10471,7 +10475,7 @@ def export(run, model, tokenizer_sha256, moments=None):
         try:
             if run.rt.rank == 0:
                 room = s.size_limit - code_bytes
-                info = save_artifact(path, model, s, tokenizer_sha256, run.log, moments, room)
+                info = save_artifact(path, model, s, tokenizer_sha256, run.log, curvature, room)
         except BadInput as error:
             failed = str(error), 2
         except Stopped as error:
@@ -10844,10 +10848,10 @@ def _train_and_export(run, tokenizer):
     model = GPT(s, rt.dtype, run.attend).to(rt.device)
     params = sum(param.numel() for param in model.parameters())
     run.log("model_params", f"model_params:{params}", params=params)
-    moments = train(run, model, val)
+    curvature = train(run, model, val)
     if s.ttt == "prequant":
         train_on_validation(run, model, val)
-    return export(run, model, tokenizer_sha256, moments)
+    return export(run, model, tokenizer_sha256, curvature)
 
 
 def _end_of(run, error, interrupt):

@@ -474,7 +474,7 @@ def test_one_k_a_tensor_is_the_best_of_its_family(subject, monkeypatch):
     size, encoded, sigmas = budgets.at_size_by_tensor(subject, s, 40_000)
     assert size == subject.size(encoded) == pytest.approx(40_000, rel=0.002)
     assert set(sigmas) == {name for name, one in encoded.items() if one.codec == "int" and subject.raw[name].ndim == 2
-                           and name in subject.moments}
+                           and name in subject.curvature}
     for name, k in sigmas.items():
         assert encoded[name].arrays["scale"].equal(tg.row_scales(subject.raw[name], 8, "gptq", k)), name
     alike = subject.encode_clipped(s, dict.fromkeys(sigmas, 20.0))

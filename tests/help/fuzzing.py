@@ -83,15 +83,15 @@ ORIGINALS = {
 }
 
 
-def random_moments(model, seed):
-    """{parameter: Moments} as calibration gives them, of random inputs."""
-    generator, moments = torch.Generator().manual_seed(seed), {}
+def random_curvature(model, seed):
+    """{parameter: Curvature} as calibration gives them, of random inputs."""
+    generator, curvature = torch.Generator().manual_seed(seed), {}
     for name, module in model.named_modules():
         if isinstance(module, (tg.Linear, tg.Embedding)):
             x = torch.randn(40, module.weight.size(1), generator=generator)
             gain = torch.rand(len(module.weight), generator=generator)
-            moments[f"{name}.weight"] = tg.Moments(x.T @ x / 40, gain, 0.0, x.square().mean(0))
-    return moments
+            curvature[f"{name}.weight"] = tg.Curvature(x.T @ x / 40, gain, 0.0, x.square().mean(0))
+    return curvature
 
 
 def save(path, changes, seed=0):
@@ -102,8 +102,8 @@ def save(path, changes, seed=0):
         changes |= dict(matrix_quant="rtn", embed_quant="rtn")
     s = ref.small(**changes)
     model = ref.randomise(tg.GPT(s, init=False), seed)
-    moments = random_moments(model, seed) if s.needs_moments else None
-    tg.save_artifact(path, model, s, "a" * 64, moments=moments, budget=budget)
+    curvature = random_curvature(model, seed) if s.needs_curvature else None
+    tg.save_artifact(path, model, s, "a" * 64, curvature=curvature, budget=budget)
     return Path(path).read_bytes()
 
 
