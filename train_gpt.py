@@ -4138,9 +4138,9 @@ class CurvatureMeter:
         return Curvature(hessian_of_a_lookup, lookups + 0.5 / tokens)
 
     def _of_tied_table(self, table, head):
-        """A tied table is looked up and multiplied with. It gets one Hessian: the mean of both
-        uses, each scaled to trace 1 and weighted by gain * trace. The gain of a row is that of
-        both.
+        """A tied table is looked up and multiplied with. The cost of a use is gain * trace. The
+        one Hessian is the mean of both uses, each scaled to trace 1 and weighted by its cost. The
+        gain of a row is the sum of its costs.
         """
         uses = table, head
         costs = [use.gain * use.hessian.trace() for use in uses]
@@ -6178,7 +6178,10 @@ class Inputs(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Rows that are scored together. Only `inputs` is given to predict()."""
+    """A batch of rows that are scored together. Only `inputs` is given to predict().
+
+    The chunks of TTT_CHUNK_TOKENS and TTT_CHUNK_SIZE are a Part and a turn here.
+    """
 
     inputs: Inputs
     targets: Tensor  # (B, M) the tokens after those places
