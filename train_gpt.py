@@ -76,7 +76,8 @@ Techniques: the setting that turns each one on, and its function or class
 
 Axes: B sequences, T positions, D model width, H query heads, K key/value heads, C channels of a
 head, V vocabulary. Rooms 7 to 9: N matrices, R rows, C columns; their codes are integer weights.
-Room 10: K places of a row, N targets. "#N" is pull request or issue N of openai/parameter-golf.
+Rooms 10 to 13: M places of a row, N targets.
+"#N" is pull request or issue N of openai/parameter-golf.
 """
 
 import contextlib
@@ -242,7 +243,7 @@ FIXED_GRID = "fit!=allocate&matrix_quant!=ternary"
 FIXED_EMBED_GRID = "fit!=allocate&embed_quant!=ternary"
 ANY_FIXED_GRID = f"{FIXED_GRID},{FIXED_EMBED_GRID}"
 GPTQ = "matrix_quant=gptq,embed_quant=gptq"
-# What calibration serves; needs_moments looks at the bits, too, and so says whether it takes place.
+# What calibration serves; needs_curvature looks at the bits, too, and so says whether it takes place.
 CALIBRATED = f"{GPTQ},fit=allocate,lqer_rank,awq_lite_group_top_k"
 RESERVED = f"{CALIBRATED},eval_temperature=0,average=best"
 ONE_STREAM = "ttt!=lora_docs"
@@ -855,8 +856,8 @@ class Settings:
         return round(self.mlp_mult * self.model_dim)
 
     @property
-    def needs_moments(self):
-        """Does anything about the artifact depend on calibration (Moments)?"""
+    def needs_curvature(self):
+        """Does anything about the artifact depend on calibration (Curvature)?"""
         all_bits = [self.matrix_bits, self.attn_bits, self.mlp_bits, self.proj_bits]
         all_bits += [bits for _, bits in self.layer_bits]
         rounds_matrices = any(bits not in (0, 16) for bits in all_bits)  # 0: as MATRIX_BITS says
@@ -868,7 +869,7 @@ class Settings:
     @property
     def needs_reserve(self):
         """Does anything after the last step take a part of the training clock?"""
-        return self.needs_moments or self.eval_temperature == 0 or self.average == "best"
+        return self.needs_curvature or self.eval_temperature == 0 or self.average == "best"
 
     @property
     def format(self):
@@ -1548,27 +1549,29 @@ def find_documents(ids, mode, longest=0, varlen=False):
     """Docs of ids (B, T) with DOC_MASK=`mode`; None for "none".
 
     "inputs": only where documents begin. "attention": also the segments in which attention stays.
-    These are the documents, cut every `longest` tokens (0: not cut). A `varlen` kernel gets where
-    they start (cu_seqlens), and the host waits for the device to find that; others get a mask.
+    A segment is a document, or a piece of `longest` tokens of it (0: documents stay whole). The
+    text before the first BOS of a row counts as a document.
+    A `varlen` kernel gets where segments start (cu_seqlens), and the host waits for the device to
+    find that; others get a mask.
     """
     if mode == "none":
         return None
-    first = ids == BOS
+    is_bos = ids == BOS
     if mode == "inputs":
-        return Docs(first)
+        return Docs(is_bos)
     position = torch.arange(ids.size(1), device=ids.device).expand_as(ids)
-    # Position of the last BOS, 0 before the first: the row's start begins a segment, too.
-    document_start = torch.where(first, position, 0).cummax(1).values
-    offset = position - document_start
+    document_start = torch.where(is_bos, position, 0).cummax(1).values  # of each token's document
+    position_in_segment = position - document_start
     if longest:
-        offset = offset % longest
-    segment_begins = offset == 0
+        position_in_segment = position_in_segment % longest
+    begins_segment = position_in_segment == 0
     if varlen:
-        starts = segment_begins.flatten().nonzero().squeeze(1)
-        return Docs(first, cu_seqlens=F.pad(starts, (0, 1), value=ids.numel()).int())
-    segment = segment_begins.cumsum(1)
+        starts = begins_segment.flatten().nonzero().squeeze(1)
+        return Docs(is_bos, cu_seqlens=F.pad(starts, (0, 1), value=ids.numel()).int())
+    segment = begins_segment.cumsum(1)  # number of each token's segment in its row
     same_segment = segment[:, :, None] == segment[:, None]
-    return Docs(first, mask=same_segment.tril()[:, None])
+    causal = same_segment.tril()
+    return Docs(is_bos, mask=causal[:, None])  # one mask for all heads
 
 
 class VisitAdapters(NamedTuple):
@@ -3544,7 +3547,7 @@ def read_sidecar(paths):
         names = ", ".join(path.name for path in byte_paths[:3])
         raise BadInput(f"{folder}: expected one fineweb_val_bytes_*.bin for each of the "
                        f"{len(paths)} validation shards, found {len(byte_paths)}: {names}; {fix}")
-    parts = []
+    sidecar = []
     for path, byte_path in zip(paths, byte_paths):
         ids = read_shard(path)
         counts = read_shard(byte_path)
@@ -3557,8 +3560,8 @@ def read_sidecar(paths):
             offset = SHARD_HEADER + 2 * i
             raise BadInput(f"{byte_path}: expected 0 bytes for the BOS token at offset {offset}, "
                            f"found {int(counts[i])}: it belongs to another shard; {fix}")
-        parts.append(counts)
-    return np.concatenate(parts).astype(np.int32)
+        sidecar.append(counts)
+    return np.concatenate(sidecar).astype(np.int32)
 
 
 # ---- training stream -----------------------------------------------------------------------------
@@ -3583,10 +3586,10 @@ def merge_short_shards(lengths, minimum):
     return merged
 
 
-def shuffled_order(counts, rng, chunk=None):
+def shuffled_order(counts, rng, batch_blocks=None):
     """Every block of every shard once, as rows (shard, block), in random order (#1394).
 
-    counts: the number of blocks of each shard. chunk: not used.
+    counts: the number of blocks of each shard. batch_blocks: not used.
     """
     shards = np.repeat(np.arange(len(counts)), counts)
     blocks = np.concatenate([np.arange(count) for count in counts])
@@ -3594,37 +3597,37 @@ def shuffled_order(counts, rng, chunk=None):
     return pairs[rng.permutation(len(pairs))]
 
 
-def coprime_order(counts, rng, chunk):
+def coprime_order(counts, rng, batch_blocks):
     """Every block of every shard once, as rows (shard, block), in the manner of #1060.
 
-    counts: the number of blocks of each shard. Each shard is walked by a stride that is coprime
-    to its number of blocks. Each chunk of `chunk` blocks mixes blocks of several shards, each
-    drawn with a probability proportional to a power of the number of its blocks that are left.
-    Over the first 1,800 chunks, the number of shards rises from 8 to 64, and the power falls from
-    0.9 to 0.5. Near the end a chunk may be shorter.
+    counts: the number of blocks of each shard, which is walked in the order of coprime_walk().
+    The walks are mixed batch by batch, of `batch_blocks` blocks each; near the end a batch may be
+    shorter. A shard's weight is a power of the number of its blocks that are left. A batch draws
+    its shards by weight, takes one block of each, and draws the shards of its other blocks by
+    weight. Over the first 1,800 batches, the number of shards rises from 8 to 64, and the power
+    falls from 0.9 to 0.5.
     """
     walks = [coprime_walk(count, rng) for count in counts]
     counts = np.array(counts)
-    used = np.zeros(len(counts), int)
-    order = []
-    while (used < counts).any():
-        left = counts - used
-        progress = min(len(order) / 1800, 1.0)
+    left = counts.copy()
+    batches = []
+    while left.any():
+        progress = min(len(batches) / 1800, 1.0)
         power = 0.9 - 0.4 * progress
         weight = left**power
-        shards_in_chunk = min(round(8 + 56 * progress), int((left > 0).sum()), chunk)
-        chosen = rng.choice(len(counts), shards_in_chunk, replace=False, p=weight / weight.sum())
-        # One block of each chosen shard; the rest of the chunk by weight, if blocks are left.
-        shares = weight[chosen] / weight[chosen].sum()
-        extra_blocks = rng.multinomial(chunk - shards_in_chunk, shares)
-        takes = np.minimum(1 + extra_blocks, left[chosen])
-        pairs = []
-        for shard, take in zip(chosen, takes):
-            blocks = walks[shard][used[shard] : used[shard] + take]
-            pairs.append(np.stack([np.full(take, shard), blocks], 1))
-            used[shard] += take
-        order.append(rng.permutation(np.concatenate(pairs)))
-    return np.concatenate(order)
+        shards = min(round(8 + 56 * progress), np.count_nonzero(left), batch_blocks)
+        drawn = rng.choice(len(counts), shards, replace=False, p=weight / weight.sum())
+        shares = weight[drawn] / weight[drawn].sum()
+        takes = 1 + rng.multinomial(batch_blocks - shards, shares)
+        takes = np.minimum(takes, left[drawn])
+        batch = []
+        for shard, take in zip(drawn, takes):
+            begin = counts[shard] - left[shard]
+            for block in walks[shard][begin : begin + take]:
+                batch.append((shard, block))
+        left[drawn] -= takes
+        batches.append(rng.permutation(batch))
+    return np.concatenate(batches)
 
 
 def coprime_walk(count, rng):
@@ -3640,10 +3643,12 @@ def coprime_walk(count, rng):
 
 
 class Contamination:
-    """Which documents of one text occur in another text.
+    """Which documents of one text occur in another text, of which pieces are looked at.
 
     A document occurs there if its opening does: its first PREFIX tokens, there too after a BOS.
-    Openings are compared by a hash of 64 bits.
+    It is met when a piece shows the BOS and the token after it, wherever the piece ends. This is
+    strict: one token that was trained on counts. A document of which only a later piece is looked
+    at is not met. Openings are compared by a hash of 64 bits.
     """
 
     PREFIX = 64  # as for data/prepare.py, which leaves out such training documents
@@ -3652,23 +3657,34 @@ class Contamination:
                       np.uint64)
 
     def __init__(self, tokens):
-        self.keys = np.unique(self._keys(tokens))
+        self.keys = np.unique(self._keys(tokens, self._starts(tokens)))
         self.met = np.zeros(len(self.keys), bool)
 
-    def _keys(self, tokens):
-        """Hashes of the openings in a text: polynomials in the tokens, modulo 2^64."""
-        starts = np.flatnonzero(tokens == BOS) + 1
+    def _starts(self, tokens):
+        """Where documents begin: after each BOS but one at the end, of which nothing is shown."""
+        return np.flatnonzero(tokens[:-1] == BOS) + 1
+
+    def _keys(self, tokens, starts):
+        """Hashes of the openings at `starts` of a text: polynomials in the tokens, modulo 2^64."""
         starts = starts[starts + self.PREFIX <= len(tokens)]
         openings = tokens[starts[:, None] + np.arange(self.PREFIX)].astype(np.uint64)
         openings = openings[(openings != BOS).all(1)]  # shorter documents say too little
         return (openings * self.POWERS).sum(1, dtype=np.uint64)
 
-    def look(self, tokens):
-        """Note which documents occur in these tokens."""
-        if len(self.keys):
-            keys = self._keys(tokens)
-            slots = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
-            self.met[slots[self.keys[slots] == keys]] = True
+    def look(self, tokens, text_after=None):
+        """Note which documents begin in these tokens.
+
+        text_after: function (count) -> the tokens that follow these, for an opening that goes
+        beyond them.
+        """
+        starts = self._starts(tokens)
+        if not len(self.keys) or not len(starts):
+            return
+        if text_after and starts[-1] + self.PREFIX > len(tokens):
+            tokens = np.concatenate((tokens, text_after(self.PREFIX)))
+        keys = self._keys(tokens, starts)
+        slots = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        self.met[slots[self.keys[slots] == keys]] = True
 
     def found(self, rt):
         """Keys of the documents that any rank has met. Collective."""
@@ -3676,7 +3692,7 @@ class Contamination:
         return self.keys[met.cpu().numpy()]
 
     def restore(self, keys):
-        """Note documents that an earlier part of the run had met."""
+        """Note documents that the run had met before it was resumed."""
         self.met |= np.isin(self.keys, keys)
 
 
@@ -3718,8 +3734,7 @@ class TokenStream:
         self.rt = rt
         self.find_documents = find_documents
         self.position = 0
-        # Validation documents that are looked for in all that is read; train() sets them. Only
-        # openings that lie within one read are seen.
+        # Validation documents that are looked for in all that is read; train() sets them.
         self.copies = Contamination(np.empty(0, np.uint16))
         self.packed = s.loader == "packed"
         self.reordered = s.loader in ("shuffled", "coprime")
@@ -3727,9 +3742,9 @@ class TokenStream:
         self.hold_out(s.holdout_tokens if s.average == "best" else 0)
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.check_stages()
-        self.block = max(stage.length for stage in s.stages)  # its length
+        self.block = max(stage.length for stage in s.stages)  # tokens of a block
         self.lengths = merge_short_shards([len(shard) for shard in self.shards], self.block + 1)
-        self.counts = [(length - 1) // self.block for length in self.lengths]  # blocks
+        self.counts = [(length - 1) // self.block for length in self.lengths]  # of blocks
         if self.ends[-1] < 2:
             raise BadInput(f"{paths[0]}: the training stream holds fewer than 2 tokens")
         if self.reordered and not sum(self.counts):
@@ -3749,19 +3764,19 @@ class TokenStream:
 
     def hold_out(self, count):
         """Set the last `count` tokens of the stream aside in `held`: they are not trained on."""
-        parts = []
+        tails = []
         while count > 0 and self.shards:
             shard = self.shards.pop()
             start = max(len(shard) - count, 0)
-            part = shard[start:]
-            check_tokens(part, self.s.vocab_size, self.paths[len(self.shards)], start)
-            parts.insert(0, part)
-            count -= len(part)
+            tail = shard[start:]
+            check_tokens(tail, self.s.vocab_size, self.paths[len(self.shards)], start)
+            tails.insert(0, tail)
+            count -= len(tail)
             if start > 0:
                 self.shards.append(shard[:start])
         if not self.shards:
             raise BadInput(f"HOLDOUT_TOKENS={self.s.holdout_tokens} leaves nothing to train on")
-        self.held = np.concatenate(parts) if parts else np.empty(0, np.uint16)
+        self.held = np.concatenate(tails) if tails else np.empty(0, np.uint16)
 
     def check_stages(self):
         """BadInput if the ranks cannot share the batches of a stage evenly."""
@@ -3792,7 +3807,16 @@ class TokenStream:
         return on_rank, in_micro_batch
 
     def read(self, start, count):
-        """`count` tokens of the concatenated shards from `start`, beginning again at their end."""
+        """`count` tokens of the concatenated shards from `start`, beginning again at their end.
+
+        BadInput for a token outside the vocabulary. Copies of validation documents are noted.
+        """
+        tokens = self._text(start, count, self.s.vocab_size)
+        self.copies.look(tokens, partial(self._text, start + count))
+        return tokens
+
+    def _text(self, start, count, vocab_size=None):
+        """The tokens that read() returns; checked if vocab_size is given."""
         tokens = np.empty(count, np.uint16)
         filled = 0
         while filled < count:
@@ -3800,11 +3824,11 @@ class TokenStream:
             number = int(np.searchsorted(self.ends, index, side="right"))
             shard = self.shards[number]
             offset = index - int(self.ends[number]) + len(shard)
-            part = shard[offset : offset + count - filled]
-            check_tokens(part, self.s.vocab_size, self.paths[number], offset)
-            tokens[filled : filled + len(part)] = part
-            filled += len(part)
-        self.copies.look(tokens)
+            span = shard[offset : offset + count - filled]
+            if vocab_size is not None:
+                check_tokens(span, vocab_size, self.paths[number], offset)
+            tokens[filled : filled + len(span)] = span
+            filled += len(span)
         return tokens
 
     def _block_starts(self, epoch):
@@ -3832,7 +3856,7 @@ class TokenStream:
         return self.read(start + offset, length + 1)
 
     def next(self, length=None, tokens=None):
-        """This rank's part of the next batch, as micro-batches [(x, y, docs)].
+        """This rank's share of the next batch, as micro-batches [(x, y, docs)].
 
         x and y are (sequences, length) int64, packed (1, sequences * length). docs is None where
         the model finds documents itself. Without arguments: the batch of the first stage.
@@ -3847,16 +3871,16 @@ class TokenStream:
         ahead = self._ahead
         if ahead.request != request:
             ahead = self._read_ahead(request)
-        parts, docs = ahead.batch.result()
+        micro_batches, docs = ahead.batch.result()
         self.position = position + tokens
         self._ahead = self._read_ahead(request._replace(position=self.position))
-        return self._to_device(parts, docs)
+        return self._to_device(micro_batches, docs)
 
     def _read_ahead(self, request):
         return ReadAhead(request, self._thread.submit(self._read_batch, request))
 
     def _read_batch(self, request):
-        """What _prepare returns for this rank's part of a batch; called by the thread."""
+        """What _prepare returns for this rank's share of a batch; called by the thread."""
         position, length, tokens = request
         on_rank, in_micro_batch = self.split_batch(length, tokens)
         begin = position + self.rt.rank * on_rank * length
@@ -3886,30 +3910,32 @@ class TokenStream:
 
         Where documents start is found here for a varlen kernel: nothing waits for it.
         """
-        parts = batch.split(1 if self.packed else in_micro_batch)
-        docs = [None] * len(parts)
+        micro_batches = batch.split(1 if self.packed else in_micro_batch)
+        docs = [None] * len(micro_batches)
         if self.find_documents:
-            docs = [self.find_documents(part[:, :-1], length) for part in parts]
+            docs = [self.find_documents(tokens[:, :-1], length) for tokens in micro_batches]
         if self.rt.device.type == "cuda":
-            parts = [part.pin_memory() for part in parts]
-            docs = [map_docs(Tensor.pin_memory, part_docs) for part_docs in docs]
-        return parts, docs
+            micro_batches = [tokens.pin_memory() for tokens in micro_batches]
+            docs = [map_docs(Tensor.pin_memory, documents) for documents in docs]
+        return micro_batches, docs
 
-    def _to_device(self, parts, docs):
+    def _to_device(self, micro_batches, docs):
         """Micro-batches [(x, y, docs)] on the device, without waiting for the copies."""
         def move(tensor):
             return tensor.to(self.rt.device, non_blocking=True)
 
-        parts = [move(part).long() for part in parts]
-        docs = [map_docs(move, part_docs) for part_docs in docs]
-        micro = []
-        for part, part_docs in zip(parts, docs):
-            varlen = part_docs is not None and part_docs.cu_seqlens is not None
+        on_device = []
+        for tokens, documents in zip(micro_batches, docs):
+            tokens = move(tokens).long()
+            documents = map_docs(move, documents)
+            varlen = documents is not None and documents.cu_seqlens is not None
             if varlen and self.rt.compiled:
                 # One graph serves any number of documents.
-                torch._dynamo.maybe_mark_dynamic(part_docs.cu_seqlens, 0)
-            micro.append((part[:, :-1].contiguous(), part[:, 1:].contiguous(), part_docs))
-        return micro
+                torch._dynamo.maybe_mark_dynamic(documents.cu_seqlens, 0)
+            x = tokens[:, :-1].contiguous()
+            y = tokens[:, 1:].contiguous()
+            on_device.append((x, y, documents))
+        return on_device
 
 
 def map_docs(function, docs):
@@ -3977,7 +4003,7 @@ def load_validation(s, rt, sp):
 # ---- calibration: how sensitive the loss is to an error in each weight ---------------------------
 
 
-class Moments(NamedTuple):
+class Curvature(NamedTuple):
     """How sensitive the loss is to an error E (R, C) in one weight, by its second-order term: the
     loss rises by half the sum over rows r of gain[r] E[r] hessian E[r]^T, in nats a token. This is
     the Fisher information as a Kronecker product (K-FAC, arXiv 1503.05671) whose second factor is
@@ -3997,16 +4023,17 @@ class Moments(NamedTuple):
 
     def to(self, device):
         moved = [value.to(device) if isinstance(value, Tensor) else value for value in self]
-        return Moments(*moved)
+        return Curvature(*moved)
 
     def loss(self, error):
         """Nats a token by which an error (R, C) of the weight raises the loss."""
         return 0.5 * (self.gain @ ((error @ self.hessian) * error).sum(1)).item()
 
 
-class MomentMeter:
-    """Sums for Moments over texts, by hooks on the one forward. The labels are those of the text:
-    sampling them from the model, as theory wants, gave the same artifact to 0.2 % of its bytes.
+class CurvatureMeter:
+    """Sums over texts that give the Curvature, by hooks on the one forward. The labels are those of
+    the text: sampling them from the model, as theory wants, gave the same artifact to 0.2 % of its
+    bytes.
     """
 
     def __init__(self, model):
@@ -4015,18 +4042,18 @@ class MomentMeter:
         self.hessian = {}  # {parameter: (C, C) sum of x x^T}
         self.gain = {}  # {parameter: (R,) sum of squared gradients}
         self.inputs = {}  # {parameter: number of x in its Hessian}
-        self._owner = {}  # {parameter: whose Hessian is its own}: q, k and v read one tensor
+        self._hessian_of = {}  # {parameter: the one that has its Hessian}: q, k and v read one x
         self._last_input = None
-        self._last_owner = None
+        self._last_name = None  # the parameter that multiplied it first
         self._features = None  # output of head_proj, where the model has one
 
     @contextlib.contextmanager
     def _watching(self):
         """Hooks on every Linear and Embedding. Hidden states need gradients meanwhile, which the
-        tables give them; matrices need none.
+        tables give them, frozen or not; matrices need none.
         """
         hooks = []
-        trained = [param for param in self.model.parameters() if param.requires_grad]
+        required = [(param, param.requires_grad) for param in self.model.parameters()]
         for name, module in self.model.named_modules():
             if isinstance(module, Linear):
                 watch = self._watch_linear
@@ -4041,12 +4068,14 @@ class MomentMeter:
         finally:
             for hook in hooks:
                 hook.remove()
-            for param in trained:
-                param.requires_grad_(True)
-                if param.grad is not None:
+            for param, requires_grad in required:
+                param.requires_grad_(requires_grad)
+                if not requires_grad:
+                    param.grad = None
+                elif param.grad is not None:
                     param.grad.zero_()
             self._last_input = None
-            self._last_owner = None
+            self._last_name = None
             self._features = None
 
     def _add(self, sums, name, value):
@@ -4061,8 +4090,8 @@ class MomentMeter:
             self._add(self.hessian, name, flat.mT @ flat)
             self.inputs[name] = self.inputs.get(name, 0) + len(flat)
             self._last_input = x
-            self._last_owner = name
-        self._owner[name] = self._last_owner
+            self._last_name = name
+        self._hessian_of[name] = self._last_name
         if module is self.model.head_proj:
             self._features = output.detach()
 
@@ -4080,7 +4109,7 @@ class MomentMeter:
         """
         lookups = torch.bincount(args[0].flatten(), minlength=module.weight.size(0))
         self._add(self.gain, name, lookups.float())
-        self._owner[name] = name
+        self._hessian_of[name] = name
 
         def backward(gradient):
             flat = gradient.flatten(0, -2).float()
@@ -4109,44 +4138,50 @@ class MomentMeter:
         self._add(self.gain, "head", (p * (1 - p) * slope**2).flatten(0, -2).sum(0))
         self._add(self.hessian, "head", features.mT @ features)
 
-    def moments(self, rt):
-        """{parameter: Moments} over the texts of all ranks. Divides its own sums: call it once."""
+    def curvature(self, rt):
+        """{parameter: Curvature} over the texts of all ranks. Divides its own sums: call it once.
+        """
+        # Sums over tokens become means.
         tokens = rt.sum(torch.tensor(float(self.tokens), device=rt.device))
         for sums in (self.hessian, self.gain):
-            for name in sorted(sums):
+            for name in sorted(sums):  # in one order on all ranks
                 rt.sum(sums[name]).div_(tokens)
-        # The gain is summed over visits, so the Hessian is averaged: errors at different visits are
-        # taken as independent.
+        # The gain stays a sum over visits, so the Hessian becomes a mean over them: errors at
+        # different visits are taken as independent.
         for name, inputs in self.inputs.items():
-            self.hessian[name].div_(inputs / self.tokens)
+            visits = inputs / self.tokens
+            self.hessian[name].div_(visits)
 
-        moments = {}
-        for name, owner in self._owner.items():
-            hessian = self.hessian[owner]
-            moments[name] = Moments(hessian, self.gain[name], inputs=hessian.diagonal())
-        for name, module in self.model.named_modules():
-            if isinstance(module, Embedding):
-                moments[f"{name}.weight"] = self._of_table(moments[f"{name}.weight"], tokens)
+        modules = self.model.named_modules()
+        tables = {f"{name}.weight" for name, module in modules if isinstance(module, Embedding)}
+        curvature = {}
+        for name, source in self._hessian_of.items():
+            hessian = self.hessian[source]
+            gain = self.gain[name]
+            if name in tables:
+                curvature[name] = self._of_table(hessian, gain, tokens)
+            else:
+                curvature[name] = Curvature(hessian, gain, inputs=hessian.diagonal())
 
-        hessian = self.hessian.pop("head")
-        head = Moments(hessian, self.gain.pop("head"), 1.0, hessian.diagonal())
+        hessian = self.hessian["head"]
+        head = Curvature(hessian, self.gain["head"], logits=1.0, inputs=hessian.diagonal())
         if self.model.head is not None:
-            moments["head.weight"] = head
+            curvature["head.weight"] = head
         else:
-            moments["embed.weight"] = self._of_tied_table(moments["embed.weight"], head)
-        return moments
+            curvature["embed.weight"] = self._of_tied_table(curvature["embed.weight"], head)
+        return curvature
 
-    def _of_table(self, table, tokens):
-        """The gain of a row is how often it is looked up. Half a lookup more keeps rows that this
-        text lacks.
+    def _of_table(self, hessian, lookups, tokens):
+        """The gain of a row is how often it is looked up, for a token. Half a lookup more keeps
+        rows that this text lacks.
         """
-        lookups = table.gain
-        return Moments(table.hessian / lookups.sum().clamp_min(1e-30), lookups + 0.5 / tokens)
+        hessian_of_a_lookup = hessian / lookups.sum().clamp_min(1e-30)
+        return Curvature(hessian_of_a_lookup, lookups + 0.5 / tokens)
 
     def _of_tied_table(self, table, head):
-        """A tied table is looked up and multiplied with. It gets one Hessian: the mean of both
-        uses, each scaled to trace 1 and weighted by gain * trace. The gain of a row is that of
-        both.
+        """A tied table is looked up and multiplied with. The cost of a use is gain * trace. The
+        one Hessian is the mean of both uses, each scaled to trace 1 and weighted by its cost. The
+        gain of a row is the sum of its costs.
         """
         uses = table, head
         costs = [use.gain * use.hessian.trace() for use in uses]
@@ -4154,7 +4189,7 @@ class MomentMeter:
         weights = [cost.sum() / total.sum() for cost in costs]
         shares = [w * use.hessian / use.hessian.trace() for w, use in zip(weights, uses)]
         hessian = sum(shares)
-        return Moments(hessian, total, head.hessian.trace().item(), head.inputs)
+        return Curvature(hessian, total, head.hessian.trace().item(), head.inputs)
 
 
 def generate(model, rows, length, temperature, seed, world=1, rank=0):
@@ -4265,7 +4300,7 @@ def round_to_grid(weight, step, top):
 
 
 def row_scales(rows, bits, method, sigmas=0.0, floor=0.0):
-    """float16 step size of each row of (N, M). Integers reach from -top to top, so a step size
+    """float16 step size of each row of (R, C). Integers reach from -top to top, so a step size
     clips at top times it.
 
     "ternary": the mean magnitude of the row (arXiv 2402.17764). Else, if `sigmas` is given, the
@@ -4320,16 +4355,20 @@ def best_percentile_scales(rows, top, least):
 # ---- GPTQ, AWQ-lite, LQER ------------------------------------------------------------------------
 
 
-def factor_hessian(moments, damp, act_order):
+def factor_hessian(curvature, damp, act_order):
     """(order (C,), U (C, C) float32) for gptq(): the columns in the order of rounding, and the
     upper triangular U whose U^T U is the inverse of the damped Hessian in that order. With
     act_order, columns of large diagonal come first.
 
+    The weights of an input that is always zero do not matter, but the Hessian needs an inverse:
+    its diagonal becomes the mean of the others, which changes neither their damping nor U.
+
     U comes from one Cholesky factor of the reversed Hessian and its inverse.
     """
-    hessian = moments.hessian.double().clone()
+    hessian = curvature.hessian.double().clone()
     diagonal = hessian.diagonal()
-    diagonal[diagonal <= 0] = 1.0  # an input that is always zero: its weight does not matter
+    unused = diagonal <= 0
+    diagonal[unused] = 1.0 if unused.all() else diagonal[~unused].mean()
     diagonal += damp * diagonal.mean()
     if act_order:
         order = diagonal.argsort(descending=True, stable=True)
@@ -4404,7 +4443,7 @@ LQER_RIDGE = 1e-9  # of the trace, for the normal equations of B
 
 
 def lqer(error, hessian, gain, rank, group):
-    """Parts of a correction A B of error (R, C): LQER (arXiv 2402.02446) with the step sizes of
+    """Arrays of a correction A B of error (R, C): LQER (arXiv 2402.02446) with the step sizes of
     #1797.
 
     A (R, rank): the largest singular vectors of the error, weighted by the loss's sensitivity; 2
@@ -4448,29 +4487,29 @@ def quarter_octaves(exponents):
     return torch.from_numpy(np.ldexp(QUARTERS[e & 3], e >> 2))
 
 
-def decode_int(parts, shape):
-    step = parts["scale"].float()[:, None]
-    return (parts["q"].float() * step).view(shape)
+def decode_int(arrays, shape):
+    step = arrays["scale"].float()[:, None]
+    return (arrays["q"].float() * step).view(shape)
 
 
-def decode_mixed(parts, shape):
-    fine = parts["fine"].float()[:, None]
-    coarse = parts["scale"].float()[:, None]
-    step = torch.where(parts["salient"] != 0, fine, coarse)
-    return (parts["q"].float() * step).view(shape)
+def decode_mixed(arrays, shape):
+    fine = arrays["fine"].float()[:, None]
+    coarse = arrays["scale"].float()[:, None]
+    step = torch.where(arrays["salient"] != 0, fine, coarse)
+    return (arrays["q"].float() * step).view(shape)
 
 
-def decode_grid(parts, shape):
-    codes = parts["q"].float()
-    if "over" in parts:
-        codes = codes + BYTE_TOP * parts["over"].float()
-    row = parts["unit"] * quarter_octaves(parts["row"])
-    column = quarter_octaves(parts["col"])
+def decode_grid(arrays, shape):
+    codes = arrays["q"].float()
+    if "over" in arrays:
+        codes = codes + BYTE_TOP * arrays["over"].float()
+    row = arrays["unit"] * quarter_octaves(arrays["row"])
+    column = quarter_octaves(arrays["col"])
     return (codes * row[:, None] * column).view(shape)
 
 
-def decode_float16(parts, shape):
-    return parts["half"].float().view(shape)
+def decode_float16(arrays, shape):
+    return arrays["half"].float().view(shape)
 
 
 def per_tensor(shape):
@@ -4489,8 +4528,8 @@ def per_weight(shape):
     return math.prod(shape)
 
 
-class CodecPart(NamedTuple):
-    """One array of an encoded parameter."""
+class ArrayFormat(NamedTuple):
+    """What an array of an encoded parameter is made of."""
 
     dtype: type
     # (shape of the parameter) -> how many numbers it has; in CORRECTION (shape, rank, group) -> ...
@@ -4498,32 +4537,33 @@ class CodecPart(NamedTuple):
 
 
 class Codec(NamedTuple):
-    """A way to store a parameter: how its parts become weights, and what they are."""
+    """A way to store a parameter: how its arrays become weights, and what they are."""
 
-    decode: Callable  # (parts, shape) -> float32 weights
-    parts: dict[str, CodecPart]
+    decode: Callable  # (arrays, shape) -> float32 weights
+    arrays: dict[str, ArrayFormat]
 
 
-INT = {"q": CodecPart(np.int8, per_weight), "scale": CodecPart(np.float16, per_row)}
-MIXED = INT | {"fine": CodecPart(np.float16, per_row), "salient": CodecPart(np.int8, per_column)}
-GRID = {"q": CodecPart(np.int8, per_weight), "row": CodecPart(np.int8, per_row),
-        "col": CodecPart(np.int8, per_column), "unit": CodecPart(np.float32, per_tensor)}
-WIDE = GRID | {"over": CodecPart(np.int8, per_weight)}
+INT = {"q": ArrayFormat(np.int8, per_weight), "scale": ArrayFormat(np.float16, per_row)}
+MIXED = INT | {"fine": ArrayFormat(np.float16, per_row),
+               "salient": ArrayFormat(np.int8, per_column)}
+GRID = {"q": ArrayFormat(np.int8, per_weight), "row": ArrayFormat(np.int8, per_row),
+        "col": ArrayFormat(np.int8, per_column), "unit": ArrayFormat(np.float32, per_tensor)}
+WIDE = GRID | {"over": ArrayFormat(np.int8, per_weight)}
 CODECS = {
     "int": Codec(decode_int, INT),
     "mixed": Codec(decode_mixed, MIXED),
     "grid": Codec(decode_grid, GRID),
     "wide": Codec(decode_grid, WIDE),
-    "float16": Codec(decode_float16, {"half": CodecPart(np.float16, per_weight)}),
+    "float16": Codec(decode_float16, {"half": ArrayFormat(np.float16, per_weight)}),
 }
-# Parts of a low-rank correction (lqer), beside those of any codec; their counts are for (shape,
+# Arrays of a low-rank correction (lqer), beside those of any codec; their counts are for (shape,
 # rank, group).
 CORRECTION = {
-    "a": CodecPart(np.int8, lambda shape, rank, group: rank * per_row(shape)),
-    "a_step": CodecPart(np.float16, lambda shape, rank, group: 1),
-    "b": CodecPart(np.int8, lambda shape, rank, group: rank * per_column(shape)),
-    "b_step": CodecPart(np.float16,
-                        lambda shape, rank, group: ceil_div(rank * per_column(shape), group)),
+    "a": ArrayFormat(np.int8, lambda shape, rank, group: rank * per_row(shape)),
+    "a_step": ArrayFormat(np.float16, lambda shape, rank, group: 1),
+    "b": ArrayFormat(np.int8, lambda shape, rank, group: rank * per_column(shape)),
+    "b_step": ArrayFormat(np.float16,
+                          lambda shape, rank, group: ceil_div(rank * per_column(shape), group)),
 }
 
 
@@ -4534,24 +4574,24 @@ class Encoded(NamedTuple):
     bits: int
     rank: int  # of its correction, or 0
     group: int  # weights of B that share a step size
-    parts: dict[str, Tensor]
+    arrays: dict[str, Tensor]
 
     def decode(self, shape):
         """float32 weights of a shape."""
-        weight = CODECS[self.codec].decode(self.parts, shape)
+        weight = CODECS[self.codec].decode(self.arrays, shape)
         if not self.rank:
             return weight
-        a = self.parts["a"].float().view(shape[0], self.rank) * self.parts["a_step"].float()
-        b_codes = self.parts["b"].float().flatten()
-        b_steps = self.parts["b_step"].float().repeat_interleave(self.group)[: len(b_codes)]
+        a = self.arrays["a"].float().view(shape[0], self.rank) * self.arrays["a_step"].float()
+        b_codes = self.arrays["b"].float().flatten()
+        b_steps = self.arrays["b_step"].float().repeat_interleave(self.group)[: len(b_codes)]
         b = (b_codes * b_steps).view(self.rank, -1)
         for k in range(self.rank):  # summed in one order everywhere
             weight = weight + a[:, k, None] * b[k]
         return weight
 
 
-def _to_cpu(parts):
-    return {name: part.cpu() for name, part in parts.items()}
+def _to_cpu(arrays):
+    return {name: array.cpu() for name, array in arrays.items()}
 
 
 # ---- allocation: FIT=allocate --------------------------------------------------------------------
@@ -4584,7 +4624,7 @@ def step_exponents(sensitivity):
     return (-2 * relative.clamp_min(SENSITIVITY_FLOOR).log2()).round()
 
 
-def allocation_grid(weight, moments, pivots, spacing):
+def allocation_grid(weight, curvature, pivots, spacing):
     """Parts of a grid for weight (R, C): step[r, c] = spacing / sqrt(gain[r] pivot[c]), to the
     nearest quarter octave.
 
@@ -4594,11 +4634,11 @@ def allocation_grid(weight, moments, pivots, spacing):
     MAX_LOGIT_VARIANCE. Without this bound, rounding the token table cost three times as much loss.
     A row whose codes would be beyond WIDEST gets larger step sizes.
     """
-    gain = moments.gain.float()
+    gain = curvature.gain.float()
     pivots = pivots.float()
     # A row's error has variance spacing^2 / (12 gain pivot[c]) in column c. Summed over the
-    # columns, the variance of its logit is moments.logits * C * spacing^2 / (12 gain).
-    gain = gain.clamp_min(moments.logits * len(pivots) * spacing**2 / (12 * MAX_LOGIT_VARIANCE))
+    # columns, the variance of its logit is curvature.logits * C * spacing^2 / (12 gain).
+    gain = gain.clamp_min(curvature.logits * len(pivots) * spacing**2 / (12 * MAX_LOGIT_VARIANCE))
     unit = spacing / (gain.mean() * pivots.mean()).sqrt().clamp_min(1e-30)
     row = step_exponents(gain)
     column = step_exponents(pivots).clamp(-LARGEST_COLUMN, LARGEST_COLUMN)
@@ -4667,15 +4707,15 @@ def allocate(quantiser, packed_of, room, log):
 class Grids(NamedTuple):
     """The quantisation grids of N parameters of one shape."""
 
-    parts: list[dict[str, Tensor]]  # for each, what the artifact stores of its grid
+    arrays: list[dict[str, Tensor]]  # for each, what the artifact stores of its grid
     steps: Tensor  # (N, R, C or 1): the step sizes that this means
 
 
 class Quantiser:
-    """The parameters of a model as its settings store them. `moments` are of calibrate(); settings
+    """The parameters of a model as its settings store them. `curvature` is of calibrate(); settings
     that need none do without.
 
-        quantiser = Quantiser(model, s, moments)
+        quantiser = Quantiser(model, s, curvature)
         encoded = quantiser.encode(spacing)    # {parameter: Encoded}; spacing: for FIT=allocate
         steps = quantiser.steps(spacing)       # {parameter: step sizes}, for late QAT
 
@@ -4683,15 +4723,15 @@ class Quantiser:
     done once.
     """
 
-    def __init__(self, model, s, moments=None):
+    def __init__(self, model, s, curvature=None):
         self.s = s
-        self.moments = moments
+        self.curvature = curvature
         self.stores = storage(model, s)
         self.weights = {name: param.detach().float() for name, param in model.named_parameters()}
         self.factors = {}  # {identity of a Hessian: factor_hessian() of it}
         self._spread = None
-        self._check_moments()
-        self.salient = self._salient_columns() if s.awq_lite_group_top_k and moments else {}
+        self._check_curvature()
+        self.salient = self._salient_columns() if s.awq_lite_group_top_k and curvature else {}
         for name in self.salient:
             self.stores[name] = self.stores[name]._replace(codec="mixed")
         self._check_weights()
@@ -4710,13 +4750,13 @@ class Quantiser:
             if not self.weights[name].isfinite().all():
                 raise Stopped(f"{name} is not finite; no artifact was written", 4)
 
-    def _check_moments(self):
-        """Moments that are nan or infinite would make an artifact of nan, or an error with a
+    def _check_curvature(self):
+        """A curvature that is nan or infinite would make an artifact of nan, or an error with a
         misleading cause.
         """
-        for name, moments in (self.moments or {}).items():
-            finite = moments.hessian.isfinite().all() and moments.gain.isfinite().all()
-            if finite and math.isfinite(moments.logits):
+        for name, curvature in (self.curvature or {}).items():
+            finite = curvature.hessian.isfinite().all() and curvature.gain.isfinite().all()
+            if finite and math.isfinite(curvature.logits):
                 continue
             weight = self.weights[name]
             if not weight.isfinite().all():
@@ -4736,19 +4776,19 @@ class Quantiser:
         threshold = weight.abs().flatten().kthvalue(count).values
         return weight.where(weight.abs() > threshold, 0.0)
 
-    # What the moments say.
+    # What the curvature says.
 
     def _salient_columns(self):
         """{parameter: (C,) which of its columns AWQ-lite stores in AWQ_LITE_BITS}."""
         s = self.s
         weights, inputs = {}, {}
         for name, store in self.stores.items():
-            moments = self.moments.get(name)
+            curvature = self.curvature.get(name)
             scaled = store.codec == "int" and store.method != "ternary"
             gains_bits = scaled and store.bits < s.awq_lite_bits
-            if gains_bits and moments and moments.inputs is not None:
+            if gains_bits and curvature and curvature.inputs is not None:
                 weights[name] = self.weights[name]
-                inputs[name] = moments.inputs
+                inputs[name] = curvature.inputs
         groups = awq_lite_groups(weights, inputs, s.awq_lite_group_size, s.awq_lite_group_top_k)
         columns = {}
         for name, starts in groups.items():
@@ -4760,13 +4800,14 @@ class Quantiser:
 
     def factor(self, name):
         """factor_hessian() of a parameter's Hessian, once for q, k and v, which share theirs."""
-        if self.moments is None:
-            raise ValueError(f"{name} is to be stored by its Hessian, but there are no moments")
-        moments = self.moments[name]
-        key = id(moments.hessian)
+        if self.curvature is None:
+            raise ValueError(f"{name} is to be stored by its Hessian, but there is no curvature")
+        curvature = self.curvature[name]
+        key = id(curvature.hessian)
         if key not in self.factors:
             try:
-                self.factors[key] = factor_hessian(moments, self.s.gptq_damp, self.s.gptq_act_order)
+                self.factors[key] = factor_hessian(
+                    curvature, self.s.gptq_damp, self.s.gptq_act_order)
             except Stopped as error:
                 raise Stopped(f"{name}: {error}", error.code) from None
         return self.factors[key]
@@ -4777,7 +4818,7 @@ class Quantiser:
         pivot of the Cholesky factor.
         """
         if self.stores[name].method == "rtn":
-            return self.moments[name].hessian.diagonal().clamp_min(1e-30)
+            return self.curvature[name].hessian.diagonal().clamp_min(1e-30)
         order, factor = self.factor(name)
         pivots = factor.diagonal().square().reciprocal()
         return torch.empty_like(pivots).scatter_(0, order, pivots)
@@ -4803,7 +4844,7 @@ class Quantiser:
         """
         square = self.weights[name].double().square()
         local = square.mean(1, keepdim=True) * square.mean(0) / square.mean().clamp_min(1e-60)
-        relative = local * self.moments[name].gain.double()[:, None] * self.pivots(name).double()
+        relative = local * self.curvature[name].gain.double()[:, None] * self.pivots(name).double()
         bins = (relative.clamp_min(1e-60).log2() / 2 - RATE_OCTAVES[0]) / RATE_STEP
         bins = bins.round().clamp(0, len(RATE_OCTAVES) - 1).int().flatten().cpu().numpy()
         return np.bincount(bins, minlength=len(RATE_OCTAVES))
@@ -4845,11 +4886,11 @@ class Quantiser:
         scales = self._row_scales(weights, store.bits, store)
         fine_scales = self._row_scales(weights, self.s.awq_lite_bits, store)
         salient = self._salient(names)
-        parts = []
+        arrays = []
         for scale, fine, columns in zip(scales, fine_scales, salient[:, 0]):
-            parts.append({"scale": scale, "fine": fine, "salient": columns.to(torch.int8)})
+            arrays.append({"scale": scale, "fine": fine, "salient": columns.to(torch.int8)})
         steps = torch.where(salient, fine_scales.float()[:, :, None], scales.float()[:, :, None])
-        return Grids(parts, steps)
+        return Grids(arrays, steps)
 
     def _salient(self, names):
         """(N, 1, C): which columns AWQ-lite stores in more bits."""
@@ -4857,13 +4898,13 @@ class Quantiser:
 
     def _allocated_grids(self, names, weights, spacing):
         ones = torch.ones(weights.shape[1:], dtype=torch.int8)
-        parts, steps = [], []
+        arrays, steps = [], []
         for name in names:
-            weight, moments = self.weights[name], self.moments[name]
-            grid = allocation_grid(weight, moments, self.pivots(name), spacing)
-            parts.append(_to_cpu(grid))
-            steps.append(decode_grid({**parts[-1], "q": ones}, ones.shape))
-        return Grids(parts, torch.stack(steps).to(weights.device))
+            weight, curvature = self.weights[name], self.curvature[name]
+            grid = allocation_grid(weight, curvature, self.pivots(name), spacing)
+            arrays.append(_to_cpu(grid))
+            steps.append(decode_grid({**arrays[-1], "q": ones}, ones.shape))
+        return Grids(arrays, torch.stack(steps).to(weights.device))
 
     def steps(self, spacing=None):
         """{parameter: its step sizes (R, 1) or (R, C)}: what weights will be rounded to."""
@@ -4880,8 +4921,8 @@ class Quantiser:
         for (_, store), names in self.groups.items():
             grids = self._grids(names, store, spacing)
             codes = self._round(names, store, grids.steps)
-            for name, tensor_codes, parts in zip(names, codes, grids.parts):
-                encoded[name] = self._encoded(store, parts, tensor_codes)
+            for name, tensor_codes, arrays in zip(names, codes, grids.arrays):
+                encoded[name] = self._encoded(store, arrays, tensor_codes)
         if self.s.lqer_rank:
             self._add_lqer(encoded)
         for name, store in self.stores.items():
@@ -4904,20 +4945,21 @@ class Quantiser:
         if store.method != "gptq":
             return round_to_grid(weights, steps, top).to(torch.int16)
         orders, factors = (torch.stack(tensors) for tensors in zip(*map(self.factor, names)))
-        alive = torch.stack([self.moments[name].hessian.diagonal() > 0 for name in names])[:, None]
+        diagonals = torch.stack([self.curvature[name].hessian.diagonal() for name in names])
+        alive = diagonals[:, None] > 0
         return gptq(weights * alive, steps, top, orders, factors, self.s.gptq_block_size)
 
-    def _encoded(self, store, grid_parts, codes):
+    def _encoded(self, store, grid_arrays, codes):
         """A parameter with codes int16 (R, C). Codes beyond a byte are split into q + 127 * over,
         and the codec becomes "wide".
         """
         codec = store.codec
         over = codes.sign() * ((codes.abs() - 1).clamp_min(0) // BYTE_TOP)
-        parts = grid_parts | {"q": (codes - BYTE_TOP * over).to(torch.int8)}
+        arrays = grid_arrays | {"q": (codes - BYTE_TOP * over).to(torch.int8)}
         if over.any():
             codec = "wide"
-            parts["over"] = over.to(torch.int8)
-        return Encoded(codec, store.bits, 0, 0, _to_cpu(parts))
+            arrays["over"] = over.to(torch.int8)
+        return Encoded(codec, store.bits, 0, 0, _to_cpu(arrays))
 
     def _add_lqer(self, encoded):
         """LQER for the LQER_TOP_K parameters whose error costs most, where it lowers that cost. By
@@ -4925,29 +4967,29 @@ class Quantiser:
         """
         def error_of(name, candidate):
             weight = self.weights[name]
-            return weight - candidate.decode(weight.shape).to(self.moments[name].hessian.device)
+            return weight - candidate.decode(weight.shape).to(self.curvature[name].hessian.device)
 
         costs = {}
         for name, candidate in encoded.items():
-            if name in self.moments:  # a gate has none
-                costs[name] = self.moments[name].loss(error_of(name, candidate))
+            if name in self.curvature:  # a gate has none
+                costs[name] = self.curvature[name].loss(error_of(name, candidate))
         group = self.s.lqer_asym_group
         for name in sorted(costs, key=costs.get)[-self.s.lqer_top_k :]:
-            moments = self.moments[name]
+            curvature = self.curvature[name]
             error = error_of(name, encoded[name])
             rank = min(self.s.lqer_rank, *error.shape)
-            correction = _to_cpu(lqer(error, moments.hessian, moments.gain, rank, group))
-            parts = encoded[name].parts | correction
-            corrected = encoded[name]._replace(rank=rank, group=group, parts=parts)
-            if moments.loss(error_of(name, corrected)) < costs[name]:
+            correction = _to_cpu(lqer(error, curvature.hessian, curvature.gain, rank, group))
+            arrays = encoded[name].arrays | correction
+            corrected = encoded[name]._replace(rank=rank, group=group, arrays=arrays)
+            if curvature.loss(error_of(name, corrected)) < costs[name]:
                 encoded[name] = corrected
 
 
 # ---- pruning: FIT=prune --------------------------------------------------------------------------
 
 PRUNABLE = ("int", "mixed")  # codecs of which codes are dropped
-PRUNE_SLACK = 2000  # bytes of the room that may stay empty
-PRUNE_MARGIN = 500  # bytes below the room that a try aims at
+PRUNE_SLACK = 2000  # bytes of the budget that may stay empty
+PRUNE_MARGIN = 500  # bytes below the budget that a try aims at
 
 
 def is_unit_code(codes):
@@ -4964,10 +5006,10 @@ def without_cheapest(encoded, count):
     for name, tensor in encoded.items():
         if tensor.codec not in PRUNABLE:
             continue
-        codes = tensor.parts["q"]
+        codes = tensor.arrays["q"]
         places[name] = is_unit_code(codes).flatten().nonzero().squeeze(1)
-        parts = tensor.parts | {"q": torch.ones_like(codes)}
-        step = CODECS[tensor.codec].decode(parts, codes.shape)
+        arrays = tensor.arrays | {"q": torch.ones_like(codes)}
+        step = CODECS[tensor.codec].decode(arrays, codes.shape)
         steps.append(step.flatten()[places[name]])
     cheap = torch.zeros(sum(map(len, steps)), dtype=torch.bool)
     cheap[torch.cat(steps).argsort(stable=True)[:count]] = True
@@ -4975,41 +5017,42 @@ def without_cheapest(encoded, count):
     pruned = dict(encoded)
     cheap_by_tensor = cheap.split([len(ones) for ones in places.values()])
     for (name, ones), drop in zip(places.items(), cheap_by_tensor):
-        parts = encoded[name].parts
-        codes = parts["q"].clone()
+        arrays = encoded[name].arrays
+        codes = arrays["q"].clone()
         codes.view(-1)[ones[drop]] = 0
-        pruned[name] = encoded[name]._replace(parts=parts | {"q": codes})
+        pruned[name] = encoded[name]._replace(arrays=arrays | {"q": codes})
     return pruned
 
 
-def prune_to_fit(encoded, packed_of, room, log):
-    """The artifact (Packed) that fits `room` bytes with about as few of its cheapest codes dropped
-    (without_cheapest) as it takes, by regula falsi; with all of them dropped, if that is too large.
+def prune_to_fit(encoded, packed_of, budget, log):
+    """The artifact (Packed) that fits `budget` bytes with about as few of its cheapest codes
+    dropped (without_cheapest) as it takes, by regula falsi; with all of them dropped, if that is
+    too large.
     """
     whole = packed_of(encoded)
-    if whole.size <= room:
-        log("prune", dropped=0, bytes=whole.size, room_bytes=room)
+    if whole.size <= budget:
+        log("prune", dropped=0, bytes=whole.size, room_bytes=budget)
         return whole
     too_few, too_few_size = 0, whole.size
-    codes = [tensor.parts["q"] for tensor in encoded.values() if tensor.codec in PRUNABLE]
+    codes = [tensor.arrays["q"] for tensor in encoded.values() if tensor.codec in PRUNABLE]
     enough = sum(int(is_unit_code(tensor_codes).sum()) for tensor_codes in codes)
     if not enough:  # float16 alone
-        log("prune", dropped=0, bytes=whole.size, room_bytes=room)
+        log("prune", dropped=0, bytes=whole.size, room_bytes=budget)
         return whole
     best = packed_of(without_cheapest(encoded, enough))
-    tries = 8 if best.size <= room else 0
+    tries = 8 if best.size <= budget else 0
     for _ in range(tries):
-        if best.size >= room - PRUNE_SLACK or enough - too_few <= 1:
+        if best.size >= budget - PRUNE_SLACK or enough - too_few <= 1:
             break
-        excess = too_few_size - room + PRUNE_MARGIN
+        excess = too_few_size - budget + PRUNE_MARGIN
         count = too_few + round((enough - too_few) * excess / (too_few_size - best.size))
         count = min(max(count, too_few + 1), enough - 1)
         packed = packed_of(without_cheapest(encoded, count))
-        if packed.size <= room:
+        if packed.size <= budget:
             enough, best = count, packed
         else:
             too_few, too_few_size = count, packed.size
-    log("prune", dropped=enough, bytes=best.size, room_bytes=room)
+    log("prune", dropped=enough, bytes=best.size, room_bytes=budget)
     return best
 
 
@@ -5032,7 +5075,7 @@ class LateQAT:
         self.s = s
         self.begun = None  # optimizer step at which it began
         self.on = False
-        self.moments = None  # of FIT=allocate
+        self.curvature = None  # of FIT=allocate
         stores = storage(model, s)
         self.modules = {}
         self.fake_quants = {}
@@ -5071,16 +5114,16 @@ class LateQAT:
         self.switch(True)
 
     def _allocate(self, run, training):
-        """Choose the grid of FIT=allocate. The export uses the same moments: another grid would
+        """Choose the grid of FIT=allocate. The export uses the same curvature: another grid would
         undo what was learned.
         """
-        self.moments = training.calibrate()
+        self.curvature = training.calibrate()
         try:
-            quantiser = Quantiser(self.model, self.s, self.moments)
+            quantiser = Quantiser(self.model, self.s, self.curvature)
             spacing = quantiser.spacing_for(self.s.size_limit - len(run.source))
         except Stopped:
             self.begun = None
-            self.moments = None
+            self.curvature = None
             training.save()  # the steps so far are worth keeping
             raise
         self._set(quantiser.steps(spacing))
@@ -5090,20 +5133,20 @@ class LateQAT:
             fake_quant.step.copy_(steps[name])
 
     def state_dict(self):
-        moments = self.moments
-        if moments:
-            moments = {name: tuple(values.to("cpu")) for name, values in moments.items()}
+        curvature = self.curvature
+        if curvature:
+            curvature = {name: tuple(values.to("cpu")) for name, values in curvature.items()}
         steps = {name: fake_quant.step.cpu() for name, fake_quant in self.fake_quants.items()}
-        return {"begun": self.begun, "steps": steps, "moments": moments}
+        return {"begun": self.begun, "steps": steps, "moments": curvature}
 
     def load_state_dict(self, state):
         self.begun = state["begun"]
         self._set(state["steps"])
         if state["moments"]:
             device = self.model.embed.weight.device
-            self.moments = {}
+            self.curvature = {}
             for name, values in state["moments"].items():
-                self.moments[name] = Moments(*values).to(device)
+                self.curvature[name] = Curvature(*values).to(device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5217,30 +5260,38 @@ class CodeCounts:
 
 
 class RowState:
-    """What is known of one row of every piece (N, pieces, C) of a group, as its codes are visited
-    from left to right.
+    """What predicts the codes of one row of every piece (N, pieces, C) of a group, as they are
+    visited from left to right. All sums are of magnitudes, in 1/256.
 
-    column_sums (N, 1, C): of the magnitudes of the `rows_seen` rows before; above (N, pieces, C):
-    codes of the row above.
+    A code's magnitude is expected to be the mean of its column in the rows before, times how much
+    larger than expected its row has been so far. Few codes say little, so each sum begins with a
+    prior (PRIOR_CODES, PRIOR_ROWS, PRIOR_COLUMNS).
+
+    column_sums (N, 1, C): magnitudes of the `rows_seen` rows before. above (N, pieces, C): codes
+    of the row above.
     """
 
     def __init__(self, column_sums, rows_seen, above):
         columns = column_sums.shape[2]
-        total = column_sums.sum(2, keepdims=True) << MAGNITUDE_BITS
-        prior_total = PRIOR_CODES << MAGNITUDE_BITS - 1
-        mean = (total + prior_total) // (rows_seen * columns + PRIOR_CODES)
-        expected = ((column_sums << MAGNITUDE_BITS) + PRIOR_ROWS * mean) // (rows_seen + PRIOR_ROWS)
-        expected_before = expected.cumsum(2) - expected + PRIOR_COLUMNS * mean
-        # (N, 1, C): the logarithm of a column's expected magnitude; the sum of those before it
-        self.log_expected = log2_table()[expected]
-        self.expected_before = np.maximum(expected_before, 1)
-        # (N, pieces, 1): sums of |code| and |code - above| so far
-        self.magnitude = np.repeat(PRIOR_COLUMNS * mean, above.shape[1], 1)
-        self.change = self.magnitude
+        column_sums = column_sums << MAGNITUDE_BITS
+        prior_sum = PRIOR_CODES << MAGNITUDE_BITS - 1
+        matrix_sum = column_sums.sum(2, keepdims=True) + prior_sum
+        mean = matrix_sum // (rows_seen * columns + PRIOR_CODES)
+        expected = (column_sums + PRIOR_ROWS * mean) // (rows_seen + PRIOR_ROWS)
+        prior = PRIOR_COLUMNS * mean
+        expected_before = prior + expected.cumsum(2) - expected
         self.above = above
+        # (N, 1, C): logarithm of the mean of each column
+        self.log_expected = integer_log2(expected)
+        # (N, 1, C): what `magnitude` is expected to be when a column is reached; at least 1
+        self.expected_before = np.maximum(expected_before, 1)
+        # (N, pieces, 1): the prior and the sum of |code| so far
+        self.magnitude = np.repeat(prior, above.shape[1], 1)
+        # (N, pieces, 1): the prior and the sum of |code - above| so far
+        self.change = self.magnitude
 
     def add(self, codes, start):
-        """Codes (N, pieces, width) of the columns from `start` on."""
+        """Count codes (N, pieces, width) of the columns from `start` on."""
         above = self.above[:, :, start : start + codes.shape[2]]
         change = np.abs(np.subtract(codes, above, dtype=np.int16)).sum(2, keepdims=True)
         magnitude = np.abs(codes).sum(2, keepdims=True, dtype=np.int64)
@@ -5249,15 +5300,19 @@ class RowState:
 
 
 def code_context(row, start, stop):
-    """(buckets, base) of the codes in columns start to stop of a RowState: what predicts them.
-    They are coded as differences from base, 0 or the row above.
+    """(buckets, base) of the codes in columns start to stop of a RowState.
+
+    A code is coded as its difference from base. The base is the row above where the row so far
+    differs from that by less than 3/4 of its own magnitude, else 0. The bucket tells the magnitude
+    that is expected of the difference.
     """
     ratio = (row.magnitude << MAGNITUDE_BITS) // row.expected_before[:, :, start : start + 1]
-    log_magnitude = row.log_expected[:, :, start:stop] + (integer_log2(ratio) - LOG_OF_1)
+    log_ratio = integer_log2(ratio) - LOG_OF_1
+    log_magnitude = row.log_expected[:, :, start:stop] + log_ratio
     base = 0
     like_above = 4 * row.change < 3 * row.magnitude
     if like_above.any():
-        base = row.above[:, :, start:stop] * like_above
+        base = np.where(like_above, row.above[:, :, start:stop], np.int8(0))
         mean_change = row.change // (start + PRIOR_COLUMNS)
         log_magnitude = np.where(like_above, integer_log2(mean_change), log_magnitude)
     buckets = (log_magnitude - LOG_OF_BUCKET_0) // LOGS_PER_BUCKET
@@ -5267,12 +5322,12 @@ def code_context(row, start, stop):
 def piece_shape(shape, state_count):
     """(rows of a piece, columns that are coded at once) for N matrices (N, R, C).
 
-    All N matrices are coded side by side, and of each all pieces: a chunk is `width` columns of
-    one row of every piece, about one code for each coder state. Pieces and width are in the
+    All N matrices are coded side by side, and of each all pieces: `width` columns of one row of
+    every piece at once, about one code for each coder state. Pieces and width are in the
     proportion of rows and columns.
     """
     matrices, rows, columns = shape
-    codes = max(1, state_count // matrices)  # of a matrix in a chunk
+    codes = max(1, state_count // matrices)  # of a matrix that are coded at once
     pieces = min(rows // LEAST_PIECE, math.isqrt(codes * rows // columns))
     height = ceil_div(rows, max(1, pieces))
     pieces = ceil_div(rows, height)
@@ -5294,19 +5349,19 @@ def walk_codes(groups, coder):
         rows_seen = 0
         above = np.zeros((matrices, ceil_div(rows, height), columns), np.int8)
         for t in range(height):
-            codes = group[:, t::height]  # (N, pieces, C): row t of every piece, if it is that long
-            row = RowState(column_sums, rows_seen, above[:, : codes.shape[1]])
+            rows_t = group[:, t::height]  # (N, pieces, C): row t of every piece that is that long
+            row = RowState(column_sums, rows_seen, above[:, : rows_t.shape[1]])
             for start in range(0, columns, width):
                 stop = start + width
-                chunk = codes[:, :, start:stop]
+                codes = rows_t[:, :, start:stop]
                 buckets, base = code_context(row, start, stop)
-                coder.code(buckets, chunk, base)
-                row.add(chunk, start)
+                coder.code(buckets, codes, base)
+                row.add(codes, start)
                 last = t == height - 1 and stop >= columns
-                counts.add(buckets, chunk - base, last)
-            above = codes
-            rows_seen += codes.shape[1]
-            column_sums += np.abs(codes).sum(1, keepdims=True, dtype=np.int64)
+                counts.add(buckets, codes - base, last)
+            above = rows_t
+            rows_seen += rows_t.shape[1]
+            column_sums += np.abs(rows_t).sum(1, keepdims=True, dtype=np.int64)
 
 
 def _checksum(groups):
@@ -5464,9 +5519,9 @@ def decode_codes(data, shapes, where):
 # No pickle: loading a hostile file can fail, but not execute, nor allocate beyond sizes checked
 # against the model.
 #
-# save_artifact   Quantiser -> Encoded -> pack (a stream for each kind of part) -> write_atomic
+# save_artifact   Quantiser -> Encoded -> pack (a stream for each kind of array) -> write_atomic
 # load_artifact   read_artifact (checked alone) -> artifact_settings (checked against the model)
-#                 -> parts of each tensor -> weights
+#                 -> arrays of each tensor -> weights
 # --------------------------------------------------------------------------------------------------
 
 MAGIC = b"PGOLF\r\n\x1a"
@@ -5485,30 +5540,6 @@ MAX_GROUP = Settings.__dataclass_fields__["lqer_asym_group"].metadata["hi"]
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def brief(value, most=80):
-    """What a file says, for a message: printable, and cut."""
-    text = "".join(c if c.isprintable() else "?" for c in str(value)[: most + 1])
-    return text if len(text) <= most else text[: most - 3] + "..."
-
-
-def need_number(what, value, kind, least, most):
-    """The number, if it is of this type and between these bounds (nan never is); else ValueError.
-    """
-    if type(value) is not kind or not least <= value <= most:
-        raise ValueError(f"{what} is {brief(value, 30)}, not {kind.__name__} from {least} to "
-                         f"{most}")
-    return value
-
-
-def need_reasons(reasons):
-    """ValueError unless these are reasons why a score is not valid, as brief() leaves them."""
-    def is_text(reason):
-        return type(reason) is str and reason == brief(reason, MAX_VALUE)
-
-    if type(reasons) is not list or not all(map(is_text, reasons)):
-        raise ValueError(f"reasons is {brief(reasons, 30)}, not a list of texts")
-
-
 def read_file(path):
     """Bytes of a regular file: a device or a pipe may never end."""
     try:
@@ -5519,25 +5550,25 @@ def read_file(path):
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def write_atomic(path, chunks):
+def write_atomic(path, buffers):
     """Complete under its name, or not there at all: temporary name, fsync, rename. Returns the
     SHA-256 of the bytes.
     """
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    temporary = path.with_name(path.name + ".part")
     digest = hashlib.sha256()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-                digest.update(chunk)
+        with open(temporary, "wb") as file:
+            for buffer in buffers:
+                file.write(buffer)
+                digest.update(buffer)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
-            part.unlink()
+            temporary.unlink()
         raise BadInput(f"{path} cannot be written ({error.strerror}); nothing under that name was "
                        "changed") from None
     return digest.hexdigest()
@@ -5663,11 +5694,11 @@ class StreamEntry(NamedTuple):
     checksum: int  # CRC-32 of those bytes
 
 
-class StreamPart(NamedTuple):
-    """The place of one part of one tensor in a stream; places follow each other."""
+class StreamArray(NamedTuple):
+    """The place of one array of one tensor in a stream; places follow each other."""
 
     tensor: str
-    part: str
+    stream: str
     dtype: type
     shape: tuple[int, ...]
 
@@ -5687,33 +5718,33 @@ def tensor_entries(encoded, shapes):
 
 
 def stream_layout(tensors):
-    """{stream: [StreamPart]} of a table of tensors: a stream for each kind of part. In that of the
-    codes equal kinds of matrix (all q, all k, ...) lie together.
+    """{stream: [StreamArray]} of a table of tensors: a stream for each kind of array. In that of
+    the codes equal kinds of matrix (all q, all k, ...) lie together.
     """
     streams = {}
     for entry in tensors:
-        for part, (dtype, count) in CODECS[entry.codec].parts.items():
-            shape = entry.matrix if part in CODED else (count(entry.shape),)
-            streams.setdefault(part, []).append(StreamPart(entry.name, part, dtype, shape))
+        for stream, (dtype, count) in CODECS[entry.codec].arrays.items():
+            shape = entry.matrix if stream in CODED else (count(entry.shape),)
+            streams.setdefault(stream, []).append(StreamArray(entry.name, stream, dtype, shape))
         if entry.rank:
-            for part, (dtype, count) in CORRECTION.items():
+            for stream, (dtype, count) in CORRECTION.items():
                 shape = (count(entry.shape, entry.rank, entry.group),)
-                streams.setdefault(part, []).append(StreamPart(entry.name, part, dtype, shape))
+                streams.setdefault(stream, []).append(StreamArray(entry.name, stream, dtype, shape))
     for stream in CODED:
         if stream in streams:
             streams[stream] = _kinds_together(streams[stream])
     return streams
 
 
-def _kinds_together(parts):
-    kinds = [_kind(part.tensor) for part in parts]
-    return sorted(parts, key=lambda part: kinds.index(_kind(part.tensor)))
+def _kinds_together(arrays):
+    kinds = [_kind(array.tensor) for array in arrays]
+    return sorted(arrays, key=lambda array: kinds.index(_kind(array.tensor)))
 
 
 def raw_sizes(tensors):
     """{stream: its bytes, unpacked} of a table of tensors."""
     layout = stream_layout(tensors)
-    return {stream: sum(part.bytes for part in parts) for stream, parts in layout.items()}
+    return {stream: sum(array.bytes for array in arrays) for stream, arrays in layout.items()}
 
 
 def _kind(name):
@@ -5721,11 +5752,11 @@ def _kind(name):
     return ".".join(word for word in name.split(".") if not word.isdigit())
 
 
-def code_groups(parts):
+def code_groups(arrays):
     """[(number, rows, columns)]: runs of matrices of one kind and shape in a stream of codes."""
     runs = []
-    for part in parts:
-        key = (_kind(part.tensor), *part.shape)
+    for array in arrays:
+        key = (_kind(array.tensor), *array.shape)
         if not runs or runs[-1][0] != key:
             runs.append([key, 0])
         runs[-1][1] += 1
@@ -5747,41 +5778,41 @@ class Packed(NamedTuple):
     """An artifact, before it is written."""
 
     encoded: dict[str, Encoded]
-    chunks: list[bytes]
+    buffers: list[bytes]  # the file, in order
     streams: list[dict]  # what each compressor made of each stream
 
     @property
     def size(self):
-        return sum(map(len, self.chunks))
+        return sum(map(len, self.buffers))
 
 
-def save_artifact(path, model, s, tokenizer_sha256="", log=None, moments=None, room=None):
+def save_artifact(path, model, s, tokenizer_sha256="", log=None, curvature=None, budget=None):
     """Quantise, pack and write the model -> {"bytes", "sha256", "compressor"}. The file is
     complete or absent.
 
-    `moments`: of calibrate(), where the settings need them; `room`: bytes that FIT may fill
+    `curvature`: of calibrate(), where the settings need them; `budget`: bytes that FIT may fill
     (default: SIZE_LIMIT).
     """
     if log is None:
         log = no_log
-    if room is None:
-        room = s.size_limit
+    if budget is None:
+        budget = s.size_limit
     header = artifact_header(model, tokenizer_sha256, s)
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
-    quantiser = Quantiser(model, s, moments)
+    quantiser = Quantiser(model, s, curvature)
     # Tries need not wait for every compressor.
     s_of_tries = replace(s, compressor="rans") if s.compressor == "auto" else s
 
     def packed_of(encoded):
         for name, tensor in encoded.items():
-            if not all(part.isfinite().all() for part in tensor.parts.values()):
+            if not all(array.isfinite().all() for array in tensor.arrays.values()):
                 raise Stopped(f"{name} is too large for float16; no artifact was written", 4)
         return pack(encoded, shapes, s_of_tries, header)
 
     if s.fit == "allocate":
-        packed = allocate(quantiser, packed_of, room, log)
+        packed = allocate(quantiser, packed_of, budget, log)
     elif s.fit == "prune":
-        packed = prune_to_fit(quantiser.encode(), packed_of, room, log)
+        packed = prune_to_fit(quantiser.encode(), packed_of, budget, log)
     else:
         packed = packed_of(quantiser.encode())
     if s.compressor == "auto":
@@ -5789,7 +5820,7 @@ def save_artifact(path, model, s, tokenizer_sha256="", log=None, moments=None, r
     for row in packed.streams:
         log("pack", **row)
     used = "+".join(sorted({row["chosen"] for row in packed.streams}))
-    return {"bytes": packed.size, "sha256": write_atomic(path, packed.chunks), "compressor": used}
+    return {"bytes": packed.size, "sha256": write_atomic(path, packed.buffers), "compressor": used}
 
 
 def no_log(*_, **__):
@@ -5815,15 +5846,15 @@ def pack(encoded, shapes, s, header):
     """The artifact of encoded parameters of some shapes -> Packed."""
     tensors = tensor_entries(encoded, shapes)
     streams, payload, report = [], [], []
-    for stream, parts in stream_layout(tensors).items():
+    for stream, arrays in stream_layout(tensors).items():
         candidates = candidate_compressors(stream, s.compressor)
         with ThreadPoolExecutor(len(candidates)) as pool:
-            results = pool.map(partial(pack_stream, parts, encoded), candidates)
+            results = pool.map(partial(pack_stream, arrays, encoded), candidates)
             packed = dict(zip(candidates, results))
         lengths = {name: len(data) for name, data in packed.items()}
         chosen = min(lengths, key=lengths.get)
         data = packed[chosen]
-        raw_bytes = sum(part.bytes for part in parts)
+        raw_bytes = sum(array.bytes for array in arrays)
         streams.append(StreamEntry(stream, chosen, raw_bytes, len(data), zlib.crc32(data)))
         payload.append(data)
         by_name = {f"{name}_bytes": length for name, length in lengths.items()}
@@ -5846,19 +5877,43 @@ def candidate_compressors(stream, compressor):
     return [compressor]
 
 
-def pack_stream(parts, encoded, compressor):
-    """Bytes of the stream of these StreamParts, packed."""
-    arrays = [encoded[part.tensor].parts[part.part].numpy().ravel() for part in parts]
-    values = np.concatenate(arrays)
+def pack_stream(arrays, encoded, compressor):
+    """Bytes of the stream of these StreamArrays, packed."""
+    values = [encoded[array.tensor].arrays[array.stream].numpy().ravel() for array in arrays]
+    values = np.concatenate(values)
     if compressor != "rans":
         return COMPRESSORS[compressor].compress(_planes(values))
-    shapes = code_groups(parts)
+    shapes = code_groups(arrays)
     ends = np.cumsum([math.prod(shape) for shape in shapes])
     groups = np.split(values, ends[:-1])
     return encode_codes([group.reshape(shape) for group, shape in zip(groups, shapes)])
 
 
 # ---- read and check ------------------------------------------------------------------------------
+
+
+def brief(value, most=80):
+    """What a file says, for a message: printable, and cut."""
+    text = "".join(c if c.isprintable() else "?" for c in str(value)[: most + 1])
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def need_number(what, value, kind, least, most):
+    """The number, if it is of this type and between these bounds (nan never is); else ValueError.
+    """
+    if type(value) is not kind or not least <= value <= most:
+        raise ValueError(f"{what} is {brief(value, 30)}, not {kind.__name__} from {least} to "
+                         f"{most}")
+    return value
+
+
+def need_reasons(reasons):
+    """ValueError unless these are reasons why a score is not valid, as brief() leaves them."""
+    def is_text(reason):
+        return type(reason) is str and reason == brief(reason, MAX_VALUE)
+
+    if type(reasons) is not list or not all(map(is_text, reasons)):
+        raise ValueError(f"reasons is {brief(reasons, 30)}, not a list of texts")
 
 
 class PackedStream(NamedTuple):
@@ -5991,7 +6046,7 @@ def _tensor_entry(name, shape, codec, bits, rank, group):
 
 def _stream_entry(stream, compressor, size, length, checksum):
     """A line of the table of streams, checked."""
-    known = {part for codec in CODECS.values() for part in codec.parts} | set(CORRECTION)
+    known = {name for codec in CODECS.values() for name in codec.arrays} | set(CORRECTION)
     if stream not in known:
         raise ValueError(f"unknown stream {brief(stream, 30)}")
     coded = compressor == "rans" and stream in CODED
@@ -6007,7 +6062,7 @@ def _stream_entry(stream, compressor, size, length, checksum):
 
 
 def loading_bytes(tensors):
-    """Most memory that loading a table of tensors takes: the weights in float32; their parts three
+    """Most memory that loading a table of tensors takes: the weights in float32; their arrays three
     times (unpacked, in order, tensor by tensor), which is enough for the entropy coder; four
     copies of the largest tensor, while it is decoded.
     """
@@ -6108,11 +6163,11 @@ def load_artifact(path, settings=None, dtype=torch.float32, attend=None, device=
     """
     header, streams = read_artifact(path, data)
     s = artifact_settings(path, header, settings or Settings())
-    parts = _unpacked(path, header["tensors"], streams)
+    arrays = _unpacked(path, header["tensors"], streams)
     model = GPT(s, dtype, attend, init=False)
     weights = dict(model.named_parameters())
     for entry in header["tensors"]:  # one after the other: not all of it is in memory twice
-        encoded = Encoded(entry.codec, entry.bits, entry.rank, entry.group, parts.pop(entry.name))
+        encoded = Encoded(entry.codec, entry.bits, entry.rank, entry.group, arrays.pop(entry.name))
         weight = encoded.decode(entry.shape)
         if not weight.isfinite().all():
             raise BadInput(f"{path}: holds values that are not finite ({entry.name})")
@@ -6124,26 +6179,26 @@ def load_artifact(path, settings=None, dtype=torch.float32, attend=None, device=
 
 
 def _unpacked(path, tensors, streams):
-    """{tensor: {part: array as a Tensor}} from the streams of an ArtifactFile."""
+    """{tensor: {stream: array}} from the streams of an ArtifactFile."""
     unpacked = {entry.name: {} for entry in tensors}
-    for stream, parts in stream_layout(tensors).items():
-        values = _unpack_stream(f"{path}: stream {stream}", parts, streams[stream])
+    for stream, arrays in stream_layout(tensors).items():
+        values = _unpack_stream(f"{path}: stream {stream}", arrays, streams[stream])
         begin = 0
-        for place in parts:
+        for place in arrays:
             end = begin + place.count
             array = torch.from_numpy(values[begin:end].copy())
-            unpacked[place.tensor][place.part] = array.view(place.shape)
+            unpacked[place.tensor][place.stream] = array.view(place.shape)
             begin = end
     return unpacked
 
 
-def _unpack_stream(where, parts, packed):
-    """The values (count,) of a PackedStream, whose StreamParts are known."""
+def _unpack_stream(where, arrays, packed):
+    """The values (count,) of a PackedStream, whose StreamArrays are known."""
     if packed.compressor == "rans":
-        groups = decode_codes(packed.data, code_groups(parts), where)
+        groups = decode_codes(packed.data, code_groups(arrays), where)
         return np.concatenate([group.ravel() for group in groups])
     raw = decompress(packed.compressor, packed.data, packed.size, where)
-    return _unplanes(raw, parts[0].dtype)
+    return _unplanes(raw, arrays[0].dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6157,18 +6212,21 @@ class Inputs(NamedTuple):
     """What a predictor knows of a chunk: rows of text, and places after which it predicts."""
 
     ids: Tensor  # (B, T) tokens
-    places: Tensor  # (B, K) neighbouring positions in ids; a token is predicted after each of them
-    recent: Tensor  # (B, h + K) tokens up to each place, and h before the first; -1: there is none
+    places: Tensor  # (B, M) neighbouring positions in ids; a token is predicted after each of them
+    recent: Tensor  # (B, h + M) tokens up to each place, and h before the first; -1: there is none
     # None: the rows stand alone. 0: rows begin. n: the first B rows of turn n - 1 continue.
     turn: int | None = None
 
 
 class Chunk(NamedTuple):
-    """Rows that are scored together. Only `inputs` is given to predict()."""
+    """A batch of rows that are scored together. Only `inputs` is given to predict().
+
+    The chunks of TTT_CHUNK_TOKENS and TTT_CHUNK_SIZE are a Part and a turn here.
+    """
 
     inputs: Inputs
-    targets: Tensor  # (B, K) the tokens after those places
-    index: Tensor  # (B, K) their numbers among the targets of the stream; -1: the place is padding
+    targets: Tensor  # (B, M) the tokens after those places
+    index: Tensor  # (B, M) their numbers among the targets of the stream; -1: the place is padding
     continuing: int = 0  # number of leading rows that continue in the next chunk
 
 
@@ -6202,6 +6260,10 @@ class TextRows(NamedTuple):
     begin: np.ndarray  # first token that is read
     first: np.ndarray  # first target that is scored
     end: np.ndarray  # end of the row: it reads the tokens [begin, end)
+
+    def take(self, index):
+        """The rows at an index: numbers, a slice or a mask."""
+        return TextRows(self.begin[index], self.first[index], self.end[index])
 
 
 class ChunkShape(NamedTuple):
@@ -6338,7 +6400,11 @@ class Reader:
     def shapes(self):
         """[ChunkShape] of this rank's chunks, when compiled. Rows that begin come first."""
         shapes = {cut.shape for part in self._plan() for cut in part.cuts}
-        return sorted(shapes, key=lambda shape: (shape.turn or 0, -shape.rows, *shape[1:3]))
+
+        def order(shape):
+            return shape.turn or 0, -shape.rows, shape.tokens, shape.places
+
+        return sorted(shapes, key=order)
 
     def _plan(self):
         """The PlannedParts of the text."""
@@ -6434,33 +6500,36 @@ class Reader:
         dealt = longest_first[self.rt.rank :: self.rt.world]
         for i in range(0, len(dealt), self.batch):
             batch = dealt[i : i + self.batch]
-            yield from self._turns(TextRows(*(values[batch] for values in rows)))
+            yield from self._turns(rows.take(batch))
 
     def _turns(self, rows):
-        """Cuts of a batch of TextRows, the longest first: turns until the longest row ends."""
+        """Cuts of a batch of TextRows, the longest first: one for each turn, until all have ended.
+
+        In a turn each row reads its next `size` tokens. Rows that have ended are left out.
+        """
         s = self.s
         longest = rows.end[0] - rows.begin[0]
         turn = 0
-        read = 0  # tokens that each row has read before this turn
+        read = 0  # tokens of each row that earlier turns have read
         while read < longest:
-            count = np.count_nonzero(rows.begin + read < rows.end)
-            begin, first, end = (values[:count] for values in rows)
             size = self._turn_size(read)
-            start = begin + read
-            stop = np.minimum(start + size, end)
-            first = np.maximum(first, start)
+            rows = rows.take(rows.begin + read < rows.end)
+            start = rows.begin + read
+            stop = np.minimum(start + size, rows.end)
+            first = np.maximum(rows.first, start)
             tokens = size
-            if self.adapted and s.eval_context == "window":  # as much of the text before as fits
+            if self.adapted and s.eval_context == "window":
+                # No keys are kept, so a row shows its earlier text again: as much of it as fits.
                 tokens = int(padded_width(read + size, s.eval_seq_len, size))
-                start = np.maximum(begin, start + size - s.eval_seq_len)
+                start = np.maximum(rows.begin, start + size - s.eval_seq_len)
             places = size
             if not (first < stop).any():  # nothing is scored: little work for the head
                 places = 1
-            padded = self.batch
+            batch = self.batch
             if turn > 0:
-                padded = padded_rows(count, self.batch)
-            continuing = np.count_nonzero(stop < end)
-            yield Cut(start, stop, first, padded, tokens, places, turn, continuing)
+                batch = padded_rows(len(start), self.batch)
+            continuing = np.count_nonzero(stop < rows.end)  # the leading rows: they are the longest
+            yield Cut(start, stop, first, batch, tokens, places, turn, continuing)
             read += size
             turn += 1
 
@@ -6629,7 +6698,7 @@ class Meters:
         self.times = torch.zeros(len(stream.bytes) + 1, dtype=torch.uint8, device=rt.device)
 
     def add(self, chunk, nll):
-        """Count a chunk whose targets cost nll (B, K), which is 0 for padding."""
+        """Count a chunk whose targets cost nll (B, M), which is 0 for padding."""
         text = self.stream.tokens
         live = chunk.index >= 0
         target = chunk.index.clamp(min=0)
@@ -6834,7 +6903,7 @@ TOLERANCE = 2e-5  # in log, at those places: worth 0.00001 BPB at most; honest r
 class Sample(NamedTuple):
     """What the Examiner looks at in a chunk: L <= LOOK neighbouring places of each row."""
 
-    columns: Tensor  # (B, L) which of the K places of its row
+    columns: Tensor  # (B, L) which of the M places of its row
     looked: Tensor  # (B, L) is it looked at? A row may score fewer than L
     log_probs: Tensor  # (B, L, V) what is predicted there
 
@@ -6871,7 +6940,7 @@ class Examiner:
             self.sample = self._look(chunk)
 
     def after(self, chunk, nll):
-        """After a chunk was scored at nll (B, K): compare that with what predict() said. (C2)"""
+        """After a chunk was scored at nll (B, M): compare that with what predict() said. (C2)"""
         if self.sample is None:
             return
         places, looked, log_probs = self.sample
@@ -6886,7 +6955,7 @@ class Examiner:
     def _look(self, chunk):
         """The Sample of a chunk. Later text in its rows must not change it. (C1)
 
-        predict() is given all K places, because its graphs have that shape. Those that are looked
+        predict() is given all M places, because its graphs have that shape. Those that are looked
         at come first.
         """
         inputs = chunk.inputs
@@ -6897,8 +6966,8 @@ class Examiner:
         count = min(LOOK, width)
         last = self._last_places(live)
         begin = np.maximum(last - LOOK + 1, 0)
-        columns = np.minimum(begin + np.arange(width), width - 1)  # which of the K places
-        recent = np.minimum(begin + np.arange(history + width), history + width - 1)  # of h + K
+        columns = np.minimum(begin + np.arange(width), width - 1)  # which of the M places
+        recent = np.minimum(begin + np.arange(history + width), history + width - 1)  # of h + M
         looked = np.take_along_axis(live, columns, 1) & (columns <= last)
         last, columns, recent, looked = (
             torch.from_numpy(values).to(device) for values in (last, columns, recent, looked))
@@ -7312,11 +7381,11 @@ class Predictor:
     adapter_weights = None  # (R, P) the weights of these adapters
 
     def predict(self, inputs, count=None):
-        """Log-probabilities (B, K, V) after each of the K places, or after the first `count`."""
+        """Log-probabilities (B, M, V) after each of the M places, or after the first `count`."""
         raise NotImplementedError
 
     def nll(self, inputs, targets):
-        """Nats (B, K) of the targets. A shorter way needs a test that it is equal."""
+        """Nats (B, M) of the targets. A shorter way needs a test that it is equal."""
         return -self.predict(inputs).gather(-1, targets[..., None]).squeeze(-1)
 
     def observe(self, chunk):
@@ -7337,7 +7406,7 @@ class Predictor:
 
 
 def nats_of(logits, targets):
-    """Nats (B, K) of the targets, from logits (B, K, V)."""
+    """Nats (B, M) of the targets, from logits (B, M, V)."""
     nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return nats.view(targets.shape)
 
@@ -7360,7 +7429,7 @@ class ModelPredictor(Predictor):
         self._forward = rt.compile(self._run)
 
     def _run(self, ids, docs, places, past, adapter_weights):
-        """(logits (B, K, V) of the places, keys and values of the ids). This gets compiled."""
+        """(logits (B, M, V) of the places, keys and values of the ids). This gets compiled."""
         adapters = None
         if adapter_weights is not None:
             adapters = self.adapters.of(adapter_weights)
@@ -7374,7 +7443,7 @@ class ModelPredictor(Predictor):
         return logits, past.new_kv
 
     def logits(self, inputs):
-        """(B, K, V) of the places."""
+        """(B, M, V) of the places."""
         past = None
         docs = None
         if self.width and inputs.turn is not None:
@@ -8162,12 +8231,12 @@ def scored_text(part, stream, back, s):
 
 
 def entropy_of(log_probs):
-    """Entropy (B, K) in nats of log-probabilities (B, K, V)."""
+    """Entropy (B, M) in nats of log-probabilities (B, M, V)."""
     return -(log_probs.exp() * log_probs).sum(-1).double()
 
 
 def ngram_weight(s, log_probs):
-    """Weight (B, K) of the n-grams (#1033): it rises with the entropy of the model's log_probs."""
+    """Weight (B, M) of the n-grams (#1033): it rises with the entropy of the model's log_probs."""
     above_center = entropy_of(log_probs) - s.alpha_center
     return s.alpha_base + s.alpha_range * torch.sigmoid(2 * above_center)
 
@@ -8178,12 +8247,12 @@ def tokens_before(inputs):
 
 
 def every_token(log_probs):
-    """Tokens (B, K, V) of which log_probs (B, K, V) are the log-probabilities."""
+    """Tokens (B, M, V) of which log_probs (B, M, V) are the log-probabilities."""
     return torch.arange(log_probs.size(-1), device=log_probs.device).expand(log_probs.shape)
 
 
 def with_dims_of(values, like):
-    """values (..., B, K) as (..., B, K, 1, ...), to meet a tensor like (B, K, ...)."""
+    """values (..., B, M) as (..., B, M, 1, ...), to meet a tensor like (B, M, ...)."""
     return values.view(*values.shape, *(1,) * (like.dim() - 2))
 
 
@@ -8206,14 +8275,14 @@ class NgramMixture(WrappingPredictor):
         return ORDERS.get(name, self.s.ngram_order)
 
     def _log_weights(self, log_probs):
-        """Of base and experts (1 + E, B or 1, K or 1). log_probs (B, K, V): what the base says."""
+        """Of base and experts (1 + E, B or 1, M or 1). log_probs (B, M, V): what the base says."""
         raise NotImplementedError
 
     def reset(self):
         super().reset()
         self.counts.reset()
         self.counted = 0  # targets
-        self.experts = None  # log-probabilities (1 + E, B, K) of the last targets
+        self.experts = None  # log-probabilities (1 + E, B, M) of the last targets
 
     @torch.no_grad()
     def predict(self, inputs, count=None):
@@ -8241,7 +8310,7 @@ class NgramMixture(WrappingPredictor):
         return -self._mix(self.experts, log_probs)
 
     def _contexts(self, nodes, before, places):
-        """[nodes (B, K) of the last 0, 1, ... tokens up to each place], from what walk() found."""
+        """[nodes (B, M) of the last 0, 1, ... tokens up to each place], from what walk() found."""
         span = slice(before, before + places)
         contexts = [torch.full_like(nodes[0][:, span], self.counts.root)]
         for of_length in nodes[: self.counts.order - 1]:
@@ -8249,7 +8318,7 @@ class NgramMixture(WrappingPredictor):
         return contexts
 
     def nodes_of_targets(self, inputs, targets):
-        """(contexts, grams) of targets (B, K), as backoff_probabilities() takes them."""
+        """(contexts, grams) of targets (B, M), as backoff_probabilities() takes them."""
         before = tokens_before(inputs)
         first_place = inputs.recent[:, : before + 1]
         nodes = self.counts.walk(torch.cat((first_place, targets), 1))
@@ -8257,13 +8326,13 @@ class NgramMixture(WrappingPredictor):
         return self._contexts(nodes, before, targets.size(1)), grams
 
     def _experts(self, log_probs, of_tokens, contexts, grams):
-        """Log-probabilities (1 + E, B, K, ...) of tokens: of_tokens by the base, and experts."""
+        """Log-probabilities (1 + E, B, M, ...) of tokens: of_tokens by the base, and experts."""
         by_order = self.counts.backoff_probabilities(contexts, grams)
         experts = [by_order[order - 1].log() for order in self.orders]
         return torch.stack([of_tokens.double(), *experts])
 
     def _mix(self, experts, log_probs):
-        """Log-probabilities (B, K, ...) of the mixture."""
+        """Log-probabilities (B, M, ...) of the mixture."""
         return (experts + with_dims_of(self._log_weights(log_probs), experts[0])).logsumexp(0)
 
     def learn(self, part, stream):
@@ -8434,7 +8503,7 @@ class Tilt(WrappingPredictor):
         return mix_bits(((text.unfold(-1, self.context, 1) + 1) * self.powers).sum(-1))
 
     def _contexts(self, inputs):
-        """Of each place (B, K): (key of its context, key in row_followers, is it complete?)."""
+        """Of each place (B, M): (key of its context, key in row_followers, is it complete?)."""
         recent = inputs.recent[:, tokens_before(inputs) - self.context + 1 :]
         keys = self._hashes(recent)
         numbers = torch.arange(1, 1 + len(recent), device=recent.device)[:, None]
@@ -8443,7 +8512,7 @@ class Tilt(WrappingPredictor):
         return keys, row_keys, complete
 
     def _hints(self, inputs):
-        """Hints (B, K), -1 where there is none."""
+        """Hints (B, M), -1 where there is none."""
         keys, row_keys, complete = self._contexts(inputs)
         total, best = self.text_followers.look_up(keys.flatten())
         if inputs.turn:
@@ -8613,7 +8682,7 @@ class HashedMixture(WrappingPredictor):
         return (context_hash ^ tokens * self.PRIMES[(n - 1) % 7]) % self.s.ngram_buckets
 
     def shares(self, recent, tokens):
-        """"Probabilities" (B, K, ...) of tokens after the last K places of recent (B, h + K)."""
+        """"Probabilities" (B, M, ...) of tokens after the last M places of recent (B, h + M)."""
         s = self.s
         places = tokens.size(1)
         p = (self.unigrams[tokens] + 0.5) / (self.counted + 0.5 * s.vocab_size)
@@ -8631,7 +8700,7 @@ class HashedMixture(WrappingPredictor):
         return p
 
     def _mix(self, inputs, log_probs, of_tokens, tokens):
-        """Log "probabilities" (B, K, ...) of tokens, which are of_tokens by the base."""
+        """Log "probabilities" (B, M, ...) of tokens, which are of_tokens by the base."""
         alpha = with_dims_of(ngram_weight(self.s, log_probs), of_tokens)
         upto_last = inputs.recent[:, : tokens_before(inputs) + tokens.size(1)]
         p = (1 - alpha) * of_tokens.double().exp() + alpha * self.shares(upto_last, tokens)
@@ -9510,8 +9579,8 @@ class Training:
         micro = self.stream.synthetic(torch.Generator().manual_seed(s.seed), stage.length,
                                       stage.tokens)
         seconds = 0.0
-        if s.needs_moments:
-            meter = MomentMeter(self.model)
+        if s.needs_curvature:
+            meter = CurvatureMeter(self.model)
             one_micro_batch = self._seconds_of(self._measure, meter, micro[:1], stage.length)
             seconds += one_micro_batch * len(micro) * calibration_steps(s)
             if s.gptq_calibration == "generated":
@@ -9545,14 +9614,14 @@ class Training:
                 meter.observe(ids_part, target_part)
 
     def calibrate(self):
-        """{parameter: Moments} of the model as it is, inside the training clock.
+        """{parameter: Curvature} of the model as it is, inside the training clock.
 
         The text is that of the next training steps, or text that the model writes itself.
         """
         run = self.run
         s = run.s
         rt = run.rt
-        meter = MomentMeter(self.model)
+        meter = CurvatureMeter(self.model)
         stage = s.stages[self.stage]
         with run.clock.phase("calibrate"):
             if s.gptq_calibration == "generated":
@@ -9566,11 +9635,11 @@ class Training:
                 run.validity.opened("train")
                 for _ in range(calibration_steps(s)):
                     self._measure(meter, _next_batch(run, self, stage), stage.length)
-            moments = meter.moments(rt)
+            curvature = meter.curvature(rt)
         tokens = int(rt.sum(torch.tensor(meter.tokens, device=rt.device)))
         run.log("calibrate", source=s.gptq_calibration, tokens=tokens,
                 seconds=round(run.clock["calibrate"], 3), reserved_seconds=round(self.reserve, 3))
-        return moments
+        return curvature
 
     def fit_temperature(self):
         """The divisor of the logits at which further training text costs least."""
@@ -10011,13 +10080,13 @@ def _check_qat(training, state, fresh, step):
     modules = {f"{name}.weight": module for name, module in training.model.named_modules()
                if isinstance(module, (Linear, Embedding))}
     need_names("qat moments", state["moments"], modules)
-    for name, moments in state["moments"].items():
+    for name, curvature in state["moments"].items():
         rows, columns = modules[name].weight.shape
         hessian = torch.empty(columns, columns)
         gain = torch.empty(rows)
-        looked_up = type(moments) is tuple and moments[-1] is None
+        looked_up = type(curvature) is tuple and curvature[-1] is None
         inputs = None if looked_up else torch.empty(columns)
-        need_like(f"qat moments {name}", moments, (hessian, gain, 0.0, inputs))
+        need_like(f"qat moments {name}", curvature, (hessian, gain, 0.0, inputs))
 
 
 def _length(vector):
@@ -10087,7 +10156,7 @@ def report_score(run, predictor, stream):
 def train(run, model, val):
     """The training phase: leaves the weights to export in the model.
 
-    Returns their Moments ({parameter: Moments}), or None where the settings need none.
+    Returns {parameter: Curvature} of them, or None where the settings need none.
     """
     s = run.s
     rt = run.rt
@@ -10130,12 +10199,12 @@ def train(run, model, val):
     log("peak_memory", f"peak memory allocated: {peak} MiB", mib=peak)
 
     model.temperature = training.fit_temperature() if s.eval_temperature == 0 else None
-    moments = training.qat and training.qat.moments
-    if s.needs_moments and not moments:
-        moments = training.calibrate()
+    curvature = training.qat and training.qat.curvature
+    if s.needs_curvature and not curvature:
+        curvature = training.calibrate()
     _check_copies(run, copies)
     model.reasons = run.validity.to_keep(rt)
-    return moments or None
+    return curvature or None
 
 
 def _log_training(run, training):
@@ -10275,7 +10344,7 @@ def _seconds_to_train(run, training):
         advice = "raise it"
         if s.gptq_reserve_seconds:
             advice = f"lower GPTQ_RESERVE_SECONDS={s.gptq_reserve_seconds}"
-        elif s.needs_moments:
+        elif s.needs_curvature:
             advice = f"lower GPTQ_CALIBRATION_TOKENS={s.gptq_calibration_tokens}"
         raise BadInput(f"calibration will take {training.reserve:.1f} s of MAX_WALLCLOCK_SECONDS="
                        f"{s.max_wallclock_seconds}; {advice}")
@@ -10523,7 +10592,7 @@ def _report_never_reached(run, training, lowest_fall):
 # --------------------------------------------------------------------------------------------------
 
 
-def export(run, model, tokenizer_sha256, moments=None):
+def export(run, model, tokenizer_sha256, curvature=None):
     """Write the artifact, account for every byte of the submission; returns the artifact's path."""
     s = run.s
     path = run.out_dir / "model.pg"
@@ -10534,7 +10603,7 @@ def export(run, model, tokenizer_sha256, moments=None):
         try:
             if run.rt.rank == 0:
                 room = s.size_limit - code_bytes
-                info = save_artifact(path, model, s, tokenizer_sha256, run.log, moments, room)
+                info = save_artifact(path, model, s, tokenizer_sha256, run.log, curvature, room)
         except BadInput as error:
             failed = str(error), 2
         except Stopped as error:
@@ -10910,10 +10979,10 @@ def _train_and_export(run, tokenizer):
     model = GPT(s, rt.dtype, run.attend).to(rt.device)
     params = sum(param.numel() for param in model.parameters())
     run.log("model_params", f"model_params:{params}", params=params)
-    moments = train(run, model, val)
+    curvature = train(run, model, val)
     if s.ttt == "prequant":
         train_on_validation(run, model, val)
-    return export(run, model, tokenizer_sha256, moments)
+    return export(run, model, tokenizer_sha256, curvature)
 
 
 def _end_of(run, error, interrupt):

@@ -141,15 +141,15 @@ def test_grids_and_corrections_are_the_same_out_of_the_file(tmp_path_factory, s,
     s = tg.replace(s, fit=fit, matrix_quant="gptq", embed_quant="rtn", lqer_rank=rank, lqer_top_k=2, lqer_asym_group=5, matrix_bits=4,
                    awq_lite_group_top_k=3 * mixed, awq_lite_group_size=3,
                    embed_bits=6, gate_bits=5 if mixed else 16, layer_bits=((0, 3),) if mixed else ())
-    model, moments = ref.randomise(tg.GPT(s, init=False), seed, 0.2), {}
+    model, curvature = ref.randomise(tg.GPT(s, init=False), seed, 0.2), {}
     for name, module in model.named_modules():
         if isinstance(module, (tg.Linear, tg.Embedding)):
             x = torch.randn(40, module.weight.size(1), generator=torch.Generator().manual_seed(seed))
-            moments[f"{name}.weight"] = tg.Moments(x.T @ x / 40, torch.rand(len(module.weight)), 0.0, x.square().mean(0))
+            curvature[f"{name}.weight"] = tg.Curvature(x.T @ x / 40, torch.rand(len(module.weight)), 0.0, x.square().mean(0))
     seen = []
     pack = tg.pack
     with mock.patch.object(tg, "pack", lambda done, *rest: (seen.append(done), pack(done, *rest))[1]):
-        info = tg.save_artifact(path, model, s, moments=moments, room=9_000)
+        info = tg.save_artifact(path, model, s, curvature=curvature, budget=9_000)
     loaded = dict(tg.load_artifact(path, s)[1].named_parameters())
     assert info["bytes"] == path.stat().st_size and sum(one.rank > 0 for one in seen[-1].values()) <= 2 * (rank > 0)
     tensors = tg.read_artifact(path)[0]["tensors"]

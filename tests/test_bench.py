@@ -474,12 +474,12 @@ def test_one_k_a_tensor_is_the_best_of_its_family(subject, monkeypatch):
     size, encoded, sigmas = budgets.at_size_by_tensor(subject, s, 40_000)
     assert size == subject.size(encoded) == pytest.approx(40_000, rel=0.002)
     assert set(sigmas) == {name for name, one in encoded.items() if one.codec == "int" and subject.raw[name].ndim == 2
-                           and name in subject.moments}
+                           and name in subject.curvature}
     for name, k in sigmas.items():
-        assert encoded[name].parts["scale"].equal(tg.row_scales(subject.raw[name], 8, "gptq", k)), name
+        assert encoded[name].arrays["scale"].equal(tg.row_scales(subject.raw[name], 8, "gptq", k)), name
     alike = subject.encode_clipped(s, dict.fromkeys(sigmas, 20.0))
-    assert all(one.parts["q"].equal(alike[name].parts["q"]) for name, one in subject.quantiser(s).encode().items()
-               if "q" in one.parts)
+    assert all(one.arrays["q"].equal(alike[name].arrays["q"]) for name, one in subject.quantiser(s).encode().items()
+               if "q" in one.arrays)
     felt = subject.errors(encoded)[1]
     first, second = sorted(sigmas, key=lambda name: -subject.raw[name].numel())[:2]
     for a, b in ((first, second), (second, first)):
@@ -607,7 +607,7 @@ def test_matrices_of_any_file(tmp_path, suffix):
     assert loaded.parameters == kernel.size + wide.size
     one = list(loaded.encode(6, 12.85).values())[0]
     step = (12.85 * kernel.reshape(64, -1).std(1, ddof=1) / 31).astype(np.float16)
-    assert np.array_equal(one.parts["q"].numpy(), np.round(kernel.reshape(64, -1) / step.astype(np.float32)[:, None]))
+    assert np.array_equal(one.arrays["q"].numpy(), np.round(kernel.reshape(64, -1) / step.astype(np.float32)[:, None]))
 
 
 def test_the_coder_alone(tmp_path):

@@ -315,10 +315,10 @@ def packed(toy, *changes):
         run, weights = _run(s, Trained(s)), trained(toy, *trains).weights
         model = tg.GPT(s, attend=run.attend)
         model.load_state_dict(weights)
-        moments = _moments(run, model) if s.needs_moments else None
+        curvature = _curvature(run, model) if s.needs_curvature else None
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.pg"
-            tg.save_artifact(path, model, s, moments=moments)
+            tg.save_artifact(path, model, s, curvature=curvature)
             loaded = tg.load_artifact(path, s)[1]
             CACHE[key] = Trained(s, weights={name: p.detach() for name, p in loaded.named_parameters()}), path.read_bytes()
     return CACHE[key]
@@ -366,7 +366,7 @@ def _score(s, before):
     return Scored(s, runs[0].facts["val_loss"], len(calls), runs[0].validity.reasons, said)
 
 
-def _moments(run, model):
+def _curvature(run, model):
     """Of calibrate(), which few of the settings say anything about."""
     s = run.s
     key = "moments", s.gptq_calibration, s.gptq_calibration_tokens, s.gptq_temperature, s.attn_gate, s.late_qat_threshold
@@ -752,7 +752,7 @@ DEAD = {
     "awq_lite_group_top_k": ("awq_lite_groups", lambda weights, inputs, size, count: {}),
     "ttt_lora_scaled": ("add_adapter", lambda y, adapter, x, scale=None: y if adapter is None else y + adapter(x)),
     "ttt_lora_a": ("DocumentAdapters._begin", lambda self, rows: self.start.expand(rows, -1).clone()),
-    "gptq_act_order": ("factor_hessian", lambda moments, damp, act_order, true=tg.factor_hessian: true(moments, damp, True)),
+    "gptq_act_order": ("factor_hessian", lambda curvature, damp, act_order, true=tg.factor_hessian: true(curvature, damp, True)),
 }
 
 

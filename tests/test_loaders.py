@@ -286,17 +286,17 @@ def walk(visited, slack):
 
 @ref.tries(150)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(any), st.integers(1, 20), st.integers(0, 99))
-def test_coprime_deals_every_block_once(counts, chunk, seed):
-    order = tg.coprime_order(counts, np.random.default_rng(seed), chunk)
+def test_coprime_deals_every_block_once(counts, batch, seed):
+    order = tg.coprime_order(counts, np.random.default_rng(seed), batch)
     assert sorted(map(tuple, order)) == [(i, j) for i, n in enumerate(counts) for j in range(n)]
     for shard in range(len(counts)):
         visited = [j for i, j in order if i == shard]
         if len(visited) > 1:
-            assert walk(visited, chunk - 1), (visited, "no stride coprime to the number of blocks")
+            assert walk(visited, batch - 1), (visited, "no stride coprime to the number of blocks")
 
 
 def test_coprime_walks_each_shard_by_a_constant_stride():
-    """With one block a chunk nothing blurs the walk. Strides and starts differ between shards and seeds."""
+    """With one block a batch nothing blurs the walk. Strides and starts differ between shards and seeds."""
     strides, starts = set(), set()
     for seed in range(10):
         order = tg.coprime_order([30, 7, 1, 12], np.random.default_rng(seed), 1)
@@ -317,7 +317,7 @@ def test_coprime_mixes_8_shards_at_first_and_64_in_the_end():
 
 
 def test_coprime_draws_shards_by_what_is_left_in_them():
-    """In proportion to its power, 0.9 at first and 0.5 after 1,800 chunks; other powers are excluded."""
+    """In proportion to its power, 0.9 at first and 0.5 after 1,800 batches; other powers are excluded."""
     counts = np.array([300, 1500, 4200])
     order = tg.coprime_order(counts.tolist(), np.random.default_rng(3), 1)[:, 0]
 
@@ -335,7 +335,7 @@ def test_coprime_draws_shards_by_what_is_left_in_them():
 
 
 def test_a_batch_of_the_coprime_stream_mixes_shards(tmp_path):
-    """The chunk is the batch: 16 blocks of 20 shards, 8 of them at first."""
+    """16 blocks of 20 shards, 8 of them at first."""
     shards = numbered(*[101] * 20)
     stream = stream_of(write(tmp_path, shards), settings("coprime", train_batch_tokens=64))
     for _ in range(5):
@@ -414,6 +414,79 @@ def test_the_model_has_positions_for_the_longest_packed_row_of_any_stage(tmp_pat
         assert max(rows) == longest <= len(model.cos)
         ids = ref.tokens(s.vocab_size, 1, longest)
         assert torch.isfinite(model(ids, ids))
+
+
+# --- copies of validation documents ----------------------------------------------------------------------------------
+
+
+def a_text(rng, documents):
+    """Documents of 70 to 200 tokens. The first token of each is its number, from 1000 on."""
+    bodies = [rng.integers(2, 900, rng.integers(70, 200)) for _ in range(documents)]
+    return [np.array([ref.BOS, 1000 + n, *body]) for n, body in enumerate(bodies)]
+
+
+def begun(batch):
+    """The documents whose first token is a target in this batch, predicted after their BOS."""
+    x, y = map(np.array, flat(batch))
+    return set((y[x == ref.BOS] - 1000).tolist())
+
+
+def met(stream):
+    stream._ahead.batch.result()  # what is read ahead counts
+    return stream.copies.met
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_copy_of_a_validation_document_is_met_when_it_begins_in_a_batch(tmp_path, loader, world):
+    """Sequences of 16 tokens and reads of 32 or 64, so every opening goes beyond its sequence, most beyond the read."""
+    rng = np.random.default_rng(5)
+    text = a_text(rng, 30)
+    tokens = np.concatenate(text)
+    s = settings(loader, train_seq_len=16, train_batch_tokens=64, micro_batch_tokens=32)
+    paths = write(tmp_path, np.split(tokens, [700, 730, 2000]))  # documents across the ends of shards, too
+    ranks = [stream_of(paths, s, rank, world) for rank in range(world)]
+    plain = stream_of(paths, s)
+    copied = tg.Contamination(np.concatenate(text))
+    numbers = {tg.Contamination(document).keys.item(): n for n, document in enumerate(text)}
+    for stream in ranks:
+        stream.copies = tg.Contamination(np.concatenate(text))
+    expected, ahead = set(), begun(plain.next())
+    for _ in range(len(tokens) // 64):
+        for stream in ranks:
+            stream.next()
+        expected |= ahead
+        ahead = begun(plain.next())
+        together = np.any([met(stream) for stream in ranks], 0)
+        assert {numbers[key] for key in copied.keys[together].tolist()} == expected | ahead
+    assert len(expected) >= 28, "all but those that the skipped tokens of an epoch begin"
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_text_that_only_resembles_a_validation_document_is_no_copy(tmp_path, loader):
+    """Other documents, one whose 64th token differs, one without BOS, and one cut off by the end of the shards."""
+    rng = np.random.default_rng(6)
+    val = a_text(rng, 4)
+    near = val[0].copy()
+    near[tg.Contamination.PREFIX] += 1
+    training = [*a_text(rng, 20), near, val[1][1:], val[2][:64]]
+    s = settings(loader, train_seq_len=16, train_batch_tokens=64)
+    stream = stream_of(write(tmp_path, [np.concatenate(training)]), s)
+    stream.copies = tg.Contamination(np.concatenate(val))
+    while stream.epoch < 1:
+        stream.next()
+    assert len(stream.copies.keys) == 4 and not met(stream).any()
+
+
+def test_an_opening_counts_from_its_first_token_on(tmp_path):
+    """Of a read that ends in the BOS nothing was trained on; one token later it is a copy."""
+    (document,) = a_text(np.random.default_rng(7), 1)
+    paths = write(tmp_path, [[*range(2, 40)], document])
+    for count, found in ((39, False), (40, True), (41, True), (120, True)):
+        stream = stream_of(paths, settings("sequential"))
+        stream.copies = tg.Contamination(document)
+        text = stream.read(0, count).tolist()
+        assert text == [*range(2, 40), *document][:count] and stream.copies.met.tolist() == [found]
 
 
 # --- synthetic batches -----------------------------------------------------------------------------------------------

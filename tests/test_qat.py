@@ -73,7 +73,7 @@ def test_the_rounded_forward_is_that_of_the_decoded_artifact(tmp_path, changes):
     assert training.qat.fake_quants.keys() == {name for name, one in done.items() if one.codec == "int"}
     for name, grid in training.qat.fake_quants.items():
         assert torch.equal(grid.step, steps[name])
-        assert torch.equal(grid.step[:, 0], done[name].parts["scale"].float())
+        assert torch.equal(grid.step[:, 0], done[name].arrays["scale"].float())
         assert torch.equal(grid(dict(model.named_parameters())[name]), done[name].decode(grid.step.shape[:1] + (-1,)))
     exported = tg.GPT(s, init=False)
     exported.load_state_dict({name: one.decode(p.shape) for (name, p), one in zip(model.named_parameters(), done.values())})
@@ -248,13 +248,13 @@ def test_the_grid_of_an_allocation_is_chosen_once_and_is_that_of_the_artifact(tm
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.setattr(tg.LateQAT, "_set", lambda self, steps: (kept.append(steps), choose(self, steps)))
         patch.setattr(tg.Quantiser, "spacing_for", lambda *args: (rooms.append(args[1]), spacing(*args))[1])
-        moments = tg.train(run, model, validation())
+        curvature = tg.train(run, model, validation())
     assert len(kept) == 1 and [row["event"] for row in events(out)].count("calibrate") == 1, "another grid would undo it"
     assert rooms == [s.size_limit - len(run.source)], "what the code leaves, as for the export"
     (steps,) = kept
     assert all(steps[name].shape == p.shape for name, p in model.named_parameters() if name in steps)
-    assert steps.keys() == moments.keys()
+    assert steps.keys() == curvature.keys()
     with contextlib.redirect_stdout(io.StringIO()):
-        path = tg.export(run, model, "", moments)
+        path = tg.export(run, model, "", curvature)
     assert path.stat().st_size + len(run.source) <= s.size_limit
     assert not run.validity.reasons

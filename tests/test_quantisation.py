@@ -1,5 +1,5 @@
 """Room 7 against brute force in float64: integer grids and their scales row by row, GPTQ column by column with an
-inverse that is eliminated in full, moments by a gradient for every position, and what the loss feels by the loss itself.
+inverse that is eliminated in full, curvature by a gradient for every position, and what the loss feels by the loss itself.
 """
 
 import copy
@@ -239,9 +239,9 @@ def test_weights_too_large_for_float16_are_not_packed_as_infinity(tmp_path, name
 # --- widths and clips of the settings ---------------------------------------------------------------------------------
 
 
-def encoded(s, seed=0, moments=None):
+def encoded(s, seed=0, curvature=None):
     model = ref.randomise(tg.GPT(s, init=False), seed, 0.3)
-    return dict(model.named_parameters()), tg.Quantiser(model, s, moments).encode()
+    return dict(model.named_parameters()), tg.Quantiser(model, s, curvature).encode()
 
 
 def width(s, name):
@@ -274,9 +274,9 @@ def test_widths_and_clips_are_those_of_kind_and_layer(changes, method):
         (bits, sigmas), w = width(s, name), weights[name].detach()
         assert one.bits == bits and one.codec == ("float16" if bits == 16 else "int"), name
         if bits == 16:
-            np.testing.assert_array_equal(one.parts["half"].numpy(), w.numpy().astype(np.float16))
+            np.testing.assert_array_equal(one.arrays["half"].numpy(), w.numpy().astype(np.float16))
             continue
-        top, scale = 2 ** (bits - 1) - 1, one.parts["scale"].numpy().astype(float)
+        top, scale = 2 ** (bits - 1) - 1, one.arrays["scale"].numpy().astype(float)
         floor = 0 if role_of(name) == "gate" else s.clip_floor / top
         if sigmas:
             want = sigmas * w.double().numpy().std(1, ddof=1 if w.size(1) > 1 else 0) / top
@@ -288,8 +288,8 @@ def test_widths_and_clips_are_those_of_kind_and_layer(changes, method):
         want = np.maximum(want, floor)
         np.testing.assert_allclose(scale, want, rtol=2**-10)
         assert not s.clip_floor or role_of(name) == "gate" or (np.float16(scale) == np.float16(floor)).any(), "none was met"
-        np.testing.assert_array_equal(one.parts["q"].numpy(), np.clip(np.rint(w.numpy() / scale[:, None].astype(np.float32)), -top, top))
-        np.testing.assert_array_equal(one.decode(w.shape).numpy(), one.parts["q"].numpy() * one.parts["scale"].numpy()[:, None].astype(np.float32))
+        np.testing.assert_array_equal(one.arrays["q"].numpy(), np.clip(np.rint(w.numpy() / scale[:, None].astype(np.float32)), -top, top))
+        np.testing.assert_array_equal(one.decode(w.shape).numpy(), one.arrays["q"].numpy() * one.arrays["scale"].numpy()[:, None].astype(np.float32))
 
 
 @pytest.mark.parametrize("bits, floor", [(6, 1 / 31), (5, 1 / 15), (8, 1 / 127)])
@@ -326,13 +326,13 @@ def test_awq_lite_groups_are_those_of_the_published_rule():
 @pytest.mark.parametrize("bits", [6, 8])
 def test_awq_lite_columns_get_finer_steps_of_the_same_clip_within_gptq(learned, tmp_path, method, bits):
     """Column by column in float64: whose step is finer, and what it feeds forward; the same out of the file."""
-    s, model, weights, moments, _ = learned
+    s, model, weights, curvature, _ = learned
     s = tg.replace(s, matrix_quant=method, embed_quant=method, matrix_bits=4, embed_bits=5, matrix_clip_sigmas=3.0,
                    embed_clip_sigmas=3.0, awq_lite_group_top_k=4, awq_lite_group_size=4, awq_lite_bits=bits)
-    done, plain = (tg.Quantiser(model, one, moments).encode() for one in (s, tg.replace(s, awq_lite_group_top_k=0)))
-    salient = {name: one.parts["salient"].bool().numpy() for name, one in done.items() if one.codec == "mixed"}
+    done, plain = (tg.Quantiser(model, one, curvature).encode() for one in (s, tg.replace(s, awq_lite_group_top_k=0)))
+    salient = {name: one.arrays["salient"].bool().numpy() for name, one in done.items() if one.codec == "mixed"}
     assert sum(marks.sum() for marks in salient.values()) == 16 and all(one.codec != "mixed" for one in plain.values())
-    inputs = {name: moments[name].inputs for name in moments if moments[name].inputs is not None and done[name].codec != "float16"}
+    inputs = {name: curvature[name].inputs for name in curvature if curvature[name].inputs is not None and done[name].codec != "float16"}
     best = tg.awq_lite_groups({name: weights[name] for name in inputs}, inputs, 4, 4)
     assert {name: [j for j in starts] for name, starts in best.items()}.keys() == salient.keys()
     for name, marks in salient.items():
@@ -344,14 +344,14 @@ def test_awq_lite_columns_get_finer_steps_of_the_same_clip_within_gptq(learned, 
         if method == "rtn":
             codes, margins, order = np.clip(np.rint(w / steps), -tops, tops), np.abs(np.abs(w / steps) % 1 - 0.5), range(len(marks))
         else:
-            codes, margins, order = surgery(w, steps, tops, moments[name].hessian.double().numpy(), s.gptq_damp, True)
-        for row, want, margin in zip(done[name].parts["q"].numpy(), codes, margins):
+            codes, margins, order = surgery(w, steps, tops, curvature[name].hessian.double().numpy(), s.gptq_damp, True)
+        for row, want, margin in zip(done[name].arrays["q"].numpy(), codes, margins):
             wrong = [j for j in order if row[j] != want[j]]
             assert not wrong or margin[wrong[0]] < 1e-2, "only what is next to a tie may be rounded the other way"
         if method == "rtn":
             error = [((weights[name] - each[name].decode(weights[name].shape)) ** 2).sum(0) for each in (done, plain)]
             assert (error[0][marks] < error[1][marks]).all() and torch.equal(error[0][~marks], error[1][~marks])
-    tg.save_artifact(tmp_path / "model.pg", model, s, moments=moments)
+    tg.save_artifact(tmp_path / "model.pg", model, s, curvature=curvature)
     loaded = dict(tg.load_artifact(tmp_path / "model.pg", s)[1].named_parameters())
     assert all(torch.equal(loaded[name], one.decode(loaded[name].shape)) for name, one in done.items())
 
@@ -359,13 +359,13 @@ def test_awq_lite_columns_get_finer_steps_of_the_same_clip_within_gptq(learned, 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_no_code_is_wider_than_its_bits_however_much_is_clipped(learned, method):
     """At half a standard deviation most weights are clipped, to the largest code of their column's bits."""
-    s, model, _, moments, _ = learned
+    s, model, _, curvature, _ = learned
     s = tg.replace(s, matrix_quant=method, embed_quant=method, matrix_bits=4, embed_bits=4,
                    matrix_clip_sigmas=0.5, embed_clip_sigmas=0.5,
                    awq_lite_group_top_k=4, awq_lite_group_size=4)
     for bits in (6, 8):
-        done = tg.Quantiser(model, tg.replace(s, awq_lite_bits=bits), moments).encode()
-        mixed = [one.parts for one in done.values() if one.codec == "mixed"]
+        done = tg.Quantiser(model, tg.replace(s, awq_lite_bits=bits), curvature).encode()
+        mixed = [one.arrays for one in done.values() if one.codec == "mixed"]
         assert mixed and {one.codec for one in done.values()} == {"int", "mixed", "float16"}
         for parts in mixed:
             widest = parts["q"].abs().amax(0)
@@ -374,12 +374,12 @@ def test_no_code_is_wider_than_its_bits_however_much_is_clipped(learned, method)
 
 
 def test_what_has_enough_bits_or_is_only_looked_up_is_not_salient(learned):
-    s, model, _, moments, _ = learned
+    s, model, _, curvature, _ = learned
     s = tg.replace(s, matrix_quant="rtn", embed_quant="rtn", awq_lite_group_top_k=999, awq_lite_group_size=4, awq_lite_bits=6)
-    mixed = {name for name, one in tg.Quantiser(model, tg.replace(s, matrix_bits=5, embed_bits=6), moments).encode().items()
+    mixed = {name for name, one in tg.Quantiser(model, tg.replace(s, matrix_bits=5, embed_bits=6), curvature).encode().items()
              if one.codec == "mixed"}
     assert mixed == {name for name, role in tg.roles(model).items() if role == "matrix"}
-    mixed = {name for name, one in tg.Quantiser(model, tg.replace(s, matrix_bits=6, embed_bits=5), moments).encode().items()
+    mixed = {name for name, one in tg.Quantiser(model, tg.replace(s, matrix_bits=6, embed_bits=5), curvature).encode().items()
              if one.codec == "mixed"}
     assert mixed == {"embed.weight"}, "the token table is the head, too; n-gram and value tables are not multiplied with"
 
@@ -388,7 +388,7 @@ def test_ternary_is_the_mean_magnitude_times_minus_one_zero_or_one():
     weights, done = encoded(ref.small(matrix_quant="ternary", embed_quant="ternary", matrix_bits=6))
     for name, w in weights.items():
         if width(ref.small(), name)[0] < 16:
-            w, q, scale = w.detach().double().numpy(), done[name].parts["q"].numpy(), done[name].parts["scale"].numpy()
+            w, q, scale = w.detach().double().numpy(), done[name].arrays["q"].numpy(), done[name].arrays["scale"].numpy()
             np.testing.assert_allclose(scale.astype(float), np.abs(w).mean(1), rtol=2**-10)
             np.testing.assert_array_equal(q, np.clip(np.rint(w / scale[:, None].astype(float)), -1, 1))
             assert set(np.unique(q)) <= {-1, 0, 1}
@@ -408,19 +408,19 @@ def test_the_smallest_weights_become_zero(share, method):
             kept = weights[name].detach().flatten().clone()
             kept[smallest] = 0
             plain = integers(kept.view_as(weights[name]), one.bits, method)
-            assert torch.equal(one.parts["q"], plain["q"]), "scales are those of what is left"
+            assert torch.equal(one.arrays["q"], plain["q"]), "scales are those of what is left"
 
 
 def test_gptq_does_not_refill_what_was_pruned(learned):
     """9.4.7: the errors fed forward made most of the zeros something else again. Here they go around them."""
-    s, model, weights, moments, _ = learned
+    s, model, weights, curvature, _ = learned
     for fit in ("off", "allocate"):
         s = tg.replace(s, fit=fit, prune_pct=0.4, matrix_quant="gptq", embed_quant="gptq")
-        done = tg.Quantiser(model, s, moments).encode(1e-4)
-        for name, error in errors_of(done, weights, moments).items():
+        done = tg.Quantiser(model, s, curvature).encode(1e-4)
+        for name, error in errors_of(done, weights, curvature).items():
             smallest = weights[name].abs().flatten().argsort()[: int(0.4 * weights[name].numel())]
-            assert not done[name].parts["q"].flatten()[smallest].any(), name
-            assert done[name].parts["q"].any() and error.isfinite().all()
+            assert not done[name].arrays["q"].flatten()[smallest].any(), name
+            assert done[name].arrays["q"].any() and error.isfinite().all()
 
 
 # --- GPTQ -------------------------------------------------------------------------------------------------------------
@@ -433,7 +433,7 @@ def surgery(w, steps, top, hessian, damp, act_order):
     w, h, left = w.astype(float).copy(), hessian.astype(float).copy(), list(range(w.shape[1]))
     tops = np.broadcast_to(top, w.shape[1])  # one for all columns, or one for each
     dead = np.diag(h) <= 0
-    h[dead, dead], w[:, dead] = 1, 0
+    h[dead, dead], w[:, dead] = 1 if dead.all() else np.mean(np.diag(h)[~dead]), 0
     h += damp * np.mean(np.diag(h)) * np.eye(len(h))
     order = sorted(left, key=lambda j: -h[j, j]) if act_order else list(left)
     inverse, codes, margins = np.linalg.inv(h), np.zeros(w.shape), np.zeros(w.shape)
@@ -466,9 +466,9 @@ def test_gptq_with_and_without_act_order_is_optimal_brain_surgery(rows, cols, da
     w = rng.normal(size=(rows, cols)).astype(np.float32)
     steps = np.exp(rng.normal(size=(rows, cols if wide else 1))).astype(np.float32) * np.float32(0.4)
     codes, margins, order = surgery(w, np.broadcast_to(steps, w.shape).astype(float), 7, hessian, damp, act_order)
-    moments = tg.Moments(torch.from_numpy(hessian).float(), torch.ones(rows))
-    chosen, factor = tg.factor_hessian(moments, damp, act_order)
-    alive = moments.hessian.diagonal() > 0
+    curvature = tg.Curvature(torch.from_numpy(hessian).float(), torch.ones(rows))
+    chosen, factor = tg.factor_hessian(curvature, damp, act_order)
+    alive = curvature.hessian.diagonal() > 0
     found = tg.gptq((torch.from_numpy(w) * alive)[None], torch.from_numpy(steps)[None], 7, chosen[None], factor[None], block)
     assert found.dtype == torch.int16 and chosen.tolist() == order
     for row, want, margin in zip(found[0].numpy(), codes, margins):
@@ -480,14 +480,14 @@ def test_gptq_with_and_without_act_order_is_optimal_brain_surgery(rows, cols, da
                                      dict(fit="allocate")], ids=str)
 def test_gptq_stores_zeros_for_inputs_that_never_fire(changes):
     """No weight of such a column is felt, so its codes cost nothing. Rounding to nearest keeps them."""
-    s, model, moments = bigger(**changes)
+    s, model, curvature = bigger(**changes)
     name, dead = "blocks.0.attn.q.weight", [0, 7, 8, 47]
-    hessian = moments[name].hessian.clone()
+    hessian = curvature[name].hessian.clone()
     hessian[dead], hessian[:, dead] = 0, 0
-    moments[name] = moments[name]._replace(hessian=hessian)
+    curvature[name] = curvature[name]._replace(hessian=hessian)
     alive = [column for column in range(48) if column not in dead]
     for method in ("gptq", "rtn"):
-        quantiser = tg.Quantiser(model, tg.replace(s, matrix_quant=method), moments)
+        quantiser = tg.Quantiser(model, tg.replace(s, matrix_quant=method), curvature)
         decoded = quantiser.encode(1e-3)[name].decode((48, 48))
         assert decoded[:, alive].any(0).all()
         if method == "gptq":
@@ -496,11 +496,26 @@ def test_gptq_stores_zeros_for_inputs_that_never_fire(changes):
             assert decoded[:, dead].any(0).all()
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptq_damps_by_the_inputs_that_fire_whatever_their_scale(scale, act_order):
+    """Two columns that never fire are as good as absent; without one that does, rounding is to nearest."""
+    hessian = torch.from_numpy(random_hessian(8, 30, 1))
+    padded = torch.nn.functional.pad(hessian, (1, 1, 1, 1))
+    order, factor = tg.factor_hessian(tg.Curvature(scale * padded, torch.ones(2)), 0.1, act_order)
+    order_without, without = tg.factor_hessian(tg.Curvature(hessian, torch.ones(2)), 0.1, act_order)
+    where = [place for place, column in enumerate(order.tolist()) if 0 < column < 9]
+    assert order[where].tolist() == (order_without + 1).tolist()
+    torch.testing.assert_close(factor[where][:, where] * scale**0.5, without, rtol=1e-5, atol=1e-7)
+    _, alone = tg.factor_hessian(tg.Curvature(torch.zeros(3, 3), torch.ones(2)), 0.1, act_order)
+    assert torch.equal(alone, alone.diagonal().diag()) and alone.diagonal().gt(0).all()
+
+
 def test_matrices_of_one_shape_are_rounded_together_as_each_alone():
     rng, n = np.random.default_rng(0), 3
-    moments = [tg.Moments(torch.from_numpy(random_hessian(12, 40, i)).float(), torch.ones(6)) for i in range(n)]
+    curvature = [tg.Curvature(torch.from_numpy(random_hessian(12, 40, i)).float(), torch.ones(6)) for i in range(n)]
     w, steps = torch.from_numpy(rng.normal(size=(n, 6, 12))).float(), torch.full((n, 6, 1), 0.2)
-    orders, factors = (torch.stack(z) for z in zip(*(tg.factor_hessian(m, 0.01, True) for m in moments)))
+    orders, factors = (torch.stack(z) for z in zip(*(tg.factor_hessian(m, 0.01, True) for m in curvature)))
     together = tg.gptq(w, steps, 31, orders, factors, 5)
     for i in range(n):
         assert torch.equal(together[i], tg.gptq(w[i : i + 1], steps[i : i + 1], 31, orders[i : i + 1], factors[i : i + 1], 128)[0])
@@ -508,11 +523,11 @@ def test_matrices_of_one_shape_are_rounded_together_as_each_alone():
 
 def test_a_hessian_without_an_inverse_is_one_line_that_says_what_to_raise():
     with pytest.raises(tg.Stopped, match="GPTQ_DAMP") as error:
-        tg.factor_hessian(tg.Moments(torch.full((4, 4), math.nan), torch.ones(2)), 0.01, False)
+        tg.factor_hessian(tg.Curvature(torch.full((4, 4), math.nan), torch.ones(2)), 0.01, False)
     assert error.value.code == 4
     indefinite = torch.tensor([[1.0, 5.0], [5.0, 1.0]])
     with pytest.raises(tg.Stopped, match="GPTQ_CALIBRATION_TOKENS"):
-        tg.factor_hessian(tg.Moments(indefinite, torch.ones(2)), 1e-6, True)
+        tg.factor_hessian(tg.Curvature(indefinite, torch.ones(2)), 1e-6, True)
 
 
 @ref.tries(40)
@@ -524,7 +539,7 @@ def test_act_order_pivots_are_conditional_variances(cols, act_order, seed):
     order = sorted(range(cols), key=lambda j: -damped[j, j]) if act_order else list(range(cols))
     quantiser = tg.Quantiser.__new__(tg.Quantiser)
     quantiser.s, quantiser.factors = tg.replace(ref.small(), gptq_damp=0.05, gptq_act_order=act_order), {}
-    quantiser.moments = {"w": tg.Moments(torch.from_numpy(hessian).float(), torch.ones(1))}
+    quantiser.curvature = {"w": tg.Curvature(torch.from_numpy(hessian).float(), torch.ones(1))}
     quantiser.stores = {"w": tg.Store("grid", 8, "rtn")}
     np.testing.assert_allclose(quantiser.pivots("w").numpy(), np.diag(hessian), rtol=1e-5)  # nothing makes up for anything
     quantiser.stores = {"w": tg.Store("grid", 8, "gptq")}
@@ -617,11 +632,11 @@ def a_text(rows=3, length=7, vocab=32, seed=3):
 @pytest.mark.parametrize("changes", SHAPES, ids=str)
 def test_moments_are_those_of_every_position_and_visit(changes):
     model = ref.double(ref.small(**changes), spread=0.3)
-    meter = tg.MomentMeter(model)
+    meter = tg.CurvatureMeter(model)
     whole = a_text()
     for part in (slice(0, 2), slice(2, 3)):
         meter.observe(*(z[part] for z in whole))
-    found, want = meter.moments(ref.alone()), by_hand(model, *whole)
+    found, want = meter.curvature(ref.alone()), by_hand(model, *whole)
     modules = {f"{name}.weight" for name, module in model.named_modules()
                if isinstance(module, (tg.Linear, tg.Embedding))}
     assert found.keys() == want.keys() == modules
@@ -643,18 +658,18 @@ def test_moments_are_those_of_every_position_and_visit(changes):
 @pytest.mark.parametrize("changes", [dict(), dict(embed_dim=5, tie_embeddings=False)], ids=str)
 def test_moments_of_two_ranks_are_those_of_one(changes):
     s, whole = ref.small(**changes), a_text(4)
-    single = tg.MomentMeter(ref.double(s))
+    single = tg.CurvatureMeter(ref.double(s))
     single.observe(*whole)
-    want = single.moments(ref.alone())
+    want = single.curvature(ref.alone())
 
     def work(rank):
-        meter = tg.MomentMeter(ref.double(s))
+        meter = tg.CurvatureMeter(ref.double(s))
         meter.observe(*(z[2 * rank.rank : 2 * rank.rank + 2] for z in whole))
-        return meter.moments(rank)
+        return meter.curvature(rank)
 
     for found in ref.Ranks(2).together(work):
-        for name, moments in want.items():
-            for a, b in zip(found[name], moments):
+        for name, curvature in want.items():
+            for a, b in zip(found[name], curvature):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7) if b is not None else None
 
 
@@ -664,7 +679,7 @@ def test_the_meter_leaves_nothing_behind():
         parameter.grad = torch.ones_like(parameter)
     storage = {name: parameter.grad.data_ptr() for name, parameter in model.named_parameters()}
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    meter = tg.MomentMeter(model)
+    meter = tg.CurvatureMeter(model)
     meter.observe(*a_text())
     with pytest.raises(IndexError):
         meter.observe(a_text()[0] + 99, a_text()[1])
@@ -674,39 +689,55 @@ def test_the_meter_leaves_nothing_behind():
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_the_meter_leaves_frozen_parameters_frozen_and_measures_the_same():
+    model = ref.randomise(tg.GPT(ref.small()))
+    frozen = {name for name, _ in model.named_parameters() if name.startswith(("embed", "bigram", "blocks.0"))}
+    measured = []
+    for all_train in (True, False):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(all_train or name not in frozen)
+        meter = tg.CurvatureMeter(model)
+        meter.observe(*a_text())
+        measured.append(meter.curvature(ref.alone()))
+    assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == frozen
+    assert len(frozen) > 3 and all(parameter.grad is None for name, parameter in model.named_parameters() if name in frozen)
+    for name, curvature in measured[0].items():
+        assert all(torch.equal(a, b) for a, b in zip(curvature[:2], measured[1][name])), name
+
+
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
-    """(settings, trained weights, moments of the model, ids, targets): 16 x 16 matrices after 120 steps on tokens with structure."""
+    """(settings, trained weights, curvature of the model, ids, targets): 16 x 16 matrices after 120 steps on tokens with structure."""
     folder = tmp_path_factory.mktemp("learned")
     s = ref.small(**text(folder / "text", walk(4000)), average="none", iterations=120, matrix_lr=0.01)
     weights, _ = trained(s, folder / "run")
     model, ids = tg.GPT(s), torch.tensor(walk(16 * 128 + 1, 5))
     model.load_state_dict(weights)
     x, y = ids[:-1].view(-1, 16), ids[1:].view(-1, 16)
-    meter = tg.MomentMeter(model)
+    meter = tg.CurvatureMeter(model)
     meter.observe(x, y)
-    return s, model, weights, meter.moments(ref.alone()), (x, y)
+    return s, model, weights, meter.curvature(ref.alone()), (x, y)
 
 
-def felt(error, moments):
+def felt(error, curvature):
     """Half the mean square of what an error does to the outputs, each output by its gain: by the definition, in float64."""
-    e, h, g = (z.double().numpy() for z in (error, moments.hessian, moments.gain))
+    e, h, g = (z.double().numpy() for z in (error, curvature.hessian, curvature.gain))
     return 0.5 * sum(g[r] * (e[r] @ h @ e[r]) for r in range(len(e)))
 
 
-def errors_of(done, weights, moments):
-    return {name: one.decode(weights[name].shape) - weights[name] for name, one in done.items() if name in moments}
+def errors_of(done, weights, curvature):
+    return {name: one.decode(weights[name].shape) - weights[name] for name, one in done.items() if name in curvature}
 
 
 def test_gptq_is_felt_less_than_rounding_to_nearest_in_every_tensor(learned):
-    s, model, weights, moments, _ = learned
+    s, model, weights, curvature, _ = learned
     for changes in (dict(), dict(matrix_clip_sigmas=4.0, embed_clip_sigmas=4.0, matrix_bits=4)):
         lost = {}
         for method in ("rtn", "gptq"):
             how = tg.replace(s, matrix_quant=method, embed_quant=method, matrix_clip_sigmas=9.0, embed_bits=5, embed_clip_sigmas=6.0)
-            done = tg.Quantiser(model, tg.replace(how, **changes), moments).encode()
-            scales = {name: one.parts["scale"] for name, one in done.items() if one.codec == "int"}
-            lost[method] = {name: felt(e, moments[name]) for name, e in errors_of(done, weights, moments).items()}, scales
+            done = tg.Quantiser(model, tg.replace(how, **changes), curvature).encode()
+            scales = {name: one.arrays["scale"] for name, one in done.items() if one.codec == "int"}
+            lost[method] = {name: felt(e, curvature[name]) for name, e in errors_of(done, weights, curvature).items()}, scales
         assert all(torch.equal(lost["rtn"][1][name], scale) for name, scale in lost["gptq"][1].items()), "at the same scales"
         for name, error in lost["gptq"][0].items():
             assert error < lost["rtn"][0][name], name
@@ -728,18 +759,18 @@ def test_what_is_expected_is_what_the_loss_feels(learned):
 
     Tensor by tensor; queries and keys of so small a model are felt otherwise, and so are the errors of all together.
     """
-    s, model, weights, moments, (x, y) = learned
+    s, model, weights, curvature, (x, y) = learned
     s = tg.replace(s, fit="allocate", matrix_quant="gptq", embed_quant="gptq")
-    quantiser = tg.Quantiser(model, s, moments)
-    count = sum(weights[name].numel() for name in moments)
+    quantiser = tg.Quantiser(model, s, curvature)
+    count = sum(weights[name].numel() for name in curvature)
     assert quantiser.quantised == count
     for expected in (2e-5, 1e-4):
-        errors = errors_of(quantiser.encode(math.sqrt(24 * expected / count)), weights, moments)
-        assert 0.5 * expected < sum(felt(e, moments[name]) for name, e in errors.items()) < 2 * expected
-    rounded = tg.Quantiser(model, tg.replace(s, matrix_quant="rtn", embed_quant="rtn"), moments).encode(math.sqrt(24e-3 / count))
-    errors = {n: e for n, e in errors_of(rounded, weights, moments).items() if not n.endswith(("attn.q.weight", "attn.k.weight"))}
+        errors = errors_of(quantiser.encode(math.sqrt(24 * expected / count)), weights, curvature)
+        assert 0.5 * expected < sum(felt(e, curvature[name]) for name, e in errors.items()) < 2 * expected
+    rounded = tg.Quantiser(model, tg.replace(s, matrix_quant="rtn", embed_quant="rtn"), curvature).encode(math.sqrt(24e-3 / count))
+    errors = {n: e for n, e in errors_of(rounded, weights, curvature).items() if not n.endswith(("attn.q.weight", "attn.k.weight"))}
     measured = sum(increase(model, weights, {name: e}, x, y) for name, e in errors.items())
-    assert 0.5 < measured / sum(felt(e, moments[name]) for name, e in errors.items()) < 2
+    assert 0.5 < measured / sum(felt(e, curvature[name]) for name, e in errors.items()) < 2
 
 
 # --- grids that follow it ---------------------------------------------------------------------------------------------
@@ -757,8 +788,8 @@ def test_allocation_gives_steps_that_follow_what_a_weight_costs(rows, cols, spac
     rng = np.random.default_rng(seed)
     gain, pivots = np.exp(2 * rng.normal(size=rows)), np.exp(2 * rng.normal(size=cols)) * 1e-3
     w = torch.from_numpy(rng.normal(size=(rows, cols))).float()
-    moments = tg.Moments(torch.eye(cols), torch.from_numpy(gain).float())
-    parts = tg.allocation_grid(w, moments, torch.from_numpy(pivots).float(), spacing)
+    curvature = tg.Curvature(torch.eye(cols), torch.from_numpy(gain).float())
+    parts = tg.allocation_grid(w, curvature, torch.from_numpy(pivots).float(), spacing)
     assert {name: part.dtype for name, part in parts.items()} == {"row": torch.int8, "col": torch.int8, "unit": torch.float32}
     step = tg.decode_grid({"q": torch.ones(rows, cols, dtype=torch.int8), **parts}, (rows, cols)).double().numpy()
     codes = np.rint(w.double().numpy() / step)
@@ -782,7 +813,7 @@ def test_rounding_moves_no_logit_much(spacing, seed):
     hessian = torch.from_numpy(x.T @ x / len(x)).float()
     errors, steps = {}, {}
     for logits in (0.0, 1.0):
-        parts = tg.allocation_grid(w, tg.Moments(hessian, gain, logits), hessian.diagonal(), spacing)
+        parts = tg.allocation_grid(w, tg.Curvature(hessian, gain, logits), hessian.diagonal(), spacing)
         steps[logits] = tg.decode_grid({"q": torch.ones(40, 24, dtype=torch.int8), **parts}, (40, 24)).double().numpy()
         noise = steps[logits] * rng.uniform(-0.5, 0.5, size=(40, 24))
         errors[logits] = (x @ noise.T).var(0)
@@ -795,24 +826,24 @@ def test_rounding_moves_no_logit_much(spacing, seed):
 @pytest.mark.parametrize("tied", [True, False])
 def test_only_the_head_knows_of_logits(tied):
     model = ref.double(ref.small(tie_embeddings=tied), spread=0.3)
-    meter, text = tg.MomentMeter(model), a_text()
+    meter, text = tg.CurvatureMeter(model), a_text()
     meter.observe(*text)
-    moments = meter.moments(ref.alone())
+    curvature = meter.curvature(ref.alone())
     features = model.hidden(text[0]).flatten(0, 1)
     want = {"embed.weight": (features**2).sum(1).mean().item()} if tied else {"head.weight": 1.0}
-    assert {name: one.logits for name, one in moments.items() if one.logits} == pytest.approx(want)
+    assert {name: one.logits for name, one in curvature.items() if one.logits} == pytest.approx(want)
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_codes_beyond_a_byte_come_back(tmp_path, method):
     """A grid has codes to 127 + 127 * 127: a byte, and another of what is over, only where a tensor needs it."""
-    s, model, moments = bigger(vocab_size=64, matrix_quant=method, embed_quant=method)
+    s, model, curvature = bigger(vocab_size=64, matrix_quant=method, embed_quant=method)
     for spacing, wide in ((1e3, False), (1e-5, True)):
-        quantiser = tg.Quantiser(model, s, moments)
+        quantiser = tg.Quantiser(model, s, curvature)
         done, steps = quantiser.encode(spacing), quantiser.steps(spacing)
         assert any(one.codec == "wide" for one in done.values()) == wide
         for name, step in steps.items():
-            parts = done[name].parts
+            parts = done[name].arrays
             assert ("over" in parts) == (done[name].codec == "wide") and all(parts[n].dtype == torch.int8 for n in parts.keys() & {"q", "over"})
             codes = parts["q"].int() + 127 * parts.get("over", torch.zeros(1)).int()
             torch.testing.assert_close(done[name].decode(step.shape), codes * step, rtol=1e-6, atol=0)
@@ -821,22 +852,22 @@ def test_codes_beyond_a_byte_come_back(tmp_path, method):
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tg, "allocate", lambda quantiser, packed_of, *_: (seen.append(quantiser.encode(1e-5)), packed_of(seen[0]))[1])
-        tg.save_artifact(tmp_path / "model.pg", model, s, moments=moments)
+        tg.save_artifact(tmp_path / "model.pg", model, s, curvature=curvature)
     loaded = dict(tg.load_artifact(tmp_path / "model.pg", s)[1].named_parameters())
     assert all(torch.equal(loaded[name], one.decode(loaded[name].shape)) for name, one in seen[0].items())
 
 
 def bigger(fit="allocate", seed=0, **changes):
-    """A model of 90,000 weights, and moments of every strength."""
+    """A model of 90,000 weights, and curvature of every strength."""
     s = ref.small(**{**dict(vocab_size=512, model_dim=48, num_layers=2, ve_layers=(1,), fit=fit, matrix_quant="gptq",
                             embed_quant="gptq"), **changes})
-    model, rng, moments = ref.randomise(tg.GPT(s, init=False), seed, 0.1), np.random.default_rng(seed), {}
+    model, rng, curvature = ref.randomise(tg.GPT(s, init=False), seed, 0.1), np.random.default_rng(seed), {}
     for name, module in model.named_modules():
         if isinstance(module, (tg.Linear, tg.Embedding)):
             rows, cols = module.weight.shape
-            moments[f"{name}.weight"] = tg.Moments(torch.from_numpy(random_hessian(cols, 2 * cols, seed)).float(),
+            curvature[f"{name}.weight"] = tg.Curvature(torch.from_numpy(random_hessian(cols, 2 * cols, seed)).float(),
                                                    torch.from_numpy(np.exp(rng.normal(size=rows))).float())
-    return s, model, moments
+    return s, model, curvature
 
 
 def packer(s, model):
@@ -850,16 +881,16 @@ def silent(*_, **__):
 
 @pytest.mark.parametrize("room", [20_000, 41_234, 10**7])
 def test_allocation_fills_its_room(tmp_path, room):
-    s, model, moments = bigger()
+    s, model, curvature = bigger()
     rows = []
-    info = tg.save_artifact(tmp_path / "model.pg", model, s, log=lambda event, **v: rows.append((event, v)), moments=moments, room=room)
+    info = tg.save_artifact(tmp_path / "model.pg", model, s, log=lambda event, **v: rows.append((event, v)), curvature=curvature, budget=room)
     tries = [v for event, v in rows if event == "allocate"]
     assert info["bytes"] == (tmp_path / "model.pg").stat().st_size <= room
     assert 1 <= len(tries) <= 10 and info["bytes"] == max(one["bytes"] for one in tries if one["bytes"] <= room)
     if room < 10**7:
         assert info["bytes"] >= room - 5000
     else:
-        quantised = sum(p.numel() for name, p in model.named_parameters() if name in moments)
+        quantised = sum(p.numel() for name, p in model.named_parameters() if name in curvature)
         assert tries[-1]["expected_loss"] == pytest.approx(1e-5, rel=0.01), "as fine as means anything"
         assert tries[-1]["spacing"] == pytest.approx(math.sqrt(24e-5 / quantised), rel=0.01)
     loaded = tg.load_artifact(tmp_path / "model.pg")[1]
@@ -867,8 +898,8 @@ def test_allocation_fills_its_room(tmp_path, room):
 
 
 def test_allocation_does_not_hide_a_room_that_nothing_fits(tmp_path):
-    s, model, moments = bigger(vocab_size=64)
-    assert tg.save_artifact(tmp_path / "model.pg", model, s, moments=moments, room=1000)["bytes"] > 1000
+    s, model, curvature = bigger(vocab_size=64)
+    assert tg.save_artifact(tmp_path / "model.pg", model, s, curvature=curvature, budget=1000)["bytes"] > 1000
 
 
 @ref.tries(100)
@@ -892,17 +923,17 @@ def test_allocation_never_keeps_a_try_that_is_too_large_where_another_one_fits(s
 
 def test_at_equal_bytes_allocation_is_felt_less_than_rows_clipped_by_their_spread():
     """What FIT=allocate is for: against SDClip with GPTQ at 6 and 8 bits, of the same size."""
-    s, model, moments = bigger()
+    s, model, curvature = bigger()
     weights, pack = dict(model.named_parameters()), packer(s, model)
     fixed = tg.replace(s, fit="off", matrix_bits=6, matrix_clip_sigmas=12.85, embed_bits=8, embed_clip_sigmas=20.0)
-    clipped, size = tg.Quantiser(model, fixed, moments).encode(), lambda done: pack(done).size
-    quantiser, low, high = tg.Quantiser(model, s, moments), 1e-6, 10.0
+    clipped, size = tg.Quantiser(model, fixed, curvature).encode(), lambda done: pack(done).size
+    quantiser, low, high = tg.Quantiser(model, s, curvature), 1e-6, 10.0
     for _ in range(12):  # the finest spacing that is no larger
         middle = math.sqrt(low * high)
         low, high = (low, middle) if size(quantiser.encode(middle)) <= size(clipped) else (middle, high)
     grid = quantiser.encode(high)
     assert 0.97 * size(clipped) <= size(grid) <= size(clipped)
-    lost = [sum(felt(e.detach(), moments[name]) for name, e in errors_of(done, weights, moments).items()) for done in (grid, clipped)]
+    lost = [sum(felt(e.detach(), curvature[name]) for name, e in errors_of(done, weights, curvature).items()) for done in (grid, clipped)]
     assert lost[0] < 0.8 * lost[1], lost
 
 
@@ -923,22 +954,22 @@ def test_no_other_allocation_of_steps_is_felt_less():
 
 @pytest.mark.parametrize("share", [0.999, 0.97, 0.9])
 def test_pruning_drops_the_cheapest_ones_until_it_fits(share):
-    s, model, moments = bigger("prune", matrix_quant="rtn", embed_quant="rtn", matrix_bits=4, embed_bits=4)
+    s, model, curvature = bigger("prune", matrix_quant="rtn", embed_quant="rtn", matrix_bits=4, embed_bits=4)
     done, pack, rows = tg.Quantiser(model, s).encode(), packer(s, model), []
     room = int(share * pack(done).size)
     packed = tg.prune_to_fit(done, pack, room, lambda event, **v: rows.append(v))
-    assert room - 2000 <= packed.size == sum(map(len, packed.chunks)) <= room and packed.size == rows[-1]["bytes"]
+    assert room - 2000 <= packed.size == sum(map(len, packed.buffers)) <= room and packed.size == rows[-1]["bytes"]
     fitted = packed.encoded
     dropped, kept = [], []
     for name, one in done.items():
-        before = one.parts.get("q")
+        before = one.arrays.get("q")
         if one.codec != "int":
             assert fitted[name] is one
             continue
-        after = fitted[name].parts["q"]
+        after = fitted[name].arrays["q"]
         changed = before != after
-        assert not after[changed].any() and (before[changed].abs() == 1).all() and fitted[name].parts["scale"] is one.parts["scale"]
-        scale = one.parts["scale"].float()[:, None].expand_as(before)
+        assert not after[changed].any() and (before[changed].abs() == 1).all() and fitted[name].arrays["scale"] is one.arrays["scale"]
+        scale = one.arrays["scale"].float()[:, None].expand_as(before)
         dropped += scale[changed].tolist()
         kept += scale[(after.abs() == 1)].tolist()
     assert len(dropped) == rows[-1]["dropped"] > 0 and max(dropped) <= min(kept, default=math.inf), "those of the smallest steps"
@@ -949,35 +980,35 @@ def test_nothing_is_pruned_where_it_fits_and_all_that_can_be_where_it_cannot():
     done, pack = tg.Quantiser(model, s).encode(), packer(s, model)
     assert tg.prune_to_fit(done, pack, pack(done).size, silent).encoded is done
     hopeless = tg.prune_to_fit(done, pack, 500, silent).encoded
-    assert not any((one.parts["q"].abs() == 1).any() for one in hopeless.values() if one.codec == "int")
+    assert not any((one.arrays["q"].abs() == 1).any() for one in hopeless.values() if one.codec == "int")
 
 
 def test_salient_tensors_are_pruned_by_their_steps_like_the_others(learned):
     """A finer step makes a code cheaper. Where nothing fits, every 1 and -1 goes."""
-    s, model, _, moments, _ = learned
+    s, model, _, curvature, _ = learned
     s = tg.replace(s, fit="prune", matrix_quant="rtn", embed_quant="rtn", matrix_bits=4, embed_bits=4,
                    awq_lite_group_top_k=4, awq_lite_group_size=4)
-    done = tg.Quantiser(model, s, moments).encode()
+    done = tg.Quantiser(model, s, curvature).encode()
     coded = {name: one for name, one in done.items() if one.codec in ("int", "mixed")}
     costs = {}
     for name, one in coded.items():
-        codes = one.parts["q"]
-        steps = one._replace(parts=one.parts | {"q": torch.ones_like(codes)}).decode(codes.shape)
+        codes = one.arrays["q"]
+        steps = one._replace(arrays=one.arrays | {"q": torch.ones_like(codes)}).decode(codes.shape)
         costs[name] = steps[codes.abs() == 1]
     dearest = torch.cat(list(costs.values())).sort().values[199]
     for name, one in tg.without_cheapest(done, 200).items():
         if name in coded:
-            gone = (one.parts["q"] != coded[name].parts["q"]).sum()
+            gone = (one.arrays["q"] != coded[name].arrays["q"]).sum()
             assert (costs[name] < dearest).sum() <= gone <= (costs[name] <= dearest).sum()
     hopeless = tg.prune_to_fit(done, packer(s, model), 500, silent).encoded
     assert {one.codec for one in coded.values()} == {"int", "mixed"}
-    assert not any((hopeless[name].parts["q"].abs() == 1).any() for name in coded)
+    assert not any((hopeless[name].arrays["q"].abs() == 1).any() for name in coded)
 
 
 def test_the_bytes_that_allocation_expects_are_near_those_of_its_artifact():
     """So that FIT=allocate is near the room at its first try. What else there is costs a quarter at most."""
-    s, model, moments = bigger(compressor="rans")
-    quantiser = tg.Quantiser(model, s, moments)
+    s, model, curvature = bigger(compressor="rans")
+    quantiser = tg.Quantiser(model, s, curvature)
     expected, found = quantiser.rate(0.03), packer(s, model)(quantiser.encode(0.03)).size
     assert expected < found < 1.25 * expected
 
@@ -1046,17 +1077,17 @@ def test_lqer_goes_by_the_hessian_too():
     error[0, :4], error[1, 4:] = 3.0, 1.0
     fixed = tg.Encoded("int", 8, 1, 4, {"q": torch.zeros(8, 8, dtype=torch.int8), "scale": torch.ones(8).half(),
                                         **tg.lqer(error, hessian, torch.ones(8), 1, 4)}).decode((8, 8))
-    assert felt(error - fixed, tg.Moments(hessian, torch.ones(8))) < 0.1 * felt(error, tg.Moments(hessian, torch.ones(8)))
+    assert felt(error - fixed, tg.Curvature(hessian, torch.ones(8))) < 0.1 * felt(error, tg.Curvature(hessian, torch.ones(8)))
 
 
 @pytest.mark.parametrize("fit, methods", [("off", "rtn"), ("off", "gptq"), ("allocate", "gptq")])
 def test_lqer_goes_where_the_error_is_felt_most_and_through_the_file(learned, tmp_path, fit, methods):
-    s, model, weights, moments, _ = learned
+    s, model, weights, curvature, _ = learned
     s = tg.replace(s, fit=fit, matrix_quant=methods, embed_quant=methods, matrix_bits=3, embed_bits=4)
     corrected = tg.replace(s, lqer_rank=4, lqer_top_k=4, lqer_asym_group=32)
     spacing = None if fit == "off" else 1e-3
-    done, fixed = (tg.Quantiser(model, how, moments).encode(spacing) for how in (s, corrected))
-    before, after = ({name: felt(e, moments[name]) for name, e in errors_of(d, weights, moments).items()} for d in (done, fixed))
+    done, fixed = (tg.Quantiser(model, how, curvature).encode(spacing) for how in (s, corrected))
+    before, after = ({name: felt(e, curvature[name]) for name, e in errors_of(d, weights, curvature).items()} for d in (done, fixed))
     chosen = {name for name, one in fixed.items() if one.rank}
     assert chosen and chosen <= set(sorted(before, key=before.get)[-4:])
     for name, one in fixed.items():
@@ -1067,18 +1098,18 @@ def test_lqer_goes_where_the_error_is_felt_most_and_through_the_file(learned, tm
             assert torch.equal(one.decode(weights[name].shape), done[name].decode(weights[name].shape))
     assert len(chosen) == 4 or methods == "gptq", "one that would make it worse is left out"
     assert sum(after.values()) < 0.99 * sum(before.values())
-    tg.save_artifact(tmp_path / "model.pg", model, corrected, moments=moments, room=12_000)
+    tg.save_artifact(tmp_path / "model.pg", model, corrected, curvature=curvature, budget=12_000)
     loaded = dict(tg.load_artifact(tmp_path / "model.pg", corrected)[1].named_parameters())
     if fit == "off":
         assert all(torch.equal(loaded[name], one.decode(weights[name].shape)) for name, one in fixed.items())
 
 
 def test_lqer_has_no_higher_rank_than_its_matrix(learned, tmp_path):
-    s, model, weights, moments, _ = learned
+    s, model, weights, curvature, _ = learned
     s = tg.replace(s, lqer_rank=40, lqer_top_k=99)
-    for name, one in tg.Quantiser(model, s, moments).encode().items():
+    for name, one in tg.Quantiser(model, s, curvature).encode().items():
         assert one.rank in ((0, min(40, *weights[name].shape)) if one.codec == "int" else (0,))
-    tg.save_artifact(tmp_path / "model.pg", model, s, moments=moments)
+    tg.save_artifact(tmp_path / "model.pg", model, s, curvature=curvature)
     tg.load_artifact(tmp_path / "model.pg", s)
 
 
@@ -1088,9 +1119,9 @@ def test_an_artifact_whose_lqer_has_more_rank_than_its_matrix_is_refused(tmp_pat
     model, name = ref.randomise(tg.GPT(s)), "blocks.0.attn.q.weight"
     done = tg.Quantiser(model, s).encode()
     for rank in (16, 17):
-        parts = {"a": torch.zeros(16, rank, dtype=torch.int8), "a_step": torch.ones(1).half(),
-                 "b": torch.zeros(rank, 16, dtype=torch.int8), "b_step": torch.ones(4 * rank).half()}
-        altered = done | {name: done[name]._replace(rank=rank, group=4, parts=done[name].parts | parts)}
+        arrays = {"a": torch.zeros(16, rank, dtype=torch.int8), "a_step": torch.ones(1).half(),
+                  "b": torch.zeros(rank, 16, dtype=torch.int8), "b_step": torch.ones(4 * rank).half()}
+        altered = done | {name: done[name]._replace(rank=rank, group=4, arrays=done[name].arrays | arrays)}
         with mock.patch.object(tg.Quantiser, "encode", lambda self, spacing=None: altered):
             tg.save_artifact(path, model, s)
         if rank == 16:
@@ -1103,9 +1134,9 @@ def test_an_artifact_whose_lqer_has_more_rank_than_its_matrix_is_refused(tmp_pat
 def test_gates_can_be_stored_in_bits_next_to_lqer():
     s = ref.small(gate_bits=8, attn_gate="dense", lqer_rank=2, lqer_top_k=99)
     model = ref.randomise(tg.GPT(s))
-    meter = tg.MomentMeter(model)
+    meter = tg.CurvatureMeter(model)
     meter.observe(*a_text())
-    done = tg.Quantiser(model, s, meter.moments(ref.alone())).encode()
+    done = tg.Quantiser(model, s, meter.curvature(ref.alone())).encode()
     assert not done["blocks.0.attn.gate.weight"].rank and done["blocks.0.attn.gate.weight"].bits == 8
     assert sum(one.rank == 2 for one in done.values()) > 10
 

@@ -735,7 +735,7 @@ def test_calibration_is_part_of_the_budget(toy, tmp_path, monkeypatch, source):
 @pytest.mark.parametrize("source", ["train", "generated"])
 def test_the_reserve_is_what_calibration_takes_and_a_tenth_more(tmp_path, monkeypatch, source):
     """By a clock on which each backward pass of it takes a second, and each token that the model writes."""
-    now, observe, advance = [0.0], train_gpt.MomentMeter.observe, train_gpt.KVCache.advance
+    now, observe, advance = [0.0], train_gpt.CurvatureMeter.observe, train_gpt.KVCache.advance
 
     def slow(method):
         def timed(self, *args):
@@ -744,7 +744,7 @@ def test_the_reserve_is_what_calibration_takes_and_a_tenth_more(tmp_path, monkey
         return timed
 
     monkeypatch.setattr(train_gpt, "time", SimpleNamespace(monotonic=lambda: now[0], strftime=time.strftime))
-    monkeypatch.setattr(train_gpt.MomentMeter, "observe", slow(observe))
+    monkeypatch.setattr(train_gpt.CurvatureMeter, "observe", slow(observe))
     monkeypatch.setattr(train_gpt.KVCache, "advance", slow(advance))
     s = ref.small(**text(tmp_path / "text"), matrix_quant="gptq", gptq_calibration=source,
                   gptq_calibration_tokens=200, train_batch_tokens=64, micro_batch_tokens=32)

@@ -718,14 +718,14 @@ def test_the_artifact_of_a_gpu_model_is_that_of_its_cpu_copy(tmp_path):
         assert torch.isfinite(there(x, y))
 
 
-# --- moments and quantisation ----------------------------------------------------------------------------------------
+# --- curvature and quantisation ----------------------------------------------------------------------------------------
 
 
-def moments_of(model, s, rt, rows=8):
-    meter = tg.MomentMeter(model)
+def curvature_of(model, s, rt, rows=8):
+    meter = tg.CurvatureMeter(model)
     x, y = ids_of(s, rows, 256)
     meter.observe(x.to(rt.device), y.to(rt.device))
-    return meter.moments(rt)
+    return meter.curvature(rt)
 
 
 @pytest.mark.parametrize("switches", [{}, dict(doc_mask="attention", num_loops=1, loop_start=1, loop_end=2)])
@@ -733,7 +733,7 @@ def test_moments_in_bfloat16_are_those_of_float32(switches):
     s = middle(**switches)
     rt = runtime(s)
     cpu, gpu = pair(s, rt.dtype, tg.pick_attention(s, rt))
-    wanted, found = moments_of(cpu, s, ref.alone()), moments_of(gpu, s, rt)
+    wanted, found = curvature_of(cpu, s, ref.alone()), curvature_of(gpu, s, rt)
     assert wanted.keys() == found.keys()
     for name in wanted:
         for a, b in zip(wanted[name][:2], found[name]):
@@ -749,16 +749,16 @@ def test_gptq_on_the_gpu_is_as_good_as_on_the_cpu(switches, tmp_path):
     """Ties and the order of sums may decide a code otherwise, and later columns then make up for it."""
     s = middle(matrix_quant="gptq", embed_quant="gptq", **switches)
     cpu, gpu = pair(s, torch.float32)
-    moments = moments_of(cpu, s, ref.alone())
-    there = {name: one.to(DEVICE) for name, one in moments.items()}
+    curvature = curvature_of(cpu, s, ref.alone())
+    there = {name: one.to(DEVICE) for name, one in curvature.items()}
     room = 300_000 if s.fit == "allocate" else s.size_limit
     sizes = [tg.save_artifact(tmp_path / name, model, s, "", None, known, room)["bytes"]
-             for name, model, known in (("cpu.pg", cpu, moments), ("gpu.pg", gpu, there))]
+             for name, model, known in (("cpu.pg", cpu, curvature), ("gpu.pg", gpu, there))]
     assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
     felt = []
     for name in ("cpu.pg", "gpu.pg"):
         stored, total = dict(tg.load_artifact(tmp_path / name)[1].named_parameters()), 0.0
-        for key, (hessian, gain, *_) in moments.items():
+        for key, (hessian, gain, *_) in curvature.items():
             error = (dict(cpu.named_parameters())[key] - stored[key]).detach().double()
             total += (gain.double() @ ((error @ hessian.double()) * error).sum(1)).item()
         felt.append(total)

@@ -74,36 +74,36 @@ ORIGINALS = {
                                         tie_embeddings=False, smear_gate="scalar"),
     "ternary, zstd": dict(compressor="zstd", matrix_quant="ternary"),
     "float16, lzma": dict(compressor="lzma", matrix_bits=16, embed_bits=16),
-    "grid, rans": dict(fit="allocate", compressor="rans", room=5500),
-    "wide, zstd": dict(fit="allocate", compressor="zstd", room=10**9),
+    "grid, rans": dict(fit="allocate", compressor="rans", budget=5500),
+    "wide, zstd": dict(fit="allocate", compressor="zstd", budget=10**9),
     "mixed, correction, zlib": dict(compressor="zlib", matrix_bits=3, awq_lite_group_top_k=3,
                                     awq_lite_group_size=4, lqer_rank=2),
     "grid, correction, rans": dict(fit="allocate", compressor="rans", lqer_rank=3, lqer_asym_group=5,
-                                   room=5500),
+                                   budget=5500),
 }
 
 
-def random_moments(model, seed):
-    """{parameter: Moments} as calibration gives them, of random inputs."""
-    generator, moments = torch.Generator().manual_seed(seed), {}
+def random_curvature(model, seed):
+    """{parameter: Curvature} as calibration gives them, of random inputs."""
+    generator, curvature = torch.Generator().manual_seed(seed), {}
     for name, module in model.named_modules():
         if isinstance(module, (tg.Linear, tg.Embedding)):
             x = torch.randn(40, module.weight.size(1), generator=generator)
             gain = torch.rand(len(module.weight), generator=generator)
-            moments[f"{name}.weight"] = tg.Moments(x.T @ x / 40, gain, 0.0, x.square().mean(0))
-    return moments
+            curvature[f"{name}.weight"] = tg.Curvature(x.T @ x / 40, gain, 0.0, x.square().mean(0))
+    return curvature
 
 
 def save(path, changes, seed=0):
-    """A real artifact of random weights: its bytes. `room` among the changes: the bytes that FIT may fill."""
+    """A real artifact of random weights: its bytes. `budget` among the changes: the bytes that FIT may fill."""
     changes = {**SMALL, **changes}
-    room = changes.pop("room", None)
+    budget = changes.pop("budget", None)
     if changes.get("fit") == "allocate":
         changes |= dict(matrix_quant="rtn", embed_quant="rtn")
     s = ref.small(**changes)
     model = ref.randomise(tg.GPT(s, init=False), seed)
-    moments = random_moments(model, seed) if s.needs_moments else None
-    tg.save_artifact(path, model, s, "a" * 64, moments=moments, room=room)
+    curvature = random_curvature(model, seed) if s.needs_curvature else None
+    tg.save_artifact(path, model, s, "a" * 64, curvature=curvature, budget=budget)
     return Path(path).read_bytes()
 
 

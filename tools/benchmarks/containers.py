@@ -38,7 +38,7 @@ def decoded(contents, encoded):
 def own_chunks(trainer, contents, compressor):
     """The artifact of train_gpt.py: [(stream, bytes)]."""
     settings = trainer.Settings(compressor=compressor)
-    chunks = trainer.pack(contents.encoded, contents.shapes, settings, contents.header).chunks
+    chunks = trainer.pack(contents.encoded, contents.shapes, settings, contents.header).buffers
     streams = trainer.stream_layout(trainer.tensor_entries(contents.encoded, contents.shapes))
     return list(zip(("header", "header", *streams), chunks, strict=True))
 
@@ -62,7 +62,7 @@ def layout_chunks(trainer, contents, compressor, kinds, columns):
         encoded = {name: turned(parameter) for name, parameter in encoded.items()}
     zeros = {}
     for name, parameter in contents.encoded.items():
-        zeros[name] = parameter._replace(parts={part: value * 0 for part, value in parameter.parts.items()})
+        zeros[name] = parameter._replace(arrays={part: value * 0 for part, value in parameter.arrays.items()})
     header = own_chunks(trainer, contents._replace(encoded=zeros), "zlib")[:2]
     streams = [(stream, trainer.pack_stream(rows, encoded, compressor))
                for stream, rows in split_streams(trainer, contents, kinds)]
@@ -71,12 +71,12 @@ def layout_chunks(trainer, contents, compressor, kinds, columns):
 
 def turned(parameter, back=False):
     """A parameter whose codes lie column by column, in the same shape; `back` undoes that."""
-    if "q" not in parameter.parts:
+    if "q" not in parameter.arrays:
         return parameter
-    q = parameter.parts["q"]
+    q = parameter.arrays["q"]
     order = q.view(q.size(1), q.size(0)) if back else q
     codes = order.mT.contiguous().view(q.shape)
-    return parameter._replace(parts=parameter.parts | {"q": codes})
+    return parameter._replace(arrays=parameter.arrays | {"q": codes})
 
 
 def layout_weights(trainer, contents, chunks, compressor, kinds=False, columns=False):
@@ -90,7 +90,7 @@ def layout_weights(trainer, contents, chunks, compressor, kinds=False, columns=F
         ends = np.cumsum([math.prod(shape) for *_, shape in rows])
         for (name, part, _, shape), array in zip(rows, np.split(values, ends[:-1]), strict=True):
             parts[name][part] = torch.from_numpy(array.copy()).view(shape)
-    encoded = {name: parameter._replace(parts=parts[name]) for name, parameter in contents.encoded.items()}
+    encoded = {name: parameter._replace(arrays=parts[name]) for name, parameter in contents.encoded.items()}
     if columns:
         encoded = {name: turned(parameter, back=True) for name, parameter in encoded.items()}
     return decoded(contents, encoded)
@@ -117,7 +117,7 @@ def pickled(encoded, skip=()):
     codecs = {}
     for name, parameter in encoded.items():
         codecs[name] = "passthrough" if parameter.codec == "float16" else list(parameter[:4])
-        for part, value in parameter.parts.items():
+        for part, value in parameter.arrays.items():
             if part not in skip:
                 stored[f"{name}.{part}"] = value
     buffer = io.BytesIO()
@@ -132,8 +132,8 @@ def unpickled(contents, data, skipped=()):
     stored = torch.load(io.BytesIO(data), weights_only=True)["w"] | dict(skipped)
     encoded = {}
     for name, parameter in contents.encoded.items():
-        parts = {part: stored[f"{name}.{part}"] for part in parameter.parts}
-        encoded[name] = parameter._replace(parts=parts)
+        parts = {part: stored[f"{name}.{part}"] for part in parameter.arrays}
+        encoded[name] = parameter._replace(arrays=parts)
     return decoded(contents, encoded)
 
 
@@ -178,7 +178,7 @@ def lrzip(data, *options):
 
 def names_by_kind(trainer, encoded):
     """Parameters that have codes: a list of names for each kind of matrix."""
-    names = sorted((name for name, parameter in encoded.items() if "q" in parameter.parts), key=trainer._kind)
+    names = sorted((name for name, parameter in encoded.items() if "q" in parameter.arrays), key=trainer._kind)
     return [list(group) for _, group in itertools.groupby(names, trainer._kind)]
 
 
@@ -198,7 +198,7 @@ def lrzip_chunks(trainer, contents, kinds):
     compress, _ = trainer.COMPRESSORS["brotli"]
     chunks = [("size", len(rest).to_bytes(4, "little")), ("rest", compress(rest))]
     for names in lrzip_groups(trainer, contents.encoded, kinds):
-        codes = [contents.encoded[name].parts["q"] for name in names]
+        codes = [contents.encoded[name].arrays["q"] for name in names]
         if kinds:
             codes = [q.mT.contiguous() for q in codes]
         data = b"".join(q.numpy().tobytes() for q in codes)
@@ -215,7 +215,7 @@ def lrzip_weights(trainer, contents, chunks, kinds):
         values = torch.frombuffer(bytearray(lrzip(data, "-d")), dtype=torch.int8)
         begin = 0
         for name in names:
-            rows, columns = contents.encoded[name].parts["q"].shape
+            rows, columns = contents.encoded[name].arrays["q"].shape
             end = begin + rows * columns
             part = values[begin:end]
             codes[f"{name}.q"] = part.view(columns, rows).mT.contiguous() if kinds else part.view(rows, columns)

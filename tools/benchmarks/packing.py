@@ -9,7 +9,7 @@ method at equal bytes.
 
 The weights are those of an artifact that holds them as float16, which PHASES=train FIT=off MATRIX_BITS=16 EMBED_BITS=16
 makes (if it is over SIZE_LIMIT, the file is kept). The settings name the data (DATA_PATH, TRAIN_SEQ_LEN, EVAL_SEQ_LEN):
-training text for the moments by which GPTQ and FIT=allocate go, and validation text for the loss. With --weights they
+training text for the curvature by which GPTQ and FIT=allocate go, and validation text for the loss. With --weights they
 are those of any trained model that a file holds: its matrices are rounded by SDClip, which asks for no text, and only
 the bytes of the codes are measured. `bench.py pack --help` has the options.
 """
@@ -42,7 +42,7 @@ from common import BadInput, Parser, names_of, positive, whole
 
 # How weights are stored, as settings of train_gpt.py: METHODS have a width or a knob still to choose, ROWS have it
 # chosen.
-BY_TENSOR = "GPTQ + SDClip (one k a tensor)"  # from the moments; int8, so that no step is too small for its range
+BY_TENSOR = "GPTQ + SDClip (one k a tensor)"  # from the curvature; int8, so that no step is too small for its range
 METHODS = {
     "RTN": "FIT=off MATRIX_QUANT=rtn EMBED_QUANT=rtn EMBED_BITS=8",
     "GPTQ-lite": "FIT=off MATRIX_QUANT=gptq_lite EMBED_QUANT=gptq_lite EMBED_BITS=8",
@@ -116,8 +116,8 @@ def code_arrays(subject, encoded):
     """The matrices of codes of all parameters."""
     for parameter in encoded.values():
         for part in subject.trainer.CODED:
-            if part in parameter.parts:
-                yield parameter.parts[part].numpy()
+            if part in parameter.arrays:
+                yield parameter.arrays[part].numpy()
 
 
 def code_facts(subject, name, encoded, spacing):
@@ -128,7 +128,7 @@ def code_facts(subject, name, encoded, spacing):
         "row": name,
         "settings": ROWS[name],
         "spacing": spacing,
-        "codes": sum(one.parts["q"].numel() for one in encoded.values() if "q" in one.parts),
+        "codes": sum(one.arrays["q"].numel() for one in encoded.values() if "q" in one.arrays),
         "squared_error": squared_error,
         "felt_error": felt_error,
         "tensor_entropy_bytes": sum(map(tensor_entropy, codes)) if codes else None,
@@ -137,8 +137,8 @@ def code_facts(subject, name, encoded, spacing):
 
 
 def loaded_facts(loaded, name, encoded):
-    """code_facts() of a Loaded, which has no moments."""
-    codes = {parameter: one.parts["q"] for parameter, one in encoded.items()}
+    """code_facts() of a Loaded, which has no curvature."""
+    codes = {parameter: one.arrays["q"] for parameter, one in encoded.items()}
     tensors = [{"name": parameter, "shape": q.shape, "entropy_bytes": tensor_entropy(q.numpy())}
                for parameter, q in codes.items()]
     return {

@@ -27,7 +27,7 @@ from unittest import mock
 
 from benchmarks.evaluation import Scoring, facts, scaled_line
 from benchmarks.harness import command_line, commit_text, markdown, progress, show, write_json
-from benchmarks.weights import CODEC, collect_moments
+from benchmarks.weights import CODEC, collect_curvature
 from common import ROOT, BadInput, Parser, load_trainer, names_of, whole
 
 DEMO = f"@{ROOT / 'records/small.env'}"
@@ -135,7 +135,7 @@ def divided(trainer):
 class Demonstration(Scoring):
     """The artifact that all rows score, and how each of them does it.
 
-    Relied on, in addition to what Scoring and collect_moments rely on: save_artifact, read_file, train_on_validation,
+    Relied on, in addition to what Scoring and collect_curvature rely on: save_artifact, read_file, train_on_validation,
     selftest, WrappingPredictor; make_predictor by its name, so that selftest() tests a predictor that is wrapped
     here.
     """
@@ -144,13 +144,13 @@ class Demonstration(Scoring):
         super().__init__(path, words)
         self.folder = Path(folder)
         self.raw = None
-        self.moments = None
+        self.curvature = None
         codecs = {row[CODEC] for row in self.header["tensors"]}
         if codecs == {"float16"}:
             s = self.settings("")
             self.raw = self.model()
-            if s.needs_moments:
-                self.moments, _ = collect_moments(self.trainer, self.raw, s, self.rt, s.gptq_calibration_tokens)
+            if s.needs_curvature:
+                self.curvature, _ = collect_curvature(self.trainer, self.raw, s, self.rt, s.gptq_calibration_tokens)
             self.path = self.pack(self.raw, s, "packed.pg")
 
     def settings(self, text):
@@ -160,7 +160,7 @@ class Demonstration(Scoring):
         """The artifact that the trainer makes of these weights."""
         path = self.folder / name
         room = s.size_limit - (ROOT / "train_gpt.py").stat().st_size
-        self.trainer.save_artifact(path, model, s, self.digest, None, self.moments, room)
+        self.trainer.save_artifact(path, model, s, self.digest, None, self.curvature, room)
         return str(path)
 
     def artifact(self, run):

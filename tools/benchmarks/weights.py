@@ -1,4 +1,4 @@
-"""The weights that `bench.py pack` stores: of a float16 artifact with moments and text, or of any model in a file."""
+"""The weights that `bench.py pack` stores: of a float16 artifact with curvature and text, or of any model in a file."""
 
 import dataclasses
 import json
@@ -23,13 +23,13 @@ CODEC = 2  # place of the codec in a row of an artifact's table of tensors
 
 class Subject:
     """The weights under test and everything that is decided about them. Outside of the containers, only this class,
-    Loaded and collect_moments() call the trainer.
+    Loaded and collect_curvature() call the trainer.
 
     Relied on: Settings.parse, .text and the fields of packing; read_artifact, artifact_settings, load_artifact,
-    model_fields; Runtime, pick_attention; find_shards, TokenStream(paths, s, rt).next(); MomentMeter(model) with
-    .observe(x, y) .tokens .moments(rt); Quantiser(model, s, moments) with .encode(spacing) .spacing_for(bytes)
+    model_fields; Runtime, pick_attention; find_shards, TokenStream(paths, s, rt).next(); CurvatureMeter(model) with
+    .observe(x, y) .tokens .curvature(rt); Quantiser(model, s, curvature) with .encode(spacing) .spacing_for(bytes)
     .quantised .stores and .groups (rewritten where each tensor has its own clip) and .factors (shared between settings:
-    most of its time); pack().chunks; load_tokenizer, load_validation, ModelPredictor, contiguous_reader, score,
+    most of its time); pack().buffers; load_tokenizer, load_validation, ModelPredictor, contiguous_reader, score,
     Validity; of Loaded: row_scales, round_to_grid. The containers: Encoded, tensor_entries, stream_layout,
     pack_stream, code_groups, decode_codes, decompress, _unplanes, _kind, COMPRESSORS.
     """
@@ -52,7 +52,7 @@ class Subject:
         self.shapes = {name: tuple(p.shape) for name, p in self.raw.items()}
         self.parameters = sum(p.numel() for p in self.raw.values())
         self.factors = {}
-        self.moments = None
+        self.curvature = None
         self.val = None
         self.raw_predictions = None
 
@@ -62,13 +62,13 @@ class Subject:
         return self.trainer.artifact_settings(self.path, self.header, s)
 
     def calibrate(self, tokens):
-        """Collect moments from at least `tokens` tokens of the training stream; returns (tokens, seconds)."""
+        """Collect curvature from at least `tokens` tokens of the training stream; returns (tokens, seconds)."""
         began = time.perf_counter()
-        self.moments, counted = collect_moments(self.trainer, self.model, self.s, self.rt, tokens)
+        self.curvature, counted = collect_curvature(self.trainer, self.model, self.s, self.rt, tokens)
         return counted, time.perf_counter() - began
 
     def quantiser(self, s):
-        quantiser = self.trainer.Quantiser(self.model, s, self.moments)
+        quantiser = self.trainer.Quantiser(self.model, s, self.curvature)
         quantiser.factors = self.factors
         return quantiser
 
@@ -103,19 +103,19 @@ class Subject:
         return len(self.trainer.pack_stream(rows, {name: encoded}, ONE_COMPRESSOR))
 
     def error(self, name, encoded):
-        """(squared error, felt error in nats a token) of one encoded parameter that has moments."""
-        hessian, gain, *_ = self.moments[name]
+        """(squared error, felt error in nats a token) of one encoded parameter that has curvature."""
+        hessian, gain, *_ = self.curvature[name]
         error = self.raw[name].float() - encoded.decode(self.shapes[name]).to(self.rt.device)
         felt_by_row = ((error @ hessian.float()) * error).double().sum(1)
         felt = 0.5 * (gain.double() @ felt_by_row).item()
         return error.double().square().sum().item(), felt
 
     def errors(self, encoded):
-        """(relative squared error, felt error in nats a token) of everything that has moments."""
-        errors = [self.error(name, encoded[name]) for name in self.moments]
+        """(relative squared error, felt error in nats a token) of everything that has curvature."""
+        errors = [self.error(name, encoded[name]) for name in self.curvature]
         squared = sum(error for error, _ in errors)
         felt = sum(error for _, error in errors)
-        norm = sum(self.raw[name].double().square().sum().item() for name in self.moments)
+        norm = sum(self.raw[name].double().square().sum().item() for name in self.curvature)
         return squared / norm, felt
 
     def load_text(self):
@@ -175,19 +175,19 @@ class Subject:
         return Path(path).stat().st_size, self.score(model)
 
 
-def collect_moments(trainer, model, s, rt, tokens):
-    """({parameter: Moments} of a model, tokens): from the beginning of the training stream in its longest sequences."""
+def collect_curvature(trainer, model, s, rt, tokens):
+    """({parameter: Curvature}, tokens): from the beginning of the training stream in its longest sequences."""
     length = s.stages[-1][1]
     rows = max(min(-(-tokens // length), trainer.CALIBRATION_MICRO_TOKENS // length), 1)
     s = dataclasses.replace(s, train_seq_schedule=(), train_batch_schedule=(), train_seq_len=length, average="none",
                             train_batch_tokens=rows * length, micro_batch_tokens=rows * length,
                             loader="sequential" if s.loader == "packed" else s.loader)
     stream = trainer.TokenStream(trainer.find_shards(s.data_path, "train"), s, rt)
-    meter = trainer.MomentMeter(model)
+    meter = trainer.CurvatureMeter(model)
     while meter.tokens < tokens:
         for x, y, _ in stream.next():
             meter.observe(x, y)
-    return meter.moments(rt), meter.tokens
+    return meter.curvature(rt), meter.tokens
 
 
 # ---- of any model ---------------------------------------------------------------------------------------------------
