@@ -7892,10 +7892,9 @@ XXHASH = -4417276706812531889  # the second prime of xxHash64
 class HashTable:
     """A set of int64 keys >= 0 on the device. Each key has a slot, a number below len(table).
 
-    The hash of a key says at which slot the search for it begins. If another key is there, the
-    search moves on to the next slot (open addressing, linear probing). It ends at the key, or at a
-    free slot: then the key is not in the table, and that slot is where it can be added. probe()
-    searches many keys at once, a slot of each in every round.
+    The search for a key begins at the slot that its hash says. While another key is there, it moves
+    to the next slot (open addressing, linear probing). It ends at the key, or at a free slot: then
+    the key is not in the table, and can be added there.
 
     `capacity` keys have room. The device decides which of several new keys gets a slot first.
     Nothing that is computed from slots depends on that.
@@ -7904,46 +7903,46 @@ class HashTable:
     def __init__(self, capacity, device):
         self.bits = max(int(1.5 * capacity).bit_length(), 8)
         # At each slot its key + 1, or 0 where it is free.
-        self.keys = torch.zeros(1 << self.bits, dtype=torch.int64, device=device)
+        self.contents = torch.zeros(1 << self.bits, dtype=torch.int64, device=device)
 
     def __len__(self):
-        return len(self.keys)
+        return len(self.contents)
+
+    def reset(self):
+        self.contents.zero_()
 
     def probe(self, keys, add=False):
-        """Slots of keys (n,). A key that is not in the table gets -1, or with `add` a slot."""
-        slots = keys * GOLDEN >> (64 - self.bits) & (1 << self.bits) - 1
-        # Of the keys that are still searched: indices, what must be stored, the slot to look at.
-        index = None  # None: all
+        """Slots of keys (n,). A key that is not in the table gets -1, or with `add` a slot.
+
+        All keys are searched at once: each round looks at one slot for every key that is left.
+        """
+        slots = torch.full_like(keys, -1)
+        # Of each key that is left: its index, what its slot stores, the slot to look at.
+        index = torch.arange(len(keys), device=keys.device)
         wanted = keys + 1
-        current = slots
-        while len(current):
-            stored = self.keys.index_select(0, current)
+        slot = keys * GOLDEN >> (64 - self.bits) & (1 << self.bits) - 1
+        while len(index):
+            stored = self.contents.index_select(0, slot)
             if add:
-                self._take_free_slots(current, wanted, stored)
-            missed = (stored != wanted).nonzero().squeeze(1)
-            index = missed if index is None else index.index_select(0, missed)
-            wanted = wanted.index_select(0, missed)
-            free = stored.index_select(0, missed) == 0
-            following = (current.index_select(0, missed) + 1) % len(self.keys)
-            current = torch.where(free, -1, following)
-            slots.index_copy_(0, index, current)
-            if not add:  # a free slot ends the search
-                searched = (current >= 0).nonzero().squeeze(1)
-                index = index.index_select(0, searched)
-                wanted = wanted.index_select(0, searched)
-                current = current.index_select(0, searched)
+                self._take_free_slots(slot, wanted, stored)
+            slots.index_copy_(0, index, torch.where(stored == wanted, slot, -1))
+            met_another = (stored != wanted) & (stored > 0)
+            left = met_another.nonzero().squeeze(1)
+            index = index.index_select(0, left)
+            wanted = wanted.index_select(0, left)
+            slot = (slot.index_select(0, left) + 1) % len(self.contents)
         return slots
 
     def _take_free_slots(self, slots, wanted, stored):
-        """Store keys at their slots where these are free, and update what is `stored` there.
+        """Store what is wanted at slots (n,) that are free, and update what is `stored` there.
 
         Of several keys that want the same slot one gets it.
         """
         free = (stored == 0).nonzero().squeeze(1)
         if len(free):
             free_slots = slots.index_select(0, free)
-            self.keys.index_copy_(0, free_slots, wanted.index_select(0, free))
-            stored.index_copy_(0, free, self.keys.index_select(0, free_slots))
+            self.contents.index_copy_(0, free_slots, wanted.index_select(0, free))
+            stored.index_copy_(0, free, self.contents.index_select(0, free_slots))
 
 
 class NgramCounts:
@@ -7973,7 +7972,7 @@ class NgramCounts:
         self.followers = torch.zeros(nodes, dtype=torch.int64, device=device)
 
     def reset(self):
-        self.table.keys.zero_()
+        self.table.reset()
         self.count.zero_()
         self.followers.zero_()
 
@@ -8303,12 +8302,12 @@ class Followers:
 
     def _use(self, table):
         self.table = table
-        self.count = torch.zeros(len(table), dtype=torch.int64, device=table.keys.device)
+        self.count = torch.zeros(len(table), dtype=torch.int64, device=table.contents.device)
         # Of a context: (most often that a token followed << TOKEN_BITS) + the token.
         self.best = torch.zeros_like(self.count)
 
     def reset(self):
-        self.table.keys.zero_()
+        self.table.reset()
         self.count.zero_()
         self.best.zero_()
         self.used = 0
@@ -8322,9 +8321,9 @@ class Followers:
         self.used += more
         while 1.5 * self.used > len(self.table):
             old_table, old_count, old_best = self.table, self.count, self.best
-            kept = old_table.keys.nonzero().squeeze(1)
-            self._use(HashTable(len(old_table), old_table.keys.device))
-            slots = self.table.probe(old_table.keys[kept] - 1, add=True)
+            kept = old_table.contents.nonzero().squeeze(1)
+            self._use(HashTable(len(old_table), old_count.device))
+            slots = self.table.probe(old_table.contents[kept] - 1, add=True)
             self.count[slots] = old_count[kept]
             self.best[slots] = old_best[kept]
 

@@ -48,7 +48,7 @@ def colliding(most):
     wanted = defaultdict(list)
     table = tg.HashTable(most, CPU)
     for key in range(1500):
-        table.keys.zero_()
+        table.reset()
         wanted[int(table.probe(torch.tensor([key]), add=True))].append(key)
     return max(wanted.values(), key=len)
 
@@ -69,7 +69,7 @@ def test_the_table_is_a_dictionary(data):
         for key, slot in zip(batch, found):
             assert slot == (slots.setdefault(key, slot) if add else slots.get(key, -1)) and slot < len(table)
     assert len(set(slots.values())) == len(slots) and -1 not in slots.values()
-    assert int((table.keys != 0).sum()) == len(slots)
+    assert int((table.contents != 0).sum()) == len(slots)
 
 
 @pytest.mark.parametrize("most", [1, 170, 171, 1000])
@@ -164,7 +164,7 @@ def test_there_is_room_for_a_text_that_never_repeats_itself(ttt, unit):
     for at in range(0, len(rows), unit):
         group = rows[at : at + unit]
         counts.add(*tg.scored_text(part_of(group if apart else [[group[0, 0], group[-1, 1]]]), stream, 9, s))
-        assert int((counts.table.keys != 0).sum()) <= 9 * targets
+        assert int((counts.table.contents != 0).sum()) <= 9 * targets
     same_counts(counts, counted(ids, range(1, 304), 10, lambda end: end - 1 - (end - 1) % 3 if apart else 0))
 
 
