@@ -6561,7 +6561,7 @@ def score(predictor, parts, stream, rt, validity, log=None, check_every=64, nats
     for probabilities in distributions.values():
         rt.sum(probabilities)
 
-    examiner.report(rt, validity, log)
+    examiner.judge(rt, validity, log)
     each_once = not twice and not never and tokens == length
     validity.need(each_once, f"C4 coverage: {twice} targets scored more than once, {never} never")
     validity.need(not foreign, f"C4 coverage: {foreign:.0f} targets, or the tokens before them, "
@@ -6642,13 +6642,11 @@ OPENED_AGAIN = "C1: validation shards were opened again while they were scored"
 
 
 class Validity:
-    """The ledger of reasons: why a score is not `valid` (a true code length, C1-C4), and why it is
-    not `eligible` (could not be a record).
-    """
+    """The ledger of a run: why its score is not valid, and why it could not be a record."""
 
     def __init__(self):
-        self.reasons = []
-        self.eligible_reasons = []
+        self.reasons = []  # why the score is no true code length (C1 to C4)
+        self.obstacles = []  # why it could not be a record ("eligible_reasons" of the summary)
         self.tests = {}  # {name of a self-test: did it pass?}
         self.frozen = False  # the artifact is written: see freeze()
         self._reporting = False
@@ -6661,10 +6659,10 @@ class Validity:
         if not ok and reason not in self.reasons:
             self.reasons.append(reason)
 
-    def need_for_record(self, ok, reason):
-        """Unless `ok`, the score cannot be a record for this reason."""
+    def need_for_record(self, ok, obstacle):
+        """Unless `ok`, this is an obstacle to a record."""
         if not ok:
-            self.eligible_reasons.append(reason)
+            self.obstacles.append(obstacle)
 
     def verdict(self):
         """What every line with a score carries."""
@@ -6673,10 +6671,10 @@ class Validity:
         return {"valid": "yes"}
 
     def share(self, rt):
-        """Merge the reasons of all ranks, so that all ranks have the same. Collective."""
-        reasons, eligible_reasons = zip(*rt.gather((self.reasons, self.eligible_reasons)))
+        """Merge what the ledgers of all ranks say, so that all say the same. Collective."""
+        reasons, obstacles = zip(*rt.gather((self.reasons, self.obstacles)))
         self.reasons = list(dict.fromkeys(chain.from_iterable(reasons)))
-        self.eligible_reasons = list(dict.fromkeys(chain.from_iterable(eligible_reasons)))
+        self.obstacles = list(dict.fromkeys(chain.from_iterable(obstacles)))
 
     def to_keep(self, rt):
         """The reasons of all ranks, as an artifact or a checkpoint holds them. Collective."""
@@ -6691,7 +6689,7 @@ class Validity:
     # What is opened when
 
     @contextlib.contextmanager
-    def report(self):
+    def reporting(self):
         """While a score is only reported, and nothing learns from it. Before freeze() this is the
         only use of validation text.
         """
@@ -6843,54 +6841,51 @@ class Examiner:
         self.sums += log_sums[looked].exp().tolist()
 
     def _look(self, chunk):
-        """The Sample of a chunk. Later text in its rows must not change it. (C1)
+        """The Sample of a chunk: in each row, up to LOOK places that end with a drawn one.
 
-        predict() is given all K places, because its graphs have that shape. Those that are looked
-        at come first.
+        What is predicted there must not change when the text after the drawn place does. (C1)
         """
-        inputs = chunk.inputs
-        device = chunk.index.device
-        live = chunk.index.cpu().numpy() >= 0
-        width = live.shape[1]
-        history = inputs.recent.size(1) - width
-        count = min(LOOK, width)
-        last = self._last_places(live)
-        begin = np.maximum(last - LOOK + 1, 0)
-        columns = np.minimum(begin + np.arange(width), width - 1)  # which of the K places
-        recent = np.minimum(begin + np.arange(history + width), history + width - 1)  # of h + K
-        looked = np.take_along_axis(live, columns, 1) & (columns <= last)
-        last, columns, recent, looked = (
-            torch.from_numpy(values).to(device) for values in (last, columns, recent, looked))
-        looked = looked[:, :count]
+        last = self._draw_places(chunk.index)
+        first = (last - LOOK + 1).clamp(min=0)
+        count = min(LOOK, chunk.index.size(1))
+        columns = first + torch.arange(count, device=first.device)
+        looked = (columns <= last) & (chunk.index.gather(1, columns) >= 0)
 
-        asked = inputs._replace(places=inputs.places.gather(1, columns),
-                                recent=inputs.recent.gather(1, recent))
-        log_probs = self.predictor.predict(asked, count).clone()
-        position = torch.arange(inputs.ids.size(1), device=device)
-        later_ids = position > inputs.places.gather(1, last)
-        later_recent = recent > history + last
-        vocab = log_probs.size(-1)
-        changed = asked._replace(ids=self._with_noise(asked.ids, later_ids, vocab),
-                                 recent=self._with_noise(asked.recent, later_recent, vocab))
-        others = self.predictor.predict(changed, count)
+        log_probs = self.predictor.predict(begin_at(chunk.inputs, first), count)
+        log_probs = log_probs.clone()  # the next prediction may be written to the same tensor
+        changed = self._change_later_text(chunk.inputs, last, log_probs.size(-1))
+        others = self.predictor.predict(begin_at(changed, first), count)
         change = (log_probs.clamp(min=LEAST_LOG) - others.clamp(min=LEAST_LOG)).abs()
         change = torch.where(looked[..., None], change, 0.0)
         self.changed = max(self.changed, _or_infinite(change.max()))
-        return Sample(columns[:, :count], looked, log_probs)
+        return Sample(columns, looked, log_probs)
 
-    def _last_places(self, live):
-        """(B, 1) a place that each row scores (`live`); half of the time the last of these."""
-        anywhere = np.where(live, self.random.random(live.shape), -1.0).argmax(1)
-        last = np.where(live, np.arange(live.shape[1]), 0).max(1)
-        return np.where(self.random.random(len(live)) < 0.5, anywhere, last)[:, None]
+    def _draw_places(self, index):
+        """(B, 1) a place that each row scores, by Chunk.index; half of the time its last one."""
+        scores = index.cpu().numpy() >= 0
+        anywhere = np.where(scores, self.random.random(scores.shape), -1.0).argmax(1)
+        last = np.where(scores, np.arange(scores.shape[1]), 0).max(1)
+        drawn = np.where(self.random.random(len(scores)) < 0.5, anywhere, last)
+        return torch.from_numpy(drawn).to(index.device)[:, None]
+
+    def _change_later_text(self, inputs, place, vocab):
+        """Inputs with random tokens after the place (B, 1) of each row."""
+        ids = inputs.ids
+        recent = inputs.recent
+        positions = torch.arange(ids.size(1), device=ids.device)
+        later_ids = positions > inputs.places.gather(1, place)
+        columns = torch.arange(recent.size(1), device=recent.device)
+        later_recent = columns > tokens_before(inputs) + place
+        return inputs._replace(ids=self._with_noise(ids, later_ids, vocab),
+                               recent=self._with_noise(recent, later_recent, vocab))
 
     def _with_noise(self, tokens, where, vocab):
-        """The tokens (B, T), with random ones in their place `where` (B, T) says so."""
+        """The tokens (B, T), with random ones `where` (B, T) says so."""
         noise = torch.from_numpy(self.random.integers(vocab, size=tokens.shape)).to(tokens.device)
         return torch.where(where, noise, tokens)
 
-    def report(self, rt, validity, log):
-        """Log what was found on all ranks; errors above TOLERANCE are reasons. Collective."""
+    def judge(self, rt, validity, log):
+        """Log the errors of all ranks; those above TOLERANCE are reasons. Collective."""
         off, changed, largest_sum = rt.max(self.off, self.changed, max(self.sums, default=0.0))
         totals = torch.tensor([len(self.sums), sum(self.sums)], dtype=torch.float64)
         positions, total = rt.sum(totals.to(rt.device)).tolist()
@@ -6902,6 +6897,19 @@ class Examiner:
                       f"C2 normalisation: off by {off:.1e} in log on sampled positions")
         validity.need(changed < TOLERANCE, "C1 causality: what comes later in its row changes a "
                       f"prediction by {changed:.1e} in log on sampled positions")
+
+
+def begin_at(inputs, first):
+    """Inputs whose places begin with the place `first` (B, 1) of each row.
+
+    There are as many as before, because compiled predictors have graphs for that number. The last
+    one is repeated.
+    """
+    def shifted(values):
+        columns = first + torch.arange(values.size(1), device=values.device)
+        return values.gather(1, columns.clamp(max=values.size(1) - 1))
+
+    return inputs._replace(places=shifted(inputs.places), recent=shifted(inputs.recent))
 
 
 def _or_infinite(value):
@@ -10017,7 +10025,7 @@ def report_score(run, predictor, stream):
     """Contiguous score of the validation stream as a report that nothing learns from."""
     s = run.s
     rt = run.rt
-    with run.clock.phase("validate"), run.validity.report():
+    with run.clock.phase("validate"), run.validity.reporting():
         before = fingerprint(predictor.model)
         result = score(predictor, contiguous_reader(stream, s, rt), stream, rt, run.validity)
         run.validity.need(
@@ -10609,8 +10617,8 @@ def summarise(run):
         **run.facts,
         "valid": "yes" if scored and not validity.reasons else "no",
         "reasons": validity.reasons,
-        "eligible": "no" if validity.eligible_reasons else "yes",
-        "eligible_reasons": validity.eligible_reasons,
+        "eligible": "no" if validity.obstacles else "yes",
+        "eligible_reasons": validity.obstacles,
         **seconds,
         "seed": s.seed,
         "world_size": rt.world,
@@ -10773,7 +10781,7 @@ def _train_and_export(run, tokenizer):
     rt = run.rt
     _log_tokenizer(run, tokenizer)
     sp, _, tokenizer_sha256 = tokenizer
-    with run.validity.report(), run.validity.loading():
+    with run.validity.reporting(), run.validity.loading():
         val = load_validation(s, rt, sp)
     targets = len(val.bytes)
     text = f"val_loader:shards pattern={s.data_path}/fineweb_val_*.bin tokens:{targets}"

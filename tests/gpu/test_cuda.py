@@ -401,7 +401,7 @@ def begin(toy, tmp_path):
         rt = tg.Runtime(s, env={})
         run = tg.Run(s, rt, tmp_path / folder, tg.pick_attention(s, rt))
         sp, *_ = tg.load_tokenizer(s)
-        with run.validity.report():
+        with run.validity.reporting():
             val = tg.load_validation(s, rt, sp)
         model = tg.GPT(s, rt.dtype, run.attend).to(rt.device)
         return run, model, tg.Training(run, model), val
