@@ -898,6 +898,16 @@ class Settings:
         """Longest span that attention covers; longer documents are cut."""
         return max(self.eval_seq_len, *(stage.length for stage in self.stages))
 
+    @property
+    def trains_before_scoring(self):
+        """Does the loaded model train on the text that it then scores? Invalid: see room 13."""
+        return self.ttt == "before"
+
+    @property
+    def trains_before_packing(self):
+        """Does the trained model train on that text before it is packed? Invalid: see room 13."""
+        return self.ttt == "prequant"
+
     def idle(self):
         """{changed setting: what it waits for}: settings without effect, such as VE_LAYERS while
         VE_DIM=0.
@@ -1295,7 +1305,7 @@ def _evaluation_conflicts(s, complain):
             complain(f"{why}: ALLOW_INVALID=1 runs it, and calls the score invalid")
     if s.eval_stride > s.eval_seq_len:
         complain(f"EVAL_STRIDE={s.eval_stride} exceeds EVAL_SEQ_LEN={s.eval_seq_len}")
-    if s.ttt == "prequant" and s.phases == "eval":
+    if s.trains_before_packing and s.phases == "eval":
         complain("TTT=prequant happens before the artifact, and PHASES=eval after it")
     if s.alpha_base + s.alpha_range >= 1 + 1e-12 and s.holds(s.rule("alpha_range")):
         complain(f"ALPHA_BASE={s.alpha_base} and ALPHA_RANGE={s.alpha_range} come to more than 1, "
@@ -7189,9 +7199,9 @@ def selftest(run, s, path, data, val):
     ids = selftest_text(val, [4 * window, 3 * window, 2 * window, 2 * window, window, shift + 1])
     model = load_artifact(path, s, torch.float64, attend_reference, rt.device, data)[1].double()
     temperature = s.eval_temperature or model.temperature
-    before = None
-    if s.ttt == "before":
-        before = adaptation_of_weights(model, s, rt)
+    adaptation = None
+    if s.trains_before_scoring:
+        adaptation = adaptation_of_weights(model, s, rt)
     predictors = {}
     for ranks in (rt, alone):
         predictors[ranks] = make_predictor(model, s, ranks, len(ids), temperature)
@@ -7201,9 +7211,9 @@ def selftest(run, s, path, data, val):
         predictor.reset()
         stream = unmeasured_text(ids.int())
         costs = torch.zeros(len(ids) - 1, dtype=torch.float64, device=ids.device)
-        if before:
-            before.reset()
-            before.fit(stream, np.arange(len(costs)), 1, partial(cosine, s))
+        if adaptation:
+            adaptation.reset()
+            fit_whole_text(adaptation, stream, 1, s)
         reader = reader_for(predictor, stream, s, ranks, total_parts=8)
         score(predictor, reader, stream, ranks, Validity(), check_every=0, nats=costs,
               distributions=distributions)
@@ -8489,16 +8499,18 @@ def wrappers(s):
 
 # --------------------------------------------------------------------------------------------------
 # 13 Invalid originals: techniques of the reference systems whose score is not valid.
-# No valid run comes here. ALLOW_INVALID=1 lets in TTT=before and TTT=prequant
-# (train_on_validation), MIXER_EXPERTS=entropy (EntropyMixture) and MIXER=hashed (HashedMixture).
+# No valid run comes here. ALLOW_INVALID=1 lets in
+#   TTT=before              s.trains_before_scoring   train_on_validation() in evaluate()
+#   TTT=prequant            s.trains_before_packing   train_on_validation() before export()
+#   MIXER_EXPERTS=entropy   wrappers()                EntropyMixture
+#   MIXER=hashed            wrappers()                HashedMixture
 # --------------------------------------------------------------------------------------------------
 
 
 def train_on_validation(run, model, stream):
     """TTT=before (#518) and TTT=prequant (#1539): steps on all of the text before it is scored.
 
-    What is reported afterwards is a training loss and no score. It is here so that this can be
-    measured.
+    The loss afterwards is a training loss and no score. It is here so that this can be measured.
     """
     s = run.s
     reason = f"C3 order: TTT={s.ttt} trains on the validation text before it is scored"
@@ -8506,8 +8518,13 @@ def train_on_validation(run, model, stream):
     with run.clock.phase("eval"):
         adaptation = adaptation_of_weights(model, s, run.rt)
         log_trainable(run, model, adaptation)
-        adaptation.fit(stream, np.arange(len(stream.bytes)), s.ttt_epochs, partial(cosine, s))
+        fit_whole_text(adaptation, stream, s.ttt_epochs, s)
     model.requires_grad_(True)
+
+
+def fit_whole_text(adaptation, stream, epochs, s):
+    """Learn all targets of the stream, with learning rates that fall by one cosine."""
+    adaptation.fit(stream, np.arange(len(stream.bytes)), epochs, partial(cosine, s))
 
 
 def invalid_mixture(s):
@@ -10469,14 +10486,14 @@ def evaluate(run, path):
         temperature = s.eval_temperature or model.temperature
         predictor = make_predictor(model, s, rt, len(val.bytes), temperature)
         _report_packed(run, s, model, predictor, val)
-        if s.ttt == "before":
+        if s.trains_before_scoring:
             train_on_validation(run, model, val)
         validity.need(not predictor.invalid, predictor.invalid)
         log_adaptation(run, model, predictor)
         reader = reader_for(predictor, val, s, rt)
         graphs = warm_up_scoring(run, predictor, reader) if rt.compiled else 0
         predictor.reset()
-        unchanged = s.ttt == "before" or fingerprint(model) == loaded
+        unchanged = s.trains_before_scoring or fingerprint(model) == loaded
         validity.need(unchanged, "C3: the model was changed before it was scored")
 
         result = score(predictor, reader, val, rt, validity, run.log)
@@ -10790,7 +10807,7 @@ def _train_and_export(run, tokenizer):
     params = sum(param.numel() for param in model.parameters())
     run.log("model_params", f"model_params:{params}", params=params)
     moments = train(run, model, val)
-    if s.ttt == "prequant":
+    if s.trains_before_packing:
         train_on_validation(run, model, val)
     return export(run, model, tokenizer_sha256, moments)
 
