@@ -68,7 +68,7 @@ Techniques: the setting that turns each one on, and its function or class
     score-first TTT                   TTT                     ScoreFirst
     adapters of documents             TTT                     DocumentAdapters
     low-rank adapters (LoRA)          TTT_LORA_RANK           Adapters
-    phased TTT                        PHASED_TTT_PREFIX_DOCS  phase_ends
+    phased TTT                        PHASED_TTT_PREFIX_DOCS  ttt_phase_ends
     n-gram backoff                    MIXER                   BackoffMixture
     hedge of n-gram experts           MIXER                   HedgeMixture
     token-only tilt                   TOKEN_BOOST             Tilt
@@ -787,10 +787,10 @@ class Settings:
     phased_ttt_prefix_docs: int = _eval(
         0, "phased TTT: number of documents, the longest ones, from which the weights learn "
         "(#1610); 0: off",
-        0, on=DOCS_TTT, code="phase_ends")
+        0, on=DOCS_TTT, code="ttt_phase_ends")
     phased_ttt_num_phases: int = _eval(
         1, "phased TTT: phases in which those documents are reached (#1626)",
-        1, 100, on="phased_ttt_prefix_docs", code="phase_ends")
+        1, 100, on="phased_ttt_prefix_docs", code="ttt_phase_ends")
     mixer: Literal["off", "backoff", "hedge", "hashed"] = _eval(
         "off", "n-grams counted in the scored text: backoff over all orders, at a weight by "
         "entropy; experts weighed by their record (hedge, #967); invalid: hashes of the target "
@@ -6388,7 +6388,7 @@ class Reader:
         begin, end = self.ranges.T
         longest_first = np.argsort(begin - end, kind="stable")
         count = len(longest_first)
-        edges = {0, count} | phase_ends(self.s)
+        edges = {0, count} | ttt_phase_ends(self.s)
         if self.learning:
             edges |= set(range(0, count, self.s.ttt_group_docs))
         edges = sorted(edge for edge in edges if edge <= count)
@@ -7533,8 +7533,8 @@ def frozen_in_ttt(model, s):
     return frozen
 
 
-def phase_ends(s):
-    """Numbers of documents after which a phase ends and the weights learn (PHASED_TTT_*)."""
+def ttt_phase_ends(s):
+    """Numbers of documents after which a phase of phased TTT ends and the weights learn (#1626)."""
     if not s.phased_ttt_prefix_docs:
         return set()
     phases = s.phased_ttt_num_phases
@@ -7701,45 +7701,56 @@ class Adapters:
         return AdapterSet(slots, head_adapter)
 
 
+class LearningRows(NamedTuple):
+    """Adapters that learn, and AdamW's moments of them. Each is (R, P), a row for each text."""
+
+    weights: Tensor
+    mean: Tensor
+    square: Tensor
+
+    def first(self, count):
+        """The first rows. They share memory with these."""
+        return LearningRows(*(values[:count] for values in self))
+
+
 class DocumentAdapters(ModelPredictor):
     """Adapters of each document (TTT=lora_docs, #77, #1530).
 
-    A document is scored a chunk at a time. After each chunk its adapters take one step of AdamW on
-    that chunk. Documents that are read together never meet: each has its own row of weights. With
-    EVAL_CONTEXT=cache each token is forwarded once, and its gradient ends where its chunk began.
-    With windows the window is forwarded for each chunk.
+    A document is read TTT_CHUNK_SIZE tokens a turn. After each turn its adapters take one step of
+    AdamW on the targets of that turn. Documents that are read together never meet: each has its own
+    row of weights. With EVAL_CONTEXT=cache each token is forwarded once, and its gradient ends
+    where its turn began. With windows the window is forwarded in each turn.
 
-    The Reader gives the documents in groups, each of them a Part. A rank reads its share of a
-    group in batches of TTT_BATCH_SIZE rows, a document a row. A batch is read in turns, one chunk
-    of every row each. Rows whose document has ended drop out, from the last one on. Three kinds of
-    state follow from this:
+    The Reader gives the documents in groups, each of them a Part, the longest first. A rank reads
+    its share of a group in batches of TTT_BATCH_SIZE rows, a document a row. Rows whose document
+    has ended drop out, from the last one on. Three kinds of state follow from this:
 
-    - of the batch: the weights of each row's adapters, and AdamW's moments of them;
-    - of the group: how many batches have begun, and for a warm start the sum of the weights with
+    - of the batch: the LearningRows;
+    - of the group: how many batches have ended, and for a warm start the sum of the weights with
       which adapters ended, and their number;
-    - of the text: the weights with which adapters begin, and for phases which documents were read.
+    - of the text: the weights with which adapters begin, and which documents were read.
 
     With which weights the adapters of a document begin:
 
     - TTT_LORA_A=shared: all with the same draw. TTT_WARM_START_A: A is the mean of those that
       ended in the last group.
-    - TTT_LORA_A=own: A is drawn for each seat of a group, anew for each group. TTT_WARM_START_A: A
-      is where the last document in the same seat ended. The seats of a group are its places in
-      the batches of all ranks. (#1767 has a start for each row of a rank's batch, which is the
-      same where all ranks are equally fast.)
+    - TTT_LORA_A=own: A is drawn for each seat, anew for each group. The seat of a document is its
+      number in its group. TTT_WARM_START_A: A is where the last document in the same seat ended.
+      (#1767 has a start for each row of a rank's batch, which is the same where all ranks are
+      equally fast.)
 
-    PHASED_TTT_PREFIX_DOCS: at the end of each phase the model's weights learn from all documents
-    so far (#1610), and every own A is drawn anew.
+    Phased TTT (PHASED_TTT_*): where a phase of it ends, the model's weights learn from all
+    documents so far (#1610), and every own A is drawn anew.
     """
 
     def __init__(self, model, s, rt, temperature=1.0):
         width = s.eval_seq_len if s.eval_context == "cache" else 0
         super().__init__(model, rt, temperature, width)
         self.s = s
-        self.phases = s.phased_ttt_prefix_docs > 0
-        self.learns = s.ttt_warm_start_a or self.phases
+        self.phased = s.phased_ttt_prefix_docs > 0
+        self.learns = s.ttt_warm_start_a or self.phased
         self.adapters = Adapters(model, s)
-        if self.phases:
+        if self.phased:
             self.adaptation = adaptation_of_weights(model, s, rt)
         self.reset()
 
@@ -7748,62 +7759,63 @@ class DocumentAdapters(ModelPredictor):
         # Of the text.
         self.start = self.adapters.start()  # (1, P), for all documents
         self.draw = 0  # number of the draw of own starts
-        self.seats = {}  # {seat: (P,) weights of the last document there}
+        self.seats = {}  # {seat: (P,) weights with which the last document there ended}
         self.groups = []  # ranges of the documents of each group
         # Of the group.
-        self.batches = 0
+        self.batches = 0  # that have ended
         sum_and_count = self.start.size(1) + 1
         self.ended = torch.zeros(sum_and_count, dtype=torch.float64, device=self.start.device)
-        # Of the batch, (rows, P) each.
-        self.weights = None
-        self.mean = None
-        self.square = None
-        if self.phases:
+        # Of the batch.
+        self.rows = None  # LearningRows
+        if self.phased:
             self.adaptation.reset()
         self.model.requires_grad_(False)
 
-    # Of a batch: predict a chunk, and take a step on it after it was scored.
+    # A turn: predict, and take a step on the targets after they were scored.
 
     @torch.enable_grad()
     def logits(self, inputs):
         rows = len(inputs.ids)
         if inputs.turn == 0:
-            self.weights = self._begin(rows)
-            self.mean = torch.zeros_like(self.weights)
-            self.square = torch.zeros_like(self.weights)
-        self.weights = self.weights[:rows]
-        self.mean = self.mean[:rows]
-        self.square = self.square[:rows]
-        self.adapter_weights = self.weights.detach().requires_grad_()
+            weights = self._begin(rows)
+            self.rows = LearningRows(
+                weights, torch.zeros_like(weights), torch.zeros_like(weights))
+        self.rows = self.rows.first(rows)
+        self.adapter_weights = self.rows.weights.detach().requires_grad_()
         self.last_logits = super().logits(inputs)  # with their graph, for observe()
         return self.last_logits.detach()
 
     def observe(self, chunk):
         super().observe(chunk)
-        if chunk.inputs.turn == 0:
-            self.batches += 1
-        scored = chunk.index >= 0
         if chunk.continuing:
-            self._step(chunk, scored)
-        if self.s.ttt_warm_start_a and self.s.ttt_lora_a == "shared":
-            self._add_ended(chunk, scored)
+            self._step(chunk)
+        if self.s.ttt_warm_start_a:
+            self._note_ended(chunk)
+        if not chunk.continuing:
+            self.batches += 1
 
-    def _step(self, chunk, scored):
+    def _step(self, chunk):
         """A step of AdamW on the chunk, of the rows that continue."""
         s = self.s
-        rows = chunk.continuing
+        scored = chunk.index >= 0
         nats = nats_of(self.last_logits, chunk.targets)
         loss = (nats * scored).sum(1) / scored.sum(1).clamp(min=1)
-        grad = torch.autograd.grad(loss[:rows].sum(), self.adapter_weights)[0]
-        betas = (s.ttt_beta1, s.ttt_beta2)
-        adamw(self.weights[:rows], grad[:rows], self.mean[:rows], self.square[:rows],
-              chunk.inputs.turn + 1, s.ttt_lora_lr, s.ttt_wd, betas, 1e-10)
+        loss = loss[: chunk.continuing].sum()
+        grad = torch.autograd.grad(loss, self.adapter_weights)[0]
+        weights, mean, square = self.rows.first(chunk.continuing)
+        adamw(weights, grad[: chunk.continuing], mean, square, chunk.inputs.turn + 1,
+              s.ttt_lora_lr, s.ttt_wd, (s.ttt_beta1, s.ttt_beta2), 1e-10)
 
-    def _add_ended(self, chunk, scored):
-        """Add the adapters of rows that end with this chunk to the group's sum and count."""
-        ends = scored.any(1).double()
+    def _note_ended(self, chunk):
+        """Keep what a warm start needs of the documents that end with this chunk."""
+        weights = self.rows.weights
+        if self.s.ttt_lora_a == "own":
+            ended = slice(chunk.continuing, None)
+            self.seats.update(zip(self._seats(len(weights))[ended], weights[ended]))
+            return
+        ends = (chunk.index >= 0).any(1).double()
         ends[: chunk.continuing] = 0
-        self.ended += torch.cat((ends @ self.weights.double(), ends.sum()[None]))
+        self.ended += torch.cat((ends @ weights.double(), ends.sum()[None]))
 
     # Where adapters begin.
 
@@ -7811,16 +7823,11 @@ class DocumentAdapters(ModelPredictor):
         """Weights (rows, P) with which the adapters of this rank's next documents begin."""
         if self.s.ttt_lora_a == "shared":
             return self.start.expand(rows, -1).clone()
-        seats = self._seats(rows)
-        starts = torch.stack([self._own_start(seat) for seat in seats])
-        weights = starts * self.adapters.is_a  # B begins with zeros
-        if self.s.ttt_warm_start_a:
-            for seat, row in zip(seats, weights):
-                self.seats[seat] = row  # a view: it learns as the document goes on
-        return weights
+        starts = torch.stack([self._own_start(seat) for seat in self._seats(rows)])
+        return starts * self.adapters.is_a  # B begins with zeros
 
     def _seats(self, rows):
-        """Numbers of the next documents of this rank within their group."""
+        """Seats of the documents in the rows of this rank's batch."""
         first = self.batches * self.s.ttt_batch_size
         return [(first + row) * self.rt.world + self.rt.rank for row in range(rows)]
 
@@ -7830,7 +7837,7 @@ class DocumentAdapters(ModelPredictor):
             return self.seats[seat]
         return self.adapters.start(self.draw, seat)[0]
 
-    # The end of a group, and of a phase.
+    # The end of a group, and of a phase of phased TTT.
 
     def learn(self, part, stream):
         if self.s.ttt_warm_start_a:
@@ -7841,18 +7848,19 @@ class DocumentAdapters(ModelPredictor):
         self.batches = 0
         self.groups.append(part.ranges)
         documents = sum(map(len, self.groups))
-        if self.phases and documents in phase_ends(self.s):
-            self._end_phase(stream)
+        if self.phased and documents in ttt_phase_ends(self.s):
+            self._end_ttt_phase(stream)
 
     def _warm_start(self):
         """A begins at the mean over the adapters that ended in this group, on all ranks."""
         self.rt.sum(self.ended)
-        total, count = self.ended[:-1], self.ended[-1]
+        total = self.ended[:-1]
+        count = self.ended[-1]
         if count > 0:
             mean = (total / count).to(self.start)
             self.start = torch.where(self.adapters.is_a, mean, self.start)
 
-    def _end_phase(self, stream):
+    def _end_ttt_phase(self, stream):
         """The weights learn from all documents so far, and own starts are drawn anew."""
         self.seats = {}
         self.draw += 1
@@ -7868,7 +7876,7 @@ class DocumentAdapters(ModelPredictor):
         self.model.requires_grad_(False)
 
     def rehearse(self, stream):
-        if self.phases:
+        if self.phased:
             self._train_weights(stream, np.arange(len(stream.bytes)), 1)
 
 
