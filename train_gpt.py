@@ -1774,35 +1774,38 @@ class ScalarSmearGate(nn.Module):
         return x + gate[..., None] * previous
 
 
-# An n-gram hash has rows of factors: of this token, of the one before, ... The second row serves
-# where there are not enough predecessors for the first.
+# Factors of n-gram hashes: of this token, of the one before, ... Where the predecessors are too few
+# for the first n-gram, the second one serves.
 BIGRAM = ((36313, 27191),)
 SHARED_TRIGRAM = ((36313, 27191, 51497),)  # in the table of the bigrams
 TRIGRAM = ((48271, 36313, 27191), (36313, 27191))  # in a table of its own
 
 
 def hash_ngrams(ids, hashes, buckets, docs):
-    """Bucket (B, T) of the n-gram that ends at each token.
+    """Bucket (B, T) of the n-gram that ends at each token: ids times factors, xored, modulo
+    `buckets`.
 
-    It is ids times factors, xored, modulo `buckets`. Where a token has too few predecessors, at the
-    start of the row and with `docs` of a document, the next row of factors in `hashes` is used,
-    for shorter n-grams. Where no row is left, it is bucket number `buckets`, reserved for that.
+    hashes: factors of the n-gram, and of shorter ones. A token may have too few predecessors: at
+    the start of the row, and with `docs` of a document. It gets the bucket of the next shorter
+    n-gram, or where there is none the bucket with the number `buckets`, which is reserved for that.
     """
-    factors = hashes[0]
+    factors, *shorter = hashes
+    predecessors = len(factors) - 1
     width = ids.size(1)
-    predecessors = min(len(factors) - 1, width)
-    bucket = factors[0] * ids[:, predecessors:]
+
+    def earlier(values, back):
+        """(B, T) what stands `back` tokens earlier, or zeros."""
+        return F.pad(values, (back, 0))[:, :width]
+
+    bucket = factors[0] * ids
     for back in range(1, predecessors + 1):
-        bucket = bucket ^ factors[back] * ids[:, predecessors - back : width - back]
-    bucket = F.pad(bucket % buckets, (predecessors, 0), value=buckets)
+        bucket = bucket ^ factors[back] * earlier(ids, back)
+    too_few = (torch.arange(width, device=ids.device) < predecessors).expand_as(ids)
     if docs is not None:
         for back in range(predecessors):
-            began_back = F.pad(docs.first[:, : width - back], (back, 0))  # so many tokens ago
-            bucket = bucket.masked_fill(began_back, buckets)
-    if len(hashes) > 1:
-        missing = bucket == buckets
-        bucket = torch.where(missing, hash_ngrams(ids, hashes[1:], buckets, docs), bucket)
-    return bucket
+            too_few = too_few | earlier(docs.first, back)
+    instead = hash_ngrams(ids, shorter, buckets, docs) if shorter else buckets
+    return torch.where(too_few, instead, bucket % buckets)
 
 
 class BigramHash(nn.Module):
