@@ -76,7 +76,7 @@ Techniques: the setting that turns each one on, and its function or class
 
 Axes: B sequences, T positions, D model width, H query heads, K key/value heads, C channels of a
 head, V vocabulary. Rooms 7 to 9: N matrices, R rows, C columns; their codes are integer weights.
-Room 10: K places of a row, N targets. "#N" is pull request or issue N of openai/parameter-golf.
+Rooms 10 to 13: K places of a row, N targets. "#N" is pull request or issue N of openai/parameter-golf.
 """
 
 import contextlib
@@ -6888,7 +6888,7 @@ class Examiner:
         positions = torch.arange(ids.size(1), device=ids.device)
         later_ids = positions > inputs.places.gather(1, place)
         columns = torch.arange(recent.size(1), device=recent.device)
-        later_recent = columns > tokens_before(inputs) + place
+        later_recent = columns > first_column(inputs) + place
         return inputs._replace(ids=self._with_noise(ids, later_ids, vocab),
                                recent=self._with_noise(recent, later_recent, vocab))
 
@@ -7206,19 +7206,19 @@ def selftest(run, s, path, data, val):
     if s.trains_before_scoring:
         adaptation = adaptation_of_weights(model, s, rt)
     predictors = {}
-    for ranks in (rt, alone):
-        predictors[ranks] = make_predictor(model, s, ranks, len(ids), temperature)
+    for runtime in (rt, alone):
+        predictors[runtime] = make_predictor(model, s, runtime, len(ids), temperature)
 
-    def nats(ids, ranks=rt, distributions=None):
-        predictor = predictors[ranks]
+    def nats(ids, runtime=rt, distributions=None):
+        predictor = predictors[runtime]
         predictor.reset()
         stream = unmeasured_text(ids.int())
         costs = torch.zeros(len(ids) - 1, dtype=torch.float64, device=ids.device)
         if adaptation:
             adaptation.reset()
             fit_whole_text(adaptation, stream, 1, s)
-        reader = reader_for(predictor, stream, s, ranks, total_parts=8)
-        score(predictor, reader, stream, ranks, Validity(), check_every=0, nats=costs,
+        reader = reader_for(predictor, stream, s, runtime, total_parts=8)
+        score(predictor, reader, stream, runtime, Validity(), check_every=0, nats=costs,
               distributions=distributions)
         return costs
 
@@ -7273,6 +7273,8 @@ def selftest_text(val, lengths):
 
 # --------------------------------------------------------------------------------------------------
 # 12 Predictors: what is scored. Mixtures and the tilt take another predictor as their base.
+# Axes: B rows, K places of a row, V tokens; R rows of P weights of adapters; E experts, L tokens of
+# a text. A phase is one of phased TTT here, and not one of the clock.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -7440,11 +7442,12 @@ class Adaptation:
         A sequence has EVAL_SEQ_LEN targets. lr_scale(progress), of progress in [0, 1), multiplies
         the learning rates. after_step() is called after each step.
         """
-        s, world = self.s, self.rt.world
+        s = self.s
+        world = self.rt.world
         padding = -len(targets) % s.eval_seq_len
         rows = np.pad(targets, (0, padding), constant_values=-1).reshape(-1, s.eval_seq_len)
         batches = [rows[i : i + s.ttt_batch_seqs] for i in range(0, len(rows), s.ttt_batch_seqs)]
-        # Of every batch, divisible by the ranks.
+        # Every batch has as many, divisible by the ranks.
         batch_rows = ceil_div(len(batches[0]), world) * world
         steps = epochs * len(batches)
         for step in range(steps):
@@ -7467,7 +7470,8 @@ class Adaptation:
 
     def _backward(self, stream, targets):
         """Gradients of the mean loss of the targets, summed over the rows of this rank."""
-        s, rt = self.s, self.rt
+        s = self.s
+        rt = self.rt
         index = targets.clamp(min=0)
         weights = (targets >= 0).long()
         if s.byte_weighted_ttt:
@@ -7589,7 +7593,8 @@ class ScoreFirst(ModelPredictor):
         self.adaptation.fit(stream, np.arange(len(stream.bytes)), 1, lambda progress: 0.0)
 
     def learn(self, part, stream):
-        s, adaptation = self.s, self.adaptation
+        s = self.s
+        adaptation = self.adaptation
         if part.number + 1 == part.total:
             return
         progress = part.number / max(part.total - 1, 1)
@@ -7989,21 +7994,22 @@ class NgramCounts:
     apart by the token `vocab`.
     """
 
-    KINDS = 32  # bits of `followers` below the number of different tokens
-
     def __init__(self, vocab, order, capacity, device):
         self.vocab = vocab
         self.order = order
         self.table = HashTable(capacity, device)
         nodes = vocab + 1 + len(self.table) + 1
+        # Of each n-gram: how often it occurred, how many tokens came after it, and how many
+        # different ones.
         self.count = torch.zeros(nodes, dtype=torch.int32, device=device)
-        # After each n-gram: (number of different tokens << KINDS) + number of tokens.
-        self.followers = torch.zeros(nodes, dtype=torch.int64, device=device)
+        self.tokens_after = torch.zeros_like(self.count)
+        self.types_after = torch.zeros_like(self.count)
 
     def reset(self):
         self.table.reset()
         self.count.zero_()
-        self.followers.zero_()
+        self.tokens_after.zero_()
+        self.types_after.zero_()
 
     @property
     def root(self):
@@ -8048,15 +8054,15 @@ class NgramCounts:
             self._count_new(is_new, ends, nodes, parents)
 
     def _count_new(self, is_new, ends, nodes, parents):
-        """Count the nodes that end at new places, and each as a follower of its parent."""
+        """Count the nodes (n,) that end at new places, and their last tokens after the parents."""
         counted = is_new.index_select(0, ends).nonzero().squeeze(1)
         nodes = nodes.index_select(0, counted)
         parents = parents.index_select(0, counted)
-        followers = torch.ones_like(nodes)
-        followers[self._first_occurrences(nodes)] += 1 << self.KINDS
+        first = self._first_occurrences(nodes)
         ones = torch.ones(len(nodes), dtype=torch.int32, device=nodes.device)
         self.count.index_add_(0, nodes, ones)
-        self.followers.index_add_(0, parents, followers)
+        self.tokens_after.index_add_(0, parents, ones)
+        self.types_after.index_add_(0, parents.index_select(0, first), ones[: len(first)])
 
     def _first_occurrences(self, nodes):
         """Indices into nodes (n,): of each node that has no count yet, one index.
@@ -8085,12 +8091,11 @@ class NgramCounts:
         p = torch.full(grams[0].shape, 1 / self.vocab, dtype=torch.float64, device=grams[0].device)
         by_order = []
         for context, gram in zip(contexts, grams):
-            followers = torch.where(context < 0, 0, self.followers[context])
-            kinds = (followers >> self.KINDS).double()
-            total = (followers & (1 << self.KINDS) - 1).double()
             count = torch.where(gram < 0, 0, self.count[gram]).double()
+            total = torch.where(context < 0, 0, self.tokens_after[context]).double()
+            types = torch.where(context < 0, 0, self.types_after[context]).double()
             kept = (count - DISCOUNT).clamp(min=0)
-            interpolated = (kept + DISCOUNT * kinds * p) / total.clamp(min=1)
+            interpolated = (kept + DISCOUNT * types * p) / total.clamp(min=1)
             p = torch.where(total > 0, interpolated, p)
             by_order.append(p)
         return by_order
@@ -8135,15 +8140,16 @@ def scored_text(part, stream, back, s):
     A range of the part comes with up to `back` tokens before it, which are counted already. With
     TTT=lora_docs it is a document and comes alone. The token VOCAB_SIZE follows on each range.
     """
+    separator = stream.tokens.new_full((1,), s.vocab_size)
     pieces = []
     new = []
     length = 0  # of the pieces so far
-    edge = stream.tokens.new_full((1,), s.vocab_size)
-    for begin, end in part.ranges.tolist():  # whose targets are the tokens from begin + 1 to end
+    for begin, end in part.ranges.tolist():
+        # The targets [begin, end) are the tokens [begin + 1, end + 1) of the stream.
         first = begin if s.ttt == "lora_docs" else max(begin + 1 - back, 0)
-        pieces += [stream.tokens[first : end + 1], edge]
-        shift = length - first
-        new.append(torch.arange(begin + 1 + shift, end + 1 + shift, device=edge.device))
+        pieces += [stream.tokens[first : end + 1], separator]
+        shift = length - first  # from a place in the stream to the same one in the text
+        new.append(torch.arange(begin + 1 + shift, end + 1 + shift, device=separator.device))
         length += end + 1 - first + 1
     return torch.cat(pieces).long(), torch.cat(new)
 
@@ -8159,8 +8165,8 @@ def ngram_weight(s, log_probs):
     return s.alpha_base + s.alpha_range * torch.sigmoid(2 * above_center)
 
 
-def tokens_before(inputs):
-    """How many tokens of inputs.recent come before the first place."""
+def first_column(inputs):
+    """The column of inputs.recent that holds the first place."""
     return inputs.recent.size(1) - inputs.places.size(1)
 
 
@@ -8175,10 +8181,13 @@ def with_dims_of(values, like):
 
 
 class NgramMixture(WrappingPredictor):
-    """The base mixed with experts, which are n-grams of one order, counted in the scored text.
+    """The base mixed with E experts, which are n-grams of one order, counted in the scored text.
 
-    Each expert is a distribution, and so is the mixture. _log_weights() of a subclass says what
-    each of them weighs. names: of the experts, as in MIXER_EXPERTS.
+    Base and experts are distributions, and so is their mixture. _log_weights() of a subclass says
+    what each of them weighs. names: of the experts, as in MIXER_EXPERTS.
+
+    An n-gram `gram` is its `context`, all tokens but the last, and that token. Both are nodes of
+    `counts`.
     """
 
     def __init__(self, base, s, rt, targets, names):
@@ -8193,14 +8202,14 @@ class NgramMixture(WrappingPredictor):
         return ORDERS.get(name, self.s.ngram_order)
 
     def _log_weights(self, log_probs):
-        """Of base and experts (1 + E, B or 1, K or 1). log_probs (B, K, V): what the base says."""
+        """Of base and experts, (1 + E, B or 1, K or 1). log_probs (B, K, V): those of the base."""
         raise NotImplementedError
 
     def reset(self):
         super().reset()
         self.counts.reset()
         self.counted = 0  # targets
-        self.experts = None  # log-probabilities (1 + E, B, K) of the last targets
+        self.target_log_probs = None  # (1 + E, B, K) by base and experts, in the last nll()
 
     @torch.no_grad()
     def predict(self, inputs, count=None):
@@ -8208,50 +8217,48 @@ class NgramMixture(WrappingPredictor):
         if self.counted < self.s.mixer_min_tokens:
             return log_probs
         nodes = self.counts.walk(inputs.recent)
-        contexts = self._contexts(nodes, tokens_before(inputs), log_probs.size(1))
+        contexts = self._contexts(nodes, first_column(inputs), log_probs.size(1))
         contexts = [context[..., None].expand(log_probs.shape) for context in contexts]
-        vocabulary = every_token(log_probs)
-        grams = [vocabulary]
-        for context in contexts[1:]:
-            grams.append(self.counts.find(context, vocabulary))
-        return self._mix(self._experts(log_probs, log_probs, contexts, grams), log_probs)
+        tokens = every_token(log_probs)
+        grams = [tokens, *(self.counts.find(context, tokens) for context in contexts[1:])]
+        return self._mix(self._by_all(log_probs, log_probs, contexts, grams), log_probs)
 
     @torch.no_grad()
     def nll(self, inputs, targets):
         log_probs = self.base.predict(inputs)
-        of_targets = log_probs.gather(-1, targets[..., None]).squeeze(-1)
-        self.experts = None
+        by_base = log_probs.gather(-1, targets[..., None]).squeeze(-1)
+        self.target_log_probs = None
         if self.counted < self.s.mixer_min_tokens:
-            return -of_targets
+            return -by_base
         contexts, grams = self.nodes_of_targets(inputs, targets)
-        self.experts = self._experts(log_probs, of_targets, contexts, grams)
-        return -self._mix(self.experts, log_probs)
+        self.target_log_probs = self._by_all(log_probs, by_base, contexts, grams)
+        return -self._mix(self.target_log_probs, log_probs)
 
-    def _contexts(self, nodes, before, places):
-        """[nodes (B, K) of the last 0, 1, ... tokens up to each place], from what walk() found."""
-        span = slice(before, before + places)
-        contexts = [torch.full_like(nodes[0][:, span], self.counts.root)]
-        for of_length in nodes[: self.counts.order - 1]:
-            contexts.append(of_length[:, span])
-        return contexts
+    def _contexts(self, nodes, first, places):
+        """[nodes (B, K) of the last 0, 1, ... tokens up to each place]: columns of walk()'s nodes,
+        from `first` on, with the root, which is that of no token.
+        """
+        columns = [of_length[:, first : first + places] for of_length in nodes]
+        root = torch.full_like(columns[0], self.counts.root)
+        return [root, *columns[: self.counts.order - 1]]
 
     def nodes_of_targets(self, inputs, targets):
         """(contexts, grams) of targets (B, K), as backoff_probabilities() takes them."""
-        before = tokens_before(inputs)
-        first_place = inputs.recent[:, : before + 1]
-        nodes = self.counts.walk(torch.cat((first_place, targets), 1))
-        grams = [of_length[:, before + 1 :] for of_length in nodes]
-        return self._contexts(nodes, before, targets.size(1)), grams
+        first = first_column(inputs)
+        up_to_first = inputs.recent[:, : first + 1]
+        nodes = self.counts.walk(torch.cat((up_to_first, targets), 1))
+        grams = [of_length[:, first + 1 :] for of_length in nodes]
+        return self._contexts(nodes, first, targets.size(1)), grams
 
-    def _experts(self, log_probs, of_tokens, contexts, grams):
-        """Log-probabilities (1 + E, B, K, ...) of tokens: of_tokens by the base, and experts."""
+    def _by_all(self, log_probs, by_base, contexts, grams):
+        """Log-probabilities (1 + E, B, K, ...) of tokens: those by_base, and by each expert."""
         by_order = self.counts.backoff_probabilities(contexts, grams)
-        experts = [by_order[order - 1].log() for order in self.orders]
-        return torch.stack([of_tokens.double(), *experts])
+        by_experts = [by_order[order - 1].log() for order in self.orders]
+        return torch.stack([by_base.double(), *by_experts])
 
-    def _mix(self, experts, log_probs):
+    def _mix(self, by_all, log_probs):
         """Log-probabilities (B, K, ...) of the mixture."""
-        return (experts + with_dims_of(self._log_weights(log_probs), experts[0])).logsumexp(0)
+        return (by_all + with_dims_of(self._log_weights(log_probs), by_all[0])).logsumexp(0)
 
     def learn(self, part, stream):
         super().learn(part, stream)
@@ -8289,27 +8296,28 @@ class HedgeMixture(NgramMixture):
     def reset(self):
         super().reset()
         device = self.rt.device
-        self.weights = torch.zeros(1 + len(self.orders), dtype=torch.float64, device=device)  # log
-        self.weights[0] = self.MODEL_WEIGHT
-        # Of the part: the nats of each, and at last the number of targets.
-        self.nats = torch.zeros(len(self.weights) + 1, dtype=torch.float64, device=device)
+        count = 1 + len(self.orders)
+        self.log_weights = torch.zeros(count, dtype=torch.float64, device=device)
+        self.log_weights[0] = self.MODEL_WEIGHT
+        # Of the part: the nats of base and experts, and at last the number of targets.
+        self.nats = torch.zeros(count + 1, dtype=torch.float64, device=device)
 
     def _log_weights(self, log_probs):
-        return self.weights.log_softmax(0).view(-1, 1, 1)
+        return self.log_weights.log_softmax(0).view(-1, 1, 1)
 
     def observe(self, chunk):
-        if self.experts is not None:
+        if self.target_log_probs is not None:
             scored = chunk.index >= 0
-            self.nats[:-1] -= (self.experts * scored).flatten(1).sum(1)
+            self.nats[:-1] -= (self.target_log_probs * scored).flatten(1).sum(1)
             self.nats[-1] += scored.sum()
         super().observe(chunk)
 
     def learn(self, part, stream):
         super().learn(part, stream)
         self.rt.sum(self.nats)
-        nats, targets = self.nats[:-1], self.nats[-1]
+        targets = self.nats[-1]
         if targets > 0:
-            self.weights -= self.s.mixer_eta * nats / targets
+            self.log_weights -= self.s.mixer_eta * self.nats[:-1] / targets
         self.nats.zero_()
 
 
@@ -8349,12 +8357,12 @@ class Followers:
         """Double the table until `more` keys fit in."""
         self.used += more
         while 1.5 * self.used > len(self.table):
-            old_table, old_count, old_best = self.table, self.count, self.best
-            kept = old_table.contents.nonzero().squeeze(1)
-            self._use(HashTable(len(old_table), old_count.device))
-            slots = self.table.probe(old_table.contents[kept] - 1, add=True)
-            self.count[slots] = old_count[kept]
-            self.best[slots] = old_best[kept]
+            old = copy(self)
+            kept = old.table.contents.nonzero().squeeze(1)
+            self._use(HashTable(len(old.table), old.count.device))
+            slots = self.table.probe(old.table.contents[kept] - 1, add=True)
+            self.count[slots] = old.count[kept]
+            self.best[slots] = old.best[kept]
 
     def add(self, contexts, tokens, elsewhere=0):
         """Count that tokens (n,) followed on contexts (n,).
@@ -8422,7 +8430,7 @@ class Tilt(WrappingPredictor):
 
     def _contexts(self, inputs):
         """Of each place (B, K): (key of its context, key in row_followers, is it complete?)."""
-        recent = inputs.recent[:, tokens_before(inputs) - self.context + 1 :]
+        recent = inputs.recent[:, first_column(inputs) - self.context + 1 :]
         keys = self._hashes(recent)
         numbers = torch.arange(1, 1 + len(recent), device=recent.device)[:, None]
         row_keys = mix_bits(keys + numbers * GOLDEN)
@@ -8558,15 +8566,15 @@ class EntropyMixture(HedgeMixture):
 
     def _order(self, name):
         if name == "entropy":
-            return 1  # any order will do: _experts() replaces its probabilities
+            return 1  # any order will do: _by_all() replaces its probabilities
         return super()._order(name)
 
-    def _experts(self, log_probs, of_tokens, contexts, grams):
-        experts = super()._experts(log_probs, of_tokens, contexts, grams)
+    def _by_all(self, log_probs, by_base, contexts, grams):
+        by_all = super()._by_all(log_probs, by_base, contexts, grams)
         for number, name in enumerate(self.s.mixer_experts, 1):
             if name == "entropy":
-                experts[number] = with_dims_of(-entropy_of(log_probs), of_tokens)
-        return experts
+                by_all[number] = with_dims_of(-entropy_of(log_probs), by_base)
+        return by_all
 
 
 class HashedMixture(WrappingPredictor):
@@ -8624,11 +8632,11 @@ class HashedMixture(WrappingPredictor):
             unanswered = unanswered & ~answers
         return p
 
-    def _mix(self, inputs, log_probs, of_tokens, tokens):
-        """Log "probabilities" (B, K, ...) of tokens, which are of_tokens by the base."""
-        alpha = with_dims_of(ngram_weight(self.s, log_probs), of_tokens)
-        upto_last = inputs.recent[:, : tokens_before(inputs) + tokens.size(1)]
-        p = (1 - alpha) * of_tokens.double().exp() + alpha * self.shares(upto_last, tokens)
+    def _mix(self, inputs, log_probs, by_base, tokens):
+        """Log "probabilities" (B, K, ...) of tokens: those by_base mixed with the shares."""
+        alpha = with_dims_of(ngram_weight(self.s, log_probs), by_base)
+        upto_last = inputs.recent[:, : first_column(inputs) + tokens.size(1)]
+        p = (1 - alpha) * by_base.double().exp() + alpha * self.shares(upto_last, tokens)
         return torch.log(p.clamp(min=1e-12))
 
     @torch.no_grad()
@@ -8641,10 +8649,10 @@ class HashedMixture(WrappingPredictor):
     @torch.no_grad()
     def nll(self, inputs, targets):
         log_probs = self.base.predict(inputs)
-        of_targets = log_probs.gather(-1, targets[..., None]).squeeze(-1)
+        by_base = log_probs.gather(-1, targets[..., None]).squeeze(-1)
         if self.counted < self.s.mixer_min_tokens:
-            return -of_targets
-        return -self._mix(inputs, log_probs, of_targets, targets)
+            return -by_base
+        return -self._mix(inputs, log_probs, by_base, targets)
 
     def learn(self, part, stream):
         super().learn(part, stream)
