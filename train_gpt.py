@@ -76,7 +76,8 @@ Techniques: the setting that turns each one on, and its function or class
 
 Axes: B sequences, T positions, D model width, H query heads, K key/value heads, C channels of a
 head, V vocabulary. Rooms 7 to 9: N matrices, R rows, C columns; their codes are integer weights.
-Rooms 10 to 13: K places of a row, N targets. "#N" is pull request or issue N of openai/parameter-golf.
+Rooms 10 to 13: K places of a row, N targets. "#N" is pull request or issue N of
+openai/parameter-golf.
 """
 
 import contextlib
