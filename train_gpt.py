@@ -68,7 +68,7 @@ Techniques: the setting that turns each one on, and its function or class
     score-first TTT                   TTT                     ScoreFirst
     adapters of documents             TTT                     DocumentAdapters
     low-rank adapters (LoRA)          TTT_LORA_RANK           Adapters
-    phased TTT                        PHASED_TTT_PREFIX_DOCS  phase_ends
+    phased TTT                        PHASED_TTT_PREFIX_DOCS  ttt_phase_ends
     n-gram backoff                    MIXER                   BackoffMixture
     hedge of n-gram experts           MIXER                   HedgeMixture
     token-only tilt                   TOKEN_BOOST             Tilt
@@ -76,8 +76,8 @@ Techniques: the setting that turns each one on, and its function or class
 
 Axes: B sequences, T positions, D model width, H query heads, K key/value heads, C channels of a
 head, V vocabulary. Rooms 7 to 9: N matrices, R rows, C columns; their codes are integer weights.
-Rooms 10 to 13: M places of a row, N targets.
-"#N" is pull request or issue N of openai/parameter-golf.
+Rooms 10 to 13: M places of a row, N targets. "#N" is pull request or issue N of
+openai/parameter-golf.
 """
 
 import contextlib
@@ -243,7 +243,7 @@ FIXED_GRID = "fit!=allocate&matrix_quant!=ternary"
 FIXED_EMBED_GRID = "fit!=allocate&embed_quant!=ternary"
 ANY_FIXED_GRID = f"{FIXED_GRID},{FIXED_EMBED_GRID}"
 GPTQ = "matrix_quant=gptq,embed_quant=gptq"
-# What calibration serves; needs_curvature looks at the bits, too, and so says whether it takes place.
+# What calibration serves. needs_curvature looks at the bits, too: it says whether it takes place.
 CALIBRATED = f"{GPTQ},fit=allocate,lqer_rank,awq_lite_group_top_k"
 RESERVED = f"{CALIBRATED},eval_temperature=0,average=best"
 ONE_STREAM = "ttt!=lora_docs"
@@ -792,10 +792,10 @@ class Settings:
     phased_ttt_prefix_docs: int = _eval(
         0, "phased TTT: number of documents, the longest ones, from which the weights learn "
         "(#1610); 0: off",
-        0, on=DOCS_TTT, code="phase_ends")
+        0, on=DOCS_TTT, code="ttt_phase_ends")
     phased_ttt_num_phases: int = _eval(
         1, "phased TTT: phases in which those documents are reached (#1626)",
-        1, 100, on="phased_ttt_prefix_docs", code="phase_ends")
+        1, 100, on="phased_ttt_prefix_docs", code="ttt_phase_ends")
     mixer: Literal["off", "backoff", "hedge", "hashed"] = _eval(
         "off", "n-grams counted in the scored text: backoff over all orders, at a weight by "
         "entropy; experts weighed by their record (hedge, #967); invalid: hashes of the target "
@@ -908,6 +908,16 @@ class Settings:
     def longest_sequence(self):
         """Longest span that attention covers; longer documents are cut."""
         return max(self.eval_seq_len, *(stage.length for stage in self.stages))
+
+    @property
+    def trains_before_scoring(self):
+        """Does the loaded model train on the text that it then scores? Invalid: see room 13."""
+        return self.ttt == "before"
+
+    @property
+    def trains_before_packing(self):
+        """Does the trained model train on that text before it is packed? Invalid: see room 13."""
+        return self.ttt == "prequant"
 
     def idle(self):
         """{changed setting: what it waits for}: settings without effect, such as VE_LAYERS while
@@ -1310,7 +1320,7 @@ def _evaluation_conflicts(s, complain):
             complain(f"{why}: ALLOW_INVALID=1 runs it, and calls the score invalid")
     if s.eval_stride > s.eval_seq_len:
         complain(f"EVAL_STRIDE={s.eval_stride} exceeds EVAL_SEQ_LEN={s.eval_seq_len}")
-    if s.ttt == "prequant" and s.phases == "eval":
+    if s.trains_before_packing and s.phases == "eval":
         complain("TTT=prequant happens before the artifact, and PHASES=eval after it")
     if s.alpha_base + s.alpha_range >= 1 + 1e-12 and s.holds(s.rule("alpha_range")):
         complain(f"ALPHA_BASE={s.alpha_base} and ALPHA_RANGE={s.alpha_range} come to more than 1, "
@@ -1796,28 +1806,30 @@ TRIGRAM = ((48271, 36313, 27191), (36313, 27191))  # in a table of its own
 
 
 def hash_ngrams(ids, factor_sets, buckets, docs):
-    """Bucket (B, T) of the n-gram that ends at each token, for factors f = factor_sets[0]:
+    """Bucket (B, T) of the n-gram that ends at each token, by the first set f of factors:
 
         (f[0] id[t] ^ f[1] id[t - 1] ^ ...) % buckets
 
-    At the start of a row, and with `docs` of a document, a token has too few predecessors for that.
-    There the next set serves, of a shorter n-gram; without one the bucket is number `buckets`.
+    At the start of the row, and with `docs` of a document, a token has too few predecessors for
+    that. It gets the bucket of the next set, of a shorter n-gram; without one, bucket `buckets`.
     """
-    factors = factor_sets[0]
+    factors, *shorter = factor_sets
+    predecessors = len(factors) - 1
     width = ids.size(1)
-    predecessors = min(len(factors) - 1, width)
-    bucket = factors[0] * ids[:, predecessors:]
+
+    def earlier(values, back):
+        """(B, T) what stands `back` tokens earlier, or zeros."""
+        return F.pad(values, (back, 0))[:, :width]
+
+    bucket = factors[0] * ids
     for back in range(1, predecessors + 1):
-        bucket = bucket ^ factors[back] * ids[:, predecessors - back : width - back]
-    bucket = F.pad(bucket % buckets, (predecessors, 0), value=buckets)
+        bucket = bucket ^ factors[back] * earlier(ids, back)
+    too_few = (torch.arange(width, device=ids.device) < predecessors).expand_as(ids)
     if docs is not None:
         for back in range(predecessors):
-            document_began = F.pad(docs.first[:, : width - back], (back, 0))  # `back` tokens ago
-            bucket = bucket.masked_fill(document_began, buckets)
-    if len(factor_sets) > 1:
-        shorter = hash_ngrams(ids, factor_sets[1:], buckets, docs)
-        bucket = torch.where(bucket == buckets, shorter, bucket)
-    return bucket
+            too_few = too_few | earlier(docs.first, back)
+    instead = hash_ngrams(ids, shorter, buckets, docs) if shorter else buckets
+    return torch.where(too_few, instead, bucket % buckets)
 
 
 class BigramHash(nn.Module):
@@ -6485,7 +6497,7 @@ class Reader:
         begin, end = self.ranges.T
         longest_first = np.argsort(begin - end, kind="stable")
         count = len(longest_first)
-        edges = {0, count} | phase_ends(self.s)
+        edges = {0, count} | ttt_phase_ends(self.s)
         if self.learning:
             edges |= set(range(0, count, self.s.ttt_group_docs))
         edges = sorted(edge for edge in edges if edge <= count)
@@ -6671,7 +6683,7 @@ def score(predictor, parts, stream, rt, validity, log=None, check_every=64, nats
     for probabilities in distributions.values():
         rt.sum(probabilities)
 
-    examiner.report(rt, validity, log)
+    examiner.judge(rt, validity, log)
     each_once = not twice and not never and tokens == length
     validity.need(each_once, f"C4 coverage: {twice} targets scored more than once, {never} never")
     validity.need(not foreign, f"C4 coverage: {foreign:.0f} targets, or the tokens before them, "
@@ -6752,13 +6764,11 @@ OPENED_AGAIN = "C1: validation shards were opened again while they were scored"
 
 
 class Validity:
-    """The ledger of reasons: why a score is not `valid` (a true code length, C1-C4), and why it is
-    not `eligible` (could not be a record).
-    """
+    """The ledger of a run: why its score is not valid, and why it could not be a record."""
 
     def __init__(self):
-        self.reasons = []
-        self.eligible_reasons = []
+        self.reasons = []  # why the score is no true code length (C1 to C4)
+        self.obstacles = []  # why it could not be a record ("eligible_reasons" of the summary)
         self.tests = {}  # {name of a self-test: did it pass?}
         self.frozen = False  # the artifact is written: see freeze()
         self._reporting = False
@@ -6771,10 +6781,10 @@ class Validity:
         if not ok and reason not in self.reasons:
             self.reasons.append(reason)
 
-    def need_for_record(self, ok, reason):
-        """Unless `ok`, the score cannot be a record for this reason."""
+    def need_for_record(self, ok, obstacle):
+        """Unless `ok`, this is an obstacle to a record."""
         if not ok:
-            self.eligible_reasons.append(reason)
+            self.obstacles.append(obstacle)
 
     def verdict(self):
         """What every line with a score carries."""
@@ -6783,10 +6793,10 @@ class Validity:
         return {"valid": "yes"}
 
     def share(self, rt):
-        """Merge the reasons of all ranks, so that all ranks have the same. Collective."""
-        reasons, eligible_reasons = zip(*rt.gather((self.reasons, self.eligible_reasons)))
+        """Merge what the ledgers of all ranks say, so that all say the same. Collective."""
+        reasons, obstacles = zip(*rt.gather((self.reasons, self.obstacles)))
         self.reasons = list(dict.fromkeys(chain.from_iterable(reasons)))
-        self.eligible_reasons = list(dict.fromkeys(chain.from_iterable(eligible_reasons)))
+        self.obstacles = list(dict.fromkeys(chain.from_iterable(obstacles)))
 
     def to_keep(self, rt):
         """The reasons of all ranks, as an artifact or a checkpoint holds them. Collective."""
@@ -6801,7 +6811,7 @@ class Validity:
     # What is opened when
 
     @contextlib.contextmanager
-    def report(self):
+    def reporting(self):
         """While a score is only reported, and nothing learns from it. Before freeze() this is the
         only use of validation text.
         """
@@ -6953,54 +6963,51 @@ class Examiner:
         self.sums += log_sums[looked].exp().tolist()
 
     def _look(self, chunk):
-        """The Sample of a chunk. Later text in its rows must not change it. (C1)
+        """The Sample of a chunk: in each row, up to LOOK places that end with a drawn one.
 
-        predict() is given all M places, because its graphs have that shape. Those that are looked
-        at come first.
+        What is predicted there must not change when the text after the drawn place does. (C1)
         """
-        inputs = chunk.inputs
-        device = chunk.index.device
-        live = chunk.index.cpu().numpy() >= 0
-        width = live.shape[1]
-        history = inputs.recent.size(1) - width
-        count = min(LOOK, width)
-        last = self._last_places(live)
-        begin = np.maximum(last - LOOK + 1, 0)
-        columns = np.minimum(begin + np.arange(width), width - 1)  # which of the M places
-        recent = np.minimum(begin + np.arange(history + width), history + width - 1)  # of h + M
-        looked = np.take_along_axis(live, columns, 1) & (columns <= last)
-        last, columns, recent, looked = (
-            torch.from_numpy(values).to(device) for values in (last, columns, recent, looked))
-        looked = looked[:, :count]
+        last = self._draw_places(chunk.index)
+        first = (last - LOOK + 1).clamp(min=0)
+        count = min(LOOK, chunk.index.size(1))
+        columns = first + torch.arange(count, device=first.device)
+        looked = (columns <= last) & (chunk.index.gather(1, columns) >= 0)
 
-        asked = inputs._replace(places=inputs.places.gather(1, columns),
-                                recent=inputs.recent.gather(1, recent))
-        log_probs = self.predictor.predict(asked, count).clone()
-        position = torch.arange(inputs.ids.size(1), device=device)
-        later_ids = position > inputs.places.gather(1, last)
-        later_recent = recent > history + last
-        vocab = log_probs.size(-1)
-        changed = asked._replace(ids=self._with_noise(asked.ids, later_ids, vocab),
-                                 recent=self._with_noise(asked.recent, later_recent, vocab))
-        others = self.predictor.predict(changed, count)
+        log_probs = self.predictor.predict(begin_at(chunk.inputs, first), count)
+        log_probs = log_probs.clone()  # the next prediction may be written to the same tensor
+        changed = self._change_later_text(chunk.inputs, last, log_probs.size(-1))
+        others = self.predictor.predict(begin_at(changed, first), count)
         change = (log_probs.clamp(min=LEAST_LOG) - others.clamp(min=LEAST_LOG)).abs()
         change = torch.where(looked[..., None], change, 0.0)
         self.changed = max(self.changed, _or_infinite(change.max()))
-        return Sample(columns[:, :count], looked, log_probs)
+        return Sample(columns, looked, log_probs)
 
-    def _last_places(self, live):
-        """(B, 1) a place that each row scores (`live`); half of the time the last of these."""
-        anywhere = np.where(live, self.random.random(live.shape), -1.0).argmax(1)
-        last = np.where(live, np.arange(live.shape[1]), 0).max(1)
-        return np.where(self.random.random(len(live)) < 0.5, anywhere, last)[:, None]
+    def _draw_places(self, index):
+        """(B, 1) a place that each row scores, by Chunk.index; half of the time its last one."""
+        scores = index.cpu().numpy() >= 0
+        anywhere = np.where(scores, self.random.random(scores.shape), -1.0).argmax(1)
+        last = np.where(scores, np.arange(scores.shape[1]), 0).max(1)
+        drawn = np.where(self.random.random(len(scores)) < 0.5, anywhere, last)
+        return torch.from_numpy(drawn).to(index.device)[:, None]
+
+    def _change_later_text(self, inputs, place, vocab):
+        """Inputs with random tokens after the place (B, 1) of each row."""
+        ids = inputs.ids
+        recent = inputs.recent
+        positions = torch.arange(ids.size(1), device=ids.device)
+        later_ids = positions > inputs.places.gather(1, place)
+        columns = torch.arange(recent.size(1), device=recent.device)
+        later_recent = columns > first_column(inputs) + place
+        return inputs._replace(ids=self._with_noise(ids, later_ids, vocab),
+                               recent=self._with_noise(recent, later_recent, vocab))
 
     def _with_noise(self, tokens, where, vocab):
-        """The tokens (B, T), with random ones in their place `where` (B, T) says so."""
+        """The tokens (B, T), with random ones `where` (B, T) says so."""
         noise = torch.from_numpy(self.random.integers(vocab, size=tokens.shape)).to(tokens.device)
         return torch.where(where, noise, tokens)
 
-    def report(self, rt, validity, log):
-        """Log what was found on all ranks; errors above TOLERANCE are reasons. Collective."""
+    def judge(self, rt, validity, log):
+        """Log the errors of all ranks; those above TOLERANCE are reasons. Collective."""
         off, changed, largest_sum = rt.max(self.off, self.changed, max(self.sums, default=0.0))
         totals = torch.tensor([len(self.sums), sum(self.sums)], dtype=torch.float64)
         positions, total = rt.sum(totals.to(rt.device)).tolist()
@@ -7012,6 +7019,19 @@ class Examiner:
                       f"C2 normalisation: off by {off:.1e} in log on sampled positions")
         validity.need(changed < TOLERANCE, "C1 causality: what comes later in its row changes a "
                       f"prediction by {changed:.1e} in log on sampled positions")
+
+
+def begin_at(inputs, first):
+    """Inputs whose places begin with the place `first` (B, 1) of each row.
+
+    There are as many as before, because compiled predictors have graphs for that number. The last
+    one is repeated.
+    """
+    def shifted(values):
+        columns = first + torch.arange(values.size(1), device=values.device)
+        return values.gather(1, columns.clamp(max=values.size(1) - 1))
+
+    return inputs._replace(places=shifted(inputs.places), recent=shifted(inputs.recent))
 
 
 def _or_infinite(value):
@@ -7291,23 +7311,23 @@ def selftest(run, s, path, data, val):
     ids = selftest_text(val, [4 * window, 3 * window, 2 * window, 2 * window, window, shift + 1])
     model = load_artifact(path, s, torch.float64, attend_reference, rt.device, data)[1].double()
     temperature = s.eval_temperature or model.temperature
-    before = None
-    if s.ttt == "before":
-        before = adaptation_of_weights(model, s, rt)
+    adaptation = None
+    if s.trains_before_scoring:
+        adaptation = adaptation_of_weights(model, s, rt)
     predictors = {}
-    for ranks in (rt, alone):
-        predictors[ranks] = make_predictor(model, s, ranks, len(ids), temperature)
+    for runtime in (rt, alone):
+        predictors[runtime] = make_predictor(model, s, runtime, len(ids), temperature)
 
-    def nats(ids, ranks=rt, distributions=None):
-        predictor = predictors[ranks]
+    def nats(ids, runtime=rt, distributions=None):
+        predictor = predictors[runtime]
         predictor.reset()
         stream = unmeasured_text(ids.int())
         costs = torch.zeros(len(ids) - 1, dtype=torch.float64, device=ids.device)
-        if before:
-            before.reset()
-            before.fit(stream, np.arange(len(costs)), 1, partial(cosine, s))
-        reader = reader_for(predictor, stream, s, ranks, total_parts=8)
-        score(predictor, reader, stream, ranks, Validity(), check_every=0, nats=costs,
+        if adaptation:
+            adaptation.reset()
+            fit_whole_text(adaptation, stream, 1, s)
+        reader = reader_for(predictor, stream, s, runtime, total_parts=8)
+        score(predictor, reader, stream, runtime, Validity(), check_every=0, nats=costs,
               distributions=distributions)
         return costs
 
@@ -7316,7 +7336,7 @@ def selftest(run, s, path, data, val):
         nats(ids, distributions={t: probabilities})
         return probabilities
 
-    with run.clock.phase("selftest"):
+    with run.clock.charge("selftest"):
         ends = []
         if shift > 0:
             ends = [(end, end - shift) for end in (7 * window, 12 * window)]
@@ -7362,6 +7382,8 @@ def selftest_text(val, lengths):
 
 # --------------------------------------------------------------------------------------------------
 # 12 Predictors: what is scored. Mixtures and the tilt take another predictor as their base.
+# Axes: B rows, M places of a row, V tokens; R rows of P weights of adapters; E experts, L tokens of
+# a text.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -7529,11 +7551,12 @@ class Adaptation:
         A sequence has EVAL_SEQ_LEN targets. lr_scale(progress), of progress in [0, 1), multiplies
         the learning rates. after_step() is called after each step.
         """
-        s, world = self.s, self.rt.world
+        s = self.s
+        world = self.rt.world
         padding = -len(targets) % s.eval_seq_len
         rows = np.pad(targets, (0, padding), constant_values=-1).reshape(-1, s.eval_seq_len)
         batches = [rows[i : i + s.ttt_batch_seqs] for i in range(0, len(rows), s.ttt_batch_seqs)]
-        # Of every batch, divisible by the ranks.
+        # Every batch has as many, divisible by the ranks.
         batch_rows = ceil_div(len(batches[0]), world) * world
         steps = epochs * len(batches)
         for step in range(steps):
@@ -7556,7 +7579,8 @@ class Adaptation:
 
     def _backward(self, stream, targets):
         """Gradients of the mean loss of the targets, summed over the rows of this rank."""
-        s, rt = self.s, self.rt
+        s = self.s
+        rt = self.rt
         index = targets.clamp(min=0)
         weights = (targets >= 0).long()
         if s.byte_weighted_ttt:
@@ -7625,8 +7649,8 @@ def frozen_in_ttt(model, s):
     return frozen
 
 
-def phase_ends(s):
-    """Numbers of documents after which a phase ends and the weights learn (PHASED_TTT_*)."""
+def ttt_phase_ends(s):
+    """Numbers of documents after which a phase of phased TTT ends and the weights learn (#1626)."""
     if not s.phased_ttt_prefix_docs:
         return set()
     phases = s.phased_ttt_num_phases
@@ -7678,7 +7702,8 @@ class ScoreFirst(ModelPredictor):
         self.adaptation.fit(stream, np.arange(len(stream.bytes)), 1, lambda progress: 0.0)
 
     def learn(self, part, stream):
-        s, adaptation = self.s, self.adaptation
+        s = self.s
+        adaptation = self.adaptation
         if part.number + 1 == part.total:
             return
         progress = part.number / max(part.total - 1, 1)
@@ -7793,45 +7818,56 @@ class Adapters:
         return AdapterSet(slots, head_adapter)
 
 
+class LearningRows(NamedTuple):
+    """Adapters that learn, and AdamW's moments of them. Each is (R, P), a row for each text."""
+
+    weights: Tensor
+    mean: Tensor
+    square: Tensor
+
+    def first(self, count):
+        """The first rows. They share memory with these."""
+        return LearningRows(*(values[:count] for values in self))
+
+
 class DocumentAdapters(ModelPredictor):
     """Adapters of each document (TTT=lora_docs, #77, #1530).
 
-    A document is scored a chunk at a time. After each chunk its adapters take one step of AdamW on
-    that chunk. Documents that are read together never meet: each has its own row of weights. With
-    EVAL_CONTEXT=cache each token is forwarded once, and its gradient ends where its chunk began.
-    With windows the window is forwarded for each chunk.
+    A document is read TTT_CHUNK_SIZE tokens a turn. After each turn its adapters take one step of
+    AdamW on the targets of that turn. Documents that are read together never meet: each has its own
+    row of weights. With EVAL_CONTEXT=cache each token is forwarded once, and its gradient ends
+    where its turn began. With windows the window is forwarded in each turn.
 
-    The Reader gives the documents in groups, each of them a Part. A rank reads its share of a
-    group in batches of TTT_BATCH_SIZE rows, a document a row. A batch is read in turns, one chunk
-    of every row each. Rows whose document has ended drop out, from the last one on. Three kinds of
-    state follow from this:
+    The Reader gives the documents in groups, each of them a Part, the longest first. A rank reads
+    its share of a group in batches of TTT_BATCH_SIZE rows, a document a row. Rows whose document
+    has ended drop out, from the last one on. Three kinds of state follow from this:
 
-    - of the batch: the weights of each row's adapters, and AdamW's moments of them;
-    - of the group: how many batches have begun, and for a warm start the sum of the weights with
+    - of the batch: the LearningRows;
+    - of the group: how many batches have ended, and for a warm start the sum of the weights with
       which adapters ended, and their number;
-    - of the text: the weights with which adapters begin, and for phases which documents were read.
+    - of the text: the weights with which adapters begin, and which documents were read.
 
     With which weights the adapters of a document begin:
 
     - TTT_LORA_A=shared: all with the same draw. TTT_WARM_START_A: A is the mean of those that
       ended in the last group.
-    - TTT_LORA_A=own: A is drawn for each seat of a group, anew for each group. TTT_WARM_START_A: A
-      is where the last document in the same seat ended. The seats of a group are its places in
-      the batches of all ranks. (#1767 has a start for each row of a rank's batch, which is the
-      same where all ranks are equally fast.)
+    - TTT_LORA_A=own: A is drawn for each seat, anew for each group. The seat of a document is its
+      number in its group. TTT_WARM_START_A: A is where the last document in the same seat ended.
+      (#1767 has a start for each row of a rank's batch, which is the same where all ranks are
+      equally fast.)
 
-    PHASED_TTT_PREFIX_DOCS: at the end of each phase the model's weights learn from all documents
-    so far (#1610), and every own A is drawn anew.
+    Phased TTT (PHASED_TTT_*): where a phase of it ends, the model's weights learn from all
+    documents so far (#1610), and every own A is drawn anew.
     """
 
     def __init__(self, model, s, rt, temperature=1.0):
         width = s.eval_seq_len if s.eval_context == "cache" else 0
         super().__init__(model, rt, temperature, width)
         self.s = s
-        self.phases = s.phased_ttt_prefix_docs > 0
-        self.learns = s.ttt_warm_start_a or self.phases
+        self.phased = s.phased_ttt_prefix_docs > 0
+        self.learns = s.ttt_warm_start_a or self.phased
         self.adapters = Adapters(model, s)
-        if self.phases:
+        if self.phased:
             self.adaptation = adaptation_of_weights(model, s, rt)
         self.reset()
 
@@ -7840,62 +7876,63 @@ class DocumentAdapters(ModelPredictor):
         # Of the text.
         self.start = self.adapters.start()  # (1, P), for all documents
         self.draw = 0  # number of the draw of own starts
-        self.seats = {}  # {seat: (P,) weights of the last document there}
+        self.seats = {}  # {seat: (P,) weights with which the last document there ended}
         self.groups = []  # ranges of the documents of each group
         # Of the group.
-        self.batches = 0
+        self.batches = 0  # that have ended
         sum_and_count = self.start.size(1) + 1
         self.ended = torch.zeros(sum_and_count, dtype=torch.float64, device=self.start.device)
-        # Of the batch, (rows, P) each.
-        self.weights = None
-        self.mean = None
-        self.square = None
-        if self.phases:
+        # Of the batch.
+        self.rows = None  # LearningRows
+        if self.phased:
             self.adaptation.reset()
         self.model.requires_grad_(False)
 
-    # Of a batch: predict a chunk, and take a step on it after it was scored.
+    # A turn: predict, and take a step on the targets after they were scored.
 
     @torch.enable_grad()
     def logits(self, inputs):
         rows = len(inputs.ids)
         if inputs.turn == 0:
-            self.weights = self._begin(rows)
-            self.mean = torch.zeros_like(self.weights)
-            self.square = torch.zeros_like(self.weights)
-        self.weights = self.weights[:rows]
-        self.mean = self.mean[:rows]
-        self.square = self.square[:rows]
-        self.adapter_weights = self.weights.detach().requires_grad_()
+            weights = self._begin(rows)
+            self.rows = LearningRows(
+                weights, torch.zeros_like(weights), torch.zeros_like(weights))
+        self.rows = self.rows.first(rows)
+        self.adapter_weights = self.rows.weights.detach().requires_grad_()
         self.last_logits = super().logits(inputs)  # with their graph, for observe()
         return self.last_logits.detach()
 
     def observe(self, chunk):
         super().observe(chunk)
-        if chunk.inputs.turn == 0:
-            self.batches += 1
-        scored = chunk.index >= 0
         if chunk.continuing:
-            self._step(chunk, scored)
-        if self.s.ttt_warm_start_a and self.s.ttt_lora_a == "shared":
-            self._add_ended(chunk, scored)
+            self._step(chunk)
+        if self.s.ttt_warm_start_a:
+            self._note_ended(chunk)
+        if not chunk.continuing:
+            self.batches += 1
 
-    def _step(self, chunk, scored):
+    def _step(self, chunk):
         """A step of AdamW on the chunk, of the rows that continue."""
         s = self.s
-        rows = chunk.continuing
+        scored = chunk.index >= 0
         nats = nats_of(self.last_logits, chunk.targets)
         loss = (nats * scored).sum(1) / scored.sum(1).clamp(min=1)
-        grad = torch.autograd.grad(loss[:rows].sum(), self.adapter_weights)[0]
-        betas = (s.ttt_beta1, s.ttt_beta2)
-        adamw(self.weights[:rows], grad[:rows], self.mean[:rows], self.square[:rows],
-              chunk.inputs.turn + 1, s.ttt_lora_lr, s.ttt_wd, betas, 1e-10)
+        loss = loss[: chunk.continuing].sum()
+        grad = torch.autograd.grad(loss, self.adapter_weights)[0]
+        weights, mean, square = self.rows.first(chunk.continuing)
+        adamw(weights, grad[: chunk.continuing], mean, square, chunk.inputs.turn + 1,
+              s.ttt_lora_lr, s.ttt_wd, (s.ttt_beta1, s.ttt_beta2), 1e-10)
 
-    def _add_ended(self, chunk, scored):
-        """Add the adapters of rows that end with this chunk to the group's sum and count."""
-        ends = scored.any(1).double()
+    def _note_ended(self, chunk):
+        """Keep what a warm start needs of the documents that end with this chunk."""
+        weights = self.rows.weights
+        if self.s.ttt_lora_a == "own":
+            ended = slice(chunk.continuing, None)
+            self.seats.update(zip(self._seats(len(weights))[ended], weights[ended]))
+            return
+        ends = (chunk.index >= 0).any(1).double()
         ends[: chunk.continuing] = 0
-        self.ended += torch.cat((ends @ self.weights.double(), ends.sum()[None]))
+        self.ended += torch.cat((ends @ weights.double(), ends.sum()[None]))
 
     # Where adapters begin.
 
@@ -7903,16 +7940,11 @@ class DocumentAdapters(ModelPredictor):
         """Weights (rows, P) with which the adapters of this rank's next documents begin."""
         if self.s.ttt_lora_a == "shared":
             return self.start.expand(rows, -1).clone()
-        seats = self._seats(rows)
-        starts = torch.stack([self._own_start(seat) for seat in seats])
-        weights = starts * self.adapters.is_a  # B begins with zeros
-        if self.s.ttt_warm_start_a:
-            for seat, row in zip(seats, weights):
-                self.seats[seat] = row  # a view: it learns as the document goes on
-        return weights
+        starts = torch.stack([self._own_start(seat) for seat in self._seats(rows)])
+        return starts * self.adapters.is_a  # B begins with zeros
 
     def _seats(self, rows):
-        """Numbers of the next documents of this rank within their group."""
+        """Seats of the documents in the rows of this rank's batch."""
         first = self.batches * self.s.ttt_batch_size
         return [(first + row) * self.rt.world + self.rt.rank for row in range(rows)]
 
@@ -7922,7 +7954,7 @@ class DocumentAdapters(ModelPredictor):
             return self.seats[seat]
         return self.adapters.start(self.draw, seat)[0]
 
-    # The end of a group, and of a phase.
+    # The end of a group, and of a phase of phased TTT.
 
     def learn(self, part, stream):
         if self.s.ttt_warm_start_a:
@@ -7933,18 +7965,19 @@ class DocumentAdapters(ModelPredictor):
         self.batches = 0
         self.groups.append(part.ranges)
         documents = sum(map(len, self.groups))
-        if self.phases and documents in phase_ends(self.s):
-            self._end_phase(stream)
+        if self.phased and documents in ttt_phase_ends(self.s):
+            self._end_ttt_phase(stream)
 
     def _warm_start(self):
         """A begins at the mean over the adapters that ended in this group, on all ranks."""
         self.rt.sum(self.ended)
-        total, count = self.ended[:-1], self.ended[-1]
+        total = self.ended[:-1]
+        count = self.ended[-1]
         if count > 0:
             mean = (total / count).to(self.start)
             self.start = torch.where(self.adapters.is_a, mean, self.start)
 
-    def _end_phase(self, stream):
+    def _end_ttt_phase(self, stream):
         """The weights learn from all documents so far, and own starts are drawn anew."""
         self.seats = {}
         self.draw += 1
@@ -7960,7 +7993,7 @@ class DocumentAdapters(ModelPredictor):
         self.model.requires_grad_(False)
 
     def rehearse(self, stream):
-        if self.phases:
+        if self.phased:
             self._train_weights(stream, np.arange(len(stream.bytes)), 1)
 
 
@@ -8002,10 +8035,9 @@ XXHASH = -4417276706812531889  # the second prime of xxHash64
 class HashTable:
     """A set of int64 keys >= 0 on the device. Each key has a slot, a number below len(table).
 
-    The hash of a key says at which slot the search for it begins. If another key is there, the
-    search moves on to the next slot (open addressing, linear probing). It ends at the key, or at a
-    free slot: then the key is not in the table, and that slot is where it can be added. probe()
-    searches many keys at once, a slot of each in every round.
+    The search for a key begins at the slot that its hash says. While another key is there, it moves
+    to the next slot (open addressing, linear probing). It ends at the key, or at a free slot: then
+    the key is not in the table, and can be added there.
 
     `capacity` keys have room. The device decides which of several new keys gets a slot first.
     Nothing that is computed from slots depends on that.
@@ -8014,46 +8046,46 @@ class HashTable:
     def __init__(self, capacity, device):
         self.bits = max(int(1.5 * capacity).bit_length(), 8)
         # At each slot its key + 1, or 0 where it is free.
-        self.keys = torch.zeros(1 << self.bits, dtype=torch.int64, device=device)
+        self.contents = torch.zeros(1 << self.bits, dtype=torch.int64, device=device)
 
     def __len__(self):
-        return len(self.keys)
+        return len(self.contents)
+
+    def reset(self):
+        self.contents.zero_()
 
     def probe(self, keys, add=False):
-        """Slots of keys (n,). A key that is not in the table gets -1, or with `add` a slot."""
-        slots = keys * GOLDEN >> (64 - self.bits) & (1 << self.bits) - 1
-        # Of the keys that are still searched: indices, what must be stored, the slot to look at.
-        index = None  # None: all
+        """Slots of keys (n,). A key that is not in the table gets -1, or with `add` a slot.
+
+        All keys are searched at once: each round looks at one slot for every key that is left.
+        """
+        slots = torch.full_like(keys, -1)
+        # Of each key that is left: its index, what its slot stores, the slot to look at.
+        index = torch.arange(len(keys), device=keys.device)
         wanted = keys + 1
-        current = slots
-        while len(current):
-            stored = self.keys.index_select(0, current)
+        slot = keys * GOLDEN >> (64 - self.bits) & (1 << self.bits) - 1
+        while len(index):
+            stored = self.contents.index_select(0, slot)
             if add:
-                self._take_free_slots(current, wanted, stored)
-            missed = (stored != wanted).nonzero().squeeze(1)
-            index = missed if index is None else index.index_select(0, missed)
-            wanted = wanted.index_select(0, missed)
-            free = stored.index_select(0, missed) == 0
-            following = (current.index_select(0, missed) + 1) % len(self.keys)
-            current = torch.where(free, -1, following)
-            slots.index_copy_(0, index, current)
-            if not add:  # a free slot ends the search
-                searched = (current >= 0).nonzero().squeeze(1)
-                index = index.index_select(0, searched)
-                wanted = wanted.index_select(0, searched)
-                current = current.index_select(0, searched)
+                self._take_free_slots(slot, wanted, stored)
+            slots.index_copy_(0, index, torch.where(stored == wanted, slot, -1))
+            met_another = (stored != wanted) & (stored > 0)
+            left = met_another.nonzero().squeeze(1)
+            index = index.index_select(0, left)
+            wanted = wanted.index_select(0, left)
+            slot = (slot.index_select(0, left) + 1) % len(self.contents)
         return slots
 
     def _take_free_slots(self, slots, wanted, stored):
-        """Store keys at their slots where these are free, and update what is `stored` there.
+        """Store what is wanted at slots (n,) that are free, and update what is `stored` there.
 
         Of several keys that want the same slot one gets it.
         """
         free = (stored == 0).nonzero().squeeze(1)
         if len(free):
             free_slots = slots.index_select(0, free)
-            self.keys.index_copy_(0, free_slots, wanted.index_select(0, free))
-            stored.index_copy_(0, free, self.keys.index_select(0, free_slots))
+            self.contents.index_copy_(0, free_slots, wanted.index_select(0, free))
+            stored.index_copy_(0, free, self.contents.index_select(0, free_slots))
 
 
 class NgramCounts:
@@ -8071,21 +8103,22 @@ class NgramCounts:
     apart by the token `vocab`.
     """
 
-    KINDS = 32  # bits of `followers` below the number of different tokens
-
     def __init__(self, vocab, order, capacity, device):
         self.vocab = vocab
         self.order = order
         self.table = HashTable(capacity, device)
         nodes = vocab + 1 + len(self.table) + 1
+        # Of each n-gram: how often it occurred, how many tokens came after it, and how many
+        # different ones.
         self.count = torch.zeros(nodes, dtype=torch.int32, device=device)
-        # After each n-gram: (number of different tokens << KINDS) + number of tokens.
-        self.followers = torch.zeros(nodes, dtype=torch.int64, device=device)
+        self.tokens_after = torch.zeros_like(self.count)
+        self.types_after = torch.zeros_like(self.count)
 
     def reset(self):
-        self.table.keys.zero_()
+        self.table.reset()
         self.count.zero_()
-        self.followers.zero_()
+        self.tokens_after.zero_()
+        self.types_after.zero_()
 
     @property
     def root(self):
@@ -8130,15 +8163,15 @@ class NgramCounts:
             self._count_new(is_new, ends, nodes, parents)
 
     def _count_new(self, is_new, ends, nodes, parents):
-        """Count the nodes that end at new places, and each as a follower of its parent."""
+        """Count the nodes (n,) that end at new places, and their last tokens after the parents."""
         counted = is_new.index_select(0, ends).nonzero().squeeze(1)
         nodes = nodes.index_select(0, counted)
         parents = parents.index_select(0, counted)
-        followers = torch.ones_like(nodes)
-        followers[self._first_occurrences(nodes)] += 1 << self.KINDS
+        first = self._first_occurrences(nodes)
         ones = torch.ones(len(nodes), dtype=torch.int32, device=nodes.device)
         self.count.index_add_(0, nodes, ones)
-        self.followers.index_add_(0, parents, followers)
+        self.tokens_after.index_add_(0, parents, ones)
+        self.types_after.index_add_(0, parents.index_select(0, first), ones[: len(first)])
 
     def _first_occurrences(self, nodes):
         """Indices into nodes (n,): of each node that has no count yet, one index.
@@ -8167,12 +8200,11 @@ class NgramCounts:
         p = torch.full(grams[0].shape, 1 / self.vocab, dtype=torch.float64, device=grams[0].device)
         by_order = []
         for context, gram in zip(contexts, grams):
-            followers = torch.where(context < 0, 0, self.followers[context])
-            kinds = (followers >> self.KINDS).double()
-            total = (followers & (1 << self.KINDS) - 1).double()
             count = torch.where(gram < 0, 0, self.count[gram]).double()
+            total = torch.where(context < 0, 0, self.tokens_after[context]).double()
+            types = torch.where(context < 0, 0, self.types_after[context]).double()
             kept = (count - DISCOUNT).clamp(min=0)
-            interpolated = (kept + DISCOUNT * kinds * p) / total.clamp(min=1)
+            interpolated = (kept + DISCOUNT * types * p) / total.clamp(min=1)
             p = torch.where(total > 0, interpolated, p)
             by_order.append(p)
         return by_order
@@ -8217,15 +8249,16 @@ def scored_text(part, stream, back, s):
     A range of the part comes with up to `back` tokens before it, which are counted already. With
     TTT=lora_docs it is a document and comes alone. The token VOCAB_SIZE follows on each range.
     """
+    separator = stream.tokens.new_full((1,), s.vocab_size)
     pieces = []
     new = []
     length = 0  # of the pieces so far
-    edge = stream.tokens.new_full((1,), s.vocab_size)
-    for begin, end in part.ranges.tolist():  # whose targets are the tokens from begin + 1 to end
+    for begin, end in part.ranges.tolist():
+        # The targets [begin, end) are the tokens [begin + 1, end + 1) of the stream.
         first = begin if s.ttt == "lora_docs" else max(begin + 1 - back, 0)
-        pieces += [stream.tokens[first : end + 1], edge]
-        shift = length - first
-        new.append(torch.arange(begin + 1 + shift, end + 1 + shift, device=edge.device))
+        pieces += [stream.tokens[first : end + 1], separator]
+        shift = length - first  # from a place in the stream to the same one in the text
+        new.append(torch.arange(begin + 1 + shift, end + 1 + shift, device=separator.device))
         length += end + 1 - first + 1
     return torch.cat(pieces).long(), torch.cat(new)
 
@@ -8241,8 +8274,8 @@ def ngram_weight(s, log_probs):
     return s.alpha_base + s.alpha_range * torch.sigmoid(2 * above_center)
 
 
-def tokens_before(inputs):
-    """How many tokens of inputs.recent come before the first place."""
+def first_column(inputs):
+    """The column of inputs.recent that holds the first place."""
     return inputs.recent.size(1) - inputs.places.size(1)
 
 
@@ -8257,10 +8290,13 @@ def with_dims_of(values, like):
 
 
 class NgramMixture(WrappingPredictor):
-    """The base mixed with experts, which are n-grams of one order, counted in the scored text.
+    """The base mixed with E experts, which are n-grams of one order, counted in the scored text.
 
-    Each expert is a distribution, and so is the mixture. _log_weights() of a subclass says what
-    each of them weighs. names: of the experts, as in MIXER_EXPERTS.
+    Base and experts are distributions, and so is their mixture. _log_weights() of a subclass says
+    what each of them weighs. names: of the experts, as in MIXER_EXPERTS.
+
+    An n-gram `gram` is its `context`, all tokens but the last, and that token. Both are nodes of
+    `counts`.
     """
 
     def __init__(self, base, s, rt, targets, names):
@@ -8275,14 +8311,14 @@ class NgramMixture(WrappingPredictor):
         return ORDERS.get(name, self.s.ngram_order)
 
     def _log_weights(self, log_probs):
-        """Of base and experts (1 + E, B or 1, M or 1). log_probs (B, M, V): what the base says."""
+        """Of base and experts, (1 + E, B or 1, M or 1). log_probs (B, M, V): those of the base."""
         raise NotImplementedError
 
     def reset(self):
         super().reset()
         self.counts.reset()
         self.counted = 0  # targets
-        self.experts = None  # log-probabilities (1 + E, B, M) of the last targets
+        self.target_log_probs = None  # (1 + E, B, M) by base and experts, in the last nll()
 
     @torch.no_grad()
     def predict(self, inputs, count=None):
@@ -8290,50 +8326,48 @@ class NgramMixture(WrappingPredictor):
         if self.counted < self.s.mixer_min_tokens:
             return log_probs
         nodes = self.counts.walk(inputs.recent)
-        contexts = self._contexts(nodes, tokens_before(inputs), log_probs.size(1))
+        contexts = self._contexts(nodes, first_column(inputs), log_probs.size(1))
         contexts = [context[..., None].expand(log_probs.shape) for context in contexts]
-        vocabulary = every_token(log_probs)
-        grams = [vocabulary]
-        for context in contexts[1:]:
-            grams.append(self.counts.find(context, vocabulary))
-        return self._mix(self._experts(log_probs, log_probs, contexts, grams), log_probs)
+        tokens = every_token(log_probs)
+        grams = [tokens, *(self.counts.find(context, tokens) for context in contexts[1:])]
+        return self._mix(self._by_all(log_probs, log_probs, contexts, grams), log_probs)
 
     @torch.no_grad()
     def nll(self, inputs, targets):
         log_probs = self.base.predict(inputs)
-        of_targets = log_probs.gather(-1, targets[..., None]).squeeze(-1)
-        self.experts = None
+        by_base = log_probs.gather(-1, targets[..., None]).squeeze(-1)
+        self.target_log_probs = None
         if self.counted < self.s.mixer_min_tokens:
-            return -of_targets
+            return -by_base
         contexts, grams = self.nodes_of_targets(inputs, targets)
-        self.experts = self._experts(log_probs, of_targets, contexts, grams)
-        return -self._mix(self.experts, log_probs)
+        self.target_log_probs = self._by_all(log_probs, by_base, contexts, grams)
+        return -self._mix(self.target_log_probs, log_probs)
 
-    def _contexts(self, nodes, before, places):
-        """[nodes (B, M) of the last 0, 1, ... tokens up to each place], from what walk() found."""
-        span = slice(before, before + places)
-        contexts = [torch.full_like(nodes[0][:, span], self.counts.root)]
-        for of_length in nodes[: self.counts.order - 1]:
-            contexts.append(of_length[:, span])
-        return contexts
+    def _contexts(self, nodes, first, places):
+        """[nodes (B, M) of the last 0, 1, ... tokens up to each place]: columns of walk()'s nodes,
+        from `first` on, with the root, which is that of no token.
+        """
+        columns = [of_length[:, first : first + places] for of_length in nodes]
+        root = torch.full_like(columns[0], self.counts.root)
+        return [root, *columns[: self.counts.order - 1]]
 
     def nodes_of_targets(self, inputs, targets):
         """(contexts, grams) of targets (B, M), as backoff_probabilities() takes them."""
-        before = tokens_before(inputs)
-        first_place = inputs.recent[:, : before + 1]
-        nodes = self.counts.walk(torch.cat((first_place, targets), 1))
-        grams = [of_length[:, before + 1 :] for of_length in nodes]
-        return self._contexts(nodes, before, targets.size(1)), grams
+        first = first_column(inputs)
+        up_to_first = inputs.recent[:, : first + 1]
+        nodes = self.counts.walk(torch.cat((up_to_first, targets), 1))
+        grams = [of_length[:, first + 1 :] for of_length in nodes]
+        return self._contexts(nodes, first, targets.size(1)), grams
 
-    def _experts(self, log_probs, of_tokens, contexts, grams):
-        """Log-probabilities (1 + E, B, M, ...) of tokens: of_tokens by the base, and experts."""
+    def _by_all(self, log_probs, by_base, contexts, grams):
+        """Log-probabilities (1 + E, B, M, ...) of tokens: those by_base, and by each expert."""
         by_order = self.counts.backoff_probabilities(contexts, grams)
-        experts = [by_order[order - 1].log() for order in self.orders]
-        return torch.stack([of_tokens.double(), *experts])
+        by_experts = [by_order[order - 1].log() for order in self.orders]
+        return torch.stack([by_base.double(), *by_experts])
 
-    def _mix(self, experts, log_probs):
+    def _mix(self, by_all, log_probs):
         """Log-probabilities (B, M, ...) of the mixture."""
-        return (experts + with_dims_of(self._log_weights(log_probs), experts[0])).logsumexp(0)
+        return (by_all + with_dims_of(self._log_weights(log_probs), by_all[0])).logsumexp(0)
 
     def learn(self, part, stream):
         super().learn(part, stream)
@@ -8371,27 +8405,28 @@ class HedgeMixture(NgramMixture):
     def reset(self):
         super().reset()
         device = self.rt.device
-        self.weights = torch.zeros(1 + len(self.orders), dtype=torch.float64, device=device)  # log
-        self.weights[0] = self.MODEL_WEIGHT
-        # Of the part: the nats of each, and at last the number of targets.
-        self.nats = torch.zeros(len(self.weights) + 1, dtype=torch.float64, device=device)
+        count = 1 + len(self.orders)
+        self.log_weights = torch.zeros(count, dtype=torch.float64, device=device)
+        self.log_weights[0] = self.MODEL_WEIGHT
+        # Of the part: the nats of base and experts, and at last the number of targets.
+        self.nats = torch.zeros(count + 1, dtype=torch.float64, device=device)
 
     def _log_weights(self, log_probs):
-        return self.weights.log_softmax(0).view(-1, 1, 1)
+        return self.log_weights.log_softmax(0).view(-1, 1, 1)
 
     def observe(self, chunk):
-        if self.experts is not None:
+        if self.target_log_probs is not None:
             scored = chunk.index >= 0
-            self.nats[:-1] -= (self.experts * scored).flatten(1).sum(1)
+            self.nats[:-1] -= (self.target_log_probs * scored).flatten(1).sum(1)
             self.nats[-1] += scored.sum()
         super().observe(chunk)
 
     def learn(self, part, stream):
         super().learn(part, stream)
         self.rt.sum(self.nats)
-        nats, targets = self.nats[:-1], self.nats[-1]
+        targets = self.nats[-1]
         if targets > 0:
-            self.weights -= self.s.mixer_eta * nats / targets
+            self.log_weights -= self.s.mixer_eta * self.nats[:-1] / targets
         self.nats.zero_()
 
 
@@ -8413,12 +8448,12 @@ class Followers:
 
     def _use(self, table):
         self.table = table
-        self.count = torch.zeros(len(table), dtype=torch.int64, device=table.keys.device)
+        self.count = torch.zeros(len(table), dtype=torch.int64, device=table.contents.device)
         # Of a context: (most often that a token followed << TOKEN_BITS) + the token.
         self.best = torch.zeros_like(self.count)
 
     def reset(self):
-        self.table.keys.zero_()
+        self.table.reset()
         self.count.zero_()
         self.best.zero_()
         self.used = 0
@@ -8431,12 +8466,12 @@ class Followers:
         """Double the table until `more` keys fit in."""
         self.used += more
         while 1.5 * self.used > len(self.table):
-            old_table, old_count, old_best = self.table, self.count, self.best
-            kept = old_table.keys.nonzero().squeeze(1)
-            self._use(HashTable(len(old_table), old_table.keys.device))
-            slots = self.table.probe(old_table.keys[kept] - 1, add=True)
-            self.count[slots] = old_count[kept]
-            self.best[slots] = old_best[kept]
+            old = copy(self)
+            kept = old.table.contents.nonzero().squeeze(1)
+            self._use(HashTable(len(old.table), old.count.device))
+            slots = self.table.probe(old.table.contents[kept] - 1, add=True)
+            self.count[slots] = old.count[kept]
+            self.best[slots] = old.best[kept]
 
     def add(self, contexts, tokens, elsewhere=0):
         """Count that tokens (n,) followed on contexts (n,).
@@ -8504,7 +8539,7 @@ class Tilt(WrappingPredictor):
 
     def _contexts(self, inputs):
         """Of each place (B, M): (key of its context, key in row_followers, is it complete?)."""
-        recent = inputs.recent[:, tokens_before(inputs) - self.context + 1 :]
+        recent = inputs.recent[:, first_column(inputs) - self.context + 1 :]
         keys = self._hashes(recent)
         numbers = torch.arange(1, 1 + len(recent), device=recent.device)[:, None]
         row_keys = mix_bits(keys + numbers * GOLDEN)
@@ -8592,25 +8627,32 @@ def wrappers(s):
 
 # --------------------------------------------------------------------------------------------------
 # 13 Invalid originals: techniques of the reference systems whose score is not valid.
-# No valid run comes here. ALLOW_INVALID=1 lets in TTT=before and TTT=prequant
-# (train_on_validation), MIXER_EXPERTS=entropy (EntropyMixture) and MIXER=hashed (HashedMixture).
+# No valid run comes here. ALLOW_INVALID=1 lets in
+#   TTT=before              s.trains_before_scoring   train_on_validation() in evaluate()
+#   TTT=prequant            s.trains_before_packing   train_on_validation() before export()
+#   MIXER_EXPERTS=entropy   wrappers()                EntropyMixture
+#   MIXER=hashed            wrappers()                HashedMixture
 # --------------------------------------------------------------------------------------------------
 
 
 def train_on_validation(run, model, stream):
     """TTT=before (#518) and TTT=prequant (#1539): steps on all of the text before it is scored.
 
-    What is reported afterwards is a training loss and no score. It is here so that this can be
-    measured.
+    The loss afterwards is a training loss and no score. It is here so that this can be measured.
     """
     s = run.s
     reason = f"C3 order: TTT={s.ttt} trains on the validation text before it is scored"
     run.validity.need(False, reason)
-    with run.clock.phase("eval"):
+    with run.clock.charge("eval"):
         adaptation = adaptation_of_weights(model, s, run.rt)
         log_trainable(run, model, adaptation)
-        adaptation.fit(stream, np.arange(len(stream.bytes)), s.ttt_epochs, partial(cosine, s))
+        fit_whole_text(adaptation, stream, s.ttt_epochs, s)
     model.requires_grad_(True)
+
+
+def fit_whole_text(adaptation, stream, epochs, s):
+    """Learn all targets of the stream, with learning rates that fall by one cosine."""
+    adaptation.fit(stream, np.arange(len(stream.bytes)), epochs, partial(cosine, s))
 
 
 def invalid_mixture(s):
@@ -8633,15 +8675,15 @@ class EntropyMixture(HedgeMixture):
 
     def _order(self, name):
         if name == "entropy":
-            return 1  # any order will do: _experts() replaces its probabilities
+            return 1  # any order will do: _by_all() replaces its probabilities
         return super()._order(name)
 
-    def _experts(self, log_probs, of_tokens, contexts, grams):
-        experts = super()._experts(log_probs, of_tokens, contexts, grams)
+    def _by_all(self, log_probs, by_base, contexts, grams):
+        by_all = super()._by_all(log_probs, by_base, contexts, grams)
         for number, name in enumerate(self.s.mixer_experts, 1):
             if name == "entropy":
-                experts[number] = with_dims_of(-entropy_of(log_probs), of_tokens)
-        return experts
+                by_all[number] = with_dims_of(-entropy_of(log_probs), by_base)
+        return by_all
 
 
 class HashedMixture(WrappingPredictor):
@@ -8699,11 +8741,11 @@ class HashedMixture(WrappingPredictor):
             unanswered = unanswered & ~answers
         return p
 
-    def _mix(self, inputs, log_probs, of_tokens, tokens):
-        """Log "probabilities" (B, M, ...) of tokens, which are of_tokens by the base."""
-        alpha = with_dims_of(ngram_weight(self.s, log_probs), of_tokens)
-        upto_last = inputs.recent[:, : tokens_before(inputs) + tokens.size(1)]
-        p = (1 - alpha) * of_tokens.double().exp() + alpha * self.shares(upto_last, tokens)
+    def _mix(self, inputs, log_probs, by_base, tokens):
+        """Log "probabilities" (B, M, ...) of tokens: those by_base mixed with the shares."""
+        alpha = with_dims_of(ngram_weight(self.s, log_probs), by_base)
+        upto_last = inputs.recent[:, : first_column(inputs) + tokens.size(1)]
+        p = (1 - alpha) * by_base.double().exp() + alpha * self.shares(upto_last, tokens)
         return torch.log(p.clamp(min=1e-12))
 
     @torch.no_grad()
@@ -8716,10 +8758,10 @@ class HashedMixture(WrappingPredictor):
     @torch.no_grad()
     def nll(self, inputs, targets):
         log_probs = self.base.predict(inputs)
-        of_targets = log_probs.gather(-1, targets[..., None]).squeeze(-1)
+        by_base = log_probs.gather(-1, targets[..., None]).squeeze(-1)
         if self.counted < self.s.mixer_min_tokens:
-            return -of_targets
-        return -self._mix(inputs, log_probs, of_targets, targets)
+            return -by_base
+        return -self._mix(inputs, log_probs, by_base, targets)
 
     def learn(self, part, stream):
         super().learn(part, stream)
@@ -9012,34 +9054,39 @@ def _expected_mask(ids, queries, s):
 
 
 class Clock:
-    """The phase ledger: wall seconds per phase, each second charged to the innermost phase only."""
+    """Wall seconds by what they were spent on; each is charged to the innermost charge() only.
+
+    "train" and "calibrate" together are the training clock, which MAX_WALLCLOCK_SECONDS limits. The
+    steps have what Training.reserve leaves of it.
+    """
 
     def __init__(self, sync=lambda: None):
         self.seconds = {}
         self._sync = sync
-        self._phase = "setup"
+        self._purpose = "setup"
         self._since = time.monotonic()
 
-    def __getitem__(self, phase):
+    def __getitem__(self, purpose):
         """Seconds so far, without waiting for the device."""
-        seconds = self.seconds.get(phase, 0.0)
-        if phase == self._phase:
+        seconds = self.seconds.get(purpose, 0.0)
+        if purpose == self._purpose:
             seconds += time.monotonic() - self._since
         return seconds
 
-    def _enter(self, phase):
-        """Begin a phase; returns the one that it interrupts."""
+    def _enter(self, purpose):
+        """Begin to charge a purpose; returns the one that this interrupts."""
         self._sync()
         now = time.monotonic()
-        outer = self._phase
+        outer = self._purpose
         self.seconds[outer] = self.seconds.get(outer, 0.0) + now - self._since
-        self._phase = phase
+        self._purpose = purpose
         self._since = now
         return outer
 
     @contextlib.contextmanager
-    def phase(self, name):
-        outer = self._enter(name)
+    def charge(self, purpose):
+        """Charge the seconds inside to this purpose."""
+        outer = self._enter(purpose)
         try:
             yield
         finally:
@@ -9623,7 +9670,7 @@ class Training:
         rt = run.rt
         meter = CurvatureMeter(self.model)
         stage = s.stages[self.stage]
-        with run.clock.phase("calibrate"):
+        with run.clock.charge("calibrate"):
             if s.gptq_calibration == "generated":
                 rows = calibration_rows(s)
                 text = generate(
@@ -9644,7 +9691,7 @@ class Training:
     def fit_temperature(self):
         """The divisor of the logits at which further training text costs least."""
         run = self.run
-        with run.clock.phase("calibrate"):
+        with run.clock.charge("calibrate"):
             run.validity.opened("train")
             micro = _next_batch(run, self, run.s.stages[self.stage])
             inverse, tokens = self._inverse_temperature(micro)
@@ -9697,7 +9744,7 @@ class Training:
         One that cannot be written (full disk) is a line in the log: the run and the older
         checkpoints are worth more. Returns whether it was written.
         """
-        with self.run.clock.phase("checkpoint"):
+        with self.run.clock.charge("checkpoint"):
             return self._save()
 
     def _save(self):
@@ -9781,7 +9828,8 @@ class Training:
             self.qat.load_state_dict(state["qat"])
         self.reserve = state["reserve"]
         self.optimizer.load_state_dict(state["optimizer"])
-        seconds = {phase: value for phase, value in state["seconds"].items() if phase != "setup"}
+        seconds = {purpose: value for purpose, value in state["seconds"].items()
+                   if purpose != "setup"}
         self.run.clock.seconds.update(seconds)
         torch.set_rng_state(state["rng"])
         self.done = state["done"]
@@ -9994,8 +10042,8 @@ def check_state(training, state, fresh):
     _check_position(s, state)
     need_number("reserve", state["reserve"], float, 0, MOST_SECONDS)
     need_names("seconds", state["seconds"])
-    for phase, seconds in state["seconds"].items():
-        need_number(f"seconds of {brief(phase, 20)}", seconds, float, 0, MOST_SECONDS)
+    for purpose, seconds in state["seconds"].items():
+        need_number(f"seconds of {brief(purpose, 20)}", seconds, float, 0, MOST_SECONDS)
     for name, moments in state["optimizer"].items():
         if name != "t" and any((second < 0).any() for second in moments[1:]):
             raise ValueError(f"optimizer {name} has a negative second moment")
@@ -10144,7 +10192,7 @@ def report_score(run, predictor, stream):
     """Contiguous score of the validation stream as a report that nothing learns from."""
     s = run.s
     rt = run.rt
-    with run.clock.phase("validate"), run.validity.report():
+    with run.clock.charge("validate"), run.validity.reporting():
         before = fingerprint(predictor.model)
         result = score(predictor, contiguous_reader(stream, s, rt), stream, rt, run.validity)
         run.validity.need(
@@ -10178,7 +10226,7 @@ def train(run, model, val):
         torch.cuda.reset_peak_memory_stats(rt.device)
     was_done = training.done
     with Interrupt() as interrupt:
-        with run.clock.phase("train"):
+        with run.clock.charge("train"):
             lowest_fall = _train_steps(run, training, predictor, val, interrupt)
         training.done = True
         keep_weights(run, training)
@@ -10225,14 +10273,14 @@ def _warm_up(run, training, predictor, val):
     s = run.s
     clock = run.clock
     if s.warmup_steps:
-        with clock.phase("warmup"):
+        with clock.charge("warmup"):
             training.warm_up()
             if run.rt.compiled:
                 _warm_up_reports(run, training, predictor, val)
         run.log("warmup", steps=s.warmup_steps, graphs=len(training.plans()),
                 seconds=round(clock["warmup"], 2))
     if s.needs_reserve and s.max_wallclock_seconds:
-        with clock.phase("warmup"):
+        with clock.charge("warmup"):
             training.reserve = s.gptq_reserve_seconds or training.measure_reserve(predictor)
         run.log("reserve", seconds=round(training.reserve, 3))
 
@@ -10318,7 +10366,7 @@ def _best_average(run, training, predictor, candidates):
     run.validity.opened("train")
     held = torch.from_numpy(training.stream.held.astype(np.int32)).to(run.rt.device)
     losses = {}
-    with run.clock.phase("calibrate"):
+    with run.clock.charge("calibrate"):
         for kind, weights in candidates.items():
             training.average.apply(weights)
             losses[kind] = held_out_loss(run, predictor, held)
@@ -10330,7 +10378,7 @@ def _best_average(run, training, predictor, candidates):
 
 @torch.no_grad()
 def held_out_loss(run, predictor, held):
-    """Contiguous loss in nats on training text (K,) that was not trained on."""
+    """Contiguous loss in nats on training text (T,) that was not trained on."""
     stream = unmeasured_text(held)
     reader = contiguous_reader(stream, run.s, run.rt)
     return score(predictor, reader, stream, run.rt, Validity()).loss
@@ -10599,7 +10647,7 @@ def export(run, model, tokenizer_sha256, curvature=None):
     code_bytes = len(run.source)
     info = None
     failed = None  # (message, exit code)
-    with run.clock.phase("export"):
+    with run.clock.charge("export"):
         try:
             if run.rt.rank == 0:
                 room = s.size_limit - code_bytes
@@ -10640,7 +10688,7 @@ def evaluate(run, path):
     """Load the artifact that was written, and nothing else, and score it."""
     rt = run.rt
     validity = run.validity
-    with run.clock.phase("eval"), validity.evaluation():
+    with run.clock.charge("eval"), validity.evaluation():
         # Over nodes, only rank 0's disk has the file.
         data = rt.broadcast(read_file(path) if rt.rank == 0 else None)
         artifact_sha256 = hashlib.sha256(data).hexdigest()
@@ -10656,14 +10704,14 @@ def evaluate(run, path):
         temperature = s.eval_temperature or model.temperature
         predictor = make_predictor(model, s, rt, len(val.bytes), temperature)
         _report_packed(run, s, model, predictor, val)
-        if s.ttt == "before":
+        if s.trains_before_scoring:
             train_on_validation(run, model, val)
         validity.need(not predictor.invalid, predictor.invalid)
         log_adaptation(run, model, predictor)
         reader = reader_for(predictor, val, s, rt)
         graphs = warm_up_scoring(run, predictor, reader) if rt.compiled else 0
         predictor.reset()
-        unchanged = s.ttt == "before" or fingerprint(model) == loaded
+        unchanged = s.trains_before_scoring or fingerprint(model) == loaded
         validity.need(unchanged, "C3: the model was changed before it was scored")
 
         result = score(predictor, reader, val, rt, validity, run.log)
@@ -10796,16 +10844,16 @@ def summarise(run):
     rt = run.rt
     validity = run.validity
     validity.share(rt)
-    phases = ("train", "calibrate", "export", "eval", "validate", "warmup", "selftest")
-    seconds = {f"{name}_seconds": round(run.clock.seconds.get(name, 0.0), 3) for name in phases}
+    purposes = ("train", "calibrate", "export", "eval", "validate", "warmup", "selftest")
+    seconds = {f"{name}_seconds": round(run.clock.seconds.get(name, 0.0), 3) for name in purposes}
     _need_record(run, seconds)
     scored = "val_bpb" in run.facts
     summary = {
         **run.facts,
         "valid": "yes" if scored and not validity.reasons else "no",
         "reasons": validity.reasons,
-        "eligible": "no" if validity.eligible_reasons else "yes",
-        "eligible_reasons": validity.eligible_reasons,
+        "eligible": "no" if validity.obstacles else "yes",
+        "eligible_reasons": validity.obstacles,
         **seconds,
         "seed": s.seed,
         "world_size": rt.world,
@@ -10971,7 +11019,7 @@ def _train_and_export(run, tokenizer):
     rt = run.rt
     _log_tokenizer(run, tokenizer)
     sp, _, tokenizer_sha256 = tokenizer
-    with run.validity.report(), run.validity.loading():
+    with run.validity.reporting(), run.validity.loading():
         val = load_validation(s, rt, sp)
     targets = len(val.bytes)
     text = f"val_loader:shards pattern={s.data_path}/fineweb_val_*.bin tokens:{targets}"
@@ -10980,7 +11028,7 @@ def _train_and_export(run, tokenizer):
     params = sum(param.numel() for param in model.parameters())
     run.log("model_params", f"model_params:{params}", params=params)
     curvature = train(run, model, val)
-    if s.ttt == "prequant":
+    if s.trains_before_packing:
         train_on_validation(run, model, val)
     return export(run, model, tokenizer_sha256, curvature)
 

@@ -409,7 +409,7 @@ def test_the_limit_itself_is_not_over_it(tmp_path, monkeypatch, beyond):
     train_gpt.export(run, None, "")
     (row,) = events(tmp_path, "artifact")
     assert (row["total_bytes"], row["margin_bytes"]) == (16_000_000 + beyond, -beyond)
-    assert bool(run.too_large) == bool(run.validity.eligible_reasons) == (beyond > 0)
+    assert bool(run.too_large) == bool(run.validity.obstacles) == (beyond > 0)
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ def colliding(most):
     wanted = defaultdict(list)
     table = tg.HashTable(most, CPU)
     for key in range(1500):
-        table.keys.zero_()
+        table.reset()
         wanted[int(table.probe(torch.tensor([key]), add=True))].append(key)
     return max(wanted.values(), key=len)
 
@@ -69,7 +69,7 @@ def test_the_table_is_a_dictionary(data):
         for key, slot in zip(batch, found):
             assert slot == (slots.setdefault(key, slot) if add else slots.get(key, -1)) and slot < len(table)
     assert len(set(slots.values())) == len(slots) and -1 not in slots.values()
-    assert int((table.keys != 0).sum()) == len(slots)
+    assert int((table.contents != 0).sum()) == len(slots)
 
 
 @pytest.mark.parametrize("most", [1, 170, 171, 1000])
@@ -106,13 +106,13 @@ def nodes_of(counts, grams):
 def same_counts(counts, table):
     """Every n-gram as often as in the dictionary, no other at all; of each context how many tokens and kinds follow."""
     grams = {(*context, token): number for context, after in table.items() for token, number in after.items()}
-    nodes, count, fan = nodes_of(counts, grams), counts.count.tolist(), counts.followers.tolist()
+    nodes, count = nodes_of(counts, grams), counts.count.tolist()
     assert -1 not in nodes.values() and all(count[nodes[gram]] == number for gram, number in grams.items())
     assert int((counts.count > 0).sum()) == len(grams)
     for context, after in table.items():
-        followers = fan[nodes[context] if context else counts.root]
-        assert (followers & (1 << 32) - 1, followers >> 32) == (after.total(), len(after)), context
-    assert int((counts.followers > 0).sum()) == len(table)
+        node = nodes[context] if context else counts.root
+        assert (int(counts.tokens_after[node]), int(counts.types_after[node])) == (after.total(), len(after)), context
+    assert int((counts.tokens_after > 0).sum()) == int((counts.types_after > 0).sum()) == len(table)
 
 
 def cut(ids, where):
@@ -164,7 +164,7 @@ def test_there_is_room_for_a_text_that_never_repeats_itself(ttt, unit):
     for at in range(0, len(rows), unit):
         group = rows[at : at + unit]
         counts.add(*tg.scored_text(part_of(group if apart else [[group[0, 0], group[-1, 1]]]), stream, 9, s))
-        assert int((counts.table.keys != 0).sum()) <= 9 * targets
+        assert int((counts.table.contents != 0).sum()) <= 9 * targets
     same_counts(counts, counted(ids, range(1, 304), 10, lambda end: end - 1 - (end - 1) % 3 if apart else 0))
 
 
@@ -405,7 +405,7 @@ def test_ngram_backoff_hedge_and_hints_are_the_formulas_and_sum_to_one(s, ids, s
     assert (watched.said.logsumexp(-1).abs() < 1e-6).all() and reasons == []
     np.testing.assert_allclose(nats.numpy(), -want[np.arange(len(ids) - 1), ids[1:]], rtol=0, atol=2e-6)
     if s.mixer == "hedge":
-        np.testing.assert_allclose(watched.inner.weights.numpy(), weights, rtol=1e-6)
+        np.testing.assert_allclose(watched.inner.log_weights.numpy(), weights, rtol=1e-6)
 
 
 def hint_of(tilt, *context):
@@ -522,7 +522,7 @@ def test_experts_are_weighed_by_their_record():
     s, ids = settings(mixer="hedge", mixer_experts="unigram,bigram", mixer_eta=1), [3, 1, 4, 15, 9] * 30
     predictor = predictor_of(s, Bigram(32, 1), len(ids))
     scored(predictor, s, ids)
-    model, unigram, bigram = predictor.weights.tolist()
+    model, unigram, bigram = predictor.log_weights.tolist()
     assert bigram > unigram > model and bigram - unigram > 5
 
 

@@ -125,19 +125,19 @@ def test_each_second_is_charged_to_the_innermost_phase_only(monkeypatch):
         now[0] += seconds
 
     sleep(1)
-    with clock.phase("train"):
+    with clock.charge("train"):
         sleep(10)
-        with clock.phase("validate"):
+        with clock.charge("validate"):
             sleep(5)
             assert clock["train"] == 10 and clock["validate"] == 5, "readable at any time"
         sleep(20)
-        with pytest.raises(KeyError), clock.phase("checkpoint"):
+        with pytest.raises(KeyError), clock.charge("checkpoint"):
             sleep(2)
             raise KeyError
         sleep(40)
         assert clock["train"] == 70
     sleep(3)
-    with clock.phase("train"):
+    with clock.charge("train"):
         sleep(100)
     assert {name: clock[name] for name in ("setup", "train", "validate", "checkpoint")} == {"setup": 4, "train": 170, "validate": 5, "checkpoint": 2}
     assert clock["never"] == 0
@@ -146,7 +146,7 @@ def test_each_second_is_charged_to_the_innermost_phase_only(monkeypatch):
 def test_a_phase_waits_for_the_device_at_both_ends():
     waits = []
     clock = Clock(lambda: waits.append(1))
-    with clock.phase("train"):
+    with clock.charge("train"):
         assert len(waits) == 1
     assert len(waits) == 2
     clock["train"]

@@ -994,7 +994,7 @@ def test_a_score_of_a_part_of_the_stream_is_valid_but_no_record(toy, whole, tmp_
 def test_validation_text_may_be_read_for_a_report_or_after_the_freeze_only():
     ledger = Validity()
     ledger.opened("train")
-    with ledger.report():
+    with ledger.reporting():
         assert not torch.is_grad_enabled(), "a report learns nothing"
         ledger.opened("val")
     assert torch.is_grad_enabled() and ledger.reasons == []
@@ -1011,7 +1011,7 @@ def test_validation_text_may_be_read_for_a_report_or_after_the_freeze_only():
 
 def test_a_report_that_fails_does_not_leave_the_door_open():
     ledger = Validity()
-    with pytest.raises(KeyError), ledger.report():
+    with pytest.raises(KeyError), ledger.reporting():
         raise KeyError
     ledger.opened("val")
     assert ledger.reasons

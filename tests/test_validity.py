@@ -532,7 +532,7 @@ def test_a_valid_score_is_called_so(trained, tmp_path):
 
 def test_validation_before_the_freeze_is_c3_except_for_reports():
     validity = tg.Validity()
-    with validity.report():
+    with validity.reporting():
         validity.opened("val")
         assert not torch.is_grad_enabled()
     validity.opened("train")
@@ -553,7 +553,7 @@ def test_training_data_after_the_freeze_is_a_reason():
 
 def test_a_report_that_fails_ends_the_permission():
     validity = tg.Validity()
-    with pytest.raises(ZeroDivisionError), validity.report():
+    with pytest.raises(ZeroDivisionError), validity.reporting():
         raise ZeroDivisionError
     validity.opened("val")
     assert validity.reasons != [] and torch.is_grad_enabled()
@@ -564,7 +564,7 @@ def test_reasons_are_kept_once_and_never_withdrawn():
     for ok in (False, True, False):
         validity.need(ok, "a reason")
     validity.need_for_record(False, "hardware")
-    assert validity.reasons == ["a reason"] and validity.eligible_reasons == ["hardware"]
+    assert validity.reasons == ["a reason"] and validity.obstacles == ["hardware"]
 
 
 @pytest.fixture
@@ -603,7 +603,7 @@ def test_a_validation_shard_that_anything_opens_is_noted_whatever_its_name(shard
     new = NAMES[name](path, tmp_path / "harmless.bin")
     validity = tg.Validity()
     with validity.watch(shard.parent):
-        with validity.report(), validity.loading():
+        with validity.reporting(), validity.loading():
             OPEN[how](new)
         assert validity.reasons == []
         OPEN[how](new)

@@ -401,7 +401,7 @@ def begin(toy, tmp_path):
         rt = tg.Runtime(s, env={})
         run = tg.Run(s, rt, tmp_path / folder, tg.pick_attention(s, rt))
         sp, *_ = tg.load_tokenizer(s)
-        with run.validity.report():
+        with run.validity.reporting():
             val = tg.load_validation(s, rt, sp)
         model = tg.GPT(s, rt.dtype, run.attend).to(rt.device)
         return run, model, tg.Training(run, model), val
@@ -542,7 +542,7 @@ def test_the_state_of_a_gpu_run_goes_on_on_the_cpu(begin, monkeypatch):
     saved = []
     monkeypatch.setattr(tg, "write_atomic", lambda path, chunks: saved.append(b"".join(chunks)))
     for _ in range(3):
-        with run.clock.phase("train"):
+        with run.clock.charge("train"):
             tg._train_step(run, state, 0.1, 0.3)
     state._save()
     data = saved[-1][len(tg.CHECKPOINT_MAGIC) : -32]
@@ -594,7 +594,7 @@ def test_losses_are_read_only_when_the_gpu_has_made_them(begin, monkeypatch, eve
 
     monkeypatch.setattr(run.rt, "fetch", slow_fetch)
     del poison
-    with run.clock.phase("train"), tg.Interrupt() as interrupt:
+    with run.clock.charge("train"), tg.Interrupt() as interrupt:
         tg._train_steps(run, state, tg.ModelPredictor(model, run.rt), val, interrupt)
     assert state.step == 14 and tg.checkpoints(run.out_dir)
 

@@ -313,8 +313,8 @@ def table_facts(mixer, exact, val, s):
     import torch
 
     if exact:
-        in_use = mixer.counts.table.keys > 0
-        tensors = [*vars(mixer.counts).values(), mixer.counts.table.keys]
+        in_use = mixer.counts.table.contents > 0
+        tensors = [*vars(mixer.counts).values(), mixer.counts.table.contents]
         ngrams = int(in_use.sum())
         load = in_use.double().mean().item()
     else:
