@@ -22,7 +22,7 @@ The rooms of this file, in reading order
     10 Evaluation       windows and the one score loop: the definition of the metric
     11 Validity         ledger, examiner, proof of the bytes, self-test
     12 Predictors       what is scored: the model, test-time training, n-grams, the tilt
-    13 Invalid originals, whose score is not valid
+    13 Invalid originals   techniques of published runs that break the rules
     14 Kernels          attention kernels beside their reference, and the choice of one
     15 Run              clock, console, log, folder, signals
     16 Training         the steps, checkpoints, the training phase
@@ -308,7 +308,7 @@ class Settings:
     attention: Literal["auto", "fa3", "cudnn", "flash", "math"] = _run(
         "auto", "attention kernel; auto: the first that passes a check", code="pick_attention")
     kernels: Literal["auto", "off", "require"] = _run(
-        "auto", "fused kernels; off: only the reference; require: a fallback is an error",
+        "auto", "fused kernels; off: only those of torch; require: a fallback is an error",
         code="pick_attention")
     strict_env: bool = _run(
         False, "a doubtful name in the environment is an error, not a warning",
@@ -4204,10 +4204,10 @@ class CurvatureMeter:
         return Curvature(hessian, total, head.hessian.trace().item(), head.inputs)
 
 
-def generate(model, rows, length, temperature, seed, world=1, rank=0):
+def generate(model, rows, length, temperature, seed, world=1, rank=0, width=None):
     """Text (rows / world, length + 1) that the model writes: BOS, then tokens drawn at a
     temperature. The random numbers are drawn for the rows of all ranks together, so the text of a
-    row does not depend on the number of ranks.
+    row does not depend on the number of ranks. Each token sees `width` tokens, or all of them.
     """
     device = model.embed.weight.device
     rows = ceil_div(rows, world)  # of this rank
@@ -4215,7 +4215,7 @@ def generate(model, rows, length, temperature, seed, world=1, rank=0):
     chances = torch.rand(rows * world, length, generator=generator)
     chances = chances[rank * rows : (rank + 1) * rows].to(device)
     ids = torch.full((rows, length + 1), BOS, device=device)
-    state = KVCache(model, rows, length)
+    state = KVCache(model, rows, width or length)
     with torch.no_grad():
         for t in range(length):
             logits = model.logits(state.advance(ids[:, t : t + 1])[:, -1])
@@ -5919,13 +5919,13 @@ def need_number(what, value, kind, least, most):
     return value
 
 
-def need_reasons(reasons):
-    """ValueError unless these are reasons why a score is not valid, as brief() leaves them."""
-    def is_text(reason):
-        return type(reason) is str and reason == brief(reason, MAX_VALUE)
+def need_texts(what, texts):
+    """ValueError unless this is a list of texts, such as reasons, as brief() leaves them."""
+    def is_text(text):
+        return type(text) is str and text == brief(text, MAX_VALUE)
 
-    if type(reasons) is not list or not all(map(is_text, reasons)):
-        raise ValueError(f"reasons is {brief(reasons, 30)}, not a list of texts")
+    if type(texts) is not list or not all(map(is_text, texts)):
+        raise ValueError(f"{what} is {brief(texts, 30)}, not a list of texts")
 
 
 class PackedStream(NamedTuple):
@@ -6015,7 +6015,7 @@ def _checked_header(text):
     temperature = header.setdefault("temperature", 0)
     if type(temperature) not in (int, float) or not 0 <= temperature <= 10:
         raise ValueError("temperature is no number from 0 to 10")
-    need_reasons(header.setdefault("reasons", []))
+    need_texts("reasons", header.setdefault("reasons", []))
     digest = bytes.fromhex(header["tokenizer_sha256"])
     if len(digest) not in (0, 32):
         raise ValueError("tokenizer_sha256 is no SHA-256")
@@ -8798,7 +8798,9 @@ def attend_reference(q, k, v, docs=None):
 
 
 def attend_masked(q, k, v, mask):
-    """Attention written out: queries q (B, R, H, C), keys k (B, S, K, C), mask (..., R, S)."""
+    """Attention written out: q (B, R, H, C) of R queries, k and v (B, S, K, C) of S keys, mask
+    (..., R, S).
+    """
     k, v = (z.repeat_interleave(q.size(2) // z.size(2), dim=2) for z in (k, v))
     scores = torch.einsum("brhc,bshc->bhrs", q, k) * q.size(-1) ** -0.5
     weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
@@ -8807,7 +8809,7 @@ def attend_masked(q, k, v, mask):
 
 def attend_past(q, k, v, past):
     """Attention of new tokens to the keys and values in `past` and to their own, by past.mask."""
-    visit = len(past.new_kv)
+    visit = len(past.new_kv)  # each visit appends its own
     kept_k, kept_v = past.kv[visit]
     past.new_kv.append((k, v))
     if kept_k is not None:
@@ -8862,8 +8864,8 @@ def _set_sdpa(*names):
     """Let PyTorch's attention use only these CUDA backends.
 
     Flags, not torch.nn.attention.sdpa_kernel(..., set_priority=True): as a context around each
-    call it adds nine nodes to the captured graph, and its order knows neither faulty cuDNN
-    versions nor wrong results.
+    call it adds nine nodes to the captured graph, and its list of priorities cannot pass over a
+    faulty cuDNN or a kernel that fails our check.
     """
     for name in ("cudnn", "flash", "mem_efficient", "math"):
         enable = getattr(torch.backends.cuda, f"enable_{name}_sdp")
@@ -8903,6 +8905,11 @@ def _try_attention(name, s, rt):
     attend, reason = _attention_function(name, s)
     if reason is None:
         reason = _attention_error(attend, s, rt)
+    # All ranks take the same kernel: the slowest rank is the speed of all.
+    reasons = rt.gather(reason)
+    failed = [rank for rank, reason_there in enumerate(reasons) if reason_there]
+    if failed and reason is None:
+        reason = f"rank {failed[0]}: {reasons[failed[0]]}"
     return attend, reason
 
 
@@ -8923,14 +8930,14 @@ def _why_unavailable(name, s, rt):
         if name == "flash" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
             return f"torch {torch.__version__} has no torch.nn.attention.varlen"
         if name == "math" and s.loader == "packed" and s.longest_row > MAX_MASKED_ROW:
-            return (f"rows of LOADER=packed have {s.longest_row} tokens, "
-                    f"masks at most {MAX_MASKED_ROW} (MICRO_BATCH_TOKENS)")
+            return (f"rows of LOADER=packed have {s.longest_row} tokens, too many for a mask "
+                    f"(at most {MAX_MASKED_ROW}); lower MICRO_BATCH_TOKENS")
     if name in ("fa3", "cudnn", "flash") and rt.dtype != torch.bfloat16:
         return "needs bfloat16"
     if name == "cudnn":
         version = torch.backends.cudnn.version()
         if (version or 0) < 91501:
-            return f"cuDNN {version} is older than 9.15.1, whose attention gave wrong results"
+            return f"cuDNN {version} may give wrong results; 91501 (9.15.1) and later do not"
     return None
 
 
@@ -8975,8 +8982,8 @@ def _first_line(error):
 
 def _attention_error(attend, s, rt):
     """What is wrong with a kernel at the lengths of training and evaluation, or None."""
-    lengths = {128, s.eval_seq_len, s.longest_row}
-    lengths |= {length for _, length, _ in s.stages}
+    lengths = {128, s.eval_seq_len, s.longest_row}  # 128: one block of a kernel, no more
+    lengths |= {stage.length for stage in s.stages}
     for length in sorted(lengths):
         error = _attention_error_at(attend, s, rt, length)
         if error:
@@ -9023,7 +9030,7 @@ def _attention_error_at(attend, s, rt, length):
             return f"fails ({type(error).__name__}: {_first_line(error)})"
         results.append([out.float(), *gradients])
     fused, expected = results
-    errors = []  # nan stays nan
+    errors = []
     for result, right in zip(fused, expected, strict=True):
         errors.append((result.float() - right).norm() / right.norm())
     per_head = (fused[0] - expected[0]).norm(dim=-1) / expected[0].norm(dim=-1)
@@ -9034,11 +9041,15 @@ def _attention_error_at(attend, s, rt, length):
         allowed = 2e-3  # CUDA float32 is TF32
     if rt.dtype == torch.bfloat16:
         allowed = 2e-2
-    return None if worst < allowed else f"differs from the reference by {worst:.1e}"
+    if worst < allowed:  # false of nan, too
+        return None
+    return f"differs from the reference by {worst:.1e}"
 
 
 def _expected_mask(ids, queries, s):
-    """(queries, T) bool: the keys that queries in ids (T,) must see, without find_documents."""
+    """(queries, T) bool: the keys that queries in ids (T,) must see. Not by find_documents(), which
+    is checked with it.
+    """
     position = torch.arange(len(ids), device=ids.device)
     segment_start = torch.zeros_like(position)
     if s.doc_mask == "attention":
@@ -9368,7 +9379,8 @@ class FolderLock:
                     part.unlink()
 
     def release(self):
-        self.remove_parts()
+        if self._locked:
+            self.remove_parts()
         with contextlib.suppress(OSError):
             self._path.unlink()
         os.close(self._file)
@@ -9397,11 +9409,11 @@ class Interrupt:
         first = not self.signal
         if first:
             self.signal = number
-        # An error that unwinds already (another rank died, say) is not to be raised over.
-        unwinding = sys.exc_info()[0] is not None
-        if self.at_once and not unwinding:
-            raise Interrupted
-        if number == signal.SIGINT and not first and not self.at_once:
+        if self.at_once:
+            # An error that unwinds already (another rank died, say) is not to be raised over.
+            if sys.exc_info()[0] is None:
+                raise Interrupted
+        elif number == signal.SIGINT and not first:
             raise KeyboardInterrupt
 
     def check(self):
@@ -9473,14 +9485,14 @@ CALIBRATION_MICRO_TOKENS = 16384
 TEMPERATURE_TOKENS = 16384  # from which EVAL_TEMPERATURE=0 is fitted
 
 
-def calibration_steps(s):
-    """Number of training steps whose text holds GPTQ_CALIBRATION_TOKENS."""
-    return ceil_div(s.gptq_calibration_tokens, s.stages[-1].tokens)
+def calibration_steps(s, stage):
+    """Number of a stage's steps whose text holds GPTQ_CALIBRATION_TOKENS."""
+    return ceil_div(s.gptq_calibration_tokens, stage.tokens)
 
 
-def calibration_rows(s):
-    """Number of generated sequences that hold GPTQ_CALIBRATION_TOKENS."""
-    return ceil_div(s.gptq_calibration_tokens, s.stages[-1].length)
+def calibration_rows(s, stage):
+    """Number of sequences of a stage's length that hold GPTQ_CALIBRATION_TOKENS."""
+    return ceil_div(s.gptq_calibration_tokens, stage.length)
 
 
 class TrainingGraph(NamedTuple):
@@ -9500,7 +9512,7 @@ class Training:
 
     # Fields of a state that older checkpoints do not have.
     ADDED_LATER = {
-        "data": None, "done": False, "average_begun": 0, "reasons": [],
+        "data": None, "done": False, "average_begun": 0, "reasons": [], "made_by": [],
         "copies": torch.empty(0, dtype=torch.int64),
     }
 
@@ -9516,7 +9528,7 @@ class Training:
         self.objective = Objective(model, s).to(rt.device)
         self.step_loss = rt.compile(self.objective)
         self.optimizer = MuonAdam(self.objective, s, rt)
-        # Otherwise the graph finds documents itself.
+        # A varlen kernel and packed rows need documents from the loader; else the graph finds them.
         docs_from_loader = model.varlen or s.loader == "packed"
         find_docs = model.find_documents if docs_from_loader else None
         self.stream = TokenStream(find_shards(s.data_path, "train"), s, rt, find_docs)
@@ -9527,6 +9539,8 @@ class Training:
         self.reserve = 0.0  # seconds of the training clock kept for calibration
         self.done = False  # all steps were made
         self.falling = 1.0  # what the warmdown multiplies learning rates by
+        code = hashlib.sha256(run.source).hexdigest()[:12]
+        self.made_by = [f"code {code} on {rt.world} x {rt.device_name()}"]  # each part of the run
 
     def enter(self, progress, falling=1.0):
         """Switch on what begins at this progress of the run, before a step is made.
@@ -9546,12 +9560,13 @@ class Training:
             self.qat.enter(self.run, self, 1 - falling / s.late_qat_threshold)
 
     def plans(self):
-        """[TrainingGraph] that the run will meet, if it lasts."""
+        """[TrainingGraph] that the run will meet, unless it ends early."""
         s = self.run.s
         looping_from = s.enable_looping_at if s.loops else 1.0
         # In steps or seconds, the warmdown may be as long as the run.
         length_unknown = s.warmdown_iters or s.warmdown_seconds
         falling_part = 1.0 if length_unknown else s.warmdown_frac
+        # The earliest progress at which warmdown() can be below the threshold.
         rounded_from = 1 - s.late_qat_threshold * falling_part
         graphs = []
         begin = 0.0
@@ -9600,7 +9615,7 @@ class Training:
             for tensor in bank.state:
                 tensor.zero_()
         self.optimizer.t = 0
-        self.model.looping = s.loops
+        self.model.looping = s.loops  # as GPT has it before the first step
         if self.qat:
             self.qat.switch(False)
 
@@ -9613,8 +9628,8 @@ class Training:
             if not self.run.rt.compiled or isinstance(error, torch.OutOfMemoryError):
                 raise
             first_line = str(error).strip().partition("\n")[0][:120]
-            raise BadInput(f"torch.compile failed ({type(error).__name__}: {first_line}); "
-                           "COMPILE=off runs without it") from error
+            raise BadInput(f"a compiled step failed ({type(error).__name__}: {first_line}); "
+                           "COMPILE=off runs without torch.compile") from error
 
     # Calibration: what is measured inside the training clock once the steps are over
 
@@ -9629,12 +9644,13 @@ class Training:
         if s.needs_curvature:
             meter = CurvatureMeter(self.model)
             one_micro_batch = self._seconds_of(self._measure, meter, micro[:1], stage.length)
-            seconds += one_micro_batch * len(micro) * calibration_steps(s)
+            seconds += one_micro_batch * len(micro) * calibration_steps(s, stage)
             if s.gptq_calibration == "generated":
                 part = max(stage.length // 32, 1)  # of the length, then scaled up to all of it
-                rows = calibration_rows(s) // rt.world + 1
+                rows = ceil_div(calibration_rows(s, stage), rt.world)
                 seconds += stage.length / part * self._seconds_of(
-                    generate, self.model, rows, part, s.gptq_temperature, s.seed)
+                    generate, self.model, rows, part, s.gptq_temperature, s.seed,
+                    width=stage.length)
         if s.eval_temperature == 0:
             seconds += self._seconds_of(self._inverse_temperature, micro)
         if s.average == "best":
@@ -9643,12 +9659,12 @@ class Training:
             seconds += candidates * self._seconds_of(held_out_loss, self.run, predictor, held)
         return rt.max(1.1 * seconds)[0]
 
-    def _seconds_of(self, work, *args):
-        """How long work(*args) takes when it is done again: the first time is all set-up."""
+    def _seconds_of(self, work, *args, **options):
+        """Seconds of a second call of work: the first compiles and allocates."""
         for _ in range(2):
             self.run.rt.sync()
             began = time.monotonic()
-            work(*args)
+            work(*args, **options)
             self.run.rt.sync()
         return time.monotonic() - began
 
@@ -9672,7 +9688,7 @@ class Training:
         stage = s.stages[self.stage]
         with run.clock.charge("calibrate"):
             if s.gptq_calibration == "generated":
-                rows = calibration_rows(s)
+                rows = calibration_rows(s, stage)
                 text = generate(
                     self.model, rows, stage.length, s.gptq_temperature, s.seed, rt.world, rt.rank)
                 ids = text[:, :-1].contiguous()
@@ -9680,7 +9696,7 @@ class Training:
                 self._measure(meter, [(ids, targets, None)], stage.length)
             else:
                 run.validity.opened("train")
-                for _ in range(calibration_steps(s)):
+                for _ in range(calibration_steps(s, stage)):
                     self._measure(meter, _next_batch(run, self, stage), stage.length)
             curvature = meter.curvature(rt)
         tokens = int(rt.sum(torch.tensor(meter.tokens, device=rt.device)))
@@ -9713,12 +9729,13 @@ class Training:
     def _states_to_fit(self, micro):
         """Final states (N, D) and targets (N, 1) of rows of a step, TEMPERATURE_TOKENS in all.
 
-        The rows are evenly spaced over all ranks, so that they do not depend on their number.
+        The rows are evenly spaced over those of all ranks, so that the number of ranks does not
+        matter.
         """
         run = self.run
         rows = []
         for ids, targets, docs in micro:
-            row_docs = docs if len(ids) == 1 else None
+            row_docs = docs if len(ids) == 1 else None  # of more rows hidden() finds them itself
             rows += [(ids[i : i + 1], targets[i : i + 1], row_docs) for i in range(len(ids))]
         count = len(rows) * run.rt.world
         length = rows[0][0].size(1)
@@ -9745,7 +9762,7 @@ class Training:
         checkpoints are worth more. Returns whether it was written.
         """
         with self.run.clock.charge("checkpoint"):
-            return self._save()
+            return self.run.rt.broadcast(self._save())
 
     def _save(self):
         run = self.run
@@ -9764,7 +9781,8 @@ class Training:
             return False
         run.log("checkpoint", step=self.step, file=path.name, bytes=len(data) + 32)
         for old in checkpoints(run.out_dir)[2:]:
-            old.unlink()
+            with contextlib.suppress(OSError):
+                old.unlink()
         return True
 
     def state(self):
@@ -9799,6 +9817,7 @@ class Training:
             "done": self.done,
             "average_begun": self.average.ema_begun,
             "reasons": run.validity.to_keep(run.rt),
+            "made_by": self.made_by,
             "copies": torch.from_numpy(copies.view(np.int64)),
         }
 
@@ -9836,6 +9855,7 @@ class Training:
         self.average.ema_begun = state["average_begun"]
         self.stream.copies.restore(state["copies"].numpy().view(np.uint64))
         self.run.validity.restore(state["reasons"])
+        self.made_by = list(dict.fromkeys(state["made_by"] + self.made_by))
 
 
 def _best_inverse_temperature(logits, targets, rt):
@@ -9859,7 +9879,7 @@ def _best_inverse_temperature(logits, targets, rt):
 CHECKPOINT_MAGIC = b"PGOLF checkpoint 2\n"
 # Not compared: a checkpoint knows its data by content, wherever they lie.
 PATH_SETTINGS = ("DATA_PATH", "TOKENIZER_PATH")
-# Leading tokens that identify a shard: one that was repaired further in counts as the same.
+# Leading tokens that identify a shard: one in which a later bad token was replaced is the same.
 HEAD_TOKENS = 64
 MOST_STEPS = 2**53  # of any run
 MOST_SECONDS = 1e9
@@ -9870,8 +9890,21 @@ def checkpoint_path(out_dir, step):
 
 
 def checkpoints(out_dir):
-    """Checkpoints of a run, newest first."""
-    return sorted(Path(out_dir).glob("checkpoint_*.pt"), reverse=True)
+    """Checkpoints of a run, those of the latest step first."""
+    paths = Path(out_dir).glob("checkpoint_*.pt")
+    return sorted((path for path in paths if re.fullmatch(r"checkpoint_\d{7,}\.pt", path.name)),
+                  key=step_of_checkpoint, reverse=True)
+
+
+def step_of_checkpoint(path):
+    return int(path.stem.removeprefix("checkpoint_"))
+
+
+def set_aside(paths, suffix):
+    """Give checkpoints another suffix, under which nothing looks for them."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.replace(path.with_suffix(suffix))
 
 
 def identity(run):
@@ -9997,7 +10030,7 @@ def need_same_run(path, run, state, data):
     """BadInput if the state of a checkpoint is that of other settings, or of other data than
     `data`.
 
-    Settings may be younger than the checkpoint; `data` is that of training_data().
+    A setting that the checkpoint does not know counts as its default. `data`: training_data().
     """
     ours = identity(run)
     theirs = state["settings"]
@@ -10053,7 +10086,8 @@ def check_state(training, state, fresh):
         raise ValueError("rng is not the state of a generator") from None
     need_like("done", state["done"], False)
     need_number("average_begun", state["average_begun"], int, 0, step)
-    need_reasons(state["reasons"])
+    need_texts("reasons", state["reasons"])
+    need_texts("made_by", state["made_by"])
     need_like("copies", state["copies"], torch.empty(_length(state["copies"]), dtype=torch.int64))
     _check_average(training.average, s, state, fresh["weights"])
     _check_complement(training.complement, state["complement"])
@@ -10071,7 +10105,8 @@ def _check_position(s, state):
         raise ValueError("stage says that the model loops, but NUM_LOOPS=0")
     tokens = need_number("tokens", state["tokens"], int, step * min(batches), step * max(batches))
     # Calibration reads ahead, and each stage begins at a multiple of its length.
-    read_ahead = calibration_steps(s) * max(batches)
+    most_steps = max(calibration_steps(s, stage) for stage in s.stages)
+    read_ahead = most_steps * max(batches)
     rounded_up = (len(batches) + 1) * s.longest_sequence
     need_number("position", state["position"], int, tokens, tokens + read_ahead + rounded_up)
 
@@ -10216,22 +10251,23 @@ def train(run, model, val):
     state = checkpoint_to_resume(run, training)  # before minutes are spent on warm-up
     _log_training(run, training)
     predictor = ModelPredictor(model, rt)
-    _warm_up(run, training, predictor, val)
+    _warm_up(run, training, predictor, val, state)
     training.average.start()
     if state:
         training.load(state)
-        del state
         log("resume", step=training.step, train_seconds=round(run.clock["train"], 3))
+    del state
+    _set_aside_later(run, training.step)
     if rt.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(rt.device)
     was_done = training.done
     with Interrupt() as interrupt:
         with run.clock.charge("train"):
-            lowest_fall = _train_steps(run, training, predictor, val, interrupt)
+            _train_steps(run, training, predictor, val, interrupt)
         training.done = True
         keep_weights(run, training)
     if not was_done:
-        _report_never_reached(run, training, lowest_fall)
+        _report_never_reached(run, training)
 
     kind, weights = _choose_average(run, training, predictor)
     if kind == "ema":
@@ -10246,6 +10282,8 @@ def train(run, model, val):
         epochs=round(training.stream.epoch, 4))
     log("peak_memory", f"peak memory allocated: {peak} MiB", mib=peak)
 
+    run.validity.need_for_record(
+        len(training.made_by) == 1, f"trained in parts, by {' and by '.join(training.made_by)}")
     model.temperature = training.fit_temperature() if s.eval_temperature == 0 else None
     curvature = training.qat and training.qat.curvature
     if s.needs_curvature and not curvature:
@@ -10253,6 +10291,19 @@ def train(run, model, val):
     _check_copies(run, copies)
     model.reasons = run.validity.to_keep(rt)
     return curvature or None
+
+
+def _set_aside_later(run, step):
+    """Checkpoints of later steps than this are of a run that is not continued: RESUME=auto must not
+    take one of them once this run has written its own.
+    """
+    if run.rt.rank:
+        return
+    later = [path for path in checkpoints(run.out_dir) if step_of_checkpoint(path) > step]
+    if later:
+        set_aside(later, ".abandoned")
+        run.log("checkpoint_abandoned", files=[path.name for path in later],
+                note=f"the run goes on from step {step}; each was renamed to .abandoned")
 
 
 def _log_training(run, training):
@@ -10267,8 +10318,9 @@ def _log_training(run, training):
             order=run.s.loader, held_out=len(stream.held))
 
 
-def _warm_up(run, training, predictor, val):
-    """Compile every graph of training and of its reports, and measure how long calibration takes.
+def _warm_up(run, training, predictor, val, state):
+    """Compile every graph of training and of its reports, and measure how long calibration takes,
+    unless `state` of a checkpoint says that.
     """
     s = run.s
     clock = run.clock
@@ -10279,7 +10331,7 @@ def _warm_up(run, training, predictor, val):
                 _warm_up_reports(run, training, predictor, val)
         run.log("warmup", steps=s.warmup_steps, graphs=len(training.plans()),
                 seconds=round(clock["warmup"], 2))
-    if s.needs_reserve and s.max_wallclock_seconds:
+    if s.needs_reserve and s.max_wallclock_seconds and not state:
         with clock.charge("warmup"):
             training.reserve = s.gptq_reserve_seconds or training.measure_reserve(predictor)
         run.log("reserve", seconds=round(training.reserve, 3))
@@ -10290,7 +10342,8 @@ def _warm_up_reports(run, training, predictor, val):
     length = run.s.eval_seq_len
     tokens = torch.zeros_like(val.tokens[: length + 1])
     stream = ValStream(tokens, val.bytes[:length], False)
-    for looping in sorted({graph.looping for graph in training.plans()}):  # ends as the run will
+    # False before True: the flag stays as the run will end.
+    for looping in sorted({graph.looping for graph in training.plans()}):
         training.model.looping = looping
         report_score(run, predictor, stream)
 
@@ -10311,14 +10364,15 @@ def _check_copies(run, copies):
 
 
 def keep_weights(run, training):
-    """The trained weights are on disk before anything else is tried with them, until the run is
-    over.
+    """Write the trained weights to a checkpoint, before anything else is tried with them; when the
+    run is complete, run_phases() removes it.
     """
     if not training.save():
         run.kept = "the trained weights could not be kept: no checkpoint could be written"
         return
     run.last_checkpoint = checkpoint_path(run.out_dir, training.step)
-    run.kept = f"the trained weights are kept, go on with RESUME=auto OUT_DIR={run.out_dir}"
+    run.kept = ("the trained weights are kept, the same command goes on with "
+                f"RESUME=auto OUT_DIR={run.out_dir}")
 
 
 def _report_young_average(run, training):
@@ -10396,6 +10450,9 @@ def _seconds_to_train(run, training):
             advice = f"lower GPTQ_CALIBRATION_TOKENS={s.gptq_calibration_tokens}"
         raise BadInput(f"calibration will take {training.reserve:.1f} s of MAX_WALLCLOCK_SECONDS="
                        f"{s.max_wallclock_seconds}; {advice}")
+    if limit < training.reserve:
+        run.log("warning", note=f"calibration takes more of MAX_WALLCLOCK_SECONDS="
+                                f"{s.max_wallclock_seconds} than the {limit:.1f} s of the steps")
     return limit
 
 
@@ -10426,13 +10483,15 @@ class Pace:
         return self.step / self.s.iterations if self.s.iterations else 0.0
 
     @property
-    def seconds(self):
-        """Of the slowest of the last steps."""
+    def step_seconds(self):
+        """Seconds of the slowest of the last steps."""
         return max((later - earlier for earlier, later in pairwise(self.marks)), default=0.0)
 
     @property
     def total_steps(self):
-        """Of the run: if the clock ends it, as many as fit at the pace so far."""
+        """Steps of the run: if the clock ends it, as many as fit at the pace so far (0: none was
+        made yet).
+        """
         return self.step / self.by_time if self.by_time > self.by_step else self.s.iterations
 
     def is_over(self, in_flight):
@@ -10440,7 +10499,7 @@ class Pace:
 
         in_flight: number of steps that the device has not finished.
         """
-        late = self.elapsed + self.seconds * (1 + in_flight) > self.limit
+        late = self.elapsed + self.step_seconds * (1 + in_flight) > self.limit
         return self.by_step >= 1 or bool(self.limit and late)
 
     def eta(self):
@@ -10464,20 +10523,18 @@ class LossCheck:
 
 
 def _train_steps(run, training, predictor, val, interrupt):
-    """Steps until the clock or ITERATIONS says stop; returns the lowest multiplier that the
-    warmdown reached.
-    """
+    """Steps until the clock or ITERATIONS says stop."""
     s = run.s
     rt = run.rt
     pace = Pace(s, _seconds_to_train(run, training))
     losses = LossCheck()
     first_step = training.step
-    lowest_fall = 1.0
     while True:
-        # Rank 0's clock decides for all.
+        # Rank 0's clock decides for all, and so does the first bad step of any rank, which is minus
+        # the maximum of -bad_step.
         elapsed = run.clock["train"] if rt.rank == 0 else 0.0
-        elapsed, stop, bad = rt.max(elapsed, interrupt.signal, -losses.bad_step)
-        _need_finite(run, -bad)
+        elapsed, stop, minus_bad_step = rt.max(elapsed, interrupt.signal, -losses.bad_step)
+        _need_finite(run, -minus_bad_step)
         if stop:
             break
         step = training.step
@@ -10487,13 +10544,11 @@ def _train_steps(run, training, predictor, val, interrupt):
         if done or due:
             if training.qat:  # what is scored is the weights themselves
                 training.qat.switch(False)
-            log_step(run, "val", step, report_score(run, predictor, val))
+            log_score(run, step, report_score(run, predictor, val))
         if done:
             break
 
         falling = warmdown(s, pace.progress, pace.total_steps, pace.limit)
-        if step:  # before that, the number of steps is not known
-            lowest_fall = min(lowest_fall, falling)
         training.enter(pace.progress, falling)
         since_stage = step - training.stage_start if training.stage else None
         scale = lr_scale(s, pace.progress, step, pace.total_steps, since_stage, pace.limit)
@@ -10504,7 +10559,7 @@ def _train_steps(run, training, predictor, val, interrupt):
             training.save()
         run.log.progress(
             "training", pace.progress, 1.0,
-            f"step {training.step} {1e3 * pace.seconds:.0f} ms/step ETA {pace.eta():.0f} s")
+            f"step {training.step} {1e3 * pace.step_seconds:.0f} ms/step ETA {pace.eta():.0f} s")
     if training.qat:
         training.qat.switch(False)
     _finish_steps(run, losses)
@@ -10512,13 +10567,12 @@ def _train_steps(run, training, predictor, val, interrupt):
     if stop:
         then = "no checkpoint could be written"
         if training.save():
-            then = f"go on with RESUME=auto OUT_DIR={run.out_dir}"
+            then = f"the same command goes on with RESUME=auto OUT_DIR={run.out_dir}"
         name = signal.Signals(stop).name
         raise Stopped(f"interrupted by {name} after step {training.step}; {then}", 128 + stop)
     if pace.by_step < 1:
         times = f"train_time:{1e3 * elapsed:.0f}ms {step_of(s, step)}"
         run.log("stopping_early", f"stopping_early: wallclock_cap {times}", step=step)
-    return lowest_fall
 
 
 def _finish_steps(run, losses):
@@ -10567,7 +10621,7 @@ def _train_step(run, training, progress, scale):
         training.complement.observe(micro)
     if training.step <= 10 or training.step % s.train_log_every == 0:
         mean = rt.sum(loss.clone()).item() / rt.world
-        log_step(run, "train", training.step, mean, scale, training.tokens)
+        log_loss(run, training.step, mean, scale, training.tokens)
     if int(stream.epoch) > epoch:
         run.log("epoch", number=int(stream.epoch), step=training.step,
                 note="the training stream starts again")
@@ -10579,19 +10633,24 @@ def step_of(s, step):
     return f"step:{step}/{s.iterations}" if s.iterations else f"step:{step}"
 
 
-def log_step(run, event, step, result, scale=None, tokens=0):
-    """The contest's line for a training loss or a validation score."""
+def log_score(run, step, result):
+    """The contest's line for a validation score."""
     ms = 1e3 * run.clock["train"]
-    count = step_of(run.s, step)
-    times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
-    if event == "val":
-        text = f"{count} val_loss:{result.loss:.4f} val_bpb:{result.bpb:.4f} {times}"
-        run.log(event, text, step=step, val_loss=result.loss, val_bpb=result.bpb, train_time_ms=ms)
-    else:
-        rate = tokens / max(ms / 1e3, 1e-9)
-        text = f"{count} train_loss:{result:.4f} {times}"
-        run.log(event, text, step=step, train_loss=result, train_time_ms=ms, lr_scale=scale,
-                tokens_per_second=rate)
+    text = (f"{step_of(run.s, step)} val_loss:{result.loss:.4f} val_bpb:{result.bpb:.4f} "
+            f"{_step_times(ms, step)}")
+    run.log("val", text, step=step, val_loss=result.loss, val_bpb=result.bpb, train_time_ms=ms)
+
+
+def log_loss(run, step, loss, scale, tokens):
+    """The contest's line for a training loss."""
+    ms = 1e3 * run.clock["train"]
+    text = f"{step_of(run.s, step)} train_loss:{loss:.4f} {_step_times(ms, step)}"
+    run.log("train", text, step=step, train_loss=loss, train_time_ms=ms, lr_scale=scale,
+            tokens_per_second=tokens / max(ms / 1e3, 1e-9))
+
+
+def _step_times(ms, step):
+    return f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
 
 
 def _need_finite(run, bad_step):
@@ -10602,17 +10661,15 @@ def _need_finite(run, bad_step):
     # The loss of a step judges the weights that the step before left: a checkpoint of those is bad,
     # too.
     step = int(bad_step)
-    first_bad = checkpoint_path(run.out_dir, step - 1).name
-    good = [path.name for path in checkpoints(run.out_dir) if path.name < first_bad]
+    paths = checkpoints(run.out_dir)
+    good = [path for path in paths if step_of_checkpoint(path) < step - 1]
     if run.rt.rank == 0:
-        for path in checkpoints(run.out_dir):
-            if path.name >= first_bad:
-                path.rename(path.with_suffix(".bad"))
-    last = good[0] if good else "none"
+        set_aside(paths[: len(paths) - len(good)], ".bad")
+    last = good[0].name if good else "none"
     raise Stopped(f"the loss is not finite at step {step}; last good checkpoint: {last}", 4)
 
 
-def _report_never_reached(run, training, lowest_fall):
+def _report_never_reached(run, training):
     """A scheduled event that did not happen is said, not left to be found in the result (#1798)."""
     s = run.s
     step = training.step
@@ -10623,7 +10680,7 @@ def _report_never_reached(run, training, lowest_fall):
     if s.matrix_optimizer == "muon" and step < s.muon_momentum_warmup_steps:
         report("MUON_MOMENTUM", f"it ended at {momentum_at(s, step):.4f}")
     falls = s.warmdown_frac or s.warmdown_iters or s.warmdown_seconds
-    if falls and lowest_fall >= 1:
+    if falls and training.falling >= 1:
         report("warmdown", "the learning rate never fell")
     if step < s.lr_warmup_steps:
         report("LR_WARMUP_STEPS", "the learning rate never reached its peak")
@@ -10692,8 +10749,10 @@ def evaluate(run, path):
         # Over nodes, only rank 0's disk has the file.
         data = rt.broadcast(read_file(path) if rt.rank == 0 else None)
         artifact_sha256 = hashlib.sha256(data).hexdigest()
-        written = run.facts.setdefault("artifact_sha256", artifact_sha256)
-        validity.need(artifact_sha256 == written, "the artifact changed after it was written")
+        if "artifact_sha256" in run.facts:  # not with PHASES=eval
+            unchanged = run.facts["artifact_sha256"] == artifact_sha256
+            validity.need(unchanged, "the artifact changed after it was written")
+        run.facts["artifact_sha256"] = artifact_sha256
         s, model = _load_to_score(run, path, data)
         loaded = fingerprint(model)
         sp = _tokenizer_of(path, data, s)
@@ -10743,6 +10802,7 @@ def evaluate(run, path):
 
 def _load_to_score(run, path, data):
     """(settings, model) of the artifact: the model is what the file says, alone."""
+    # What the file does not say has its default, whatever this run was given.
     defaults = {f.name: f.default for f in model_fields()}
     s = replace(run.s, **defaults)
     s, model = load_artifact(path, s, run.rt.dtype, run.attend, run.rt.device, data)
@@ -10939,23 +10999,23 @@ def run_phases(s, argv, interrupt=None):
     """Settings to summary, in the order in which data flows; inputs are looked at before anything
     is built.
 
-    Whatever ends it before its time is the last line of its log. `interrupt`: the Interrupt that is
-    in force.
+    If it ends early, the reason is the last line of its log. `interrupt`: the Interrupt that is in
+    force.
     """
     if s.artifact:
         s = artifact_settings(s.artifact, read_artifact(s.artifact)[0], s)
     tokenizer = _look_at_inputs(s)
     rt = Runtime(s)
     run = None
-    held = contextlib.ExitStack()
-    held.callback(rt.close)
+    resources = contextlib.ExitStack()
+    resources.callback(rt.close)
     interrupt = interrupt or Interrupt()
     try:
         attend = pick_attention(s, rt)
         run, lock = open_run(s, rt, attend)
         if lock:
-            held.callback(lock.release)
-        held.enter_context(run.validity.watch(s.data_path))
+            resources.callback(lock.release)
+        resources.enter_context(run.validity.watch(s.data_path))
         log_header(run, argv)
         if s.phases == "eval":
             _log_tokenizer(run, tokenizer)
@@ -10969,8 +11029,9 @@ def run_phases(s, argv, interrupt=None):
             interrupt.check()
         summarise(run)
         interrupt.over = True
-        may_go = run.last_checkpoint and not s.checkpoint_every and not run.too_large
-        if may_go and rt.rank == 0:
+        # Of an artifact that is too large, another one can be made from the checkpoint.
+        is_kept = s.checkpoint_every or run.too_large
+        if run.last_checkpoint and not is_kept and rt.rank == 0:
             run.last_checkpoint.unlink(missing_ok=True)
     except BaseException as error:
         ended = _end_of(run, error, interrupt)
@@ -10982,13 +11043,13 @@ def run_phases(s, argv, interrupt=None):
             raise
         raise ended from None
     finally:
-        held.close()
+        resources.close()
     if run.too_large:
         raise Stopped(run.too_large, 3)
 
 
 def _look_at_inputs(s):
-    """load_tokenizer(), with the shards that the phases need found; BadInput if one is missing."""
+    """The tokenizer; BadInput if that, or a shard that the phases need, is missing."""
     splits = ("val",) if s.phases == "eval" else ("train", "val")
     try:
         tokenizer = load_tokenizer(s)
@@ -11087,7 +11148,7 @@ if __name__ == "__main__":
 
         main = record(main)
     code = main(sys.argv[1:])
-    # nothing is left that they could save
+    # A signal from here on has nothing to save.
     for late in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
         signal.signal(getattr(signal, late), signal.SIG_IGN)
     sys.exit(code)

@@ -245,6 +245,14 @@ def test_an_impossible_kernel_that_was_asked_for_is_an_error(name, kernels):
         tg.pick_attention(ref.small(attention=name, kernels=kernels), runtime())
 
 
+def test_what_one_rank_cannot_use_is_used_by_none():
+    """The slowest rank is the speed of all; rank 0 alone writes the log."""
+    rt = runtime()
+    rt.gather = lambda reason: [reason, "out of memory"]
+    with pytest.raises(tg.BadInput, match="math: rank 1: out of memory"):
+        tg.pick_attention(ref.small(), rt)
+
+
 def reverse(q, k, v, docs):
     """Attends to the future."""
     return tg.attend_reference(q.flip(1), k.flip(1), v.flip(1)).flip(1)

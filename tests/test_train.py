@@ -167,14 +167,14 @@ def test_an_interrupted_run_ends_with_the_same_bits(toy, tmp_path, monkeypatch, 
 
 
 def test_the_checkpoint_holds_everything(toy, tmp_path):
-    good(call(command(toy, tmp_path, "PHASES=train", "CHECKPOINT_EVERY=7", "ITERATIONS=8", *EVERYTHING)))
+    good(call(command(toy, tmp_path, "PHASES=train", "CHECKPOINT_EVERY=7", "ITERATIONS=8", *EVERYTHING, "WARMDOWN_FRAC=0.75")))
     state = read_checkpoint(checkpoints(tmp_path)[7])
     s, names = Settings.parse(command(toy, tmp_path, *EVERYTHING)), set(state["weights"])
     params = {f"model.{name}" for name, _ in train_gpt.GPT(s, init=False).named_parameters()}
     assert names == params | {"mtp.0.weight", "mtp.1.weight"} and set(state["optimizer"]) == names | {"t"}
     assert {kind: len(taken) for kind, taken in state["average"].items()} == {"ema": 1, "swa": 1, "lawa": 2}
     assert all(set(one) == names for taken in state["average"].values() for one in taken)
-    assert (state["step"], state["optimizer"]["t"], state["average_count"]) == (7, 7, 2), "swa: steps 4 and 6"
+    assert (state["step"], state["optimizer"]["t"], state["average_count"]) == (7, 7, 2), "swa: steps 4 and 6 of the warmdown"
     assert state["tokens"] == state["complement"]["times"].sum() == 5 * 256 + 2 * 512
     assert state["stage"] == (2, 5, True) and state["position"] == 3 * 256 + 2 * 256 + 2 * 512
     matrices = [name for name in names if name.endswith("attn.q.weight")]
@@ -263,6 +263,38 @@ def test_with_no_whole_checkpoint_the_run_starts_anew_and_says_so(stopped):
     step, done = resumed(args, folder, "RESUME=auto")
     assert step is None and done.stdout.count("checkpoint_skipped ") == 2
     assert (folder / "model.pg").read_bytes() == (original / "model.pg").read_bytes()
+
+
+def test_what_an_abandoned_run_left_is_neither_taken_nor_in_the_way(stopped):
+    """A damaged checkpoint of step 9000 would be the newest for ever, and each new one would be deleted as the oldest."""
+    folder, args, original = stopped
+    for step, path in checkpoints(folder).items():
+        path.write_bytes(b"")
+        path.rename(folder / f"checkpoint_{step + 9000:07d}.pt")
+    done = good(call([*args, "RESUME=auto"]))
+    assert "started_anew " in done.stdout and "checkpoint_0009008.pt,checkpoint_0009006.pt" in done.stdout
+    assert list(checkpoints(folder)) == [6, 8] and (folder / "checkpoint_0009008.abandoned").exists()
+    assert (folder / "model.pg").read_bytes() == (original / "model.pg").read_bytes()
+
+
+def test_a_user_may_keep_a_copy_beside_the_checkpoints(stopped):
+    folder, args, _ = stopped
+    six = checkpoints(folder)[6]
+    copies = [shutil.copy(six, folder / name) for name in ("checkpoint_best.pt", "checkpoint_0000006.copy.pt")]
+    done = good(call([*args, "RESUME=auto"]))
+    assert events(folder, "resume")[-1]["step"] == 8 and "checkpoint_skipped" not in done.stdout
+    assert all(copy.exists() for copy in copies)
+
+
+def test_a_run_of_parts_by_other_code_or_hardware_is_no_record(stopped):
+    folder, args, _ = stopped
+    for path in checkpoints(folder).values():
+        state = read_checkpoint(path)
+        (mine,) = state["made_by"]
+        path.write_bytes(container.checkpoint({**state, "made_by": ["code 0123456789ab on 8 x H100"]}))
+    said = summary(resumed(args, folder, "RESUME=auto")[1])
+    assert f"trained in parts, by code 0123456789ab on 8 x H100 and by {mine}" in said["eligible_reasons"]
+    assert said["reasons"] == [], "the score says nothing of how the model was trained"
 
 
 def test_a_checkpoint_can_be_named_and_must_then_be_whole(stopped):
@@ -527,7 +559,7 @@ def watched(monkeypatch):
         return step(run, training, progress, scale)
 
     def spy(self, micro):
-        rows.append(SimpleNamespace(phase=self.run.clock._phase, step=self.step, looping=self.model.looping, **now,
+        rows.append(SimpleNamespace(phase=self.run.clock._purpose, step=self.step, looping=self.model.looping, **now,
                                     shapes=[tuple(x.shape) for x, *_ in micro], position=self.stream.position))
         return backward(self, micro)
 
