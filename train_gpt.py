@@ -211,7 +211,7 @@ def parse_rule(text):
     return tuple(alternatives)
 
 
-def opt(room, default, doc, lo=None, hi=None, on="", code=""):
+def opt(group, default, doc, lo=None, hi=None, on="", code=""):
     """A field of Settings: its default, its sentence in --help, its bounds.
 
     `code` names the function or class that a reader of the setting wants to see. `on` is the rule
@@ -225,7 +225,7 @@ def opt(room, default, doc, lo=None, hi=None, on="", code=""):
 
     Where a condition's setting waits for a rule of its own, that rule must hold, too.
     """
-    metadata = dict(room=room, doc=doc, lo=lo, hi=hi, on=parse_rule(on), code=code)
+    metadata = dict(group=group, doc=doc, lo=lo, hi=hi, on=parse_rule(on), code=code)
     return field(default=default, metadata=metadata)
 
 
@@ -1007,10 +1007,10 @@ class Settings:
         return " ".join(pairs)
 
     def experiment(self):
-        """{name: value as text} of every setting outside the room Run: equal for the runs of one
-        experiment.
+        """{name: value as text} of every setting outside the group Run: equal for the runs of
+        one experiment.
         """
-        chosen = [f for f in fields(self) if f.metadata["room"] != "Run"]
+        chosen = [f for f in fields(self) if f.metadata["group"] != "Run"]
         return {f.name.upper(): format_value(getattr(self, f.name)) for f in chosen}
 
     def sha256(self):
@@ -1021,12 +1021,12 @@ class Settings:
     @classmethod
     def help(cls):
         lines = [__doc__.split("\nThe rooms")[0]]
-        room = None
+        group = None
         for f in fields(cls):
             about = f.metadata
-            if about["room"] != room:
-                room = about["room"]
-                lines.append(f"\n{room}")
+            if about["group"] != group:
+                group = about["group"]
+                lines.append(f"\n{group}")
             if get_origin(f.type) is Literal:
                 kind = "|".join(get_args(f.type))
             else:
@@ -1800,9 +1800,9 @@ class ScalarSmearGate(nn.Module):
 
 # Factors of this token, of the one before, ... in the hash of an n-gram. The second set serves
 # where a token has too few predecessors for the first.
-BIGRAM = ((36313, 27191),)
-SHARED_TRIGRAM = ((36313, 27191, 51497),)  # in the table of the bigrams
-TRIGRAM = ((48271, 36313, 27191), (36313, 27191))  # in a table of its own
+BIGRAM = ((36313, 27191),)  # #518
+SHARED_TRIGRAM = ((36313, 27191, 51497),)  # in the table of the bigrams (#1539)
+TRIGRAM = ((48271, 36313, 27191), (36313, 27191))  # in a table of its own (#1311)
 
 
 def hash_ngrams(ids, factor_sets, buckets, docs):
@@ -2476,12 +2476,12 @@ class Objective(nn.Module):
             for head in self.mtp:
                 head.init(None)
 
-    def forward(self, ids, targets, docs=None, weights=None):
+    def forward(self, ids, targets, docs=None, token_weights=None):
         hidden = self.model.hidden(ids, docs)
-        if weights is None:
+        if token_weights is None:
             loss = self.model.loss(hidden, targets)
         else:
-            loss = (weights * self.model.loss(hidden, targets, reduction="none")).mean()
+            loss = (token_weights * self.model.loss(hidden, targets, reduction="none")).mean()
         for ahead, head in enumerate(self.mtp, 1):
             mtp_loss = self.model.loss(hidden[:, :-ahead], targets[:, ahead:], head=head.weight)
             loss = loss + self.mtp_weight / len(self.mtp) * mtp_loss
@@ -5780,7 +5780,7 @@ def model_fields():
     adapters start.
     """
     others = ("vocab_size", "seed")
-    return [f for f in fields(Settings) if f.metadata["room"] == "Model" or f.name in others]
+    return [f for f in fields(Settings) if f.metadata["group"] == "Model" or f.name in others]
 
 
 # ---- save ----------------------------------------------------------------------------------------
@@ -7395,7 +7395,7 @@ class Predictor:
     is predicted next, and reset() undoes them.
     """
 
-    invalid = ""  # the condition of a valid score that it breaks
+    invalid_reason = ""  # the condition of a valid score that it breaks
     learns = False  # does learn() do anything?
     history = 0  # how many tokens before the first place Inputs.recent must hold
     adaptation = None  # an Adaptation, where gradient steps on scored text change the predictions
@@ -8039,8 +8039,8 @@ class HashTable:
     to the next slot (open addressing, linear probing). It ends at the key, or at a free slot: then
     the key is not in the table, and can be added there.
 
-    `capacity` keys have room. The device decides which of several new keys gets a slot first.
-    Nothing that is computed from slots depends on that.
+    There is space for `capacity` keys. The device decides which of several new keys gets a slot
+    first. Nothing that is computed from slots depends on that.
     """
 
     def __init__(self, capacity, device):
@@ -8099,8 +8099,8 @@ class NgramCounts:
     A node is a number: that of one token is the token; that of a longer n-gram is vocab + 1 + its
     slot in the table; the root is the last number; -1 is no node.
 
-    `capacity` n-grams of two tokens and more have room. Texts that are counted together are kept
-    apart by the token `vocab`.
+    There is space for `capacity` n-grams of two tokens and more. Texts that are counted together
+    are kept apart by the token `vocab`.
     """
 
     def __init__(self, vocab, order, capacity, device):
@@ -8227,7 +8227,7 @@ class WrappingPredictor(Predictor):
         self.base = base
         self.s = s
         self.rt = rt
-        self.invalid = base.invalid
+        self.invalid_reason = base.invalid_reason
         self.history = base.history
 
     def observe(self, chunk):
@@ -8671,7 +8671,7 @@ class EntropyMixture(HedgeMixture):
 
     def __init__(self, base, s, rt, targets):
         super().__init__(base, s, rt, targets)
-        self.invalid = "C2 normalisation: MIXER_EXPERTS=entropy is no distribution (#967)"
+        self.invalid_reason = "C2 normalisation: MIXER_EXPERTS=entropy is no distribution (#967)"
 
     def _order(self, name):
         if name == "entropy":
@@ -8698,8 +8698,8 @@ class HashedMixture(WrappingPredictor):
 
     def __init__(self, base, s, rt, targets):
         super().__init__(base, s, rt, targets)
-        self.invalid = ("C2 normalisation: MIXER=hashed looks the target up in a hash of itself "
-                        "(#1033)")
+        self.invalid_reason = ("C2 normalisation: MIXER=hashed looks the target up in a hash of "
+                               "itself (#1033)")
         self.history = max(self.history, s.ngram_order - 2)
         # By order and bucket: of contexts, and of contexts with a token.
         shape = (2, s.ngram_order + 1, s.ngram_buckets)
@@ -9506,8 +9506,8 @@ class TrainingGraph(NamedTuple):
 class Training:
     """Everything that a training run changes from step to step.
 
-    A checkpoint holds all of it, with the clock, the identity of the run and what was found
-    against it.
+    A checkpoint holds all of it, with the clock, the identity of the run and the reasons why its
+    score is not valid.
     """
 
     # Fields of a state that older checkpoints do not have.
@@ -9535,7 +9535,7 @@ class Training:
         self.average = Average(s, self.optimizer.banks)
         self.complement = Complement(s, rt) if s.complement_alpha else None
         self.qat = LateQAT(model, s) if s.late_qat_threshold else None
-        self.data = training_data(s)
+        self.data_identity = training_data(s)
         self.reserve = 0.0  # seconds of the training clock kept for calibration
         self.done = False  # all steps were made
         self.falling = 1.0  # what the warmdown multiplies learning rates by
@@ -9802,7 +9802,7 @@ class Training:
             "tokens": self.tokens,
             "stage": (self.stage, self.stage_start, self.model.looping),
             "settings": settings,
-            "data": self.data,
+            "data": self.data_identity,
             "position": self.stream.position,
             "rng": torch.get_rng_state(),
             "seconds": dict(run.clock.seconds),
@@ -9971,7 +9971,7 @@ def _newest_usable(run, training, fresh, paths):
                 raise
             run.log("checkpoint_skipped", reason=str(error))
             continue
-        need_same_run(path, run, state, training.data)
+        need_same_run(path, run, state, training.data_identity)
         try:
             check_state(training, state, fresh)
             return data
@@ -10707,8 +10707,8 @@ def export(run, model, tokenizer_sha256, curvature=None):
     with run.clock.charge("export"):
         try:
             if run.rt.rank == 0:
-                room = s.size_limit - code_bytes
-                info = save_artifact(path, model, s, tokenizer_sha256, run.log, curvature, room)
+                budget = s.size_limit - code_bytes
+                info = save_artifact(path, model, s, tokenizer_sha256, run.log, curvature, budget)
         except BadInput as error:
             failed = str(error), 2
         except Stopped as error:
@@ -10765,7 +10765,7 @@ def evaluate(run, path):
         _report_packed(run, s, model, predictor, val)
         if s.trains_before_scoring:
             train_on_validation(run, model, val)
-        validity.need(not predictor.invalid, predictor.invalid)
+        validity.need(not predictor.invalid_reason, predictor.invalid_reason)
         log_adaptation(run, model, predictor)
         reader = reader_for(predictor, val, s, rt)
         graphs = warm_up_scoring(run, predictor, reader) if rt.compiled else 0

@@ -274,7 +274,7 @@ def test_the_header_holds_what_loading_needs(tmp_path):
     header, _ = parts_of(tmp_path / "model.pg")
     assert header["tokenizer_sha256"] == "a" * 64
     assert {f.name.upper() for f in tg.fields(tg.Settings)
-            if f.metadata["room"] == "Model"} | {"VOCAB_SIZE", "SEED"} == set(header["settings"])
+            if f.metadata["group"] == "Model"} | {"VOCAB_SIZE", "SEED"} == set(header["settings"])
     shapes = [(name, list(p.shape)) for name, p in model.named_parameters()]
     assert [(name, shape) for name, shape, *_ in header["tensors"]] == shapes
     bare, loaded = tg.load_artifact(tmp_path / "model.pg")

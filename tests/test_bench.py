@@ -871,7 +871,7 @@ def test_divided_by_the_sum():
             return share[:, :count].log()
 
     wrapped = validity.divided(tg)(Base(), None, None)
-    assert wrapped.learns and not wrapped.invalid
+    assert wrapped.learns and not wrapped.invalid_reason
     inputs = tg.Inputs(torch.zeros(1, 3), torch.arange(3)[None], None)
     chunk = tg.Chunk(inputs, torch.tensor([[1, 3, 1]]), torch.tensor([[0, 1, -1]]))
     assert wrapped.predict(inputs, 2).exp().sum(-1).tolist() == [[pytest.approx(1), pytest.approx(1)]]

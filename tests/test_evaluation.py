@@ -469,7 +469,7 @@ def test_a_predictor_that_is_reset_has_forgotten_everything(kind):
 def test_an_invalid_mixture_says_that_what_it_sums_to_is_not_1():
     for kind in scoring.INVALID:
         s = settings(kind)
-        assert coded(s, scoring.text())[2] and tg.make_predictor(model_of(s), s, ref.alone(), 100).invalid.startswith("C2 normalisation")
+        assert coded(s, scoring.text())[2] and tg.make_predictor(model_of(s), s, ref.alone(), 100).invalid_reason.startswith("C2 normalisation")
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(tie_embeddings=False), dict(embed_dim=6)], ids=str)

@@ -60,7 +60,7 @@ def test_the_reference_draws_every_setting_of_the_model():
     text = Path(ref.__file__).read_text(encoding="utf-8")
     (models,) = [node for node in ast.parse(text).body if getattr(node, "name", "") == "models"]
     source = ast.get_source_segment(text, models)
-    missing = [f.name for f in fields(tg.Settings) if f.metadata["room"] == "Model" and f"{f.name}=" not in source
+    missing = [f.name for f in fields(tg.Settings) if f.metadata["group"] == "Model" and f"{f.name}=" not in source
                and f'["{f.name}"]' not in source and f.name not in NOT_DRAWN]
     assert not missing, (
         f"models() in tests/help/reference.py never draws {', '.join(map(str.upper, missing))}: draw it there, and write "

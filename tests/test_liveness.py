@@ -28,7 +28,7 @@ from train_gpt import Settings
 
 PACKING, SCORING = "Quantisation and packing", "Evaluation"
 ROOMS = ("Model", "Training", "Averaging", PACKING, SCORING)
-FIELDS = {f.name: f for f in fields(Settings) if f.metadata["room"] in ROOMS}
+FIELDS = {f.name: f for f in fields(Settings) if f.metadata["group"] in ROOMS}
 BASE = """DEVICE=cpu COMPRESSOR=zlib FIT=off MATRIX_QUANT=gptq_lite EMBED_QUANT=gptq_lite WARMUP_STEPS=0 ITERATIONS=6 NUM_LAYERS=2 XSA_LAST_N=1 VE_LAYERS=1 TRAIN_SEQ_LEN=32
 EVAL_SEQ_LEN=32 EVAL_STRIDE=0 TRAIN_BATCH_TOKENS=256 MICRO_BATCH_TOKENS=128 PARALLEL_START_LAYER=1 LOOP_START=0
 LOOP_END=1
@@ -309,7 +309,7 @@ def packed(toy, *changes):
     pairs = [pair for text in changes for pair in text.split()]
     s = Settings.parse(list({pair.partition("=")[0]: pair for text in (*toy, *BASE, *pairs) for pair in text.split()}.values()))
     rounds = s.late_qat_threshold > 0
-    trains = [pair for pair in pairs if rounds or FIELDS[pair.partition("=")[0].lower()].metadata["room"] != PACKING]
+    trains = [pair for pair in pairs if rounds or FIELDS[pair.partition("=")[0].lower()].metadata["group"] != PACKING]
     key = "packed", s
     if key not in CACHE:
         run, weights = _run(s, Trained(s)), trained(toy, *trains).weights
@@ -341,7 +341,7 @@ def scored(toy, *changes):
     s = Settings.parse(list({pair.partition("=")[0]: pair for pair in (*toy, *BASE, *pairs)}.values()))
     key = "scored", s
     if key not in CACHE:
-        only = {"VAL_TOKENS", *(name.upper() for name, f in FIELDS.items() if f.metadata["room"] == SCORING)}
+        only = {"VAL_TOKENS", *(name.upper() for name, f in FIELDS.items() if f.metadata["group"] == SCORING)}
         trains = [pair for pair in pairs if pair == "EVAL_TEMPERATURE=0" or pair.partition("=")[0] not in only]
         CACHE[key] = _score(s, trained(toy, *trains))
     return CACHE[key]
@@ -440,7 +440,7 @@ def test_a_switch_changes_what_it_should(toy, name, case):
 REPLACE = [{"train_batch_tokens", "train_batch_schedule"}, {"train_seq_len", "train_seq_schedule"},
            {"warmdown_frac", "warmdown_iters", "warmdown_seconds"}, {"muon_momentum_warmup_start",
            "muon_momentum_warmup_steps"}, {"wd_taper_start_frac", "muon_wd", "wd_taper_final_mult"}]
-IN_THE_GRAPH = {name for name, f in FIELDS.items() if f.metadata["room"] == "Model"} | {
+IN_THE_GRAPH = {name for name, f in FIELDS.items() if f.metadata["group"] == "Model"} | {
     "matrix_optimizer", "muon_backend_steps", "newton_schulz", "muon_row_normalize", "loader", "complement_alpha",
     "mtp_num_heads", "mtp_loss_weight", "late_qat_threshold", "qat_rounding"}
 
@@ -519,7 +519,7 @@ def advised_case(name):
     if f.metadata["on"] and not base.holds(f.metadata["on"]):
         (other, values_that_wake), *_ = ref.alternatives(f.metadata["on"])[0]
         condition = f"{other.upper()}={values_that_wake[0] if values_that_wake else 'a value that is not 0'}"
-    shows = {PACKING: "artifact", SCORING: "score", "Averaging": "weights"}.get(f.metadata["room"], "loss")
+    shows = {PACKING: "artifact", SCORING: "score", "Averaging": "weights"}.get(f.metadata["group"], "loss")
     return f'"{name}": each("{values}", "{condition}", "{shows}"),'
 
 
@@ -601,10 +601,10 @@ def unmet(name):
 def test_a_setting_whose_condition_is_not_met_is_named_and_changes_not_one_bit(toy, name, off):
     """So what `on` says is the truth: no less (the cases above) and no more than these conditions."""
     value = f"{name.upper()}={CASES[name][0].value if name in CASES else 7}"
-    if FIELDS[name].metadata["room"] == PACKING:
+    if FIELDS[name].metadata["group"] == PACKING:
         (plain, before), (idle, after) = packed(toy, off), packed(toy, off, value)
         assert before == after
-    elif FIELDS[name].metadata["room"] == SCORING or name == "asym_logit_rescale":  # two parameters more, all the same
+    elif FIELDS[name].metadata["group"] == SCORING or name == "asym_logit_rescale":  # two parameters more, all the same
         plain, idle = scored(toy, off), scored(toy, off, value)
         assert name.upper() in idle.s.idle() and idle.loss == plain.loss
         return
@@ -627,7 +627,7 @@ def test_idle_says_the_truth_beside_any_way_to_score(toy, beside, known):
     beside += " VAL_TOKENS=400 TTT_CHUNK_TOKENS=64 TTT_GROUP_DOCS=2 ALLOW_INVALID=1"
     plain, named, dead = scored(toy, beside), [], []
     for name, cases in CASES.items():
-        if not FIELDS[name].metadata["on"] or FIELDS[name].metadata["room"] != SCORING or name in known:
+        if not FIELDS[name].metadata["on"] or FIELDS[name].metadata["group"] != SCORING or name in known:
             continue
         read, values = functools.partial(tg.parse_value, FIELDS[name]), [*(case.value for case in cases), "0"]
         value = next(value for value in values if read(value) != getattr(plain.s, name))

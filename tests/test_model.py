@@ -747,7 +747,7 @@ ON = dict(num_loops=1, trigram_vocab_size=19, bigram_vocab_size=16, ve_dim=4, ro
 MORE = dict(skip_pairs=dict(num_loops=1, enable_looping_at=0), parallel_final_lane=dict(num_layers=4),
             parallel_first_skip=dict(skips="gated"))
 # But for the caps, which test-time training moves (test_liveness.py).
-MODEL_FIELDS = [f for f in fields(tg.Settings) if f.metadata["room"] == "Model" and f.name != "asym_logit_rescale"]
+MODEL_FIELDS = [f for f in fields(tg.Settings) if f.metadata["group"] == "Model" and f.name != "asym_logit_rescale"]
 
 
 def others(f, value):

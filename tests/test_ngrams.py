@@ -583,7 +583,7 @@ def test_the_hashed_mixer_is_the_published_one(ids, order, buckets, min_count, m
     np.testing.assert_allclose(nats.numpy(), -want[np.arange(len(ids) - 1), ids[1:]], rtol=0, atol=1e-6)
     sums = np.exp(want).sum(1)
     assert log.normalisation["largest_sum"] == pytest.approx(sums.max(), rel=1e-6)
-    assert "C2" in watched.inner.invalid
+    assert "C2" in watched.inner.invalid_reason
     assert any("C2" in reason for reason in reasons) == bool(abs(np.log(sums)).max() > 2e-5)
 
 
@@ -604,5 +604,5 @@ def test_the_entropy_expert_gives_every_token_the_same_and_too_much():
     watched = Watched(predictor_of(s, base, len(ids) - 1), ids, 11)
     _, reasons = scored(watched, s, ids)
     np.testing.assert_allclose(watched.said.numpy(), brute_force(s, base, ids)[0], rtol=0, atol=1e-9)
-    assert "C2" in watched.inner.invalid and "entropy" in watched.inner.invalid
+    assert "C2" in watched.inner.invalid_reason and "entropy" in watched.inner.invalid_reason
     assert any("C2" in reason for reason in reasons)

@@ -314,7 +314,7 @@ def test_each_training_setting_of_the_optimizer_is_live(name):
 
 
 def test_every_training_setting_has_its_test():
-    room = {f.name for f in fields(tg.Settings) if f.metadata["room"] == "Training"}
+    room = {f.name for f in fields(tg.Settings) if f.metadata["group"] == "Training"}
     missing, gone = sorted(room - set(LIVE) - ELSEWHERE), sorted((set(LIVE) | ELSEWHERE) - room)
     assert not missing, (
         f"{', '.join(map(str.upper, missing))}: add to LIVE in tests/test_optimizer.py what it moves, if the optimizer "

@@ -634,7 +634,7 @@ def test_the_hash_ignores_the_room_run_and_nothing_else(s, data):
     other = data.draw(_value(FIELDS[name]))
     assume(other != getattr(s, name.lower()))
     changed = Settings(**{f.name: getattr(s, f.name) for f in fields(s)} | {name.lower(): other})
-    assert (changed.sha256() == s.sha256()) == (FIELDS[name].metadata["room"] == "Run")
+    assert (changed.sha256() == s.sha256()) == (FIELDS[name].metadata["group"] == "Run")
 
 
 def test_a_value_written_in_another_way_is_the_same_setting():
@@ -654,8 +654,8 @@ def test_help_lists_every_setting_once_with_its_default_and_needs_nothing(tmp_pa
         shown = train_gpt.format_value(f.default) or "(empty)"
         assert lines[0].split()[0] == f"{name}={shown}" and f.metadata["doc"] in lines[0]
         assert all(choice in lines[0] for choice in get_args(f.type) if isinstance(choice, str))
-    assert [line for line in done.stdout.splitlines() if line in {f.metadata["room"] for f in FIELDS.values()}] == \
-        list(dict.fromkeys(f.metadata["room"] for f in FIELDS.values())), "each room once, in order"
+    assert [line for line in done.stdout.splitlines() if line in {f.metadata["group"] for f in FIELDS.values()}] == \
+        list(dict.fromkeys(f.metadata["group"] for f in FIELDS.values())), "each group once, in order"
     assert [path.name for path in tmp_path.iterdir()] == ["train_gpt.py"]
 
 

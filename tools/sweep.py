@@ -84,7 +84,7 @@ SAME_WORK = set("""lr_warmup_steps warmdown_frac warmdown_iters warmdown_seconds
     beta1 beta2 matrix_betas embed_betas head_betas adam_eps loader ema_decay leaky_slope qk_gain_init
     newton_schulz""".split())
 READ_LATER = ("Quantisation and packing", "Evaluation")  # rooms of settings
-SAME_WORK |= {field.name for field in FIELDS.values() if field.metadata["room"] in READ_LATER}
+SAME_WORK |= {field.name for field in FIELDS.values() if field.metadata["group"] in READ_LATER}
 MATCHES = {"steps": "equal steps", "time": "equal time"}
 
 

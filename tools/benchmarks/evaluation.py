@@ -158,7 +158,7 @@ class Scoring:
         if s.ttt == "before":
             trainer.train_on_validation(run, model, val)
         predictor = trainer.make_predictor(model, s, rt, len(val.bytes), temperature)
-        run.validity.need(not predictor.invalid, predictor.invalid)
+        run.validity.need(not predictor.invalid_reason, predictor.invalid_reason)
         return predictor, trainer.reader_for(predictor, val, s, rt)
 
 

@@ -105,7 +105,7 @@ def divided(trainer):
     class Divided(trainer.WrappingPredictor):
         def __init__(self, base, s, rt):
             super().__init__(base, s, rt)
-            self.invalid = ""
+            self.invalid_reason = ""
             self.history = base.history
             self.learns = base.learns
             self.sums = 0.0
