@@ -295,7 +295,7 @@ class Settings:
         code="checkpoint_to_resume")
     checkpoint_every: int = _run(
         0, "steps between checkpoints; 0: only when interrupted", 0, code="Training.save")
-    train_log_every: int = _run(200, "steps between train lines in the log", 1, code="log_step")
+    train_log_every: int = _run(200, "steps between train lines in the log", 1, code="log_loss")
     val_loss_every: int = _run(
         1000, "steps between validations, outside the clock; 0: only at the end",
         0, code="report_score")
