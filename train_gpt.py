@@ -626,8 +626,8 @@ class Settings:
         64, "AWQ-lite: neighbouring columns of a salient group",
         1, 2**16, on="awq_lite_group_top_k", code="awq_lite_groups")
     prune_pct: float = _pack(
-        0.0, "share of each quantised tensor, its smallest weights, that becomes 0 before rounding "
-        "(#967)",
+        0.0, "share of each quantised tensor, its smallest weights, that becomes 0 before "
+        "rounding; 0.1: a tenth (#967)",
         0, 0.99, code="Quantiser")
     gptq_damp: float = _pack(
         0.01, "GPTQ: share of the mean of a Hessian's diagonal that is added to it",
@@ -3395,7 +3395,7 @@ def manifest_tokenizer(folder):
 
 def foreign_tokens(sp, stream):
     """A sentence if another tokenizer seems to have made the validation shards, else "". Looks at
-    the first 100 documents.
+    the first 100 documents that are complete within 200,000 tokens.
 
     A wrong tokenizer of the right size decodes them to a text that nobody wrote, and counts the
     bytes of that text correctly. But encoding that text again gives other tokens.
@@ -3416,8 +3416,8 @@ def foreign_tokens(sp, stream):
 def tokenizer_fault(sp):
     """Why the byte table would miscount text that this tokenizer encoded, and the fix; "" if not.
 
-    Both the trainer and data/prepare.py ask this. Control pieces count no bytes, so of their ids
-    only that of BOS is looked at.
+    Both the trainer and data/prepare.py ask this. Pad, eos and unk may have any id: control pieces
+    count no bytes. Only BOS must be where the shards have it.
     """
     pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
     if sp.bos_id() != BOS:
@@ -3436,9 +3436,9 @@ def tokenizer_fault(sp):
         if SPACE in piece[1:]:
             return (f"a space inside the piece {piece[:20]!r}, but the byte table knows it in "
                     "front only; use a tokenizer without such pieces")
-    # A model of words spells an unknown word in bytes, the 3 bytes of U+2581 in front included.
     tables = byte_tables(sp, len(pieces))
     for text in PROBE_TEXTS:
+        # A model of words fails here: it spells an unknown word in bytes, U+2581 in front included.
         normalised = sp.normalize(text).replace(SPACE, " ").removeprefix(" ")
         size = len(normalised.encode())
         counted = int(target_bytes([BOS, *sp.encode(text)], tables).sum())
@@ -3449,9 +3449,8 @@ def tokenizer_fault(sp):
 
 
 def text_changes(sp):
-    """How a tokenizer changes texts more than the contest's do; "" if it does not.
-
-    Those normalise by NFKC and merge runs of spaces.
+    """How a tokenizer changes texts more than the contest's tokenizers do, which normalise by NFKC
+    and merge runs of spaces; "" if it does not.
     """
     normaliser_field, name_field, characters_field = 3, 1, 2  # of sentencepiece_model.proto
     spec = protobuf_fields(protobuf_fields(sp.serialized_model_proto()).get(normaliser_field, b""))
@@ -3614,10 +3613,10 @@ def coprime_order(counts, rng, batch_blocks):
 
     counts: the number of blocks of each shard, which is walked in the order of coprime_walk().
     The walks are mixed batch by batch, of `batch_blocks` blocks each; near the end a batch may be
-    shorter. A shard's weight is a power of the number of its blocks that are left. A batch draws
-    its shards by weight, takes one block of each, and draws the shards of its other blocks by
-    weight. Over the first 1,800 batches, the number of shards rises from 8 to 64, and the power
-    falls from 0.9 to 0.5.
+    shorter. A shard's weight is a power of the number of its blocks that are left. A batch first
+    draws distinct shards by weight and takes one block of each; its other blocks are shared out
+    among these, by weight. Over the first 1,800 batches, the number of shards rises from 8 to 64,
+    and the power falls from 0.9 to 0.5.
     """
     walks = [coprime_walk(count, rng) for count in counts]
     counts = np.array(counts)
@@ -3655,12 +3654,12 @@ def coprime_walk(count, rng):
 
 
 class Contamination:
-    """Which documents of one text occur in another text, of which pieces are looked at.
+    """Which documents of one text, at least PREFIX tokens long, begin in spans of another text.
 
-    A document occurs there if its opening does: its first PREFIX tokens, there too after a BOS.
-    It is met when a piece shows the BOS and the token after it, wherever the piece ends. This is
-    strict: one token that was trained on counts. A document of which only a later piece is looked
-    at is not met. Openings are compared by a hash of 64 bits.
+    A document does if its opening stands there: its first PREFIX tokens after a BOS. The span need
+    not show all of them, only the BOS and one token: this is strict, for one token that was trained
+    on counts. A document of which spans show only what comes later is not found. Openings are
+    compared by a hash of 64 bits.
     """
 
     PREFIX = 64  # as for data/prepare.py, which leaves out such training documents
@@ -3683,20 +3682,24 @@ class Contamination:
         openings = openings[(openings != BOS).all(1)]  # shorter documents say too little
         return (openings * self.POWERS).sum(1, dtype=np.uint64)
 
-    def look(self, tokens, text_after=None):
-        """Note which documents begin in these tokens.
+    def find(self, tokens, text_after=None):
+        """Numbers of the documents that begin in these tokens.
 
         text_after: function (count) -> the tokens that follow these, for an opening that goes
         beyond them.
         """
         starts = self._starts(tokens)
         if not len(self.keys) or not len(starts):
-            return
+            return []
         if text_after and starts[-1] + self.PREFIX > len(tokens):
             tokens = np.concatenate((tokens, text_after(self.PREFIX)))
         keys = self._keys(tokens, starts)
         slots = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
-        self.met[slots[self.keys[slots] == keys]] = True
+        return slots[self.keys[slots] == keys].tolist()
+
+    def note(self, documents):
+        """These were trained on."""
+        self.met[documents] = True
 
     def found(self, rt):
         """Keys of the documents that any rank has met. Collective."""
@@ -3746,7 +3749,7 @@ class TokenStream:
         self.rt = rt
         self.find_documents = find_documents
         self.position = 0
-        # Validation documents that are looked for in all that is read; train() sets them.
+        # Validation documents that are looked for in every batch; train() sets them.
         self.copies = Contamination(np.empty(0, np.uint16))
         self.packed = s.loader == "packed"
         self.reordered = s.loader in ("shuffled", "coprime")
@@ -3769,6 +3772,7 @@ class TokenStream:
         self._orders = {}
         self._thread = ThreadPoolExecutor(1, "loader")
         self._ahead = ReadAhead(None, None)
+        self._found = []  # numbers of validation documents in the batch that is being read
 
     @property
     def epoch(self):
@@ -3821,10 +3825,10 @@ class TokenStream:
     def read(self, start, count):
         """`count` tokens of the concatenated shards from `start`, beginning again at their end.
 
-        BadInput for a token outside the vocabulary. Copies of validation documents are noted.
+        BadInput for a token outside the vocabulary. Copies of validation documents are found.
         """
         tokens = self._text(start, count, self.s.vocab_size)
-        self.copies.look(tokens, partial(self._text, start + count))
+        self._found += self.copies.find(tokens, partial(self._text, start + count))
         return tokens
 
     def _text(self, start, count, vocab_size=None):
@@ -3850,12 +3854,13 @@ class TokenStream:
             # Whole blocks leave some tokens over. Each epoch skips another number in front.
             spare = [(length - 1) % self.block for length in self.lengths]
             skipped = [int(rng.integers(count + 1)) for count in spare]
+            # Of the last stage, which is the longest as a rule.
             batch_blocks = max(self.s.stages[-1].tokens // self.block, 1)
             reorder = shuffled_order if self.s.loader == "shuffled" else coprime_order
             shard, block = reorder(self.counts, rng, batch_blocks).T
             shard_starts = np.cumsum([0, *self.lengths[:-1]]) + skipped
             for other in list(self._orders):
-                if other != epoch - 1:  # a batch spans two epochs at most
+                if other != epoch - 1:  # a batch spans two epochs, if it is not longer than one
                     del self._orders[other]
             self._orders[epoch] = shard_starts[shard] + block * self.block
         return self._orders[epoch]
@@ -3873,26 +3878,39 @@ class TokenStream:
         x and y are (sequences, length) int64, packed (1, sequences * length). docs is None where
         the model finds documents itself. Without arguments: the batch of the first stage.
         """
-        length = length or self.s.stages[0].length
-        tokens = tokens or self.s.stages[0].tokens
+        stage = self.s.stages[0]
+        request = self._request(length or stage.length, tokens or stage.tokens)
+        ahead = self._ahead
+        if ahead.request != request:
+            ahead = self._read_ahead(request)
+        micro_batches, docs, documents = ahead.batch.result()
+        self.copies.note(documents)
+        self.position = request.position + request.tokens
+        self._ahead = self._read_ahead(request._replace(position=self.position))
+        return self._to_device(micro_batches, docs)
+
+    def prefetch(self, length, tokens):
+        """Read the next batch before the clock runs: the first order of the blocks of many shards
+        takes seconds. An error is left to next().
+        """
+        self._ahead = self._read_ahead(self._request(length, tokens))
+        self._ahead.batch.exception()
+
+    def _request(self, length, tokens):
         position = self.position
         if self.reordered:
             # A new stage may have another length: no sequence may cross the end of a block.
             position = ceil_div(position, length) * length
-        request = BatchRequest(position, length, tokens)
-        ahead = self._ahead
-        if ahead.request != request:
-            ahead = self._read_ahead(request)
-        micro_batches, docs = ahead.batch.result()
-        self.position = position + tokens
-        self._ahead = self._read_ahead(request._replace(position=self.position))
-        return self._to_device(micro_batches, docs)
+        return BatchRequest(position, length, tokens)
 
     def _read_ahead(self, request):
         return ReadAhead(request, self._thread.submit(self._read_batch, request))
 
     def _read_batch(self, request):
-        """What _prepare returns for this rank's share of a batch; called by the thread."""
+        """(tokens, Docs as of _prepare, numbers of validation documents) of this rank's share of a
+        batch; called by the thread.
+        """
+        self._found = []
         position, length, tokens = request
         on_rank, in_micro_batch = self.split_batch(length, tokens)
         begin = position + self.rt.rank * on_rank * length
@@ -3904,7 +3922,8 @@ class TokenStream:
             span = self.read(begin, on_rank * length + 1)
             # Rows of width + 1 tokens: the last target of a row is the first input of the next.
             batch = np.lib.stride_tricks.sliding_window_view(span, width + 1)[::width]
-        return self._prepare(torch.from_numpy(batch.astype(np.int32)), length, in_micro_batch)
+        ids = torch.from_numpy(batch.astype(np.int32))
+        return *self._prepare(ids, length, in_micro_batch), self._found
 
     def synthetic(self, generator, length=None, tokens=None):
         """A batch of random tokens, laid out like a real one: it compiles the same graph."""
@@ -4022,16 +4041,16 @@ class Curvature(NamedTuple):
     diagonal.
     """
 
-    # (C, C) of a matrix: mean of x x^T over tokens and visits of its layer, x what it multiplies;
-    # of a table: mean of g g^T, g the gradient of the loss at its output
+    # (C, C). Matrix: mean of x x^T over tokens and visits of its layer, x what it multiplies.
+    # Table: mean of g g^T over lookups, g the gradient of the loss at its output.
     hessian: Tensor
-    # (R,) of a matrix: squared gradient of a token's loss at each output, summed over visits; of a
-    # table: lookups of each row, for a token
+    # (R,). Matrix: squared gradient of a token's loss at each output, summed over visits.
+    # Table: lookups of each row, for a token.
     gain: Tensor
-    # of a head: logit variance per unit of E[r] hessian E[r]^T
+    # Of a head: the variance of logit r is this times E[r] hessian E[r]^T. 0: it is no head.
     logits: float = 0.0
-    # (C,) mean square of each column of x; None for a table that is only looked up
-    inputs: Tensor | None = None
+    # (C,) mean square of each column of x; None for a table that is only looked up.
+    input_squares: Tensor | None = None
 
     def to(self, device):
         moved = [value.to(device) if isinstance(value, Tensor) else value for value in self]
@@ -4053,7 +4072,7 @@ class CurvatureMeter:
         self.tokens = 0
         self.hessian = {}  # {parameter: (C, C) sum of x x^T}
         self.gain = {}  # {parameter: (R,) sum of squared gradients}
-        self.inputs = {}  # {parameter: number of x in its Hessian}
+        self.input_counts = {}  # {parameter: number of x in its Hessian}
         self._hessian_of = {}  # {parameter: the one that has its Hessian}: q, k and v read one x
         self._last_input = None
         self._last_name = None  # the parameter that multiplied it first
@@ -4061,8 +4080,8 @@ class CurvatureMeter:
 
     @contextlib.contextmanager
     def _watching(self):
-        """Hooks on every Linear and Embedding. Hidden states need gradients meanwhile, which the
-        tables give them, frozen or not; matrices need none.
+        """Hooks on every Linear and Embedding. Only the tables require gradients meanwhile: that is
+        enough for gradients at every output, and none of a matrix is computed.
         """
         hooks = []
         required = [(param, param.requires_grad) for param in self.model.parameters()]
@@ -4082,6 +4101,7 @@ class CurvatureMeter:
                 hook.remove()
             for param, requires_grad in required:
                 param.requires_grad_(requires_grad)
+                # Between steps those of training are zero.
                 if not requires_grad:
                     param.grad = None
                 elif param.grad is not None:
@@ -4097,10 +4117,10 @@ class CurvatureMeter:
         """args: the input x of the matrix and, where its rows are scaled, their scale."""
         x = args[0]
         scale = args[1] if len(args) > 1 else None
-        if x is not self._last_input:
+        if x is not self._last_input:  # q, k and v get one tensor, one after the other
             flat = x.detach().flatten(0, -2).float()
             self._add(self.hessian, name, flat.mT @ flat)
-            self.inputs[name] = self.inputs.get(name, 0) + len(flat)
+            self.input_counts[name] = self.input_counts.get(name, 0) + len(flat)
             self._last_input = x
             self._last_name = name
         self._hessian_of[name] = self._last_name
@@ -4158,10 +4178,10 @@ class CurvatureMeter:
         for sums in (self.hessian, self.gain):
             for name in sorted(sums):  # in one order on all ranks
                 rt.sum(sums[name]).div_(tokens)
-        # The gain stays a sum over visits, so the Hessian becomes a mean over them: errors at
-        # different visits are taken as independent.
-        for name, inputs in self.inputs.items():
-            visits = inputs / self.tokens
+        # The gain stays a sum over visits, so the Hessian becomes a mean over them: the loss is
+        # taken as 1/2 (sum of gains) E (mean Hessian) E^T, as if the two were independent.
+        for name, count in self.input_counts.items():
+            visits = count / self.tokens
             self.hessian[name].div_(visits)
 
         modules = self.model.named_modules()
@@ -4173,10 +4193,10 @@ class CurvatureMeter:
             if name in tables:
                 curvature[name] = self._of_table(hessian, gain, tokens)
             else:
-                curvature[name] = Curvature(hessian, gain, inputs=hessian.diagonal())
+                curvature[name] = Curvature(hessian, gain, input_squares=hessian.diagonal())
 
         hessian = self.hessian["head"]
-        head = Curvature(hessian, self.gain["head"], logits=1.0, inputs=hessian.diagonal())
+        head = Curvature(hessian, self.gain["head"], logits=1.0, input_squares=hessian.diagonal())
         if self.model.head is not None:
             curvature["head.weight"] = head
         else:
@@ -4196,16 +4216,16 @@ class CurvatureMeter:
         gain of a row is the sum of its costs.
         """
         uses = table, head
-        costs = [use.gain * use.hessian.trace() for use in uses]
-        total = sum(costs)
-        weights = [cost.sum() / total.sum() for cost in costs]
-        shares = [w * use.hessian / use.hessian.trace() for w, use in zip(weights, uses)]
-        hessian = sum(shares)
-        return Curvature(hessian, total, head.hessian.trace().item(), head.inputs)
+        row_costs = [use.gain * use.hessian.trace() for use in uses]
+        gain = sum(row_costs)
+        use_weights = [cost.sum() / gain.sum() for cost in row_costs]
+        hessian = sum(
+            [w * use.hessian / use.hessian.trace() for w, use in zip(use_weights, uses)])
+        return Curvature(hessian, gain, head.hessian.trace().item(), head.input_squares)
 
 
 def generate(model, rows, length, temperature, seed, world=1, rank=0, width=None):
-    """Text (rows / world, length + 1) that the model writes: BOS, then tokens drawn at a
+    """Text (rows / world rounded up, length + 1) that the model writes: BOS, then tokens drawn at a
     temperature. The random numbers are drawn for the rows of all ranks together, so the text of a
     row does not depend on the number of ranks. Each token sees `width` tokens, or all of them.
     """
@@ -4300,7 +4320,7 @@ def integer_store(bits, method, sigmas, s):
 
 # ---- rounding to a step size per row -------------------------------------------------------------
 
-# The smallest float16: keeps an all-zero row decodable without ever clipping a real one.
+# The smallest float16: the least step size, so that a row of zeros is not divided by 0.
 SCALE_FLOOR = 2.0**-24
 SMALLEST_NORMAL = 2.0**-14  # of float16; below it numbers are multiples of SCALE_FLOOR
 CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
@@ -4373,9 +4393,9 @@ def factor_hessian(curvature, damp, act_order):
     act_order, columns of large diagonal come first.
 
     The weights of an input that is always zero do not matter, but the Hessian needs an inverse:
-    its diagonal becomes the mean of the others, which changes neither their damping nor U.
+    its diagonal becomes the mean of the others, which changes neither their damping nor their U.
 
-    U comes from one Cholesky factor of the reversed Hessian and its inverse.
+    With the columns reversed, H = L L^T by one Cholesky factor, and U = L^-1 reversed.
     """
     hessian = curvature.hessian.double().clone()
     diagonal = hessian.diagonal()
@@ -4425,8 +4445,8 @@ def gptq(weights, steps, top, orders, factors, block):
             later = factors[:, column, column + 1 : end, None]
             block_w[:, j + 1 :].addcmul_(later, errors[:, j : j + 1], value=-1)
         w[:, end:] -= factors[:, begin:end, end:].mT @ errors
-    in_place = torch.empty_like(codes).scatter_(1, orders[:, :, None].expand_as(codes), codes)
-    return in_place.mT.contiguous()
+    in_model_order = torch.empty_like(codes).scatter_(1, orders[:, :, None].expand_as(codes), codes)
+    return in_model_order.mT.contiguous()
 
 
 def awq_lite_groups(weights, inputs, size, count):
@@ -4459,15 +4479,20 @@ def lqer(error, hessian, gain, rank, group):
     #1797.
 
     A (R, rank): the largest singular vectors of the error, weighted by the loss's sensitivity; 2
-    bits (-2..1), one step size. B (rank, C): the best one for that A as it is stored; 4 bits
-    (-8..7), a step size for `group` weights.
+    bits (-2..1), one step size. B (rank, C): the best one for that A as it is stored, whatever the
+    Hessian; 4 bits (-8..7), a step size for `group` weights. A largest number becomes 1.5 or 7.5
+    steps, which both ends of the codes reach after rounding.
     """
     row_weight = gain.double().clamp_min(LQER_GAIN_FLOOR * gain.mean().item()).sqrt()[:, None]
     damped = hessian.double().clone()
     damped.diagonal().add_(LQER_DAMP * damped.diagonal().mean() + 1e-30)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if failed or not lower.isfinite().all():
+        raise Stopped("a Hessian is not positive definite for LQER; raise GPTQ_CALIBRATION_TOKENS, "
+                      "or LQER_RANK=0", 4)
     weighted = row_weight * error.double()
 
-    u, sizes, _ = torch.linalg.svd(weighted @ torch.linalg.cholesky(damped), full_matrices=False)
+    u, sizes, _ = torch.linalg.svd(weighted @ lower, full_matrices=False)
     a = u[:, :rank] / row_weight * sizes[:rank]
     a_step = (a.abs().amax() / 1.5).clamp_min(SCALE_FLOOR).reshape(1).half()
     a_codes = (a / a_step.double()).round().clamp(-2, 1)
@@ -4743,6 +4768,7 @@ class Quantiser:
         self.factors = {}  # {identity of a Hessian: factor_hessian() of it}
         self._spread = None
         self._check_curvature()
+        # Late QAT asks for steps without a curvature, and so without AWQ-lite.
         self.salient = self._salient_columns() if s.awq_lite_group_top_k and curvature else {}
         for name in self.salient:
             self.stores[name] = self.stores[name]._replace(codec="mixed")
@@ -4758,8 +4784,9 @@ class Quantiser:
             self.quantised += weight.numel()
 
     def _check_weights(self):
-        for name in self.stores:
-            if not self.weights[name].isfinite().all():
+        finite = torch.stack([self.weights[name].isfinite().all() for name in self.stores])
+        for name, is_finite in zip(self.stores, finite.tolist()):  # one wait for the device
+            if not is_finite:
                 raise Stopped(f"{name} is not finite; no artifact was written", 4)
 
     def _check_curvature(self):
@@ -4777,8 +4804,8 @@ class Quantiser:
                 why = "it is all zero, so nothing that it does is felt"
             else:
                 why = "an activation or a gradient overflowed, or all are zero"
-            raise Stopped(f"calibration moments of {name} are nan or infinite: {why}; no artifact "
-                          "was made", 4)
+            raise Stopped(f"calibration: the curvature of {name} is nan or infinite: {why}; no "
+                          "artifact was made", 4)
 
     def _pruned(self, weight):
         """The weight with the PRUNE_PCT of smallest magnitude set to zero."""
@@ -4798,9 +4825,9 @@ class Quantiser:
             curvature = self.curvature.get(name)
             scaled = store.codec == "int" and store.method != "ternary"
             gains_bits = scaled and store.bits < s.awq_lite_bits
-            if gains_bits and curvature and curvature.inputs is not None:
+            if gains_bits and curvature and curvature.input_squares is not None:
                 weights[name] = self.weights[name]
-                inputs[name] = curvature.inputs
+                inputs[name] = curvature.input_squares
         groups = awq_lite_groups(weights, inputs, s.awq_lite_group_size, s.awq_lite_group_top_k)
         columns = {}
         for name, starts in groups.items():
@@ -4929,6 +4956,8 @@ class Quantiser:
 
     def encode(self, spacing=None):
         """{parameter: Encoded}, in the model's order."""
+        if self.s.awq_lite_group_top_k and not self.curvature:
+            raise ValueError("AWQ-lite chooses columns by the curvature, and there is none")
         encoded = {}
         for (_, store), names in self.groups.items():
             grids = self._grids(names, store, spacing)
@@ -4958,7 +4987,7 @@ class Quantiser:
             return round_to_grid(weights, steps, top).to(torch.int16)
         orders, factors = (torch.stack(tensors) for tensors in zip(*map(self.factor, names)))
         diagonals = torch.stack([self.curvature[name].hessian.diagonal() for name in names])
-        alive = diagonals[:, None] > 0
+        alive = diagonals[:, None] > 0  # an input that is always zero: 0 is the cheapest code
         return gptq(weights * alive, steps, top, orders, factors, self.s.gptq_block_size)
 
     def _encoded(self, store, grid_arrays, codes):
@@ -5126,8 +5155,8 @@ class LateQAT:
         self.switch(True)
 
     def _allocate(self, run, training):
-        """Choose the grid of FIT=allocate. The export uses the same curvature: another grid would
-        undo what was learned.
+        """Choose the grid of FIT=allocate. The export uses the same curvature, so that the step
+        sizes of weights keep their proportions; its spacing fits the bytes anew.
         """
         self.curvature = training.calibrate()
         try:
@@ -5218,7 +5247,8 @@ def prior_counts():
     """
     rows = []
     for k in range(BUCKETS):
-        width = 20 * math.isqrt(1 << k + 2) + 4096  # 20 m^2 + 2, in 1/2048
+        # 20 m^2 + 2, times 2048: 2048 m^2 is the root of 2^(k + 2).
+        width = 20 * math.isqrt(1 << (k + 2)) + 4096
         bell = [(width << 16) ** 8 // (width + 2048 * v * v) ** 8 for v in range(ESCAPE)]
         total = 2 * sum(bell) - bell[0]
         half = [80_000 * density // total + 1 for density in bell]
@@ -5334,9 +5364,9 @@ def code_context(row, start, stop):
 def piece_shape(shape, state_count):
     """(rows of a piece, columns that are coded at once) for N matrices (N, R, C).
 
-    All N matrices are coded side by side, and of each all pieces: `width` columns of one row of
-    every piece at once, about one code for each coder state. Pieces and width are in the
-    proportion of rows and columns.
+    A matrix is cut into pieces of neighbouring rows. All N matrices are coded side by side, and of
+    each all pieces: `width` columns of one row of every piece at once, about one code for each
+    coder state. Pieces and width are in the proportion of rows and columns.
     """
     matrices, rows, columns = shape
     codes = max(1, state_count // matrices)  # of a matrix that are coded at once
@@ -5387,8 +5417,8 @@ def _checksum(groups):
 
 
 def _state_count(shapes):
-    """Number of interleaved coder states. Each adds 4 bytes, about 3 of them for nothing, and lets
-    more codes be coded at once.
+    """Number of interleaved coder states. Each lets more codes be coded at once, and costs the 4
+    bytes of its last value, of which about one is information.
     """
     codes = sum(math.prod(shape) for shape in shapes)
     return 8 + math.isqrt(codes) // 12
@@ -5427,7 +5457,7 @@ class CodeWriter:
             x = states[: len(entries)]  # a view: the states change with it
             frequency = entries >> 16
             start = entries & 0xFFFF
-            full = np.flatnonzero(x >> 32 - PRECISION >= frequency)
+            full = np.flatnonzero((x >> (32 - PRECISION)) >= frequency)
             words.append(x[full].astype("<u2"))
             x[full] >>= 16
             # (x // frequency << PRECISION) + x % frequency + start
@@ -5541,8 +5571,7 @@ ARTIFACT_VERSION = 1
 PREFIX = struct.Struct("<8sHIII")  # magic, version, packed and raw header length, header checksum
 MAX_HEADER = 1 << 22
 MAX_VALUE = 2000  # characters of a setting in the header
-# Bytes that loading may need at once: that of about 140 M weights. 16,000,000 bytes are 128 M
-# bits.
+# Bytes that loading may need at once: those of about 140 M weights, more than 16 MB have bits.
 MAX_LOADED = 1 << 30
 MAX_CORRECTION_WORK = 1 << 33  # multiplications of all low-rank corrections, some ten seconds
 MAX_RANK = Settings.__dataclass_fields__["lqer_rank"].metadata["hi"]
@@ -6140,6 +6169,7 @@ def artifact_settings(path, header, given):
     """
     try:
         words = [f"{name}={value}" for name, value in header["settings"].items()]
+        # These contradict no model and need no package.
         words += ["TRAIN_SEQ_LEN=2", "TRAIN_BATCH_TOKENS=2", "COMPRESSOR=zlib"]
         stored = Settings.parse(words)
     except BadInput as error:
@@ -6217,6 +6247,10 @@ def _unpack_stream(where, arrays, packed):
 # 10 Evaluation: the definition of the metric
 # Bits per byte = sum of nats / (ln 2 * sum of bytes), over all targets of the stream, each once.
 # Target i of a stream is its token i + 1. It is predicted after token i.
+#
+# A part is what is scored before a predictor learns from it (TTT_CHUNK_TOKENS). A row is a stretch
+# of text that is read at once, or in turns of a few tokens (TTT_CHUNK_SIZE). A chunk is a batch of
+# rows.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -6226,15 +6260,12 @@ class Inputs(NamedTuple):
     ids: Tensor  # (B, T) tokens
     places: Tensor  # (B, M) neighbouring positions in ids; a token is predicted after each of them
     recent: Tensor  # (B, h + M) tokens up to each place, and h before the first; -1: there is none
-    # None: the rows stand alone. 0: rows begin. n: the first B rows of turn n - 1 continue.
+    # None: the rows stand alone. 0: rows begin. n > 0: the first B rows of the chunk before go on.
     turn: int | None = None
 
 
 class Chunk(NamedTuple):
-    """A batch of rows that are scored together. Only `inputs` is given to predict().
-
-    The chunks of TTT_CHUNK_TOKENS and TTT_CHUNK_SIZE are a Part and a turn here.
-    """
+    """A batch of rows that are scored together. Only `inputs` is given to predict()."""
 
     inputs: Inputs
     targets: Tensor  # (B, M) the tokens after those places
@@ -6255,7 +6286,8 @@ class Part(NamedTuple):
 
 WINDOW_WIDTHS = 4  # to which windows of documents are padded: few graphs, little padding
 CACHE_STEP = 256  # tokens that a row reads in a turn where keys are kept (EVAL_CONTEXT=cache)
-CACHE_SEGMENT = 32  # windows of the stream that one row reads where keys are kept
+CACHE_SEGMENT = 32  # most windows of the stream that one row reads where keys are kept
+CACHE_ROWS = 16  # rows that share a part of the stream there, if it has so many windows
 
 
 class Windows(NamedTuple):
@@ -6329,7 +6361,7 @@ def sliding_windows(ranges, length, stride=0):
 
     The first window of a range scores all of its targets. Each later one begins `stride` tokens
     (0: `length`) later and scores its last `stride` targets; the final one scores what is left.
-    What a target is predicted from does not depend on where its range ends, which comes later.
+    Where a range ends is in the future: it never decides what a target is predicted from.
     """
     stride = stride or length
     begin, end = ranges.T
@@ -6441,25 +6473,25 @@ class Reader:
     def _window_cuts(self, windows):
         """Cuts of windows. Windows of similar length share a chunk; ranks take chunks in turn."""
         s = self.s
-        complete = windows.scored == windows.length  # all targets are scored: the first of a range
+        opening = windows.scored == windows.length  # the first window of a range scores all of it
         width = np.full_like(windows.length, s.eval_seq_len)
         if self.by_document:
-            width = np.where(complete, padded_width(windows.length, s.eval_seq_len), width)
-        order = np.lexsort((windows.start, width, complete))
+            width = np.where(opening, padded_width(windows.length, s.eval_seq_len), width)
+        order = np.lexsort((windows.start, width, opening))
         start, length, scored = (values[order] for values in windows)
         stop = start + length
         first = stop - scored
         width = width[order]
-        complete = complete[order]
+        opening = opening[order]
         batches = []
-        for group in equal_neighbours(np.stack((complete, width), 1)):
+        for group in equal_neighbours(np.stack((opening, width), 1)):
             end = group[-1] + 1
             for i in range(group[0], end, self.batch):
                 batches.append(slice(i, min(i + self.batch, end)))
         for batch in batches[self.rt.rank :: self.rt.world]:
             tokens = int(width[batch.start])
             places = s.eval_stride or s.eval_seq_len
-            if complete[batch.start]:
+            if opening[batch.start]:
                 places = tokens
             yield Cut(start[batch], stop[batch], first[batch], self.batch, tokens, places)
 
@@ -6481,18 +6513,20 @@ class Reader:
             yield PlannedPart(np.array([[begin, end]]), self._row_cuts(rows))
 
     def _segments(self, begin, end):
-        """TextRows of a span of the stream. Each is a segment that first reads the window before.
-
-        A full part of 16 windows or more has at least 16 segments, which are read side by side.
+        """TextRows of a span of the stream. Each is a segment that first reads the window before,
+        3 % of its work if it is long. A part of a few windows has shorter ones, CACHE_ROWS or more
+        of them, which are read side by side.
         """
         window = self.s.eval_seq_len
-        length = min(CACHE_SEGMENT * window, max(self.part_size // 16, window))
+        length = min(CACHE_SEGMENT * window, max(self.part_size // CACHE_ROWS, window))
         first = np.arange(begin, end, length)
         return TextRows(np.maximum(first - window, 0), first, np.append(first[1:], end))
 
     def _adapted_parts(self):
-        """Parts of documents, the longest first. A part ends where something learns from them:
-        after TTT_GROUP_DOCS documents, and at the end of a phase (PHASED_TTT_*).
+        """Parts of documents, the longest first: an order by length alone, which is known before
+        anything is scored, and which #2135 and the merged records before it use. A part ends where
+        something learns from it: after TTT_GROUP_DOCS documents, and at the end of a phase
+        (PHASED_TTT_*).
         """
         begin, end = self.ranges.T
         longest_first = np.argsort(begin - end, kind="stable")
@@ -6530,10 +6564,11 @@ class Reader:
             stop = np.minimum(start + size, rows.end)
             first = np.maximum(rows.first, start)
             tokens = size
+            shown_from = start
             if self.adapted and s.eval_context == "window":
                 # No keys are kept, so a row shows its earlier text again: as much of it as fits.
                 tokens = int(padded_width(read + size, s.eval_seq_len, size))
-                start = np.maximum(rows.begin, start + size - s.eval_seq_len)
+                shown_from = np.maximum(rows.begin, start + size - s.eval_seq_len)
             places = size
             if not (first < stop).any():  # nothing is scored: little work for the head
                 places = 1
@@ -6541,7 +6576,7 @@ class Reader:
             if turn > 0:
                 batch = padded_rows(len(start), self.batch)
             continuing = np.count_nonzero(stop < rows.end)  # the leading rows: they are the longest
-            yield Cut(start, stop, first, batch, tokens, places, turn, continuing)
+            yield Cut(shown_from, stop, first, batch, tokens, places, turn, continuing)
             read += size
             turn += 1
 
@@ -6579,6 +6614,7 @@ class Reader:
             return tokens[position.clamp(0, last_token)].long()
 
         ids = shown(start + torch.arange(cut.tokens, device=device))
+        # Target i is predicted after token i, so this is a number of both.
         position = first + torch.arange(-self.history, cut.places, device=device)
         recent = torch.where(position >= origin, shown(position), -1)
         target = position[:, self.history :]
@@ -6704,7 +6740,7 @@ class Meters:
         self.rt = rt
         # nats, tokens, bytes, and targets that are another text's
         self.sums = torch.zeros(4, dtype=torch.float64, device=rt.device)
-        # nats of the cheapest target, or 0 if that is less
+        # the smaller of 0 and the nats of the cheapest target
         self.lowest = torch.zeros((), dtype=torch.float64, device=rt.device)
         # (N + 1,) how often this rank has scored each target; the last entry counts padding
         self.times = torch.zeros(len(stream.bytes) + 1, dtype=torch.uint8, device=rt.device)
@@ -10247,7 +10283,7 @@ def train(run, model, val):
     need_loadable("the artifact of this model", largest_entries(model, s))
     training = Training(run, model)
     copies = training.stream.copies = Contamination(val.tokens.cpu().numpy())
-    copies.look(training.stream.held)
+    copies.note(copies.find(training.stream.held))
     state = checkpoint_to_resume(run, training)  # before minutes are spent on warm-up
     _log_training(run, training)
     predictor = ModelPredictor(model, rt)
@@ -10261,6 +10297,9 @@ def train(run, model, val):
     if rt.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(rt.device)
     was_done = training.done
+    if not was_done:
+        stage = s.stages[training.stage]
+        training.stream.prefetch(stage.length, stage.tokens)
     with Interrupt() as interrupt:
         with run.clock.charge("train"):
             _train_steps(run, training, predictor, val, interrupt)

@@ -332,7 +332,7 @@ def test_awq_lite_columns_get_finer_steps_of_the_same_clip_within_gptq(learned, 
     done, plain = (tg.Quantiser(model, one, curvature).encode() for one in (s, tg.replace(s, awq_lite_group_top_k=0)))
     salient = {name: one.arrays["salient"].bool().numpy() for name, one in done.items() if one.codec == "mixed"}
     assert sum(marks.sum() for marks in salient.values()) == 16 and all(one.codec != "mixed" for one in plain.values())
-    inputs = {name: curvature[name].inputs for name in curvature if curvature[name].inputs is not None and done[name].codec != "float16"}
+    inputs = {name: curvature[name].input_squares for name in curvature if curvature[name].input_squares is not None and done[name].codec != "float16"}
     best = tg.awq_lite_groups({name: weights[name] for name in inputs}, inputs, 4, 4)
     assert {name: [j for j in starts] for name, starts in best.items()}.keys() == salient.keys()
     for name, marks in salient.items():
@@ -644,7 +644,7 @@ def test_moments_are_those_of_every_position_and_visit(changes):
         torch.testing.assert_close(found[name].hessian.double(), hessian, rtol=1e-4, atol=1e-6 * hessian.abs().max().item(), msg=name)
         torch.testing.assert_close(found[name].gain.double(), gain, rtol=1e-4, atol=1e-6 * gain.abs().max().item(), msg=name)
     for name, module in model.named_modules():
-        square = found[f"{name}.weight"].inputs if f"{name}.weight" in found else None
+        square = found[f"{name}.weight"].input_squares if f"{name}.weight" in found else None
         if isinstance(module, tg.Linear):
             torch.testing.assert_close(square.double(), want[f"{name}.weight"][0].diagonal(), rtol=1e-4, atol=1e-7)
         elif isinstance(module, tg.Embedding) and (name != "embed" or model.head is not None):
@@ -652,7 +652,7 @@ def test_moments_are_those_of_every_position_and_visit(changes):
     with torch.no_grad():
         hidden = model.hidden(whole[0]) if model.head_proj is None else model.head_proj(model.hidden(whole[0]))
     head = found["embed.weight" if model.head is None else "head.weight"]
-    torch.testing.assert_close(head.inputs.double(), hidden.square().mean((0, 1)), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(head.input_squares.double(), hidden.square().mean((0, 1)), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(embed_dim=5, tie_embeddings=False)], ids=str)
