@@ -1298,6 +1298,15 @@ def _packing_conflicts(s, complain):
     for package in packages.get(s.compressor, ()):
         if not importlib.util.find_spec(package):
             complain(f"COMPRESSOR={s.compressor} needs {package}: pip install {package}")
+        elif package == "brotli" and not _unpacks_within_bounds():
+            complain(f"COMPRESSOR={s.compressor} needs brotli 1.2 or later: pip install -U brotli")
+
+
+def _unpacks_within_bounds():
+    """Does the installed brotli know a limit of its output, as version 1.2 and later do?"""
+    import brotli
+    major, minor = brotli.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (1, 2)
 
 
 def _storable(bits):

@@ -1,6 +1,7 @@
 """The artifact: bit-exact through the file, small, complete or absent, and nothing in it can do more than fail."""
 
 import ast
+import contextlib
 import hashlib
 import inspect
 import itertools
@@ -370,6 +371,15 @@ def test_a_missing_package_is_named_before_training_and_at_loading(tmp_path, mon
     hide(monkeypatch, package)
     for choice in (compressor, "auto"):
         with pytest.raises(tg.BadInput, match=f"COMPRESSOR={choice}.*{package}"):
+            tg.Settings.parse([f"COMPRESSOR={choice}"])
+
+
+@pytest.mark.parametrize("version, accepted", [("1.1.0", False), ("1.2.0", True), ("2.0.0", True)])
+def test_a_brotli_that_could_not_load_what_it_packed_is_refused_before_training(monkeypatch, version, accepted):
+    brotli = pytest.importorskip("brotli")
+    monkeypatch.setattr(brotli, "__version__", version)
+    for choice in ("brotli", "auto"):
+        with contextlib.nullcontext() if accepted else pytest.raises(tg.BadInput, match=f"COMPRESSOR={choice}.*pip install -U brotli"):
             tg.Settings.parse([f"COMPRESSOR={choice}"])
 
 
