@@ -4697,53 +4697,45 @@ def allocation_grid(weight, curvature, pivots, spacing):
 RATE_STEP = 1 / 16
 RATE_OCTAVES = np.arange(-24, 40, RATE_STEP)  # log2 of a spread in units of the step size
 
-
-@cache
-def gaussian_entropy():
-    """(log2 of the spread, bits): the entropy of a Gaussian rounded to whole numbers."""
-    octaves = np.arange(-4, 7, RATE_STEP)
-    edges = np.arange(-1023.5, 1024)
-    root = math.sqrt(2)
-    bits = []
-    for octave in octaves:
-        spread = 2**octave
-        near = [edge for edge in edges if abs(edge) < 10 * spread + 1]
-        p = np.diff([0.5 * (1 + math.erf(edge / spread / root)) for edge in near])
-        p = p[p > 0]
-        bits.append(float(-(p * np.log2(p)).sum()))
-    return np.array([-40, *octaves]), np.array([0, *bits])
-
-
-FIT_SLACK = 5000  # bytes of the room that may stay empty
+FIT_SLACK = 2000  # bytes of the room that may stay empty
+FIT_MARGIN = 500  # bytes below the room that a try aims at
 LEAST_LOSS = 1e-5  # nats a token of all rounding together: finer step sizes would gain nothing
 
 
 def allocate(quantiser, packed_of, room, log):
-    """The artifact (Packed) at the spacing that fills `room` bytes to within FIT_SLACK, or at the
-    finest that means anything; if none fits, the smallest that was tried. Bytes follow
-    Quantiser.rate() up to a factor, which each try corrects.
+    """The artifact (Packed) that fills `room` bytes to within FIT_SLACK, or the one at the finest
+    spacing that means anything; if none fits, the smallest that was tried.
+
+    An artifact has more bytes than Quantiser.rate() says, but about as many more at one spacing as
+    at the next. So each try moves the rate by the bytes that the last one missed its aim by, or to
+    the middle of the bracket, if that would leave it.
     """
     finest = math.sqrt(24 * LEAST_LOSS / max(quantiser.quantised, 1))
-    lower = finest  # the largest spacing at which there were too many bytes
-    upper = math.inf  # the smallest at which there were few enough
-    factor = 1.0
+    largest = int(quantiser.rate(finest))
+    fitting = -1  # the largest rate at which the artifact was small enough
+    too_large = largest + 1  # the smallest at which it was not
+    rate = room - FIT_MARGIN
     best = None
     for attempt in range(1, 11):
-        spacing = quantiser.spacing_for(room - FIT_SLACK // 2, factor, lower, upper)
+        rate = min(max(rate, 0), largest)
+        if not fitting < rate < too_large:
+            rate = (fitting + too_large) // 2
+        spacing = quantiser.spacing_for(rate)
         packed = packed_of(quantiser.encode(spacing))
         log("allocate", attempt=attempt, spacing=spacing,
             expected_loss=quantiser.quantised * spacing**2 / 24,
             bytes=packed.size, room_bytes=room)
         if packed.size <= room:
             best = packed
-            upper = spacing
-            if packed.size >= room - FIT_SLACK or spacing <= 1.001 * finest:
-                break
+            fitting = rate
         else:
-            lower = spacing
+            too_large = rate
             if best is None or room < packed.size < best.size:
                 best = packed
-        factor = packed.size / quantiser.rate(spacing)
+        filled = room - FIT_SLACK <= packed.size <= room
+        if filled or too_large - fitting == 1:
+            break
+        rate += room - FIT_MARGIN - packed.size
     return best
 
 
@@ -4875,7 +4867,8 @@ class Quantiser:
 
     def rate(self, spacing):
         """Bytes of the codes at a spacing, were each weight Gaussian with the spread of its row
-        and column.
+        and column: log2(2 pi e spread^2) / 2 bits, in units of a small step size. The 1 added to
+        the square keeps the bits positive at a large one.
         """
         if self._spread is None:
             self._spread = np.zeros(len(RATE_OCTAVES))
@@ -4883,7 +4876,8 @@ class Quantiser:
                 if store.codec == "grid":
                     for name in names:
                         self._spread += self._spread_of(name)
-        bits = np.interp(RATE_OCTAVES - math.log2(spacing), *gaussian_entropy())
+        square = 4 ** (RATE_OCTAVES - math.log2(spacing))
+        bits = np.log2(1 + 2 * math.pi * math.e * square) / 2
         return float(self._spread @ bits) / 8
 
     def _spread_of(self, name):
@@ -4897,13 +4891,13 @@ class Quantiser:
         bins = bins.round().clamp(0, len(RATE_OCTAVES) - 1).int().flatten().cpu().numpy()
         return np.bincount(bins, minlength=len(RATE_OCTAVES))
 
-    def spacing_for(self, size, factor=1.0, finest=0.0, coarsest=math.inf):
-        """The spacing at which factor * rate() is `size` bytes, by bisection between bounds."""
-        low = math.log(min(max(finest, 1e-12), 1e6))
-        high = math.log(min(max(coarsest, 1e-12), 1e6))
+    def spacing_for(self, size):
+        """The spacing at which rate() is `size` bytes, by bisection of its logarithm."""
+        low = math.log(1e-12)
+        high = math.log(1e6)
         for _ in range(40):
             middle = (low + high) / 2
-            if factor * self.rate(math.exp(middle)) > size:
+            if self.rate(math.exp(middle)) > size:
                 low = middle
             else:
                 high = middle

@@ -888,7 +888,7 @@ def test_allocation_fills_its_room(tmp_path, room):
     assert info["bytes"] == (tmp_path / "model.pg").stat().st_size <= room
     assert 1 <= len(tries) <= 10 and info["bytes"] == max(one["bytes"] for one in tries if one["bytes"] <= room)
     if room < 10**7:
-        assert info["bytes"] >= room - 5000
+        assert info["bytes"] >= room - 2000
     else:
         quantised = sum(p.numel() for name, p in model.named_parameters() if name in curvature)
         assert tries[-1]["expected_loss"] == pytest.approx(1e-5, rel=0.01), "as fine as means anything"
@@ -902,23 +902,59 @@ def test_allocation_does_not_hide_a_room_that_nothing_fits(tmp_path):
     assert tg.save_artifact(tmp_path / "model.pg", model, s, curvature=curvature, budget=1000)["bytes"] > 1000
 
 
+def allocated(room, size_of, largest=120_000):
+    """(the artifact that allocate() keeps, [(rate, artifact)] of its tries) where size_of(rate) is the bytes at a rate."""
+    tries = []
+    quantiser = SimpleNamespace(quantised=0, rate=lambda spacing: largest, encode=lambda spacing: spacing,
+                                spacing_for=lambda rate: rate)
+
+    def packed_of(rate):
+        tries.append((rate, SimpleNamespace(size=size_of(rate))))
+        return tries[-1][1]
+
+    return tg.allocate(quantiser, packed_of, room, silent), tries
+
+
 @ref.tries(100)
 @given(st.lists(st.integers(80_000, 120_000), min_size=10, max_size=10))
 def test_allocation_never_keeps_a_try_that_is_too_large_where_another_one_fits(sizes):
-    """The last one that fits is kept, whatever the others come to. One within 5,000 bytes ends them."""
-    room, tries = 100_000, []
-    quantiser = SimpleNamespace(quantised=1000, rate=lambda spacing: 1e5, encode=lambda spacing: None,
-                                spacing_for=lambda *_: 0.1)
+    """The last one that fits is kept, whatever the others come to. Each try is inside the bracket of those before it. One
+    within 2,000 bytes ends them, and so does a bracket with nothing inside.
+    """
+    room, remaining = 100_000, iter(sizes)
+    kept, tries = allocated(room, lambda rate: next(remaining))
+    low, high = -1, 120_001
+    for rate, packed in tries:
+        assert low < rate < high
+        low, high = (rate, high) if packed.size <= room else (low, rate)
+    filled = [number for number, size in enumerate(sizes, 1) if room - 2000 <= size <= room]
+    assert len(tries) == min([*filled, 10]) or high - low == 1
+    fitting = [packed for _, packed in tries if packed.size <= room]
+    assert kept is fitting[-1] if fitting else kept.size == min(packed.size for _, packed in tries)
 
-    def packed_of(encoded):
-        tries.append(SimpleNamespace(size=sizes[len(tries)]))
-        return tries[-1]
 
-    kept = tg.allocate(quantiser, packed_of, room, silent)
-    filled = [number for number, size in enumerate(sizes, 1) if room - 5000 <= size <= room]
-    assert len(tries) == min([*filled, 10])
-    fitting = [one for one in tries if one.size <= room]
-    assert kept is fitting[-1] if fitting else kept in tries
+@ref.tries(200)
+@given(st.integers(0, 50_000), st.floats(0.6, 1.5), st.integers(0, 250_000))
+def test_allocation_fits_whenever_anything_fits(other_bytes, slope, room):
+    """And fills its room, where a byte of the rate is 0.6 to 1.5 bytes of the artifact."""
+    kept, tries = allocated(room, lambda rate: other_bytes + int(slope * rate))
+    if room < other_bytes:
+        assert kept.size == other_bytes, "the smallest of all"
+    else:
+        assert max(room - 2000, 0) <= kept.size <= room or kept is tries[-1][1] and tries[-1][0] == 120_000
+
+
+def test_allocation_fills_a_room_of_any_size_in_a_few_tries():
+    """From the smallest artifact to nearly the largest. A rate of at most 9 bits a weight, corrected by a factor, took 36
+    tries here and left 25,000 bytes of two rooms empty.
+    """
+    s, model, moments = bigger()
+    quantiser, packed_of, tries = tg.Quantiser(model, s, moments), packer(s, model), []
+    smallest = packed_of(quantiser.encode(1e6)).size
+    rooms = [smallest + 50, *range(smallest + 5000, 100_000, 15_000)]
+    unused = [room - tg.allocate(quantiser, packed_of, room, lambda *_, **v: tries.append(v)).size for room in rooms]
+    assert 0 <= min(unused) and max(unused) <= 2000 and np.mean(unused) < 1000
+    assert len(tries) <= 30
 
 
 def test_at_equal_bytes_allocation_is_felt_less_than_rows_clipped_by_their_spread():
