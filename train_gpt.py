@@ -4697,13 +4697,13 @@ def allocation_grid(weight, curvature, pivots, spacing):
 RATE_STEP = 1 / 16
 RATE_OCTAVES = np.arange(-24, 40, RATE_STEP)  # log2 of a spread in units of the step size
 
-FIT_SLACK = 2000  # bytes of the room that may stay empty
-FIT_MARGIN = 500  # bytes below the room that a try aims at
+FIT_SLACK = 2000  # bytes of the budget that may stay empty, with FIT=allocate and FIT=prune
+FIT_MARGIN = 500  # bytes below the budget that a try aims at
 LEAST_LOSS = 1e-5  # nats a token of all rounding together: finer step sizes would gain nothing
 
 
-def allocate(quantiser, packed_of, room, log):
-    """The artifact (Packed) that fills `room` bytes to within FIT_SLACK, or the one at the finest
+def allocate(quantiser, packed_of, budget, log):
+    """The artifact (Packed) that fills `budget` bytes to within FIT_SLACK, or the one at the finest
     spacing that means anything; if none fits, the smallest that was tried.
 
     An artifact has more bytes than Quantiser.rate() says, but about as many more at one spacing as
@@ -4714,7 +4714,7 @@ def allocate(quantiser, packed_of, room, log):
     largest = int(quantiser.rate(finest))
     fitting = -1  # the largest rate at which the artifact was small enough
     too_large = largest + 1  # the smallest at which it was not
-    rate = room - FIT_MARGIN
+    rate = budget - FIT_MARGIN
     best = None
     for attempt in range(1, 11):
         rate = min(max(rate, 0), largest)
@@ -4724,18 +4724,18 @@ def allocate(quantiser, packed_of, room, log):
         packed = packed_of(quantiser.encode(spacing))
         log("allocate", attempt=attempt, spacing=spacing,
             expected_loss=quantiser.quantised * spacing**2 / 24,
-            bytes=packed.size, room_bytes=room)
-        if packed.size <= room:
+            bytes=packed.size, room_bytes=budget)
+        if packed.size <= budget:
             best = packed
             fitting = rate
         else:
             too_large = rate
-            if best is None or room < packed.size < best.size:
+            if best is None or budget < packed.size < best.size:
                 best = packed
-        filled = room - FIT_SLACK <= packed.size <= room
+        filled = budget - FIT_SLACK <= packed.size <= budget
         if filled or too_large - fitting == 1:
             break
-        rate += room - FIT_MARGIN - packed.size
+        rate += budget - FIT_MARGIN - packed.size
     return best
 
 
@@ -5032,8 +5032,6 @@ class Quantiser:
 # ---- pruning: FIT=prune --------------------------------------------------------------------------
 
 PRUNABLE = ("int", "mixed")  # codecs of which codes are dropped
-PRUNE_SLACK = 2000  # bytes of the budget that may stay empty
-PRUNE_MARGIN = 500  # bytes below the budget that a try aims at
 
 
 def is_unit_code(codes):
@@ -5086,9 +5084,9 @@ def prune_to_fit(encoded, packed_of, budget, log):
     best = packed_of(without_cheapest(encoded, enough))
     tries = 8 if best.size <= budget else 0
     for _ in range(tries):
-        if best.size >= budget - PRUNE_SLACK or enough - too_few <= 1:
+        if best.size >= budget - FIT_SLACK or enough - too_few <= 1:
             break
-        excess = too_few_size - budget + PRUNE_MARGIN
+        excess = too_few_size - budget + FIT_MARGIN
         count = too_few + round((enough - too_few) * excess / (too_few_size - best.size))
         count = min(max(count, too_few + 1), enough - 1)
         packed = packed_of(without_cheapest(encoded, count))
