@@ -6860,7 +6860,7 @@ class Validity:
 
     @contextlib.contextmanager
     def loading(self):
-        """While the validation shards are read: for reports, and once after freeze()."""
+        """While the validation shards are read: for reports, or after freeze() to be scored."""
         self.opened("val")
         self._loading = True
         try:
@@ -6906,8 +6906,7 @@ class Validity:
         if split == "train":
             self.opened("train")
         elif split == "val" and not self._loading:
-            self.need(self.frozen, OPENED_EARLY)
-            self.need(not self.frozen, OPENED_AGAIN)
+            self.need(False, OPENED_AGAIN if self.frozen else OPENED_EARLY)
 
     def freeze(self):
         """The artifact is written: now validation text may be read, and training text not."""
@@ -7080,8 +7079,9 @@ def _or_infinite(value):
 
 
 def fingerprint(model):
-    """SHA-256 of what a forward could read in a model: the tensors, numbers, texts and containers
-    among its parameters, buffers and attributes. Functions and other objects are left out.
+    """SHA-256 of what a forward could read in a model: the tensors, arrays, numbers and texts
+    among its parameters, buffers and attributes, and in dicts, lists, tuples and sets of them.
+    Functions and other objects are left out, with all that they hold.
     """
     digest = hashlib.sha256()
 
@@ -7089,13 +7089,18 @@ def fingerprint(model):
         if isinstance(value, Tensor):
             digest.update(str((value.dtype, tuple(value.shape))).encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif isinstance(value, np.ndarray):
+            digest.update(str((value.dtype, value.shape)).encode())
+            digest.update(value.tobytes())
         elif isinstance(value, dict):
             add(tuple(value.items()))
+        elif isinstance(value, (set, frozenset)):
+            add(sorted(map(repr, value)))
         elif isinstance(value, (list, tuple)):
             digest.update(str(len(value)).encode())
             for item in value:
                 add(item)
-        elif isinstance(value, (str, int, float, type(None))):
+        elif isinstance(value, (str, bytes, int, float, type(None))):
             digest.update(repr(value).encode())
 
     for name, module in model.named_modules():
@@ -7118,6 +7123,8 @@ class ByteProof(NamedTuple):
     documents: int
     wrong: int  # documents whose text has another length than their targets are charged
     share: float  # of the targets that were compared
+    charged: int  # bytes of all documents, as their targets are charged
+    decoded: int  # bytes of all decoded documents
 
 
 class DocumentBytes(NamedTuple):
@@ -7148,15 +7155,16 @@ def prove_bytes(sp, stream, rt):
         for document, text in zip(batch, texts):
             targets += document.targets
             charged += document.charged
-            if cased:
-                decoded += _cased_length(text)
-            elif len(text.encode()) != document.charged:
+            length = _cased_length(text) if cased else len(text.encode())
+            decoded += length
+            if length != document.charged and not cased:
                 wrong += 1
     sums = torch.tensor([count, wrong, targets, charged, decoded], dtype=torch.float64)
     count, wrong, targets, charged, decoded = rt.sum(sums.to(rt.device)).tolist()
     if cased and abs(charged - decoded) > 1e-3 * decoded:
         wrong = count
-    return ByteProof(int(count), int(wrong), targets / max(len(counted), 1))
+    share = targets / max(len(counted), 1)
+    return ByteProof(int(count), int(wrong), share, int(charged), int(decoded))
 
 
 def _document_bytes(sp, stream, ids, counted, begin, end):
@@ -7202,8 +7210,11 @@ def _check_bytes(run, sp, val):
     run.validity.need_for_record(not foreign, foreign)
     if foreign:
         run.log("warning", note=foreign)
-    run.validity.need(not proof.wrong, f"bytes: {proof.wrong} of {proof.documents} decoded "
-                      f"documents differ from the byte {counted_by}")
+    differing = f"{proof.wrong} of {proof.documents} decoded documents differ from"
+    if has_case_operators(sp):
+        differing = (f"the decoded documents have {proof.decoded} bytes, and their targets are "
+                     f"charged {proof.charged} by")
+    run.validity.need(not proof.wrong, f"bytes: {differing} the byte {counted_by}")
     run.validity.need(proof.share == 1, f"bytes: {proof.share:.1%} of the text was compared with "
                       "what it decodes to, not all of it")
     run.facts.update(documents_decoded=proof.documents, decoded_share=round(proof.share, 6))
@@ -7390,7 +7401,9 @@ def selftest(run, s, path, data, val):
 
 
 def selftest_settings(s):
-    """Settings with sizes so small that a text of 13 windows has many parts and groups."""
+    """Settings with sizes so small that a text of 13 windows has many parts and groups, and that
+    the tilt gives hints: contexts of TOKEN_ORDER=16 would never repeat.
+    """
     window = min(s.eval_seq_len, 8)
     stride = 0
     if 0 < s.eval_stride < s.eval_seq_len:
@@ -7400,7 +7413,8 @@ def selftest_settings(s):
         ttt_batch_seqs=min(s.ttt_batch_seqs, 3), ttt_epochs=min(s.ttt_epochs, 2),
         ttt_chunk_size=min(s.ttt_chunk_size, window // 2), ttt_short_chunks=(), ttt_batch_size=2,
         ttt_group_docs=2, phased_ttt_prefix_docs=min(s.phased_ttt_prefix_docs, 2),
-        phased_ttt_num_phases=1, mixer_min_tokens=0, ngram_buckets=min(s.ngram_buckets, 64))
+        phased_ttt_num_phases=1, mixer_min_tokens=0, ngram_buckets=min(s.ngram_buckets, 64),
+        token_order=2, token_threshold=min(s.token_threshold, 0.5))
 
 
 def selftest_text(val, lengths):
@@ -7437,6 +7451,7 @@ class Predictor:
     adaptation = None  # an Adaptation, where gradient steps on scored text change the predictions
     adapters = None  # Adapters, where there are low-rank adapters beside the model
     adapter_weights = None  # (R, P) the weights of these adapters
+    log = None  # what the ends of phases are written to: see log_adaptation()
 
     def predict(self, inputs, count=None):
         """Log-probabilities (B, M, V) after each of the M places, or after the first `count`."""
@@ -7638,10 +7653,11 @@ class Adaptation:
         return max(n for n in range(1, allowed + 1) if rows % n == 0)
 
     def _sum_gradients(self):
-        """Over the ranks, in one message."""
-        grads = self.rt.sum(torch.cat([param.grad.flatten() for param in self.params]))
-        sizes = [param.numel() for param in self.params]
-        for param, grad in zip(self.params, grads.split(sizes)):
+        """Over the ranks, in one message. What the forward did not touch has no gradient on any."""
+        params = [param for param in self.params if param.grad is not None]
+        grads = self.rt.sum(torch.cat([param.grad.flatten() for param in params]))
+        sizes = [param.numel() for param in params]
+        for param, grad in zip(params, grads.split(sizes)):
             param.grad.copy_(grad.view_as(param))
 
 
@@ -7985,7 +8001,9 @@ class DocumentAdapters(ModelPredictor):
         return [(first + row) * self.rt.world + self.rt.rank for row in range(rows)]
 
     def _own_start(self, seat):
-        """(P,): where the last document in this seat ended, or a draw."""
+        """(P,): where the last document in this seat ended, or a draw. A draw of #2135's 5.9 million
+        weights took 15 ms of a CPU core; without TTT_WARM_START_A each document needs one.
+        """
         if seat in self.seats:
             return self.seats[seat]
         return self.adapters.start(self.draw, seat)[0]
@@ -8020,6 +8038,8 @@ class DocumentAdapters(ModelPredictor):
         documents = np.concatenate(self.groups)
         targets = np.concatenate([np.arange(begin, end) for begin, end in documents])
         self._train_weights(stream, targets, self.s.ttt_epochs)
+        if self.log:
+            self.log("ttt_phase", documents=len(documents), targets=len(targets))
 
     def _train_weights(self, stream, targets, epochs):
         for param in self.adaptation.params:
@@ -8033,14 +8053,20 @@ class DocumentAdapters(ModelPredictor):
             self._train_weights(stream, np.arange(len(stream.bytes)), 1)
 
 
-def log_adaptation(run, model, predictor):
-    """Log what test-time training may change, and what it may not."""
+def log_adaptation(run, model, predictor, documents):
+    """Log what test-time training may change, and what it may not; then, as they end, the phases of
+    phased TTT. documents: how many the text has.
+    """
     while isinstance(predictor, WrappingPredictor):
         predictor = predictor.base
     if predictor.adapters:
         of_each = "document" if run.s.ttt == "lora_docs" else "stream"
         run.log("ttt_adapters", parameters=sum(predictor.adapters.sizes),
                 beside=run.s.ttt_lora_targets, rank=run.s.ttt_lora_rank, of_each=of_each)
+    predictor.log = run.log
+    if run.s.phased_ttt_prefix_docs > documents:
+        run.log("warning", note=f"PHASED_TTT_PREFIX_DOCS={run.s.phased_ttt_prefix_docs} exceeds "
+                f"the {documents} documents of the text: phases that end beyond them do not happen")
     adaptation = predictor.adaptation
     if adaptation and adaptation.params[0] is not predictor.adapter_weights:
         log_trainable(run, model, adaptation)
@@ -8135,13 +8161,16 @@ class NgramCounts:
     A node is a number: that of one token is the token; that of a longer n-gram is vocab + 1 + its
     slot in the table; the root is the last number; -1 is no node.
 
-    There is space for `capacity` n-grams of two tokens and more. Texts that are counted together
-    are kept apart by the token `vocab`.
+    There is space for `capacity` n-grams of two tokens and more. Each takes 30 to 60 bytes: with
+    NGRAM_ORDER=10, FineWeb's 62 million targets of 1,024 pieces take 21 GB. Texts that are counted
+    together are kept apart by the token `vocab`.
     """
 
     def __init__(self, vocab, order, capacity, device):
         self.vocab = vocab
         self.order = order
+        self.capacity = capacity
+        self.used = 0  # an upper bound of the n-grams in the table, which is known without the device
         self.table = HashTable(capacity, device)
         nodes = vocab + 1 + len(self.table) + 1
         # Of each n-gram: how often it occurred, how many tokens came after it, and how many
@@ -8151,6 +8180,7 @@ class NgramCounts:
         self.types_after = torch.zeros_like(self.count)
 
     def reset(self):
+        self.used = 0
         self.table.reset()
         self.count.zero_()
         self.tokens_after.zero_()
@@ -8183,7 +8213,13 @@ class NgramCounts:
         return nodes
 
     def add(self, text, new):
-        """Count the n-grams that end at places `new` (n,) of text (L,). It ends with `vocab`."""
+        """Count the n-grams that end at places `new` (n,) of text (L,). It ends with `vocab`.
+
+        ValueError if the table might not hold them: a search in a full table would never end.
+        """
+        self.used += len(new) * (self.order - 1)
+        if self.used > self.capacity:
+            raise ValueError(f"{self.used} n-grams were counted; there is space for {self.capacity}")
         is_new = torch.zeros_like(text, dtype=torch.bool).index_fill_(0, new, True)
         ends = (text < self.vocab).nonzero().squeeze(1)  # places at which the n-grams so far end
         nodes = text.index_select(0, ends)
@@ -8658,7 +8694,7 @@ def wrappers(s):
     elif s.mixer == "hedge" and "entropy" not in s.mixer_experts:
         yield "hedge", HedgeMixture
     elif s.mixer != "off":
-        yield s.mixer, invalid_mixture(s)
+        yield invalid_mixture(s)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -8692,10 +8728,10 @@ def fit_whole_text(adaptation, stream, epochs, s):
 
 
 def invalid_mixture(s):
-    """The class of a mixture that is no distribution, for wrappers()."""
+    """(word, class) of a mixture that is no distribution, for wrappers()."""
     if s.mixer == "hashed":
-        return HashedMixture
-    return EntropyMixture
+        return "hashed", HashedMixture
+    return "hedge_entropy", EntropyMixture
 
 
 class EntropyMixture(HedgeMixture):
@@ -10805,8 +10841,8 @@ def evaluate(run, path):
         if s.trains_before_scoring:
             train_on_validation(run, model, val)
         validity.need(not predictor.invalid_reason, predictor.invalid_reason)
-        log_adaptation(run, model, predictor)
         reader = reader_for(predictor, val, s, rt)
+        log_adaptation(run, model, predictor, len(reader.ranges))
         graphs = warm_up_scoring(run, predictor, reader) if rt.compiled else 0
         predictor.reset()
         unchanged = s.trains_before_scoring or fingerprint(model) == loaded
