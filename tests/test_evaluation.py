@@ -276,7 +276,7 @@ def test_with_kept_keys_every_token_sees_the_window_up_to_itself_in_every_layer(
     model, ids, found = ref.double(s, seed), stream.tokens.tolist(), torch.zeros(targets, dtype=torch.float64)
     rows = tg.document_ranges(stream).tolist() if docs else [[0, targets]]
     with mock.patch.multiple(tg, CACHE_STEP=steps[0], CACHE_SEGMENT=steps[1]):
-        predictor, validity = tg.ModelPredictor(model, ref.alone(), width=5), tg.Validity()
+        predictor, validity = tg.ModelPredictor(model, ref.alone(), kept_tokens=5), tg.Validity()
         tg.score(predictor, tg.Reader(stream, s, ref.alone(), unit), stream, ref.alone(), validity, nats=found)
         begin = expected_begin(s, rows, expected_parts(s, rows, unit), unit)
     parameters = {name: p.detach().numpy() for name, p in model.named_parameters()}
