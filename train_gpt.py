@@ -138,7 +138,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SIZE_LIMIT = 16_000_000  # bytes of code + artifact: decimal, as the contest counts
+CONTEST_LIMIT = 16_000_000  # bytes of code + artifact: decimal, as the contest counts
 NORM_EPS = 1.1920929e-07  # explicit: eps=None means another number in other torch versions
 BOS = 1  # begins every document of the contest's shards; there is no end-of-document token
 
@@ -674,8 +674,8 @@ class Settings:
         "smallest for each stream",
         code="encode_codes")
     size_limit: int = _pack(
-        SIZE_LIMIT, "most bytes of code + artifact; beyond it: scored, but exit code 3",
-        1, SIZE_LIMIT, code="export")
+        CONTEST_LIMIT, "most bytes of code + artifact; beyond it: scored, but exit code 3",
+        1, CONTEST_LIMIT, code="export")
 
     eval_seq_len: int = _eval(
         2048, "length of an evaluation window", 2, 2**20, code="sliding_windows")
@@ -716,7 +716,7 @@ class Settings:
         0, on=WEIGHTS_TTT, code="adaptation_of_weights")
     ttt_min_lr: float = _eval(
         0.0, "TTT: final learning rate as a fraction of the first",
-        0, 1, on=BATCHED_TTT, code="cosine")
+        0, 1, on=BATCHED_TTT, code="ttt_lr_scale")
     ttt_momentum: float = _eval(
         0.9, "TTT: momentum of SGD",
         0, 0.9999, on="ttt_optimizer=sgd", code="adaptation_of_weights")
@@ -6264,6 +6264,11 @@ class Inputs(NamedTuple):
     # None: the rows stand alone. 0: rows begin. n > 0: the first B rows of the chunk before go on.
     turn: int | None = None
 
+    @property
+    def history(self):
+        """h, which is also the column of `recent` that holds the first place."""
+        return self.recent.size(1) - self.places.size(1)
+
 
 class Chunk(NamedTuple):
     """A batch of rows that are scored together. Only `inputs` is given to predict()."""
@@ -6436,7 +6441,7 @@ class Reader:
         self.forwarded = 0  # tokens of all chunks so far, with padding
 
     def __iter__(self):
-        """The parts. A chunk may be asked for once the parts before it have been scored."""
+        """The parts. Ask for a part's chunks only after the parts before it are scored."""
         plan = list(self._plan())
         total = max(len(plan), self.total_parts)
         for number, (ranges, cuts) in enumerate(plan):
@@ -6705,8 +6710,9 @@ def score(predictor, parts, stream, rt, validity, log=None, check_every=64, nats
                 log.progress("scoring", min(places, length), length, f"{speed:,.0f} tokens/s")
         if predictor.learns:
             scored = meters.scored(part.ranges)
-            validity.need(bool(scored.all()), f"C3 order: of a part of {len(scored)} targets "
-                          f"{int(scored.sum())} had been scored when it was learnt from")
+            validity.need(bool(scored.all()), f"C3 order: only {int(scored.sum())} of the "
+                          f"{len(scored)} targets of a part had been scored when the predictor "
+                          "learnt from it")
             for a, b in part.ranges.tolist():
                 scored_stream.tokens[a : b + 1] = stream.tokens[a : b + 1]
                 scored_stream.bytes[a:b] = stream.bytes[a:b]
@@ -6786,8 +6792,8 @@ def add_distributions(distributions, predictor, chunk):
 
 
 # --------------------------------------------------------------------------------------------------
-# 11 Validity: is the score that of a true code?
-# A true code keeps the four conditions of #1017:
+# 11 Validity: is the score the length of a real, decodable compression of the text?
+# It is if the four conditions of #1017 are kept:
 #   C1 causality      a prediction depends on the text before its target, and on nothing later
 #   C2 normalisation  the probabilities of all tokens sum to 1
 #   C3 order          nothing learns from a target before it is scored
@@ -6861,7 +6867,7 @@ class Validity:
 
     @contextlib.contextmanager
     def loading(self):
-        """While the validation shards are read: for reports, and once after freeze()."""
+        """While the validation shards are read: for reports, or after freeze() to be scored."""
         self.opened("val")
         self._loading = True
         try:
@@ -6871,7 +6877,9 @@ class Validity:
 
     @contextlib.contextmanager
     def evaluation(self):
-        """While the artifact is scored: a network connection is a reason, whoever makes it."""
+        """While the artifact is scored: a network connection that Python code of this process makes
+        is a reason.
+        """
         self._evaluating = True
         try:
             yield
@@ -6897,6 +6905,7 @@ class Validity:
 
     def audit(self, event, args):
         """An event that Python reports (sys.addaudithook) while this ledger watches."""
+        # The address of a network socket is a tuple; that of a socket on this machine is a path.
         if event == "socket.connect" and self._evaluating and isinstance(args[1], tuple):
             self.need(False, f"the evaluation opened a network connection to {args[1][0]}")
         if event != "open" or not isinstance(args[0], (str, bytes)):
@@ -6907,8 +6916,7 @@ class Validity:
         if split == "train":
             self.opened("train")
         elif split == "val" and not self._loading:
-            self.need(self.frozen, OPENED_EARLY)
-            self.need(not self.frozen, OPENED_AGAIN)
+            self.need(False, OPENED_AGAIN if self.frozen else OPENED_EARLY)
 
     def freeze(self):
         """The artifact is written: now validation text may be read, and training text not."""
@@ -6944,7 +6952,8 @@ def _inode(path):
 
 LOOK = 8  # neighbouring places of each row that are looked at
 LEAST_LOG = -30  # lower log-probabilities are taken to be equal
-TOLERANCE = 2e-5  # in log, at those places: worth 0.00001 BPB at most; honest runs are at 5e-7
+# In log, at those places: worth 0.00001 BPB at most. Honest runs are at 5e-7 (records/validity.md).
+TOLERANCE = 2e-5
 
 
 class Sample(NamedTuple):
@@ -6960,7 +6969,8 @@ class Examiner:
         C1   does the distribution stay as it is when the text after the place changes?
         C2   does it sum to 1?
         C2   does nll() charge what predict() says?
-    Chunks and places are drawn anew in each run. Half of the places are the last of their row.
+    Chunks and places are drawn anew in each run. Half of the places are the last of their row: they
+    have the longest context, and what is wrong only there would seldom be drawn.
     """
 
     def __init__(self, predictor, every):
@@ -6976,7 +6986,7 @@ class Examiner:
     def before(self, chunk):
         """Before a chunk is scored: draw whether to look at it, and call predict().
 
-        That may be called at any time. But observe() expects that nll() was called last.
+        predict() comes first because observe() expects that nll() was called last.
         """
         self.sample = None
         if not self.every:
@@ -6990,11 +7000,11 @@ class Examiner:
         """After a chunk was scored at nll (B, M): compare that with what predict() said. (C2)"""
         if self.sample is None:
             return
-        places, looked, log_probs = self.sample
+        columns, looked, log_probs = self.sample
         log_sums = log_probs.double().logsumexp(-1)
-        targets = chunk.targets.gather(1, places)
+        targets = chunk.targets.gather(1, columns)
         log_p = log_probs.gather(-1, targets[..., None]).squeeze(-1)
-        off = torch.maximum(log_sums.abs(), (log_p + nll.gather(1, places)).abs())
+        off = torch.maximum(log_sums.abs(), (log_p + nll.gather(1, columns)).abs())
         off = torch.where(looked, off, 0.0)
         self.off = max(self.off, _or_infinite(off.max()))
         self.sums += log_sums[looked].exp().tolist()
@@ -7004,7 +7014,7 @@ class Examiner:
 
         What is predicted there must not change when the text after the drawn place does. (C1)
         """
-        last = self._draw_places(chunk.index)
+        last = self._draw_columns(chunk.index)
         first = (last - LOOK + 1).clamp(min=0)
         count = min(LOOK, chunk.index.size(1))
         columns = first + torch.arange(count, device=first.device)
@@ -7019,22 +7029,24 @@ class Examiner:
         self.changed = max(self.changed, _or_infinite(change.max()))
         return Sample(columns, looked, log_probs)
 
-    def _draw_places(self, index):
-        """(B, 1) a place that each row scores, by Chunk.index; half of the time its last one."""
-        scores = index.cpu().numpy() >= 0
-        anywhere = np.where(scores, self.random.random(scores.shape), -1.0).argmax(1)
-        last = np.where(scores, np.arange(scores.shape[1]), 0).max(1)
-        drawn = np.where(self.random.random(len(scores)) < 0.5, anywhere, last)
+    def _draw_columns(self, index):
+        """(B, 1) columns of Chunk.index (B, M): a place that each row scores, half of the time its
+        last one.
+        """
+        is_scored = index.cpu().numpy() >= 0
+        anywhere = np.where(is_scored, self.random.random(is_scored.shape), -1.0).argmax(1)
+        last = np.where(is_scored, np.arange(is_scored.shape[1]), 0).max(1)
+        drawn = np.where(self.random.random(len(is_scored)) < 0.5, anywhere, last)
         return torch.from_numpy(drawn).to(index.device)[:, None]
 
-    def _change_later_text(self, inputs, place, vocab):
-        """Inputs with random tokens after the place (B, 1) of each row."""
+    def _change_later_text(self, inputs, column, vocab):
+        """Inputs with random tokens after the place in this column (B, 1) of each row."""
         ids = inputs.ids
         recent = inputs.recent
         positions = torch.arange(ids.size(1), device=ids.device)
-        later_ids = positions > inputs.places.gather(1, place)
+        later_ids = positions > inputs.places.gather(1, column)
         columns = torch.arange(recent.size(1), device=recent.device)
-        later_recent = columns > first_column(inputs) + place
+        later_recent = columns > inputs.history + column
         return inputs._replace(ids=self._with_noise(ids, later_ids, vocab),
                                recent=self._with_noise(recent, later_recent, vocab))
 
@@ -7059,7 +7071,7 @@ class Examiner:
 
 
 def begin_at(inputs, first):
-    """Inputs whose places begin with the place `first` (B, 1) of each row.
+    """Inputs whose places begin with the one in column `first` (B, 1) of each row.
 
     There are as many as before, because compiled predictors have graphs for that number. The last
     one is repeated.
@@ -7081,8 +7093,9 @@ def _or_infinite(value):
 
 
 def fingerprint(model):
-    """SHA-256 of what a forward could read in a model: the tensors, numbers, texts and containers
-    among its parameters, buffers and attributes. Functions and other objects are left out.
+    """SHA-256 of what a forward could read in a model: the tensors, arrays, numbers and texts
+    among its parameters, buffers and attributes, and in dicts, lists, tuples and sets of them.
+    Functions and other objects are left out, with all that they hold.
     """
     digest = hashlib.sha256()
 
@@ -7090,13 +7103,18 @@ def fingerprint(model):
         if isinstance(value, Tensor):
             digest.update(str((value.dtype, tuple(value.shape))).encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif isinstance(value, np.ndarray):
+            digest.update(str((value.dtype, value.shape)).encode())
+            digest.update(value.tobytes())
         elif isinstance(value, dict):
             add(tuple(value.items()))
+        elif isinstance(value, (set, frozenset)):
+            add(sorted(map(repr, value)))
         elif isinstance(value, (list, tuple)):
             digest.update(str(len(value)).encode())
             for item in value:
                 add(item)
-        elif isinstance(value, (str, int, float, type(None))):
+        elif isinstance(value, (str, bytes, int, float, type(None))):
             digest.update(repr(value).encode())
 
     for name, module in model.named_modules():
@@ -7119,6 +7137,8 @@ class ByteProof(NamedTuple):
     documents: int
     wrong: int  # documents whose text has another length than their targets are charged
     share: float  # of the targets that were compared
+    charged: int  # bytes of all documents, as their targets are charged
+    decoded: int  # bytes of all decoded documents
 
 
 class DocumentBytes(NamedTuple):
@@ -7126,7 +7146,7 @@ class DocumentBytes(NamedTuple):
 
     ids: list[int]  # of its text, without BOS
     charged: int  # bytes that its targets are charged
-    targets: int
+    target_count: int
 
 
 def prove_bytes(sp, stream, rt):
@@ -7141,23 +7161,24 @@ def prove_bytes(sp, stream, rt):
     edges = np.unique([0, *np.flatnonzero(ids == BOS), len(ids)]).tolist()
     spans = list(zip(edges, edges[1:]))[rt.rank :: rt.world]
     cased = has_case_operators(sp)
-    count = wrong = targets = charged = decoded = 0
+    count = wrong = target_count = charged = decoded = 0
     for i in range(0, len(spans), 256):
         batch = [_document_bytes(sp, stream, ids, counted, *span) for span in spans[i : i + 256]]
         texts = sp.decode([document.ids for document in batch])
         count += len(batch)
         for document, text in zip(batch, texts):
-            targets += document.targets
+            target_count += document.target_count
             charged += document.charged
-            if cased:
-                decoded += _cased_length(text)
-            elif len(text.encode()) != document.charged:
+            length = _cased_length(text) if cased else len(text.encode())
+            decoded += length
+            if length != document.charged and not cased:
                 wrong += 1
-    sums = torch.tensor([count, wrong, targets, charged, decoded], dtype=torch.float64)
-    count, wrong, targets, charged, decoded = rt.sum(sums.to(rt.device)).tolist()
+    sums = torch.tensor([count, wrong, target_count, charged, decoded], dtype=torch.float64)
+    count, wrong, target_count, charged, decoded = rt.sum(sums.to(rt.device)).tolist()
     if cased and abs(charged - decoded) > 1e-3 * decoded:
         wrong = count
-    return ByteProof(int(count), int(wrong), targets / max(len(counted), 1))
+    share = target_count / max(len(counted), 1)
+    return ByteProof(int(count), int(wrong), share, int(charged), int(decoded))
 
 
 def _document_bytes(sp, stream, ids, counted, begin, end):
@@ -7182,7 +7203,8 @@ def _document_bytes(sp, stream, ids, counted, begin, end):
 
 def _cased_length(text):
     """Bytes of the text that a CaseOps text (#1729) stands for. The case operators, 3 bytes each,
-    are not in it, except where one follows the escape, the last of CASE_OPERATORS.
+    are not in it, except where one follows the escape, the last of CASE_OPERATORS. "\ue001the" has
+    6 bytes and stands for "The": 3.
     """
     escape = CASE_OPERATORS[-1]
     escaped = text.count(escape) - text.count(escape + escape)
@@ -7203,20 +7225,24 @@ def _check_bytes(run, sp, val):
     run.validity.need_for_record(not foreign, foreign)
     if foreign:
         run.log("warning", note=foreign)
-    run.validity.need(not proof.wrong, f"bytes: {proof.wrong} of {proof.documents} decoded "
-                      f"documents differ from the byte {counted_by}")
+    differing = f"{proof.wrong} of {proof.documents} decoded documents differ from"
+    if has_case_operators(sp):
+        differing = (f"the decoded documents have {proof.decoded} bytes, and their targets are "
+                     f"charged {proof.charged} by")
+    run.validity.need(not proof.wrong, f"bytes: {differing} the byte {counted_by}")
     run.validity.need(proof.share == 1, f"bytes: {proof.share:.1%} of the text was compared with "
                       "what it decodes to, not all of it")
     run.facts.update(documents_decoded=proof.documents, decoded_share=round(proof.share, 6))
-    targets = len(val.bytes)
+    target_count = len(val.bytes)
     run.log("bytes", documents_decoded=proof.documents, share=proof.share, wrong=proof.wrong,
-            val_tokens=targets, val_bytes=total, bytes_per_token=round(total / targets, 6),
+            val_tokens=target_count, val_bytes=total,
+            bytes_per_token=round(total / target_count, 6),
             counted_by=counted_by)
     path = Path(run.s.data_path) / "manifest.json"
     if val.whole and path.is_file():
         stated = _manifest_totals(path)
-        run.validity.need((targets, total) == stated, f"bytes: {targets} targets, {total} bytes; "
-                          f"the manifest says {stated[0]}, {stated[1]}")
+        run.validity.need((target_count, total) == stated, f"bytes: {target_count} targets, "
+                          f"{total} bytes; the manifest says {stated[0]}, {stated[1]}")
     return total
 
 
@@ -7344,7 +7370,7 @@ def selftest(run, s, path, data, val):
     alone.world = 1
     window = s.eval_seq_len
     shift = window // 4  # ends of documents are moved by it; their order by length stays
-    # Ends of the first documents are ends of windows and parts, too.
+    # All documents but the last end where windows end; after 9 and 12 windows a part ends, too.
     ids = selftest_text(val, [4 * window, 3 * window, 2 * window, 2 * window, window, shift + 1])
     model = load_artifact(path, s, torch.float64, attend_reference, rt.device, data)[1].double()
     temperature = s.eval_temperature or model.temperature
@@ -7391,7 +7417,10 @@ def selftest(run, s, path, data, val):
 
 
 def selftest_settings(s):
-    """Settings with sizes so small that a text of 13 windows has many parts and groups."""
+    """Settings with sizes so small that the six documents of the self-test, 12 windows and a few
+    tokens, make several parts and groups, and that the tilt gives hints: no context of
+    TOKEN_ORDER=16 comes twice in them.
+    """
     window = min(s.eval_seq_len, 8)
     stride = 0
     if 0 < s.eval_stride < s.eval_seq_len:
@@ -7401,7 +7430,8 @@ def selftest_settings(s):
         ttt_batch_seqs=min(s.ttt_batch_seqs, 3), ttt_epochs=min(s.ttt_epochs, 2),
         ttt_chunk_size=min(s.ttt_chunk_size, window // 2), ttt_short_chunks=(), ttt_batch_size=2,
         ttt_group_docs=2, phased_ttt_prefix_docs=min(s.phased_ttt_prefix_docs, 2),
-        phased_ttt_num_phases=1, mixer_min_tokens=0, ngram_buckets=min(s.ngram_buckets, 64))
+        phased_ttt_num_phases=1, mixer_min_tokens=0, ngram_buckets=min(s.ngram_buckets, 64),
+        token_order=2, token_threshold=min(s.token_threshold, 0.5))
 
 
 def selftest_text(val, lengths):
@@ -7427,9 +7457,9 @@ def selftest_text(val, lengths):
 class Predictor:
     """Predicts each token of a text from the tokens before it.
 
-    predict() gets inputs and never targets. observe() gets a chunk of this rank after it was
-    scored, and learn() gets a part after all ranks have scored theirs. These two change only what
-    is predicted next, and reset() undoes them.
+    predict() gets inputs and never targets, and may be called at any time before nll() of the same
+    chunk. observe() follows that nll(), and learn() gets a part after all ranks have scored theirs.
+    These two change only what is predicted next, and reset() undoes them.
     """
 
     invalid_reason = ""  # the condition of a valid score that it breaks
@@ -7438,6 +7468,7 @@ class Predictor:
     adaptation = None  # an Adaptation, where gradient steps on scored text change the predictions
     adapters = None  # Adapters, where there are low-rank adapters beside the model
     adapter_weights = None  # (R, P) the weights of these adapters
+    log = None  # of the run, where it is scored in one: phases are logged as they end
 
     def predict(self, inputs, count=None):
         """Log-probabilities (B, M, V) after each of the M places, or after the first `count`."""
@@ -7448,7 +7479,7 @@ class Predictor:
         return -self.predict(inputs).gather(-1, targets[..., None]).squeeze(-1)
 
     def observe(self, chunk):
-        """Take in a chunk of this rank that was scored."""
+        """Take in the chunk of this rank that nll() was just called for."""
 
     def learn(self, part, stream):
         """Learn from the targets part.ranges of the stream, which are scored.
@@ -7461,7 +7492,7 @@ class Predictor:
         """Forget everything but the artifact."""
 
     def rehearse(self, stream):
-        """Compile what learn() will call, on a synthetic text."""
+        """Compile what learn() will call, on a synthetic text. Call reset() afterwards."""
 
 
 def nats_of(logits, targets):
@@ -7474,15 +7505,15 @@ class ModelPredictor(Predictor):
     """The model as it is in the artifact.
 
     Only the scored places meet the head, in float32: bfloat16 logits cost 0.0005 BPB and more
-    (#1923). With a `width` (EVAL_CONTEXT=cache) rows that continue keep the keys and values of
-    their last `width` tokens in a Cache.
+    (#1923). With `kept_tokens` (EVAL_CONTEXT=cache) rows that continue keep the keys and values of
+    that many tokens, their last, in a KVCache.
     """
 
-    def __init__(self, model, rt, temperature=1.0, width=0):
+    def __init__(self, model, rt, temperature=1.0, kept_tokens=0):
         self.model = model
         self.rt = rt
         self.temperature = temperature
-        self.width = width
+        self.kept_tokens = kept_tokens
         self.cache = None
         self.new_keys = None  # keys and values of the last forward; the cache takes them in later
         self._forward = rt.compile(self._run)
@@ -7505,7 +7536,7 @@ class ModelPredictor(Predictor):
         """(B, M, V) of the places."""
         past = None
         docs = None
-        if self.width and inputs.turn is not None:
+        if self.kept_tokens and inputs.turn is not None:
             past = self._cached_past(inputs)
         else:
             docs = self.model.docs_outside_graph(inputs.ids)
@@ -7514,10 +7545,12 @@ class ModelPredictor(Predictor):
         return logits
 
     def _cached_past(self, inputs):
-        """The fields of Past except for the last, `new_kv`, which each forward makes anew."""
+        """The fields of Past but `new_kv`, a list that the forward fills: it is made in _run(), so
+        that a graph does not change what it is given.
+        """
         rows = len(inputs.ids)
         if inputs.turn == 0:
-            self.cache = KVCache(self.model, rows, self.width)
+            self.cache = KVCache(self.model, rows, self.kept_tokens)
         self.cache.narrow(rows)  # the last rows may have ended
         return self.cache.past(inputs.ids)[:-1]
 
@@ -7546,18 +7579,18 @@ class Adaptation:
 
     A step takes TTT_BATCH_SEQS sequences over all ranks: it is the same on any number of them.
 
-    groups: parameter groups as torch.optim takes them. make_optimizer: makes an optimizer of such
-    groups. adapters: gives the adapters for the model's forward, or None.
+    param_groups: as torch.optim takes them. make_optimizer: makes an optimizer of such groups.
+    make_adapters: makes the adapters for the model's forward; None: the model's weights learn.
     """
 
-    def __init__(self, model, groups, make_optimizer, s, rt, adapters=lambda: None):
+    def __init__(self, model, param_groups, make_optimizer, s, rt, make_adapters=None):
         self.model = model
-        self.groups = groups
+        self.param_groups = param_groups
         self.make_optimizer = make_optimizer
         self.s = s
         self.rt = rt
-        self.adapters = adapters
-        self.params = [param for group in groups for param in group["params"]]
+        self.make_adapters = make_adapters
+        self.params = [param for group in param_groups for param in group["params"]]
         self.start = [param.detach().clone() for param in self.params]
         self._loss = rt.compile(self._weighted_loss)
         self.reset()
@@ -7568,7 +7601,7 @@ class Adaptation:
 
     def renew(self):
         """Begin with an optimizer that remembers nothing."""
-        self.optimizer = self.make_optimizer([dict(group) for group in self.groups])
+        self.optimizer = self.make_optimizer([dict(group) for group in self.param_groups])
 
     @torch.no_grad()
     def put(self, values):
@@ -7577,7 +7610,7 @@ class Adaptation:
             param.copy_(value)
 
     def _weighted_loss(self, ids, targets, weights, docs):
-        adapters = self.adapters()
+        adapters = self.make_adapters() if self.make_adapters else None
         hidden = self.model.hidden(ids, docs, adapters)
         logits = self.model.logits(at_least_float32(hidden), adapters)
         return (weights * nats_of(logits, targets)).sum()
@@ -7609,7 +7642,7 @@ class Adaptation:
             self._sum_gradients()
         if self.s.ttt_grad_clip:
             nn.utils.clip_grad_norm_(self.params, self.s.ttt_grad_clip)
-        for group, given in zip(self.optimizer.param_groups, self.groups):
+        for group, given in zip(self.optimizer.param_groups, self.param_groups):
             group["lr"] = given["lr"] * lr_scale
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -7639,10 +7672,11 @@ class Adaptation:
         return max(n for n in range(1, allowed + 1) if rows % n == 0)
 
     def _sum_gradients(self):
-        """Over the ranks, in one message."""
-        grads = self.rt.sum(torch.cat([param.grad.flatten() for param in self.params]))
-        sizes = [param.numel() for param in self.params]
-        for param, grad in zip(self.params, grads.split(sizes)):
+        """Over the ranks, in one message. What the forward did not touch has no gradient on any."""
+        params = [param for param in self.params if param.grad is not None]
+        grads = self.rt.sum(torch.cat([param.grad.flatten() for param in params]))
+        sizes = [param.numel() for param in params]
+        for param, grad in zip(params, grads.split(sizes)):
             param.grad.copy_(grad.view_as(param))
 
 
@@ -7662,13 +7696,13 @@ def adaptation_of_weights(model, s, rt):
         param.requires_grad_(name not in frozen)
         if name not in frozen:
             params_by_multiple.setdefault(multiples.get(param, 1.0), []).append(param)
-    groups = [dict(params=params, lr=s.ttt_lr * multiple)
-              for multiple, params in params_by_multiple.items()]
+    param_groups = [dict(params=params, lr=s.ttt_lr * multiple)
+                    for multiple, params in params_by_multiple.items()]
     if s.ttt_optimizer == "sgd":
         make_optimizer = partial(torch.optim.SGD, momentum=s.ttt_momentum)
     else:
         make_optimizer = partial(torch.optim.AdamW, weight_decay=0.0)
-    return Adaptation(model, groups, make_optimizer, s, rt)
+    return Adaptation(model, param_groups, make_optimizer, s, rt)
 
 
 def frozen_in_ttt(model, s):
@@ -7694,7 +7728,7 @@ def ttt_phase_ends(s):
     return {round(s.phased_ttt_prefix_docs * phase / phases) for phase in range(1, phases + 1)}
 
 
-def cosine(s, progress):
+def ttt_lr_scale(s, progress):
     """Scale of the learning rates of test-time training: half a cosine from 1 to TTT_MIN_LR."""
     return s.ttt_min_lr + (1 - s.ttt_min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -7708,8 +7742,8 @@ class ScoreFirst(ModelPredictor):
 
     learns = True
 
-    def __init__(self, model, s, rt, temperature=1.0, width=0):
-        super().__init__(model, rt, temperature, width)
+    def __init__(self, model, s, rt, temperature=1.0, kept_tokens=0):
+        super().__init__(model, rt, temperature, kept_tokens)
         self.s = s
         if s.ttt == "full":
             self.adaptation = adaptation_of_weights(model, s, rt)
@@ -7722,10 +7756,10 @@ class ScoreFirst(ModelPredictor):
 
     def _adaptation_of_adapters(self):
         s = self.s
-        groups = [dict(params=[self.adapter_weights], lr=s.ttt_lora_lr)]
-        make_optimizer = partial(torch.optim.AdamW, eps=1e-10, betas=(s.ttt_beta1, s.ttt_beta2),
-                                 weight_decay=s.ttt_wd)
-        return Adaptation(self.model, groups, make_optimizer, s, self.rt,
+        param_groups = [dict(params=[self.adapter_weights], lr=s.ttt_lora_lr)]
+        make_optimizer = partial(torch.optim.AdamW, eps=ADAPTER_EPS,
+                                 betas=(s.ttt_beta1, s.ttt_beta2), weight_decay=s.ttt_wd)
+        return Adaptation(self.model, param_groups, make_optimizer, s, self.rt,
                           lambda: self.adapters.of(self.adapter_weights))
 
     def reset(self):
@@ -7745,7 +7779,7 @@ class ScoreFirst(ModelPredictor):
             return
         progress = part.number / max(part.total - 1, 1)
         warmup = min(progress / 0.3, 1)
-        lr_scale = cosine(s, progress) * (1 + (s.adaptive_lr_max - 1) * warmup)
+        lr_scale = ttt_lr_scale(s, progress) * (1 + (s.adaptive_lr_max - 1) * warmup)
         begin, end = part.ranges[0]
         targets = np.arange(begin, end)
         if not s.polyak_decay:
@@ -7760,6 +7794,9 @@ class ScoreFirst(ModelPredictor):
     def _average(self):
         for mean, param in zip(self.mean, self.adaptation.params):
             mean.lerp_(param, 1 - self.s.polyak_decay)
+
+
+ADAPTER_EPS = 1e-10  # of AdamW for adapters
 
 
 class AdapterSet(NamedTuple):
@@ -7897,9 +7934,8 @@ class DocumentAdapters(ModelPredictor):
     documents so far (#1610), and every own A is drawn anew.
     """
 
-    def __init__(self, model, s, rt, temperature=1.0):
-        width = s.eval_seq_len if s.eval_context == "cache" else 0
-        super().__init__(model, rt, temperature, width)
+    def __init__(self, model, s, rt, temperature=1.0, kept_tokens=0):
+        super().__init__(model, rt, temperature, kept_tokens)
         self.s = s
         self.phased = s.phased_ttt_prefix_docs > 0
         self.learns = s.ttt_warm_start_a or self.phased
@@ -7914,11 +7950,12 @@ class DocumentAdapters(ModelPredictor):
         self.start = self.adapters.start()  # (1, P), for all documents
         self.draw = 0  # number of the draw of own starts
         self.seats = {}  # {seat: (P,) weights with which the last document there ended}
-        self.groups = []  # ranges of the documents of each group
+        self.document_groups = []  # ranges of the documents of each group
         # Of the group.
         self.batches = 0  # that have ended
-        sum_and_count = self.start.size(1) + 1
-        self.ended = torch.zeros(sum_and_count, dtype=torch.float64, device=self.start.device)
+        size = self.start.size(1) + 1
+        device = self.start.device
+        self.ended_sum_and_count = torch.zeros(size, dtype=torch.float64, device=device)
         # Of the batch.
         self.rows = None  # LearningRows
         if self.phased:
@@ -7951,25 +7988,26 @@ class DocumentAdapters(ModelPredictor):
     def _step(self, chunk):
         """A step of AdamW on the chunk, of the rows that continue."""
         s = self.s
-        scored = chunk.index >= 0
+        is_scored = chunk.index >= 0
         nats = nats_of(self.last_logits, chunk.targets)
-        loss = (nats * scored).sum(1) / scored.sum(1).clamp(min=1)
+        loss = (nats * is_scored).sum(1) / is_scored.sum(1).clamp(min=1)
         loss = loss[: chunk.continuing].sum()
         grad = torch.autograd.grad(loss, self.adapter_weights)[0]
         weights, mean, square = self.rows.first(chunk.continuing)
         adamw(weights, grad[: chunk.continuing], mean, square, chunk.inputs.turn + 1,
-              s.ttt_lora_lr, s.ttt_wd, (s.ttt_beta1, s.ttt_beta2), 1e-10)
+              s.ttt_lora_lr, s.ttt_wd, (s.ttt_beta1, s.ttt_beta2), ADAPTER_EPS)
 
     def _note_ended(self, chunk):
         """Keep what a warm start needs of the documents that end with this chunk."""
         weights = self.rows.weights
+        # A padding row scores nothing and learns nothing: its A is still where its seat began.
         if self.s.ttt_lora_a == "own":
             ended = slice(chunk.continuing, None)
             self.seats.update(zip(self._seats(len(weights))[ended], weights[ended]))
             return
         ends = (chunk.index >= 0).any(1).double()
         ends[: chunk.continuing] = 0
-        self.ended += torch.cat((ends @ weights.double(), ends.sum()[None]))
+        self.ended_sum_and_count += torch.cat((ends @ weights.double(), ends.sum()[None]))
 
     # Where adapters begin.
 
@@ -7986,7 +8024,9 @@ class DocumentAdapters(ModelPredictor):
         return [(first + row) * self.rt.world + self.rt.rank for row in range(rows)]
 
     def _own_start(self, seat):
-        """(P,): where the last document in this seat ended, or a draw."""
+        """(P,): where the last document in this seat ended, or a draw. Without TTT_WARM_START_A
+        each document needs a draw: 15 ms of a CPU core for #2135's 5.9 million weights.
+        """
         if seat in self.seats:
             return self.seats[seat]
         return self.adapters.start(self.draw, seat)[0]
@@ -7994,22 +8034,23 @@ class DocumentAdapters(ModelPredictor):
     # The end of a group, and of a phase of phased TTT.
 
     def learn(self, part, stream):
-        if self.s.ttt_warm_start_a:
-            self._warm_start()
-        else:
+        s = self.s
+        if not s.ttt_warm_start_a:
             self.draw += 1
-        self.ended.zero_()
+        elif s.ttt_lora_a == "shared":
+            self._warm_start()
+        self.ended_sum_and_count.zero_()
         self.batches = 0
-        self.groups.append(part.ranges)
-        documents = sum(map(len, self.groups))
-        if self.phased and documents in ttt_phase_ends(self.s):
+        self.document_groups.append(part.ranges)
+        documents = sum(map(len, self.document_groups))
+        if self.phased and documents in ttt_phase_ends(s):
             self._end_ttt_phase(stream)
 
     def _warm_start(self):
         """A begins at the mean over the adapters that ended in this group, on all ranks."""
-        self.rt.sum(self.ended)
-        total = self.ended[:-1]
-        count = self.ended[-1]
+        self.rt.sum(self.ended_sum_and_count)
+        total = self.ended_sum_and_count[:-1]
+        count = self.ended_sum_and_count[-1]
         if count > 0:
             mean = (total / count).to(self.start)
             self.start = torch.where(self.adapters.is_a, mean, self.start)
@@ -8018,15 +8059,17 @@ class DocumentAdapters(ModelPredictor):
         """The weights learn from all documents so far, and own starts are drawn anew."""
         self.seats = {}
         self.draw += 1
-        documents = np.concatenate(self.groups)
+        documents = np.concatenate(self.document_groups)
         targets = np.concatenate([np.arange(begin, end) for begin, end in documents])
         self._train_weights(stream, targets, self.s.ttt_epochs)
+        if self.log:
+            self.log("ttt_phase", documents=len(documents), targets=len(targets))
 
     def _train_weights(self, stream, targets, epochs):
         for param in self.adaptation.params:
             param.requires_grad_(True)
         self.adaptation.renew()
-        self.adaptation.fit(stream, targets, epochs, partial(cosine, self.s))
+        self.adaptation.fit(stream, targets, epochs, partial(ttt_lr_scale, self.s))
         self.model.requires_grad_(False)
 
     def rehearse(self, stream):
@@ -8034,16 +8077,22 @@ class DocumentAdapters(ModelPredictor):
             self._train_weights(stream, np.arange(len(stream.bytes)), 1)
 
 
-def log_adaptation(run, model, predictor):
-    """Log what test-time training may change, and what it may not."""
+def log_adaptation(run, model, predictor, documents):
+    """Log what test-time training may change, and what it may not; then, as they end, the phases of
+    phased TTT. documents: how many the text has.
+    """
     while isinstance(predictor, WrappingPredictor):
         predictor = predictor.base
     if predictor.adapters:
         of_each = "document" if run.s.ttt == "lora_docs" else "stream"
         run.log("ttt_adapters", parameters=sum(predictor.adapters.sizes),
                 beside=run.s.ttt_lora_targets, rank=run.s.ttt_lora_rank, of_each=of_each)
+    predictor.log = run.log
+    if run.s.phased_ttt_prefix_docs > documents:
+        run.log("warning", note=f"PHASED_TTT_PREFIX_DOCS={run.s.phased_ttt_prefix_docs} exceeds "
+                f"the {documents} documents of the text: phases that end beyond them do not happen")
     adaptation = predictor.adaptation
-    if adaptation and adaptation.params[0] is not predictor.adapter_weights:
+    if adaptation and not adaptation.make_adapters:
         log_trainable(run, model, adaptation)
 
 
@@ -8076,8 +8125,9 @@ class HashTable:
     to the next slot (open addressing, linear probing). It ends at the key, or at a free slot: then
     the key is not in the table, and can be added there.
 
-    There is space for `capacity` keys. The device decides which of several new keys gets a slot
-    first. Nothing that is computed from slots depends on that.
+    There is space for `capacity` keys; a search in a full table would never end. The device decides
+    which of several new keys gets a slot first. Nothing that is computed from slots depends on
+    that.
     """
 
     def __init__(self, capacity, device):
@@ -8100,7 +8150,8 @@ class HashTable:
         # Of each key that is left: its index, what its slot stores, the slot to look at.
         index = torch.arange(len(keys), device=keys.device)
         wanted = keys + 1
-        slot = keys * GOLDEN >> (64 - self.bits) & (1 << self.bits) - 1
+        slot_mask = len(self.contents) - 1
+        slot = (keys * GOLDEN >> (64 - self.bits)) & slot_mask
         while len(index):
             stored = self.contents.index_select(0, slot)
             if add:
@@ -8110,7 +8161,7 @@ class HashTable:
             left = met_another.nonzero().squeeze(1)
             index = index.index_select(0, left)
             wanted = wanted.index_select(0, left)
-            slot = (slot.index_select(0, left) + 1) % len(self.contents)
+            slot = (slot.index_select(0, left) + 1) & slot_mask
         return slots
 
     def _take_free_slots(self, slots, wanted, stored):
@@ -8125,6 +8176,9 @@ class HashTable:
             stored.index_copy_(0, free, self.contents.index_select(0, free_slots))
 
 
+DISCOUNT = 0.9  # of 0.5, 0.6, ..., 0.9 and Witten-Bell the best for English of 1,024 pieces
+
+
 class NgramCounts:
     """How often each n-gram of up to `order` tokens occurred, exactly.
 
@@ -8136,13 +8190,16 @@ class NgramCounts:
     A node is a number: that of one token is the token; that of a longer n-gram is vocab + 1 + its
     slot in the table; the root is the last number; -1 is no node.
 
-    There is space for `capacity` n-grams of two tokens and more. Texts that are counted together
-    are kept apart by the token `vocab`.
+    There is space for `capacity` n-grams of two tokens and more. Each takes 30 to 60 bytes: with
+    NGRAM_ORDER=10, FineWeb's 62 million targets of 1,024 pieces take 21 GB. Texts that are counted
+    together are kept apart by the token `vocab`.
     """
 
     def __init__(self, vocab, order, capacity, device):
         self.vocab = vocab
         self.order = order
+        self.capacity = capacity
+        self.used = 0  # most n-grams that the table may hold by now, known without the device
         self.table = HashTable(capacity, device)
         nodes = vocab + 1 + len(self.table) + 1
         # Of each n-gram: how often it occurred, how many tokens came after it, and how many
@@ -8152,6 +8209,7 @@ class NgramCounts:
         self.types_after = torch.zeros_like(self.count)
 
     def reset(self):
+        self.used = 0
         self.table.reset()
         self.count.zero_()
         self.tokens_after.zero_()
@@ -8184,7 +8242,16 @@ class NgramCounts:
         return nodes
 
     def add(self, text, new):
-        """Count the n-grams that end at places `new` (n,) of text (L,). It ends with `vocab`."""
+        """Count the n-grams that end at places `new` (n,) of text (L,). It ends with `vocab`.
+
+        ValueError if there might not be space for them.
+        """
+        most = len(new) * (self.order - 1)
+        if self.used + most > self.capacity:  # a text that was counted before adds less
+            self.used = int(self.table.contents.count_nonzero())
+        self.used += most
+        if self.used > self.capacity:
+            raise ValueError(f"{self.used} n-grams, but there is space for {self.capacity}")
         is_new = torch.zeros_like(text, dtype=torch.bool).index_fill_(0, new, True)
         ends = (text < self.vocab).nonzero().squeeze(1)  # places at which the n-grams so far end
         nodes = text.index_select(0, ends)
@@ -8213,8 +8280,8 @@ class NgramCounts:
     def _first_occurrences(self, nodes):
         """Indices into nodes (n,): of each node that has no count yet, one index.
 
-        Every index is written to the node's count, and of equal nodes one index stays: the one
-        that reads itself.
+        self.count serves as scratch: every index is written to the node's count, and of equal nodes
+        one index stays, the one that reads itself.
         """
         uncounted = (self.count.index_select(0, nodes) == 0).nonzero().squeeze(1)
         their_nodes = nodes.index_select(0, uncounted)
@@ -8247,20 +8314,19 @@ class NgramCounts:
         return by_order
 
 
-DISCOUNT = 0.9  # of 0.5, 0.6, ..., 0.9 and Witten-Bell the best for English of 1,024 pieces
-ORDERS = {"unigram": 1, "bigram": 2, "trigram": 3}  # of MIXER_EXPERTS; backoff has NGRAM_ORDER
-
-
 class WrappingPredictor(Predictor):
     """A predictor that changes the predictions of another one, its base.
 
     A subclass overrides predict(), which asks the base, and may override the other methods, which
-    call super(). wrappers() says when it is used. targets: how many the stream has.
+    call super(). wrappers() says when it is used. target_count: of the stream.
+
+    It learns, so the text is read in parts that its base alone may not need, and a base that begins
+    anew with each part may predict otherwise: scores with and without a wrapper are not paired.
     """
 
     learns = True
 
-    def __init__(self, base, s, rt, targets=0):
+    def __init__(self, base, s, rt, target_count=0):
         self.base = base
         self.s = s
         self.rt = rt
@@ -8311,11 +8377,6 @@ def ngram_weight(s, log_probs):
     return s.alpha_base + s.alpha_range * torch.sigmoid(2 * above_center)
 
 
-def first_column(inputs):
-    """The column of inputs.recent that holds the first place."""
-    return inputs.recent.size(1) - inputs.places.size(1)
-
-
 def every_token(log_probs):
     """Tokens (B, M, V) of which log_probs (B, M, V) are the log-probabilities."""
     return torch.arange(log_probs.size(-1), device=log_probs.device).expand(log_probs.shape)
@@ -8336,16 +8397,16 @@ class NgramMixture(WrappingPredictor):
     `counts`.
     """
 
-    def __init__(self, base, s, rt, targets, names):
-        super().__init__(base, s, rt, targets)
+    def __init__(self, base, s, rt, target_count, names):
+        super().__init__(base, s, rt, target_count)
         self.orders = [self._order(name) for name in names]
         order = max(self.orders, default=1)
-        self.counts = NgramCounts(s.vocab_size, order, targets * (order - 1), rt.device)
+        self.counts = NgramCounts(s.vocab_size, order, target_count * (order - 1), rt.device)
         self.history = max(self.history, order - 2)
         self.reset()
 
     def _order(self, name):
-        return ORDERS.get(name, self.s.ngram_order)
+        return dict(unigram=1, bigram=2, trigram=3, backoff=self.s.ngram_order)[name]
 
     def _log_weights(self, log_probs):
         """Of base and experts, (1 + E, B or 1, M or 1). log_probs (B, M, V): those of the base."""
@@ -8355,7 +8416,7 @@ class NgramMixture(WrappingPredictor):
         super().reset()
         self.counts.reset()
         self.counted = 0  # targets
-        self.target_log_probs = None  # (1 + E, B, M) by base and experts, in the last nll()
+        self.target_log_probs = None  # (1 + E, B, M) of base and experts, in the last nll()
 
     @torch.no_grad()
     def predict(self, inputs, count=None):
@@ -8363,26 +8424,26 @@ class NgramMixture(WrappingPredictor):
         if self.counted < self.s.mixer_min_tokens:
             return log_probs
         nodes = self.counts.walk(inputs.recent)
-        contexts = self._contexts(nodes, first_column(inputs), log_probs.size(1))
+        contexts = self._contexts(nodes, inputs.history, log_probs.size(1))
         contexts = [context[..., None].expand(log_probs.shape) for context in contexts]
         tokens = every_token(log_probs)
         grams = [tokens, *(self.counts.find(context, tokens) for context in contexts[1:])]
-        return self._mix(self._by_all(log_probs, log_probs, contexts, grams), log_probs)
+        return self._mix(self._all_log_probs(log_probs, log_probs, contexts, grams), log_probs)
 
     @torch.no_grad()
     def nll(self, inputs, targets):
         log_probs = self.base.predict(inputs)
-        by_base = log_probs.gather(-1, targets[..., None]).squeeze(-1)
+        base_log_probs = log_probs.gather(-1, targets[..., None]).squeeze(-1)
         self.target_log_probs = None
         if self.counted < self.s.mixer_min_tokens:
-            return -by_base
+            return -base_log_probs
         contexts, grams = self.nodes_of_targets(inputs, targets)
-        self.target_log_probs = self._by_all(log_probs, by_base, contexts, grams)
+        self.target_log_probs = self._all_log_probs(log_probs, base_log_probs, contexts, grams)
         return -self._mix(self.target_log_probs, log_probs)
 
     def _contexts(self, nodes, first, places):
-        """[nodes (B, M) of the last 0, 1, ... tokens up to each place]: columns of walk()'s nodes,
-        from `first` on, with the root, which is that of no token.
+        """[nodes (B, M)], element n: node of the last n tokens at each place; n = 0 is the root.
+        They are columns of walk()'s nodes, from `first` on.
         """
         columns = [of_length[:, first : first + places] for of_length in nodes]
         root = torch.full_like(columns[0], self.counts.root)
@@ -8390,21 +8451,22 @@ class NgramMixture(WrappingPredictor):
 
     def nodes_of_targets(self, inputs, targets):
         """(contexts, grams) of targets (B, M), as backoff_probabilities() takes them."""
-        first = first_column(inputs)
+        first = inputs.history
         up_to_first = inputs.recent[:, : first + 1]
         nodes = self.counts.walk(torch.cat((up_to_first, targets), 1))
         grams = [of_length[:, first + 1 :] for of_length in nodes]
         return self._contexts(nodes, first, targets.size(1)), grams
 
-    def _by_all(self, log_probs, by_base, contexts, grams):
-        """Log-probabilities (1 + E, B, M, ...) of tokens: those by_base, and by each expert."""
+    def _all_log_probs(self, log_probs, base_log_probs, contexts, grams):
+        """Log-probabilities (1 + E, B, M, ...) of tokens: the base's and those of each expert."""
         by_order = self.counts.backoff_probabilities(contexts, grams)
-        by_experts = [by_order[order - 1].log() for order in self.orders]
-        return torch.stack([by_base.double(), *by_experts])
+        expert_log_probs = [by_order[order - 1].log() for order in self.orders]
+        return torch.stack([base_log_probs.double(), *expert_log_probs])
 
-    def _mix(self, by_all, log_probs):
+    def _mix(self, all_log_probs, log_probs):
         """Log-probabilities (B, M, ...) of the mixture."""
-        return (by_all + with_dims_of(self._log_weights(log_probs), by_all[0])).logsumexp(0)
+        log_weights = with_dims_of(self._log_weights(log_probs), all_log_probs[0])
+        return (all_log_probs + log_weights).logsumexp(0)
 
     def learn(self, part, stream):
         super().learn(part, stream)
@@ -8419,8 +8481,8 @@ class BackoffMixture(NgramMixture):
     HashedMixture is #1033's original, which is not normalised.
     """
 
-    def __init__(self, base, s, rt, targets):
-        super().__init__(base, s, rt, targets, ("backoff",))
+    def __init__(self, base, s, rt, target_count):
+        super().__init__(base, s, rt, target_count, ("backoff",))
 
     def _log_weights(self, log_probs):
         alpha = ngram_weight(self.s, log_probs)
@@ -8436,8 +8498,8 @@ class HedgeMixture(NgramMixture):
 
     MODEL_WEIGHT = 2.0  # log weight with which the model begins; the experts begin at 0
 
-    def __init__(self, base, s, rt, targets):
-        super().__init__(base, s, rt, targets, s.mixer_experts)
+    def __init__(self, base, s, rt, target_count):
+        super().__init__(base, s, rt, target_count, s.mixer_experts)
 
     def reset(self):
         super().reset()
@@ -8446,25 +8508,25 @@ class HedgeMixture(NgramMixture):
         self.log_weights = torch.zeros(count, dtype=torch.float64, device=device)
         self.log_weights[0] = self.MODEL_WEIGHT
         # Of the part: the nats of base and experts, and at last the number of targets.
-        self.nats = torch.zeros(count + 1, dtype=torch.float64, device=device)
+        self.nats_and_count = torch.zeros(count + 1, dtype=torch.float64, device=device)
 
     def _log_weights(self, log_probs):
         return self.log_weights.log_softmax(0).view(-1, 1, 1)
 
     def observe(self, chunk):
         if self.target_log_probs is not None:
-            scored = chunk.index >= 0
-            self.nats[:-1] -= (self.target_log_probs * scored).flatten(1).sum(1)
-            self.nats[-1] += scored.sum()
+            is_scored = chunk.index >= 0
+            self.nats_and_count[:-1] -= (self.target_log_probs * is_scored).flatten(1).sum(1)
+            self.nats_and_count[-1] += is_scored.sum()
         super().observe(chunk)
 
     def learn(self, part, stream):
         super().learn(part, stream)
-        self.rt.sum(self.nats)
-        targets = self.nats[-1]
-        if targets > 0:
-            self.log_weights -= self.s.mixer_eta * self.nats[:-1] / targets
-        self.nats.zero_()
+        self.rt.sum(self.nats_and_count)
+        target_count = self.nats_and_count[-1]
+        if target_count > 0:
+            self.log_weights -= self.s.mixer_eta * self.nats_and_count[:-1] / target_count
+        self.nats_and_count.zero_()
 
 
 # ---- token-only tilt -----------------------------------------------------------------------------
@@ -8478,6 +8540,7 @@ class Followers:
     """
 
     TOKEN_BITS = 17  # lower bits of `best`: more than a token has
+    TOKEN_MASK = (1 << TOKEN_BITS) - 1
 
     def __init__(self, capacity, device):
         self.used = 0  # an upper bound of the number of keys in the table
@@ -8486,7 +8549,7 @@ class Followers:
     def _use(self, table):
         self.table = table
         self.count = torch.zeros(len(table), dtype=torch.int64, device=table.contents.device)
-        # Of a context: (most often that a token followed << TOKEN_BITS) + the token.
+        # Of a context: (times << TOKEN_BITS) | token of the token that followed most often.
         self.best = torch.zeros_like(self.count)
 
     def reset(self):
@@ -8497,7 +8560,7 @@ class Followers:
 
     def _pairs(self, contexts, tokens):
         """Keys of contexts and the tokens after them."""
-        return mix_bits(contexts + (tokens + 1) * XXHASH) | 1 << 62
+        return mix_bits(contexts + (tokens + 1) * XXHASH) | PAIR_BIT
 
     def _make_room(self, more):
         """Double the table until `more` keys fit in."""
@@ -8505,6 +8568,7 @@ class Followers:
         while 1.5 * self.used > len(self.table):
             old = copy(self)
             kept = old.table.contents.nonzero().squeeze(1)
+            # HashTable adds half and rounds up, so this doubles.
             self._use(HashTable(len(old.table), old.count.device))
             slots = self.table.probe(old.table.contents[kept] - 1, add=True)
             self.count[slots] = old.count[kept]
@@ -8523,7 +8587,7 @@ class Followers:
         self.count.index_add_(0, context_slots, ones)
         self.count.index_add_(0, pair_slots, ones)
         times = self.count[pair_slots] + elsewhere
-        self.best.scatter_reduce_(0, context_slots, (times << self.TOKEN_BITS) + tokens, "amax")
+        self.best.scatter_reduce_(0, context_slots, (times << self.TOKEN_BITS) | tokens, "amax")
 
     def times(self, contexts, tokens):
         """How often each token followed on its context."""
@@ -8537,9 +8601,12 @@ class Followers:
         return torch.where(absent, 0, self.count[slots]), torch.where(absent, 0, self.best[slots])
 
 
+PAIR_BIT = 1 << 62  # a hash has the bits below
+
+
 def mix_bits(keys):
     """62 bits that look random, of int64 keys."""
-    return (keys ^ keys >> 29) * SPLITMIX >> 2 & (1 << 62) - 1
+    return ((keys ^ (keys >> 29)) * SPLITMIX >> 2) & (PAIR_BIT - 1)
 
 
 class Tilt(WrappingPredictor):
@@ -8556,13 +8623,13 @@ class Tilt(WrappingPredictor):
     own earlier turns.
     """
 
-    def __init__(self, base, s, rt, targets):
-        super().__init__(base, s, rt, targets)
-        self.context = s.token_order - 1  # tokens
-        self.history = max(self.history, self.context - 1)
-        self.text_followers = Followers(targets, rt.device)
+    def __init__(self, base, s, rt, target_count):
+        super().__init__(base, s, rt, target_count)
+        self.context_length = s.token_order - 1  # tokens
+        self.history = max(self.history, self.context_length - 1)
+        self.text_followers = Followers(target_count, rt.device)
         self.row_followers = Followers(256, rt.device)  # whose contexts hold the row's number
-        powers = [pow(PCG, i, 2**64) for i in range(self.context)]
+        powers = [pow(PCG, i, 2**64) for i in range(self.context_length)]
         self.powers = torch.tensor(powers, dtype=torch.uint64).view(torch.int64).to(rt.device)
 
     def reset(self):
@@ -8571,16 +8638,16 @@ class Tilt(WrappingPredictor):
         self.row_followers.reset()
 
     def _hashes(self, text):
-        """Keys of the last `context` tokens at each place of text (..., L) that has as many."""
-        return mix_bits(((text.unfold(-1, self.context, 1) + 1) * self.powers).sum(-1))
+        """Keys of the contexts that end at each place of text (..., L), if it is long enough."""
+        return mix_bits(((text.unfold(-1, self.context_length, 1) + 1) * self.powers).sum(-1))
 
     def _contexts(self, inputs):
         """Of each place (B, M): (key of its context, key in row_followers, is it complete?)."""
-        recent = inputs.recent[:, first_column(inputs) - self.context + 1 :]
+        recent = inputs.recent[:, inputs.history - self.context_length + 1 :]
         keys = self._hashes(recent)
         numbers = torch.arange(1, 1 + len(recent), device=recent.device)[:, None]
         row_keys = mix_bits(keys + numbers * GOLDEN)
-        complete = (recent.unfold(-1, self.context, 1) >= 0).all(-1)
+        complete = (recent.unfold(-1, self.context_length, 1) >= 0).all(-1)
         return keys, row_keys, complete
 
     def _hints(self, inputs):
@@ -8592,7 +8659,7 @@ class Tilt(WrappingPredictor):
             total = total + row_total
             best = torch.maximum(best, row_best)  # row_best includes the text's counts (observe)
         times = best >> Followers.TOKEN_BITS
-        token = best & (1 << Followers.TOKEN_BITS) - 1
+        token = best & Followers.TOKEN_MASK
         often_enough = times.double() / total.clamp(min=1) >= self.s.token_threshold
         sure = complete.flatten() & (total > 0) & often_enough
         return torch.where(sure, token, -1).view_as(keys)
@@ -8614,39 +8681,40 @@ class Tilt(WrappingPredictor):
         if turn == 0:
             self.row_followers.reset()
         keys, row_keys, complete = self._contexts(chunk.inputs)
-        scored = complete & (chunk.index >= 0)
-        tokens = chunk.targets[scored]
-        in_text = self.text_followers.times(keys[scored], tokens)
-        self.row_followers.add(row_keys[scored], tokens, in_text)
+        is_scored = complete & (chunk.index >= 0)
+        tokens = chunk.targets[is_scored]
+        in_text = self.text_followers.times(keys[is_scored], tokens)
+        self.row_followers.add(row_keys[is_scored], tokens, in_text)
 
     def learn(self, part, stream):
         super().learn(part, stream)
         self.row_followers.reset()
-        text, new = scored_text(part, stream, self.context, self.s)
-        new = new[new >= self.context]
+        text, new = scored_text(part, stream, self.context_length, self.s)
+        new = new[new >= self.context_length]
         if len(new):
-            self.text_followers.add(self._hashes(text)[new - self.context], text[new])
+            # A context over the end of a range holds the token VOCAB_SIZE: nobody will look it up.
+            self.text_followers.add(self._hashes(text)[new - self.context_length], text[new])
 
 
 # ---- composition ---------------------------------------------------------------------------------
 
 
-def make_predictor(model, s, rt, targets, temperature=1.0):
-    """The predictor that the settings ask for, over a stream of `targets` targets."""
-    width = s.eval_seq_len if s.eval_context == "cache" else 0
+def make_predictor(model, s, rt, target_count, temperature=1.0):
+    """The predictor that the settings ask for, over a stream of `target_count` targets."""
+    kept_tokens = s.eval_seq_len if s.eval_context == "cache" else 0
     if s.ttt == "lora_docs":
-        predictor = DocumentAdapters(model, s, rt, temperature)
+        predictor = DocumentAdapters(model, s, rt, temperature, kept_tokens)
     elif s.ttt in ("full", "lora"):
-        predictor = ScoreFirst(model, s, rt, temperature, width)
+        predictor = ScoreFirst(model, s, rt, temperature, kept_tokens)
     else:
-        predictor = ModelPredictor(model, rt, temperature, width)
-    return wrap_predictor(predictor, s, rt, targets)
+        predictor = ModelPredictor(model, rt, temperature, kept_tokens)
+    return wrap_predictor(predictor, s, rt, target_count)
 
 
-def wrap_predictor(predictor, s, rt, targets):
+def wrap_predictor(predictor, s, rt, target_count):
     """The predictor inside all that the settings put around it."""
     for _, wrapper in wrappers(s):
-        predictor = wrapper(predictor, s, rt, targets)
+        predictor = wrapper(predictor, s, rt, target_count)
     return predictor
 
 
@@ -8659,7 +8727,7 @@ def wrappers(s):
     elif s.mixer == "hedge" and "entropy" not in s.mixer_experts:
         yield "hedge", HedgeMixture
     elif s.mixer != "off":
-        yield s.mixer, invalid_mixture(s)
+        yield invalid_mixture(s)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -8680,7 +8748,7 @@ def train_on_validation(run, model, stream):
     s = run.s
     reason = f"C3 order: TTT={s.ttt} trains on the validation text before it is scored"
     run.validity.need(False, reason)
-    with run.clock.charge("eval"):
+    with run.clock.charge("eval"):  # its time is the evaluation's even before export()
         adaptation = adaptation_of_weights(model, s, run.rt)
         log_trainable(run, model, adaptation)
         fit_whole_text(adaptation, stream, s.ttt_epochs, s)
@@ -8689,14 +8757,14 @@ def train_on_validation(run, model, stream):
 
 def fit_whole_text(adaptation, stream, epochs, s):
     """Learn all targets of the stream, with learning rates that fall by one cosine."""
-    adaptation.fit(stream, np.arange(len(stream.bytes)), epochs, partial(cosine, s))
+    adaptation.fit(stream, np.arange(len(stream.bytes)), epochs, partial(ttt_lr_scale, s))
 
 
 def invalid_mixture(s):
-    """The class of a mixture that is no distribution, for wrappers()."""
+    """(word, class) of a mixture that is no distribution, for wrappers()."""
     if s.mixer == "hashed":
-        return HashedMixture
-    return EntropyMixture
+        return "hashed", HashedMixture
+    return "hedge_entropy", EntropyMixture
 
 
 class EntropyMixture(HedgeMixture):
@@ -8706,21 +8774,21 @@ class EntropyMixture(HedgeMixture):
     more than 1.
     """
 
-    def __init__(self, base, s, rt, targets):
-        super().__init__(base, s, rt, targets)
+    def __init__(self, base, s, rt, target_count):
+        super().__init__(base, s, rt, target_count)
         self.invalid_reason = "C2 normalisation: MIXER_EXPERTS=entropy is no distribution (#967)"
 
     def _order(self, name):
         if name == "entropy":
-            return 1  # any order will do: _by_all() replaces its probabilities
+            return 1  # any order will do: _all_log_probs() replaces its probabilities
         return super()._order(name)
 
-    def _by_all(self, log_probs, by_base, contexts, grams):
-        by_all = super()._by_all(log_probs, by_base, contexts, grams)
+    def _all_log_probs(self, log_probs, base_log_probs, contexts, grams):
+        all_log_probs = super()._all_log_probs(log_probs, base_log_probs, contexts, grams)
         for number, name in enumerate(self.s.mixer_experts, 1):
             if name == "entropy":
-                by_all[number] = with_dims_of(-entropy_of(log_probs), by_base)
-        return by_all
+                all_log_probs[number] = with_dims_of(-entropy_of(log_probs), base_log_probs)
+        return all_log_probs
 
 
 class HashedMixture(WrappingPredictor):
@@ -8733,8 +8801,8 @@ class HashedMixture(WrappingPredictor):
 
     PRIMES = 36313, 27191, 51647, 81929, 131071, 174763, 233017
 
-    def __init__(self, base, s, rt, targets):
-        super().__init__(base, s, rt, targets)
+    def __init__(self, base, s, rt, target_count):
+        super().__init__(base, s, rt, target_count)
         self.invalid_reason = ("C2 normalisation: MIXER=hashed looks the target up in a hash of "
                                "itself (#1033)")
         self.history = max(self.history, s.ngram_order - 2)
@@ -8778,11 +8846,11 @@ class HashedMixture(WrappingPredictor):
             unanswered = unanswered & ~answers
         return p
 
-    def _mix(self, inputs, log_probs, by_base, tokens):
-        """Log "probabilities" (B, M, ...) of tokens: those by_base mixed with the shares."""
-        alpha = with_dims_of(ngram_weight(self.s, log_probs), by_base)
-        upto_last = inputs.recent[:, : first_column(inputs) + tokens.size(1)]
-        p = (1 - alpha) * by_base.double().exp() + alpha * self.shares(upto_last, tokens)
+    def _mix(self, inputs, log_probs, base_log_probs, tokens):
+        """Log "probabilities" (B, M, ...) of tokens: those base_log_probs mixed with the shares."""
+        alpha = with_dims_of(ngram_weight(self.s, log_probs), base_log_probs)
+        upto_last = inputs.recent[:, : inputs.history + tokens.size(1)]
+        p = (1 - alpha) * base_log_probs.double().exp() + alpha * self.shares(upto_last, tokens)
         return torch.log(p.clamp(min=1e-12))
 
     @torch.no_grad()
@@ -8795,10 +8863,10 @@ class HashedMixture(WrappingPredictor):
     @torch.no_grad()
     def nll(self, inputs, targets):
         log_probs = self.base.predict(inputs)
-        by_base = log_probs.gather(-1, targets[..., None]).squeeze(-1)
+        base_log_probs = log_probs.gather(-1, targets[..., None]).squeeze(-1)
         if self.counted < self.s.mixer_min_tokens:
-            return -by_base
-        return -self._mix(inputs, log_probs, by_base, targets)
+            return -base_log_probs
+        return -self._mix(inputs, log_probs, base_log_probs, targets)
 
     def learn(self, part, stream):
         super().learn(part, stream)
@@ -10806,8 +10874,8 @@ def evaluate(run, path):
         if s.trains_before_scoring:
             train_on_validation(run, model, val)
         validity.need(not predictor.invalid_reason, predictor.invalid_reason)
-        log_adaptation(run, model, predictor)
         reader = reader_for(predictor, val, s, rt)
+        log_adaptation(run, model, predictor, len(reader.ranges))
         graphs = warm_up_scoring(run, predictor, reader) if rt.compiled else 0
         predictor.reset()
         unchanged = s.trains_before_scoring or fingerprint(model) == loaded

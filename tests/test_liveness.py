@@ -742,7 +742,7 @@ DEAD = {
     "size_limit": ("allocate", lambda quantiser, packed_of, *_: packed_of(quantiser.encode(1e-3))),
     "token_boost": ("Tilt._hints", lambda self, inputs: torch.full_like(inputs.places, -1)),
     "alpha_base": ("ngram_weight", lambda s, log_probs: torch.full(log_probs.shape[:2], 0.5, dtype=torch.float64)),
-    "ttt_min_lr": ("cosine", lambda s, progress: 1.0),
+    "ttt_min_lr": ("ttt_lr_scale", lambda s, progress: 1.0),
     "ttt_lora_alpha": ("lora", lambda a, b, scale, x, true=tg.lora: true(a, b, 1.0, x)),
     "ttt_warm_start_a": ("DocumentAdapters.learn", lambda self, part, stream: None),
     "phased_ttt_prefix_docs": ("DocumentAdapters._train_weights", lambda self, stream, targets, epochs: None),

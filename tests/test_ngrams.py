@@ -168,6 +168,16 @@ def test_there_is_room_for_a_text_that_never_repeats_itself(ttt, unit):
     same_counts(counts, counted(ids, range(1, 304), 10, lambda end: end - 1 - (end - 1) % 3 if apart else 0))
 
 
+def test_more_than_there_is_space_for_is_refused_before_a_search_that_would_not_end():
+    counts, part = tg.NgramCounts(32, 4, 3 * 20, CPU), part_of([[0, 20]])
+    stream = stream_of(range(31))
+    counts.add(*tg.scored_text(part, stream, 3, settings()))
+    with pytest.raises(ValueError, match="n-grams, but there is space for 60"):
+        counts.add(*tg.scored_text(part_of([[20, 30]]), stream, 3, settings()))
+    counts.reset()
+    counts.add(*tg.scored_text(part, stream, 3, settings()))
+
+
 # --- probabilities ---------------------------------------------------------------------------------------------------
 
 

@@ -373,6 +373,29 @@ def test_the_log_counts_what_learns(toy, artifact, tmp_path, freeze):
     assert said["by_block"] == blocks and said["outside_blocks"] == said["parameters"] - sum(blocks)
 
 
+def test_a_weight_that_the_forward_does_not_touch_stays_on_any_number_of_ranks():
+    s = tiny(**FULL)
+
+    def work(rt):
+        model, unused = ref.double(s, 3), torch.nn.Parameter(torch.ones(3))
+        groups = [dict(params=[unused, model.embed.weight], lr=0.1)]
+        tg.Adaptation(model, groups, torch.optim.SGD, s, rt).fit(stream_of(), np.arange(40), 1, lambda _: 1.0)
+        assert torch.equal(unused, torch.ones(3)) and unused.grad is None
+        return model.embed.weight.detach()
+
+    alone, *some = [weight for world in (1, 2) for weight in ref.Ranks(world).together(work)]
+    assert all(far(weight, alone) < CLOSE for weight in some) and far(alone, ref.double(s, 3).embed.weight) > 1e-4
+
+
+def test_phases_are_logged_as_they_end_and_those_beyond_the_text_are_warned_of(toy, artifact, tmp_path):
+    evaluated(toy, artifact, tmp_path, "TTT=lora_docs", "VAL_TOKENS=900", "PHASED_TTT_PREFIX_DOCS=20", "PHASED_TTT_NUM_PHASES=10",
+              "TTT_EPOCHS=1", "SELFTEST=0")
+    (said,) = events(tmp_path, "bytes")
+    ends = [row["documents"] for row in events(tmp_path, "ttt_phase")]
+    assert ends == list(range(2, said["documents_decoded"] + 1, 2)) and 0 < len(ends) < 10
+    assert sum(f"the {said['documents_decoded']} documents" in row["note"] for row in events(tmp_path, "warning")) == 1
+
+
 # --- adapters --------------------------------------------------------------------------------------------------------
 
 ALL = dict(ttt_lora_targets="q,k,v,o,attn,mlp,head")

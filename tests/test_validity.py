@@ -418,6 +418,25 @@ def test_the_self_test_catches_the_zoo_by_name(artifact, make, names):
         assert {reason.partition(":")[0] for reason in reasons} == {tg.SELFTESTS[name] for name in names}
 
 
+class LooksAheadWhereItHints(tg.Tilt):
+    """Hints the token that comes next in its row of text, where an honest tilt would hint at all."""
+
+    def _hints(self, inputs):
+        there = inputs.ids.gather(1, (inputs.places + 1).clamp(max=inputs.ids.size(1) - 1))
+        return torch.where(super()._hints(inputs) >= 0, there, -1)
+
+
+@pytest.mark.parametrize("kind", ["windows", "cache", "warm start"])
+def test_the_self_test_sees_the_hints_of_a_tilt_whose_contexts_are_long(artifact, kind):
+    """TOKEN_ORDER=16, as in #2135: the text of the self-test repeats nothing of that length."""
+    s = small(kind, token_boost=2.625, token_order=16, token_threshold=0.8)
+    (tests, reasons), = selftested(artifact, s, 1)
+    assert all(tests.values()) and reasons == []
+    with mock.patch.object(tg, "Tilt", LooksAheadWhereItHints):
+        (tests, reasons), = selftested(artifact, s, 1)
+        assert not all(tests.values()) and reasons, tests
+
+
 @pytest.fixture(scope="module")
 def trained(toy, tmp_path_factory):
     """Arguments that score the artifact of a short training."""
@@ -565,6 +584,17 @@ def test_reasons_are_kept_once_and_never_withdrawn():
         validity.need(ok, "a reason")
     validity.need_for_record(False, "hardware")
     assert validity.reasons == ["a reason"] and validity.obstacles == ["hardware"]
+
+
+@pytest.mark.parametrize("change", [lambda model: model.table.__setitem__(1, 7), lambda model: model.seen["kinds"].add("b"),
+                                    lambda model: model.weight.data.add_(1), lambda model: model.seen.update(size=2)])
+def test_a_fingerprint_changes_with_all_that_a_forward_could_read(change):
+    model = torch.nn.Linear(2, 2)
+    model.table, model.seen = np.arange(3), {"kinds": {"a"}, "size": 1}
+    before = tg.fingerprint(model)
+    assert tg.fingerprint(model) == before
+    change(model)
+    assert tg.fingerprint(model) != before
 
 
 @pytest.fixture
