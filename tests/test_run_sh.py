@@ -496,8 +496,7 @@ def test_old_python(tree):
 
 def test_a_python_that_is_too_new_is_passed_over(tree):
     path = no_python(tree)
-    script(tree / "bin/python3", f"#!/bin/sh\necho 'import sys; sys.version_info = (3, 14)' > {tree}/new.py\n"
-           f"echo \"$2\" | sed 's/import sys;//' >> {tree}/new.py\nexec {sys.executable} {tree}/new.py\n")
+    script(tree / "bin/python3", f'#!/bin/sh\nexec {sys.executable} -c "import sys; sys.version_info = (3, 14); $2"\n')
     one_error(bash(tree, VENV="new", PATH=path), "python3 is Python 3.14", "3.10 to 3.13", "PYTHON=")
 
 
