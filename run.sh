@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The newcomer's command. `bash run.sh help` says what it can do. Needs bash 3.2 and Python 3.10; no root.
+# The newcomer's command. `bash run.sh help` says what it can do. Needs bash 3.2 and Python 3.10 to 3.13; no root.
 set -uo pipefail
 
 usage() {
@@ -81,6 +81,7 @@ step() {
 
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
 recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null; }
 
 find_python() { # sets python
     local name found=""
@@ -91,14 +92,14 @@ find_python() { # sets python
         return
     fi
     for name in python3 python3.13 python3.12 python3.11 python3.10 python; do
-        if recent "$name"; then
+        if supported "$name"; then
             python=$name
             return
         fi
         [ -n "$found" ] || found=$(version_of "$name")
     done
-    local advice="install Python 3.10 or newer, or name one with PYTHON=/path/to/python3"
-    [ -z "$found" ] || fail "python3 is Python $found; this needs 3.10 or newer: $advice"
+    local advice="install Python 3.10 to 3.13, or name one with PYTHON=/path/to/python3"
+    [ -z "$found" ] || fail "python3 is Python $found; this needs 3.10 to 3.13: $advice"
     fail "no python3 found: $advice"
 }
 

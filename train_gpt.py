@@ -126,6 +126,10 @@ if __name__ == "__main__":
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     # Ctrl-C during the imports ends quietly; main() takes over.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if importlib.util.find_spec("torch") is None:
+        print("error: torch is not installed: bash run.sh setup, then .venv/bin/python",
+              file=sys.stderr)
+        sys.exit(2)
     # Before torch: OpenMP threads that spin while waiting make a shared CPU 5-11x slower, and torch
     # 2.10-2.12 fuse reductions of this architecture badly (+6 ms a step; pytorch PR 179494). Both
     # can be overridden from outside.
@@ -1031,6 +1035,8 @@ class Settings:
                 kind = "|".join(get_args(f.type))
             else:
                 kind = LISTS.get(f.type) or f.type.__name__
+            if about["lo"] is not None:
+                kind += f" {about['lo']}..{'' if about['hi'] is None else about['hi']}"
             setting = f"{f.name.upper()}={format_value(f.default) or '(empty)'}"
             line = f"  {setting:<42} {about['doc']}  [{kind}]"
             if about["on"]:
@@ -11157,12 +11163,14 @@ def run_phases(s, argv, interrupt=None):
 
 
 def _look_at_inputs(s):
-    """The tokenizer; BadInput if that, or a shard that the phases need, is missing."""
+    """The tokenizer; BadInput if that, or a shard that the phases need, is missing. Shards come
+    first: their message has the command that makes both.
+    """
     splits = ("val",) if s.phases == "eval" else ("train", "val")
     try:
-        tokenizer = load_tokenizer(s)
         for split in splits:
             find_shards(s.data_path, split)
+        tokenizer = load_tokenizer(s)
     except BadInput as error:
         hint = ""
         if s.artifact:

@@ -11,6 +11,8 @@ import resource
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -19,7 +21,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from process import REPO, run_trainer
+from process import REPO, clean_env, run_trainer
 from runs import (
     SCRIPT,
     Started,
@@ -85,8 +87,14 @@ def test_missing_data_is_named_with_the_command_that_makes_it(data, tmp_path):
 
 def test_a_newcomer_without_any_data_learns_how_to_make_it(tmp_path):
     said = refused(run_trainer([], cwd=tmp_path), 2, "data/datasets/fineweb10B_sp1024")
-    assert "data/fineweb.py" in said and "data/prepare.py" in said
+    assert "data/fineweb.py --variant sp1024" in said and "data/prepare.py" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_a_python_without_torch_is_told_how_to_get_it():
+    done = subprocess.run([sys.executable, "-S", SCRIPT], env=clean_env(), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: torch is not installed: bash run.sh setup, then .venv/bin/python\n"
 
 
 def test_a_missing_or_wrong_tokenizer_is_named(data, tmp_path):
@@ -372,7 +380,7 @@ def test_an_artifact_is_not_scored_with_another_tokenizer_of_the_same_size(toy, 
 def test_an_artifact_without_its_text_says_that_its_run_knew_where_that_is(toy, trained, tmp_path):
     """As in the README, but without the settings file: an artifact does not hold where its text lies."""
     done = call(["PHASES=eval", f"ARTIFACT={trained / 'model.pg'}", "DEVICE=cpu", f"OUT_DIR={tmp_path}", "DATA_PATH=nowhere"])
-    refused(done, 2, "no tokenizer at nowhere", "model.pg does not hold the DATA_PATH of its run", "settings file")
+    refused(done, 2, "no fineweb_val_*.bin in DATA_PATH=nowhere", "model.pg does not hold the DATA_PATH of its run", "settings file")
 
 
 def test_the_readme_says_with_which_text_an_artifact_is_scored():

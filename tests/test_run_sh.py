@@ -489,9 +489,15 @@ def test_no_python(tree):
 def test_old_python(tree):
     path = no_python(tree)
     old_python(tree / "bin/python3")
-    one_error(bash(tree, VENV="new", PATH=path), "Python 3.8", "3.10 or newer")
+    one_error(bash(tree, VENV="new", PATH=path), "Python 3.8", "3.10 to 3.13")
     one_error(bash(tree, VENV="new", PYTHON=str(tree / "bin/python3")), "Python 3.8", "3.10 or newer")
     one_error(bash(tree, VENV="new", PYTHON="/no/such/python"), "not a Python that runs")
+
+
+def test_a_python_that_is_too_new_is_passed_over(tree):
+    path = no_python(tree)
+    script(tree / "bin/python3", f'#!/bin/sh\nexec {sys.executable} -c "import sys; sys.version_info = (3, 14); $2"\n')
+    one_error(bash(tree, VENV="new", PATH=path), "python3 is Python 3.14", "3.10 to 3.13", "PYTHON=")
 
 
 def test_python_without_venv(tree):

@@ -654,6 +654,8 @@ def test_help_lists_every_setting_once_with_its_default_and_needs_nothing(tmp_pa
         shown = train_gpt.format_value(f.default) or "(empty)"
         assert lines[0].split()[0] == f"{name}={shown}" and f.metadata["doc"] in lines[0]
         assert all(choice in lines[0] for choice in get_args(f.type) if isinstance(choice, str))
+        lo, hi = f.metadata["lo"], f.metadata["hi"]
+        assert lo is None or f"[{f.type.__name__} {lo}..{'' if hi is None else hi}]" in lines[0], "its bounds"
     assert [line for line in done.stdout.splitlines() if line in {f.metadata["group"] for f in FIELDS.values()}] == \
         list(dict.fromkeys(f.metadata["group"] for f in FIELDS.values())), "each group once, in order"
     assert [path.name for path in tmp_path.iterdir()] == ["train_gpt.py"]

@@ -355,3 +355,12 @@ def test_failed_write_leaves_the_old_file(tmp_path, capsys, monkeypatch):
 def test_unknown_command_names_those_there_are(argv, capsys):
     assert submit.main(argv) == 2
     assert "there is: pack" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as console:
+        done = subprocess.run([sys.executable, REPO / "tools/submit.py", "--help"], env=clean_env(), stdout=console,
+                              stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")

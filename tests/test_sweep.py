@@ -23,6 +23,7 @@ from runs import Started
 from toy import write_shard
 
 import sweep
+import train_gpt as tg
 from train_gpt import Settings
 
 # A run that takes no time. Its score is a function of settings and seed; some settings make it fail, lie or wait.
@@ -239,10 +240,11 @@ def test_bad_options(lab, words, capsys):
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.dictionaries(st.sampled_from(sorted(set(sweep.FIELDS) - {"VE_LAYERS"})),
-                       st.lists(st.integers(0, 99), min_size=1, max_size=4, unique=True), max_size=4))
+@given(st.dictionaries(st.sampled_from(sorted(sweep.FIELDS)), st.lists(
+    st.integers(0, 99), min_size=1, max_size=4, unique=True), max_size=4))
 def test_grid_is_the_product(axes):
-    words = [f"{name}={','.join(map(str, values))}" for name, values in axes.items()]
+    bars = {name: "|" if sweep.FIELDS[name].type in tg.LISTS else "," for name in axes}
+    words = [f"{name}={bars[name].join(map(str, values))}" for name, values in axes.items()]
     rows, base, complaints = sweep.read_grid(words)
     wide = {name: values for name, values in axes.items() if len(values) > 1}
     assert base == [f"{name}={values[0]}" for name, values in axes.items() if len(values) == 1]
@@ -253,9 +255,28 @@ def test_grid_is_the_product(axes):
         assert all(int(word.partition("=")[2]) in wide[word.partition("=")[0]] for word in row.changes)
 
 
-def test_lists_are_divided_by_a_bar():
+OF_EACH_LIST = {  # two values of a setting of each type of tg.LISTS
+    tg.Layers: ("VE_LAYERS", "2,3", "3"),
+    tg.Betas: ("EMBED_BETAS", "0.9,0.95", "0.9,0.99"),
+    tg.Schedule: ("TRAIN_SEQ_SCHEDULE", "64@0.3,128@1", "128@1"),
+    tg.IntPairs: ("LAYER_BITS", "0@8,3@8", "0@8"),
+    tg.Names: ("TTT_LORA_TARGETS", "q,v,head", "q"),
+}
+
+
+@pytest.mark.parametrize("kind", tg.LISTS, ids=tg.LISTS.get)
+def test_lists_are_divided_by_a_bar(kind):
+    name, first, second = OF_EACH_LIST[kind]
+    assert sweep.FIELDS[name].type is kind
+    words = [f"{name}={first}", f"{name}={second}"]
+    assert sweep.alternatives(f"{name}={first}|{second}") == words
+    assert sweep.alternatives(words[0]) == words[:1]
+    for word in words:
+        tg.parse_value(sweep.FIELDS[name], word.partition("=")[2])
+
+
+def test_other_values_are_divided_by_a_comma():
     assert sweep.alternatives("VE_LAYERS=2,3|3|") == ["VE_LAYERS=2,3", "VE_LAYERS=3", "VE_LAYERS="]
-    assert sweep.alternatives("VE_LAYERS=2,3") == ["VE_LAYERS=2,3"]
     assert sweep.alternatives("MATRIX_LR=1,2,1") == ["MATRIX_LR=1", "MATRIX_LR=2"]
     assert sweep.alternatives("@a,b") == ["@a,b"]
 

@@ -41,7 +41,9 @@ def exit_code(work, quiet=False):
         if isinstance(stream, io.TextIOWrapper):  # an accent in a path, a terminal that knows ASCII only
             stream.reconfigure(errors="backslashreplace")
     try:
-        return work()
+        code = work()
+        print(end="", flush=True)  # what waits in the buffer meets a reader that has gone here, not at the exit
+        return code
     except BadInput as error:
         if not quiet:
             print_errors(error)

@@ -245,13 +245,13 @@ COMMANDS = {"pack": pack}
 
 
 def main(argv):
-    if {"-h", "--help"} & set(argv[:1]):
-        print(__doc__.strip())
-        return 0
     return exit_code(partial(command, argv))
 
 
 def command(argv):
+    if {"-h", "--help"} & set(argv[:1]):
+        print(__doc__.strip())
+        return 0
     known = f"there is: {', '.join(COMMANDS)}; see submit.py --help"
     if not argv:
         raise BadInput(f"a command is missing; {known}")

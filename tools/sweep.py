@@ -9,13 +9,16 @@ A plan is a text file, one technique a line; each is compared with the base, or 
     SWA : AVERAGE=swa                                   # a comment
     SWA, dense [vs SWA] : AVERAGE=swa SWA_EVERY=10      # the settings are relative to the base all the same
 
-KEY=A,B words instead of a plan are a grid: all combinations, printed as absolute scores (VE_LAYERS=2,3|3 for settings
-that are lists). Other KEY=VALUE words change the base. Settings in the environment are refused: the command says all.
+KEY=A,B words instead of a plan are a grid: all combinations, printed as absolute scores. Where a value is itself a
+list, | divides: VE_LAYERS=2,3|3. Other KEY=VALUE words change the base. Settings in the environment are refused: the
+command says all.
 
 "Equal steps" gives every run ITERATIONS=N and no wall clock. "Equal time" gives a row the steps that fit into the time
 in which its reference makes N, from the ratio of their steps that tools/bench.py takes in turn; the clock of a training
 run on a shared machine would be noise. Runs live in DIR/runs and are never repeated while settings, seed, data
 and code stay: after Ctrl-C, or with more rows, seeds or another --match, the same command makes only what is missing.
+
+A run is one process. On a machine with GPUs every run is on the first of them: CUDA_VISIBLE_DEVICES chooses another.
 
 Exit codes: 0 done, 1 a run or a measurement failed (the table says which), 2 bad input, 130 and 143 interrupted.
 """
@@ -53,7 +56,7 @@ from common import (
     stop_printing,
     trainer_errors,
 )
-from train_gpt import Layers, Settings, find_shards, write_atomic
+from train_gpt import LISTS, Settings, find_shards, write_atomic
 
 BASE = "base"
 FIELDS = {field.name.upper(): field for field in fields(Settings)}
@@ -171,7 +174,7 @@ def alternatives(word):
     name, equals, text = word.partition("=")
     if word.startswith("@") or not equals:
         return [word]
-    is_list = name in FIELDS and FIELDS[name].type is Layers
+    is_list = name in FIELDS and FIELDS[name].type in LISTS
     values = dict.fromkeys(text.split("|" if is_list else ","))
     return [f"{name}={value}" for value in values]
 
@@ -821,7 +824,8 @@ def arguments(argv):
     parser.add_argument("--match", choices=[*MATCHES, "both"], help="default: both for a plan, steps for a grid")
     parser.add_argument("--jobs", type=natural, default=1, metavar="J", help="runs at once; they share the cores, "
                         "unless OMP_NUM_THREADS says how many threads each has")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the runs (default: logs/sweep-PLAN)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the runs (default: logs/sweep-PLAN, "
+                        "and logs/sweep-grid for every grid)")
     parser.add_argument("--table", type=Path, metavar="FILE.md", help="write the table here, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
     parser.add_argument("--bench-steps", type=natural, default=40, metavar="K",

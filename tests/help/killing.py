@@ -274,9 +274,11 @@ def check_end(folder, reference, action, codes, last, said):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of processes of a run")
-    parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="repeats the moments, about")
+    parser.add_argument("--rounds", type=int, default=20, help="number of runs that are ended (default: 20)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2],
+                        help="numbers of processes of a run, in turn (default: 1 2)")
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6),
+                        help="repeats the moments, about (default: drawn, and printed first)")
     parser.add_argument("--forge", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.forge:
