@@ -31,7 +31,7 @@ The rooms of this file, in reading order
 Techniques: the setting that turns each one on, and its function or class
     U-Net skips                       SKIPS                   Skips
     depth recurrence                  NUM_LOOPS               depth_recurrence
-    parallel residual lanes           PARALLEL_RESIDUAL       ParallelLanes
+    parallel lanes                    PARALLEL_RESIDUAL       ParallelLanes
     exclusive self-attention (XSA)    XSA_LAST_N              xsa
     partial RoPE                      ROPE_DIMS               rotate
     LeakyReLU^2                       LEAKY_SLOPE             MLP
@@ -50,9 +50,10 @@ Techniques: the setting that turns each one on, and its function or class
     weight decay taper                WD_TAPER_START_FRAC     wd_scale
     complementary training            COMPLEMENT_ALPHA        Complement
     EMA, SWA, LAWA                    AVERAGE                 Average
+    EMA start                         EMA_START_FRAC          Average.ema_start
     coprime strides, packing          LOADER                  TokenStream
     GPTQ                              MATRIX_QUANT            gptq
-    act order                         GPTQ_ACT_ORDER          factor_hessian
+    act-order                         GPTQ_ACT_ORDER          factor_hessian
     SDClip                            MATRIX_CLIP_SIGMAS      row_scales
     AWQ-lite                          AWQ_LITE_GROUP_TOP_K    awq_lite_groups
     LQER                              LQER_RANK               lqer
@@ -61,12 +62,12 @@ Techniques: the setting that turns each one on, and its function or class
     late QAT                          LATE_QAT_THRESHOLD      LateQAT
     soft rounding                     QAT_ROUNDING            FakeQuant
     entropy coder (rANS)              COMPRESSOR              encode_codes
-    context of the entropy coder      COMPRESSOR              code_context
+    coder context                     COMPRESSOR              coder_context
     sliding windows                   EVAL_STRIDE             sliding_windows
     kept keys and values              EVAL_CONTEXT            KVCache
     fitted temperature                EVAL_TEMPERATURE        Training.fit_temperature
     score-first TTT                   TTT                     ScoreFirst
-    adapters of documents             TTT                     DocumentAdapters
+    document adapters                 TTT                     DocumentAdapters
     low-rank adapters (LoRA)          TTT_LORA_RANK           Adapters
     phased TTT                        PHASED_TTT_PREFIX_DOCS  ttt_phase_ends
     n-gram backoff                    MIXER                   BackoffMixture
@@ -259,7 +260,8 @@ WEIGHTS_TTT = "ttt=full|before|prequant,phased_ttt_prefix_docs"
 BATCHED_TTT = "ttt=full|before|prequant|lora,phased_ttt_prefix_docs"
 NGRAMS = "mixer!=off"
 LEARNS_BY_CHUNK = f"{STREAM_TTT},{NGRAMS},token_boost"
-LEARNS_BY_GROUP = f"ttt_warm_start_a,{DOCS_TTT}&{NGRAMS},{DOCS_TTT}&token_boost"
+LEARNS_BY_GROUP = (f"ttt_warm_start_a,{DOCS_TTT}&{NGRAMS},{DOCS_TTT}&token_boost,"
+                   "phased_ttt_prefix_docs&ttt_lora_a=own")
 ENTROPY_WEIGHT = "mixer=backoff|hashed"
 
 _run = partial(opt, "Run")
@@ -388,8 +390,8 @@ class Settings:
     loop_start: int = _model(3, "depth recurrence: first layer of the loop", 0, 255, on="num_loops")
     loop_end: int = _model(5, "depth recurrence: last layer of the loop", 0, 255, on="num_loops")
     loop_order: Literal["range", "layer"] = _model(
-        "range", "depth recurrence: visit the loop as 3,4,3,4 or, layer by layer, as 3,3,4,4 "
-        "(#1033)",
+        "range", "depth recurrence: visit the loop as 3,4,5,3,4,5 or, layer by layer, as "
+        "3,3,4,4,5,5 (#1033)",
         on="num_loops", code="depth_recurrence")
     enable_looping_at: float = _model(
         0.35, "depth recurrence: fraction of the run after which it is on",
@@ -505,8 +507,8 @@ class Settings:
         "(#1285)",
         on=MUON, code="newton_schulz")
     normuon: bool = _train(
-        False, "NorMuon: rows of the update are scaled by their second moment after the "
-        "Newton-Schulz iterations",
+        False, "NorMuon: each row of the update is divided by the root of its running mean square, "
+        "after the Newton-Schulz iterations",
         on=MUON, code="normuon")
     muon_beta2: float = _train(
         0.95, "decay of NorMuon's second moment", 0, 0.99999, on="normuon", code="normuon")
@@ -557,8 +559,8 @@ class Settings:
         0.997, "EMA: decay of the running mean, per step",
         0, 0.999999, on="average=ema|best", code="Average")
     ema_start_frac: float = _average(
-        0.0, "EMA: fraction of the run at which it starts",
-        0, 0.999, on="average=ema|best", code="Average")
+        0.0, "EMA start: fraction of the run; 0: from the initial weights",
+        0, 0.999, on="average=ema|best", code="Average.ema_start")
     swa_every: int = _average(
         50, "SWA: steps between snapshots", 1, on="average=swa|best", code="Average")
     swa_start_scale: float = _average(
@@ -577,7 +579,7 @@ class Settings:
 
     fit: Literal["off", "prune", "allocate"] = _pack(
         "allocate", "how the artifact is fitted to SIZE_LIMIT: not at all; by zeroing the cheapest "
-        "codes; by choosing every step size of the grid by what its error costs",
+        "codes; by allocation of bits: every step size by what its error costs",
         code="allocate")
     matrix_quant: Literal["rtn", "gptq_lite", "gptq", "ternary"] = _pack(
         "gptq", "rounding of the matrices: to nearest, clipped at the row's maximum (rtn) or best "
@@ -637,7 +639,7 @@ class Settings:
         0.01, "GPTQ: share of the mean of a Hessian's diagonal that is added to it",
         1e-6, 10, on=GPTQ, code="factor_hessian")
     gptq_act_order: bool = _pack(
-        True, "GPTQ: round columns in the order of the Hessian's falling diagonal",
+        True, "GPTQ act-order: round columns in the order of the Hessian's falling diagonal",
         on=GPTQ, code="factor_hessian")
     gptq_block_size: int = _pack(
         128, "GPTQ: columns whose errors are fed forward together (speed only)",
@@ -674,8 +676,8 @@ class Settings:
         "that steepens (soft, #967)",
         on="late_qat_threshold", code="FakeQuant")
     compressor: Literal["auto", "rans", "brotli", "zstd", "lzma", "zlib"] = _pack(
-        "rans", "compressor; rans: the codes by our entropy coder, the rest by lzma; auto: the "
-        "smallest for each stream",
+        "rans", "compressor; rans: the codes by our entropy coder and its coder context, the rest "
+        "by lzma; auto: the smallest for each stream",
         code="encode_codes")
     size_limit: int = _pack(
         CONTEST_LIMIT, "most bytes of code + artifact; beyond it: scored, but exit code 3",
@@ -684,7 +686,7 @@ class Settings:
     eval_seq_len: int = _eval(
         2048, "length of an evaluation window", 2, 2**20, code="sliding_windows")
     eval_stride: int = _eval(
-        64, "tokens by which the sliding window moves; 0: contiguous windows",
+        64, "sliding windows: tokens from one to the next; 0: contiguous windows",
         0, on=WINDOWS, code="sliding_windows")
     eval_batch_seqs: int = _eval(
         32, "rows that a rank scores at once (changes speed, never the score)", 1, code="Reader")
@@ -700,15 +702,15 @@ class Settings:
         0, 10, code="Training.fit_temperature")
     ttt: Literal["off", "full", "lora", "lora_docs", "before", "prequant"] = _eval(
         "off", "test-time training: of the weights on scored chunks (full, #549), of adapters on "
-        "scored chunks (lora), of adapters for each document (lora_docs, #1530); invalid: before "
-        "scoring (before, #518), before quantisation (prequant, #1539)",
-        code="ScoreFirst")
+        "scored chunks (lora), of document adapters (lora_docs, #1530); invalid: before scoring "
+        "(before, #518), before quantisation (prequant, #1539)",
+        code="make_predictor")
     ttt_chunk_tokens: int = _eval(
         32768, "targets that are scored before anything learns from them",
         1, on=LEARNS_BY_CHUNK, code="Reader")
     ttt_epochs: int = _eval(
         3, "TTT: passes over a chunk (over the whole text with TTT=before|prequant, over the "
-        "documents so far with phases)",
+        "documents so far in phased TTT)",
         1, on=BATCHED_TTT, code="Adaptation.fit")
     ttt_batch_seqs: int = _eval(
         32, "TTT: sequences of EVAL_SEQ_LEN in a gradient step, over all ranks",
@@ -716,7 +718,8 @@ class Settings:
     ttt_optimizer: Literal["sgd", "adamw"] = _eval(
         "sgd", "TTT: optimizer of the weights", on=WEIGHTS_TTT, code="adaptation_of_weights")
     ttt_lr: float = _eval(
-        0.002, "TTT: learning rate of the weights, which falls by a cosine over the chunks",
+        0.002, "TTT: learning rate of the weights, which falls by a cosine over the chunks, or in "
+        "phased TTT over the steps of each phase",
         0, on=WEIGHTS_TTT, code="adaptation_of_weights")
     ttt_min_lr: float = _eval(
         0.0, "TTT: final learning rate as a fraction of the first",
@@ -766,7 +769,7 @@ class Settings:
         on="ttt_lora_targets=o|attn|mlp", code="add_adapter")
     ttt_lora_a: Literal["shared", "own"] = _eval(
         "shared", "adapters: all documents begin with one A; or each place of TTT_GROUP_DOCS has "
-        "its own, drawn anew after a phase (#1530)",
+        "its own, drawn anew after a phase of phased TTT (#1530)",
         on=DOCS_TTT, code="DocumentAdapters")
     ttt_lora_lr: float = _eval(
         0.01, "adapters: learning rate of AdamW", 0, on=ADAPTERS, code="DocumentAdapters")
@@ -791,7 +794,7 @@ class Settings:
         on=DOCS_TTT, code="DocumentAdapters")
     ttt_group_docs: int = _eval(
         512, "documents, over all ranks, that are scored before n-grams, the tilt or a warm start "
-        "learn from them",
+        "learn from them; with phased TTT, own starts (TTT_LORA_A) are drawn anew after them",
         1, on=LEARNS_BY_GROUP, code="Reader")
     phased_ttt_prefix_docs: int = _eval(
         0, "phased TTT: number of documents, the longest ones, from which the weights learn "
@@ -801,9 +804,9 @@ class Settings:
         1, "phased TTT: phases in which those documents are reached (#1626)",
         1, 100, on="phased_ttt_prefix_docs", code="ttt_phase_ends")
     mixer: Literal["off", "backoff", "hedge", "hashed"] = _eval(
-        "off", "n-grams counted in the scored text: backoff over all orders, at a weight by "
-        "entropy; experts weighed by their record (hedge, #967); invalid: hashes of the target "
-        "(hashed, #1033)",
+        "off", "n-grams counted in the scored text: n-gram backoff over all orders, weighted by "
+        "the model's entropy; experts weighed by their record (hedge, #967); invalid: hashes of "
+        "the target (hashed, #1033)",
         code="NgramMixture")
     ngram_order: int = _eval(10, "longest n-gram of MIXER", 2, 64, on=NGRAMS, code="NgramCounts")
     mixer_experts: Names = _eval(
@@ -1825,8 +1828,8 @@ def hash_ngrams(ids, factor_sets, buckets, docs):
 
         (f[0] id[t] ^ f[1] id[t - 1] ^ ...) % buckets
 
-    At the start of the row, and with `docs` of a document, a token has too few predecessors for
-    that. It gets the bucket of the next set, of a shorter n-gram; without one, bucket `buckets`.
+    The first tokens of the row, and with `docs` of each document, have too few predecessors for
+    that. They get the bucket of the next set, of a shorter n-gram; without one, bucket `buckets`.
     """
     factors, *shorter = factor_sets
     predecessors = len(factors) - 1
@@ -2083,12 +2086,12 @@ class Skips(nn.Module):
 
 
 class ParallelLanes(nn.Module):
-    """Two residual lanes: attention reads lane 0, the MLP lane 1.
+    """Two parallel lanes of the residual: attention reads lane 0, the MLP lane 1.
 
     "lanes" (#1539): each writes the lane that it reads. "routed" (#1529): both write both lanes,
     with learned weights: keep * lane + write * attention + write' * MLP. At the end the lanes are
     merged by their mean or a learned m * lane0 + (1 - m) * lane1. Every layer has its row of
-    weights, as published; those below PARALLEL_START_LAYER are not used.
+    weights, as published; that of a layer which never meets two lanes is not used.
     """
 
     role = "scalar"
@@ -2207,8 +2210,8 @@ class Block(nn.Module):
             nn.init.zeros_(self.resid_mix[1])
 
     def forward(self, streams, context, adapters, form, parallel_lanes):
-        """The residual streams after this layer, and before it: one, (x,), or two lanes, each
-        (B, T, D). form: see Visit.
+        """Residual streams before this layer -> those after it: (x,), or two lanes, each (B, T, D).
+        form: see Visit.
         """
 
         def attention(x):
@@ -2318,7 +2321,9 @@ class GPT(nn.Module):
         return docs
 
     def embed_tokens(self, text, docs):
-        """The first block's input (B, T, D): token and n-gram embeddings, normed and smeared."""
+        """The first block's input (B, T, D): token and BigramHash embeddings, with ScalarSmearGate
+        before the norm or SmearGate after it.
+        """
         x = optional(self.embed_proj, self.embed(text, self.dtype))
         if self.bigram is not None:
             x = x + self.bigram(text, docs, self.dtype)
@@ -2708,6 +2713,7 @@ def normuon(update, moment, beta2):
     """
     update = update.float()
     moment.lerp_(update.square().mean(-1, keepdim=True), 1 - beta2)
+    # No bias correction: it is one factor for all rows, and the norm is restored below.
     scaled = update / (moment.sqrt() + 1e-10)
     norm_before = update.norm(dim=(-2, -1), keepdim=True)
     norm_after = scaled.norm(dim=(-2, -1), keepdim=True)
@@ -4413,7 +4419,7 @@ def factor_hessian(curvature, damp, act_order):
     With the columns reversed, H = L L^T by one Cholesky factor, and U = L^-1 reversed.
     """
     hessian = curvature.hessian.double().clone()
-    diagonal = hessian.diagonal()
+    diagonal = hessian.diagonal()  # a view: what changes it changes the Hessian
     unused = diagonal <= 0
     diagonal[unused] = 1.0 if unused.all() else diagonal[~unused].mean()
     diagonal += damp * diagonal.mean()
@@ -4495,8 +4501,8 @@ def lqer(error, hessian, gain, rank, group):
 
     A (R, rank): the largest singular vectors of the error, weighted by the loss's sensitivity; 2
     bits (-2..1), one step size. B (rank, C): the best one for that A as it is stored, whatever the
-    Hessian; 4 bits (-8..7), a step size for `group` weights. A largest number becomes 1.5 or 7.5
-    steps, which both ends of the codes reach after rounding.
+    Hessian; 4 bits (-8..7), a step size for `group` weights. The largest magnitude becomes 1.5 or
+    7.5 steps, half way between those of the two ends.
     """
     row_weight = gain.double().clamp_min(LQER_GAIN_FLOOR * gain.mean().item()).sqrt()[:, None]
     damped = hessian.double().clone()
@@ -4709,8 +4715,8 @@ LEAST_LOSS = 1e-5  # nats a token of all rounding together: finer step sizes wou
 
 
 def allocate(quantiser, packed_of, budget, log):
-    """The artifact (Packed) that fills `budget` bytes to within FIT_SLACK, or the one at the finest
-    spacing that means anything; if none fits, the smallest that was tried.
+    """Allocation of bits: the artifact (Packed) that fills `budget` bytes to within FIT_SLACK, or
+    the one at the finest spacing that means anything; if none fits, the smallest that was tried.
 
     An artifact has more bytes than Quantiser.rate() says, but about as many more at one spacing as
     at the next. So each try moves the rate by the bytes that the last one missed its aim by, or to
@@ -4773,7 +4779,7 @@ class Quantiser:
         self.stores = storage(model, s)
         self.weights = {name: param.detach().float() for name, param in model.named_parameters()}
         self.factors = {}  # {identity of a Hessian: factor_hessian() of it}
-        self._spread = None
+        self._spread_histogram = None
         self._check_curvature()
         # Late QAT asks for steps without a curvature, and so without AWQ-lite.
         self.salient = self._salient_columns() if s.awq_lite_group_top_k and curvature else {}
@@ -4873,26 +4879,27 @@ class Quantiser:
 
     def rate(self, spacing):
         """Bytes of the codes at a spacing, were each weight Gaussian with the spread of its row
-        and column: log2(2 pi e spread^2) / 2 bits, in units of a small step size. The 1 added to
-        the square keeps the bits positive at a large one.
+        and column: log2(2 pi e (spread / step)^2) / 2 bits. That holds for small steps; log2(1 +
+        ...) keeps the bits of large ones positive.
         """
-        if self._spread is None:
-            self._spread = np.zeros(len(RATE_OCTAVES))
+        if self._spread_histogram is None:
+            self._spread_histogram = np.zeros(len(RATE_OCTAVES))
             for (_, store), names in self.groups.items():
                 if store.codec == "grid":
                     for name in names:
-                        self._spread += self._spread_of(name)
+                        self._spread_histogram += self._spread_of(name)
         square = 4 ** (RATE_OCTAVES - math.log2(spacing))
         bits = np.log2(1 + 2 * math.pi * math.e * square) / 2
-        return float(self._spread @ bits) / 8
+        return float(self._spread_histogram @ bits) / 8
 
     def _spread_of(self, name):
-        """Numbers of weights by log2 of their spread in units of the step size at a spacing of 1:
-        RATE_OCTAVES.
+        """Numbers of weights whose log2(spread / step size), at a spacing of 1, is the nearest to
+        each of RATE_OCTAVES.
         """
         square = self.weights[name].double().square()
-        local = square.mean(1, keepdim=True) * square.mean(0) / square.mean().clamp_min(1e-60)
-        relative = local * self.curvature[name].gain.double()[:, None] * self.pivots(name).double()
+        variance = square.mean(1, keepdim=True) * square.mean(0) / square.mean().clamp_min(1e-60)
+        gain = self.curvature[name].gain.double()[:, None]
+        relative = variance * gain * self.pivots(name).double()
         bins = (relative.clamp_min(1e-60).log2() / 2 - RATE_OCTAVES[0]) / RATE_STEP
         bins = bins.round().clamp(0, len(RATE_OCTAVES) - 1).int().flatten().cpu().numpy()
         return np.bincount(bins, minlength=len(RATE_OCTAVES))
@@ -5204,7 +5211,7 @@ class LateQAT:
 # An entropy coder writes what it expects with probability p in log2(1/p) bits. rANS comes within a
 # fraction of a percent of that, so all depends on the probabilities. Those of a code are learned
 # from the earlier codes of its bucket, and its bucket is the magnitude expected of it
-# (code_context): the mean of its column so far, times how much larger than expected its row has
+# (coder_context): the mean of its column so far, times how much larger than expected its row has
 # been so far. Rows that are like the one above, as of tokens never seen, are coded as differences
 # from it. Encoder and decoder visit the codes in one order (walk_codes) and learn the same on the
 # way: only codes are stored. All that the decoder depends on is integers: a last bit that differs
@@ -5323,7 +5330,7 @@ class RowState:
     def __init__(self, column_sums, rows_seen, above):
         columns = column_sums.shape[2]
         column_sums = column_sums << MAGNITUDE_BITS
-        prior_sum = PRIOR_CODES << MAGNITUDE_BITS - 1
+        prior_sum = PRIOR_CODES << (MAGNITUDE_BITS - 1)
         matrix_sum = column_sums.sum(2, keepdims=True) + prior_sum
         mean = matrix_sum // (rows_seen * columns + PRIOR_CODES)
         expected = (column_sums + PRIOR_ROWS * mean) // (rows_seen + PRIOR_ROWS)
@@ -5348,7 +5355,7 @@ class RowState:
         self.magnitude = self.magnitude + (magnitude << MAGNITUDE_BITS)
 
 
-def code_context(row, start, stop):
+def coder_context(row, start, stop):
     """(buckets, base) of the codes in columns start to stop of a RowState.
 
     A code is coded as its difference from base. The base is the row above where the row so far
@@ -5403,7 +5410,7 @@ def walk_codes(groups, coder):
             for start in range(0, columns, width):
                 stop = start + width
                 codes = rows_t[:, :, start:stop]
-                buckets, base = code_context(row, start, stop)
+                buckets, base = coder_context(row, start, stop)
                 coder.code(buckets, codes, base)
                 row.add(codes, start)
                 last = t == height - 1 and stop >= columns
@@ -5513,7 +5520,7 @@ class CodeReader:
         symbols = np.empty(codes.size, np.uint8)
         for i in range(0, codes.size, self.state_count):
             x = self.states[: codes.size - i]  # a view: the states change with it
-            slots = (x & (1 << PRECISION) - 1) + first_slots[i : i + self.state_count]
+            slots = (x & ((1 << PRECISION) - 1)) + first_slots[i : i + self.state_count]
             symbols[i : i + self.state_count] = self.symbols.take(slots)
             entries = self.entries.take(slots)
             x >>= PRECISION
@@ -7970,7 +7977,7 @@ class DocumentAdapters(ModelPredictor):
 
     # A turn: predict, and take a step on the targets after they were scored.
 
-    @torch.enable_grad()
+    @torch.enable_grad()  # nll() is without, but the step in observe() needs this graph
     def logits(self, inputs):
         rows = len(inputs.ids)
         if inputs.turn == 0:
@@ -8049,7 +8056,8 @@ class DocumentAdapters(ModelPredictor):
         self.batches = 0
         self.document_groups.append(part.ranges)
         documents = sum(map(len, self.document_groups))
-        if self.phased and documents in ttt_phase_ends(s):
+        is_last = part.number + 1 == part.total  # nothing is scored after it
+        if self.phased and documents in ttt_phase_ends(s) and not is_last:
             self._end_ttt_phase(stream)
 
     def _warm_start(self):
@@ -8084,8 +8092,8 @@ class DocumentAdapters(ModelPredictor):
 
 
 def log_adaptation(run, model, predictor, documents):
-    """Log what test-time training may change, and what it may not; then, as they end, the phases of
-    phased TTT. documents: how many the text has.
+    """Log what test-time training may change, and what it may not, and give the predictor the log,
+    in which phased TTT notes its phases. documents: how many the text has.
     """
     while isinstance(predictor, WrappingPredictor):
         predictor = predictor.base
@@ -8408,6 +8416,7 @@ class NgramMixture(WrappingPredictor):
         self.orders = [self._order(name) for name in names]
         order = max(self.orders, default=1)
         self.counts = NgramCounts(s.vocab_size, order, target_count * (order - 1), rt.device)
+        # A context is order - 1 tokens: that at the place, and order - 2 before it.
         self.history = max(self.history, order - 2)
         self.reset()
 

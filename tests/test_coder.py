@@ -104,7 +104,7 @@ def test_normal_weights_take_what_theory_says(shape, top, step, most):
     assert 0.995 * bits < 8 * len(data) < most * bits
 
 
-def test_code_context_learns_the_spread_of_each_column():
+def test_coder_context_learns_the_spread_of_each_column():
     """A matrix whose columns differ by factors: within 1 % of an ideal coder that is told every column's spread."""
     rng = np.random.default_rng(3)
     spreads = np.exp(0.5 * rng.standard_normal((3, 1, 384)))
@@ -127,14 +127,14 @@ def test_the_coder_beats_brotli():
     assert len(pack([trained])) < 0.98 * len(brotli.compress(trained.tobytes(), quality=11, lgwin=24))
 
 
-def test_code_context_of_a_kind_of_matrices_helps_the_next_in_any_order():
+def test_coder_context_of_a_kind_of_matrices_helps_the_next_in_any_order():
     trained = trained_like()
     together, apart = pack([trained[:2], trained[2:]]), [pack([trained[:2]]), pack([trained[2:]])]
     assert len(together) < sum(map(len, apart))
     assert abs(len(pack([trained[::-1]])) - len(pack([trained]))) < 0.002 * len(together)
 
 
-def test_code_context_makes_rows_like_the_one_above_cheap():
+def test_coder_context_makes_rows_like_the_one_above_cheap():
     """Tokens that training never saw keep nearly the same row."""
     rng = np.random.default_rng(2)
     rows = rng.integers(-90, 91, (1, 400, 128))

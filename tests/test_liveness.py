@@ -165,7 +165,7 @@ CASES = {
     "ttt_beta1": scores("0", *LORA), "ttt_beta2": scores("0.999", *LORA), "ttt_wd": scores("2", *LORA),
     "ttt_chunk_size": scores("4", DOCS), "ttt_short_chunks": scores("2@8,4@24", DOCS),
     "ttt_warm_start_a": scores("1", DOCS),
-    "ttt_group_docs": scores("1", f"{DOCS} TTT_WARM_START_A=1", *(f"{DOCS} {counting}" for counting in COUNTING)),
+    "ttt_group_docs": scores("1", f"{DOCS} TTT_WARM_START_A=1", f"{PHASED} TTT_LORA_A=own", *(f"{DOCS} {counting}" for counting in COUNTING)),
     "phased_ttt_prefix_docs": scores("2", DOCS),
     "phased_ttt_num_phases": scores("2", f"{DOCS} PHASED_TTT_PREFIX_DOCS=4"),
     "mixer": each("backoff hedge", "", "score") + scores("hashed", "ALLOW_INVALID=1"),

@@ -683,18 +683,16 @@ def test_the_table_of_techniques_names_settings_and_their_code():
         assert code_at(code), f"{technique}: there is no {code}"
 
 
-FIELD_NAMES = {  # what somebody who knows the paper types, as a regular expression
-    "XSA": "xsa", "BigramHash": "bigram_?hash", "SmearGate": "smear_?gate", "depth recurrence": "depth[_ ]recurrence",
-    "parallel lanes": "parallel_?lanes|lanes", "Newton-Schulz": "newton_schulz", "NorMuon": "normuon",
-    "EMA start": "ema_start", "act order": "act_order", "coder context": "code_context|compressor",
-    "allocation": "allocat", "LQER": "lqer", "sliding windows": "sliding_? ?window", "document adapters":
-    "document_?adapters|lora_docs", "n-gram backoff": "backoff", "phases": "phase"}
+FIELD_NAMES = ["XSA", "BigramHash", "SmearGate", "depth recurrence", "parallel lanes", "Newton-Schulz", "NorMuon", "EMA start",
+               "act-order", "coder context", "allocation", "LQER", "sliding windows", "document adapters", "backoff", "phases"]
 
 
-@pytest.mark.parametrize("technique, words", FIELD_NAMES.items(), ids=FIELD_NAMES)
-def test_one_search_finds_setting_code_and_test_of_a_technique(technique, words):
+@pytest.mark.parametrize("technique", FIELD_NAMES)
+def test_one_search_finds_setting_code_and_test_of_a_technique(technique):
+    """By the name that the field uses, in the singular and however its words are joined."""
+    words = re.sub(r"[ -]|(?<=[a-z])(?=[A-Z])", "[ _-]?", technique.removesuffix("s"))
     search = re.compile(words, re.I)
-    settings_found = [name for name, f in FIELDS.items() if search.search(f"{name} {f.type} {f.metadata['doc']}")]
+    settings_found = [name for name, f in FIELDS.items() if search.search(f"{name} {f.metadata['doc']}")]
     names = [getattr(node, "arg", None) or getattr(node, "name", "") for node in ast.walk(TREE)
              if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.arg))]  # of functions, classes and arguments
     code = [name for name in names if search.search(name)]
