@@ -229,7 +229,7 @@ def test_mode_that_fails_is_a_row(tmp_path):
     eager, compiled = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert done.returncode == 1
     assert eager["ms_per_step"] > 0 and eager["mfu"] is None and eager["mode"] in done.stdout
-    assert set(compiled) == {"mode", "looping", "share", "error"} and "COMPILE=off" in compiled["error"]
+    assert set(compiled) == {"mode", "looping", "share", "error"} and "a compiled step failed" in compiled["error"]
     assert done.stdout.splitlines()[-1].split()[:3] == ["compiled", "-", "failed:"] and "Traceback" not in done.stdout
 
 
@@ -928,7 +928,7 @@ BAD_SCORING = [
     (["validity", "--studies", "7"], "'7'", "1033"), (["validity", "a.pg", "b.pg"], "b.pg", "one artifact"),
     (["validity", "/nowhere/model.pg"], "/nowhere/model.pg", "cannot be read"),
     (["validity", "MATRIX_LRR=1"], "MATRIX_LRR", "MATRIX_LR"), (["validity", "--steps", "0"], "--steps", "at least 1"),
-    (["validity", "DATA_PATH=/nowhere"], "/nowhere", "TOKENIZER_PATH"),
+    (["validity", "DATA_PATH=/nowhere"], "/nowhere", "data/prepare.py"),
     (["validity", "--json", "/nowhere/out.json"], "/nowhere/out.json", "folder"),
 ]
 
