@@ -1275,7 +1275,7 @@ def _run_conflicts(s, complain):
     if not s.iterations and not s.max_wallclock_seconds:
         complain("ITERATIONS=0 and MAX_WALLCLOCK_SECONDS=0: this run never ends")
     if s.resume == "auto" and not (s.run_id or s.out_dir):
-        complain("RESUME=auto needs the RUN_ID or OUT_DIR to go on with")
+        complain("RESUME=auto needs the RUN_ID or OUT_DIR of the run to continue")
     if (s.phases == "eval") != bool(s.artifact):
         complain(f"PHASES={s.phases} and ARTIFACT={s.artifact or '(empty)'}: PHASES=eval needs an "
                  "ARTIFACT, and nothing else reads one")
@@ -3679,7 +3679,7 @@ class Contamination:
 
     A document does if its opening stands there: its first PREFIX tokens after a BOS. The span need
     not show all of them, only the BOS and one token: this is strict, for one token that was trained
-    on counts. A document of which spans show only what comes later is not found. Openings are
+    on counts. Where spans show only later text of a document, it is not found. Openings are
     compared by a hash of 64 bits.
     """
 
@@ -3693,7 +3693,7 @@ class Contamination:
         self.met = np.zeros(len(self.keys), bool)
 
     def _starts(self, tokens):
-        """Where documents begin: after each BOS but one at the end, of which nothing is shown."""
+        """Where documents begin: after each BOS, except one at the very end."""
         return np.flatnonzero(tokens[:-1] == BOS) + 1
 
     def _keys(self, tokens, starts):
@@ -5432,7 +5432,7 @@ def _checksum(groups):
 
 def _state_count(shapes):
     """Number of interleaved coder states. Each lets more codes be coded at once, and costs the 4
-    bytes of its last value, of which about one is information.
+    bytes of its last value; about one of them is information.
     """
     codes = sum(math.prod(shape) for shape in shapes)
     return 8 + math.isqrt(codes) // 12
@@ -5883,7 +5883,7 @@ def no_log(*_, **__):
 
 
 def artifact_header(model, tokenizer_sha256, s):
-    """The header of an artifact but for its tables."""
+    """The header of an artifact without its tables."""
     settings = {f.name.upper(): format_value(getattr(s, f.name)) for f in model_fields()}
     header = {
         "settings": settings,
@@ -6274,7 +6274,7 @@ class Inputs(NamedTuple):
     ids: Tensor  # (B, T) tokens
     places: Tensor  # (B, M) neighbouring positions in ids; a token is predicted after each of them
     recent: Tensor  # (B, h + M) tokens up to each place, and h before the first; -1: there is none
-    # None: the rows stand alone. 0: rows begin. n > 0: the first B rows of the chunk before go on.
+    # None: the rows stand alone. 0: rows begin. n > 0: the first B rows of the last one, continued.
     turn: int | None = None
 
     @property
@@ -6306,7 +6306,7 @@ class Part(NamedTuple):
 WINDOW_WIDTHS = 4  # to which windows of documents are padded: few graphs, little padding
 CACHE_STEP = 256  # tokens that a row reads in a turn where keys are kept (EVAL_CONTEXT=cache)
 CACHE_SEGMENT = 32  # most windows of the stream that one row reads where keys are kept
-CACHE_ROWS = 16  # rows that share a part of the stream there, if it has so many windows
+CACHE_ROWS = 16  # rows that share a part of the stream there, if it has as many windows
 
 
 class Windows(NamedTuple):
@@ -6362,7 +6362,7 @@ class Cut(NamedTuple):
 
 
 class PlannedPart(NamedTuple):
-    """A Part of which no tensor is made yet."""
+    """A Part before its tensors are made."""
 
     ranges: np.ndarray  # Part.ranges
     cuts: Iterable[Cut]  # those of this rank
@@ -7283,7 +7283,7 @@ SELFTESTS = {  # what is wrong where a test fails
 
 
 def code_tests(nats, ids, vocab, flips, cuts, sums, distribution=None, ends=()):
-    """{name of a test: its largest error, or nan}: 0 but for rounding if nats() is a code length.
+    """{name of a test: its largest error, or nan}: 0, up to rounding, if nats() is a code length.
 
     Tests are made in the text `ids`, at places t: flips, cuts, sums; and ends (see ends_test).
     distribution(ids, t) (V,), if given, is what the predictor says at target t of a text.
@@ -8392,7 +8392,7 @@ def ngram_weight(s, log_probs):
 
 
 def every_token(log_probs):
-    """Tokens (B, M, V) of which log_probs (B, M, V) are the log-probabilities."""
+    """Tokens (B, M, V) that log_probs (B, M, V) are the log-probabilities of."""
     return torch.arange(log_probs.size(-1), device=log_probs.device).expand(log_probs.shape)
 
 
@@ -9308,7 +9308,7 @@ class Log:
         lost = getattr(sys.stdout, "lost", "")
         if lost and self.main and not self._told:
             self._told = True
-            self("warning", note=f"the console is gone ({lost}); the files of the run go on")
+            self("warning", note=f"the console is gone ({lost}); the files are still written")
 
     def line(self, text, console=True, short=None):
         text = readable(text)
@@ -9325,7 +9325,7 @@ class Log:
         try:
             self._files[which].write(text + "\n")
             self._files[which].flush()
-        except OSError as error:  # a full disk must not end the training; the console goes on
+        except OSError as error:  # a full disk must not end the training; the console is left
             self._files[which] = None
             print(f"warning: log file closed: {error.strerror}", file=sys.stderr, flush=True)
 
@@ -9400,7 +9400,7 @@ def _has_results(metrics):
 def _open_log(path, append):
     if path.exists() and not append and _has_results(path.with_name("metrics.jsonl")):
         raise BadInput(f"{path} belongs to an earlier run: choose another RUN_ID or OUT_DIR, or "
-                       "RESUME=auto to go on")
+                       "RESUME=auto to continue it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return open(path, "a" if append else "w", encoding="utf-8")
@@ -10426,7 +10426,7 @@ def _set_aside_later(run, step):
     if later:
         set_aside(later, ".abandoned")
         run.log("checkpoint_abandoned", files=[path.name for path in later],
-                note=f"the run goes on from step {step}; each was renamed to .abandoned")
+                note=f"the run continues from step {step}; each was renamed to .abandoned")
 
 
 def _log_training(run, training):
@@ -10494,7 +10494,7 @@ def keep_weights(run, training):
         run.kept = "the trained weights could not be kept: no checkpoint could be written"
         return
     run.last_checkpoint = checkpoint_path(run.out_dir, training.step)
-    run.kept = ("the trained weights are kept, the same command goes on with "
+    run.kept = ("the trained weights are kept, the same command continues with "
                 f"RESUME=auto OUT_DIR={run.out_dir}")
 
 
@@ -10690,7 +10690,7 @@ def _train_steps(run, training, predictor, val, interrupt):
     if stop:
         then = "no checkpoint could be written"
         if training.save():
-            then = f"the same command goes on with RESUME=auto OUT_DIR={run.out_dir}"
+            then = f"the same command continues with RESUME=auto OUT_DIR={run.out_dir}"
         name = signal.Signals(stop).name
         raise Stopped(f"interrupted by {name} after step {training.step}; {then}", 128 + stop)
     if pace.by_step < 1:
@@ -10839,7 +10839,7 @@ def export(run, model, tokenizer_sha256, curvature=None):
     info, failed = run.rt.broadcast((info, failed))
     if failed:  # on all ranks: one that waited for the artifact would die of that
         raise Stopped(*failed)
-    run.kept = f"the artifact is kept, go on with PHASES=eval ARTIFACT={path}"
+    run.kept = f"the artifact is kept, continue with PHASES=eval ARTIFACT={path}"
     if run.last_checkpoint:
         run.kept += f" or RESUME=auto OUT_DIR={run.out_dir}"
 
@@ -11199,8 +11199,7 @@ def _log_tokenizer(run, tokenizer):
 
 
 def _train_and_export(run, tokenizer):
-    """Train a model and write it; nothing but the file, whose path this returns, goes on from here.
-    """
+    """Train a model and write it. Returns the path of the file: all that later phases get."""
     s = run.s
     rt = run.rt
     _log_tokenizer(run, tokenizer)
