@@ -3913,6 +3913,9 @@ class TokenStream:
     def prefetch(self, length, tokens):
         """Read the next batch before the clock runs: the first order of the blocks of many shards
         takes seconds. An error is left to next().
+
+        A signal must not be raised in here: it could cut the start of the thread in half, and
+        Python would wait for that thread for ever.
         """
         self._ahead = self._read_ahead(self._request(length, tokens))
         self._ahead.batch.exception()
@@ -10381,10 +10384,10 @@ def train(run, model, val):
     if rt.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(rt.device)
     was_done = training.done
-    if not was_done:
-        stage = s.stages[training.stage]
-        training.stream.prefetch(stage.length, stage.tokens)
     with Interrupt() as interrupt:
+        if not was_done:
+            stage = s.stages[training.stage]
+            training.stream.prefetch(stage.length, stage.tokens)
         with run.clock.charge("train"):
             _train_steps(run, training, predictor, val, interrupt)
         training.done = True

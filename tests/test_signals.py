@@ -271,6 +271,23 @@ def hangup_is_heard():
     signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_while_the_first_batch_is_read_is_noted_and_not_raised(toy, tmp_path, monkeypatch, name):
+    """Raised while the thread of the loader starts, it could leave a thread for which Python waits for ever."""
+    prefetch = train_gpt.TokenStream.prefetch
+
+    def interrupted(self, *args):
+        signal.raise_signal(signal.Signals[name])
+        prefetch(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt.TokenStream, "prefetch", interrupted)
+        stopped = call(command(toy, tmp_path, "ITERATIONS=4"))
+    refused(stopped, 128 + signal.Signals[name], f"interrupted by {name} after step 0; ", "RESUME=auto")
+    assert list(checkpoints(tmp_path)) == [0]
+    assert summary(good(call(command(toy, tmp_path, "ITERATIONS=4", "RESUME=auto"))))["steps"] == 4
+
+
 CALIBRATED = ("MATRIX_QUANT=gptq", "GPTQ_CALIBRATION_TOKENS=512", "EVAL_STRIDE=0", "AVERAGE=none")
 AFTER = {"_report_never_reached": "RESUME=auto", "save_artifact": "RESUME=auto", "evaluate": "PHASES=eval ARTIFACT="}
 
