@@ -11278,4 +11278,11 @@ if __name__ == "__main__":
     # A signal from here on has nothing to save.
     for late in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
         signal.signal(getattr(signal, late), signal.SIG_IGN)
+    if "LOCAL_RANK" in os.environ:
+        # All is written. On a busy machine the threads of torch's process groups may abort a rank
+        # that ends as Python processes do ("terminate called without ...", torch 2.13).
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
     sys.exit(code)
