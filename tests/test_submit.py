@@ -19,6 +19,7 @@ from process import REPO, clean_env, run_trainer
 from runs import RULE, SCRIPT, call, command, good, losses, summary
 
 import submit
+from submission import pack as packer
 
 UNPACKED = f"train_gpt-{os.getuid()}"
 SAME = ("steps", "train_tokens", "model_bytes", "artifact_sha256", "val_bpb", "val_loss", "val_tokens", "val_bytes",
@@ -35,7 +36,7 @@ def pack(script, out, *more):
 def minified_once():
     """The trainer takes seconds to minify, always to the same bytes (test_same_input_same_bytes)."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(submit, "minified", functools.cache(submit.minified))
+        patch.setattr(packer, "minified", functools.cache(packer.minified))
         yield
 
 
@@ -51,7 +52,7 @@ def packed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small():
-    return submit.minified(SCRIPT.read_bytes(), SCRIPT)
+    return packer.minified(SCRIPT.read_bytes(), SCRIPT)
 
 
 def python(*words, tmp, **more):
@@ -281,14 +282,14 @@ def test_same_input_same_bytes(packed, tmp_path):
 
 @pytest.mark.parametrize("data", [b"", b"a", bytes(range(256)), bytes(range(256)) * 99, random.Random(3).randbytes(50_000)])
 def test_any_bytes_survive_as_a_comment(data):
-    packed, undo = submit.as_comment(data)
+    packed, undo = packer.as_comment(data)
     assert not set(packed) & {0, 10, 13} and eval(undo, {"packed": packed}) == data
     assert len(packed) <= len(data) * 85 / 84 + 1
 
 
 def test_brotli_is_chosen_where_it_pays(tmp_path, capsys, monkeypatch):
     for limit, chosen in ((0, "brotli"), (10**6, "lzma")):
-        monkeypatch.setattr(submit, "WORTH_AN_IMPORT", limit)
+        monkeypatch.setattr(packer, "WORTH_AN_IMPORT", limit)
         pack(REPO / "tools/common.py", tmp_path / "x.py")
         sizes = [int(line.rpartition("packed_bytes:")[2]) for line in capsys.readouterr().out.splitlines()[1:3]]
         assert (tmp_path / "x.py").stat().st_size == sizes[chosen == "brotli"]
@@ -297,7 +298,7 @@ def test_brotli_is_chosen_where_it_pays(tmp_path, capsys, monkeypatch):
 def test_every_supported_python_reads_the_f_strings():
     """Quotes of an f-string are not used again inside it, which Python reads only since 3.12."""
     source = 'def f(values):\n    return f"{chr(10)}{values[\'a\']} {\', \'.join(values)}"\n'
-    line = submit.minified(source.encode(), "f.py").decode().partition("return f")[2]
+    line = packer.minified(source.encode(), "f.py").decode().partition("return f")[2]
     assert line.count(line[0]) == 2
 
 
@@ -336,7 +337,7 @@ def test_bad_input_is_one_line(case, tmp_path, capsys):
 def test_missing_package_is_named(module, expected, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     if module == "python_minifier":
-        monkeypatch.setattr(submit, "minified", submit.minified.__wrapped__)
+        monkeypatch.setattr(packer, "minified", packer.minified.__wrapped__)
     assert submit.main(["pack", "--out", str(tmp_path / "out.py")]) == 2
     said = capsys.readouterr().err
     assert module.replace("_", "-") in said and f"pip install -r {expected}" in said and said.count("\n") == 1
@@ -345,7 +346,7 @@ def test_missing_package_is_named(module, expected, tmp_path, capsys, monkeypatc
 
 def test_failed_write_leaves_the_old_file(tmp_path, capsys, monkeypatch):
     out = put(tmp_path / "out.py", b"old")
-    monkeypatch.setattr(submit.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert submit.main(["pack", "--script", str(put(tmp_path / "s.py", b"x = 1\n")), "--out", str(out)]) == 2
     assert "No space left" in capsys.readouterr().err
     assert out.read_bytes() == b"old" and sorted(path.name for path in tmp_path.iterdir()) == ["out.py", "s.py"]

@@ -13,6 +13,7 @@ import statistics
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,6 +108,30 @@ def names_of(option, known, none=False):
         return names
 
     return convert
+
+
+# ---- what a command writes ------------------------------------------------------------------------------------------
+
+
+def write(path, data):
+    """Write a file of these bytes: afterwards it is complete, or as it was. BadInput if it cannot be written."""
+    part = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+            part = Path(file.name)
+            file.write(data)
+        part.chmod(0o644)
+        os.replace(part, path)
+    except OSError as error:
+        if part:
+            part.unlink(missing_ok=True)
+        raise BadInput(f"{path} cannot be written ({error.strerror})") from None
+
+
+def say(event, **values):
+    """Print a line of the form that a run's log has: the event, then key:value, in which blanks are underscores."""
+    print(event, *(f"{key}:{'_'.join(str(value).split())}" for key, value in values.items()), flush=True)
 
 
 # ---- files and numbers ----------------------------------------------------------------------------------------------
