@@ -432,6 +432,15 @@ def test_a_readme_that_lacks_something_is_named(copied, capsys, missing, said):
     assert (copied / "README.md").read_text() == before
 
 
+def test_a_submission_is_no_published_system(copied):
+    """tools/submit.py may have made one beside them."""
+    folder = copied / "track_10min_16mb/2026-12-01_Mine"
+    folder.mkdir()
+    for name in ("settings.env", "README.md", "submission.json"):
+        (folder / name).write_text("")
+    assert records.main(["--check"]) == 0
+
+
 def test_other_input_that_cannot_be_used(copied, capsys):
     folder = copied / FOLDERS[0].relative_to(RECORDS)
     settings_file = folder / "settings.env"
@@ -442,6 +451,9 @@ def test_other_input_that_cannot_be_used(copied, capsys):
     index = copied / "README.md"
     index.write_text(index.read_text().replace("<!-- end of bytes -->", ""))
     assert records.main([]) == 2 and "<!-- end of bytes -->" in capsys.readouterr().err
+    readme = folder / "README.md"
+    readme.write_text(readme.read_text().replace("| C2: a distribution over all tokens | yes | softmax |", "| C2: a distribution over all tokens | yes |"))
+    assert records.main([]) == 2 and "has 2 cells, not 3" in capsys.readouterr().err
     assert records.main(["--chek"]) == 2 and "records.py --help" in capsys.readouterr().err
 
 

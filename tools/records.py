@@ -118,9 +118,14 @@ class Readme:
         return self.find(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", f"heading '## {title}'")[1]
 
     def rows(self, title, *wanted):
-        """Cells of each row of the section's table, without its head. BadInput if a row of those wanted is missing."""
-        lines = re.findall(r"^\| (.+) \|$", self.section(title), re.M)
-        rows = [[cell.strip() for cell in line.split(" | ")] for line in lines[1:]]
+        """Cells of each row of the section's table, without its head. BadInput if a row of those wanted is missing, or
+        if one has another number of cells than the head.
+        """
+        lines = re.findall(r"^\| .+\|$", self.section(title), re.M)
+        head, *rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines or ["| |"]]
+        for row in rows:
+            if len(row) != len(head):
+                raise BadInput(f"{self.path}: '| {row[0]} |' below '## {title}' has {len(row)} cells, not {len(head)}")
         for what in wanted:
             if what not in [row[0] for row in rows]:
                 raise BadInput(f"{self.path}: no row '| {what} |' below '## {title}'")
@@ -179,12 +184,16 @@ def read_record(folder):
 
 
 def read_records():
-    """Every Record: the tracks one after the other, in the order of the pull requests, a twin after its original."""
+    """Every Record: the tracks one after the other, in the order of the pull requests, a twin after its original.
+    A folder with a submission.json is no published system but a submission: it is left out.
+    """
     def place(record):
         number = re.search(r"\d+", record.origin)
         return record.folder.partition("/")[0], int(number[0]) if number else 0, record.origin.startswith("Valid twin")
 
-    records = sorted((read_record(path.parent) for path in RECORDS.glob("*/*/settings.env")), key=place)
+    folders = [path.parent for path in RECORDS.glob("*/*/settings.env")]
+    published = [folder for folder in folders if not (folder / "submission.json").exists()]
+    records = sorted(map(read_record, published), key=place)
     if not records:
         raise BadInput(f"{RECORDS}: no folders with a settings.env")
     return records
@@ -205,13 +214,9 @@ def link(record, text):
     return f"[{text}]({record.folder}/)"
 
 
-def first_of(values, *beginnings):
-    """The value of the first key that begins so."""
-    for beginning in beginnings:
-        for what, value in values.items():
-            if what.startswith(beginning):
-                return value
-    return NONE
+def first_of(values, beginning):
+    """The value of the first key that begins so, or NONE."""
+    return next((value for what, value in values.items() if what.startswith(beginning)), NONE)
 
 
 def leading_number(text):
