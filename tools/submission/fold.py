@@ -16,7 +16,7 @@ import re
 from collections import Counter, defaultdict
 
 PURE_CALLS = {"len", "min", "max", "any", "all", "sum", "abs", "isinstance", "hasattr", "getattr", "tuple", "list", "set",
-              "dict", "sorted", "range", "enumerate", "zip", "str", "int", "float", "bool", "round", "partial", "Path"}
+              "dict", "sorted", "range", "enumerate", "zip", "str", "int", "float", "bool", "round", "partial", "Path", "format_value"}
 EVALUATED = {name: getattr(builtins, name) for name in
              ("len", "min", "max", "any", "all", "sum", "abs", "tuple", "list", "set", "sorted", "range", "str", "int",
               "float", "bool", "round", "dict", "frozenset")}
@@ -108,7 +108,10 @@ class Code:
             self.begins.append(self.begins[-1] + len(line))
         self.parents = {}
         self.scopes = {}  # node: the innermost function or class around it
-        self._link(self.tree, None)
+        self.nodes = []  # all of them, outer ones first
+        self.own = defaultdict(list)  # function or class: its nodes without those of functions and classes inside
+        self._link()
+        self.nonlocals = [node for node in self.nodes if isinstance(node, ast.Nonlocal)]
         self.constants = self._module_constants()
         self.locals = {}  # function: {name: the expression of its only assignment}
         self.attributes = self._attribute_assignments()
@@ -118,15 +121,18 @@ class Code:
         self.nowhere = World({})
         self._worlds = {}
 
-    def _link(self, node, scope):
+    def _link(self):
         stack = [(self.tree, None)]
         while stack:
             node, scope = stack.pop()
             self.scopes[node] = scope
+            self.nodes.append(node)
+            self.own[scope].append(node)
             inner = node if isinstance(node, (*FUNCTIONS, ast.ClassDef)) else scope
-            for child in ast.iter_child_nodes(node):
+            children = list(ast.iter_child_nodes(node))
+            for child in children:
                 self.parents[child] = node
-                stack.append((child, inner))
+            stack += [(child, inner) for child in reversed(children)]
 
     def begin(self, node):
         return self.begins[node.lineno - 1] + node.col_offset
@@ -157,7 +163,7 @@ class Code:
         """{name: expression} of names that the module assigns once and nothing else does."""
         counts = Counter()
         found = {}
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Global):
                 counts.update(node.names * 2)
         for statement in self.tree.body:
@@ -176,7 +182,7 @@ class Code:
         """
         if function not in self.locals:
             found = {}
-            for node in own_nodes(function):
+            for node in self.own[function]:
                 for target in targets_of(node):
                     for name in names_in(target):
                         once = name not in found and isinstance(node, ast.Assign) and isinstance(target, ast.Name)
@@ -188,9 +194,8 @@ class Code:
                 if isinstance(node, ast.ExceptHandler) and node.name:
                     found[node.name] = None
             # A function inside may assign it, too.
-            for node in ast.walk(function):
-                if isinstance(node, ast.Nonlocal):
-                    found.update(dict.fromkeys(node.names))
+            for node in self.nonlocals:
+                found.update(dict.fromkeys(name for name in node.names if name in found))
             for argument in arguments_of(function):
                 found[argument] = None if argument in found else self.arguments.get((function, argument))
             self.locals[function] = found
@@ -209,7 +214,7 @@ class Code:
         simple one, or not of self.
         """
         found = defaultdict(list)
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             for target in targets_of(node):
                 for part in ast.walk(target):
                     if isinstance(part, ast.Attribute) and isinstance(part.ctx, (ast.Store, ast.Del)):
@@ -244,7 +249,7 @@ class Code:
         constructors = self._constructors()
         calls = defaultdict(list)
         escaped = set()
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 calls[node.func.id].append(node)
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
@@ -270,7 +275,7 @@ class Code:
 
     def _constructors(self):
         """{class: its __init__} of the classes of which no other class is made."""
-        bases = {base.id for node in ast.walk(self.tree) if isinstance(node, ast.ClassDef)
+        bases = {base.id for node in self.nodes if isinstance(node, ast.ClassDef)
                  for base in node.bases if isinstance(base, ast.Name)}
         found = {}
         for node in self.tree.body:
@@ -279,7 +284,7 @@ class Code:
                     if isinstance(member, ast.FunctionDef) and member.name == "__init__":
                         found[node.name] = member
         # One that is handed on may be called anywhere.
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Name) and node.id in found and not self._is_called(node) and not self._is_type(node):
                 del found[node.id]
         return found
@@ -494,17 +499,6 @@ def arguments_of(function):
     return [argument.arg for argument in every]
 
 
-def own_nodes(function):
-    """The nodes of a function without those of functions inside it."""
-    body = function.body if isinstance(function.body, list) else [function.body]
-    stack = list(body)
-    while stack:
-        node = stack.pop()
-        yield node
-        if not isinstance(node, (*FUNCTIONS, ast.ClassDef)):
-            stack.extend(ast.iter_child_nodes(node))
-
-
 def bound(function, call, is_method=False):
     """{parameter: expression} of a call; None if it cannot be told."""
     args = function.args
@@ -625,46 +619,41 @@ def dedented(text, by):
 
 def fold(code, edits):
     """Decide what is known."""
-    stack = [code.tree]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, ast.If):
-            if fold_if(code, edits, node):
-                continue
-        elif isinstance(node, ast.IfExp):
-            truth = code.truth(node.test)
-            if truth is not None and is_pure(node.test):
-                chosen = node.body if truth else node.orelse
-                edits.replace(code.begin(node), code.end(node), in_parentheses(code, node, chosen))
-                continue
-        elif isinstance(node, ast.BoolOp):
-            if fold_bool(code, edits, node):
-                continue
-        elif isinstance(node, ast.While):
-            if code.truth(node.test) is False:
-                edits.remove(node)
-                continue
-        elif isinstance(node, ast.Assert):
-            if code.truth(node.test) is True:
-                edits.remove(node)
-                continue
-        elif isinstance(node, ast.For):
-            if is_empty(code, node.iter) and not node.orelse or is_pass(node.body) and is_pure(node.iter) and not node.orelse:
-                edits.remove(node)
-                continue
-        elif isinstance(node, ast.Assign) and fold_table(code, edits, node):
-            continue
-        elif isinstance(node, ast.Expr) and does_nothing(code, node):
-            edits.remove(node)
-            continue
-        if isinstance(node, ast.expr):
-            text = code.values.rewritten(node, code)
-            if text is not None:
-                edits.replace(code.begin(node), code.end(node), text)
-                continue
+    for node in code.nodes:
+        fold_node(code, edits, node)
         for block in BLOCKS:
             fold_block(code, edits, getattr(node, block, None))
-        stack.extend(ast.iter_child_nodes(node))
+
+
+def fold_node(code, edits, node):
+    if isinstance(node, ast.If):
+        fold_if(code, edits, node)
+    elif isinstance(node, ast.IfExp):
+        truth = code.truth(node.test)
+        if truth is not None and is_pure(node.test):
+            chosen = node.body if truth else node.orelse
+            edits.replace(code.begin(node), code.end(node), in_parentheses(code, node, chosen))
+    elif isinstance(node, ast.BoolOp):
+        fold_bool(code, edits, node)
+    elif isinstance(node, ast.While):
+        if code.truth(node.test) is False:
+            edits.remove(node)
+    elif isinstance(node, ast.Assert):
+        if code.truth(node.test) is True:
+            edits.remove(node)
+    elif isinstance(node, ast.For):
+        does_nothing_each_time = is_pass(node.body) and is_pure(node.iter)
+        if not node.orelse and (does_nothing_each_time or is_empty(code, node.iter)):
+            edits.remove(node)
+    elif isinstance(node, ast.Assign):
+        fold_table(code, edits, node)
+    elif isinstance(node, ast.Expr):
+        if does_nothing(code, node):
+            edits.remove(node)
+    elif isinstance(node, (ast.Call, ast.Subscript)):
+        text = code.values.rewritten(node, code)
+        if text is not None:
+            edits.replace(code.begin(node), code.end(node), text)
 
 
 def fold_table(code, edits, node):
@@ -735,7 +724,7 @@ def empty_functions(code):
     """Names of functions and methods of which every definition has no statement left."""
     if not hasattr(code, "_empty"):
         bodies = defaultdict(list)
-        for node in ast.walk(code.tree):
+        for node in code.nodes:
             if isinstance(node, ast.FunctionDef):
                 statements = [one for one in node.body if not is_docstring(one)]
                 empty = not statements or is_pass(statements)
@@ -880,7 +869,7 @@ def prune(code, edits):
     live = Live(code)
     for statement in code.tree.body:
         prune_statement(code, edits, statement, live)
-    for node in ast.walk(code.tree):
+    for node in code.nodes:
         if isinstance(node, ast.ClassDef):
             for statement in node.body:
                 if (node.name, id(statement)) in live.dead_members:
@@ -1102,7 +1091,7 @@ def prune_locals(code, edits, function):
     """Locals, inner functions and attributes of self that are assigned and never read."""
     read = {node.id for node in ast.walk(function) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Store)}
     outer = {name for node in ast.walk(function) if isinstance(node, (ast.Global, ast.Nonlocal)) for name in node.names}
-    for node in own_nodes(function):
+    for node in code.own[function]:
         if isinstance(node, ast.FunctionDef):
             if node.name not in read:
                 edits.remove(node)
@@ -1120,7 +1109,7 @@ def read_attributes(code):
     """Names of all attributes that the file reads, or changes from what they were."""
     if not hasattr(code, "_read"):
         code._read = set()
-        for node in ast.walk(code.tree):
+        for node in code.nodes:
             if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Store):
                 code._read.add(node.attr)
             elif isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Attribute):

@@ -7,7 +7,7 @@ import lzma
 from pathlib import Path
 from unittest import mock
 
-from common import ROOT, BadInput, Parser, say, write
+from common import ROOT, BadInput, Parser, load_trainer, say, trainer_errors, write
 
 HELP_ENDS = "\nThe rooms"  # of a docstring: --help shows what comes before
 WORTH_AN_IMPORT = 2_000  # bytes
@@ -161,7 +161,10 @@ def packed(source, module, text):
 def arguments(argv):
     parser = Parser(prog="submit.py pack", description="Make a script small and self-extracting.")
     parser.add_argument("--script", metavar="FILE", type=Path, default=ROOT / "train_gpt.py")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="default: logs/packed/ and the name of the script")
+    parser.add_argument("--settings", metavar="RECORD|FILE", help="a record's folder or a settings file: what the packed "
+                        "script runs by itself")
+    parser.add_argument("--specialise", action="store_true", help="cut the script down to these settings first")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="default: logs/packed/[NAME OF THE SETTINGS/]train_gpt.py")
     parser.add_argument("--compressor", choices=["auto", *COMPRESSORS], default="auto",
                         help="auto: lzma, which Python has, unless brotli saves over 2,000 bytes")
     parser.add_argument("--text", action="store_true", help="ASCII (base85) in place of bytes in a Latin-1 comment")
@@ -169,12 +172,17 @@ def arguments(argv):
 
 
 def run(args):
-    out = args.out or ROOT / "logs/packed" / args.script.name
+    name = settings_name(args.settings) if args.settings else ""
+    out = args.out or ROOT / "logs/packed" / name / args.script.name
     source = read(args.script)
     if out.suffix != ".py":
         raise BadInput(f"--out {out}: the name must end in .py")
     if out.exists() and out.samefile(args.script):
         raise BadInput(f"--out {out} is the script itself")
+    if args.specialise and not args.settings:
+        raise BadInput("--specialise needs the --settings to which it cuts the script down")
+    if args.settings:
+        source = with_settings(source, args.settings, args.specialise)
     small = minified(source, args.script)
     say("minified", script=args.script, raw_bytes=len(source), minified_bytes=len(small),
         sha256=hashlib.sha256(small).hexdigest()[:16])
@@ -190,6 +198,27 @@ def run(args):
     say("written", file=out, compressor=chosen, bytes=len(files[chosen]), saved_bytes=len(source) - len(files[chosen]),
         of_limit=f"{len(files[chosen]) / LIMIT:.4%}", sha256=hashlib.sha256(files[chosen]).hexdigest())
     return 0
+
+
+def settings_name(path):
+    """The name of a record's folder, or of a settings file."""
+    return Path(path.removesuffix("settings.env")).name.removesuffix(".env")
+
+
+def with_settings(source, path, specialise):
+    """The trainer's source that runs these settings by itself: they are its preset, or it is cut down to them."""
+    from submission.specialise import preset_line, specialised
+
+    with trainer_errors():
+        s = load_trainer().Settings.parse([f"@{path}"])
+    text = source.decode()
+    try:
+        line = preset_line(text)
+    except StopIteration:
+        raise BadInput("--settings: the script has no PRESET; it is not this repository's trainer") from None
+    if specialise:
+        return specialised(text, s, settings_name(path)).encode()
+    return text.replace(line, f"PRESET = {s.text()!r}\n", 1).encode()
 
 
 def read(path):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from common import ROOT, BadInput, Parser, load_trainer, say, trainer_errors, write
 from submission import fold
-from submission.pack import COMPRESSORS, minified, packed, read
+from submission.pack import COMPRESSORS, minified, packed, read, settings_name
 
 # What a run of a record may still choose: where it reads and writes, its seed, the machine, how long and how much, and
 # speed. The record's value is their default.
@@ -91,7 +91,7 @@ class TrainerValues(fold.Values):
             codecs.add("wide")
         self.tables = {
             "NEWTON_SCHULZ": {s.newton_schulz}, "OPTIMIZERS": {s.matrix_optimizer, "adamw"}, "CODECS": codecs,
-            "COMPRESSORS": compressors,
+            "COMPRESSORS": compressors | {"zlib"},  # which packs the header
         }
         self.facets = {
             "compressor": sorted(compressors),
@@ -414,7 +414,9 @@ def decided_conflicts(source, trainer, s, open_names):
             if fold.is_docstring(statement):
                 continue
             if isinstance(statement, ast.If) and isinstance(statement.body[-1], ast.Return):
-                continue  # decided by folding, or what follows runs all the same
+                if eval(compile(ast.Expression(statement.test), function.name, "eval"), known):
+                    break
+                continue
             try:
                 exec(compile(ast.Module([statement], []), function.name, "exec"), known)
             except fold.Unknown:
@@ -526,18 +528,16 @@ def replacing_functions(source):
 
 def arguments(argv):
     parser = Parser(prog="submit.py specialise", description="Cut the trainer down to one record.")
-    parser.add_argument("settings", nargs="+", metavar="RECORD|@FILE|KEY=VALUE",
-                        help="the record's folder or settings file, and changes")
+    parser.add_argument("record", metavar="RECORD", help="a record's folder, or a settings file")
+    parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="settings that are changed")
     parser.add_argument("-o", "--out", metavar="FILE", type=Path, help="default: logs/specialised/NAME/train_gpt.py")
     return parser.parse_args(argv)
 
 
 def run(args):
-    words = ["@" + word if "=" not in word and not word.startswith("@") else word for word in args.settings]
-    files = [word for word in words if word.startswith("@")]
-    name = Path(files[0][1:].removesuffix("settings.env")).name if files else "settings"
+    name = settings_name(args.record)
     with trainer_errors():
-        s = load_trainer().Settings.parse(words)
+        s = load_trainer().Settings.parse([f"@{args.record.removeprefix('@')}", *args.changes])
     path = ROOT / "train_gpt.py"
     source = read(path)
     small = specialised(source.decode(), s, name).encode()
