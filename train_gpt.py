@@ -84,6 +84,7 @@ openai/parameter-golf.
 import contextlib
 import difflib
 import hashlib
+import importlib.metadata
 import importlib.util
 import inspect
 import io
@@ -11077,6 +11078,18 @@ def _need_record(run, seconds):
     need(not run.validity.reasons, "the score is not valid")
 
 
+PACKAGES = "sentencepiece", "zstandard", "brotli", "triton", "flash_attn_3"  # beside torch, numpy
+
+
+def package_versions():
+    """NAME==VERSION of each package that this file may import and that is installed."""
+    versions = []
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{name}=={importlib.metadata.version(name)}")
+    return versions
+
+
 def log_header(run, argv):
     """What a reader years later needs: source, commit, versions, device, settings, every automatic
     choice.
@@ -11094,7 +11107,8 @@ def log_header(run, argv):
     changed_files = len(_output_of("git", "status", "--porcelain").splitlines())
     log("run", out_dir=run.out_dir, commit=commit, changed_files=changed_files,
         code_sha256=hashlib.sha256(run.source).hexdigest()[:16], torch=torch.__version__,
-        numpy=np.__version__, threads=torch.get_num_threads(), world_size=run.rt.world,
+        numpy=np.__version__, cuda=torch.version.cuda or "none", packages=package_versions(),
+        threads=torch.get_num_threads(), world_size=run.rt.world, seed=run.s.seed,
         command=shlex.join(argv))
     settings = run.s.text()
     log("settings", f"settings {settings}".strip(), settings=settings, settings_hash=run.s.sha256())
