@@ -1,0 +1,780 @@
+"""What a training log says: one of ours, or one that a script of the contest printed.
+
+    for log in read_logs(path): print(log.seed, log.val_bpb, log.lines["val_bpb"])
+
+Nothing in a file can make this fail: what a log does not say is None. A file may be cut off, UTF-16, a capture of a
+console, or hold several runs. The forms were read from the 3,900 logs of the contest's public pull requests.
+"""
+
+import hashlib
+import json
+import math
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from common import BadInput
+
+MOST_BYTES = 64 << 20  # of a file that are read: the largest public log has 4 MB
+LONGEST_LINE = 2_000  # bytes of a line that are looked at, but for the summary
+
+
+class Phase(NamedTuple):
+    """A part of the evaluation, as the log names it."""
+
+    name: str
+    seconds: float
+    line: int
+
+
+class Score(NamedTuple):
+    """A line with a loss and a score."""
+
+    name: str  # what stands before them
+    loss: float | None  # nats per token
+    bpb: float
+    digits: int  # of the score, after the point
+    seconds: float | None  # that this evaluation took
+    line: int
+
+
+class Log(NamedTuple):
+    """What one run says of itself."""
+
+    path: Path
+    form: str  # ours | contest | json | pointer (of Git LFS) | empty | binary | other text
+    first_line: int = 1  # of this run in its file
+    seed: int | None = None
+    world_size: int | None = None
+    gpu: str | None = None
+    gpus: int | None = None  # that nvidia-smi lists
+    torch: str | None = None
+    attention: str | None = None
+    train_shards: int | None = None
+    val_tokens: int | None = None  # of the validation set that is loaded
+    val_bytes: int | None = None
+    scored_tokens: int | None = None
+    steps: int | None = None
+    train_seconds: float | None = None  # at which the training stopped
+    calibrate_seconds: float | None = None  # of reading text for Hessians
+    generate_seconds: float | None = None  # of making such text with the model
+    eval_seconds: float | None = None
+    eval_note: str = ""  # how eval_seconds was found
+    needed_seconds: float | None = None  # the part of eval_seconds that the score needs
+    phases: tuple[Phase, ...] = ()
+    code_bytes: int | None = None  # that the log counts
+    raw_code_bytes: int | None = None  # before it was compressed, where the log counts it so
+    model_bytes: int | None = None
+    total_bytes: int | None = None
+    other_totals: tuple[int, ...] = ()  # of variants beside the one that is submitted
+    val_loss: float | None = None  # final
+    val_bpb: float | None = None
+    digits: int | None = None  # of val_bpb, after the point
+    scores: tuple[Score, ...] = ()  # every one but those of single steps
+    code_sha256: str | None = None  # of the script, as the log states it
+    source_sha256: str | None = None  # see source_hash(): of the source at the top of the log
+    artifact_sha256: str | None = None
+    settings: dict[str, str] | None = None
+    settings_hash: str | None = None  # the same for every seed
+    valid: str | None = None  # ours: yes or no
+    reasons: tuple[str, ...] = ()
+    eligible: str | None = None
+    eligible_reasons: tuple[str, ...] = ()
+    documents_in_training: int | None = None  # ours: validation documents whose openings are training text
+    doubled_path: str | None = None  # of the data, as in #2127
+    prequant_line: int | None = None  # the first that says: trained on validation text before packing
+    gates: dict[str, int] | None = None  # of n-grams: how often one that looks at the target was open
+    passes: int | None = None  # over the validation text, where the log counts them
+    tracebacks: int = 0
+    mixed_line: int | None = None  # at which step or clock go back though no run begins there
+    summaries: int = 0
+    summary_seed: int | None = None  # ours
+    lines: dict[str, int] = {}  # {field: line that states it}
+
+    @property
+    def is_run(self):
+        """Is this the log of a training or an evaluation?"""
+        return self.steps is not None or self.val_bpb is not None or self.train_seconds is not None
+
+
+# ---- the bytes of a file --------------------------------------------------------------------------------------------
+
+
+def read_log(path):
+    """The last run in a file."""
+    return read_logs(path)[-1]
+
+
+def read_logs(path):
+    """The runs in a file, at least one. BadInput if it cannot be read."""
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MOST_BYTES)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    return parse(raw, path)
+
+
+def parse(raw, path):
+    """The runs in these bytes of a file."""
+    body = as_utf8(raw)
+    form = form_of(body)
+    if form in ("pointer", "empty", "binary", "json"):
+        return [Log(path, form)]
+    source_sha256, body = without_source(body)
+    text = Text(body)
+    ends = restarts(text)
+    runs = []
+    begin = 0
+    for end in [*ends, len(body)]:
+        log = read_run(text, begin, end, path)._replace(source_sha256=source_sha256)
+        if not any(same_run(log, other) for other in runs):
+            runs.append(log)
+        begin = end
+    return [log for log in runs if log.is_run] or runs[:1]
+
+
+def as_utf8(raw):
+    """The bytes of a text with line feeds, whatever wrote it: UTF-16, carriage returns, a console."""
+    for mark, encoding in ((b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"), (b"\xef\xbb\xbf", "utf-8")):
+        if raw.startswith(mark):
+            raw = raw[len(mark):].decode(encoding, "replace").encode("utf-8", "replace")
+            break
+    else:
+        head = raw[:4096]
+        if head[1::2].count(0) > len(head) // 3:
+            raw = raw.decode("utf-16-le", "replace").encode("utf-8", "replace")
+    return raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+
+def form_of(body):
+    """What kind of file these bytes are, as far as their beginning tells."""
+    head = body[:4096].lstrip()
+    if not head:
+        return "empty"
+    if head.startswith(b"version https://git-lfs"):
+        return "pointer"
+    if b"\0" in head:
+        return "binary"
+    if head[:1] in b"{[":
+        try:
+            json.loads(body)
+            return "json"
+        except (ValueError, RecursionError):
+            pass
+    return "text"
+
+
+# ---- the source at the top ------------------------------------------------------------------------------------------
+
+RULE = re.compile(rb"^={100}$", re.MULTILINE)  # that the scripts print before and after their source
+PYTHON = re.compile(rb"^(?:import|from|def|class) \w", re.MULTILINE)
+
+
+def without_source(body):
+    """(hash of the script's source in this log or None, the log with that text blanked, line by line)."""
+    bounds = [0]
+    for rule in RULE.finditer(body):
+        bounds += [rule.start(), rule.end()]
+    bounds.append(len(body))
+    digest = None
+    for begin, end in zip(bounds, bounds[1:]):
+        section = body[begin:end]
+        if len(PYTHON.findall(section)) < 5:
+            continue
+        start = PYTHON.search(section).start()
+        quoted = re.search(rb'^(?:#[^\n]*\n|r?"""|from __future__)', section, re.MULTILINE)
+        if quoted:
+            start = min(start, quoted.start())
+        complete = end < len(body)  # a rule follows
+        if digest is None and complete:
+            digest = source_hash(section[start:])
+        blank = b"\n" * section.count(b"\n", start)
+        blank = blank.rjust(len(section) - start, b" ")
+        body = body[: begin + start] + blank + body[end:]
+    return digest, body
+
+
+def source_hash(source):
+    """SHA-256 of a script without blanks at the ends of its lines, which consoles change."""
+    lines = [line.rstrip() for line in source.strip().splitlines()]
+    return hashlib.sha256(b"\n".join(lines)).hexdigest()
+
+
+# ---- looking for lines ----------------------------------------------------------------------------------------------
+
+
+class Text:
+    """A log as bytes, in which lines are found by a word."""
+
+    def __init__(self, body):
+        self.body = body
+        self.lower = body.lower()
+
+    def lines_with(self, word, begin, end):
+        """(offset, line in lower case) of each line between these offsets that holds the word."""
+        at = self.lower.find(word, begin, end)
+        while at >= 0:
+            start = self.lower.rfind(b"\n", 0, at) + 1
+            stop = self.lower.find(b"\n", at)
+            if stop < 0:
+                stop = len(self.lower)
+            yield start, self.lower[start : min(stop, start + LONGEST_LINE)]
+            at = self.lower.find(word, stop, end)
+
+    def original(self, offset, length):
+        """The bytes at an offset as the file has them, as text."""
+        return self.body[offset : offset + length].decode("utf-8", "replace")
+
+    def number(self, offset):
+        """The number of the line at this offset, from 1."""
+        return self.body.count(b"\n", 0, offset) + 1
+
+
+def whole(text):
+    """An integer such as 15,987,547."""
+    return int(text.replace(b",", b"").replace(b"_", b""))
+
+
+def real(text):
+    return float(text)
+
+
+NUMBER = rb"(\d{1,18}(?:\.\d{0,18})?)"
+COUNT = rb"(\d[\d,_]{0,20})"
+
+# ---- steps and runs -------------------------------------------------------------------------------------------------
+
+# `step:4000/20000 val_loss:`, `step:34 train_loss:`, `4000/20000 val_loss:` with or without a time before it
+STEP = re.compile(rb"(?:\bstep[:= ] ?|^(?:\[[^\]]{1,40}\]:? ?|[\dtz:.-]{8,40} |\d{1,6} )?(?=\d{1,9}/))"
+                  rb"(\d{1,9})(?:/\d{1,9})?[ ,|]+(?:train_|val_)?loss\b")
+STEP_CLOCK = re.compile(rb"(?:train_time|\btt|\bt|\btime)[:=] ?(\d[\d.]{0,15})(ms|s|m)\b")
+SECONDS = {b"ms": 0.001, b"s": 1.0, b"m": 60.0, b"min": 60.0}
+# What a run prints before its first step.
+BEGINNINGS = (b"hyperparameters:", b"val_bpb:enabled", b"train_loader:", b"model_params", b"train_shards",
+              b"running python", b"warmup_step", b"\nseed")
+
+
+class Step(NamedTuple):
+    offset: int
+    number: int
+    seconds: float | None
+
+
+def steps_of(text, begin, end):
+    """The lines of steps, in order."""
+    found = {}
+    for word in (b"train_loss", b"val_loss"):
+        for offset, line in text.lines_with(word, begin, end):
+            match = STEP.search(line)
+            if match is None or offset in found:
+                continue
+            clock = STEP_CLOCK.search(line, match.end())
+            seconds = None
+            if clock and is_number(clock.group(1)):
+                seconds = float(clock.group(1)) * SECONDS[clock.group(2)]
+            found[offset] = Step(offset, int(match.group(1)), seconds)
+    return [found[offset] for offset in sorted(found)]
+
+
+def is_number(text):
+    return text.count(b".") <= 1 and text.strip(b".") != b""
+
+
+def goes_back(earlier, later):
+    """Do two lines of steps that follow one another come from two runs? Times in minutes have one digit."""
+    if later.number < earlier.number:
+        return True
+    if earlier.seconds is None or later.seconds is None:
+        return False
+    return later.seconds < 0.98 * earlier.seconds - 7.0
+
+
+def restarts(text):
+    """The offsets at which further runs begin in a file."""
+    steps = steps_of(text, 0, len(text.body))
+    cuts = []
+    for earlier, later in zip(steps, steps[1:]):
+        if not goes_back(earlier, later):
+            continue
+        if text.lower.find(b"\nresume step:", earlier.offset, later.offset) >= 0:
+            continue  # the same run, continued from its checkpoint
+        places = [text.lower.find(word, earlier.offset, later.offset) for word in BEGINNINGS]
+        places = [place for place in places if place >= 0]
+        cut = min(places, default=later.offset)
+        cuts.append(text.lower.rfind(b"\n", 0, cut) + 1 if places else later.offset)
+    return cuts
+
+
+def same_run(log, other):
+    """Is this the same run again, as where a console and a log file were joined?"""
+    facts = ("seed", "steps", "train_seconds", "val_bpb", "total_bytes")
+    mine = [getattr(log, fact) for fact in facts]
+    theirs = [getattr(other, fact) for fact in facts]
+    return mine == theirs and log.is_run
+
+
+# ---- single facts ---------------------------------------------------------------------------------------------------
+
+
+class Fact(NamedTuple):
+    """A value that a line states."""
+
+    field: str
+    word: bytes  # in every such line, in lower case
+    pattern: re.Pattern  # its first group is the value
+    read: Callable = whole
+    last: bool = False  # the last such line counts, not the first
+
+
+def fact(field, word, pattern, read=whole, last=False):
+    return Fact(field, word, re.compile(pattern), read, last)
+
+
+def name(text):
+    return text.decode("utf-8", "replace").strip()
+
+
+FACTS = (  # of several for a field, the first that is found counts
+    fact("seed", b"seed", rb"^(?:[^=\n]{0,60}[ \]:])?seed ?[:=] ?(\d{1,12})\b"),
+    fact("world_size", b"world", rb"\bworld[_ ]size ?[:=] ?(\d{1,6})\b"),
+    fact("torch", b"pytorch", rb"\brunning pytorch (\S{3,40})", name),
+    fact("torch", b"torch", rb"\b(?:py)?torch(?:_version)?[:=] ?v?(\d\.\d+\.\d\S{0,20})", name),
+    fact("attention", b"attention:", rb"^choice attention:(\w+)", name),
+    fact("attention", b"attention_backend", rb"\battention_backend[:=] ?(\S{1,60})", name),
+    fact("attention", b"flash_attn", rb"\b(flash_attn_3|flash_attn_interface)\b", name),
+    fact("attention", b"sdp_backends", rb"\bsdp_backends:(.{1,80})", name),
+    fact("train_shards", b"train_shards", rb"\btrain_shards ?[:=] ?(\d{1,9})\b"),
+    fact("val_tokens", b"tokens", rb"\bval_loader:.*\btokens:" + COUNT),
+    fact("val_tokens", b"val_tokens", rb"\bval_tokens ?[:=] ?" + COUNT),
+    fact("val_bytes", b"val_bytes", rb"\bval_bytes ?[:=] ?" + COUNT, last=True),
+    fact("scored_tokens", b"tokens", rb"\b(?:target_tokens|scored_tokens|tokens_scored|total_targets)[:=] ?" + COUNT,
+         last=True),
+    fact("steps", b"stopping_early", rb"\bstep: ?(\d{1,9})\b"),
+    fact("train_seconds", b"stopping_early", rb"\btrain_time[^:]{0,40}: ?" + NUMBER + rb"ms\b", real),
+    fact("raw_code_bytes", b"uncompressed", rb"\bcode size \(uncompressed\): ?" + COUNT),
+    fact("code_bytes", b"compressed", rb"\bcode size \(compressed\): ?" + COUNT),
+    fact("code_bytes", b"code size", rb"\bcode size: ?" + COUNT + rb" ?b"),
+    fact("code_bytes", b"code", rb"\bcode(?:_bytes)?[:=] ?(\d[\d,]{3,9})\b", last=True),
+    fact("passes", b"pass 2", rb"\bpass (2) done\b"),
+)
+GATE = re.compile(rb"\b(within_gate|word_gate|agree2plus)[=:](\d{1,12})\b")
+GPU_ROW = re.compile(rb"^\|? +\d+ +nvidia ([a-z0-9][\w .-]{1,30}?) +(?:on|off) *\|")
+GPU_NAME = re.compile(rb"\b(h100|h200|b200|a100|gb10|l40s?|v100|t4|mi300x|rtx[ -]?(?:pro )?\d{4})\b")
+DOUBLED_PATH = re.compile(rb"(\S*datasets/datasets/\S*)")
+PREQUANT = re.compile(rb"^\W{0,3}(?:[^\n]{0,40} )?(?:pre_?quant_ttt:(?:epoch|done)|post-prequant-ttt )")
+
+
+def read_run(text, begin, end, path):
+    """What the part of a file between two offsets says."""
+    found = {}
+    lines = {}
+
+    def note(field, value, offset):
+        found[field] = value
+        lines[field] = text.number(offset)
+
+    for row in FACTS:
+        if row.field in found:
+            continue
+        for offset, line in text.lines_with(row.word, begin, end):
+            match = row.pattern.search(line)
+            if match:
+                note(row.field, row.read(match.group(1)), offset)
+                if not row.last:
+                    break
+    if "train_seconds" in found:
+        found["train_seconds"] /= 1000
+    read_steps(text, begin, end, note, found)
+    read_gpu(text, begin, end, note)
+    read_signs(text, begin, end, note)
+    read_sizes(text, begin, end, note, found)
+    read_clocks(text, begin, end, note, found)
+    read_settings(text, begin, end, note)
+    form = "contest"
+    if text.lower.startswith(b"run out_dir:", begin) or text.lower.find(b"\nrun out_dir:", begin, end) >= 0:
+        form = "ours"
+    read_summary(text, begin, end, note, found)
+    return Log(path, form, text.number(begin), **found, lines=lines)
+
+
+def read_steps(text, begin, end, note, found):
+    steps = steps_of(text, begin, end)
+    if not steps:
+        return
+    if "steps" not in found:
+        note("steps", steps[-1].number, steps[-1].offset)
+    if "train_seconds" not in found:
+        timed = [step for step in steps if step.seconds is not None]
+        if timed:
+            note("train_seconds", timed[-1].seconds, timed[-1].offset)
+
+
+def read_gpu(text, begin, end, note):
+    rows = []
+    for offset, line in text.lines_with(b"nvidia ", begin, end):
+        match = GPU_ROW.search(line)
+        if match:
+            rows.append((offset, text.original(offset + match.start(1), len(match.group(1)))))
+    if rows:
+        note("gpu", rows[0][1], rows[0][0])
+        note("gpus", len(rows), rows[0][0])
+        return
+    for word in (b"gpu", b"device", b"nvidia"):
+        for offset, line in text.lines_with(word, begin, end):
+            match = GPU_NAME.search(line)
+            if match:
+                note("gpu", name(match.group(1)).upper(), offset)
+                return
+
+
+def read_signs(text, begin, end, note):
+    """What a reviewer looks for: data with validation text in it, validation text used before it may be, errors."""
+    for offset, line in text.lines_with(b"datasets/datasets/", begin, end):
+        match = DOUBLED_PATH.search(line)
+        note("doubled_path", text.original(offset + match.start(1), len(match.group(1))), offset)
+        break
+    for offset, line in text.lines_with(b"quant", begin, end):
+        if PREQUANT.search(line):
+            note("prequant_line", text.number(offset), offset)
+            break
+    for offset, line in text.lines_with(b"within_gate", begin, end):
+        note("gates", {name(key): int(count) for key, count in GATE.findall(line)}, offset)
+    tracebacks = list(text.lines_with(b"traceback (most recent call last)", begin, end))
+    if tracebacks:
+        note("tracebacks", len(tracebacks), tracebacks[-1][0])
+
+
+# ---- sizes ----------------------------------------------------------------------------------------------------------
+
+TOTAL = re.compile(rb"\btotal submission(?: size)? ?([^:\n]{0,40}?) ?: ?" + COUNT + rb" ?bytes")
+MODEL = re.compile(rb"\bserialized model ?([^:\n]{0,40}?) ?: ?" + COUNT + rb" ?bytes")
+OTHER_TOTALS = (  # of scripts that do not keep the baseline's words
+    (b"total_bytes", re.compile(rb"\btotal_bytes: ?" + COUNT)),
+    (b"total_submission", re.compile(rb"\btotal_submission=" + COUNT)),
+    (b"total:", re.compile(rb"\bcode(?:_bytes)?:" + COUNT + rb" total:" + COUNT)),
+    (b"final_submission_bytes", re.compile(rb"final_submission_bytes: ?" + COUNT)),
+    (b"artifact size", re.compile(rb"\bartifact size: +" + COUNT + rb" bytes")),
+    (b"artifact:", re.compile(rb"\bartifact: ?" + COUNT + rb" ?b(?:ytes)?\b")),
+    (b"artifact_bytes", re.compile(rb"\bartifact_bytes(?: total)?\"?: +" + COUNT)),
+)
+PACKED_LIMIT = 30_000_000  # bytes: a total above it is of the model before it was packed
+
+
+def read_sizes(text, begin, end, note, found):
+    """The size of what is submitted. Scripts print it for variants too (an int8 one beside the int6 one), and the
+    baseline for the unpacked model, without a name; the smallest is taken to be the submission.
+    """
+    totals = []
+    for offset, line in text.lines_with(b"total submission", begin, end):
+        for match in TOTAL.finditer(line):
+            totals.append((whole(match.group(2)), bool(match.group(1)), offset))
+    named = [total for total in totals if total[1]]
+    packed = named or [total for total in totals if total[0] < PACKED_LIMIT]
+    if not packed:
+        packed = other_totals(text, begin, end)
+    models = []
+    for offset, line in text.lines_with(b"serialized model", begin, end):
+        for match in MODEL.finditer(line):
+            if match.group(1):
+                models.append((whole(match.group(2)), offset))
+    if packed:
+        total, _, offset = min(packed)
+        note("total_bytes", total, offset)
+        note("other_totals", tuple(sorted({other[0] for other in packed} - {total})), offset)
+        fitting = [model for model in models if model[0] <= total]
+        models = fitting[-1:] or models
+        if fitting and "code_bytes" in found:
+            exact = [model for model in fitting if model[0] + found["code_bytes"] == total]
+            models = exact[-1:] or models
+    if models:
+        size, offset = min(models)
+        note("model_bytes", size, offset)
+
+
+def other_totals(text, begin, end):
+    for word, pattern in OTHER_TOTALS:
+        rows = []
+        for offset, line in text.lines_with(word, begin, end):
+            match = pattern.search(line)
+            if match:
+                rows.append((whole(match.groups()[-1]), True, offset))
+        if rows:
+            return rows[-1:]
+    return []
+
+
+# ---- clocks and scores ----------------------------------------------------------------------------------------------
+
+# Each family says the same time in its own words; a log has one of them, or repeats it in two.
+CALIBRATION = tuple(re.compile(pattern) for pattern in (
+    rb"\bgptq: ?collected \d+ hessians\b.{0,30}? in " + NUMBER + rb"(s)\b",
+    rb"\bhessians collected\b.{0,40}?(?:time|elapsed| in)[= ]" + NUMBER + rb"(s)\b",
+    rb"\bgptq:(?:loop-aware )?calibrated \d+ layers in " + NUMBER + rb"(s)\b",
+    rb"\bgptq:calibration done in " + NUMBER + rb"(ms)\b",
+    rb"\bcollected hessians for \d+ layers (?:in |\()" + NUMBER + rb"(s)\b",
+    rb"\bgptq:done layers=\d+ time=" + NUMBER + rb"(ms)\b",
+    rb"^calibrate source:\S+ tokens:\d+ seconds:" + NUMBER + rb"()",
+))
+GENERATION = re.compile(rb"\b(?:gptq|trinity):generated \d+ seq(?:uence)?s in " + NUMBER + rb"(ms|s)\b")
+ADAPTATION = re.compile(  # an evaluation's own times that no score carries
+    rb"\b([a-z_]*(?:ttt|slot)[a-z_0-9]*): ?(?:(?:total_)?(?:done|elapsed|completed|time|total)\b)[^\n]{0,60}?"
+    rb"(?:elapsed=|time[=:]|total_time[=:]| in |elapsed:|^)? ?" + NUMBER + rb"(ms|s)\b")
+OUTSIDE = re.compile(rb"precompute\w*outside\w* elapsed=" + NUMBER + rb"(s)\b")
+TOTAL_EVAL = re.compile(rb"\btotal_eval_(?:time|wallclock): ?" + NUMBER + rb"(s)\b")
+SCORE = re.compile(rb"^(.{0,200}?)\b(?:val_loss|vl)[:=] ?(\d{1,9}\.\d{1,18})[ ,;|]{1,3}(?:val_)?bpb[:=] ?"
+                   rb"(\d{1,9}\.\d{1,18})(.*)")
+SCORE_TIME = re.compile(rb"\b(?:eval_time|eval|time|elapsed|t)[:=] ?" + NUMBER + rb"(ms|s)\b")
+# Of the weights before they were packed, of a part of the text, or of something that is not the submission.
+NOT_FINAL = re.compile(rb"diag|pre.?quant|post.?(?:ema|swa|average)|pre.?ttt|raw|candidate|epoch|chunk|batch|progress|"
+                       rb"(?:swa|ema)_eval|weights|\bbest|baseline|rank:|post_train|sweep|ablation|\d/\d")
+
+
+def seconds_of(match, group):
+    return float(match.group(group)) * SECONDS.get(match.group(group + 1), 1.0)
+
+
+def read_clocks(text, begin, end, note, found):
+    """Calibration, the phases of the evaluation and the final score."""
+    read_calibration(text, begin, end, note)
+    scores = read_scores(text, begin, end)
+    note("scores", tuple(score for score, _ in scores), begin)
+    final = final_score(scores)
+    if final:
+        score, offset = final
+        note("val_bpb", score.bpb, offset)
+        note("digits", score.digits, offset)
+        if score.loss is not None:
+            note("val_loss", score.loss, offset)
+    read_evaluation(text, begin, end, note, scores, final)
+
+
+def read_calibration(text, begin, end, note):
+    families = {}
+    for word in (b"hessian", b"calibrat", b"gptq:done"):
+        for offset, line in text.lines_with(word, begin, end):
+            for number, pattern in enumerate(CALIBRATION):
+                match = pattern.search(line)
+                if match:
+                    families.setdefault(number, {})[offset] = seconds_of(match, 1)
+    if families:
+        longest = max(families.values(), key=lambda family: sum(family.values()))
+        note("calibrate_seconds", sum(longest.values()), max(longest))
+    generated = {}
+    for offset, line in text.lines_with(b"generated", begin, end):
+        match = GENERATION.search(line)
+        if match:
+            generated[offset] = seconds_of(match, 1)
+    if generated:
+        note("generate_seconds", sum(generated.values()), max(generated))
+
+
+def read_scores(text, begin, end):
+    """[(Score, offset)] of every line with a score that is not of a step."""
+    scores = []
+    for offset, line in text.lines_with(b"bpb", begin, end):
+        if STEP.search(line):
+            continue
+        match = SCORE.search(line)
+        if not match:
+            continue
+        label = name(match.group(1)).strip(" :|[]")
+        time = SCORE_TIME.search(match.group(4))
+        seconds = seconds_of(time, 1) if time else None
+        digits = len(match.group(3).partition(b".")[2])
+        score = Score(label, float(match.group(2)), float(match.group(3)), digits, seconds, text.number(offset))
+        scores.append((score, offset))
+    return scores
+
+
+def is_final(score):
+    return not NOT_FINAL.search(score.name.encode())
+
+
+def final_score(scores):
+    """The last (Score, offset) of the submission; of lines that say the same, the one with the most digits."""
+    finals = [(score, offset) for score, offset in scores if is_final(score)]
+    if not finals:
+        return None
+    last = finals[-1][0]
+    same = [(score, offset) for score, offset in finals if says_the_same(score, last)]
+    return max(same, key=lambda row: (row[0].digits, row[1]))
+
+
+def says_the_same(score, other):
+    digits = min(score.digits, other.digits)
+    return abs(score.bpb - other.bpb) <= 0.6 * 10**-digits
+
+
+def read_evaluation(text, begin, end, note, scores, final):
+    """The seconds of the evaluation: the log's own total, or the sum of its phases, of which some may be diagnostics
+    that the score does not need.
+    """
+    timed = {}  # offset: Phase
+    for score, offset in scores:
+        if score.seconds is not None and is_final(score):
+            timed[offset] = Phase(score.name, score.seconds, score.line)
+    for word in (b"ttt", b"slot"):
+        for offset, line in text.lines_with(word, begin, end):
+            match = ADAPTATION.search(line)
+            if match and offset not in timed:
+                timed[offset] = Phase(name(match.group(1)), seconds_of(match, 2), text.number(offset))
+    phases = distinct([timed[offset] for offset in sorted(timed)])
+    outside = 0.0
+    for _, line in text.lines_with(b"outside", begin, end):
+        match = OUTSIDE.search(line)
+        if match:
+            outside += seconds_of(match, 1)
+    total = None
+    for offset, line in text.lines_with(b"total_eval_", begin, end):
+        match = TOTAL_EVAL.search(line)
+        if match:
+            total = seconds_of(match, 1), offset
+    note("phases", tuple(phases), begin)
+    if total:
+        seconds, offset = total
+        note("eval_seconds", seconds + outside, offset)
+        note("needed_seconds", seconds + outside, offset)
+        extra = f" and {outside:.1f} s before its timer" if outside else ""
+        note("eval_note", f"total_eval_time{extra}", offset)
+    elif phases:
+        offset = max(timed)
+        note("eval_seconds", sum(phase.seconds for phase in phases) + outside, offset)
+        note("needed_seconds", needed(phases, final) + outside, offset)
+        note("eval_note", " + ".join(f"{phase.name} {phase.seconds:.1f}" for phase in phases), offset)
+
+
+def distinct(phases):
+    """The phases without those that are said twice: `ttt:done elapsed=293.2s`, then `legal_ttt eval_time:293430ms`."""
+    kept = []
+    for phase in phases:
+        if kept and abs(kept[-1].seconds - phase.seconds) <= 0.01 * phase.seconds + 1.0:
+            kept[-1] = phase
+        else:
+            kept.append(phase)
+    return kept
+
+
+def needed(phases, final):
+    """Seconds of the phases that end in the final score: its own, and adaptations that have no score themselves."""
+    if final is None:
+        return 0.0
+    score = final[0]
+    own = [phase.seconds for phase in phases if abs(phase.line - score.line) <= 3]
+    adapted = [phase.seconds for phase in phases if phase.line < score.line and phase.name.endswith(("ttt", "slot"))
+               and abs(phase.line - score.line) > 3]
+    return max(own, default=0.0) + sum(adapted)
+
+
+# ---- settings and our summary ---------------------------------------------------------------------------------------
+
+PAIR = re.compile(rb"^[^\n]{0,60}? ([a-z][a-z0-9_]{1,60}): ?(.{0,200})$")
+WORDS = re.compile(rb"([a-z][a-z0-9_]{1,40}):(\S{1,80})")
+BASELINE_WORDS = (b"model_params:", b"attention_mode:", b"tie_embeddings:", b"train_batch_tokens:", b"world_size:")
+# Differ between the runs of one configuration.
+OF_A_RUN = re.compile(r"(?:^|_)(?:seed|run_id|path|paths|dir|files?|logfile|rank|process|device|name|tag|out)(?:$|_)")
+
+
+def settings_hash(settings):
+    """SHA-256 of settings, without the seed and what names a run."""
+    kept = sorted((key, value) for key, value in settings.items() if not OF_A_RUN.search(key.lower()))
+    return hashlib.sha256(repr(kept).encode("utf-8", "replace")).hexdigest()
+
+
+def read_settings(text, begin, end, note):
+    settings = {}
+    first = text.lower.find(b"hyperparameters:", begin, end)
+    if first >= 0:
+        settings = listed_settings(text, first, end)
+    if len(settings) < 5:
+        settings = {}
+        for word in BASELINE_WORDS:
+            for offset, line in text.lines_with(word, begin, end):
+                first = min(first, offset) if first >= 0 else offset
+                settings.update((name(key), name(value)) for key, value in WORDS.findall(line))
+                break
+    if settings:
+        note("settings", settings, max(first, begin))
+        note("settings_hash", settings_hash(settings), max(first, begin))
+
+
+def listed_settings(text, first, end):
+    """The `  key: value` lines below the line at this offset."""
+    settings = {}
+    at = text.lower.find(b"\n", first, end) + 1
+    while 0 < at < end:
+        stop = text.lower.find(b"\n", at, end)
+        if stop < 0:
+            stop = end
+        match = PAIR.match(text.lower[at : min(stop, at + LONGEST_LINE)])
+        if not match:
+            break
+        settings[name(match.group(1))] = name(match.group(2))
+        at = stop + 1
+    return settings
+
+
+SUMMARY_FIELDS = ("seed", "world_size", "val_tokens", "val_bytes", "steps", "train_seconds", "calibrate_seconds",
+                  "eval_seconds", "code_bytes", "model_bytes", "total_bytes", "val_loss", "val_bpb")
+SUMMARY_TEXTS = ("code_sha256", "artifact_sha256", "settings_hash", "valid", "eligible")
+
+
+def read_summary(text, begin, end, note, found):
+    """Our last line, which is exact; it stands above what was read from the lines before."""
+    count = 0
+    summary = None
+    at = text.lower.find(b"summary {", begin, end)
+    while at >= 0:
+        stop = text.lower.find(b"\n", at)
+        if stop < 0:
+            stop = len(text.body)
+        if at == 0 or text.body[at - 1 : at] == b"\n":
+            try:
+                value = json.loads(text.body[at + 8 : stop])
+            except (ValueError, RecursionError):
+                value = None
+            if isinstance(value, dict):
+                count += 1
+                summary = value
+                place = at
+        at = text.lower.find(b"summary {", stop, end)
+    if summary is None:
+        return
+    note("summaries", count, place)
+    if "seed" in summary:
+        note("summary_seed", finite(summary, "seed"), place)
+    for key in SUMMARY_FIELDS:
+        value = finite(summary, key)
+        if value is not None:
+            note(key, value, place)
+    for key in SUMMARY_TEXTS:
+        if isinstance(summary.get(key), str):
+            note(key, summary[key], place)
+    for key in ("reasons", "eligible_reasons"):
+        value = summary.get(key)
+        if isinstance(value, list):
+            note(key, tuple(" ".join(str(item).split()) for item in value), place)
+    if finite(summary, "val_bpb") is not None:
+        note("digits", 8, place)
+    if finite(summary, "eval_seconds") is not None:
+        note("needed_seconds", summary["eval_seconds"], place)
+        note("eval_note", "eval_seconds of the summary", place)
+    note("documents_in_training", finite(summary, "val_documents_in_training"), place)
+    if isinstance(summary.get("device"), str):
+        note("gpu", summary["device"], place)
+    if isinstance(summary.get("settings"), str):
+        try:
+            pairs = shlex.split(summary["settings"])
+        except ValueError:
+            pairs = summary["settings"].split()
+        note("settings", dict(pair.partition("=")[::2] for pair in pairs), place)
+
+
+def finite(mapping, key):
+    """The finite number under this key, or None."""
+    value = mapping.get(key)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number and math.isfinite(value) else None
