@@ -54,10 +54,9 @@ class Sample(NamedTuple):
 
 def sample(words, tokenizer=None):
     """The Sample that these arguments name: a pull request, numbers, a submission's folder, or folders of runs."""
-    folders = [word for word in words if Path(word).is_dir()]
-    if len(words) > 1 or folders and (Path(words[0]) / "train.log").is_file():
+    if len(words) > 1 or is_run(Path(words[0])):
         found = from_runs([read_run(word) for word in words])
-    elif folders:
+    elif Path(words[0]).is_dir():
         found = from_folder(Path(words[0]))
     elif re.fullmatch(r"#?\d+|baseline", words[0]):
         found = from_table(words[0].removeprefix("#"))
@@ -66,6 +65,11 @@ def sample(words, tokenizer=None):
     else:
         raise BadInput(f"{words[0]}: no folder, pull request or list of scores such as 1.0565,1.0561; give one of them")
     return with_tokenizer(found, tokenizer) if tokenizer else found
+
+
+def is_run(folder):
+    """Is this the folder of a run, and not that of a submission with one log?"""
+    return (folder / "train.log").is_file() and not (folder / "submission.json").is_file()
 
 
 def from_runs(runs):
@@ -114,18 +118,17 @@ def from_numbers(text):
 def from_folder(folder):
     """A submission's folder: its submission.json, or its logs where that says nothing of single seeds."""
     fields = read_json(folder / "submission.json")
-    source = "submission.json"
+    logged = seeds_of_logs(folder)
     seeds = list(seeds_of_json(fields))
-    if not seeds:
-        source = "logs"
-        seeds = list(seeds_of_logs(folder))
-        names = [seed.name for seed in seeds]
-        if len(set(names)) < len(names):
-            raise BadInput(f"{folder}: several logs are of one seed ({', '.join(names)}); give the scores themselves")
+    source = "submission.json" if seeds else "logs"
+    names = [seed.name for seed in logged]
+    if not seeds and len(set(names)) < len(names):
+        raise BadInput(f"{folder}: several logs are of one seed ({', '.join(names)}); give the scores themselves")
+    seeds = seeds or logged
     if not seeds:
         raise BadInput(f"{folder}: neither submission.json nor a log has the score of a seed; give the scores, such as "
                        "1.0565,1.0561")
-    return Sample(str(folder), source, tuple(seeds), ratio(seeds) or ratio_of_json(fields))
+    return Sample(str(folder), source, tuple(seeds), ratio(seeds) or ratio_of_json(fields) or ratio(logged))
 
 
 def read_json(path):
@@ -156,11 +159,13 @@ def seeds_of_json(fields):
 
 
 def seeds_of_logs(folder):
-    """The final scores of the logs in a folder."""
+    """The final scores of the logs in a folder, of copies one."""
+    seeds = []
     for path in sorted(folder.glob("*.log")):
         log = read_log(path)
         if log.val_bpb:
-            yield Seed(str(log.seed if log.seed is not None else path.stem), log.val_bpb, log.val_loss)
+            seeds.append(Seed(str(log.seed if log.seed is not None else path.stem), log.val_bpb, log.val_loss))
+    return list(dict.fromkeys(seeds))
 
 
 def number(mapping, key):
