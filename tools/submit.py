@@ -1,7 +1,9 @@
 """Make what is submitted.
 
     python tools/submit.py pack [--script train_gpt.py] [--out FILE] [--compressor auto|lzma|brotli] [--text]
+    python tools/submit.py folder logs/RUN logs/RUN logs/RUN --name NAME --blurb TEXT [--against 2135]
     python tools/submit.py stats logs/RUN logs/RUN logs/RUN --against 2135
+    python tools/submit.py verify DIR --artifact model.pg [DATA_PATH=...]
 
 `pack` writes the script minified, compressed and self-extracting: one .py file that python and torchrun run as they
 run the readable one, with the same settings, losses and score. Its lines say what each step saves. The file that is
@@ -13,9 +15,16 @@ log.
                   2,000 bytes
     --text        ASCII (base85) in place of bytes in a Latin-1 comment: a quarter larger, for what accepts only text
 
+`folder` writes records/TRACK/YYYY-MM-DD_Name/ from the runs of at least three seeds of one configuration: script, logs,
+settings, submission.json and README.md, all from what the runs logged. Runs that are not of one configuration, did not
+finish, are not valid or too large are refused, each in a line. A run that could be no record goes to the track of
+non-records, with the reasons.
+
 `stats` prints mean and spread over seeds, and against a record the one-sided test of the README (better by 0.005 nats
 per token, p < 0.01) and that of the organisers' later practice. It takes runs, folders, a pull request whose seeds are
 in its table, or numbers.
+
+`verify` scores an artifact again by the script of its folder, and compares everything with what the folder says.
 
 `python tools/submit.py pack --help`, ... have every option. The folder submission/ has a module for each command.
 """
@@ -30,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and PYTHON
 from common import BadInput, exit_code
 
 # Modules of submission/; each is imported when it is called, with what it needs.
-COMMANDS = ("pack", "stats")
+COMMANDS = ("pack", "folder", "stats", "verify")
 
 
 def main(argv):
