@@ -71,7 +71,7 @@ def seed_of(folder, artifact, number):
     seeds = seeds_of(folder)
     if number is not None:
         if number not in seeds:
-            raise BadInput(f"{folder} has no log of seed {number}; there is: {', '.join(map(str, seeds))}")
+            raise BadInput(f"{folder} has no log of seed {number}; there is: {', '.join(map(str, sorted(seeds)))}")
         log, summary = seeds[number]
         return Seed(log, summary, declared(folder, number))
     digest = sha256(artifact)
@@ -79,7 +79,7 @@ def seed_of(folder, artifact, number):
         if summary["artifact_sha256"] == digest:
             return Seed(log, summary, declared(folder, number))
     raise BadInput(f"{artifact} (SHA-256 {digest}) is the artifact of no seed in {folder}: give the one that a run "
-                   f"wrote, or name the seed to compare it with by --seed, one of {', '.join(map(str, seeds))}")
+                   f"wrote, or name the seed to compare it with by --seed, one of {', '.join(map(str, sorted(seeds)))}")
 
 
 def declared(folder, seed):
