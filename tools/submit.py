@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and PYTHON
 
 from common import BadInput, exit_code
 
-COMMANDS = ("pack",)  # modules of submission/; each is imported when it is called, with what it needs
+COMMANDS = ("pack", "check")  # modules of submission/; each is imported when it is called, with what it needs
 
 
 def main(argv):

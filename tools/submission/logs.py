@@ -95,7 +95,8 @@ class Log(NamedTuple):
     tracebacks: int = 0
     mixed_line: int | None = None  # at which step or clock go back though no run begins there
     summaries: int = 0
-    summary_seed: int | None = None  # ours
+    stated_seed: int | None = None  # ours: of the line of settings, where the summary has `seed`
+    logged_steps: int | None = None  # of the last line of a step, where the summary has `steps`
     lines: dict[str, int] = {}  # {field: line that states it}
 
     @property
@@ -131,11 +132,12 @@ def parse(raw, path):
         return [Log(path, form)]
     source_sha256, body = without_source(body)
     text = Text(body)
-    ends = restarts(text)
+    ends, breaks = restarts(text)
     runs = []
     begin = 0
     for end in [*ends, len(body)]:
-        log = read_run(text, begin, end, path)._replace(source_sha256=source_sha256)
+        mixed_line = next((text.number(offset) for offset in breaks if begin <= offset < end), None)
+        log = read_run(text, begin, end, path)._replace(source_sha256=source_sha256, mixed_line=mixed_line)
         if not any(same_run(log, other) for other in runs):
             runs.append(log)
         begin = end
@@ -274,7 +276,7 @@ STEP_CLOCK = re.compile(rb"\b(?:train_time|\btt|\bt|\btime)[:=] ?(\d[\d.]{0,15})
 SECONDS = {b"ms": 0.001, b"s": 1.0, b"m": 60.0, b"min": 60.0}
 # What a run prints before its first step.
 BEGINNINGS = (b"hyperparameters:", b"val_bpb:enabled", b"train_loader:", b"model_params", b"train_shards",
-              b"running python", b"warmup_step", b"\nseed")
+              b"running python", b"warmup_step", b"seed:", b"seed=", b"torch/distributed/run")
 
 
 class Step(NamedTuple):
@@ -313,9 +315,10 @@ def goes_back(earlier, later):
 
 
 def restarts(text):
-    """The offsets at which further runs begin in a file."""
+    """(offsets at which further runs begin in a file, offsets of steps that go back though no run begins)."""
     steps = steps_of(text, 0, len(text.body))
     cuts = []
+    breaks = []
     for earlier, later in zip(steps, steps[1:]):
         if not goes_back(earlier, later):
             continue
@@ -323,9 +326,11 @@ def restarts(text):
             continue  # the same run, continued from its checkpoint
         places = [text.lower.find(word, earlier.offset, later.offset) for word in BEGINNINGS]
         places = [place for place in places if place >= 0]
-        cut = min(places, default=later.offset)
-        cuts.append(text.lower.rfind(b"\n", 0, cut) + 1 if places else later.offset)
-    return cuts
+        if places:
+            cuts.append(text.lower.rfind(b"\n", 0, min(places)) + 1)
+        else:
+            breaks.append(later.offset)
+    return cuts, breaks
 
 
 def same_run(log, other):
@@ -395,7 +400,8 @@ GPU_ROW = re.compile(rb"^\|? +(\d+) +nvidia ([a-z0-9][\w .-]{1,30}?) +(?:on|off)
 GPU_NAME = re.compile(rb"\b(h100|h200|b200|a100|gb10|l40s?|v100|t4|mi300x|rtx[ -]?(?:pro )?\d{4})\b")
 DOUBLED_PATH = re.compile(rb"(\S*datasets/datasets/\S*)")
 SELECTED = re.compile(rb"\b(?:best_averaging|best_model|using best|selected):? ?\w+.{0,20}\b(?:val_)?bpb|\bbest_model:")
-PREQUANT = re.compile(rb"^\W{0,3}(?:[^\n]{0,40} )?(?:pre_?quant_ttt:(?:epoch|done)|post-prequant-ttt )")
+PREQUANT = re.compile(rb"\b(?:pre_?quant_ttt: ?(?:epoch|done)|post-prequant-ttt )")
+TTT_EPOCH = re.compile(rb"\bttt\w{0,20}[: ] ?epoch[: ]\d+/\d+")
 
 
 def read_run(text, begin, end, path):
@@ -421,10 +427,11 @@ def read_run(text, begin, end, path):
     read_signs(text, begin, end, note)
     read_sizes(text, begin, end, note, found)
     read_clocks(text, begin, end, note, found)
-    read_settings(text, begin, end, note)
     form = "contest"
-    if text.lower.startswith(b"run out_dir:", begin) or text.lower.find(b"\nrun out_dir:", begin, end) >= 0:
+    if any(line.startswith(b"run out_dir:") for _, line in text.lines_with(b"run out_dir:", begin, end)):
         form = "ours"
+    else:
+        read_settings(text, begin, end, note)
     read_summary(text, begin, end, note, found)
     return Log(path, form, text.number(begin), **found, lines=lines)
 
@@ -433,6 +440,7 @@ def read_steps(text, begin, end, note, found):
     steps = steps_of(text, begin, end)
     if not steps:
         return
+    note("logged_steps", steps[-1].number, steps[-1].offset)
     if "steps" not in found:
         note("steps", steps[-1].number, steps[-1].offset)
     if "train_seconds" not in found:
@@ -468,6 +476,11 @@ def read_signs(text, begin, end, note):
         break
     for offset, line in text.lines_with(b"quant", begin, end):
         if PREQUANT.search(line):
+            note("prequant_line", text.number(offset), offset)
+            break
+    packed = [offset for offset, line in text.lines_with(b"serialized model", begin, end) if b"+" in line]
+    for offset, line in text.lines_with(b"ttt", begin, max(packed, default=begin)):
+        if TTT_EPOCH.search(line):
             note("prequant_line", text.number(offset), offset)
             break
     for offset, line in text.lines_with(b"best_", begin, end):
@@ -716,7 +729,7 @@ def needed(phases, final):
 
 # ---- settings and our summary ---------------------------------------------------------------------------------------
 
-PAIR = re.compile(rb"^[^\n]{0,60}? ([a-z][a-z0-9_]{1,60}): ?(.{0,200})$")
+PAIR = re.compile(rb"^[^\n]{0,60}?  ([a-z][a-z0-9_]{1,60}): ?(.{0,200})$")
 WORDS = re.compile(rb"([a-z][a-z0-9_]{1,40}):(\S{1,80})")
 BASELINE_WORDS = (b"model_params:", b"attention_mode:", b"tie_embeddings:", b"train_batch_tokens:", b"world_size:")
 # Differ between the runs of one configuration.
@@ -789,8 +802,8 @@ def read_summary(text, begin, end, note, found):
     if summary is None:
         return
     note("summaries", count, place)
-    if "seed" in summary:
-        note("summary_seed", finite(summary, "seed"), place)
+    if "seed" in found:
+        found["stated_seed"] = found["seed"]
     for key in SUMMARY_FIELDS:
         value = finite(summary, key)
         if value is not None:
