@@ -2,6 +2,7 @@
 
     python tools/submit.py pack [--script train_gpt.py] [--out FILE] [--compressor auto|lzma|brotli] [--text]
     python tools/submit.py folder logs/RUN logs/RUN logs/RUN --name NAME --blurb TEXT [--against 2135]
+    python tools/submit.py check DIR [--track record|non-record] [--base REV]
     python tools/submit.py stats logs/RUN logs/RUN logs/RUN --against 2135
     python tools/submit.py verify DIR --artifact model.pg [DATA_PATH=...]
 
@@ -19,6 +20,8 @@ log.
 settings, submission.json and README.md, all from what the runs logged. Runs that are not of one configuration, did not
 finish, are not valid or too large are refused, each in a line. A run that could be no record goes to the track of
 non-records, with the reasons.
+
+`check` looks at a submission's folder, of this trainer or of anybody, as reviewers do: size, clocks, seeds, bytes, form.
 
 `stats` prints mean and spread over seeds, and against a record the one-sided test of the README (better by 0.005 nats
 per token, p < 0.01) and that of the organisers' later practice. It takes runs, folders, a pull request whose seeds are
@@ -39,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and PYTHON
 from common import BadInput, exit_code
 
 # Modules of submission/; each is imported when it is called, with what it needs.
-COMMANDS = ("pack", "folder", "stats", "verify")
+COMMANDS = ("pack", "folder", "check", "stats", "verify")
 
 
 def main(argv):

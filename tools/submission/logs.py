@@ -27,6 +27,7 @@ class Phase(NamedTuple):
     name: str
     seconds: float
     line: int
+    scored: bool  # did it end in a score? Else it is an adaptation
 
 
 class Score(NamedTuple):
@@ -82,15 +83,20 @@ class Log(NamedTuple):
     reasons: tuple[str, ...] = ()
     eligible: str | None = None
     eligible_reasons: tuple[str, ...] = ()
+    tested: str | None = None  # ours: yes, if the self-tests ran and passed
     documents_in_training: int | None = None  # ours: validation documents whose openings are training text
     doubled_path: str | None = None  # of the data, as in #2127
     prequant_line: int | None = None  # the first that says: trained on validation text before packing
     gates: dict[str, int] | None = None  # of n-grams: how often one that looks at the target was open
     passes: int | None = None  # over the validation text, where the log counts them
+    temperature: float | None = None  # of the final softmax, where it is not 1
+    selected_line: int | None = None  # the first that says: weights chosen by their score on validation text
+    val_share: float | None = None  # of the validation documents that are scored
     tracebacks: int = 0
     mixed_line: int | None = None  # at which step or clock go back though no run begins there
     summaries: int = 0
-    summary_seed: int | None = None  # ours
+    stated_seed: int | None = None  # ours: of the line of settings, where the summary has `seed`
+    logged_steps: int | None = None  # of the last line of a step, where the summary has `steps`
     lines: dict[str, int] = {}  # {field: line that states it}
 
     @property
@@ -126,11 +132,12 @@ def parse(raw, path):
         return [Log(path, form)]
     source_sha256, body = without_source(body)
     text = Text(body)
-    ends = restarts(text)
+    ends, breaks = restarts(text)
     runs = []
     begin = 0
     for end in [*ends, len(body)]:
-        log = read_run(text, begin, end, path)._replace(source_sha256=source_sha256)
+        mixed_line = next((text.number(offset) for offset in breaks if begin <= offset < end), None)
+        log = read_run(text, begin, end, path)._replace(source_sha256=source_sha256, mixed_line=mixed_line)
         if not any(same_run(log, other) for other in runs):
             runs.append(log)
         begin = end
@@ -170,32 +177,42 @@ def form_of(body):
 
 # ---- the source at the top ------------------------------------------------------------------------------------------
 
-RULE = re.compile(rb"^={100}$", re.MULTILINE)  # that the scripts print before and after their source
+RULE = re.compile(rb"^={40,}$", re.MULTILINE)  # that the scripts print before and after their source
 PYTHON = re.compile(rb"^(?:import|from|def|class) \w", re.MULTILINE)
+FIRST_LINE = re.compile(rb"^(?:#|r?\"\"\"|r?'''|import \w|from \w)", re.MULTILINE)
+LAST_LINES = re.compile(rb"^if __name__ ?== ?[\"']__main__[\"']:.*\n(?:[ \t]+\S.*\n?)*", re.MULTILINE)
 
 
 def without_source(body):
     """(hash of the script's source in this log or None, the log with that text blanked, line by line)."""
-    bounds = [0]
-    for rule in RULE.finditer(body):
-        bounds += [rule.start(), rule.end()]
-    bounds.append(len(body))
     digest = None
-    for begin, end in zip(bounds, bounds[1:]):
-        section = body[begin:end]
-        if len(PYTHON.findall(section)) < 5:
-            continue
-        start = PYTHON.search(section).start()
-        quoted = re.search(rb'^(?:#[^\n]*\n|r?"""|from __future__)', section, re.MULTILINE)
-        if quoted:
-            start = min(start, quoted.start())
-        complete = end < len(body)  # a rule follows
-        if digest is None and complete:
-            digest = source_hash(section[start:])
-        blank = b"\n" * section.count(b"\n", start)
-        blank = blank.rjust(len(section) - start, b" ")
-        body = body[: begin + start] + blank + body[end:]
-    return digest, body
+    parts = []
+    at = 0
+    for begin, end in sources(body):
+        if digest is None:
+            digest = source_hash(body[begin:end])
+        parts += [body[at:begin], b"\n" * body.count(b"\n", begin, end)]
+        at = end
+    return digest, b"".join([*parts, body[at:]])
+
+
+def sources(body):
+    """(begin, end) of each copy of the source: up to the last lines of a script, else up to the next rule."""
+    at = 0
+    while True:
+        first = PYTHON.search(body, at)
+        if first is None:
+            return
+        section = max((rule.end() for rule in RULE.finditer(body, at, first.start())), default=at)
+        header = FIRST_LINE.search(body, section, first.start())
+        begin = header.start() if header else first.start()
+        last = LAST_LINES.search(body, first.start()) or RULE.search(body, first.start())
+        if last is None:
+            return
+        end = last.start() if last.group().startswith(b"=") else last.end()
+        if len(PYTHON.findall(body, begin, end)) >= 5:
+            yield begin, end
+        at = end
 
 
 def source_hash(source):
@@ -243,19 +260,23 @@ def real(text):
     return float(text)
 
 
+def milliseconds(text):
+    return float(text) / 1000
+
+
 NUMBER = rb"(\d{1,18}(?:\.\d{0,18})?)"
 COUNT = rb"(\d[\d,_]{0,20})"
 
 # ---- steps and runs -------------------------------------------------------------------------------------------------
 
 # `step:4000/20000 val_loss:`, `step:34 train_loss:`, `4000/20000 val_loss:` with or without a time before it
-STEP = re.compile(rb"(?:\bstep[:= ] ?|^(?:\[[^\]]{1,40}\]:? ?|[\dtz:.-]{8,40} |\d{1,6} )?(?=\d{1,9}/))"
-                  rb"(\d{1,9})(?:/\d{1,9})?[ ,|]+(?:train_|val_)?loss\b")
-STEP_CLOCK = re.compile(rb"(?:train_time|\btt|\bt|\btime)[:=] ?(\d[\d.]{0,15})(ms|s|m)\b")
+STEP = re.compile(rb"(?:\bstep[:= ] ?|^s:|^(?:\[[^\]]{1,40}\]:? ?|[\dtz:.-]{8,40} |\d{1,6} )?(?=\d{1,9}/))"
+                  rb"(\d{1,9})(?:/\d{1,9})?[ ,|]+(?:(?:train_|val_)?loss|tl|vl)\b")
+STEP_CLOCK = re.compile(rb"\b(?:train_time|\btt|\bt|\btime)[:=] ?(\d[\d.]{0,15})(ms|s|m)\b")
 SECONDS = {b"ms": 0.001, b"s": 1.0, b"m": 60.0, b"min": 60.0}
 # What a run prints before its first step.
 BEGINNINGS = (b"hyperparameters:", b"val_bpb:enabled", b"train_loader:", b"model_params", b"train_shards",
-              b"running python", b"warmup_step", b"\nseed")
+              b"running python", b"warmup_step", b"seed:", b"seed=", b"torch/distributed/run")
 
 
 class Step(NamedTuple):
@@ -267,10 +288,10 @@ class Step(NamedTuple):
 def steps_of(text, begin, end):
     """The lines of steps, in order."""
     found = {}
-    for word in (b"train_loss", b"val_loss"):
+    for word in (b"loss", b" tl:", b" vl:"):
         for offset, line in text.lines_with(word, begin, end):
-            match = STEP.search(line)
-            if match is None or offset in found:
+            match = STEP.search(line) if offset not in found else None
+            if match is None:
                 continue
             clock = STEP_CLOCK.search(line, match.end())
             seconds = None
@@ -294,9 +315,10 @@ def goes_back(earlier, later):
 
 
 def restarts(text):
-    """The offsets at which further runs begin in a file."""
+    """(offsets at which further runs begin in a file, offsets of steps that go back though no run begins)."""
     steps = steps_of(text, 0, len(text.body))
     cuts = []
+    breaks = []
     for earlier, later in zip(steps, steps[1:]):
         if not goes_back(earlier, later):
             continue
@@ -304,9 +326,11 @@ def restarts(text):
             continue  # the same run, continued from its checkpoint
         places = [text.lower.find(word, earlier.offset, later.offset) for word in BEGINNINGS]
         places = [place for place in places if place >= 0]
-        cut = min(places, default=later.offset)
-        cuts.append(text.lower.rfind(b"\n", 0, cut) + 1 if places else later.offset)
-    return cuts
+        if places:
+            cuts.append(text.lower.rfind(b"\n", 0, min(places)) + 1)
+        else:
+            breaks.append(later.offset)
+    return cuts, breaks
 
 
 def same_run(log, other):
@@ -339,8 +363,10 @@ def name(text):
 
 
 FACTS = (  # of several for a field, the first that is found counts
-    fact("seed", b"seed", rb"^(?:[^=\n]{0,60}[ \]:])?seed ?[:=] ?(\d{1,12})\b"),
+    fact("seed", b"seed", rb"^(?:.{0,120}[ \]:])?seed ?[:=] ?(\d{1,12})\b"),
+    fact("seed", b"s:", rb"^s:(\d{1,12})$"),  # this and `ws:`, `tl:`, `vl:` are of #1033 and its relatives
     fact("world_size", b"world", rb"\bworld[_ ]size ?[:=] ?(\d{1,6})\b"),
+    fact("world_size", b"ws:", rb"\bws:(\d{1,6})\b"),
     fact("torch", b"pytorch", rb"\brunning pytorch (\S{3,40})", name),
     fact("torch", b"torch", rb"\b(?:py)?torch(?:_version)?[:=] ?v?(\d\.\d+\.\d\S{0,20})", name),
     fact("attention", b"attention:", rb"^choice attention:(\w+)", name),
@@ -348,24 +374,34 @@ FACTS = (  # of several for a field, the first that is found counts
     fact("attention", b"flash_attn", rb"\b(flash_attn_3|flash_attn_interface)\b", name),
     fact("attention", b"sdp_backends", rb"\bsdp_backends:(.{1,80})", name),
     fact("train_shards", b"train_shards", rb"\btrain_shards ?[:=] ?(\d{1,9})\b"),
+    fact("train_shards", b"train:", rb"^train:\S+ shards:(\d{1,9})\b"),
     fact("val_tokens", b"tokens", rb"\bval_loader:.*\btokens:" + COUNT),
     fact("val_tokens", b"val_tokens", rb"\bval_tokens ?[:=] ?" + COUNT),
+    fact("val_tokens", b"validation tokens", rb"\bvalidation tokens: ?" + COUNT),
+    fact("val_tokens", b"fineweb_val_", rb"^val:\S+ n:" + COUNT),
     fact("val_bytes", b"val_bytes", rb"\bval_bytes ?[:=] ?" + COUNT, last=True),
     fact("scored_tokens", b"tokens", rb"\b(?:target_tokens|scored_tokens|tokens_scored|total_targets)[:=] ?" + COUNT,
          last=True),
     fact("steps", b"stopping_early", rb"\bstep: ?(\d{1,9})\b"),
-    fact("train_seconds", b"stopping_early", rb"\btrain_time[^:]{0,40}: ?" + NUMBER + rb"ms\b", real),
+    fact("train_seconds", b"stopping_early", rb"\btrain_time[^:]{0,40}: ?" + NUMBER + rb"ms\b", milliseconds),
+    fact("train_seconds", b"training complete in", rb"\btraining complete in " + NUMBER + rb" ?s\b", real),
+    fact("train_seconds", b"training_seconds", rb"\btraining_seconds: ?" + NUMBER, real),
     fact("raw_code_bytes", b"uncompressed", rb"\bcode size \(uncompressed\): ?" + COUNT),
     fact("code_bytes", b"compressed", rb"\bcode size \(compressed\): ?" + COUNT),
     fact("code_bytes", b"code size", rb"\bcode size: ?" + COUNT + rb" ?b"),
-    fact("code_bytes", b"code", rb"\bcode(?:_bytes)?[:=] ?(\d[\d,]{3,9})\b", last=True),
+    fact("code_bytes", b"code", rb"\bcode(?:_bytes)?[:=] ?(\d[\d,]{3,9})b?\b", last=True),
     fact("passes", b"pass 2", rb"\bpass (2) done\b"),
+    fact("temperature", b"temperature", rb"\b(?:eval_|ttt_| |^)temperature[:=] ?(0\.\d{1,6}|1\.\d{1,6})\b", real),
+    fact("temperature", b"optimal_t:", rb"\boptimal_t:" + NUMBER, real),
+    fact("val_share", b"val_doc_fraction", rb"\bval_doc_fraction ?[:=] ?" + NUMBER, real),
 )
 GATE = re.compile(rb"\b(within_gate|word_gate|agree2plus)[=:](\d{1,12})\b")
-GPU_ROW = re.compile(rb"^\|? +\d+ +nvidia ([a-z0-9][\w .-]{1,30}?) +(?:on|off) *\|")
+GPU_ROW = re.compile(rb"^\|? +(\d+) +nvidia ([a-z0-9][\w .-]{1,30}?) +(?:on|off) *\|")
 GPU_NAME = re.compile(rb"\b(h100|h200|b200|a100|gb10|l40s?|v100|t4|mi300x|rtx[ -]?(?:pro )?\d{4})\b")
 DOUBLED_PATH = re.compile(rb"(\S*datasets/datasets/\S*)")
-PREQUANT = re.compile(rb"^\W{0,3}(?:[^\n]{0,40} )?(?:pre_?quant_ttt:(?:epoch|done)|post-prequant-ttt )")
+SELECTED = re.compile(rb"\b(?:best_averaging|best_model|using best|selected):? ?\w+.{0,20}\b(?:val_)?bpb|\bbest_model:")
+PREQUANT = re.compile(rb"\b(?:pre_?quant_ttt: ?(?:epoch|done)|post-prequant-ttt )")
+TTT_EPOCH = re.compile(rb"\bttt\w{0,20}[: ] ?epoch[: ]\d+/\d+")
 
 
 def read_run(text, begin, end, path):
@@ -386,17 +422,16 @@ def read_run(text, begin, end, path):
                 note(row.field, row.read(match.group(1)), offset)
                 if not row.last:
                     break
-    if "train_seconds" in found:
-        found["train_seconds"] /= 1000
     read_steps(text, begin, end, note, found)
     read_gpu(text, begin, end, note)
     read_signs(text, begin, end, note)
     read_sizes(text, begin, end, note, found)
     read_clocks(text, begin, end, note, found)
-    read_settings(text, begin, end, note)
     form = "contest"
-    if text.lower.startswith(b"run out_dir:", begin) or text.lower.find(b"\nrun out_dir:", begin, end) >= 0:
+    if any(line.startswith(b"run out_dir:") for _, line in text.lines_with(b"run out_dir:", begin, end)):
         form = "ours"
+    else:
+        read_settings(text, begin, end, note)
     read_summary(text, begin, end, note, found)
     return Log(path, form, text.number(begin), **found, lines=lines)
 
@@ -405,6 +440,7 @@ def read_steps(text, begin, end, note, found):
     steps = steps_of(text, begin, end)
     if not steps:
         return
+    note("logged_steps", steps[-1].number, steps[-1].offset)
     if "steps" not in found:
         note("steps", steps[-1].number, steps[-1].offset)
     if "train_seconds" not in found:
@@ -414,14 +450,15 @@ def read_steps(text, begin, end, note, found):
 
 
 def read_gpu(text, begin, end, note):
-    rows = []
+    rows = {}  # by index, since nvidia-smi may be printed twice
     for offset, line in text.lines_with(b"nvidia ", begin, end):
         match = GPU_ROW.search(line)
         if match:
-            rows.append((offset, text.original(offset + match.start(1), len(match.group(1)))))
+            rows[match.group(1)] = (text.original(offset + match.start(2), len(match.group(2))), offset)
     if rows:
-        note("gpu", rows[0][1], rows[0][0])
-        note("gpus", len(rows), rows[0][0])
+        model, offset = next(iter(rows.values()))
+        note("gpu", model, offset)
+        note("gpus", len(rows), offset)
         return
     for word in (b"gpu", b"device", b"nvidia"):
         for offset, line in text.lines_with(word, begin, end):
@@ -441,6 +478,15 @@ def read_signs(text, begin, end, note):
         if PREQUANT.search(line):
             note("prequant_line", text.number(offset), offset)
             break
+    packed = [offset for offset, line in text.lines_with(b"serialized model", begin, end) if b"+" in line]
+    for offset, line in text.lines_with(b"ttt", begin, max(packed, default=begin)):
+        if TTT_EPOCH.search(line):
+            note("prequant_line", text.number(offset), offset)
+            break
+    for offset, line in text.lines_with(b"best_", begin, end):
+        if SELECTED.search(line):
+            note("selected_line", text.number(offset), offset)
+            break
     for offset, line in text.lines_with(b"within_gate", begin, end):
         note("gates", {name(key): int(count) for key, count in GATE.findall(line)}, offset)
     tracebacks = list(text.lines_with(b"traceback (most recent call last)", begin, end))
@@ -455,8 +501,11 @@ MODEL = re.compile(rb"\bserialized model ?([^:\n]{0,40}?) ?: ?" + COUNT + rb" ?b
 OTHER_TOTALS = (  # of scripts that do not keep the baseline's words
     (b"total_bytes", re.compile(rb"\btotal_bytes: ?" + COUNT)),
     (b"total_submission", re.compile(rb"\btotal_submission=" + COUNT)),
-    (b"total:", re.compile(rb"\bcode(?:_bytes)?:" + COUNT + rb" total:" + COUNT)),
+    (b"total:", re.compile(rb"\bcode(?:_bytes)?:" + COUNT + rb" (?:model:" + COUNT + rb" )?total:" + COUNT)),
+    (b"total:", re.compile(rb"^total:" + COUNT + rb"b$")),
     (b"final_submission_bytes", re.compile(rb"final_submission_bytes: ?" + COUNT)),
+    (b", total:", re.compile(rb"\bbytes, total: ?" + COUNT + rb" bytes")),
+    (b"submission size", re.compile(rb"\bsubmission size: ?" + COUNT + rb" bytes")),
     (b"artifact size", re.compile(rb"\bartifact size: +" + COUNT + rb" bytes")),
     (b"artifact:", re.compile(rb"\bartifact: ?" + COUNT + rb" ?b(?:ytes)?\b")),
     (b"artifact_bytes", re.compile(rb"\bartifact_bytes(?: total)?\"?: +" + COUNT)),
@@ -503,7 +552,7 @@ def other_totals(text, begin, end):
             if match:
                 rows.append((whole(match.groups()[-1]), True, offset))
         if rows:
-            return rows[-1:]
+            return rows
     return []
 
 
@@ -528,9 +577,11 @@ TOTAL_EVAL = re.compile(rb"\btotal_eval_(?:time|wallclock): ?" + NUMBER + rb"(s)
 SCORE = re.compile(rb"^(.{0,200}?)\b(?:val_loss|vl)[:=] ?(\d{1,9}\.\d{1,18})[ ,;|]{1,3}(?:val_)?bpb[:=] ?"
                    rb"(\d{1,9}\.\d{1,18})(.*)")
 SCORE_TIME = re.compile(rb"\b(?:eval_time|eval|time|elapsed|t)[:=] ?" + NUMBER + rb"(ms|s)\b")
+ONLY_BPB = re.compile(rb"^(.{0,200}?)\b(?:val_)?bpb(?: ?\([^)\n]{1,20}\))? ?[:=] {0,12}(\d{1,9}\.\d{1,18})(.*)")
 # Of the weights before they were packed, of a part of the text, or of something that is not the submission.
 NOT_FINAL = re.compile(rb"diag|pre.?quant|post.?(?:ema|swa|average)|pre.?ttt|raw|candidate|epoch|chunk|batch|progress|"
-                       rb"(?:swa|ema)_eval|weights|\bbest|baseline|rank:|post_train|sweep|ablation|\d/\d")
+                       rb"(?:swa|ema)[_ ](?:eval|bpb)|^ema\b|weights|\bbest|baseline|rank:|post_train|sweep|search|"
+                       rb"ablation|running|\d/\d|%")
 
 
 def seconds_of(match, group):
@@ -579,14 +630,20 @@ def read_scores(text, begin, end):
         if STEP.search(line):
             continue
         match = SCORE.search(line)
-        if not match:
-            continue
-        label = name(match.group(1)).strip(" :|[]")
-        time = SCORE_TIME.search(match.group(4))
+        loss = None
+        if match:
+            loss = float(match.group(2))
+            bpb, rest = match.group(3, 4)
+        else:
+            match = ONLY_BPB.search(line)
+            if not match:
+                continue
+            bpb, rest = match.group(2, 3)
+        time = SCORE_TIME.search(rest)
         seconds = seconds_of(time, 1) if time else None
-        digits = len(match.group(3).partition(b".")[2])
-        score = Score(label, float(match.group(2)), float(match.group(3)), digits, seconds, text.number(offset))
-        scores.append((score, offset))
+        label = name(match.group(1)).strip(" :|[]")
+        digits = len(bpb.partition(b".")[2])
+        scores.append((Score(label, loss, float(bpb), digits, seconds, text.number(offset)), offset))
     return scores
 
 
@@ -597,6 +654,8 @@ def is_final(score):
 def final_score(scores):
     """The last (Score, offset) of the submission; of lines that say the same, the one with the most digits."""
     finals = [(score, offset) for score, offset in scores if is_final(score)]
+    with_loss = [(score, offset) for score, offset in finals if score.loss is not None]
+    finals = with_loss or finals
     if not finals:
         return None
     last = finals[-1][0]
@@ -616,12 +675,12 @@ def read_evaluation(text, begin, end, note, scores, final):
     timed = {}  # offset: Phase
     for score, offset in scores:
         if score.seconds is not None and is_final(score):
-            timed[offset] = Phase(score.name, score.seconds, score.line)
+            timed[offset] = Phase(score.name, score.seconds, score.line, True)
     for word in (b"ttt", b"slot"):
         for offset, line in text.lines_with(word, begin, end):
             match = ADAPTATION.search(line)
             if match and offset not in timed:
-                timed[offset] = Phase(name(match.group(1)), seconds_of(match, 2), text.number(offset))
+                timed[offset] = Phase(name(match.group(1)), seconds_of(match, 2), text.number(offset), False)
     phases = distinct([timed[offset] for offset in sorted(timed)])
     outside = 0.0
     for _, line in text.lines_with(b"outside", begin, end):
@@ -663,15 +722,14 @@ def needed(phases, final):
     if final is None:
         return 0.0
     score = final[0]
-    own = [phase.seconds for phase in phases if abs(phase.line - score.line) <= 3]
-    adapted = [phase.seconds for phase in phases if phase.line < score.line and phase.name.endswith(("ttt", "slot"))
-               and abs(phase.line - score.line) > 3]
-    return max(own, default=0.0) + sum(adapted)
+    own = [phase for phase in phases if phase.scored and abs(phase.line - score.line) <= 3]
+    adapted = [phase.seconds for phase in phases if not phase.scored and phase.line < score.line]
+    return max((phase.seconds for phase in own), default=0.0) + sum(adapted)
 
 
 # ---- settings and our summary ---------------------------------------------------------------------------------------
 
-PAIR = re.compile(rb"^[^\n]{0,60}? ([a-z][a-z0-9_]{1,60}): ?(.{0,200})$")
+PAIR = re.compile(rb"^[^\n]{0,60}?  ([a-z][a-z0-9_]{1,60}): ?(.{0,200})$")
 WORDS = re.compile(rb"([a-z][a-z0-9_]{1,40}):(\S{1,80})")
 BASELINE_WORDS = (b"model_params:", b"attention_mode:", b"tie_embeddings:", b"train_batch_tokens:", b"world_size:")
 # Differ between the runs of one configuration.
@@ -719,7 +777,7 @@ def listed_settings(text, first, end):
 
 SUMMARY_FIELDS = ("seed", "world_size", "val_tokens", "val_bytes", "steps", "train_seconds", "calibrate_seconds",
                   "eval_seconds", "code_bytes", "model_bytes", "total_bytes", "val_loss", "val_bpb")
-SUMMARY_TEXTS = ("code_sha256", "artifact_sha256", "settings_hash", "valid", "eligible")
+SUMMARY_TEXTS = ("code_sha256", "artifact_sha256", "settings_hash", "valid", "eligible", "tested")
 
 
 def read_summary(text, begin, end, note, found):
@@ -744,8 +802,8 @@ def read_summary(text, begin, end, note, found):
     if summary is None:
         return
     note("summaries", count, place)
-    if "seed" in summary:
-        note("summary_seed", finite(summary, "seed"), place)
+    if "seed" in found:
+        found["stated_seed"] = found["seed"]
     for key in SUMMARY_FIELDS:
         value = finite(summary, key)
         if value is not None:
@@ -759,6 +817,8 @@ def read_summary(text, begin, end, note, found):
             note(key, tuple(" ".join(str(item).split()) for item in value), place)
     if finite(summary, "val_bpb") is not None:
         note("digits", 8, place)
+    if finite(summary, "world_size") is not None:
+        note("gpus", summary["world_size"], place)
     if finite(summary, "eval_seconds") is not None:
         note("needed_seconds", summary["eval_seconds"], place)
         note("eval_note", "eval_seconds of the summary", place)
