@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 from process import REPO, clean_env
 from runs import SCRIPT, log_lines
-from seeds import RECORD, SEEDS, changed, copies, event_changed
+from seeds import SEEDS, as_record, changed, copies, event_changed
 
 import submit
 import train_gpt as tg
+from submission import check, manifest, pack, page, recipe
 from submission import folder as maker
-from submission import manifest, pack, page, recipe
 from submission.runs import Run, read_run
 
 PERSON = ["--author", "A. Author", "--github-id", "author", "--name", "Toy: three seeds!", "--blurb", "Nothing | new.",
@@ -43,7 +43,11 @@ def made(three_seeds, tmp_path_factory):
 @pytest.fixture
 def eligible(three_seeds, tmp_path):
     """Copies of the three runs that say what a run on the contest's machine would."""
-    return [changed(folder, **RECORD) for folder in copies(three_seeds, tmp_path / "runs")]
+    runs = copies(three_seeds, tmp_path / "runs")
+    return [as_record(run, bpb) for run, bpb in zip(runs, RECORD_BPB)]
+
+
+RECORD_BPB = (1.0521, 1.0526, 1.0524)
 
 
 def summaries(folders):
@@ -460,3 +464,102 @@ def test_a_run_is_read_as_it_was_left(three_seeds):
     run = read_run(three_seeds[0])
     assert run.source == SCRIPT.read_text() and run.attention == "math" and run.machine == "1xcpu"
     assert run.summary == json.loads(log_lines(three_seeds[0])[-1].removeprefix("summary "))
+
+
+# ---- submit.py check ------------------------------------------------------------------------------------------------
+
+
+def errors(folder):
+    """{rule} of all errors that the check finds."""
+    return {finding.rule for finding in check.examine(folder).findings if finding.severity == "error"}
+
+
+def test_the_folder_of_three_cpu_seeds_passes_the_check(made, capsys):
+    assert submit.main(["check", str(made)]) == 0
+    out = capsys.readouterr().out
+    assert "errors:0" in out and "track:non-record" in out and "not 8 x H100" in out
+
+
+def test_the_folder_of_a_record_passes_the_check(eligible, tmp_path):
+    assert make(eligible, tmp_path, "--against", "2135") == 0
+    found = check.examine(tmp_path / "track_10min_16mb" / NAME).findings
+    assert not [finding for finding in found if finding.severity in ("error", "warning")], found
+
+
+def log_changed(folder, seed, **facts):
+    """Change the summary in the log of a seed, and in submission.json what is said there of it."""
+    path = folder / f"train_seed{seed}.log"
+    head, _, last = path.read_text().rstrip().rpartition("\nsummary ")
+    path.write_text(f"{head}\nsummary {json.dumps(json.loads(last) | facts)}\n")
+
+
+def json_changed(folder, seed, **facts):
+    fields = said(folder)
+    fields["seed_results"][str(seed)] |= facts
+    (folder / "submission.json").write_text(json.dumps(fields))
+
+
+def _too_large(folder):
+    path = folder / "train_seed314.log"
+    code, model = said(folder)["bytes_code"], 16_000_001 - said(folder)["bytes_code"]
+    text = re.sub(r"model_bytes:\d+ total_bytes:\d+", f"model_bytes:{model} total_bytes:16000001", path.read_text())
+    path.write_text(re.sub(r"(Total submission size \S+) \d+ bytes", r"\1 16000001 bytes", text))
+    log_changed(folder, 314, code_bytes=code, model_bytes=model, total_bytes=16_000_001)
+    json_changed(folder, 314, bytes_model=model, artifact_bytes=16_000_001)
+    fields = said(folder) | {"bytes_total": 16_000_001}
+    (folder / "submission.json").write_text(json.dumps(fields))
+
+
+def _slow_training(folder):
+    log_changed(folder, 314, train_seconds=603.2)
+    json_changed(folder, 314, train_seconds=603.2)
+
+
+def _slow_scoring(folder):
+    log_changed(folder, 42, eval_seconds=600.5)
+    json_changed(folder, 42, eval_seconds=600.5)
+    path = folder / "train_seed42.log"
+    path.write_text(re.sub(r"eval_time:\d+ms valid", "eval_time:600500ms valid", path.read_text()))
+
+
+def _other_code(folder):
+    with open(folder / "train_gpt.py", "a") as script:
+        script.write("# \n")
+
+
+def _mixed_logs(folder):
+    """The second half of one seed's log behind the first half of another's."""
+    first, second = ((folder / f"train_seed{seed}.log").read_text() for seed in (42, 314))
+    cut = re.compile(r"(?m)^step:3\b")
+    mixed = first[: cut.search(first).start()] + second[cut.search(second).start():]
+    (folder / "train_seed42.log").write_text(mixed)
+
+
+PLANTED = {
+    "a byte too many": (_too_large, "CK-SIZE"),
+    "training over 600 s": (_slow_training, "CK-TRAINTIME"),
+    "evaluation over 600 s": (_slow_scoring, "CK-EVALTIME"),
+    "other code": (_other_code, "CK-HASH"),
+    "a changed score": (lambda folder: json_changed(folder, 42, val_bpb=RECORD_BPB[0] - 1e-4), "CK-FOLDER"),
+    "a missing seed": (lambda folder: (folder / "train_seed1337.log").unlink(), "CK-SEEDS"),
+    "training on validation text": (lambda folder: log_changed(folder, 1337, val_documents_in_training=9_662), "CK-OVERLAP"),
+    "two runs' logs mixed": (_mixed_logs, "CK-SEEDS"),
+}
+
+
+@pytest.fixture(scope="module")
+def record(three_seeds, tmp_path_factory):
+    """The folder of a record, made of runs that say what the contest's would."""
+    folder = tmp_path_factory.mktemp("record")
+    runs = [as_record(run, bpb) for run, bpb in zip(copies(three_seeds, folder / "runs"), RECORD_BPB)]
+    assert make(runs, folder / "out", "--against", "2135") == 0
+    return folder / "out/track_10min_16mb" / NAME
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_the_check_finds_each_fault_by_its_rule(fault, record, tmp_path):
+    plant, rule = PLANTED[fault]
+    folder = Path(shutil.copytree(record, tmp_path / NAME))
+    plant(folder)
+    found = errors(folder)
+    assert rule in found, check.examine(folder).findings

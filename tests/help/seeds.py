@@ -6,9 +6,11 @@ on other hardware.
 """
 
 import json
+import math
+import re
 import shutil
 
-from runs import call, command, good
+from runs import RULE, call, command, good
 
 SEEDS = (42, 314, 1337)
 # What a run of the contest's size on the contest's machine says, where it differs from a toy run.
@@ -52,3 +54,23 @@ def event_changed(folder, event, **facts):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
+
+
+def as_record(folder, bpb):
+    """Let a toy run say what one of the contest's size on the contest's machine would, with this score."""
+    tokens = RECORD["val_tokens"]
+    size = RECORD["val_bytes"]
+    loss = bpb * math.log(2) * size / tokens
+    changed(folder, **RECORD, val_bpb=bpb, val_loss=loss)
+    log = (folder / "train.log").read_text()
+    head, rule, body = log.rpartition(RULE)
+    for pattern, line in (
+            (r"(?m)^(val_loader:.* tokens:)\d+$", rf"\g<1>{tokens}"),
+            (r"(?m)^(bytes ).*$", rf"\1documents_decoded:50000 share:1 wrong:0 val_tokens:{tokens} val_bytes:{size} "
+             rf"bytes_per_token:{size / tokens:.6f} counted_by:table"),
+            (r"(?m)^(final_\w+) val_loss:\S+ val_bpb:\S+", rf"\1 val_loss:{loss:.8f} val_bpb:{bpb:.8f}"),
+            (r"(?m)^(run .*world_size:)1 ", r"\g<1>8 ")):
+        body, count = re.subn(pattern, line, body)
+        assert count == 1, pattern
+    (folder / "train.log").write_text(head + rule + body)
+    return folder
