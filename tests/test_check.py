@@ -21,6 +21,7 @@ from submissions import (
     add_line,
     change,
     contest_folder,
+    contest_log,
     edit_json,
     our_folder,
 )
@@ -63,6 +64,19 @@ def test_files_decide_every_check_of_our_own_folder(tmp_path):
     assert unknown == {"CK-DIFF"}  # the temporary folder is no repository
     assert {"CK-SIZE", "CK-TRAINTIME", "CK-EVALTIME", "CK-SEEDS", "CK-BYTES", "CK-COVER", "CK-OVERLAP", "CK-HASH",
             "CK-FOLDER", "CK-STAT", "CK-IMPORT", "CK-DIFF"} <= set(report.checked)
+
+
+def test_a_mean_of_other_lines_is_a_note(tmp_path):
+    """Some folders have the scores of their headline in further logs of the same seeds (#1105)."""
+    folder = contest_folder(tmp_path)
+    for seed, bpb in SEEDS.items():
+        (folder / f"tilt_seed{seed}.log").write_text(contest_log(seed, bpb - 0.002))
+    record = json.loads((folder / "submission.json").read_text())
+    edit_json(folder, seed_results=None)
+    for seed in SEEDS:  # the plain name comes first where neither has the headline
+        (folder / f"tilt_seed{seed}.log").rename(folder / f"a_seed{seed}.log")
+    edit_json(folder, val_bpb=record["val_bpb"] - 0.002, seeds=None)
+    assert ("CK-FOLDER", "error") not in problems(folder)
 
 
 def test_what_a_foreign_folder_does_not_say_is_unknown(tmp_path):
@@ -145,15 +159,31 @@ def other_script_in_the_folder(folder):
     change(folder / "train_gpt.py", "trains and scores nothing", "trained and scored nothing")
 
 
-def changed_score_of_a_seed(folder):
+def change_score(folder, change):
     record = json.loads((folder / "submission.json").read_text())
-    record["seed_results"]["42"]["val_bpb"] -= 2e-6
+    record["seed_results"]["42"]["val_bpb"] += change
     edit_json(folder, seed_results=record["seed_results"])
 
 
-def changed_headline(folder):
+def score_a_little_better(folder):
+    change_score(folder, -2e-6)
+
+
+def score_better(folder):
+    change_score(folder, -2e-4)
+
+
+def change_headline(folder, change):
     record = json.loads((folder / "submission.json").read_text())
-    edit_json(folder, val_bpb=record["val_bpb"] - 3e-6)
+    edit_json(folder, val_bpb=record["val_bpb"] + change)
+
+
+def headline_a_little_better(folder):
+    change_headline(folder, -3e-6)
+
+
+def headline_better(folder):
+    change_headline(folder, -2e-4)
 
 
 def headline_of_the_best_seed(folder):
@@ -352,7 +382,8 @@ FAULTS = (
     (generated_calibration, {("CK-TRAINTIME", W)}), (other_gpu, {("CK-TRAINTIME", W)}),
     (evaluated_too_long, {("CK-EVALTIME", E)}), (diagnostics_too_long, {("CK-EVALTIME", W)}),
     (other_source_in_one_log, {("CK-SEEDS", W), ("CK-HASH", W)}), (other_script_in_the_folder, {("CK-HASH", W)}),
-    (changed_score_of_a_seed, {("CK-FOLDER", E)}), (changed_headline, {("CK-FOLDER", E)}),
+    (score_a_little_better, {("CK-FOLDER", W)}), (score_better, {("CK-FOLDER", E)}),
+    (headline_a_little_better, {("CK-FOLDER", W)}), (headline_better, {("CK-FOLDER", E)}),
     (headline_of_the_best_seed, {("CK-FOLDER", W)}), (changed_loss, {("CK-FOLDER", W)}),
     (missing_seed, {("CK-SEEDS", E)}), (same_seed_twice, {("CK-SEEDS", E)}), (seed_named_twice, {("CK-SEEDS", E)}),
     (data_of_2127, {("CK-OVERLAP", E)}), (doubled_path, {("CK-OVERLAP", W)}),
@@ -584,6 +615,7 @@ def foreign_model(folder):
 
 
 @pytest.mark.parametrize("plant, expected", [
+    (score_a_little_better, {("CK-FOLDER", E)}), (headline_a_little_better, {("CK-FOLDER", E)}),
     (two_summaries, {("CK-SEEDS", E)}), (seed_of_another_run, {("CK-SEEDS", E)}), (step_after_the_end, {("CK-SEEDS", E)}),
     (our_steps_go_back, {("CK-SEEDS", E)}), (cut_off, {("CK-ORDER", E)}), (our_script_changed, {("CK-HASH", E)}),
     (foreign_model, {("CK-HASH", E), ("CK-FOLDER", W)})], ids=lambda value: getattr(value, "__name__", ""))

@@ -2,7 +2,7 @@
 
 import sys
 
-from submission import rules, script
+from submission import rules
 from submission.entry import number_of, stated_by_logs
 from submission.findings import OfSeed, error, note, unknown, warning, worst
 
@@ -11,42 +11,22 @@ from submission.findings import OfSeed, error, note, unknown, warning, worst
 # Modules of Python, of the repository's requirements.txt, and of torch.
 PROVIDED = {*sys.stdlib_module_names, "torch", "numpy", "sentencepiece", "triton", "tqdm", "datasets", "tiktoken",
             "huggingface_hub", "kernels", "setuptools", "typing_extensions"}
-CODE = (".py", ".c", ".cc", ".cpp", ".cu", ".rs", ".lzma", ".xz", ".br", ".zst", ".b85")
-
-
-def own_code(entry):
-    """The files of the folder that hold code which the script imports or names, and those that these do."""
-    files = {file.name: file for file in entry.files if file.name.endswith(CODE) and not file.is_link}
-    used = {}
-    trees = [entry.tree] if entry.tree else []
-    while trees:
-        tree = trees.pop()
-        named = {*script.imports(tree)}
-        strings = script.texts(tree)
-        for name, file in files.items():
-            module = name.removesuffix("/__init__.py").removesuffix(".py").partition("/")[0]
-            is_meant = name in strings or (name.endswith(".py") and module in named)
-            if is_meant and name != entry.script.name and name not in used:
-                used[name] = file
-                inner = script.parse(file.path.read_bytes()) if name.endswith(".py") else None
-                trees += [inner] if inner else []
-    return list(used.values())
 
 
 def check_imports(entry):
     """All counted code should live in train_gpt.py (FAQ)."""
-    if entry.tree is None:
+    if entry.source is None:
         if entry.script:
             yield unknown("CK-IMPORT", "what the script imports cannot be seen", entry.script.name)
         return
-    used = own_code(entry)
+    used = entry.own_code
     if used:
         total = sum(file.size for file in used)
         which = ", ".join(f"{file.name} ({file.size:,} bytes)" for file in used[:4])
         which += f" and {len(used) - 4} more" if len(used) > 4 else ""
         text = f"uses {which}: {total:,} bytes of code outside the script, which reviewers may count"
         yield warning("CK-IMPORT", text, entry.script.name)
-    imported = script.imports(entry.tree)
+    imported = entry.source.imports
     local = {file.name.partition("/")[0].removesuffix(".py") for file in entry.files}
     foreign = sorted(set(imported) - PROVIDED - local)
     has_list = any(file.name == "requirements.txt" for file in entry.files)
@@ -73,7 +53,7 @@ class Size:
 
 def check_size(entry):
     """Code and model as they are submitted, and as the logs count them."""
-    code = sum(file.size for file in own_code(entry)) + (entry.script.size if entry.script else 0)
+    code = sum(file.size for file in entry.own_code) + (entry.script.size if entry.script else 0)
     rows = []
     totals = []
     for run in entry.runs:

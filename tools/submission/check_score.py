@@ -80,24 +80,36 @@ def looks_published(ratio):
     return any(abs(ratio.value / text.bytes_per_token - 1) <= max(ratio.tolerance, 1e-3) for text in rules.TEXTS)
 
 
+HARMLESS_GAIN = 1e-3  # relative: where fewer bytes are counted the score only suffers
+
+
+def is_per_byte(ratio):
+    """Do loss and score say the same, in nats and in bits?"""
+    return abs(ratio.value - 1) < 1e-3
+
+
 def foreign_bytes(entry, run, ratio, place, line):
     tokens = run.log.val_tokens if run.log else None
     text = rules.text_of(tokens) if tokens else None
     if text:
         off = ratio.value / text.bytes_per_token - 1
-        if not ratio.is_of(text):
-            right = run.bpb * (1 + off) if run.bpb else None
-            corrected = f", and is {right:.4f} with the right ones" if right else ""
-            what = (f"{ratio.value:.4f} bytes per token, where {text.tokenizer} has {text.bytes_per_token:.4f}: the "
-                    f"score divides by {off:+.2%} bytes{corrected}")
-            yield OfSeed("ratio", run.seed, abs(off), error("CK-BYTES", what, place, line))
+        if is_per_byte(ratio) and text.tokenizer != "byte260":
+            what = f"the loss of seed {run.seed} is in nats per byte, so that the bytes per token are not known"
+            yield OfSeed("per byte", run.seed, 0, unknown("CK-BYTES", what, place, line))
+        elif not ratio.is_of(text):
+            right = f", and is {run.bpb * (1 + off):.4f} with the right ones" if run.bpb else ""
+            what = (f"loss and score give {ratio.value:.4f} bytes per token, where {text.tokenizer} has "
+                    f"{text.bytes_per_token:.4f}: the score divides by {off:+.2%} bytes{right}, unless the two are of "
+                    "different predictions")
+            say = error if off > HARMLESS_GAIN else warning
+            yield OfSeed("ratio", run.seed, abs(off), say("CK-BYTES", what, place, line))
     elif tokens:
         total = tokens * ratio.value
         off = total / rules.VAL_BYTES - 1
         if off > max(ratio.tolerance, 3 * rules.BYTES_TOLERANCE):
             say = error if entry.track == "record" else warning
             what = (f"{tokens:,} tokens of {ratio.value:.4f} bytes are {total:,.0f} bytes, and the validation text has "
-                    f"{rules.VAL_BYTES:,} ({off:+.2%})")
+                    f"{rules.VAL_BYTES:,} ({off:+.2%}): too many are counted, or it is another text")
             yield OfSeed("total", run.seed, abs(off), say("CK-BYTES", what, place, line))
     elif not looks_published(ratio):
         what = (f"{ratio.value:.4f} bytes per token, which no published tokenizer has, and the log does not say how "
@@ -124,6 +136,9 @@ def our_bytes(entry, run, ratio, place):
 # ---- CK-COVER -------------------------------------------------------------------------------------------------------
 
 
+LARGEST_TOKENS = min(text.targets for text in rules.TEXTS)  # of the published tokenizer with the largest ones
+
+
 def check_cover(entry):
     """Is all of the validation text scored (R7, #50)?"""
     rows = []
@@ -146,9 +161,11 @@ def coverage(entry, run):
         return
     if log.form != "ours" and rules.text_of(tokens) is None:
         ratio, _ = ratio_of_run(run)
-        share = tokens * ratio.value / rules.VAL_BYTES if ratio else tokens / min(text.targets for text in rules.TEXTS)
+        share = tokens / (0.6 * LARGEST_TOKENS)  # larger vocabularies have fewer tokens
+        if ratio and not is_per_byte(ratio):
+            share = tokens * ratio.value / rules.VAL_BYTES
         if share < 0.99:
-            text = f"{tokens:,} tokens are validated on, {share:.1%} of the text"
+            text = f"{tokens:,} tokens are validated on, about {share:.1%} of the text"
             yield OfSeed("part", run.seed, 1 - share, say("CK-COVER", text, line=line))
     if log.val_share is not None and log.val_share < 1:
         text = f"val_doc_fraction is {log.val_share:g}: not all validation documents are scored"
@@ -268,16 +285,16 @@ def check_breaches(entry):
             for row in (*breaches_of_log(run, log), *(breaches_of_score(run) if log is run.log else ())):
                 rows.append(row._replace(finding=row.finding._replace(file=place)))
     yield from worst(rows)
-    if entry.tree is None:
+    if entry.source is None:
         return
     scores = [run.bpb for run in entry.runs if run.bpb]
     is_low = bool(scores) and min(scores) < HONEST_LEVEL
-    for line in sorted(script.target_in_table_index(entry.readable, entry.tree))[:1]:
+    for line in sorted(script.target_in_table_index(entry.source))[:1]:
         say = error if is_low else warning
         where = f", and the score is {min(scores):.4f}" if is_low else "; say whether that is on"
         yield say("CK-SUM", "hashes the target into the index of a table where it scores, which makes no distribution "
                   f"over tokens (#779){where}", entry.script.name, line)
-    for line in sorted(script.lower_of_two_losses(entry.readable, entry.tree))[:1]:
+    for line in sorted(script.lower_of_two_losses(entry.source))[:1]:
         yield error("CK-SUM", "takes the lower of two losses of a token, which makes no distribution (#659)",
                     entry.script.name, line)
 

@@ -65,9 +65,8 @@ class Entry(NamedTuple):
     track_source: str  # where that is from
     files: tuple[File, ...]
     script: File | None
-    source: bytes
-    readable: str | None  # the source as Python text, unpacked; None if it could not be
-    tree: object  # its syntax tree, or None
+    source: script.Script | None  # None if it is no Python
+    own_code: tuple[File, ...]  # further files with code that it uses
     record: dict | None  # submission.json
     record_file: str | None
     logs: tuple[logs.Log, ...]
@@ -97,9 +96,9 @@ def read_entry(path, track=None):
         raise BadInput(f"{path}: {reason}; give the folder of a submission") from None
     problems = []
     script_file = find_script(files)
-    source = read_bytes(script_file, problems)
-    readable, tree = script.read(source)
-    if script_file and tree is None and not script.is_pointer(source):
+    raw = read_bytes(script_file, problems)
+    source = script.read(raw)
+    if script_file and source is None and not script.is_pointer(raw):
         problems.append(unknown("CK-FOLDER", "is not Python that this version of Python reads", script_file.name))
     record_file = find_record(files)
     record = read_record(record_file, problems)
@@ -107,9 +106,10 @@ def read_entry(path, track=None):
     track, track_source = find_track(track, path, record)
     claims = claims_of(record or {})
     headline = number_of(record or {}, "val_bpb")
-    return Entry(path, path.name, track, track_source, tuple(files), script_file, source, readable, tree, record,
-                 record_file.name if record_file else None, tuple(found), tuple(runs_of(claims, found, path, headline)),
-                 tuple(problems))
+    runs = runs_of(claims, found, path, headline)
+    return Entry(path, path.name, track, track_source, tuple(files), script_file, source,
+                 tuple(own_code(files, script_file, source)), record, record_file.name if record_file else None,
+                 tuple(found), tuple(runs), tuple(problems))
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -146,6 +146,26 @@ def find_script(files):
             return file
     likely = [file for file in scripts if file.name.startswith("train")]
     return max(likely, key=lambda file: file.size, default=None)
+
+
+CODE = (".py", ".c", ".cc", ".cpp", ".cu", ".rs", ".lzma", ".xz", ".br", ".zst", ".b85")
+
+
+def own_code(files, script_file, source):
+    """The files with code that the script imports or names, and those that these do."""
+    candidates = {file.name: file for file in files if file.name.endswith(CODE) and not file.is_link}
+    used = {}
+    sources = [source] if source else []
+    while sources:
+        user = sources.pop()
+        for name, file in candidates.items():
+            module = name.removesuffix("/__init__.py").removesuffix(".py").partition("/")[0]
+            is_meant = name in user.strings or (name.endswith(".py") and module in user.imports)
+            if is_meant and name != script_file.name and name not in used:
+                used[name] = file
+                inner = script.read(file.path.read_bytes()) if name.endswith(".py") else None
+                sources += [inner] if inner else []
+    return list(used.values())
 
 
 def find_record(files):
@@ -306,7 +326,7 @@ def states(score, bpb):
     if bpb is None:
         return False
     digits = min(decimals(bpb), score.digits)
-    return abs(score.bpb - float(bpb)) <= 0.51 * 10**-digits
+    return abs(score.bpb - float(bpb)) <= max(0.51 * 10**-digits, 1e-6)
 
 
 def decimals(number):

@@ -577,7 +577,8 @@ TOTAL_EVAL = re.compile(rb"\btotal_eval_(?:time|wallclock): ?" + NUMBER + rb"(s)
 SCORE = re.compile(rb"^(.{0,200}?)\b(?:val_loss|vl)[:=] ?(\d{1,9}\.\d{1,18})[ ,;|]{1,3}(?:val_)?bpb[:=] ?"
                    rb"(\d{1,9}\.\d{1,18})(.*)")
 SCORE_TIME = re.compile(rb"\b(?:eval_time|eval|time|elapsed|t)[:=] ?" + NUMBER + rb"(ms|s)\b")
-ONLY_BPB = re.compile(rb"^(.{0,200}?)\b(?:val_)?bpb(?: ?\([^)\n]{1,20}\))? ?[:=] {0,12}(\d{1,9}\.\d{1,18})(.*)")
+ONLY_BPB = re.compile(rb"\b(\w{0,40}?)bpb\w{0,20}(?: ?\([^)\n]{1,20}\))? ?[:=] {0,12}(\d{1,9}\.\d{1,18})")
+LONGEST_LABEL = 200
 # Of the weights before they were packed, of a part of the text, or of something that is not the submission.
 NOT_FINAL = re.compile(rb"diag|pre.?quant|post.?(?:ema|swa|average)|pre.?ttt|raw|candidate|epoch|chunk|batch|progress|"
                        rb"(?:swa|ema)[_ ](?:eval|bpb)|^ema\b|weights|\bbest|baseline|rank:|post_train|sweep|search|"
@@ -630,20 +631,19 @@ def read_scores(text, begin, end):
         if STEP.search(line):
             continue
         match = SCORE.search(line)
-        loss = None
         if match:
             loss = float(match.group(2))
-            bpb, rest = match.group(3, 4)
+            found = [(match.group(1), match.group(3))]
         else:
-            match = ONLY_BPB.search(line)
-            if not match:
-                continue
-            bpb, rest = match.group(2, 3)
-        time = SCORE_TIME.search(rest)
+            loss = None
+            start = line[: LONGEST_LABEL].partition(b"bpb")[0]
+            found = [(start + match.group(1), match.group(2)) for match in ONLY_BPB.finditer(line)]
+        time = SCORE_TIME.search(line)
         seconds = seconds_of(time, 1) if time else None
-        label = name(match.group(1)).strip(" :|[]")
-        digits = len(bpb.partition(b".")[2])
-        scores.append((Score(label, loss, float(bpb), digits, seconds, text.number(offset)), offset))
+        for label, bpb in found:
+            digits = len(bpb.partition(b".")[2])
+            label = name(label).strip(" :|[]")
+            scores.append((Score(label, loss, float(bpb), digits, seconds, text.number(offset)), offset))
     return scores
 
 
@@ -674,7 +674,7 @@ def read_evaluation(text, begin, end, note, scores, final):
     """
     timed = {}  # offset: Phase
     for score, offset in scores:
-        if score.seconds is not None and is_final(score):
+        if score.seconds is not None and is_final(score) and offset not in timed:
             timed[offset] = Phase(score.name, score.seconds, score.line, True)
     for word in (b"ttt", b"slot"):
         for offset, line in text.lines_with(word, begin, end):

@@ -7,6 +7,7 @@ import lzma
 import re
 import warnings
 import zlib
+from typing import NamedTuple
 
 MOST_SOURCE = 8 << 20  # bytes of an unpacked script
 
@@ -16,8 +17,20 @@ def is_pointer(source):
     return source.lstrip().startswith(b"version https://git-lfs")
 
 
+class Script(NamedTuple):
+    """A script after unpacking."""
+
+    text: str
+    tree: ast.Module
+    imports: dict[str, int]  # {top-level module: line}, also of imports in functions
+    strings: frozenset[str]  # every text in it
+    functions: tuple[ast.FunctionDef, ...]
+    minimums: tuple[ast.Call, ...]  # calls of minimum()
+
+
 def read(source):
-    """(the script as text, its syntax tree) after unpacking; (None, None) if it is no Python."""
+    """The Script of these bytes, or None if they are no Python."""
+    tree = None
     for _ in range(3):  # a packed script may hold a packed one
         tree = parse(source)
         inner = unpacked(source, tree) if tree else None
@@ -25,8 +38,32 @@ def read(source):
             break
         source = inner
     if tree is None:
-        return None, None
-    return source.decode("utf-8", "replace"), tree
+        return None
+    imports = {}
+    strings = set()
+    functions = []
+    minimums = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant):
+            if isinstance(node.value, str):
+                strings.add(node.value)
+        elif isinstance(node, ast.FunctionDef):
+            functions.append(node)
+        elif isinstance(node, ast.Call):
+            if called(node) == "minimum":
+                minimums.append(node)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            for name in imported(node):
+                imports.setdefault(name.partition(".")[0], node.lineno)
+    text = source.decode("utf-8", "replace")
+    return Script(text, tree, imports, frozenset(strings), tuple(functions), tuple(minimums))
+
+
+def imported(node):
+    """The modules that an import statement names."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module] if node.module else []
 
 
 def parse(source):
@@ -44,7 +81,7 @@ def parse(source):
 
 def unpacked(source, tree):
     """The script inside a self-extracting one, or None: its longest literal, or our comment, decoded."""
-    if b"exec" not in source:
+    if b"exec" not in source or b"decompress" not in source:
         return None
     literals = []
     for node in ast.walk(tree):
@@ -125,25 +162,6 @@ def called(node):
     return getattr(node.func, "id", "")
 
 
-def imports(tree):
-    """{top-level module: line} of every import, also in functions."""
-    found = {}
-    for node in ast.walk(tree):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module]
-        for name in names:
-            found.setdefault(name.partition(".")[0], node.lineno)
-    return found
-
-
-def texts(tree):
-    """Every string of a script."""
-    return {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-
-
 NLL = re.compile(r"(?i)(?:^|_)(?:nll|ce|xent|loss(?:es)?)(?:$|_|\d)")
 TARGET = re.compile(r"(?:^|_)(?:tgt|target|targets)(?:$|_)|^y(?:$|_)")
 SCORES = re.compile(r"(?i)score|mix|lookup|prob|predict|blend|apply|eval")
@@ -159,28 +177,22 @@ def names_in(node):
             yield part.attr
 
 
-def lower_of_two_losses(text, tree):
+def lower_of_two_losses(source):
     """Lines that take the lower of two losses for each token: torch.minimum(nll_a, nll_b) (#659)."""
-    if "minimum(" not in text:
-        return
-    for node in ast.walk(tree):
-        if not (isinstance(node, ast.Call) and called(node) == "minimum" and len(node.args) == 2):
-            continue
-        both = [any(NLL.search(name) for name in names_in(argument)) for argument in node.args]
-        if all(both):
+    for node in source.minimums:
+        is_loss = [any(NLL.search(name) for name in names_in(argument)) for argument in node.args]
+        if len(is_loss) == 2 and all(is_loss):
             yield node.lineno
 
 
-def target_in_table_index(text, tree):
+def target_in_table_index(source):
     """Lines of a scoring function that hash the target into the index of a table: (context ^ (target * prime)) (#779).
 
     The update of a table may do so. Only functions whose name says that they score, and not that they update, count.
     """
-    if "^" not in text:
+    if "^" not in source.text:
         return
-    for function in ast.walk(tree):
-        if not isinstance(function, ast.FunctionDef):
-            continue
+    for function in source.functions:
         if not SCORES.search(function.name) or UPDATES.search(function.name):
             continue
         for node in ast.walk(function):
