@@ -47,7 +47,7 @@ def eligible(three_seeds, tmp_path):
     return [as_record(run, bpb) for run, bpb in zip(runs, RECORD_BPB)]
 
 
-RECORD_BPB = (1.0521, 1.0526, 1.0524)
+RECORD_BPB = (1.05213907, 1.05264118, 1.05240922)
 
 
 def summaries(folders):
@@ -527,6 +527,12 @@ def _other_code(folder):
         script.write("# \n")
 
 
+def _overlap(folder):
+    """As the trainer says it of the data of #2127."""
+    reason = "C3: 9662 of 50000 validation documents begin as some did that were trained on, with the same 64 tokens"
+    log_changed(folder, 1337, val_documents_in_training=9_662, valid="no", reasons=[reason])
+
+
 def _mixed_logs(folder):
     """The second half of one seed's log behind the first half of another's."""
     first, second = ((folder / f"train_seed{seed}.log").read_text() for seed in (42, 314))
@@ -540,9 +546,9 @@ PLANTED = {
     "training over 600 s": (_slow_training, "CK-TRAINTIME"),
     "evaluation over 600 s": (_slow_scoring, "CK-EVALTIME"),
     "other code": (_other_code, "CK-HASH"),
-    "a changed score": (lambda folder: json_changed(folder, 42, val_bpb=RECORD_BPB[0] - 1e-4), "CK-FOLDER"),
+    "a changed score": (lambda folder: json_changed(folder, 42, val_bpb=RECORD_BPB[0] - 2e-6), "CK-FOLDER"),
     "a missing seed": (lambda folder: (folder / "train_seed1337.log").unlink(), "CK-SEEDS"),
-    "training on validation text": (lambda folder: log_changed(folder, 1337, val_documents_in_training=9_662), "CK-OVERLAP"),
+    "training on validation text": (_overlap, "CK-OVERLAP"),
     "two runs' logs mixed": (_mixed_logs, "CK-SEEDS"),
 }
 

@@ -21,7 +21,8 @@ settings, submission.json and README.md, all from what the runs logged. Runs tha
 finish, are not valid or too large are refused, each in a line. A run that could be no record goes to the track of
 non-records, with the reasons.
 
-`check` looks at a submission's folder, of this trainer or of anybody, as reviewers do: size, clocks, seeds, bytes, form.
+`check` looks at a submission's folder, of this trainer or of anybody, as reviewers do: size, clocks, seeds, bytes and
+form.
 
 `stats` prints mean and spread over seeds, and against a record the one-sided test of the README (better by 0.005 nats
 per token, p < 0.01) and that of the organisers' later practice. It takes runs, folders, a pull request whose seeds are
