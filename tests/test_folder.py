@@ -22,7 +22,7 @@ from submission import check, manifest, pack, page, recipe
 from submission import folder as maker
 from submission.runs import Run, read_run
 
-PERSON = ["--author", "A. Author", "--github-id", "author", "--name", "Toy: three seeds!", "--blurb", "Nothing | new.",
+PERSON = ["--author", "A. Author", "--github-id", "@author", "--name", "Toy: three seeds!", "--blurb", "Nothing | new.",
           "--date", "2026-04-30"]
 NAME = "2026-04-30_Toy_three_seeds"
 
@@ -325,6 +325,8 @@ FAULTS = {
     "a name without letters": (lambda runs: None, ["--name", "?!"], ["needs a letter or digit"]),
     "no blurb": (lambda runs: None, ["--blurb", " "], ["not given: --blurb"]),
     "no date": (lambda runs: None, ["--date", "30.4.2026"], ["not a date such as 2026-04-30"]),
+    "a date without dashes": (lambda runs: None, ["--date", "20260430"], ["not a date such as 2026-04-30"]),
+    "no day of the calendar": (lambda runs: None, ["--date", "2026-04-31"], ["not a date such as 2026-04-30"]),
     "unknown record": (lambda runs: None, ["--against", "7"], ["#7 is not in the table"]),
 }
 

@@ -1,5 +1,5 @@
-"""Finished runs for the tests of what is submitted: three seeds of one toy configuration, and what a run would have said
-on other hardware.
+"""Finished runs for the tests of what is submitted: three seeds of one toy configuration, and what a run would have
+said on other hardware.
 
     three = make_seeds(toy, folder)                     [folder/seed42, ...]
     changed(copies(three, tmp_path)[0], seed=42)        another summary, in all three files that have it

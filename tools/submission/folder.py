@@ -111,8 +111,8 @@ def person_of(args):
             blurb = Path(blurb[1:]).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise BadInput(f"--blurb {blurb}: cannot be read ({error})") from None
-    return {"author": args.author, "github_id": args.github_id, "name": args.name, "blurb": (blurb or "").strip(),
-            "date": args.date}
+    return {"author": args.author, "github_id": (args.github_id or "").removeprefix("@"), "name": args.name,
+            "blurb": (blurb or "").strip(), "date": args.date}
 
 
 def missing(person):
@@ -120,13 +120,17 @@ def missing(person):
     absent = [f"--{key.replace('_', '-')}" for key, text in person.items() if not text]
     if absent:
         yield f"not given: {', '.join(absent)}; a run cannot know them"
-    try:
-        datetime.date.fromisoformat(person["date"])
-    except ValueError:
+    if not is_date(person["date"]):
         yield f"--date {person['date']}: not a date such as 2026-04-30"
-        return
-    if person["name"] and not rules.FOLDER_NAME.fullmatch(folder_name(person)):
+    elif person["name"] and not rules.FOLDER_NAME.fullmatch(folder_name(person)):
         yield f"--name {person['name']!r}: the folder's name needs a letter or digit of it"
+
+
+def is_date(text):
+    """Is this a day of the calendar, as YYYY-MM-DD?"""
+    with contextlib.suppress(ValueError):
+        return datetime.date.fromisoformat(text).isoformat() == text
+    return False
 
 
 def folder_name(person):

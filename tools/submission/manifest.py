@@ -99,7 +99,7 @@ def fields_of(submission):
         "pytorch_version": runs[0].header.get("torch"), "cuda_version": cuda_of(runs[0]),
         "attention_backend": runs[0].attention,
         "technique_summary": "; ".join(on),
-        "attribution": {credit.technique: ", ".join(f"PR #{number}" for number in credit.pull_requests)
+        "attribution": {credit.key: ", ".join(f"PR #{number}" for number in credit.pull_requests)
                         for credit in submission.credits},
         "compliance": compliance(submission),
         "val_bytes": first["val_bytes"], "val_tokens": first["val_tokens"],

@@ -130,6 +130,11 @@ class Credit(NamedTuple):
     setting: Setting
     pull_requests: tuple[int, ...]
 
+    @property
+    def key(self):
+        """Technique and setting: several settings may be of one technique."""
+        return f"{self.technique} ({self.setting.name}={self.setting.value})"
+
 
 def credits(settings):
     """The Credits of all settings that are on."""
@@ -166,8 +171,8 @@ def pull_requests(doc, value):
 
 
 def title(doc):
-    """The beginning of a sentence, up to its first bracket or semicolon."""
-    return re.split(r"[(;]", doc)[0].strip(" ,:")
+    """The beginning of a sentence, up to its first bracket, colon or semicolon."""
+    return re.split(r"[(:;]", doc)[0].strip(" ,")
 
 
 # ---- settings.env ---------------------------------------------------------------------------------------------------

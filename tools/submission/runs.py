@@ -44,9 +44,15 @@ class Run(NamedTuple):
     def header(self):
         return self.event("run")
 
+    # What the runs of one configuration have in common.
+
     @property
-    def tokenizer_sha256(self):
-        return self.event("tokenizer").get("sha256")
+    def code_sha256(self):
+        return self.summary["code_sha256"]
+
+    @property
+    def settings_hash(self):
+        return self.summary["settings_hash"]
 
     @property
     def training_data(self):
@@ -54,12 +60,24 @@ class Run(NamedTuple):
         return f"{loader.get('dataset')}, {loader.get('train_shards')} shards, {loader.get('tokens')} tokens"
 
     @property
-    def attention(self):
-        return self.event("choice", "attention").get("attention")
+    def val_sha256(self):
+        return self.summary["val_sha256"]
+
+    @property
+    def tokenizer_sha256(self):
+        return self.event("tokenizer").get("sha256")
 
     @property
     def machine(self):
         return f"{self.summary['world_size']}x{self.summary['device']}"
+
+    @property
+    def torch(self):
+        return self.header.get("torch")
+
+    @property
+    def attention(self):
+        return self.event("choice", "attention").get("attention")
 
 
 def source_of(log):
@@ -109,24 +127,24 @@ def summary_of(log):
 # ---- several runs ---------------------------------------------------------------------------------------------------
 
 
-class Property(NamedTuple):
+class Shared(NamedTuple):
     """What the runs of one configuration have in common."""
 
     name: str
-    of: object  # Run -> its value
+    attribute: str  # of Run
     fix: str
 
 
 ONE_CONFIGURATION = "the seeds of a submission are runs of one configuration (#2124)"
-SAME = (
-    Property("code (SHA-256)", lambda run: run.summary["code_sha256"], ONE_CONFIGURATION),
-    Property("settings", lambda run: run.summary["settings_hash"], ONE_CONFIGURATION),
-    Property("training data", lambda run: run.training_data, "train all of them on the same"),
-    Property("validation text (SHA-256)", lambda run: run.summary["val_sha256"], "score all of them on the same"),
-    Property("tokenizer (SHA-256)", lambda run: run.tokenizer_sha256, "use the same for all"),
-    Property("hardware", lambda run: run.machine, "run all of them on the same"),
-    Property("torch", lambda run: run.header.get("torch"), "run all of them with the same"),
-    Property("attention kernel", lambda run: run.attention, "name one with ATTENTION"),
+SHARED = (
+    Shared("code (SHA-256)", "code_sha256", ONE_CONFIGURATION),
+    Shared("settings", "settings_hash", ONE_CONFIGURATION),
+    Shared("training data", "training_data", "train all of them on the same"),
+    Shared("validation text (SHA-256)", "val_sha256", "score all of them on the same"),
+    Shared("tokenizer (SHA-256)", "tokenizer_sha256", "use the same for all"),
+    Shared("hardware", "machine", "run all of them on the same"),
+    Shared("torch", "torch", "run all of them with the same"),
+    Shared("attention kernel", "attention", "name one with ATTENTION"),
 )
 
 
@@ -139,20 +157,19 @@ def complaints(runs):
             lines.append(f"{seen[run.seed].folder} and {run.folder} have the same seed {run.seed}: give one of them")
         seen.setdefault(run.seed, run)
     first = runs[0]
-    for what in SAME:
-        for run in runs[1:]:
-            if what.of(run) != what.of(first):
-                lines.append(difference(what, first, run))
-                break
+    for shared in SHARED:
+        others = [run for run in runs if getattr(run, shared.attribute) != getattr(first, shared.attribute)]
+        if others:
+            lines.append(difference(shared, first, others[0]))
     return lines
 
 
-def difference(what, first, other):
+def difference(shared, first, other):
     """In which way two runs differ, in one line."""
-    values = f"{shown(what.of(first))} and {shown(what.of(other))}"
-    if what.name == "settings":
+    values = " and ".join(str(shown(getattr(run, shared.attribute))) for run in (first, other))
+    if shared.name == "settings":
         values = ", ".join(settings_changes(first, other)) or values
-    return f"{first.folder} and {other.folder} differ in {what.name}: {values}; {what.fix}"
+    return f"{first.folder} and {other.folder} differ in {shared.name}: {values}; {shared.fix}"
 
 
 def shown(value):
