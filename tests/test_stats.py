@@ -102,6 +102,17 @@ def test_published_p_values_come_out(ours, theirs, p, tmp_path):
     assert round(tests["practice since #1902"]["p"], 3) == p and tests["practice since #1902"]["passed"]
 
 
+@pytest.mark.parametrize("ours, theirs, published, p", [
+    (2014, 1953, 0.011, 0.020), (1953, 1945, 0.063, 0.090), (1945, 1855, 0.034, 0.056)])
+def test_p_values_that_were_published_of_deviations_by_n(ours, theirs, published, p, tmp_path):
+    """Their submission.json has standard deviations that divide by n; here it is n - 1, and p is larger."""
+    a, b = (np.array(list(stats.published()[str(number)]["val_bpb"].values())) for number in (ours, theirs))
+    t, df = (a.mean() - b.mean()) / math.sqrt(a.var() / 3 + b.var() / 3), 2 * (a.var() + b.var()) ** 2 / (a.var() ** 2 + b.var() ** 2)
+    assert upper_tail(-t, df) == pytest.approx(published, abs=1.5e-3)
+    tests = facts(tmp_path, ours, "--against", theirs)["against"]["tests"]
+    assert tests["practice since #1902"]["p"] == pytest.approx(p, abs=1e-3)
+
+
 def test_the_statistic_of_1019_comes_out(tmp_path):
     """Its submission.json has t -11.8339 against #549; with the margin of 0.005 nats it still is below p 0.01."""
     tests = facts(tmp_path, "1019", "--against", 549)["against"]["tests"]
