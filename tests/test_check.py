@@ -72,7 +72,7 @@ def test_a_mean_of_other_lines_is_a_note(tmp_path):
     folder = contest_folder(tmp_path)
     better = {seed: bpb - 0.002 for seed, bpb in SEEDS.items()}
     for seed, bpb in better.items():
-        (folder / f"tilt_seed{seed}.log").write_text(contest_log(seed, bpb))
+        (folder / f"z_seed{seed}.log").write_text(contest_log(seed, bpb))
     edit_json(folder, val_bpb=statistics.fmean(better.values()), val_bpb_std=None, seed_results=None)
     assert ("CK-FOLDER", "error") not in problems(folder)
     assert any("the mean of other lines of the logs" in text for text in texts(folder, "CK-FOLDER"))

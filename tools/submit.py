@@ -1,6 +1,7 @@
 """Make what is submitted.
 
     python tools/submit.py pack [--script train_gpt.py] [--out FILE] [--compressor auto|lzma|brotli] [--text]
+    python tools/submit.py check DIR [--json FILE] [--track record|non-record] [--base REV]
 
 `pack` writes the script minified, compressed and self-extracting: one .py file that python and torchrun run as they
 run the readable one, with the same settings, losses and score. Its lines say what each step saves. The file that is
@@ -11,6 +12,15 @@ log.
     --compressor  auto: lzma, which Python has, unless brotli, which the packed file then has to import, saves over
                   2,000 bytes
     --text        ASCII (base85) in place of bytes in a Latin-1 comment: a quarter larger, for what accepts only text
+
+`check` reads any submission folder, ours or foreign, against the contest's rules: sizes, clocks, seeds, the bytes that the
+score divides by, which text was scored and what had seen it, code and settings of each seed, submission.json against
+the logs, and what else the branch touches. A line for each finding, errors first, with rule, file and line; what the
+files do not say is `unknown`. Exit code 1 if there are errors.
+
+    --json        the findings as JSON too
+    --track       default: that of the folder DIR lies in, else of its submission.json, else record
+    --base        what the branch is compared with; default: upstream/main, origin/main or main
 
 `python tools/submit.py pack --help`, ... have every option. The folder submission/ has a module for each command.
 """
