@@ -13,10 +13,10 @@ log.
                   2,000 bytes
     --text        ASCII (base85) in place of bytes in a Latin-1 comment: a quarter larger, for what accepts only text
 
-`check` reads any submission folder, ours or foreign, against the contest's rules: sizes, clocks, seeds, the bytes that the
-score divides by, which text was scored and what had seen it, code and settings of each seed, submission.json against
-the logs, and what else the branch touches. A line for each finding, errors first, with rule, file and line; what the
-files do not say is `unknown`. Exit code 1 if there are errors.
+`check` reads any submission folder, ours or foreign, against the contest's rules: sizes, clocks, seeds, the bytes that
+the score divides by, which text was scored and what had seen it, code and settings of each seed, submission.json
+against the logs, and what else the branch touches. A line for each finding, errors first, with rule, file and line;
+what the files do not say is `unknown`. Exit code 1 if there are errors.
 
     --json        the findings as JSON too
     --track       default: that of the folder DIR lies in, else of its submission.json, else record
