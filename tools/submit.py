@@ -2,7 +2,7 @@
 
     python tools/submit.py pack [--script train_gpt.py] [--out FILE] [--compressor auto|lzma|brotli] [--text]
     python tools/submit.py folder logs/RUN logs/RUN logs/RUN --name NAME --blurb TEXT [--against 2135]
-    python tools/submit.py check DIR [--track record|non-record] [--base REV]
+    python tools/submit.py check DIR [--json FILE] [--track record|non-record] [--base REV]
     python tools/submit.py stats logs/RUN logs/RUN logs/RUN --against 2135
     python tools/submit.py verify DIR --artifact model.pg [DATA_PATH=...]
 
@@ -21,8 +21,14 @@ settings, submission.json and README.md, all from what the runs logged. Runs tha
 finish, are not valid or too large are refused, each in a line. A run that could be no record goes to the track of
 non-records, with the reasons.
 
-`check` looks at a submission's folder, of this trainer or of anybody, as reviewers do: size, clocks, seeds, bytes and
-form.
+`check` reads any submission folder, ours or foreign, against the contest's rules: sizes, clocks, seeds, the bytes that
+the score divides by, which text was scored and what had seen it, code and settings of each seed, submission.json
+against the logs, and what else the branch touches. A line for each finding, errors first, with rule, file and line;
+what the files do not say is `unknown`. Exit code 1 if there are errors.
+
+    --json        the findings as JSON too
+    --track       default: that of the folder DIR lies in, else of its submission.json, else record
+    --base        what the branch is compared with; default: upstream/main, origin/main or main
 
 `stats` prints mean and spread over seeds, and against a record the one-sided test of the README (better by 0.005 nats
 per token, p < 0.01) and that of the organisers' later practice. It takes runs, folders, a pull request whose seeds are

@@ -187,13 +187,13 @@ def calibration_in_time(run):
 
 def on_the_machine(run):
     log = run.training
+    say = error if log.form == "ours" else warning
     if log.gpu and rules.GPU.lower() not in log.gpu.lower():
-        say = error if log.form == "ours" else warning
         text = f"seed {run.seed} ran on {log.gpus or log.world_size or 1} x {log.gpu}, not {rules.GPUS} x {rules.GPU}"
         yield OfSeed("machine", run.seed, 0, say("CK-TRAINTIME", text, line=log.lines.get("gpu")))
     elif log.world_size not in (None, rules.GPUS):
         text = f"seed {run.seed} ran on {log.world_size} GPU(s), not {rules.GPUS}"
-        yield OfSeed("machine", run.seed, 0, warning("CK-TRAINTIME", text, line=log.lines.get("world_size")))
+        yield OfSeed("machine", run.seed, 0, say("CK-TRAINTIME", text, line=log.lines.get("world_size")))
 
 
 # ---- CK-EVALTIME ----------------------------------------------------------------------------------------------------

@@ -51,6 +51,9 @@ def check_claim(entry, run):
         say = by_distance(off, [run])
         yield say("CK-FOLDER", f"{text} in {entry.record_file}, its log {score.bpb:.8f} ({off:.2g} off)", place,
                   score.line)
+    elif not is_final(score):
+        yield warning("CK-FOLDER", f"{text}, the log's {score.name!r}, which is not of the packed model", place,
+                      score.line)
     elif run.log.val_bpb is not None and abs(score.bpb - run.log.val_bpb) > 1e-4:
         yield note("CK-FOLDER", f"{text}, the log's {score.name!r}; its last score is {run.log.val_bpb:.8f}", place,
                    score.line)

@@ -6,6 +6,7 @@ Nothing in a file can make this fail: what a log does not say is None. A file ma
 console, or hold several runs. The forms were read from the 3,900 logs of the contest's public pull requests.
 """
 
+import bisect
 import hashlib
 import json
 import math
@@ -73,7 +74,7 @@ class Log(NamedTuple):
     val_loss: float | None = None  # final
     val_bpb: float | None = None
     digits: int | None = None  # of val_bpb, after the point
-    scores: tuple[Score, ...] = ()  # every one but those of single steps
+    scores: tuple[Score, ...] = ()  # every one but those of steps and of progress
     code_sha256: str | None = None  # of the script, as the log states it
     source_sha256: str | None = None  # see source_hash(): of the source at the top of the log
     artifact_sha256: str | None = None
@@ -198,21 +199,36 @@ def without_source(body):
 
 def sources(body):
     """(begin, end) of each copy of the source: up to the last lines of a script, else up to the next rule."""
+    rules = [(match.start(), match.end()) for match in RULE.finditer(body)]
+    last_lines = [(match.start(), match.end()) for match in LAST_LINES.finditer(body)]
     at = 0
-    while True:
-        first = PYTHON.search(body, at)
-        if first is None:
-            return
-        section = max((rule.end() for rule in RULE.finditer(body, at, first.start())), default=at)
+    for first in PYTHON.finditer(body):
+        if first.start() < at:
+            continue
+        section = last_before(rules, first.start(), at)
         header = FIRST_LINE.search(body, section, first.start())
         begin = header.start() if header else first.start()
-        last = LAST_LINES.search(body, first.start()) or RULE.search(body, first.start())
-        if last is None:
+        end = end_of_source(rules, last_lines, first.start())
+        if end is None:
             return
-        end = last.start() if last.group().startswith(b"=") else last.end()
         if len(PYTHON.findall(body, begin, end)) >= 5:
             yield begin, end
         at = end
+
+
+def last_before(spans, offset, default):
+    """The end of the last span that begins before an offset."""
+    number = bisect.bisect_left(spans, (offset,))
+    return max(spans[number - 1][1], default) if number else default
+
+
+def end_of_source(rules, last_lines, offset):
+    """Where a source that has begun ends, or None."""
+    number = bisect.bisect_left(last_lines, (offset,))
+    if number < len(last_lines):
+        return last_lines[number][1]
+    number = bisect.bisect_left(rules, (offset,))
+    return rules[number][0] if number < len(rules) else None
 
 
 def source_hash(source):
@@ -230,6 +246,7 @@ class Text:
     def __init__(self, body):
         self.body = body
         self.lower = body.lower()
+        self.ends = [match.start() for match in re.finditer(rb"\n", body)]
 
     def lines_with(self, word, begin, end):
         """(offset, line in lower case) of each line between these offsets that holds the word."""
@@ -248,7 +265,7 @@ class Text:
 
     def number(self, offset):
         """The number of the line at this offset, from 1."""
-        return self.body.count(b"\n", 0, offset) + 1
+        return bisect.bisect_left(self.ends, offset) + 1
 
 
 def whole(text):
@@ -571,7 +588,7 @@ CALIBRATION = tuple(re.compile(pattern) for pattern in (
 GENERATION = re.compile(rb"\b(?:gptq|trinity):generated \d+ seq(?:uence)?s in " + NUMBER + rb"(ms|s)\b")
 ADAPTATION = re.compile(  # an evaluation's own times that no score carries
     rb"\b([a-z_]*(?:ttt|slot)[a-z_0-9]*): ?(?:(?:total_)?(?:done|elapsed|completed|time|total)\b)[^\n]{0,60}?"
-    rb"(?:elapsed=|time[=:]|total_time[=:]| in |elapsed:|^)? ?" + NUMBER + rb"(ms|s)\b")
+    rb"(?:elapsed=|time[=:]|total_time[=:]| in |elapsed:)? ?" + NUMBER + rb"(ms|s)\b")
 OUTSIDE = re.compile(rb"precompute\w*outside\w* elapsed=" + NUMBER + rb"(s)\b")
 TOTAL_EVAL = re.compile(rb"\btotal_eval_(?:time|wallclock): ?" + NUMBER + rb"(s)\b")
 SCORE = re.compile(rb"^(.{0,200}?)\b(?:val_loss|vl)[:=] ?(\d{1,9}\.\d{1,18})[ ,;|]{1,3}(?:val_)?bpb[:=] ?"
@@ -580,9 +597,9 @@ SCORE_TIME = re.compile(rb"\b(?:eval_time|eval|time|elapsed|t)[:=] ?" + NUMBER +
 ONLY_BPB = re.compile(rb"\b(\w{0,40}?)bpb\w{0,20}(?: ?\([^)\n]{1,20}\))? ?[:=] {0,12}(\d{1,9}\.\d{1,18})")
 LONGEST_LABEL = 200
 # Of the weights before they were packed, of a part of the text, or of something that is not the submission.
-NOT_FINAL = re.compile(rb"diag|pre.?quant|post.?(?:ema|swa|average)|pre.?ttt|raw|candidate|epoch|chunk|batch|progress|"
-                       rb"(?:swa|ema)[_ ](?:eval|bpb)|^ema\b|weights|\bbest|baseline|rank:|post_train|sweep|search|"
-                       rb"ablation|running|\d/\d|%")
+NOT_FINAL = re.compile(rb"diag|pre.?quant|post.?(?:ema|swa|average)|pre.?ttt|raw|candidate|(?:swa|ema)[_ ](?:eval|bpb)|"
+                       rb"^ema\b|weights|\bbest|baseline|post_train|sweep|search|ablation")
+PROGRESS = re.compile(rb"epoch|chunk|batch|progress|running|rank:|\d/\d|%")  # a line while something is scored
 
 
 def seconds_of(match, group):
@@ -625,10 +642,10 @@ def read_calibration(text, begin, end, note):
 
 
 def read_scores(text, begin, end):
-    """[(Score, offset)] of every line with a score that is not of a step."""
+    """[(Score, offset)] of every line with a score but those of steps and of progress."""
     scores = []
     for offset, line in text.lines_with(b"bpb", begin, end):
-        if STEP.search(line):
+        if STEP.search(line) or PROGRESS.search(line[:LONGEST_LABEL].partition(b"bpb")[0]):
             continue
         match = SCORE.search(line)
         if match:
@@ -636,8 +653,8 @@ def read_scores(text, begin, end):
             found = [(match.group(1), match.group(3))]
         else:
             loss = None
-            start = line[: LONGEST_LABEL].partition(b"bpb")[0]
-            found = [(start + match.group(1), match.group(2)) for match in ONLY_BPB.finditer(line)]
+            found = [(line[:LONGEST_LABEL].partition(b"bpb")[0] + match.group(1), match.group(2))
+                     for match in ONLY_BPB.finditer(line)]
         time = SCORE_TIME.search(line)
         seconds = seconds_of(time, 1) if time else None
         for label, bpb in found:
