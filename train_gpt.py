@@ -7,7 +7,7 @@ can reach in 16,000,000 bytes.
     python train_gpt.py @records/small.env MATRIX_LR=0.03 SEED=7    with other settings
     python train_gpt.py --help                                      every setting in a sentence
 
-Settings: default < @file < environment < KEY=VALUE.
+Settings: default < preset of this copy < @file < environment < KEY=VALUE.
 
 The rooms of this file, in reading order
      1 Settings         one frozen dataclass: the field is the environment variable
@@ -144,6 +144,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+PRESET = ""  # KEY=VALUE ...: settings of this copy of the file, written by tools/submit.py pack
 CONTEST_LIMIT = 16_000_000  # bytes of code + artifact: decimal, as the contest counts
 NORM_EPS = 1.1920929e-07  # explicit: eps=None means another number in other torch versions
 BOS = 1  # begins every document of the contest's shards; there is no end-of-document token
@@ -301,7 +302,9 @@ class Settings:
         "", "auto: newest whole checkpoint of OUT_DIR, if any; or a checkpoint file",
         code="checkpoint_to_resume")
     checkpoint_every: int = _run(
-        0, "steps between checkpoints; 0: only when interrupted", 0, code="Training.save")
+        0, "steps between checkpoints; 0: only when interrupted, and at the end of training; -1: "
+        "none at all",
+        -1, code="Training.save")
     train_log_every: int = _run(200, "steps between train lines in the log", 1, code="log_loss")
     val_loss_every: int = _run(
         1000, "steps between validations, outside the clock; 0: only at the end",
@@ -920,6 +923,11 @@ class Settings:
         return max(self.eval_seq_len, *(stage.length for stage in self.stages))
 
     @property
+    def keeps_checkpoints(self):
+        """May a run that ended early be continued?"""
+        return self.checkpoint_every >= 0
+
+    @property
     def trains_before_scoring(self):
         """Does the loaded model train on the text that it then scores? Invalid: see room 13."""
         return self.ttt == "before"
@@ -958,8 +966,9 @@ class Settings:
         return cls.__dataclass_fields__[name].metadata["on"]
 
     @classmethod
-    def parse(cls, args=(), env=None):
-        """Settings from a list of KEY=VALUE or @file and a mapping of environment variables.
+    def parse(cls, args=(), env=None, preset=PRESET):
+        """Settings from a list of KEY=VALUE or @file, a mapping of environment variables, and a
+        text of KEY=VALUE below both.
 
         Files and arguments are strict: an unknown name is an error. In the environment a near miss
         is one (a shell has variables of its own; see doubtful_names). Raises BadInput that lists
@@ -967,7 +976,7 @@ class Settings:
         """
         known = {f.name.upper(): f for f in fields(cls)}
         complaints = []
-        from_files = {}
+        from_files = dict(word.split("=", 1) for word in shlex.split(preset))
         from_args = {}
         for arg in args:
             is_file = arg.startswith("@")
@@ -1032,6 +1041,7 @@ class Settings:
     def help(cls):
         lines = [__doc__.split("\nThe rooms")[0]]
         group = None
+        preset = cls.parse()
         for f in fields(cls):
             about = f.metadata
             if about["group"] != group:
@@ -1043,7 +1053,8 @@ class Settings:
                 kind = LISTS.get(f.type) or f.type.__name__
             if about["lo"] is not None:
                 kind += f" {about['lo']}..{'' if about['hi'] is None else about['hi']}"
-            setting = f"{f.name.upper()}={format_value(f.default) or '(empty)'}"
+            value = format_value(getattr(preset, f.name))
+            setting = f"{f.name.upper()}={value or '(empty)'}"
             line = f"  {setting:<42} {about['doc']}  [{kind}]"
             if about["on"]:
                 line += f" with {describe_rule(about['on'])}"
@@ -1161,6 +1172,7 @@ def _conflicts(s, given):
     _training_conflicts(s, given, conflicts.append)
     _run_conflicts(s, conflicts.append)
     _packing_conflicts(s, conflicts.append)
+    _missing_packages(s, conflicts.append)
     _evaluation_conflicts(s, conflicts.append)
     return conflicts
 
@@ -1279,6 +1291,9 @@ def _run_conflicts(s, complain):
         complain("ITERATIONS=0 and MAX_WALLCLOCK_SECONDS=0: this run never ends")
     if s.resume == "auto" and not (s.run_id or s.out_dir):
         complain("RESUME=auto needs the RUN_ID or OUT_DIR of the run to continue")
+    if s.resume and not s.keeps_checkpoints:
+        complain(f"RESUME={s.resume} and CHECKPOINT_EVERY={s.checkpoint_every}: a run that keeps no "
+                 "checkpoints is not continued")
     if (s.phases == "eval") != bool(s.artifact):
         complain(f"PHASES={s.phases} and ARTIFACT={s.artifact or '(empty)'}: PHASES=eval needs an "
                  "ARTIFACT, and nothing else reads one")
@@ -1306,8 +1321,14 @@ def _packing_conflicts(s, complain):
         if s.fit == "allocate" and method not in ("rtn", "gptq"):
             complain(f"FIT=allocate chooses the grid, so {name.upper()} says only how to round to "
                      f"it: rtn or gptq, not {method}")
-    packages = {"auto": ("zstandard", "brotli"), "zstd": ("zstandard",), "brotli": ("brotli",)}
-    for package in packages.get(s.compressor, ()):
+
+
+# What a COMPRESSOR needs beyond Python.
+PACKAGES = {"auto": ("zstandard", "brotli"), "zstd": ("zstandard",), "brotli": ("brotli",)}
+
+
+def _missing_packages(s, complain):
+    for package in PACKAGES.get(s.compressor, ()):
         if not importlib.util.find_spec(package):
             complain(f"COMPRESSOR={s.compressor} needs {package}: pip install {package}")
         elif package == "brotli" and not _unpacks_within_bounds():
@@ -4927,11 +4948,11 @@ class Quantiser:
     def _grids(self, names, store, spacing):
         """Grids of parameters of one shape and Store."""
         weights = torch.stack([self.weights[name] for name in names])
-        if store.codec == "int":
-            return self._row_grids(weights, store)
+        if store.codec == "grid":
+            return self._allocated_grids(names, weights, spacing)
         if store.codec == "mixed":
             return self._mixed_grids(names, weights, store)
-        return self._allocated_grids(names, weights, spacing)
+        return self._row_grids(weights, store)
 
     def _row_scales(self, weights, bits, store):
         """(N, R): row_scales() of weights (N, R, C)."""
@@ -5832,6 +5853,11 @@ def model_fields():
     return [f for f in fields(Settings) if f.metadata["group"] == "Model" or f.name in others]
 
 
+def model_settings(s):
+    """{name: value as text} of the settings that define the model."""
+    return {f.name.upper(): format_value(getattr(s, f.name)) for f in model_fields()}
+
+
 # ---- save ----------------------------------------------------------------------------------------
 
 
@@ -5890,9 +5916,8 @@ def no_log(*_, **__):
 
 def artifact_header(model, tokenizer_sha256, s):
     """The header of an artifact without its tables."""
-    settings = {f.name.upper(): format_value(getattr(s, f.name)) for f in model_fields()}
     header = {
-        "settings": settings,
+        "settings": model_settings(s),
         "looping": model.looping,  # a loop that training never reached stays off
         "tokenizer_sha256": tokenizer_sha256,
     }
@@ -6056,7 +6081,7 @@ def _checked_header(text):
     for name, value in header["settings"].items():
         if type(value) is not str or len(value) > MAX_VALUE:
             raise ValueError(f"{brief(name, 30)} is no text of at most {MAX_VALUE} characters")
-    unknown = set(header["settings"]) - {f.name.upper() for f in model_fields()}
+    unknown = set(header["settings"]) - set(model_settings(Settings()))
     if unknown:
         raise ValueError(f"unknown {', '.join(sorted(unknown))}")
     if type(header["looping"]) is not bool:
@@ -6187,22 +6212,7 @@ def artifact_settings(path, header, given):
     BadInput, too, if the header is not that of such a model, or the model is too large to be
     loaded. Nothing of its size is allocated.
     """
-    try:
-        words = [f"{name}={value}" for name, value in header["settings"].items()]
-        # These contradict no model and need no package.
-        words += ["TRAIN_SEQ_LEN=2", "TRAIN_BATCH_TOKENS=2", "COMPRESSOR=zlib"]
-        stored = Settings.parse(words)
-    except BadInput as error:
-        first = brief(str(error).splitlines()[0], 150)
-        raise BadInput(f"{path}: its settings cannot be used here: {first}") from None
-    for f in model_fields():
-        given_value = getattr(given, f.name)
-        stored_value = getattr(stored, f.name)
-        if given_value not in (f.default, stored_value):
-            raise BadInput(f"{f.name.upper()}={brief(format_value(given_value))} contradicts "
-                           f"{path}, which was made with {brief(format_value(stored_value))}")
-    s = replace(given, **{f.name: getattr(stored, f.name) for f in model_fields()})
-
+    s = with_model_settings(given, header["settings"], path)
     with torch.device("meta"):
         skeleton = GPT(s, init=False)
     tensors = header["tensors"]
@@ -6213,6 +6223,30 @@ def artifact_settings(path, header, given):
         raise BadInput(f"{path}: stream sizes do not add up to its tensors")
     need_loadable(path, tensors)
     return s
+
+
+def without_model_settings(s):
+    """The settings with the defaults of what defines the model, for an artifact to fill in."""
+    return replace(s, **{f.name: f.default for f in model_fields()})
+
+
+def with_model_settings(given, texts, path):
+    """`given` with the model settings that an artifact states, {name: text}."""
+    try:
+        words = [f"{name}={value}" for name, value in texts.items()]
+        # These contradict no model and need no package.
+        words += ["TRAIN_SEQ_LEN=2", "TRAIN_BATCH_TOKENS=2", "COMPRESSOR=zlib"]
+        stored = Settings.parse(words, preset="")
+    except BadInput as error:
+        first = brief(str(error).splitlines()[0], 150)
+        raise BadInput(f"{path}: its settings cannot be used here: {first}") from None
+    for f in model_fields():
+        given_value = getattr(given, f.name)
+        stored_value = getattr(stored, f.name)
+        if given_value not in (f.default, stored_value):
+            raise BadInput(f"{f.name.upper()}={brief(format_value(given_value))} contradicts "
+                           f"{path}, which was made with {brief(format_value(stored_value))}")
+    return replace(given, **{f.name: getattr(stored, f.name) for f in model_fields()})
 
 
 # ---- load ----------------------------------------------------------------------------------------
@@ -8740,15 +8774,17 @@ def wrap_predictor(predictor, s, rt, target_count):
 
 
 def wrappers(s):
-    """(word in the score's name, class) of all that goes around a predictor, inside first."""
+    """[(word in the score's name, class)] of all that goes around a predictor, inside first."""
+    found = []
     if s.token_boost:
-        yield "tilt", Tilt
+        found.append(("tilt", Tilt))
     if s.mixer == "backoff":
-        yield "backoff", BackoffMixture
+        found.append(("backoff", BackoffMixture))
     elif s.mixer == "hedge" and "entropy" not in s.mixer_experts:
-        yield "hedge", HedgeMixture
+        found.append(("hedge", HedgeMixture))
     elif s.mixer != "off":
-        yield invalid_mixture(s)
+        found.append(invalid_mixture(s))
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -10374,7 +10410,9 @@ def train(run, model, val):
     training = Training(run, model)
     copies = training.stream.copies = Contamination(val.tokens.cpu().numpy())
     copies.note(copies.find(training.stream.held))
-    state = checkpoint_to_resume(run, training)  # before minutes are spent on warm-up
+    state = None
+    if s.resume:
+        state = checkpoint_to_resume(run, training)  # before minutes are spent on warm-up
     _log_training(run, training)
     predictor = ModelPredictor(model, rt)
     _warm_up(run, training, predictor, val, state)
@@ -10383,7 +10421,8 @@ def train(run, model, val):
         training.load(state)
         log("resume", step=training.step, train_seconds=round(run.clock["train"], 3))
     del state
-    _set_aside_later(run, training.step)
+    if s.keeps_checkpoints:
+        _set_aside_later(run, training.step)
     if rt.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(rt.device)
     was_done = training.done
@@ -10394,7 +10433,8 @@ def train(run, model, val):
         with run.clock.charge("train"):
             _train_steps(run, training, predictor, val, interrupt)
         training.done = True
-        keep_weights(run, training)
+        if s.keeps_checkpoints:
+            keep_weights(run, training)
     if not was_done:
         _report_never_reached(run, training)
 
@@ -10683,7 +10723,7 @@ def _train_steps(run, training, predictor, val, interrupt):
         scale = lr_scale(s, pace.progress, step, pace.total_steps, since_stage, pace.limit)
         losses.waiting.append(_train_step(run, training, pace.progress, scale))
         losses.look(rt.throttle())
-        if s.checkpoint_every and training.step % s.checkpoint_every == 0:
+        if s.checkpoint_every > 0 and training.step % s.checkpoint_every == 0:
             _finish_steps(run, losses)
             training.save()
         run.log.progress(
@@ -10694,8 +10734,8 @@ def _train_steps(run, training, predictor, val, interrupt):
     _finish_steps(run, losses)
     stop = int(rt.max(interrupt.signal)[0])
     if stop:
-        then = "no checkpoint could be written"
-        if training.save():
+        then = "no checkpoint was written"
+        if s.keeps_checkpoints and training.save():
             then = f"the same command continues with RESUME=auto OUT_DIR={run.out_dir}"
         name = signal.Signals(stop).name
         raise Stopped(f"interrupted by {name} after step {training.step}; {then}", 128 + stop)
@@ -10726,7 +10766,8 @@ def _next_batch(run, training, stage):
         problem = error
     if any(run.rt.max(problem is not None)):
         stream.position = position  # that of the checkpoint, on the ranks that could read, too
-        training.save()
+        if run.s.keeps_checkpoints:
+            training.save()
         raise problem or Stopped("another rank cannot read its part of the training data", 2)
     return micro
 
@@ -10787,15 +10828,20 @@ def _need_finite(run, bad_step):
     """
     if bad_step == math.inf:
         return
-    # The loss of a step judges the weights that the step before left: a checkpoint of those is bad,
-    # too.
     step = int(bad_step)
+    last = _last_good_checkpoint(run, step) if run.s.keeps_checkpoints else "none"
+    raise Stopped(f"the loss is not finite at step {step}; last good checkpoint: {last}", 4)
+
+
+def _last_good_checkpoint(run, bad_step):
+    """Name of the last checkpoint before a bad step; later ones are set aside. The loss of a step
+    judges the weights that the step before left: a checkpoint of those is bad, too.
+    """
     paths = checkpoints(run.out_dir)
-    good = [path for path in paths if step_of_checkpoint(path) < step - 1]
+    good = [path for path in paths if step_of_checkpoint(path) < bad_step - 1]
     if run.rt.rank == 0:
         set_aside(paths[: len(paths) - len(good)], ".bad")
-    last = good[0].name if good else "none"
-    raise Stopped(f"the loss is not finite at step {step}; last good checkpoint: {last}", 4)
+    return good[0].name if good else "none"
 
 
 def _report_never_reached(run, training):
@@ -10931,9 +10977,7 @@ def evaluate(run, path):
 
 def _load_to_score(run, path, data):
     """(settings, model) of the artifact: the model is what the file says, alone."""
-    # What the file does not say has its default, whatever this run was given.
-    defaults = {f.name: f.default for f in model_fields()}
-    s = replace(run.s, **defaults)
+    s = without_model_settings(run.s)
     s, model = load_artifact(path, s, run.rt.dtype, run.attend, run.rt.device, data)
     run.validity.restore(model.reasons)
     if s.eval_temperature == 0 and model.temperature is None:
@@ -11172,7 +11216,7 @@ def run_phases(s, argv, interrupt=None):
         summarise(run)
         interrupt.over = True
         # Of an artifact that is too large, another one can be made from the checkpoint.
-        is_kept = s.checkpoint_every or run.too_large
+        is_kept = s.checkpoint_every > 0 or run.too_large
         if run.last_checkpoint and not is_kept and rt.rank == 0:
             run.last_checkpoint.unlink(missing_ok=True)
     except BaseException as error:

@@ -49,7 +49,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and PYTHON
 from common import BadInput, exit_code
 
 # Modules of submission/; each is imported when it is called, with what it needs.
-COMMANDS = ("pack", "folder", "check", "stats", "verify")
+COMMANDS = ("specialise", "pack", "folder", "check", "stats", "verify")
 
 
 def main(argv):

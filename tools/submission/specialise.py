@@ -1,0 +1,551 @@
+"""`submit.py specialise`: the trainer cut down to one record.
+
+The settings of the record become constants, branches that they decide are folded, and what nothing reaches any more is
+gone: classes, functions, settings, imports, tables. What stays keeps its comments and names. The losses, the artifact
+and the score are those of the whole file with the same settings, to the bit.
+
+Most of it is done by fold.py, which knows nothing of the trainer. This module says what is known of the trainer: which
+settings stay open, of which values the others are, and what takes the place of the few functions that look at settings
+by their names.
+"""
+
+import ast
+import functools
+import re
+import shlex
+import textwrap
+from dataclasses import fields, replace
+from pathlib import Path
+
+from common import ROOT, BadInput, Parser, load_trainer, say, trainer_errors, write
+from submission import fold
+from submission.pack import COMPRESSORS, minified, packed, read
+
+# What a run of a record may still choose: where it reads and writes, its seed, the machine, how long and how much, and
+# speed. The record's value is their default.
+OPEN = set("""
+    run_id out_dir seed phases artifact train_log_every val_loss_every
+    device dtype compile attention kernels
+    data_path tokenizer_path val_tokens iterations max_wallclock_seconds gptq_reserve_seconds eval_batch_seqs
+""".split())
+
+# A record is one run, from its beginning to its end.
+ONE_RUN = {"resume": "", "checkpoint_every": -1, "strict_env": False}
+
+# The functions that make other settings of a run's own, with replace(): `worlds` knows what each gives.
+REPLACING = {"save_artifact", "contiguous_reader", "selftest_settings", "without_model_settings", "with_model_settings"}
+
+PURE_FUNCTIONS = {"parse_rule", "format_value", "largest_code", "_storable"}  # of the trainer, called with known values
+SAFE_METHODS = {"get", "items", "keys", "values", "removesuffix", "removeprefix", "startswith", "endswith", "upper",
+                "lower", "split", "partition", "count", "index"}
+
+
+# ---- what is known --------------------------------------------------------------------------------------------------
+
+
+def worlds(trainer, s):
+    """Every Settings that a run of the record may meet: its own, those of reports, of the self-test, of both."""
+    found = []
+    for tested in (s, trainer.selftest_settings(s)):
+        plain = replace(tested, eval_stride=0, eval_docs=False, eval_context="window", ttt="off")
+        for one in (tested, plain):
+            found.append(one)
+            if one.compressor == "auto":
+                found.append(replace(one, compressor="rans"))
+    return found
+
+
+def guarded(trainer, s, open_names):
+    """The settings, of which the open ones are Unknown."""
+    class Guarded(trainer.Settings):
+        def __getattribute__(self, name):
+            if name in open_names:
+                raise fold.Unknown
+            return super().__getattribute__(name)
+
+    return Guarded(**{f.name: getattr(s, f.name) for f in fields(s)})
+
+
+class TrainerValues(fold.Values):
+    """What the record decides."""
+
+    def __init__(self, trainer, s, open_names):
+        self.trainer = trainer
+        visits = [visit._replace(block=0) for looping in {False, s.loops} for visit in trainer.layer_plan(s, looping)]
+        # The place of a skip does not matter, only whether there is one.
+        visits = sorted({visit._replace(pop=None if visit.pop is None else 0) for visit in visits}, key=repr)
+        with trainer.torch.device("meta"):
+            stores = set(trainer.storage(trainer.GPT(s, init=False), s).values())
+        # What is None where a technique is off.
+        self.absent = set()
+        for is_on, names in (
+                (s.ttt in ("lora", "lora_docs"), ("adapters", "adapter_weights")),
+                (s.eval_context == "cache", ("past",)),
+                (s.complement_alpha > 0, ("token_weights",)),
+                (s.needs_curvature, ("curvature",))):
+            if not is_on:
+                self.absent.update(names)
+        compressors = {"rans": {"rans", "lzma"}, "auto": {"rans", *trainer.COMPRESSORS}}.get(s.compressor, {s.compressor})
+        codecs = {store.codec for store in stores} | ({"mixed"} if s.awq_lite_group_top_k else set())
+        if "grid" in codecs:
+            codecs.add("wide")
+        self.tables = {
+            "NEWTON_SCHULZ": {s.newton_schulz}, "OPTIMIZERS": {s.matrix_optimizer, "adamw"}, "CODECS": codecs,
+            "COMPRESSORS": compressors,
+        }
+        self.facets = {
+            "compressor": sorted(compressors),
+            "settings": [guarded(trainer, one, open_names) for one in worlds(trainer, s)],
+            "visit": visits,
+            "store": sorted(stores, key=repr),
+        }
+
+    def is_settings(self, node, code):
+        if isinstance(node, ast.Name):
+            owner = code.class_of(node)
+            return node.id in ("s", "settings") or node.id == "self" and owner is not None and owner.name == "Settings"
+        return isinstance(node, ast.Attribute) and node.attr == "s"
+
+    def name(self, node, world):
+        if node.id in self.absent:
+            return None
+        if node.id == "compressor":
+            return world["compressor"]
+        if node.id == "s":
+            return world["settings"]
+        if node.id == "form":
+            return world["visit"].form
+        raise fold.Unknown
+
+    def attribute(self, node, world, code):
+        if node.attr in self.absent:
+            return None
+        if code.text(node.value) in self.absent:  # VisitAdapters() of nothing
+            return False if node.attr == "scaled" else None
+        if code.text(node.value) == "packed" and node.attr == "compressor":
+            return world["compressor"]
+        if self.is_settings(node.value, code) and not callable(getattr(self.trainer.Settings, node.attr, None)):
+            return getattr(world["settings"], node.attr)
+        if isinstance(node.value, ast.Name) and node.value.id == "visit" and node.attr in ("form", "split", "push", "pop"):
+            return getattr(world["visit"], node.attr)
+        owner = code.class_of(node)
+        of_store = owner is not None and owner.name == "Store" and fold.is_self(node.value)
+        if of_store or code.text(node.value) in ("store", "self.stores[name]"):
+            if node.attr != "codec" and world["store"].codec == "float16":
+                raise fold.Impossible
+            return getattr(world["store"], node.attr)
+        raise fold.Unknown
+
+    def call(self, node, world, code):
+        if node.keywords:
+            raise fold.Unknown
+        if isinstance(node.func, ast.Name) and node.func.id in PURE_FUNCTIONS:
+            return getattr(self.trainer, node.func.id)(*(code.value(argument, world) for argument in node.args))
+        if isinstance(node.func, ast.Name) and node.func.id == "getattr" and self.is_settings(node.args[0], code):
+            return getattr(world["settings"], code.value(node.args[1], world))
+        if isinstance(node.func, ast.Attribute):
+            if node.func.attr == "idle":
+                return {}  # a record's settings all have an effect
+            if self.is_settings(node.func.value, code):
+                method = getattr(world["settings"], node.func.attr)
+            elif node.func.attr in SAFE_METHODS:
+                method = getattr(code.value(node.func.value, world), node.func.attr)
+            else:
+                raise fold.Unknown
+            return method(*(code.value(argument, world) for argument in node.args))
+        raise fold.Unknown
+
+    def table_keys(self, name):
+        return self.tables.get(name)
+
+    def rewritten(self, node, code):
+        """optional(None, x, ...) and add_adapter(x, None, ...) are x; the bound of a setting is a number."""
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "add_adapter":
+            try:
+                if code.known(node.args[1]) is None:
+                    return code.text(node.args[0])
+            except fold.Unknown:
+                pass
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "optional":
+            try:
+                if code.known(node.args[0]) is None:
+                    return code.text(node.args[1])
+            except fold.Unknown:
+                pass
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "replace":
+            return without_unread(node, code)
+        found = re.fullmatch(r'Settings\.__dataclass_fields__\["(\w+)"\]\.metadata\["(\w+)"\]', code.text(node)
+                             if isinstance(node, ast.Subscript) else "")
+        if found:
+            return repr(self.trainer.Settings.__dataclass_fields__[found[1]].metadata[found[2]])
+        return None
+
+    def is_member_used(self, owner, member, code):
+        """A setting that no person chooses, as long as something reads it."""
+        if owner.name == "Settings" and isinstance(member, ast.AnnAssign) and not isinstance(member.value, ast.Call):
+            return member.target.id in fold.read_attributes(code)
+        return None
+
+    @functools.lru_cache(maxsize=None)  # noqa: B019: as many as there are methods
+    def is_used(self, owner, name):
+        """By Python or by a library, through a class that ours is made from."""
+        if name.startswith("__") and name.endswith("__"):
+            return True
+        ours = getattr(self.trainer, owner, None)
+        outside = [base for base in getattr(ours, "__mro__", ()) if base.__module__ != self.trainer.__name__]
+        return any(hasattr(base, name) for base in outside if base is not object)
+
+
+def without_unread(node, code):
+    """replace(settings, ...) without constants and what nothing reads; None if there is none of it."""
+    (settings,) = [one for one in code.tree.body if getattr(one, "name", "") == "Settings"]
+    living = {member.target.id for member in settings.body if isinstance(member, ast.AnnAssign)}
+    living &= fold.read_attributes(code)
+    kept = [keyword for keyword in node.keywords if keyword.arg is None or keyword.arg in living]
+    if len(kept) == len(node.keywords):
+        return None
+    if not kept:
+        return code.text(node.args[0])
+    return f"replace({', '.join(code.text(part) for part in (node.args[0], *kept))})"
+
+
+# ---- what takes the place of functions that look at settings by name ------------------------------------------------
+
+REPLACED = {
+    "model_settings": '''
+def model_settings(s):
+    """{name: value as text} of the settings that define the model."""
+    return {"SEED": str(s.seed), **MODEL}
+''',
+    "model_fields": '''
+def open_fields():
+    """The fields of Settings that a person may choose; the others are of the record."""
+    return [f for f in fields(Settings) if f.metadata]
+''',
+    "without_model_settings": '''
+def without_model_settings(s):
+    """The settings with the default SEED, for an artifact to fill in."""
+    return replace(s, seed=Settings.seed)
+''',
+    "with_model_settings": '''
+def with_model_settings(given, texts, path):
+    """`given` with the seed that an artifact states; the model must be this script's."""
+    expected = model_settings(given)
+    wrong = [name for name in expected if name != "SEED" and texts.get(name) != expected[name]]
+    seed = texts.get("SEED", "")
+    if wrong or not seed.isdecimal():
+        raise BadInput(f"{path} is not of this record: {', '.join(wrong or ['SEED'])}")
+    if given.seed not in (Settings.seed, int(seed)):
+        raise BadInput(f"SEED={given.seed} contradicts {path}, which was made with {seed}")
+    return replace(given, seed=int(seed))
+''',
+}
+
+# (old, new), each of which the trainer has exactly once.
+EDITS = (
+    # opt: no open setting waits for another one
+    ('def opt(group, default, doc, lo=None, hi=None, on="", code=""):',
+     'def opt(group, default, doc, lo=None, hi=None, code=""):'),
+    ("lo=lo, hi=hi, on=parse_rule(on), code=code)", "lo=lo, hi=hi, code=code)"),
+    ("""            if about["on"]:
+                line += f" with {describe_rule(about['on'])}"
+""", ""),
+    # the record is in the log and in the hash
+    ("""        pairs = []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value != f.default:
+                pairs.append(shlex.quote(f"{f.name.upper()}={format_value(value)}"))
+        return " ".join(pairs)
+""", """        pairs = dict(RECORD)
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value != f.default:
+                pairs[f.name.upper()] = format_value(value)
+        return shlex.join(f"{name}={value}" for name, value in pairs.items())
+"""),
+    ('"""The settings that were changed, as one line of KEY=VALUE that parse accepts."""',
+     '"""The record and the settings that were changed, as one line of KEY=VALUE."""'),
+    ("""        return {f.name.upper(): format_value(getattr(self, f.name)) for f in chosen}
+""", """        return RECORD | {f.name.upper(): format_value(getattr(self, f.name)) for f in chosen}
+"""),
+    # names
+    ("""    renamed = other_names()
+""", """    if name in RECORD:
+        return f"{name} is a constant of this script: {RECORD[name]}"
+    renamed = other_names()
+"""),
+    ("def parse(cls, args=(), env=None, preset=PRESET):", "def parse(cls, args=(), env=None):"),
+    ("""a list of KEY=VALUE or @file, a mapping of environment variables, and a
+        text of KEY=VALUE below both.
+""", """a list of KEY=VALUE or @file and a mapping of environment variables.
+"""),
+    ("""        from_files = dict(word.split("=", 1) for word in shlex.split(preset))
+""", """        from_files = {}
+"""),
+    ("""        preset = cls.parse()
+""", ""),
+    ("""            value = format_value(getattr(preset, f.name))
+            setting = f"{f.name.upper()}={value or '(empty)'}"
+""", """            setting = f"{f.name.upper()}={format_value(f.default) or '(empty)'}"
+"""),
+    ("Settings: default < preset of this copy < @file < environment < KEY=VALUE.",
+     "Settings: default < @file < environment < KEY=VALUE."),
+)
+
+RULES = re.compile(r'\n\n    `code` names the function.*?\n    """', re.S)  # of opt's docstring
+
+
+def edited(source, old, new):
+    if source.count(old) != 1:
+        raise RuntimeError(f"train_gpt.py has changed: specialise looks for this once, and it is there "
+                           f"{source.count(old)} times: {old}")
+    return source.replace(old, new)
+
+
+# ---- the settings ---------------------------------------------------------------------------------------------------
+
+
+def with_record(source, trainer, s, name, open_names):
+    """The source in which the settings of the record are constants."""
+    for old, new in EDITS:
+        source = edited(source, old, new)
+    found = RULES.search(source)
+    source = source[:found.start()] + " `code` names the\n    function or class that a reader of the setting wants to see.\n    \"\"\"" + source[found.end():]
+    source = edited(source, preset_line(source), record_tables(trainer, s, name, open_names))
+    for owner in ("cls", "self", "Settings"):
+        source = source.replace(f"in fields({owner})", "in open_fields()")
+    source = replace_functions(source)
+    source = constant_settings(source, trainer, s, open_names)
+    return decided_conflicts(source, trainer, s, open_names)
+
+
+def preset_line(source):
+    return next(line for line in source.splitlines(keepends=True) if line.startswith("PRESET = "))
+
+
+def record_tables(trainer, s, name, open_names):
+    """MODEL and RECORD, the constants as text."""
+    model = [f for f in trainer.model_fields() if f.name != "seed"]
+    others = [f for f in fields(s) if f not in model and f.name not in open_names and s.holds(f.metadata["on"])
+              and f.metadata["group"] != "Run"]
+    tables = []
+    for title, chosen in (("MODEL", model), ("RECORD", others)):
+        pairs = [f"{f.name.upper()}={trainer.format_value(getattr(s, f.name))}" for f in chosen]
+        wrapped = textwrap.fill(shlex.join(pairs), 96, initial_indent="    ", subsequent_indent="    ",
+                                break_long_words=False, break_on_hyphens=False)
+        tables.append((title, wrapped))
+    return f'''
+# This file is {name}, to which tools/submit.py specialise has cut down the trainer.
+# Its settings are constants, here as text and in Settings as values.
+
+
+def read_pairs(text):
+    """{{name: value}} of KEY=VALUE ..."""
+    return dict(pair.split("=", 1) for pair in shlex.split(text))
+
+
+MODEL = read_pairs("""
+{tables[0][1]}
+""")
+RECORD = MODEL | read_pairs("""
+{tables[1][1]}
+""")
+'''.lstrip("\n")
+
+
+def replace_functions(source):
+    for name, text in REPLACED.items():
+        (node,) = [node for node in ast.parse(source).body if getattr(node, "name", "") == name]
+        lines = source.splitlines(keepends=True)
+        lines[node.lineno - 1:node.end_lineno] = [text.lstrip("\n")]
+        source = "".join(lines)
+    return source
+
+
+def constant_settings(source, trainer, s, open_names):
+    """Settings whose open fields have the record's values as defaults; all others are constants of the class, or
+    fields of which no person chooses the value, where reports and the self-test need others.
+    """
+    all_worlds = worlds(trainer, s)
+    varied = {f.name for f in fields(s) if any(getattr(one, f.name) != getattr(s, f.name) for one in all_worlds)}
+    code = fold.Code(source, fold.Values())
+    edits = fold.Edits(code)
+    (settings,) = [node for node in code.tree.body if getattr(node, "name", "") == "Settings"]
+    for node in settings.body:
+        if not isinstance(node, ast.AnnAssign):
+            continue
+        name, value = node.target.id, getattr(s, node.target.id)
+        if name in open_names:
+            default = node.value.args[0]
+            rules = [keyword for keyword in node.value.keywords if keyword.arg == "on"]
+            text = code.text(node)
+            for part, new in [(default, repr(value)), *((rule, "") for rule in rules)]:
+                text = text.replace(code.text(part), new, 1)
+            text = re.sub(r",\s*(?=[,)])", "", text)
+        else:
+            doc = ast.literal_eval(node.value.args[1])
+            annotation = f": {code.text(node.annotation)}" if name in varied else ""
+            text = f"{name}{annotation} = {value!r}  # {doc}"
+            if len(text) > 96:
+                comment = textwrap.fill(doc, 96, initial_indent="# ", subsequent_indent="    # ")
+                text = f"{comment}\n    {name}{annotation} = {value!r}"
+        edits.replace(code.begin(node), code.end(node), text)
+    return edits.applied()
+
+
+def decided_conflicts(source, trainer, s, open_names):
+    """Without the complaints about impossible combinations that the record decides: each statement of a function
+    `_..._conflicts` is run with its settings; one that asks for no open setting and does not complain goes.
+    """
+    def complain(text):
+        raise BadInput(f"the record cannot be: {text}")
+
+    code = fold.Code(source, fold.Values())
+    edits = fold.Edits(code)
+    for function in code.tree.body:
+        if not (isinstance(function, ast.FunctionDef) and function.name.endswith("_conflicts")):
+            continue
+        names = fold.arguments_of(function)
+        if names[0] != "s" or "complain" not in names:
+            continue
+        known = {**vars(trainer), "s": guarded(trainer, s, open_names), "complain": complain, "given": set()}
+        for statement in function.body:
+            if fold.is_docstring(statement):
+                continue
+            if isinstance(statement, ast.If) and isinstance(statement.body[-1], ast.Return):
+                continue  # decided by folding, or what follows runs all the same
+            try:
+                exec(compile(ast.Module([statement], []), function.name, "exec"), known)
+            except fold.Unknown:
+                continue
+            if not isinstance(statement, ast.Assign):
+                edits.remove(statement)
+    return edits.applied()
+
+
+# ---- the rest of the text -------------------------------------------------------------------------------------------
+
+
+HEADING = re.compile(
+    r"^(# -{90,}\n(?P<room># .*\n(?:#.*\n)*?)# -{90,}\n|# ---- .* -+\n)", re.M)  # of a room, or of a section
+
+
+def without_empty_headings(source):
+    """Without headings of sections and rooms under which nothing stands."""
+    headings = list(HEADING.finditer(source))
+    ends = [heading.start() for heading in headings[1:]] + [len(source)]
+    empty = [not source[heading.end():end].strip() for heading, end in zip(headings, ends)]
+    for place in reversed(range(len(headings))):
+        # A room is empty if its sections are, too.
+        following = place + 1
+        while headings[place]["room"] and following < len(headings) and not headings[following]["room"] and empty[following]:
+            following += 1
+        ends_room = following == len(headings) or headings[following]["room"]
+        if empty[place] and (ends_room or not headings[place]["room"]):
+            source = source[:headings[place].start()] + source[headings[place].end():]
+    return fold.tidy(source)
+
+
+def fitting_docstring(source, name):
+    """The docstring of the file with the rooms and techniques that are left."""
+    tree = ast.parse(source)
+    docstring = ast.get_docstring(tree, clean=False)
+    rooms = set(re.findall(r"^# ( *\d+) \w", source, re.M))
+    defined = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    kept = []
+    for line in docstring.splitlines():
+        room = re.match(r" {4}(( \d|\d\d)) \S", line)
+        technique = re.match(r" {4}(\S.*?) {2,}[A-Z0-9_]+ +(\w[\w.]*)$", line)
+        if room and room[1].strip() not in {number.strip() for number in rooms}:
+            continue
+        if technique and technique[2].split(".")[-1] not in defined:
+            continue
+        kept.append(line)
+    return source.replace(docstring, "\n".join(kept), 1)
+
+
+def with_living_code_names(source):
+    """Settings whose `code` names something that is left."""
+    defined = {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+    def check(found):
+        return found[0] if found[1].split(".")[-1] in defined else ""
+
+    return re.sub(r',\s*code="([\w.]+)"', check, source)
+
+
+def other_names(source, trainer, s, open_names):
+    """The names of other scripts: those that have another name here keep the advice if that setting is open; all others,
+    and the settings that are constants, are names of which this script knows that it does not read them.
+    """
+    known = {name.upper() for name in open_names}
+    kept = []
+    unread = set()
+    for line in trainer.OTHER_NAMES.strip().splitlines():
+        names, _, advice = line.strip().partition(": ")
+        if set(re.findall(r"[A-Z_]{4,}", advice)) & known:
+            kept.append(f"    {line.strip()}")
+        else:
+            unread.update(names.split())
+    unread.update(f.name.upper() for f in fields(s) if f.name not in open_names)
+    source = edited(source, trainer.OTHER_NAMES, "\n" + "\n".join(kept) + "\n")
+    words = sorted({*trainer.FOREIGN, *unread})
+    table = textwrap.fill(" ".join(words), 96, initial_indent="    ", subsequent_indent="    ")
+    begin = source.index('FOREIGN = tuple("""')
+    end = source.index('""".split())', begin)
+    return source[:begin] + f'FOREIGN = tuple("""\n{table}\n' + source[end:]
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def specialised(source, s, name):
+    """The source of the trainer cut down to the record with these settings."""
+    trainer = load_trainer()
+    open_names = OPEN
+    s = replace(s, **ONE_RUN)
+    if re.findall(r"\breplace\((?:s|given|run\.s)\b", source) and not set(replacing_functions(source)) <= REPLACING:
+        unknown = set(replacing_functions(source)) - REPLACING
+        raise RuntimeError(f"specialise does not know which settings {', '.join(unknown)} makes")
+    source = other_names(source, trainer, s, open_names)
+    source = with_record(source, trainer, s, name, open_names)
+    source = fold.folded(source, TrainerValues(trainer, s, open_names))
+    source = with_living_code_names(source)
+    source = without_empty_headings(source)
+    return fitting_docstring(source, name)
+
+
+def replacing_functions(source):
+    """Names of the functions that call replace() on settings."""
+    for function in ast.parse(source).body:
+        for node in ast.walk(function):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "replace":
+                yield function.name
+
+
+def arguments(argv):
+    parser = Parser(prog="submit.py specialise", description="Cut the trainer down to one record.")
+    parser.add_argument("settings", nargs="+", metavar="RECORD|@FILE|KEY=VALUE",
+                        help="the record's folder or settings file, and changes")
+    parser.add_argument("-o", "--out", metavar="FILE", type=Path, help="default: logs/specialised/NAME/train_gpt.py")
+    return parser.parse_args(argv)
+
+
+def run(args):
+    words = ["@" + word if "=" not in word and not word.startswith("@") else word for word in args.settings]
+    files = [word for word in words if word.startswith("@")]
+    name = Path(files[0][1:].removesuffix("settings.env")).name if files else "settings"
+    with trainer_errors():
+        s = load_trainer().Settings.parse(words)
+    path = ROOT / "train_gpt.py"
+    source = read(path)
+    small = specialised(source.decode(), s, name).encode()
+    out = args.out or ROOT / "logs/specialised" / name / "train_gpt.py"
+    write(out, small)
+    for which, text in (("whole", source), ("specialised", small)):
+        mini = minified(text, path)
+        sizes = {module: len(packed(mini, module, False)) for module in COMPRESSORS}
+        say(which, lines=text.count(b"\n"), bytes=len(text), minified_bytes=len(mini), packed_bytes=min(sizes.values()))
+    say("written", file=out)
+    return 0
