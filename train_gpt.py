@@ -11124,13 +11124,14 @@ def _need_record(run, seconds):
     need(not run.validity.reasons, "the score is not valid")
 
 
-PACKAGES = "sentencepiece", "zstandard", "brotli", "triton", "flash_attn_3"  # beside torch, numpy
+# Beside torch and numpy.
+LOGGED_PACKAGES = "sentencepiece", "zstandard", "brotli", "triton", "flash_attn_3"
 
 
 def package_versions():
     """NAME==VERSION of each package that this file may import and that is installed."""
     versions = []
-    for name in PACKAGES:
+    for name in LOGGED_PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{name}=={importlib.metadata.version(name)}")
     return versions
