@@ -189,7 +189,8 @@ def test_each_choice_is_credited_to_its_pull_request(setting, value, numbers):
 
 def test_credits_of_a_published_record():
     """#2135, as its own README and spec have them: of what is on, and of the choices that it makes."""
-    settings = recipe.settings_of(SCRIPT, [f"@{REPO}/records/track_10min_16mb/2026-05-01_SP8192_PR2130Base_Calib32"])
+    record = f"@{REPO}/records/track_10min_16mb/2026-05-01_SP8192_PR2130Base_Calib32"
+    settings = recipe.settings_of(recipe.experiment_of(SCRIPT, [record]))
     found = {credit.setting.name: credit.pull_requests for credit in recipe.credits(settings)}
     expected = {"XSA_LAST_N": (265,), "LEAKY_SLOPE": (549,), "SKIPS": (1394,), "NUM_LOOPS": (1394,), "LQER_RANK": (1797,),
                 "PARALLEL_RESIDUAL": (1529,), "ATTN_GATE": (1787,), "TTT": (1530,), "TOKEN_BOOST": (1514,),
@@ -451,15 +452,49 @@ def test_flash_attention_is_required_where_it_ran(packed_run):
 
 
 def test_a_script_says_its_settings_in_a_process_of_its_own(tmp_path):
-    """A record's script has its settings as defaults: they are no change of the script, but of the trainer."""
+    """A script may have a record's settings as defaults: they are no change of the script, but of the trainer."""
     script = tmp_path / "train_gpt.py"
     script.write_text(SCRIPT.read_text().replace("leaky_slope: float = _model(\n        0.5,", "leaky_slope: float = _model(\n        0.25,"))
-    settings = {setting.name: setting for setting in recipe.settings_of(script, ["NUM_LAYERS=12"])}
+    experiment = recipe.experiment_of(script, ["NUM_LAYERS=12"])
+    settings = {setting.name: setting for setting in recipe.settings_of(experiment)}
+    assert not experiment.has_constants and experiment.words == ["NUM_LAYERS=12"]
     assert (settings["LEAKY_SLOPE"].value, settings["LEAKY_SLOPE"].default) == ("0.25", "0.25")
     assert [setting.name for setting in recipe.changed(list(settings.values()))] == ["NUM_LAYERS", "LEAKY_SLOPE"]
     script.write_text("raise SystemExit('no trainer')\n")
     with pytest.raises(recipe.BadInput, match=r"does not say its settings \(no trainer\)"):
-        recipe.settings_of(script, [])
+        recipe.experiment_of(script, [])
+
+
+# A script that was cut down to a record, as far as its settings are concerned: most are constants.
+CUT_DOWN = """
+RECORD = {"NUM_LAYERS": "12", "XSA_LAST_N": "12"}
+
+class Settings:
+    def parse(words, env):
+        assert not [word for word in words if word.startswith("NUM_LAYERS")], "a constant of this script"
+        settings = Settings()
+        settings.chosen = dict(word.split("=") for word in words)
+        return settings
+
+    def experiment(self):
+        return RECORD | {"ITERATIONS": "5000"} | self.chosen
+
+    def sha256(self):
+        return "hash"
+"""
+
+
+def test_the_constants_of_a_script_are_its_recipe_and_no_arguments(tmp_path):
+    script = tmp_path / "train_gpt.py"
+    script.write_text(CUT_DOWN)
+    experiment = recipe.experiment_of(script, ["NUM_LAYERS=12", "XSA_LAST_N=12", "ITERATIONS=90"])
+    assert experiment.has_constants and experiment.words == ["ITERATIONS=90"]
+    settings = recipe.settings_of(experiment)
+    assert [(setting.name, setting.value, setting.default) for setting in recipe.changed(settings)] == [
+        ("NUM_LAYERS", "12", "12"), ("XSA_LAST_N", "12", "12"), ("ITERATIONS", "90", "5000")]
+    assert settings[1].group == "Model" and "(#265)" in settings[1].doc, "in the words of the trainer"
+    submission = manifest.Submission(*[None] * 16)._replace(experiment=experiment, changed=recipe.changed(settings))
+    assert submission.arguments == ["ITERATIONS=90"], "it takes no settings file that names its constants"
 
 
 def test_a_run_is_read_as_it_was_left(three_seeds):

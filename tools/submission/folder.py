@@ -1,5 +1,6 @@
 """`submit.py folder`: from the runs of a configuration to the folder of a submission."""
 
+import ast
 import contextlib
 import datetime
 import json
@@ -41,8 +42,9 @@ def arguments(argv):
     parser.add_argument("--script", metavar="FILE", type=Path,
                         help="default: the file in logs/packed/, or train_gpt.py, whose SHA-256 the runs logged")
     parser.add_argument("--human", metavar="FILE",
-                        help="readable source of a packed script; none leaves it out; default: SCRIPT_human.py, or "
-                             "train_gpt.py as it is or was at the runs' commit, if its minified form is what ran")
+                        help="readable source of a packed script; none leaves it out; default: SCRIPT_human.py, "
+                             "train_gpt.py as it is or was at the runs' commit, or a file in logs/specialised/, "
+                             "whichever is, when minified, what ran")
     parser.add_argument("--against", metavar="RECORD", help="the record to beat, as in submit.py stats: 2135")
     parser.add_argument("--requirement", metavar="NAME==VERSION", action="append", default=[],
                         help="version of a package that the script imports and the runs did not log")
@@ -75,12 +77,13 @@ def gather(args):
         raise BadInput("\n".join(wrong))
     script = find_script(runs, args.script)
     twin = find_twin(runs[0], script, args.human)
-    settings = recipe.settings_of(script, recipe.script_words(shlex.split(runs[0].summary["settings"])))
+    experiment = experiment_of_runs(runs, script)
+    settings = recipe.settings_of(experiment)
     sample = stats.from_runs(runs)
     comparison = stats.compare(sample, stats.sample([args.against])) if args.against else None
     submission = Submission(
         runs=runs, track=track, draft=args.draft and len(runs) < rules.LEAST_SEEDS, obstacles=obstacles(runs),
-        script=script, twin=twin, is_packed=not is_source(script, runs[0]), settings=settings,
+        script=script, twin=twin, is_packed=not is_source(script, runs[0]), experiment=experiment, settings=settings,
         changed=recipe.changed(settings), credits=recipe.credits(settings), sample=sample, comparison=comparison,
         person=person, requirements=requirements(runs[0], script, args.requirement))
     return submission._replace(fields=fields_of(submission))
@@ -196,6 +199,17 @@ def find_script(runs, given):
                    f"file that ran (commit {commit}) with --script")
 
 
+def experiment_of_runs(runs, script):
+    """What the script makes of the runs' settings; BadInput if that is not what ran."""
+    summary = runs[0].summary
+    experiment = recipe.experiment_of(script, recipe.script_words(shlex.split(summary["settings"])))
+    if experiment.settings_hash != summary["settings_hash"]:
+        raise BadInput(f"{script} makes other settings of the log of {runs[0].folder} (hash "
+                       f"{experiment.settings_hash[:12]}, the run's {summary['settings_hash'][:12]}): name the script "
+                       "that ran with --script")
+    return experiment
+
+
 def is_source(script, of_run):
     """Is the script, as it lies on disk, the source that Python saw?"""
     text = script.read_bytes().decode("utf-8", "replace")
@@ -206,10 +220,11 @@ def find_twin(of_run, script, given):
     """The readable source of a packed script, or None where it needs none or none is wanted."""
     if is_source(script, of_run) or given == "none":
         return None
+    wanted = of_run.source.rstrip("\n")
     for place, source in twins(of_run, script, given):
-        with contextlib.suppress(BadInput):
-            if minified(source, place).decode().rstrip("\n") == of_run.source.rstrip("\n"):
-                return source
+        source = with_preset_of(of_run, source)
+        if definitions(source) == definitions(wanted) and minified(source, place).decode().rstrip("\n") == wanted:
+            return source
     if given:
         raise BadInput(f"--human {given}: minified, it is not the source at the top of {of_run.folder}/train.log; give "
                        "the file that was packed, or none")
@@ -220,7 +235,8 @@ def find_twin(of_run, script, given):
 def twins(of_run, script, given):
     """(place, source) of files that may be the readable source."""
     beside = script.with_name(f"{script.stem}_human.py")
-    for place in [Path(given)] if given else [beside, ROOT / "train_gpt.py"]:
+    specialised = sorted((ROOT / "logs/specialised").glob("*/train_gpt.py"))
+    for place in [Path(given)] if given else [beside, ROOT / "train_gpt.py", *specialised]:
         try:
             yield place, place.read_bytes()
         except OSError as error:
@@ -231,6 +247,27 @@ def twins(of_run, script, given):
         source = git("show", f"{commit}:train_gpt.py")
         if source:
             yield f"train_gpt.py of commit {commit}", f"{source}\n".encode()
+
+
+PRESET = re.compile(r"^PRESET ?= ?(.*)$", re.MULTILINE)  # settings of a copy of the trainer, which pack writes
+
+
+def with_preset_of(of_run, source):
+    """The source with the preset of the one that ran."""
+    preset = PRESET.search(of_run.source)
+    if not preset:
+        return source
+    line = f"PRESET = {preset[1].strip()}"
+    return re.sub(PRESET.pattern.encode(), line.replace("\\", r"\\").encode(), source, count=1, flags=re.MULTILINE)
+
+
+def definitions(source):
+    """The names of the functions and classes of a source, which packing keeps; None if it is no Python."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return None
+    return {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
 
 
 # ---- the files ------------------------------------------------------------------------------------------------------
@@ -254,7 +291,7 @@ def files(submission):
 def settings_text(submission):
     """settings.env: what differs from the defaults, without paths that exist on the runs' machine only."""
     portable = [setting for setting in submission.changed
-                if not (setting.name in ("DATA_PATH", "TOKENIZER_PATH") and setting.value.startswith("/"))]
+                if not (setting.name in recipe.PATHS and setting.value.startswith("/"))]
     fields = submission.fields
     heading = f"{fields['name']}: val_bpb {fields['val_bpb']:.5f}, seeds {', '.join(map(str, fields['seeds']))}"
     return recipe.settings_file(portable, heading)

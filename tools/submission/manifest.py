@@ -1,6 +1,7 @@
 """What a submission's folder is made of, and its submission.json."""
 
 import ast
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ class Submission(NamedTuple):
     script: Path
     twin: bytes | None  # the readable source, where the script is packed and it is known
     is_packed: bool
+    experiment: recipe.Experiment
     settings: list[recipe.Setting]
     changed: list[recipe.Setting]
     credits: list[recipe.Credit]
@@ -43,9 +45,15 @@ class Submission(NamedTuple):
         return next(setting.value for setting in self.settings if setting.name == "DATA_PATH")
 
     @property
-    def needs_settings_file(self):
-        """Would the script alone do something else?"""
-        return any(setting.value != setting.default for setting in self.changed if setting.name != "DATA_PATH")
+    def arguments(self):
+        """Of the script, so that it does what ran: none if that is what it does alone. A script that was cut down to a
+        record takes no settings file, since that names its constants, too.
+        """
+        chosen = [setting for setting in self.changed if setting.value != setting.default
+                  and setting.name not in recipe.PATHS]
+        if self.experiment.has_constants:
+            return [shlex.quote(f"{setting.name}={setting.value}") for setting in chosen]
+        return [f"@{self.settings_file}"] if chosen else []
 
 
 # ---- packages -------------------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def news(submission):
 def settings(submission):
     """Every setting that differs from the trainer's defaults, by group."""
     parts = [f"## Recipe\n\nEvery setting that differs from the trainer's defaults; `{submission.settings_file}` has "
-             "the same as a file. What is not listed has its default, which `python train_gpt.py --help` prints."]
+             f"the same as a file{whose(submission)}. What is not listed has the trainer's default."]
     groups = dict.fromkeys(setting.group for setting in submission.changed)
     for group in groups:
         rows = [[f"`{setting.name}`", f"`{setting.value or '(empty)'}`", meaning(setting)]
@@ -99,6 +99,11 @@ def settings(submission):
     on = "; ".join(technique.name for technique in recipe.techniques(submission.settings))
     parts.append(f"Techniques that are on: {on}.")
     return "\n\n".join(parts)
+
+
+def whose(submission):
+    """For which script a settings file is, where it is not this one."""
+    return " for the whole trainer: here they are constants" if submission.experiment.has_constants else ""
 
 
 def meaning(setting):
@@ -199,7 +204,7 @@ def reproduction(submission):
     """Commands for the environment, the data and each seed."""
     fields = submission.fields
     seeds = " ".join(map(str, fields["seeds"]))
-    given = f" @{submission.settings_file}" if submission.needs_settings_file else ""
+    given = "".join(f" {argument}" for argument in submission.arguments)
     launch = "python train_gpt.py"
     if fields["world_size"] > 1:
         launch = f"torchrun --standalone --nproc_per_node={fields['world_size']} train_gpt.py"

@@ -9,9 +9,9 @@ import sys
 from dataclasses import fields
 from typing import NamedTuple
 
-from common import ROOT, BadInput, load_trainer
+from common import ROOT, BadInput, load_trainer, trainer_errors
 
-RUN = "Run"  # the group of settings that say nothing of the experiment
+PATHS = {"DATA_PATH", "TOKENIZER_PATH"}  # settings that another machine may need to change
 OFF = {"", "0", "0.0", "none", "off"}  # values that turn something off
 NEUTRAL = {"TTT_LR_MULT_PROJ": "1.0", "TTT_LR_MULT_FC": "1.0", "ADAPTIVE_LR_MAX": "1.0",
            "PHASED_TTT_NUM_PHASES": "1", "GATE_BITS": "16"}  # values that change nothing
@@ -19,7 +19,7 @@ CHILD = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from submission import recipe
-recipe.print_settings(sys.argv[2], sys.argv[3:])
+recipe.print_experiment(sys.argv[2], sys.argv[3:])
 """
 CHILD_SECONDS = 300
 
@@ -30,7 +30,7 @@ class Setting(NamedTuple):
     name: str  # in capitals
     group: str
     value: str
-    default: str  # of that script
+    default: str  # of that script; the value itself where it is a constant of it
     doc: str  # its sentence
     code: str  # the function or class that does it
     has_effect: bool  # no other setting makes it idle
@@ -43,10 +43,24 @@ class Setting(NamedTuple):
 # ---- what the script says -------------------------------------------------------------------------------------------
 
 
-def settings_of(script, words):
-    """The Settings of a script, a file that is the trainer or a part of it, given these words KEY=VALUE."""
+class Experiment(NamedTuple):
+    """What a script makes of the settings of a run; the group Run is left out."""
+
+    values: dict  # {name: value as text}
+    defaults: dict  # of that script, which may have those of a record
+    words: list  # KEY=VALUE of the run that the script takes: others are constants of it
+    settings_hash: str
+
+    @property
+    def has_constants(self):
+        """Is the script one that was cut down to a record?"""
+        return len(self.values) > len(self.defaults)
+
+
+def experiment_of(script, words):
+    """The Experiment of a script, a file that is the trainer or was made of it, given these words KEY=VALUE."""
     if script.read_bytes() == (ROOT / "train_gpt.py").read_bytes():
-        return describe(load_trainer(), words)
+        return Experiment(*asked(load_trainer(), words))
     command = [sys.executable, "-B", "-c", CHILD, str(ROOT / "tools"), str(script), *words]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=CHILD_SECONDS, check=False)
@@ -55,36 +69,53 @@ def settings_of(script, words):
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise BadInput(f"{script} does not say its settings ({reason}); give a script of this trainer")
-    return [Setting(*row) for row in json.loads(done.stdout.splitlines()[-1])]
+    return Experiment(*json.loads(done.stdout.splitlines()[-1]))
 
 
-def print_settings(script, words):
-    """In a process of its own, because a script is imported: print its settings as a line of JSON."""
+def print_experiment(script, words):
+    """In a process of its own, because a script is imported: print the fields of its Experiment as a line of JSON."""
     spec = importlib.util.spec_from_file_location("submitted", script)
     module = importlib.util.module_from_spec(spec)
     sys.modules["submitted"] = module
     spec.loader.exec_module(module)
-    print(json.dumps(describe(module, words)))
+    print(json.dumps(asked(module, words)))
 
 
-def describe(trainer, words):
-    """The Settings of a trainer, given these words KEY=VALUE and no environment."""
-    settings = trainer.Settings.parse(words, {})
+def asked(trainer, words):
+    """The fields of the Experiment of a trainer as a module, given these words and no environment."""
+    constants = getattr(trainer, "RECORD", {})
+    is_open = [word for word in words if word.partition("=")[0] not in constants]
+    settings = trainer.Settings.parse(is_open, {})
+    defaults = {name: value for name, value in trainer.Settings.parse([], {}).experiment().items()
+                if name not in constants}
+    return settings.experiment(), defaults, is_open, settings.sha256()
+
+
+def settings_of(experiment):
+    """The Settings of an Experiment, with what this repository's trainer says of each."""
+    trainer = load_trainer()
+    known = {field.name.upper(): field for field in fields(trainer.Settings)}
+    words = [f"{name}={value}" for name, value in experiment.values.items() if name in known]
+    with trainer_errors():
+        whole = trainer.Settings.parse(words, {}, preset="")
     rows = []
-    for field in fields(settings):
-        about = field.metadata
-        value = trainer.format_value(getattr(settings, field.name))
-        rows.append(Setting(field.name.upper(), about["group"], value, trainer.format_value(field.default),
-                            about["doc"], about["code"], settings.holds(about["on"])))
-    return rows
+    for name, value in experiment.values.items():
+        default = experiment.defaults.get(name, value)
+        if name not in known:
+            rows.append(Setting(name, "Others", value, default, "of another version of the trainer", "", True))
+            continue
+        about = known[name].metadata
+        rows.append(Setting(name, about["group"], value, default, about["doc"], about["code"],
+                            whole.holds(about["on"])))
+    order = list(known)
+    return sorted(rows, key=lambda row: order.index(row.name) if row.name in known else len(order))
 
 
 def changed(settings):
-    """Those outside the group Run that differ from the defaults of this repository's trainer, or of their script."""
+    """Those that differ from the defaults of this repository's trainer, or of their script."""
     trainer = load_trainer()
     defaults = {field.name.upper(): trainer.format_value(field.default) for field in fields(trainer.Settings)}
-    return [setting for setting in settings if setting.group != RUN
-            and not setting.value == setting.default == defaults.get(setting.name)]
+    return [setting for setting in settings if not setting.value == setting.default == defaults.get(setting.name)]
 
 
 # ---- techniques and whose they are ----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from common import BadInput, Parser, sha256, whole
 from report import last, read_events
-from submission.recipe import script_words
+from submission.recipe import PATHS, experiment_of, script_words
 from submission.runs import source_of, summary_of
 from submission.stats import read_json
 
@@ -28,7 +28,6 @@ script of the folder is executed. Exit code 0: the same; 1: not the same; 2: it 
 # of 2,099 tokens with document adapters by 0.00002 and 0.00006 BPB (toy runs on a CPU). This is a quarter of the least
 # margin of a record (0.0019 BPB with sp8192); training one seed twice moves a score by 0.00045 (#1868).
 TOLERANCE = 0.0005  # BPB
-PLACES = {"DATA_PATH", "TOKENIZER_PATH"}  # settings that another machine may need to change
 LONGEST_ERROR = 400  # characters
 
 
@@ -110,9 +109,10 @@ def header_of(log):
 
 def score(folder, seed, artifact, pairs, out_dir):
     """Score the artifact by the folder's script; what it wrote is in out_dir."""
-    words = [*script_words(shlex.split(seed.summary["settings"])), *pairs, "PHASES=eval", f"ARTIFACT={artifact}",
-             f"OUT_DIR={out_dir}"]
-    command = [*launcher(seed.summary["world_size"]), str(folder / "train_gpt.py"), *last_of_each(words)]
+    script = folder / "train_gpt.py"
+    logged = experiment_of(script, script_words(shlex.split(seed.summary["settings"]))).words
+    words = [*logged, *pairs, "PHASES=eval", f"ARTIFACT={artifact}", f"OUT_DIR={out_dir}"]
+    command = [*launcher(seed.summary["world_size"]), str(script), *last_of_each(words)]
     print(f"verify command:{shlex.join(command)}", file=sys.stderr, flush=True)
     # A group of its own, so that the ranks of torchrun end with it.
     process = subprocess.Popen(command, env=environment(seed), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -209,7 +209,7 @@ def experiment(text):
     words = dict(word.partition("=")[::2] for word in shlex.split(text))
     run_settings = {"RUN_ID", "OUT_DIR", "PHASES", "ARTIFACT", "RESUME", "CHECKPOINT_EVERY", "TRAIN_LOG_EVERY",
                     "VAL_LOSS_EVERY", "DEVICE", "DTYPE", "COMPILE", "ATTENTION", "KERNELS", "STRICT_ENV"}
-    return {name: value for name, value in words.items() if name not in run_settings | PLACES}
+    return {name: value for name, value in words.items() if name not in run_settings | PATHS}
 
 
 def lines(rows, is_same, tolerance, machines):
