@@ -365,7 +365,7 @@ def runs_of(claims, found, path, headline):
             depth = len(log.path.relative_to(path).parts)
             named = seed_in_name(log.path) == seed
             return (stated_score(log, bpb) is not None, named, log.seed == seed, log.val_bpb is not None,
-                    log.steps is not None, -depth)
+                    log.steps or 0, -depth)
 
         if not any(stated_score(log, bpb) for log in candidates):
             candidates += [log for log in unused if stated and stated_score(log, stated.val_bpb)]

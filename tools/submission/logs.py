@@ -418,7 +418,7 @@ GPU_NAME = re.compile(rb"\b(h100|h200|b200|a100|gb10|l40s?|v100|t4|mi300x|rtx[ -
 DOUBLED_PATH = re.compile(rb"(\S*datasets/datasets/\S*)")
 SELECTED = re.compile(rb"\b(?:best_averaging|best_model|using best|selected):? ?\w+.{0,20}\b(?:val_)?bpb|\bbest_model:")
 PREQUANT = re.compile(rb"\b(?:pre_?quant_ttt: ?(?:epoch|done)|post-prequant-ttt )")
-TTT_EPOCH = re.compile(rb"\bttt\w{0,20}[: ] ?epoch[: ]\d+/\d+")
+TTT_EPOCH = re.compile(rb"\bttt(?!_burst)\w{0,20}[: ] ?epoch[: ]\d+/\d+")  # ttt_burst replays training text (#589)
 
 
 def read_run(text, begin, end, path):
@@ -749,13 +749,19 @@ def needed(phases, final):
 PAIR = re.compile(rb"^[^\n]{0,60}?  ([a-z][a-z0-9_]{1,60}): ?(.{0,200})$")
 WORDS = re.compile(rb"([a-z][a-z0-9_]{1,40}):(\S{1,80})")
 BASELINE_WORDS = (b"model_params:", b"attention_mode:", b"tie_embeddings:", b"train_batch_tokens:", b"world_size:")
-# Differ between the runs of one configuration.
-OF_A_RUN = re.compile(r"(?:^|_)(?:seed|run_id|path|paths|dir|files?|logfile|rank|process|device|name|tag|out)(?:$|_)")
+# Differ between the runs of one configuration: what names a run and its files, and the machine.
+OF_A_RUN = re.compile(r"(?:^|_)(?:seed|run_id|path|paths|dir|files?|logfile|rank|process|device|name|tag|out)(?:$|_)|"
+                      r"^(?:world_size|grad_accum_steps|distributed)$")
+
+
+def configuration(settings):
+    """The settings that all runs of one configuration share."""
+    return {key: value for key, value in settings.items() if not OF_A_RUN.search(key.lower()) and " at 0x" not in value}
 
 
 def settings_hash(settings):
-    """SHA-256 of settings, without the seed and what names a run."""
-    kept = sorted((key, value) for key, value in settings.items() if not OF_A_RUN.search(key.lower()))
+    """SHA-256 of a configuration."""
+    kept = sorted(configuration(settings).items())
     return hashlib.sha256(repr(kept).encode("utf-8", "replace")).hexdigest()
 
 
