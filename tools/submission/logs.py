@@ -527,6 +527,7 @@ OTHER_TOTALS = (  # of scripts that do not keep the baseline's words
     (b"artifact:", re.compile(rb"\bartifact: ?" + COUNT + rb" ?b(?:ytes)?\b")),
     (b"artifact_bytes", re.compile(rb"\bartifact_bytes(?: total)?\"?: +" + COUNT)),
 )
+UNPACKED = re.compile(rb"raw|fp\d|bf\d|float|uncompressed")
 PACKED_LIMIT = 30_000_000  # bytes: a total above it is of the model before it was packed
 
 
@@ -537,8 +538,8 @@ def read_sizes(text, begin, end, note, found):
     totals = []
     for offset, line in text.lines_with(b"total submission", begin, end):
         for match in TOTAL.finditer(line):
-            totals.append((whole(match.group(2)), bool(match.group(1)), offset))
-    named = [total for total in totals if total[1]]
+            totals.append((whole(match.group(2)), match.group(1), offset))
+    named = [total for total in totals if total[1] and not UNPACKED.match(total[1])]
     packed = named or [total for total in totals if total[0] < PACKED_LIMIT]
     if not packed:
         packed = other_totals(text, begin, end)
@@ -567,7 +568,7 @@ def other_totals(text, begin, end):
         for offset, line in text.lines_with(word, begin, end):
             match = pattern.search(line)
             if match:
-                rows.append((whole(match.groups()[-1]), True, offset))
+                rows.append((whole(match.groups()[-1]), b"", offset))
         if rows:
             return rows
     return []
