@@ -354,6 +354,8 @@ def runs_of(claims, found, path, headline):
     if not claims:
         scored = [log for log in found if log.val_bpb is not None]
         named = dict.fromkeys(seed_of(log) for log in scored)
+        if len(named) > 1:
+            named.pop(None, None)  # a log without a seed beside others with one
         seeds = [(seed, None) for seed in named]
     unused = list(found)
     runs = []

@@ -654,15 +654,18 @@ def read_scores(text, begin, end):
             found = [(match.group(1), match.group(3))]
         else:
             loss = None
-            found = [(line[:LONGEST_LABEL].partition(b"bpb")[0] + match.group(1), match.group(2))
-                     for match in ONLY_BPB.finditer(line)]
+            found = [(first_word(line) + b" " + match.group(1), match.group(2)) for match in ONLY_BPB.finditer(line)]
         time = SCORE_TIME.search(line)
         seconds = seconds_of(time, 1) if time else None
         for label, bpb in found:
             digits = len(bpb.partition(b".")[2])
-            label = name(label).strip(" :|[]")
+            label = name(label).removesuffix(" val_").strip(" :|[]_")
             scores.append((Score(label, loss, float(bpb), digits, seconds, text.number(offset)), offset))
     return scores
+
+
+def first_word(line):
+    return line.split(None, 1)[0][:LONGEST_LABEL]
 
 
 def is_final(score):
