@@ -214,8 +214,8 @@ def read_all_logs(files, problems):
             continue
         try:
             runs = logs.read_logs(file.path)
-        except BadInput:
-            problems.append(error("CK-FOLDER", "cannot be read", file.name))
+        except BadInput as failure:
+            problems.append(error("CK-FOLDER", str(failure).partition(": ")[2], file.name))
             continue
         form = runs[0].form
         if form == "pointer":
