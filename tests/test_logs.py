@@ -225,6 +225,20 @@ def test_tables_made_outside_the_timer_are_evaluation():
     assert log.eval_seconds == log.needed_seconds == pytest.approx(605.1)
 
 
+def test_scores_without_a_loss():
+    log = read("""\
+step:9/10 train_loss:1.0
+EMA BPB (fp32):     1.00119400
+ppm_mix bytes=10982035 mix_bpb=1.001257 ppm_only=2.380212 nn_token_bpb=1.078672
+ppm_mixer val_bpb:0.94289082 eval_time:480934ms order=5
+Quantized BPB:      1.02054300
+""")
+    assert [(score.name, score.bpb) for score in log.scores] == [
+        ("ema", 1.001194), ("ppm_mix mix", 1.001257), ("ppm_mix nn_token", 1.078672), ("ppm_mixer", 0.94289082),
+        ("quantized", 1.020543)]
+    assert (log.val_bpb, log.val_loss) == (1.020543, None)
+
+
 def test_the_size_is_that_of_the_submission():
     """#1311: a variant that is too large lies beside it; the baseline prints the unpacked model without a name."""
     log = read("""\

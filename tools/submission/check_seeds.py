@@ -10,9 +10,9 @@ from collections import Counter
 
 from common import sha256
 from submission import rules
-from submission.entry import decimals, number_of, seed_in_name, seed_of, states
+from submission.entry import decimals, number_of, numbers_in_name, seed_in_name, seed_of, states
 from submission.findings import OfSeed, error, note, unknown, warning, worst
-from submission.logs import OF_A_RUN, is_final, says_the_same, source_hash
+from submission.logs import configuration, is_final, says_the_same, source_hash
 
 # ---- submission.json against the logs -------------------------------------------------------------------------------
 
@@ -175,12 +175,14 @@ def check_seeds(entry):
 def check_labels(entry):
     """Does a log say the seed that its name, or submission.json, says?"""
     told = set()
+    counted = {run.seed for run in entry.runs}
     for log in entry.logs:
         named = seed_in_name(log.path)
-        if None not in (named, log.seed) and named != log.seed:
+        if None not in (named, log.seed) and log.seed not in numbers_in_name(log.path):
             told.add(id(log))
-            yield error("CK-SEEDS", f"is a run of seed {log.seed}, and its name says {named}", entry.relative(log.path),
-                        log.lines.get("seed"))
+            say = error if named in counted else warning  # the number may be that of a run
+            yield say("CK-SEEDS", f"is a run of seed {log.seed}, and its name says {named}", entry.relative(log.path),
+                      log.lines.get("seed"))
     for run in entry.runs:
         log = run.log
         if log and None not in (run.seed, log.seed) and run.seed != log.seed and id(log) not in told:
@@ -235,11 +237,10 @@ def check_same_settings(entry):
 
 def differences(usual, other):
     """Texts such as `matrix_lr 0.02 -> 0.03`."""
-    changes = []
-    for key in sorted({*usual, *other}):
-        if usual.get(key) != other.get(key) and not OF_A_RUN.search(key.lower()):
-            changes.append(f"{key} {usual.get(key, 'absent')} -> {other.get(key, 'absent')}")
-    return changes
+    usual = configuration(usual)
+    other = configuration(other)
+    changed = [key for key in sorted({*usual, *other}) if usual.get(key) != other.get(key)]
+    return [f"{key} {usual.get(key, 'absent')} -> {other.get(key, 'absent')}" for key in changed]
 
 
 def check_one_run(entry):

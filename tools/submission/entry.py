@@ -214,8 +214,8 @@ def read_all_logs(files, problems):
             continue
         try:
             runs = logs.read_logs(file.path)
-        except BadInput:
-            problems.append(error("CK-FOLDER", "cannot be read", file.name))
+        except BadInput as failure:
+            problems.append(error("CK-FOLDER", str(failure).partition(": ")[2], file.name))
             continue
         form = runs[0].form
         if form == "pointer":
@@ -354,6 +354,8 @@ def runs_of(claims, found, path, headline):
     if not claims:
         scored = [log for log in found if log.val_bpb is not None]
         named = dict.fromkeys(seed_of(log) for log in scored)
+        if len(named) > 1:
+            named.pop(None, None)  # a log without a seed beside others with one
         seeds = [(seed, None) for seed in named]
     unused = list(found)
     runs = []
@@ -365,7 +367,7 @@ def runs_of(claims, found, path, headline):
             depth = len(log.path.relative_to(path).parts)
             named = seed_in_name(log.path) == seed
             return (stated_score(log, bpb) is not None, named, log.seed == seed, log.val_bpb is not None,
-                    log.steps is not None, -depth)
+                    log.steps or 0, -depth)
 
         if not any(stated_score(log, bpb) for log in candidates):
             candidates += [log for log in unused if stated and stated_score(log, stated.val_bpb)]

@@ -9,7 +9,6 @@ console, or hold several runs. The forms were read from the 3,900 logs of the co
 import bisect
 import hashlib
 import json
-import math
 import re
 import shlex
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import NamedTuple
 
 from common import BadInput
 
-MOST_BYTES = 64 << 20  # of a file that are read: the largest public log has 4 MB
+MOST_BYTES = 64 << 20  # of a log: the largest public one has 4 MB
 LONGEST_LINE = 2_000  # bytes of a line that are looked at, but for the summary
 
 
@@ -119,9 +118,11 @@ def read_logs(path):
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            raw = file.read(MOST_BYTES)
+            raw = file.read(MOST_BYTES + 1)
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if len(raw) > MOST_BYTES:
+        raise BadInput(f"{path}: over {MOST_BYTES:,} bytes, which no log of a run has")
     return parse(raw, path)
 
 
@@ -263,6 +264,11 @@ class Text:
         """The bytes at an offset as the file has them, as text."""
         return self.body[offset : offset + length].decode("utf-8", "replace")
 
+    def line_from(self, offset):
+        """The whole rest of the line at an offset, as the file has it."""
+        stop = self.body.find(b"\n", offset)
+        return self.body[offset:] if stop < 0 else self.body[offset:stop]
+
     def number(self, offset):
         """The number of the line at this offset, from 1."""
         return bisect.bisect_left(self.ends, offset) + 1
@@ -289,8 +295,8 @@ COUNT = rb"(\d[\d,_]{0,20})"
 # `step:4000/20000 val_loss:`, `step:34 train_loss:`, `4000/20000 val_loss:` with or without a time before it
 STEP = re.compile(rb"(?:\bstep[:= ] ?|^s:|^(?:\[[^\]]{1,40}\]:? ?|[\dtz:.-]{8,40} |\d{1,6} )?(?=\d{1,9}/))"
                   rb"(\d{1,9})(?:/\d{1,9})?[ ,|]+(?:(?:train_|val_)?loss|tl|vl)\b")
-STEP_CLOCK = re.compile(rb"\b(?:train_time|\btt|\bt|\btime)[:=] ?(\d[\d.]{0,15})(ms|s|m)\b")
-SECONDS = {b"ms": 0.001, b"s": 1.0, b"m": 60.0, b"min": 60.0}
+STEP_CLOCK = re.compile(rb"\b(?:train_time|tt|t|time)[:=] ?" + NUMBER + rb"(ms|s|m)\b")
+SECONDS = {b"ms": 0.001, b"s": 1.0, b"m": 60.0}
 # What a run prints before its first step.
 BEGINNINGS = (b"hyperparameters:", b"val_bpb:enabled", b"train_loader:", b"model_params", b"train_shards",
               b"running python", b"warmup_step", b"seed:", b"seed=", b"torch/distributed/run")
@@ -311,15 +317,14 @@ def steps_of(text, begin, end):
             if match is None:
                 continue
             clock = STEP_CLOCK.search(line, match.end())
-            seconds = None
-            if clock and is_number(clock.group(1)):
-                seconds = float(clock.group(1)) * SECONDS[clock.group(2)]
+            seconds = seconds_of(clock, 1) if clock else None
             found[offset] = Step(offset, int(match.group(1)), seconds)
     return [found[offset] for offset in sorted(found)]
 
 
-def is_number(text):
-    return text.count(b".") <= 1 and text.strip(b".") != b""
+def seconds_of(match, group):
+    """Seconds of a number and, in the next group, its unit."""
+    return float(match.group(group)) * SECONDS.get(match.group(group + 1), 1.0)
 
 
 def goes_back(earlier, later):
@@ -379,6 +384,7 @@ def name(text):
     return text.decode("utf-8", "replace").strip()
 
 
+SCORED_TOKENS = rb"\b(?:target_tokens|scored_tokens|tokens_scored|total_targets|subset)[:=] ?" + COUNT
 FACTS = (  # of several for a field, the first that is found counts
     fact("seed", b"seed", rb"^(?:.{0,120}[ \]:])?seed ?[:=] ?(\d{1,12})\b"),
     fact("seed", b"s:", rb"^s:(\d{1,12})$"),  # this and `ws:`, `tl:`, `vl:` are of #1033 and its relatives
@@ -397,8 +403,7 @@ FACTS = (  # of several for a field, the first that is found counts
     fact("val_tokens", b"validation tokens", rb"\bvalidation tokens: ?" + COUNT),
     fact("val_tokens", b"fineweb_val_", rb"^val:\S+ n:" + COUNT),
     fact("val_bytes", b"val_bytes", rb"\bval_bytes ?[:=] ?" + COUNT, last=True),
-    fact("scored_tokens", b"tokens", rb"\b(?:target_tokens|scored_tokens|tokens_scored|total_targets)[:=] ?" + COUNT,
-         last=True),
+    fact("scored_tokens", b"tokens", SCORED_TOKENS, last=True),
     fact("steps", b"stopping_early", rb"\bstep: ?(\d{1,9})\b"),
     fact("train_seconds", b"stopping_early", rb"\btrain_time[^:]{0,40}: ?" + NUMBER + rb"ms\b", milliseconds),
     fact("train_seconds", b"training complete in", rb"\btraining complete in " + NUMBER + rb" ?s\b", real),
@@ -418,97 +423,114 @@ GPU_NAME = re.compile(rb"\b(h100|h200|b200|a100|gb10|l40s?|v100|t4|mi300x|rtx[ -
 DOUBLED_PATH = re.compile(rb"(\S*datasets/datasets/\S*)")
 SELECTED = re.compile(rb"\b(?:best_averaging|best_model|using best|selected):? ?\w+.{0,20}\b(?:val_)?bpb|\bbest_model:")
 PREQUANT = re.compile(rb"\b(?:pre_?quant_ttt: ?(?:epoch|done)|post-prequant-ttt )")
-TTT_EPOCH = re.compile(rb"\bttt\w{0,20}[: ] ?epoch[: ]\d+/\d+")
+TTT_EPOCH = re.compile(rb"\bttt(?!_burst)\w{0,20}[: ] ?epoch[: ]\d+/\d+")  # ttt_burst replays training text (#589)
+
+
+class Part:
+    """The part of a file that is one run, and what was found in it so far."""
+
+    def __init__(self, text, begin, end):
+        self.text = text
+        self.begin = begin
+        self.end = end
+        self.found = {}  # {field of Log: value}
+        self.lines = {}  # {field: number of the line that states it}
+
+    def lines_with(self, word, until=None):
+        return self.text.lines_with(word, self.begin, self.end if until is None else until)
+
+    def note(self, field, value, offset):
+        self.found[field] = value
+        self.lines[field] = self.text.number(offset)
 
 
 def read_run(text, begin, end, path):
     """What the part of a file between two offsets says."""
-    found = {}
-    lines = {}
-
-    def note(field, value, offset):
-        found[field] = value
-        lines[field] = text.number(offset)
-
-    for row in FACTS:
-        if row.field in found:
-            continue
-        for offset, line in text.lines_with(row.word, begin, end):
-            match = row.pattern.search(line)
-            if match:
-                note(row.field, row.read(match.group(1)), offset)
-                if not row.last:
-                    break
-    read_steps(text, begin, end, note, found)
-    read_gpu(text, begin, end, note)
-    read_signs(text, begin, end, note)
-    read_sizes(text, begin, end, note, found)
-    read_clocks(text, begin, end, note, found)
+    part = Part(text, begin, end)
+    read_facts(part)
+    read_steps(part)
+    read_gpu(part)
+    read_signs(part)
+    read_sizes(part)
+    read_calibration(part)
+    read_evaluation(part)
     form = "contest"
-    if any(line.startswith(b"run out_dir:") for _, line in text.lines_with(b"run out_dir:", begin, end)):
+    if any(line.startswith(b"run out_dir:") for _, line in part.lines_with(b"run out_dir:")):
         form = "ours"
     else:
-        read_settings(text, begin, end, note)
-    read_summary(text, begin, end, note, found)
-    return Log(path, form, text.number(begin), **found, lines=lines)
+        read_settings(part)
+    read_summary(part)
+    return Log(path, form, text.number(begin), **part.found, lines=part.lines)
 
 
-def read_steps(text, begin, end, note, found):
-    steps = steps_of(text, begin, end)
+def read_facts(part):
+    for row in FACTS:
+        if row.field in part.found:
+            continue
+        for offset, line in part.lines_with(row.word):
+            match = row.pattern.search(line)
+            if match:
+                part.note(row.field, row.read(match.group(1)), offset)
+                if not row.last:
+                    break
+
+
+def read_steps(part):
+    steps = steps_of(part.text, part.begin, part.end)
     if not steps:
         return
-    note("logged_steps", steps[-1].number, steps[-1].offset)
-    if "steps" not in found:
-        note("steps", steps[-1].number, steps[-1].offset)
-    if "train_seconds" not in found:
+    part.note("logged_steps", steps[-1].number, steps[-1].offset)
+    if "steps" not in part.found:
+        part.note("steps", steps[-1].number, steps[-1].offset)
+    if "train_seconds" not in part.found:
         timed = [step for step in steps if step.seconds is not None]
         if timed:
-            note("train_seconds", timed[-1].seconds, timed[-1].offset)
+            part.note("train_seconds", timed[-1].seconds, timed[-1].offset)
 
 
-def read_gpu(text, begin, end, note):
+def read_gpu(part):
     rows = {}  # by index, since nvidia-smi may be printed twice
-    for offset, line in text.lines_with(b"nvidia ", begin, end):
+    for offset, line in part.lines_with(b"nvidia "):
         match = GPU_ROW.search(line)
         if match:
-            rows[match.group(1)] = (text.original(offset + match.start(2), len(match.group(2))), offset)
+            rows[match.group(1)] = (part.text.original(offset + match.start(2), len(match.group(2))), offset)
     if rows:
         model, offset = next(iter(rows.values()))
-        note("gpu", model, offset)
-        note("gpus", len(rows), offset)
+        part.note("gpu", model, offset)
+        part.note("gpus", len(rows), offset)
         return
     for word in (b"gpu", b"device", b"nvidia"):
-        for offset, line in text.lines_with(word, begin, end):
+        for offset, line in part.lines_with(word):
             match = GPU_NAME.search(line)
             if match:
-                note("gpu", name(match.group(1)).upper(), offset)
+                part.note("gpu", name(match.group(1)).upper(), offset)
                 return
 
 
-def read_signs(text, begin, end, note):
+def read_signs(part):
     """What a reviewer looks for: data with validation text in it, validation text used before it may be, errors."""
-    for offset, line in text.lines_with(b"datasets/datasets/", begin, end):
+    for offset, line in part.lines_with(b"datasets/datasets/"):
         match = DOUBLED_PATH.search(line)
-        note("doubled_path", text.original(offset + match.start(1), len(match.group(1))), offset)
+        part.note("doubled_path", part.text.original(offset + match.start(1), len(match.group(1))), offset)
         break
-    for offset, line in text.lines_with(b"quant", begin, end):
+    for offset, line in part.lines_with(b"quant"):
         if PREQUANT.search(line):
-            note("prequant_line", text.number(offset), offset)
+            part.note("prequant_line", part.text.number(offset), offset)
             break
-    packed = [offset for offset, line in text.lines_with(b"serialized model", begin, end) if b"+" in line]
-    for offset, line in text.lines_with(b"ttt", begin, max(packed, default=begin)):
+    packed = [offset for offset, line in part.lines_with(b"serialized model") if b"+" in line]
+    for offset, line in part.lines_with(b"ttt", until=max(packed, default=part.begin)):
         if TTT_EPOCH.search(line):
-            note("prequant_line", text.number(offset), offset)
+            part.note("prequant_line", part.text.number(offset), offset)
             break
-    for offset, line in text.lines_with(b"best_", begin, end):
+    for offset, line in part.lines_with(b"best_"):
         if SELECTED.search(line):
-            note("selected_line", text.number(offset), offset)
+            part.note("selected_line", part.text.number(offset), offset)
             break
-    for offset, line in text.lines_with(b"within_gate", begin, end):
-        note("gates", {name(key): int(count) for key, count in GATE.findall(line)}, offset)
-    tracebacks = list(text.lines_with(b"traceback (most recent call last)", begin, end))
+    for offset, line in part.lines_with(b"within_gate"):
+        part.note("gates", {name(key): int(count) for key, count in GATE.findall(line)}, offset)
+    tracebacks = list(part.lines_with(b"traceback (most recent call last)"))
     if tracebacks:
-        note("tracebacks", len(tracebacks), tracebacks[-1][0])
+        part.note("tracebacks", len(tracebacks), tracebacks[-1][0])
 
 
 # ---- sizes ----------------------------------------------------------------------------------------------------------
@@ -527,47 +549,48 @@ OTHER_TOTALS = (  # of scripts that do not keep the baseline's words
     (b"artifact:", re.compile(rb"\bartifact: ?" + COUNT + rb" ?b(?:ytes)?\b")),
     (b"artifact_bytes", re.compile(rb"\bartifact_bytes(?: total)?\"?: +" + COUNT)),
 )
+UNPACKED = re.compile(rb"raw|fp\d|bf\d|float|uncompressed")
 PACKED_LIMIT = 30_000_000  # bytes: a total above it is of the model before it was packed
 
 
-def read_sizes(text, begin, end, note, found):
+def read_sizes(part):
     """The size of what is submitted. Scripts print it for variants too (an int8 one beside the int6 one), and the
     baseline for the unpacked model, without a name; the smallest is taken to be the submission.
     """
     totals = []
-    for offset, line in text.lines_with(b"total submission", begin, end):
+    for offset, line in part.lines_with(b"total submission"):
         for match in TOTAL.finditer(line):
-            totals.append((whole(match.group(2)), bool(match.group(1)), offset))
-    named = [total for total in totals if total[1]]
+            totals.append((whole(match.group(2)), match.group(1), offset))
+    named = [total for total in totals if total[1] and not UNPACKED.match(total[1])]
     packed = named or [total for total in totals if total[0] < PACKED_LIMIT]
     if not packed:
-        packed = other_totals(text, begin, end)
+        packed = other_totals(part)
     models = []
-    for offset, line in text.lines_with(b"serialized model", begin, end):
+    for offset, line in part.lines_with(b"serialized model"):
         for match in MODEL.finditer(line):
             if match.group(1):
                 models.append((whole(match.group(2)), offset))
     if packed:
         total, _, offset = min(packed)
-        note("total_bytes", total, offset)
-        note("other_totals", tuple(sorted({other[0] for other in packed} - {total})), offset)
+        part.note("total_bytes", total, offset)
+        part.note("other_totals", tuple(sorted({other[0] for other in packed} - {total})), offset)
         fitting = [model for model in models if model[0] <= total]
         models = fitting[-1:] or models
-        if fitting and "code_bytes" in found:
-            exact = [model for model in fitting if model[0] + found["code_bytes"] == total]
+        if fitting and "code_bytes" in part.found:
+            exact = [model for model in fitting if model[0] + part.found["code_bytes"] == total]
             models = exact[-1:] or models
     if models:
         size, offset = min(models)
-        note("model_bytes", size, offset)
+        part.note("model_bytes", size, offset)
 
 
-def other_totals(text, begin, end):
+def other_totals(part):
     for word, pattern in OTHER_TOTALS:
         rows = []
-        for offset, line in text.lines_with(word, begin, end):
+        for offset, line in part.lines_with(word):
             match = pattern.search(line)
             if match:
-                rows.append((whole(match.groups()[-1]), True, offset))
+                rows.append((whole(match.groups()[-1]), b"", offset))
         if rows:
             return rows
     return []
@@ -602,49 +625,30 @@ NOT_FINAL = re.compile(rb"diag|pre.?quant|post.?(?:ema|swa|average)|pre.?ttt|raw
 PROGRESS = re.compile(rb"epoch|chunk|batch|progress|running|rank:|\d/\d|%")  # a line while something is scored
 
 
-def seconds_of(match, group):
-    return float(match.group(group)) * SECONDS.get(match.group(group + 1), 1.0)
-
-
-def read_clocks(text, begin, end, note, found):
-    """Calibration, the phases of the evaluation and the final score."""
-    read_calibration(text, begin, end, note)
-    scores = read_scores(text, begin, end)
-    note("scores", tuple(score for score, _ in scores), begin)
-    final = final_score(scores)
-    if final:
-        score, offset = final
-        note("val_bpb", score.bpb, offset)
-        note("digits", score.digits, offset)
-        if score.loss is not None:
-            note("val_loss", score.loss, offset)
-    read_evaluation(text, begin, end, note, scores, final)
-
-
-def read_calibration(text, begin, end, note):
+def read_calibration(part):
     families = {}
     for word in (b"hessian", b"calibrat", b"gptq:done"):
-        for offset, line in text.lines_with(word, begin, end):
+        for offset, line in part.lines_with(word):
             for number, pattern in enumerate(CALIBRATION):
                 match = pattern.search(line)
                 if match:
                     families.setdefault(number, {})[offset] = seconds_of(match, 1)
     if families:
         longest = max(families.values(), key=lambda family: sum(family.values()))
-        note("calibrate_seconds", sum(longest.values()), max(longest))
+        part.note("calibrate_seconds", sum(longest.values()), max(longest))
     generated = {}
-    for offset, line in text.lines_with(b"generated", begin, end):
+    for offset, line in part.lines_with(b"generated"):
         match = GENERATION.search(line)
         if match:
             generated[offset] = seconds_of(match, 1)
     if generated:
-        note("generate_seconds", sum(generated.values()), max(generated))
+        part.note("generate_seconds", sum(generated.values()), max(generated))
 
 
-def read_scores(text, begin, end):
+def read_scores(part):
     """[(Score, offset)] of every line with a score but those of steps and of progress."""
     scores = []
-    for offset, line in text.lines_with(b"bpb", begin, end):
+    for offset, line in part.lines_with(b"bpb"):
         if STEP.search(line) or PROGRESS.search(line[:LONGEST_LABEL].partition(b"bpb")[0]):
             continue
         match = SCORE.search(line)
@@ -653,15 +657,18 @@ def read_scores(text, begin, end):
             found = [(match.group(1), match.group(3))]
         else:
             loss = None
-            found = [(line[:LONGEST_LABEL].partition(b"bpb")[0] + match.group(1), match.group(2))
-                     for match in ONLY_BPB.finditer(line)]
+            found = [(first_word(line) + b" " + match.group(1), match.group(2)) for match in ONLY_BPB.finditer(line)]
         time = SCORE_TIME.search(line)
         seconds = seconds_of(time, 1) if time else None
         for label, bpb in found:
             digits = len(bpb.partition(b".")[2])
-            label = name(label).strip(" :|[]")
-            scores.append((Score(label, loss, float(bpb), digits, seconds, text.number(offset)), offset))
+            label = name(label).removesuffix(" val_").strip(" :|[]_")
+            scores.append((Score(label, loss, float(bpb), digits, seconds, part.text.number(offset)), offset))
     return scores
+
+
+def first_word(line):
+    return line.split(None, 1)[0][:LONGEST_LABEL]
 
 
 def is_final(score):
@@ -685,42 +692,62 @@ def says_the_same(score, other):
     return abs(score.bpb - other.bpb) <= 0.6 * 10**-digits
 
 
-def read_evaluation(text, begin, end, note, scores, final):
-    """The seconds of the evaluation: the log's own total, or the sum of its phases, of which some may be diagnostics
-    that the score does not need.
+def read_evaluation(part):
+    """The final score, and the seconds of the evaluation: the log's own total, or the sum of its phases, of which some
+    may be diagnostics that the score does not need.
     """
-    timed = {}  # offset: Phase
+    scores = read_scores(part)
+    part.note("scores", tuple(score for score, _ in scores), part.begin)
+    final = final_score(scores)
+    if final:
+        score, offset = final
+        part.note("val_bpb", score.bpb, offset)
+        part.note("digits", score.digits, offset)
+        if score.loss is not None:
+            part.note("val_loss", score.loss, offset)
+    timed = read_phases(part, scores)
+    phases = distinct([timed[offset] for offset in sorted(timed)])
+    part.note("phases", tuple(phases), part.begin)
+    outside = sum(seconds for _, seconds in times(part, b"outside", OUTSIDE))
+    totals = times(part, b"total_eval_", TOTAL_EVAL)
+    if totals:
+        offset, seconds = totals[-1]
+        extra = f" and {outside:.1f} s before its timer" if outside else ""
+        note_evaluation(part, seconds + outside, seconds + outside, f"total_eval_time{extra}", offset)
+    elif phases:
+        total = sum(phase.seconds for phase in phases)
+        summands = " + ".join(f"{phase.name} {phase.seconds:.1f}" for phase in phases)
+        note_evaluation(part, total + outside, needed(phases, final) + outside, summands, max(timed))
+
+
+def note_evaluation(part, seconds, needed_seconds, summands, offset):
+    part.note("eval_seconds", seconds, offset)
+    part.note("needed_seconds", needed_seconds, offset)
+    part.note("eval_note", summands, offset)
+
+
+def times(part, word, pattern):
+    """[(offset, seconds)] of the lines with a word that a pattern matches."""
+    found = []
+    for offset, line in part.lines_with(word):
+        match = pattern.search(line)
+        if match:
+            found.append((offset, seconds_of(match, 1)))
+    return found
+
+
+def read_phases(part, scores):
+    """{offset: Phase} of final scores with a time, and of adaptations."""
+    timed = {}
     for score, offset in scores:
         if score.seconds is not None and is_final(score) and offset not in timed:
             timed[offset] = Phase(score.name, score.seconds, score.line, True)
     for word in (b"ttt", b"slot"):
-        for offset, line in text.lines_with(word, begin, end):
+        for offset, line in part.lines_with(word):
             match = ADAPTATION.search(line)
             if match and offset not in timed:
-                timed[offset] = Phase(name(match.group(1)), seconds_of(match, 2), text.number(offset), False)
-    phases = distinct([timed[offset] for offset in sorted(timed)])
-    outside = 0.0
-    for _, line in text.lines_with(b"outside", begin, end):
-        match = OUTSIDE.search(line)
-        if match:
-            outside += seconds_of(match, 1)
-    total = None
-    for offset, line in text.lines_with(b"total_eval_", begin, end):
-        match = TOTAL_EVAL.search(line)
-        if match:
-            total = seconds_of(match, 1), offset
-    note("phases", tuple(phases), begin)
-    if total:
-        seconds, offset = total
-        note("eval_seconds", seconds + outside, offset)
-        note("needed_seconds", seconds + outside, offset)
-        extra = f" and {outside:.1f} s before its timer" if outside else ""
-        note("eval_note", f"total_eval_time{extra}", offset)
-    elif phases:
-        offset = max(timed)
-        note("eval_seconds", sum(phase.seconds for phase in phases) + outside, offset)
-        note("needed_seconds", needed(phases, final) + outside, offset)
-        note("eval_note", " + ".join(f"{phase.name} {phase.seconds:.1f}" for phase in phases), offset)
+                timed[offset] = Phase(name(match.group(1)), seconds_of(match, 2), part.text.number(offset), False)
+    return timed
 
 
 def distinct(phases):
@@ -749,46 +776,53 @@ def needed(phases, final):
 PAIR = re.compile(rb"^[^\n]{0,60}?  ([a-z][a-z0-9_]{1,60}): ?(.{0,200})$")
 WORDS = re.compile(rb"([a-z][a-z0-9_]{1,40}):(\S{1,80})")
 BASELINE_WORDS = (b"model_params:", b"attention_mode:", b"tie_embeddings:", b"train_batch_tokens:", b"world_size:")
-# Differ between the runs of one configuration.
-OF_A_RUN = re.compile(r"(?:^|_)(?:seed|run_id|path|paths|dir|files?|logfile|rank|process|device|name|tag|out)(?:$|_)")
+# Differ between the runs of one configuration: what names a run and its files, and the machine.
+OF_A_RUN = re.compile(r"(?:^|_)(?:seed|run_id|path|paths|dir|files?|logfile|rank|process|device|name|tag|out)(?:$|_)|"
+                      r"^(?:world_size|grad_accum_steps|distributed)$")
+
+
+def configuration(settings):
+    """The settings that all runs of one configuration share."""
+    return {key: value for key, value in settings.items() if not OF_A_RUN.search(key.lower()) and " at 0x" not in value}
 
 
 def settings_hash(settings):
-    """SHA-256 of settings, without the seed and what names a run."""
-    kept = sorted((key, value) for key, value in settings.items() if not OF_A_RUN.search(key.lower()))
+    """SHA-256 of a configuration."""
+    kept = sorted(configuration(settings).items())
     return hashlib.sha256(repr(kept).encode("utf-8", "replace")).hexdigest()
 
 
-def read_settings(text, begin, end, note):
+def read_settings(part):
+    """Settings as late scripts list them, else as the baseline says them in a few lines."""
     settings = {}
-    first = text.lower.find(b"hyperparameters:", begin, end)
-    if first >= 0:
-        settings = listed_settings(text, first, end)
+    place = part.begin
+    for offset, _ in part.lines_with(b"hyperparameters:"):
+        settings = listed_settings(part, offset)
+        place = offset
+        break
     if len(settings) < 5:
         settings = {}
         for word in BASELINE_WORDS:
-            for offset, line in text.lines_with(word, begin, end):
-                first = min(first, offset) if first >= 0 else offset
+            for offset, line in part.lines_with(word):
                 settings.update((name(key), name(value)) for key, value in WORDS.findall(line))
+                place = offset
                 break
     if settings:
-        note("settings", settings, max(first, begin))
-        note("settings_hash", settings_hash(settings), max(first, begin))
+        part.note("settings", settings, place)
+        part.note("settings_hash", settings_hash(settings), place)
 
 
-def listed_settings(text, first, end):
+def listed_settings(part, offset):
     """The `  key: value` lines below the line at this offset."""
     settings = {}
-    at = text.lower.find(b"\n", first, end) + 1
-    while 0 < at < end:
-        stop = text.lower.find(b"\n", at, end)
-        if stop < 0:
-            stop = end
-        match = PAIR.match(text.lower[at : min(stop, at + LONGEST_LINE)])
+    at = offset + len(part.text.line_from(offset)) + 1
+    while at < part.end:
+        line = part.text.line_from(at)
+        match = PAIR.match(line[:LONGEST_LINE].lower())
         if not match:
             break
         settings[name(match.group(1))] = name(match.group(2))
-        at = stop + 1
+        at += len(line) + 1
     return settings
 
 
@@ -797,61 +831,65 @@ SUMMARY_FIELDS = ("seed", "world_size", "val_tokens", "val_bytes", "steps", "tra
 SUMMARY_TEXTS = ("code_sha256", "artifact_sha256", "settings_hash", "valid", "eligible", "tested")
 
 
-def read_summary(text, begin, end, note, found):
+def read_summary(part):
     """Our last line, which is exact; it stands above what was read from the lines before."""
-    count = 0
-    summary = None
-    at = text.lower.find(b"summary {", begin, end)
-    while at >= 0:
-        stop = text.lower.find(b"\n", at)
-        if stop < 0:
-            stop = len(text.body)
-        if at == 0 or text.body[at - 1 : at] == b"\n":
-            try:
-                value = json.loads(text.body[at + 8 : stop])
-            except (ValueError, RecursionError):
-                value = None
-            if isinstance(value, dict):
-                count += 1
-                summary = value
-                place = at
-        at = text.lower.find(b"summary {", stop, end)
-    if summary is None:
+    summaries = []
+    for offset, line in part.lines_with(b"summary {"):
+        value = parse_summary(part.text.line_from(offset)) if line.startswith(b"summary {") else None
+        if value is not None:
+            summaries.append((offset, value))
+    if not summaries:
         return
-    note("summaries", count, place)
-    if "seed" in found:
-        found["stated_seed"] = found["seed"]
+    place, summary = summaries[-1]
+    part.note("summaries", len(summaries), place)
+    if "seed" in part.found:
+        part.found["stated_seed"] = part.found["seed"]
     for key in SUMMARY_FIELDS:
         value = finite(summary, key)
         if value is not None:
-            note(key, value, place)
+            part.note(key, value, place)
     for key in SUMMARY_TEXTS:
         if isinstance(summary.get(key), str):
-            note(key, summary[key], place)
+            part.note(key, summary[key], place)
     for key in ("reasons", "eligible_reasons"):
         value = summary.get(key)
         if isinstance(value, list):
-            note(key, tuple(" ".join(str(item).split()) for item in value), place)
-    if finite(summary, "val_bpb") is not None:
-        note("digits", 8, place)
-    if finite(summary, "world_size") is not None:
-        note("gpus", summary["world_size"], place)
+            part.note(key, tuple(" ".join(str(item).split()) for item in value), place)
+    for field, key in (("gpus", "world_size"), ("needed_seconds", "eval_seconds"),
+                       ("documents_in_training", "val_documents_in_training")):
+        value = finite(summary, key)
+        if value is not None:
+            part.note(field, value, place)
     if finite(summary, "eval_seconds") is not None:
-        note("needed_seconds", summary["eval_seconds"], place)
-        note("eval_note", "eval_seconds of the summary", place)
-    note("documents_in_training", finite(summary, "val_documents_in_training"), place)
+        part.note("eval_note", "eval_seconds of the summary", place)
+    if finite(summary, "val_bpb") is not None:
+        part.note("digits", 8, place)
     if isinstance(summary.get("device"), str):
-        note("gpu", summary["device"], place)
+        part.note("gpu", summary["device"], place)
     if isinstance(summary.get("settings"), str):
-        try:
-            pairs = shlex.split(summary["settings"])
-        except ValueError:
-            pairs = summary["settings"].split()
-        note("settings", dict(pair.partition("=")[::2] for pair in pairs), place)
+        part.note("settings", split_settings(summary["settings"]), place)
+
+
+def parse_summary(line):
+    """The JSON object behind the word `summary`, or None."""
+    try:
+        value = json.loads(line.removeprefix(b"summary "))
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def split_settings(text):
+    """{NAME: value} of a line NAME=value NAME=value."""
+    try:
+        pairs = shlex.split(text)
+    except ValueError:
+        pairs = text.split()
+    return dict(pair.partition("=")[::2] for pair in pairs)
 
 
 def finite(mapping, key):
-    """The finite number under this key, or None."""
+    """The number under this key if it is of a size that such a number can have, or None."""
     value = mapping.get(key)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if is_number and math.isfinite(value) else None
+    return value if is_number and abs(value) < 1e18 else None
