@@ -181,16 +181,17 @@ environment() { # environment FILE...: the virtual environment with these requir
 
 embedded=data/datasets/builtin_sp1024
 
-# embedded_data FOLDER: makes it, if it is one of the two data sets of the embedded text. What prepare.py
+# embedded_data FOLDER: makes it, if it is one of the data sets of the embedded text. What prepare.py
 # prints about a new one goes to FOLDER.log; about one that is there it prints a single line.
 embedded_data() {
-    local folder=$1 caseops=() log
+    local folder=$1 options=() log
     case $folder in
     "$embedded") ;;
-    "${embedded}_caseops") caseops=(--caseops) ;;
+    "${embedded}_caseops") options=(--caseops) ;;
+    data/datasets/builtin_sp512) options=(--vocab-size 512) ;; # of records/proxy-cpu.env
     *) return 0 ;;
     esac
-    set -- data/prepare.py --source builtin --out "$folder" ${caseops[@]+"${caseops[@]}"}
+    set -- data/prepare.py --source builtin --out "$folder" ${options[@]+"${options[@]}"}
     if [ -e "$folder/manifest.json" ]; then
         step "$py" "$@" || fail "no embedded data set: see above"
         return

@@ -1,12 +1,11 @@
 """Runs the small version of every record to its final score: `python .ci/records.py [WORD ...]`, of those with such a
-word in their name. What must come out is in the table of records/README.md: is the score valid, and what does it break?
-Two at a time, each on one core: so small a model gains little from a second one.
+word in their name. What must come out is in each README and in the table of records/README.md: is the score valid, and
+which condition does it break? Two at a time, each on one core: so small a model gains little from a second one.
 """
 
 import contextlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,16 +13,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-ROW = re.compile(r"^\| [^|]+ \| \[[^]]+\]\((\S+)/\) \|(?: [^|]+ \|)* (yes|no) \| (C\d|-)", re.M)
+# Before the folder of this file, which has the name records, too.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
-
-def expected():
-    """{folder: (valid, the condition that is broken)}"""
-    rows = {folder: said for folder, *said in ROW.findall((ROOT / "records/README.md").read_text(encoding="utf-8"))}
-    folders = {path.parent.relative_to(ROOT / "records").as_posix() for path in ROOT.glob("records/*/*/settings.env")}
-    assert rows.keys() == folders, f"records/README.md and the folders differ: {rows.keys() ^ folders}"
-    return rows
+import records
+from common import ROOT
 
 
 def run(folder):
@@ -41,20 +35,25 @@ def run(folder):
 
 
 def main(words):
-    chosen = {folder: said for folder, said in expected().items() if not words or any(word in folder for word in words)}
+    if records.main(["--check"]):
+        sys.exit("records/README.md and the folders differ")
+    chosen = [record for record in records.read_records() if not words or any(word in record.folder for word in words)]
     # The data that several need, before two find at the same time that it is missing.
     subprocess.run([sys.executable, "data/prepare.py", "--source", "builtin", "--caseops", "--out",
                     "data/datasets/builtin_sp1024_caseops"], cwd=ROOT, check=True)
     # A wrong verdict ends it at once: closing the runs cancels those that wait.
-    with ThreadPoolExecutor(2) as pool, contextlib.closing(pool.map(run, chosen)) as runs:
-        for (folder, (valid, broken)), (summary, seconds) in zip(chosen.items(), runs):
-            print(f"{Path(folder).name:68} {summary['val_bpb']:.4f} valid:{summary['valid']} {seconds:.0f} s",
+    folders = [record.folder for record in chosen]
+    with ThreadPoolExecutor(2) as pool, contextlib.closing(pool.map(run, folders)) as runs:
+        for record, (summary, seconds) in zip(chosen, runs):
+            print(f"{Path(record.folder).name:68} {summary['val_bpb']:.4f} valid:{summary['valid']} {seconds:.0f} s",
                   *summary["reasons"], sep="\n    ", flush=True)
+            valid = "yes" if record.valid else "no"
             assert summary["valid"] == valid, f"the table says valid:{valid}"
-            assert bool(summary["reasons"]) == (valid == "no"), "a score is invalid if there is a reason, and only then"
-            named = [reason for reason in summary["reasons"] if reason.startswith(broken)]
+            assert bool(summary["reasons"]) == (not record.valid), (
+                "a score is invalid if there is a reason, and only then")
+            named = [reason for reason in summary["reasons"] if reason.startswith(tuple(record.broken_conditions))]
             # What else its self-test finds follows from that.
-            assert named or valid == "yes", f"the table says {broken}"
+            assert named or record.valid, f"the table says {record.broken_conditions}"
             assert 0.3 < summary["val_bpb"] < 3, "no score of a trained model; an untrained one has 3.7"
 
 

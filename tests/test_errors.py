@@ -21,7 +21,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from process import REPO, clean_env, run_trainer
+from process import clean_env, run_trainer
 from runs import (
     SCRIPT,
     Started,
@@ -381,11 +381,6 @@ def test_an_artifact_without_its_text_says_that_its_run_knew_where_that_is(toy, 
     """As in the README, but without the settings file: an artifact does not hold where its text lies."""
     done = call(["PHASES=eval", f"ARTIFACT={trained / 'model.pg'}", "DEVICE=cpu", f"OUT_DIR={tmp_path}", "DATA_PATH=nowhere"])
     refused(done, 2, "no fineweb_val_*.bin in DATA_PATH=nowhere", "model.pg does not hold the DATA_PATH of its run", "settings file")
-
-
-def test_the_readme_says_with_which_text_an_artifact_is_scored():
-    commands = re.findall(r"`([^`]*PHASES=eval[^`]*)`", (REPO / "README.md").read_text())
-    assert commands and all("@" in command or "DATA_PATH=" in command for command in commands)
 
 
 # Size, loss, disk

@@ -283,6 +283,8 @@ def test_embedded_data_is_made_only_where_it_is_used(tree):
     assert not prepared(tree)
     bash(tree, "2026-01-02_fast", "DATA_PATH=data/datasets/builtin_sp1024")
     assert prepared(tree) == [EMBEDDED]
+    bash(tree, "2026-01-02_fast", "DATA_PATH=data/datasets/builtin_sp512")  # that of the proxy
+    assert prepared(tree)[1:] == ["--source builtin --out data/datasets/builtin_sp512 --vocab-size 512"]
 
 
 def test_the_proof_of_the_data_is_a_line_that_names_its_log(tree):

@@ -557,13 +557,16 @@ def loss_limits(curve, end, levels=()):
     return min(values) - 1.5 * margin, max(values) + margin
 
 
-def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def arguments(argv):
+    parser = argparse.ArgumentParser(prog="report.py", description=__doc__.split("\n")[0])
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of a run, such as logs/RUN_ID")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="write a plot (.png or .svg)")
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
-    args = parser.parse_args(argv)
-    return exit_code(partial(report, args))
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    return exit_code(partial(report, arguments(argv)))
 
 
 def report(args):

@@ -676,14 +676,18 @@ def small_run(folder):
     return s.text().split(), tg.checkpoints(run.out_dir)[0]
 
 
-def main(argv):
+def arguments(argv):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("what", choices=("artifacts", "checkpoints"), help="kind of the files that are damaged")
     parser.add_argument("--count", type=int, default=1000, help="number of damaged files (default: 1000)")
     parser.add_argument("--seed", type=int, default=1, help="what is damaged, and how (default: 1)")
     parser.add_argument("--only", type=int, help="the file of this number alone (default: all)")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    options = arguments(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         if options.what == "artifacts":

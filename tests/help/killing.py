@@ -272,7 +272,7 @@ def check_end(folder, reference, action, codes, last, said):
     assert "Traceback" not in said and f"interrupted by {action}" in said, said[-1500:]
 
 
-def main():
+def arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="number of runs that are ended (default: 20)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2],
@@ -280,7 +280,11 @@ def main():
     parser.add_argument("--seed", type=int, default=random.randrange(10**6),
                         help="repeats the moments, about (default: drawn, and printed first)")
     parser.add_argument("--forge", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main():
+    args = arguments(sys.argv[1:])
     if args.forge:
         return serve()
     dice, lost = random.Random(args.seed), 0
