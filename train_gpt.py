@@ -84,6 +84,7 @@ openai/parameter-golf.
 import contextlib
 import difflib
 import hashlib
+import importlib.metadata
 import importlib.util
 import inspect
 import io
@@ -368,7 +369,8 @@ class Settings:
     xsa_last_n: int = _model(
         4, "exclusive self-attention (XSA) on the last N layers (#265)", 0, 256, code="xsa")
     attn_gate: Literal["none", "head", "dense", "sparse"] = _model(
-        "none", "gate on the output of each head (#1667, #1736, #1787)", code="HeadGate")
+        "none", "gate on the output of each head (head #1667, dense #1736, sparse #1787)",
+        code="HeadGate")
     gate_window: int = _model(
         12, "channels that ATTN_GATE=head|sparse and SMEAR_GATE=scalar read",
         1, 16384, on=GATE_OF_A_WINDOW, code="HeadGate")
@@ -376,7 +378,8 @@ class Settings:
         1.0, "factor inside the sigmoid of ATTN_GATE=sparse",
         0, on="attn_gate=sparse", code="HeadGate")
     value_residual: Literal["none", "vrl", "pair", "sigmoid"] = _model(
-        "none", "add layer 0's values to those of later layers (#1033, #1311, #1539)",
+        "none", "add layer 0's values to those of later layers (vrl #1033, pair #1311, sigmoid "
+        "#1539)",
         code="ValueResidual")
     ln_scale: bool = _model(True, "scale the normed input of layer i by 1/sqrt(i+1)", code="Block")
     resid_mix: bool = _model(
@@ -394,32 +397,32 @@ class Settings:
     loop_end: int = _model(5, "depth recurrence: last layer of the loop", 0, 255, on="num_loops")
     loop_order: Literal["range", "layer"] = _model(
         "range", "depth recurrence: visit the loop as 3,4,5,3,4,5 or, layer by layer, as "
-        "3,3,4,4,5,5 (#1033)",
+        "3,3,4,4,5,5 (layer, #1033)",
         on="num_loops", code="depth_recurrence")
     enable_looping_at: float = _model(
         0.35, "depth recurrence: fraction of the run after which it is on",
         0, 0.999, on="num_loops", code="Training.enter")
     parallel_residual: Literal["none", "gptj", "lanes", "routed"] = _model(
         "none", "attention next to the MLP: on one stream (gptj, #1412), on two parallel lanes "
-        "(#1539), on two lanes with learned routing (#1529)",
+        "(lanes, #1539), on two lanes with learned routing (routed, #1529)",
         code="ParallelLanes")
     parallel_start_layer: int = _model(
         7, "first layer of PARALLEL_RESIDUAL",
         0, 255, on="parallel_residual!=none", code="layer_plan")
     parallel_first_skip: Literal["both", "lane0"] = _model(
         "both", "the U-Net skip of the first layer with two lanes enters both (#1529), or lane 0 "
-        "alone (#1855)",
+        "alone (lane0, #1855)",
         on=TWO_LANES_SKIPPING, code="layer_plan")
     parallel_final_lane: Literal["mean", "learned"] = _model(
         "mean", "how the two lanes are merged after the last layer",
         on=TWO_LANES, code="ParallelLanes")
     smear_gate: Literal["none", "channel", "scalar"] = _model(
         "channel", "SmearGate, a mix of each embedding with the one before: a gate for each "
-        "channel, or one computed from GATE_WINDOW channels (#1667)",
+        "channel, or one computed from GATE_WINDOW channels (scalar, #1667)",
         code="SmearGate")
     doc_mask: Literal["none", "inputs", "attention"] = _model(
         "inputs", "what stops at the beginning of a document: nothing; SmearGate and n-gram hash "
-        "(#1855); attention, too (#1530)",
+        "(inputs, #1855); attention, too (attention, #1530)",
         code="find_documents")
     bigram_vocab_size: int = _model(
         2048, "BigramHash: rows of the hashed bigram table; 0: off", 0, 2**24, code="BigramHash")
@@ -458,9 +461,9 @@ class Settings:
         98304, "largest number of tokens that a rank forwards at once, or of a packed row",
         1, code="TokenStream")
     loader: Literal["sequential", "coprime", "shuffled", "packed"] = _train(
-        "sequential", "order of the training text: as it is; blocks by coprime strides (#1060); "
-        "shuffled blocks (#1394); in order, in long rows whose documents do not see each other "
-        "(packed, #1530)",
+        "sequential", "order of the training text: as it is; blocks by coprime strides (coprime, "
+        "#1060); shuffled blocks (shuffled, #1394); in order, in long rows whose documents do not "
+        "see each other (packed, #1530)",
         code="TokenStream")
     warmup_steps: int = _train(
         3, "steps on synthetic tokens that compile everything and are undone",
@@ -649,7 +652,7 @@ class Settings:
         1, 2**16, on=GPTQ, code="gptq")
     gptq_calibration: Literal["train", "generated"] = _pack(
         "train", "text of the calibration: further training text, or text that the model writes "
-        "(#1019)",
+        "(generated, #1019)",
         on=CALIBRATED, code="generate")
     gptq_calibration_tokens: int = _pack(
         2**20, "tokens of the calibration text, rounded up to whole training steps",
@@ -772,7 +775,7 @@ class Settings:
         on="ttt_lora_targets=o|attn|mlp", code="add_adapter")
     ttt_lora_a: Literal["shared", "own"] = _eval(
         "shared", "adapters: all documents begin with one A; or each place of TTT_GROUP_DOCS has "
-        "its own, drawn anew after a phase of phased TTT (#1530)",
+        "its own, drawn anew after a phase of phased TTT (own, #1530)",
         on=DOCS_TTT, code="DocumentAdapters")
     ttt_lora_lr: float = _eval(
         0.01, "adapters: learning rate of AdamW", 0, on=ADAPTERS, code="DocumentAdapters")
@@ -11121,6 +11124,19 @@ def _need_record(run, seconds):
     need(not run.validity.reasons, "the score is not valid")
 
 
+# Beside torch and numpy.
+LOGGED_PACKAGES = "sentencepiece", "zstandard", "brotli", "triton", "flash_attn_3"
+
+
+def package_versions():
+    """NAME==VERSION of each package that this file may import and that is installed."""
+    versions = []
+    for name in LOGGED_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{name}=={importlib.metadata.version(name)}")
+    return versions
+
+
 def log_header(run, argv):
     """What a reader years later needs: source, commit, versions, device, settings, every automatic
     choice.
@@ -11138,7 +11154,8 @@ def log_header(run, argv):
     changed_files = len(_output_of("git", "status", "--porcelain").splitlines())
     log("run", out_dir=run.out_dir, commit=commit, changed_files=changed_files,
         code_sha256=hashlib.sha256(run.source).hexdigest()[:16], torch=torch.__version__,
-        numpy=np.__version__, threads=torch.get_num_threads(), world_size=run.rt.world,
+        numpy=np.__version__, cuda=torch.version.cuda or "none", packages=package_versions(),
+        threads=torch.get_num_threads(), world_size=run.rt.world, seed=run.s.seed,
         command=shlex.join(argv))
     settings = run.s.text()
     log("settings", f"settings {settings}".strip(), settings=settings, settings_hash=run.s.sha256())

@@ -54,6 +54,14 @@ def toy(tmp_path_factory):
     return make_toy(tmp_path_factory.mktemp("toy"))
 
 
+@pytest.fixture(scope="session")
+def three_seeds(toy, tmp_path_factory):
+    """Folders of three finished toy runs of one configuration; a test that changes one takes a copy."""
+    from seeds import make_seeds  # with torch, which takes seconds
+
+    return make_seeds(toy, tmp_path_factory.mktemp("seeds"))
+
+
 def pytest_collection_modifyitems(items):
     places = {name: place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: places.get(item.path.name, len(FIRST)))

@@ -19,6 +19,7 @@ import container
 import fuzzing
 import pytest
 import reference as ref
+import sentencepiece
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -958,6 +959,8 @@ def test_the_log_starts_with_the_source_and_the_versions(whole):
     (run,) = events(whole[0], "run")
     assert hashlib.sha256(source.encode()).hexdigest().startswith(run["code_sha256"])
     assert run["torch"] == torch.__version__ and run["world_size"] == 1 and "commit" in run and "ITERATIONS=12" in run["command"]
+    assert run["seed"] == 1337 and run["cuda"] == (torch.version.cuda or "none")
+    assert f"sentencepiece=={sentencepiece.__version__}" in run["packages"], "versions to install again"
 
 
 def test_parsers_written_for_the_contest_find_their_numbers(whole):

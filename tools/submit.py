@@ -1,6 +1,10 @@
 """Make what is submitted.
 
     python tools/submit.py pack [--script train_gpt.py] [--out FILE] [--compressor auto|lzma|brotli] [--text]
+    python tools/submit.py folder logs/RUN logs/RUN logs/RUN --name NAME --blurb TEXT [--against 2135]
+    python tools/submit.py check DIR [--json FILE] [--track record|non-record] [--base REV]
+    python tools/submit.py stats logs/RUN logs/RUN logs/RUN --against 2135
+    python tools/submit.py verify DIR --artifact model.pg [DATA_PATH=...]
 
 `pack` writes the script minified, compressed and self-extracting: one .py file that python and torchrun run as they
 run the readable one, with the same settings, losses and score. Its lines say what each step saves. The file that is
@@ -11,6 +15,26 @@ log.
     --compressor  auto: lzma, which Python has, unless brotli, which the packed file then has to import, saves over
                   2,000 bytes
     --text        ASCII (base85) in place of bytes in a Latin-1 comment: a quarter larger, for what accepts only text
+
+`folder` writes records/TRACK/YYYY-MM-DD_Name/ from the runs of at least three seeds of one configuration: script, logs,
+settings, submission.json and README.md, all from what the runs logged. Runs that are not of one configuration, did not
+finish, are not valid or too large are refused, each in a line. A run that could be no record goes to the track of
+non-records, with the reasons.
+
+`check` reads any submission folder, ours or foreign, against the contest's rules: sizes, clocks, seeds, the bytes that
+the score divides by, which text was scored and what had seen it, code and settings of each seed, submission.json
+against the logs, and what else the branch touches. A line for each finding, errors first, with rule, file and line;
+what the files do not say is `unknown`. Exit code 1 if there are errors.
+
+    --json        the findings as JSON too
+    --track       default: that of the folder DIR lies in, else of its submission.json, else record
+    --base        what the branch is compared with; default: upstream/main, origin/main or main
+
+`stats` prints mean and spread over seeds, and against a record the one-sided test of the README (better by 0.005 nats
+per token, p < 0.01) and that of the organisers' later practice. It takes runs, folders, a pull request whose seeds are
+in its table, or numbers.
+
+`verify` scores an artifact again by the script of its folder, and compares everything with what the folder says.
 
 `python tools/submit.py pack --help`, ... have every option. The folder submission/ has a module for each command.
 """
@@ -24,7 +48,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and PYTHON
 
 from common import BadInput, exit_code
 
-COMMANDS = ("specialise", "pack")  # modules of submission/; each is imported when it is called, with what it needs
+# Modules of submission/; each is imported when it is called, with what it needs.
+COMMANDS = ("specialise", "pack", "folder", "check", "stats", "verify")
 
 
 def main(argv):

@@ -1,0 +1,106 @@
+"""`submit.py check`: a submission folder, ours or foreign, against the contest's rules."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from common import Parser, write
+from submission import check_form, check_limits, check_score, check_seeds, rules
+from submission.entry import Entry, read_entry
+from submission.findings import SEVERITIES, Finding
+
+HELP = """\
+Check the folder of a submission against every rule of the contest that its files can show: sizes, clocks, seeds, the
+number of bytes that the score divides by, which validation text was scored and what had seen it, code and settings of
+each seed, submission.json against the logs, and what else the branch touches.
+
+  error     a reviewer refuses it
+  warning   a reviewer asks about it, or the organisers have tolerated it
+  unknown   the files do not say
+  note      good to know
+
+Exit code: 0 no errors, 1 errors, 2 no folder that can be read.
+"""
+
+CHECKS = (  # (the rules that it looks at, the check)
+    ("CK-FOLDER", check_form.check_name), ("CK-FOLDER", check_form.check_files),
+    ("CK-FOLDER", check_form.check_record), ("CK-FOLDER", check_form.check_compliance),
+    ("CK-FOLDER", check_seeds.check_scores), ("CK-FOLDER", check_seeds.check_fields),
+    ("CK-SEEDS", check_seeds.check_seeds), ("CK-SEEDS", check_seeds.check_same_code),
+    ("CK-SEEDS", check_seeds.check_same_settings), ("CK-SEEDS", check_seeds.check_one_run),
+    ("CK-SIZE", check_limits.check_size), ("CK-IMPORT", check_limits.check_imports),
+    ("CK-TRAINTIME", check_limits.check_train_time), ("CK-EVALTIME", check_limits.check_eval_time),
+    ("CK-BYTES", check_score.check_bytes), ("CK-COVER", check_score.check_cover),
+    ("CK-OVERLAP", check_score.check_overlap), ("CK-HASH", check_seeds.check_hashes),
+    ("CK-ORDER CK-FLIP CK-SUM CK-VALOPEN", check_score.check_verdict),
+    ("CK-ORDER CK-FLIP CK-SUM CK-VALOPEN", check_score.check_breaches),
+    ("CK-STAT", check_seeds.check_statistics))
+
+
+class Report(NamedTuple):
+    """The findings about one folder, errors first, and which rules were looked at."""
+
+    entry: Entry
+    findings: tuple[Finding, ...]
+    checked: tuple[str, ...]
+
+    def count(self, severity):
+        return sum(finding.severity == severity for finding in self.findings)
+
+
+def examine(path, track=None, base=None):
+    """The Report on a folder. BadInput if there is no folder that can be read."""
+    entry = read_entry(path, track)
+    findings = []
+    checked = []
+    for names, check in CHECKS:
+        findings += check(entry)
+        checked += names.split()
+    findings += check_form.check_diff(entry, base)
+    checked.append("CK-DIFF")
+    findings = sorted(dict.fromkeys(findings), key=lambda finding: SEVERITIES.index(finding.severity))
+    return Report(entry, tuple(findings), tuple(dict.fromkeys(checked)))
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def arguments(argv):
+    parser = Parser(prog="submit.py check", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="DIR", type=Path, help="records/TRACK/YYYY-MM-DD_Name, or any other folder")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the findings as JSON too")
+    parser.add_argument("--track", choices=[*rules.TRACKS],
+                        help="default: that of the folder DIR lies in, else of its submission.json, else record")
+    parser.add_argument("--base", metavar="REV", help="what the branch is compared with; default: upstream/main, "
+                        "origin/main or main")
+    return parser.parse_args(argv)
+
+
+def run(args):
+    report = examine(args.folder, args.track, args.base)
+    for line in table(report.findings):
+        print(line)
+    counts = " ".join(f"{severity}s:{report.count(severity)}" for severity in SEVERITIES)
+    print(f"{counts} track:{report.entry.track} checked:{','.join(report.checked)}", flush=True)
+    if args.json:
+        write(args.json, as_json(report).encode())
+    return 1 if report.count("error") else 0
+
+
+def table(findings):
+    """Aligned lines, errors first."""
+    places = [f"{finding.file}:{finding.line}" if finding.line else finding.file for finding in findings]
+    rule = max((len(finding.rule) for finding in findings), default=0)
+    width = min(max((len(place) for place in places), default=0), 48)
+    for finding, place in zip(findings, places):
+        text = " ".join(finding.text.split())
+        yield f"{finding.severity:<7}  {finding.rule:<{rule}}  {place:<{width}}  {text}".rstrip()
+
+
+def as_json(report):
+    counts = {f"{severity}s": report.count(severity) for severity in SEVERITIES}
+    findings = [finding._asdict() for finding in report.findings]
+    document = {"folder": str(report.entry.path), "track": report.entry.track, **counts,
+                "checked": list(report.checked), "findings": findings}
+    return json.dumps(document, indent=1) + "\n"

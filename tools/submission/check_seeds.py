@@ -1,0 +1,358 @@
+"""CK-SEEDS, CK-HASH, CK-STAT, and CK-FOLDER where submission.json meets the logs: does each number come from a run, of
+one script and one configuration?
+"""
+
+import itertools
+import math
+import re
+import statistics
+from collections import Counter
+
+from common import sha256
+from submission import rules
+from submission.entry import decimals, number_of, numbers_in_name, seed_in_name, seed_of, states
+from submission.findings import OfSeed, error, note, unknown, warning, worst
+from submission.logs import configuration, is_final, says_the_same, source_hash
+
+# ---- submission.json against the logs -------------------------------------------------------------------------------
+
+
+def check_scores(entry):
+    """Is each score of submission.json one that a log has, and the headline their mean?"""
+    if entry.record is None:
+        return
+    for run in entry.runs:
+        if run.claim and run.claim.val_bpb is not None and run.log:
+            yield from check_claim(entry, run)
+    stated = number_of(entry.record, "val_bpb")
+    if stated is None or not entry.runs:
+        return
+    values = [run.bpb for run in entry.runs]
+    from_logs = None not in values
+    if not from_logs:
+        values = [float(run.claim.val_bpb) for run in entry.runs if run.claim and run.claim.val_bpb is not None]
+    if not values:
+        yield unknown("CK-FOLDER", f"val_bpb is {stated}, and not every seed has a log with a score", entry.record_file)
+        return
+    yield from check_mean(entry, stated, values)
+    if from_logs:
+        yield from check_loss(entry)
+
+
+def check_claim(entry, run):
+    stated = run.claim.val_bpb
+    place = entry.relative(run.log.path)
+    text = f"seed {run.seed} has val_bpb {stated}"
+    score = run.score
+    if score is None:
+        yield unknown("CK-FOLDER", f"{text}, and its log has no final score", place)
+    elif not states(score, stated):
+        off = abs(score.bpb - float(stated))
+        say = by_distance(off, [run])
+        yield say("CK-FOLDER", f"{text} in {entry.record_file}, its log {score.bpb:.8f} ({off:.2g} off)", place,
+                  score.line)
+    elif not is_final(score):
+        yield warning("CK-FOLDER", f"{text}, the log's {score.name!r}, which is not of the packed model", place,
+                      score.line)
+    elif run.log.val_bpb is not None and abs(score.bpb - run.log.val_bpb) > 1e-4:
+        yield note("CK-FOLDER", f"{text}, the log's {score.name!r}; its last score is {run.log.val_bpb:.8f}", place,
+                   score.line)
+
+
+SMALL = 1e-4  # bits per byte: #1945 was accepted with a mean that was 3.3e-6 off
+
+
+def by_distance(off, runs):
+    """A score that is a little off is a question, in our own logs an error."""
+    ours = any(run.log and run.log.form == "ours" for run in runs)
+    return error if ours or off > SMALL else warning
+
+
+def check_mean(entry, stated, values):
+    """The headline is the mean over the seeds, as far as it has digits; of the logs, or of rounded claims."""
+    mean = statistics.fmean(values)
+    tolerance = max(0.51 * 10 ** -decimals(stated), 1e-6)
+    claims = [float(run.claim.val_bpb) for run in entry.runs if run.claim and run.claim.val_bpb is not None]
+    off = abs(float(stated) - mean)
+    if off <= tolerance or claims and abs(float(stated) - statistics.fmean(claims)) <= tolerance:
+        return
+    same = [value for value in values if abs(float(stated) - value) <= tolerance]
+    if same:
+        which = "the best" if same[0] == min(values) else "one"
+        yield warning("CK-FOLDER", f"val_bpb is {stated}, {which} of {len(values)} seeds; their mean is {mean:.8f}",
+                      entry.record_file)
+    elif is_mean_of_others(entry, float(stated), tolerance):
+        yield note("CK-FOLDER", f"val_bpb is {stated}, the mean of other lines of the logs than the last; that is "
+                   f"{mean:.8f}", entry.record_file)
+    else:
+        logged = f"the mean of {len(values)} seeds is {mean:.8f}" if len(values) > 1 else f"the log has {mean:.8f}"
+        say = by_distance(off, entry.runs)
+        yield say("CK-FOLDER", f"val_bpb is {stated}, and {logged} ({off:.2g} off)", entry.record_file)
+
+
+def is_finer(other, score):
+    return other.digits > score.digits and says_the_same(other, score)
+
+
+MOST_COMBINATIONS = 20_000
+
+
+def is_mean_of_others(entry, stated, tolerance):
+    """Is this the mean of one score of each seed, of whichever of its logs and lines?"""
+    choices = []
+    for run in entry.runs:
+        lines = [score for log in entry.logs if seed_of(log) == run.seed for score in log.scores if is_final(score)]
+        exact = [score for score in lines if not any(is_finer(other, score) for other in lines)]
+        choices.append(sorted({score.bpb for score in exact}))
+    if not all(choices) or math.prod(map(len, choices)) > MOST_COMBINATIONS:
+        return False
+    return any(abs(statistics.fmean(scores) - stated) <= tolerance for scores in itertools.product(*choices))
+
+
+def check_loss(entry):
+    stated = number_of(entry.record, "val_loss")
+    losses = [run.loss for run in entry.runs]
+    if stated is None or None in losses:
+        return
+    mean = statistics.fmean(losses)
+    tolerance = max(0.51 * 10 ** -decimals(stated), 2e-6)
+    if min(abs(float(stated) - value) for value in (*losses, mean)) > tolerance:
+        yield warning("CK-FOLDER", f"val_loss is {stated}, and the mean of the logs {mean:.8f}", entry.record_file)
+
+
+FIELDS_OF_LOGS = {"val_tokens": "val_tokens", "val_bytes": "val_bytes", "code_sha256": "code_sha256",
+                  "config_sha256": "settings_hash", "world_size": "world_size"}
+
+
+def check_fields(entry):
+    """Further fields of submission.json that a log states."""
+    for field, fact in FIELDS_OF_LOGS.items():
+        stated = (entry.record or {}).get(field)
+        for run in entry.runs:
+            logged = getattr(run.log, fact, None)
+            if None not in (stated, logged) and stated != logged:
+                yield error("CK-FOLDER", f"{field} is {stated}, and the log of seed {run.seed} has {logged}",
+                            entry.record_file)
+                break
+    sizes = [OfSeed("size", run.seed, abs(run.claim.bytes - run.training.total_bytes),
+                    warning("CK-SIZE", f"seed {run.seed} has {run.claim.bytes:,} bytes in {entry.record_file}, its log "
+                            f"{run.training.total_bytes:,}", entry.relative(run.training.path),
+                            run.training.lines.get("total_bytes")))
+             for run in entry.runs if run.claim and run.claim.bytes and run.training and run.training.total_bytes
+             and run.claim.bytes != run.training.total_bytes]
+    yield from worst(sizes)
+
+
+# ---- CK-SEEDS -------------------------------------------------------------------------------------------------------
+
+
+def check_seeds(entry):
+    """Three different seeds, each with its log (R13; #2124, #2139)."""
+    is_record = entry.track == "record"
+    for seed, count in Counter(run.seed for run in entry.runs).items():
+        if count > 1 and seed is not None:
+            yield error("CK-SEEDS", f"seed {seed} is named {count} times", entry.record_file or "")
+    for run in entry.runs:
+        if run.log is None:
+            say = error if is_record else warning
+            yield say("CK-SEEDS", f"seed {run.seed} of {entry.record_file} has no log")
+    yield from check_labels(entry)
+    distinct = set()
+    for run in entry.runs:
+        if run.log:
+            distinct.add(run.seed if run.log.seed is None else run.log.seed)
+    if is_record and entry.logs and len(distinct) < rules.LEAST_SEEDS:
+        names = ["unknown" if seed is None else str(seed) for seed in distinct]
+        which = ", ".join(sorted(names)) or "none"
+        yield error("CK-SEEDS", f"{len(distinct)} seed(s) with a log ({which}); a record needs {rules.LEAST_SEEDS}")
+    used = [id(log) for run in entry.runs for log in (run.log, run.training) if log]
+    again = Counter(log.seed for log in entry.logs if id(log) not in used and log.seed in distinct)
+    if again:
+        which = ", ".join(f"{seed} in {count} more" for seed, count in again.items())
+        yield note("CK-SEEDS", f"further logs of seeds that count: {which}; say in the README what they are")
+
+
+def check_labels(entry):
+    """Does a log say the seed that its name, or submission.json, says?"""
+    told = set()
+    counted = {run.seed for run in entry.runs}
+    for log in entry.logs:
+        named = seed_in_name(log.path)
+        if None not in (named, log.seed) and log.seed not in numbers_in_name(log.path):
+            told.add(id(log))
+            say = error if named in counted else warning  # the number may be that of a run
+            yield say("CK-SEEDS", f"is a run of seed {log.seed}, and its name says {named}", entry.relative(log.path),
+                      log.lines.get("seed"))
+    for run in entry.runs:
+        log = run.log
+        if log and None not in (run.seed, log.seed) and run.seed != log.seed and id(log) not in told:
+            text = f"the score of seed {run.seed} of {entry.record_file} is in a log of seed {log.seed}"
+            yield error("CK-SEEDS", text, entry.relative(log.path), log.lines.get("seed"))
+
+
+def odd_ones_out(entry, field):
+    """(the common value, [(value, run)] of the runs whose log states another one)."""
+    values = {}
+    for run in entry.runs:
+        value = getattr(run.training, field, None)
+        if value is not None:
+            values.setdefault(value, []).append(run)
+    if len(values) < 2:
+        return None, []
+    common = max(values, key=lambda value: len(values[value]))
+    return common, [(value, run) for value, runs in values.items() for run in runs if value != common]
+
+
+def check_same_code(entry):
+    """One script for all seeds. Texts of foreign logs may differ in what changes nothing, so that a reviewer asks."""
+    for field, what, say in (("code_sha256", "hash", error), ("source_sha256", "source", warning),
+                             ("code_bytes", "bytes", warning)):
+        common, odd = odd_ones_out(entry, field)
+        for value, run in odd:
+            place = entry.relative(run.training.path)
+            yield say("CK-SEEDS", f"seed {run.seed} ran another script than the others: {what} {short(value)}, theirs "
+                      f"{short(common)}", place, run.training.lines.get(field))
+        if odd:
+            return
+
+
+def short(value):
+    return f"{value:,}" if isinstance(value, int) else str(value)[:12]
+
+
+def check_same_settings(entry):
+    """One configuration for all seeds (#2124)."""
+    common, odd = odd_ones_out(entry, "settings_hash")
+    usual = next((run.training.settings for run in entry.runs
+                  if run.training and run.training.settings_hash == common), None)
+    for _, run in odd:
+        log = run.training
+        changes = differences(usual or {}, log.settings or {})
+        shown = ", ".join(changes[:4]) + (f" and {len(changes) - 4} more" if len(changes) > 4 else "")
+        only_names = all("absent" in change for change in changes)
+        say = warning if only_names and log.form != "ours" else error
+        yield say("CK-SEEDS", f"seed {run.seed} has other settings than the others: {shown or 'their hashes differ'}",
+                  entry.relative(log.path), log.lines.get("settings"))
+
+
+def differences(usual, other):
+    """Texts such as `matrix_lr 0.02 -> 0.03`."""
+    usual = configuration(usual)
+    other = configuration(other)
+    changed = [key for key in sorted({*usual, *other}) if usual.get(key) != other.get(key)]
+    return [f"{key} {usual.get(key, 'absent')} -> {other.get(key, 'absent')}" for key in changed]
+
+
+def check_one_run(entry):
+    """A log is of one run, from its first step to its score."""
+    for log in entry.logs:
+        place = entry.relative(log.path)
+        if log.mixed_line:
+            say = error if log.form == "ours" else warning
+            yield say("CK-SEEDS", "steps or clock go back here, and no run begins: lines of two runs", place,
+                      log.mixed_line)
+        if log.summaries > 1:
+            yield error("CK-SEEDS", f"has {log.summaries} summaries: lines of two runs", place,
+                        log.lines.get("summaries"))
+        if log.stated_seed is not None and log.seed != log.stated_seed:
+            text = f"its header says seed {log.stated_seed}, its summary {log.seed}: lines of two runs"
+            yield error("CK-SEEDS", text, place, log.lines.get("seed"))
+        if log.summaries and None not in (log.logged_steps, log.steps) and log.logged_steps > log.steps:
+            text = f"has step {log.logged_steps}, and its summary ends at step {log.steps}: lines of two runs"
+            yield error("CK-SEEDS", text, place, log.lines.get("steps"))
+    for run in entry.runs:
+        log = run.log
+        if log and log.val_bpb is None:
+            place = entry.relative(log.path)
+            if log.tracebacks:
+                yield error("CK-SEEDS", f"the log of seed {run.seed} ends in an error and has no final score", place,
+                            log.lines.get("tracebacks"))
+            else:
+                yield warning("CK-SEEDS", f"the log of seed {run.seed} has no final score", place)
+
+
+# ---- CK-HASH --------------------------------------------------------------------------------------------------------
+
+
+def check_hashes(entry):
+    """The script that ran is that of the folder, and so is the model that was scored."""
+    if entry.script:
+        rows = []
+        digest = sha256(entry.script.path)
+        sources = source_hashes(entry)
+        for run in entry.runs:
+            if run.training:
+                rows += script_of(entry, run, digest, sources)
+        yield from worst(rows)
+    artifacts = {run.training.artifact_sha256 for run in entry.runs if run.training} - {None}
+    for file in entry.files:
+        if artifacts and file.name.endswith(".pg") and not file.is_link and sha256(file.path) not in artifacts:
+            yield error("CK-HASH", "is the model of none of the runs", file.name)
+
+
+def script_of(entry, run, digest, sources):
+    """Did a run use the script of the folder?"""
+    log = run.training
+    place = entry.relative(log.path)
+    name = entry.script.name
+    if log.code_sha256:
+        if not digest.startswith(log.code_sha256):
+            text = f"seed {run.seed} ran code {log.code_sha256[:12]}, and {name} is {digest[:12]}"
+            yield OfSeed("hash", run.seed, 0, error("CK-HASH", text, place, log.lines.get("code_sha256")))
+    elif log.source_sha256:
+        if log.source_sha256 not in sources:
+            text = f"the source at the top of the log of seed {run.seed} is not that of {name}"
+            yield OfSeed("source", run.seed, 0, warning("CK-HASH", text, place))
+    elif log.code_bytes and entry.script.size not in (log.code_bytes, log.raw_code_bytes):
+        counted = log.raw_code_bytes or log.code_bytes
+        text = f"seed {run.seed} counted a script of {counted:,} bytes, and {name} has {entry.script.size:,}"
+        off = abs(counted - entry.script.size)
+        yield OfSeed("bytes", run.seed, off, warning("CK-HASH", text, place, log.lines.get("code_bytes")))
+    else:
+        say = note if log.code_bytes else unknown
+        text = f"the log of seed {run.seed} has neither source nor hash of its script"
+        yield OfSeed("none", run.seed, 0, say("CK-HASH", text, place))
+
+
+def source_hashes(entry):
+    """Hashes of the scripts at the top of the folder, also unpacked: a readable twin may be what ran."""
+    digests = set()
+    for file in entry.files:
+        if re.fullmatch(r"[^/]+\.py", file.name) and not file.is_link:
+            digests.add(source_hash(file.path.read_bytes()))
+    if entry.source:
+        digests.add(source_hash(entry.source.text.encode("utf-8", "replace")))
+    return digests
+
+
+# ---- CK-STAT --------------------------------------------------------------------------------------------------------
+
+
+def check_statistics(entry):
+    scores = [run.bpb for run in entry.runs if run.bpb is not None]
+    if len(scores) >= 2:
+        spread = statistics.stdev(scores)
+        if spread > rules.SUSPECT_STD:
+            yield warning("CK-STAT", f"the scores of {len(scores)} seeds have a standard deviation of {spread:.4f}, "
+                          f"those of honest runs 0.0002 to {rules.USUAL_STD:.4f}")
+        if len(scores) == len(entry.runs):
+            yield from check_std(entry, scores, spread)
+    if entry.track != "record":
+        return
+    p_value = number_of(entry.record or {}, "p_value")
+    if p_value is None:
+        yield unknown("CK-STAT", "no p_value: which record it beats, and how surely, the files do not say; see "
+                      "submit.py stats", entry.record_file or "")
+    elif p_value > rules.P_VALUE:
+        yield warning("CK-STAT", f"p_value is {float(p_value):.3g}; the README asks for {rules.P_VALUE}, and late rows "
+                      f"had up to {rules.P_VALUE_LATE}", entry.record_file)
+
+
+def check_std(entry, scores, spread):
+    """The standard deviation of submission.json, over n - 1 or n, from scores that may have been rounded."""
+    stated = number_of(entry.record or {}, "val_bpb_std")
+    if stated is None:
+        return
+    tolerance = max(0.6 * 10 ** -decimals(stated), 0.1 * spread) + 1e-6
+    if min(abs(float(stated) - value) for value in (spread, statistics.pstdev(scores))) > tolerance:
+        yield warning("CK-STAT", f"val_bpb_std is {stated}, and that of the logs {spread:.8f}", entry.record_file)
