@@ -1,11 +1,13 @@
 """Runs the small version of every record to its final score: `python .ci/records.py [WORD ...]`, of those with such a
 word in their name. What must come out is in each README and in the table of records/README.md: is the score valid, and
-which condition does it break? Two at a time, each on one core: so small a model gains little from a second one.
+which condition does it break? And once more by the trainer cut down to that record, with the same losses, artifact and
+score to the bit. Two at a time, each on one core: so small a model gains little from a second one.
 """
 
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,18 +22,46 @@ import records
 from common import ROOT
 
 
+SAME = ("steps", "artifact_sha256", "model_bytes", "val_bpb", "val_loss", "val_tokens", "val_bytes", "valid", "reasons")
+
+
 def run(folder):
-    """(the summary of the small run, its seconds)."""
-    out, began = ROOT / "logs" / f"ci-{Path(folder).name}", time.monotonic()
+    """(the summary of the small run, its seconds, lines of the script cut down to the record, its seconds)."""
+    out = ROOT / "logs" / f"ci-{Path(folder).name}"
     shutil.rmtree(out, ignore_errors=True)
+    seconds = call("bash", "run.sh", f"records/{folder}", "--small", f"OUT_DIR={out}")
+    summary = summary_of(out)
+    script = out.with_name(f"{out.name}-cut.py")
+    settings = [pair for pair in shlex.split(summary["settings"]) if not pair.startswith("OUT_DIR=")]
+    call(sys.executable, "tools/submit.py", "specialise", f"records/{folder}", *settings, "-o", str(script))
+    cut = out.with_name(f"{out.name}-cut")
+    shutil.rmtree(cut, ignore_errors=True)
+    seconds_cut = call(sys.executable, str(script), f"OUT_DIR={cut}")
+    for what in SAME:
+        assert summary[what] == summary_of(cut)[what], f"{script}: another {what}: {summary_of(cut)[what]}"
+    assert losses(out) == losses(cut), f"{script}: other losses"
+    return summary, seconds, script.read_text().count("\n"), seconds_cut
+
+
+def call(*command):
+    """Run a command on one core; its seconds."""
+    began = time.monotonic()
     limited = ["timeout", "--kill-after=60", "1500"]  # seconds: four times what the longest takes on a slow machine
-    done = subprocess.run([*limited, "bash", "run.sh", f"records/{folder}", "--small", f"OUT_DIR={out}"], cwd=ROOT,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, check=False, text=True)
-    assert done.returncode == 0, f"{folder}: exit code {done.returncode}\n{done.stdout[-3000:]}"
+    done = subprocess.run([*limited, *command], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout[-3000:]}"
+    return time.monotonic() - began
+
+
+def summary_of(out):
     word, _, text = (out / "train.log").read_text(encoding="utf-8").splitlines()[-1].partition(" ")
-    assert word == "summary", f"{folder}: the last line of the log is no summary: {word} {text[:200]}"
-    return json.loads(text), time.monotonic() - began
+    assert word == "summary", f"{out}: the last line of the log is no summary: {word} {text[:200]}"
+    return json.loads(text)
+
+
+def losses(out):
+    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [(event["step"], event["train_loss"]) for event in events if event["event"] == "train"]
 
 
 def main(words):
@@ -44,9 +74,9 @@ def main(words):
     # A wrong verdict ends it at once: closing the runs cancels those that wait.
     folders = [record.folder for record in chosen]
     with ThreadPoolExecutor(2) as pool, contextlib.closing(pool.map(run, folders)) as runs:
-        for record, (summary, seconds) in zip(chosen, runs):
-            print(f"{Path(record.folder).name:68} {summary['val_bpb']:.4f} valid:{summary['valid']} {seconds:.0f} s",
-                  *summary["reasons"], sep="\n    ", flush=True)
+        for record, (summary, seconds, lines, seconds_cut) in zip(chosen, runs):
+            print(f"{Path(record.folder).name:68} {summary['val_bpb']:.4f} valid:{summary['valid']} {seconds:.0f} s, "
+                  f"the same by {lines} lines {seconds_cut:.0f} s", *summary["reasons"], sep="\n    ", flush=True)
             valid = "yes" if record.valid else "no"
             assert summary["valid"] == valid, f"the table says valid:{valid}"
             assert bool(summary["reasons"]) == (not record.valid), (

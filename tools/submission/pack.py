@@ -161,10 +161,10 @@ def packed(source, module, text):
 def arguments(argv):
     parser = Parser(prog="submit.py pack", description="Make a script small and self-extracting.")
     parser.add_argument("--script", metavar="FILE", type=Path, default=ROOT / "train_gpt.py")
-    parser.add_argument("--settings", metavar="RECORD|FILE", help="a record's folder or a settings file: what the packed "
-                        "script runs by itself")
+    parser.add_argument("--settings", metavar="RECORD|FILE",
+                        help="a record's folder or a settings file: what the packed script runs by itself")
     parser.add_argument("--specialise", action="store_true", help="cut the script down to these settings first")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="default: logs/packed/[NAME OF THE SETTINGS/]train_gpt.py")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="default: logs/packed/[NAME OF SETTINGS/]train_gpt.py")
     parser.add_argument("--compressor", choices=["auto", *COMPRESSORS], default="auto",
                         help="auto: lzma, which Python has, unless brotli saves over 2,000 bytes")
     parser.add_argument("--text", action="store_true", help="ASCII (base85) in place of bytes in a Latin-1 comment")

@@ -10,7 +10,6 @@ by their names.
 """
 
 import ast
-import functools
 import re
 import shlex
 import textwrap
@@ -18,8 +17,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from common import ROOT, BadInput, Parser, load_trainer, say, trainer_errors, write
-from submission import fold
+from submission.edits import Edits, tidy
+from submission.fold import folded
+from submission.known import Code, Impossible, Unknown, Values, arguments_of, is_docstring, is_self
 from submission.pack import COMPRESSORS, minified, packed, read, settings_name
+from submission.prune import read_attributes
 
 # What a run of a record may still choose: where it reads and writes, its seed, the machine, how long and how much, and
 # speed. The record's value is their default.
@@ -60,17 +62,18 @@ def guarded(trainer, s, open_names):
     class Guarded(trainer.Settings):
         def __getattribute__(self, name):
             if name in open_names:
-                raise fold.Unknown
+                raise Unknown
             return super().__getattribute__(name)
 
     return Guarded(**{f.name: getattr(s, f.name) for f in fields(s)})
 
 
-class TrainerValues(fold.Values):
+class TrainerValues(Values):
     """What the record decides."""
 
     def __init__(self, trainer, s, open_names):
         self.trainer = trainer
+        self.library_names = {}  # class: the names that it has from classes outside of the trainer
         visits = [visit._replace(block=0) for looping in {False, s.loops} for visit in trainer.layer_plan(s, looping)]
         # The place of a skip does not matter, only whether there is one.
         visits = sorted({visit._replace(pop=None if visit.pop is None else 0) for visit in visits}, key=repr)
@@ -85,7 +88,11 @@ class TrainerValues(fold.Values):
                 (s.needs_curvature, ("curvature",))):
             if not is_on:
                 self.absent.update(names)
-        compressors = {"rans": {"rans", "lzma"}, "auto": {"rans", *trainer.COMPRESSORS}}.get(s.compressor, {s.compressor})
+        compressors = {s.compressor}
+        if s.compressor == "rans":
+            compressors.add("lzma")
+        elif s.compressor == "auto":
+            compressors = {"rans", *trainer.COMPRESSORS}
         codecs = {store.codec for store in stores} | ({"mixed"} if s.awq_lite_group_top_k else set())
         if "grid" in codecs:
             codecs.add("wide")
@@ -115,7 +122,7 @@ class TrainerValues(fold.Values):
             return world["settings"]
         if node.id == "form":
             return world["visit"].form
-        raise fold.Unknown
+        raise Unknown
 
     def attribute(self, node, world, code):
         if node.attr in self.absent:
@@ -126,19 +133,20 @@ class TrainerValues(fold.Values):
             return world["compressor"]
         if self.is_settings(node.value, code) and not callable(getattr(self.trainer.Settings, node.attr, None)):
             return getattr(world["settings"], node.attr)
-        if isinstance(node.value, ast.Name) and node.value.id == "visit" and node.attr in ("form", "split", "push", "pop"):
+        of_visit = isinstance(node.value, ast.Name) and node.value.id == "visit"
+        if of_visit and node.attr in ("form", "split", "push", "pop"):
             return getattr(world["visit"], node.attr)
         owner = code.class_of(node)
-        of_store = owner is not None and owner.name == "Store" and fold.is_self(node.value)
+        of_store = owner is not None and owner.name == "Store" and is_self(node.value)
         if of_store or code.text(node.value) in ("store", "self.stores[name]"):
             if node.attr != "codec" and world["store"].codec == "float16":
-                raise fold.Impossible
+                raise Impossible
             return getattr(world["store"], node.attr)
-        raise fold.Unknown
+        raise Unknown
 
     def call(self, node, world, code):
         if node.keywords:
-            raise fold.Unknown
+            raise Unknown
         if isinstance(node.func, ast.Name) and node.func.id in PURE_FUNCTIONS:
             return getattr(self.trainer, node.func.id)(*(code.value(argument, world) for argument in node.args))
         if isinstance(node.func, ast.Name) and node.func.id == "getattr" and self.is_settings(node.args[0], code):
@@ -151,9 +159,9 @@ class TrainerValues(fold.Values):
             elif node.func.attr in SAFE_METHODS:
                 method = getattr(code.value(node.func.value, world), node.func.attr)
             else:
-                raise fold.Unknown
+                raise Unknown
             return method(*(code.value(argument, world) for argument in node.args))
-        raise fold.Unknown
+        raise Unknown
 
     def table_keys(self, name):
         return self.tables.get(name)
@@ -164,13 +172,13 @@ class TrainerValues(fold.Values):
             try:
                 if code.known(node.args[1]) is None:
                     return code.text(node.args[0])
-            except fold.Unknown:
+            except Unknown:
                 pass
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "optional":
             try:
                 if code.known(node.args[0]) is None:
                     return code.text(node.args[1])
-            except fold.Unknown:
+            except Unknown:
                 pass
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "replace":
             return without_unread(node, code)
@@ -183,24 +191,25 @@ class TrainerValues(fold.Values):
     def is_member_used(self, owner, member, code):
         """A setting that no person chooses, as long as something reads it."""
         if owner.name == "Settings" and isinstance(member, ast.AnnAssign) and not isinstance(member.value, ast.Call):
-            return member.target.id in fold.read_attributes(code)
+            return member.target.id in read_attributes(code)
         return None
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019: as many as there are methods
     def is_used(self, owner, name):
         """By Python or by a library, through a class that ours is made from."""
         if name.startswith("__") and name.endswith("__"):
             return True
-        ours = getattr(self.trainer, owner, None)
-        outside = [base for base in getattr(ours, "__mro__", ()) if base.__module__ != self.trainer.__name__]
-        return any(hasattr(base, name) for base in outside if base is not object)
+        if owner not in self.library_names:
+            ours = getattr(self.trainer, owner, object)
+            outside = [base for base in ours.__mro__ if base.__module__ != self.trainer.__name__ and base is not object]
+            self.library_names[owner] = {name for base in outside for name in dir(base)}
+        return name in self.library_names[owner]
 
 
 def without_unread(node, code):
     """replace(settings, ...) without constants and what nothing reads; None if there is none of it."""
     (settings,) = [one for one in code.tree.body if getattr(one, "name", "") == "Settings"]
     living = {member.target.id for member in settings.body if isinstance(member, ast.AnnAssign)}
-    living &= fold.read_attributes(code)
+    living &= read_attributes(code)
     kept = [keyword for keyword in node.keywords if keyword.arg is None or keyword.arg in living]
     if len(kept) == len(node.keywords):
         return None
@@ -296,6 +305,11 @@ EDITS = (
 RULES = re.compile(r'\n\n    `code` names the function.*?\n    """', re.S)  # of opt's docstring
 
 
+DOCSTRING_OF_OPT = ''' `code` names the
+    function or class that a reader of the setting wants to see.
+    """'''
+
+
 def edited(source, old, new):
     if source.count(old) != 1:
         raise RuntimeError(f"train_gpt.py has changed: specialise looks for this once, and it is there "
@@ -311,7 +325,7 @@ def with_record(source, trainer, s, name, open_names):
     for old, new in EDITS:
         source = edited(source, old, new)
     found = RULES.search(source)
-    source = source[:found.start()] + " `code` names the\n    function or class that a reader of the setting wants to see.\n    \"\"\"" + source[found.end():]
+    source = source[:found.start()] + DOCSTRING_OF_OPT + source[found.end():]
     source = edited(source, preset_line(source), record_tables(trainer, s, name, open_names))
     for owner in ("cls", "self", "Settings"):
         source = source.replace(f"in fields({owner})", "in open_fields()")
@@ -369,8 +383,8 @@ def constant_settings(source, trainer, s, open_names):
     """
     all_worlds = worlds(trainer, s)
     varied = {f.name for f in fields(s) if any(getattr(one, f.name) != getattr(s, f.name) for one in all_worlds)}
-    code = fold.Code(source, fold.Values())
-    edits = fold.Edits(code)
+    code = Code(source, Values())
+    edits = Edits(code)
     (settings,) = [node for node in code.tree.body if getattr(node, "name", "") == "Settings"]
     for node in settings.body:
         if not isinstance(node, ast.AnnAssign):
@@ -401,25 +415,25 @@ def decided_conflicts(source, trainer, s, open_names):
     def complain(text):
         raise BadInput(f"the record cannot be: {text}")
 
-    code = fold.Code(source, fold.Values())
-    edits = fold.Edits(code)
+    code = Code(source, Values())
+    edits = Edits(code)
     for function in code.tree.body:
         if not (isinstance(function, ast.FunctionDef) and function.name.endswith("_conflicts")):
             continue
-        names = fold.arguments_of(function)
+        names = arguments_of(function)
         if names[0] != "s" or "complain" not in names:
             continue
-        known = {**vars(trainer), "s": guarded(trainer, s, open_names), "complain": complain, "given": set()}
+        names_there = {**vars(trainer), "s": guarded(trainer, s, open_names), "complain": complain, "given": set()}
         for statement in function.body:
-            if fold.is_docstring(statement):
+            if is_docstring(statement):
                 continue
             if isinstance(statement, ast.If) and isinstance(statement.body[-1], ast.Return):
-                if eval(compile(ast.Expression(statement.test), function.name, "eval"), known):
+                if eval(compile(ast.Expression(statement.test), function.name, "eval"), names_there):
                     break
                 continue
             try:
-                exec(compile(ast.Module([statement], []), function.name, "exec"), known)
-            except fold.Unknown:
+                exec(compile(ast.Module([statement], []), function.name, "exec"), names_there)
+            except Unknown:
                 continue
             if not isinstance(statement, ast.Assign):
                 edits.remove(statement)
@@ -441,12 +455,13 @@ def without_empty_headings(source):
     for place in reversed(range(len(headings))):
         # A room is empty if its sections are, too.
         following = place + 1
-        while headings[place]["room"] and following < len(headings) and not headings[following]["room"] and empty[following]:
+        is_room = headings[place]["room"]
+        while is_room and following < len(headings) and not headings[following]["room"] and empty[following]:
             following += 1
         ends_room = following == len(headings) or headings[following]["room"]
-        if empty[place] and (ends_room or not headings[place]["room"]):
+        if empty[place] and (ends_room or not is_room):
             source = source[:headings[place].start()] + source[headings[place].end():]
-    return fold.tidy(source)
+    return tidy(source)
 
 
 def fitting_docstring(source, name):
@@ -478,8 +493,8 @@ def with_living_code_names(source):
 
 
 def other_names(source, trainer, s, open_names):
-    """The names of other scripts: those that have another name here keep the advice if that setting is open; all others,
-    and the settings that are constants, are names of which this script knows that it does not read them.
+    """The names of other scripts: those that have another name here keep the advice if that setting is open. All
+    others, and the settings that are constants, are names that this script is known not to read.
     """
     known = {name.upper() for name in open_names}
     kept = []
@@ -512,7 +527,7 @@ def specialised(source, s, name):
         raise RuntimeError(f"specialise does not know which settings {', '.join(unknown)} makes")
     source = other_names(source, trainer, s, open_names)
     source = with_record(source, trainer, s, name, open_names)
-    source = fold.folded(source, TrainerValues(trainer, s, open_names))
+    source = folded(source, TrainerValues(trainer, s, open_names))
     source = with_living_code_names(source)
     source = without_empty_headings(source)
     return fitting_docstring(source, name)

@@ -1,0 +1,109 @@
+"""Edits of a source in the places that its syntax tree names; all else keeps its layout."""
+
+import ast
+from collections import defaultdict
+
+
+class Edits:
+    """Replacements in a text. One that overlaps an earlier one waits for the next turn."""
+
+    def __init__(self, code):
+        self.code = code
+        self.found = []
+        self.emptied = defaultdict(set)  # (parent, block): statements that go
+
+    def replace(self, begin, end, text):
+        return self.replace_all([(begin, end, text)])
+
+    def replace_all(self, replacements):
+        """All of these, or none; were any made?"""
+        spans = [(begin, end) for begin, end, _ in (*self.found, *replacements)]
+        spans.sort()
+        if any(later < end for (_, end), (later, _) in zip(spans, spans[1:])):
+            return False
+        self.found += replacements
+        return True
+
+    def remove(self, statement):
+        """Take out a statement with the comment lines that stand directly above it."""
+        code = self.code
+        parent = code.parents[statement]
+        block = next(name for name in ("body", "orelse", "finalbody", "handlers")
+                     if statement in getattr(parent, name, ()))
+        siblings = getattr(parent, block)
+        first = min([statement.lineno, *(node.lineno for node in getattr(statement, "decorator_list", ()))])
+        begin = code.begins[self.first_comment(first, statement.col_offset) - 1]
+        end = code.begins[statement.end_lineno]
+        gone = self.emptied[parent, block]
+        stays = ""
+        if len(gone) + 1 == len(siblings) and not isinstance(parent, ast.Module):
+            stays = " " * statement.col_offset + "pass\n"
+        if self.replace(begin, end, stays):
+            gone.add(statement)
+
+    def first_comment(self, line, indent):
+        """The first of the comment lines directly above a line; headings of sections do not belong to it."""
+        lines = self.code.source.splitlines()
+        while line > 1:
+            above = lines[line - 2]
+            is_comment = above.startswith(" " * indent + "#") and not above.lstrip().startswith("# ---")
+            if not is_comment or self._is_title(lines, line - 2, indent):
+                break
+            line -= 1
+        return line
+
+    def _is_title(self, lines, index, indent):
+        """Is this comment a title inside a class: a line of its own between blank ones?"""
+        after = lines[index + 1] if index + 1 < len(lines) else ""
+        return not after.strip()
+
+    def applied(self):
+        text = self.code.source
+        for begin, end, new in sorted(self.found, reverse=True):
+            text = text[:begin] + new + text[end:]
+        return tidy(text)
+
+
+def tidy(text):
+    """No blank line where a block begins, one inside a block, two outside."""
+    result = []
+    blank = 0
+    for line in text.splitlines():
+        if not line.strip():
+            blank += 1
+            continue
+        if blank and result:
+            before = result[-1]
+            is_deeper = len(line) - len(line.lstrip()) > len(before) - len(before.lstrip())
+            opens_block = before.endswith(":") and is_deeper and not before.lstrip().startswith("#")
+            most = 1 if line.startswith((" ", ")", "]", "}")) else 2
+            result += [""] * (0 if opens_block else min(blank, most))
+        blank = 0
+        result.append(line.rstrip())
+    return "\n".join(result) + "\n"
+
+
+def dedented(text, by):
+    """Lines with `by` blanks less before them."""
+    lines = text.splitlines(keepends=True)
+    return "".join(line[by:] if not line[:by].strip() else line.lstrip() for line in lines)
+
+
+def listing(head, parts, tail, column, width=100):
+    """head + parts + tail in as few lines of at most `width` columns as there must be."""
+    line = head + ", ".join(parts) + tail
+    last = head.rpartition("\n")[2]
+    start = (column if "\n" not in head else 0) + len(last)
+    if "\n" in line or column + len(line) + 1 <= width:
+        return line
+    lines = [head]
+    length = start
+    for place, part in enumerate(parts):
+        text = part + (", " if place < len(parts) - 1 else tail)
+        if length + len(text.rstrip()) > width and length > start:
+            lines[-1] = lines[-1].rstrip()
+            lines.append(" " * start)
+            length = start
+        lines[-1] += text
+        length += len(text)
+    return "\n".join(lines)

@@ -1,0 +1,535 @@
+"""What can be known of a Python program from its text: where its names come from, who calls its functions, and the
+value of an expression where that is the same however the program runs.
+
+    Values   what is known beyond the text; the facets of which more than one value is possible
+    Code     a source, its syntax tree, and the value of its expressions
+"""
+
+import ast
+import builtins
+import contextlib
+from collections import Counter, defaultdict
+
+# Functions that change nothing; and those of them that are called to know a value.
+PURE_CALLS = set("""
+    len min max any all sum abs isinstance hasattr getattr tuple list set dict sorted range enumerate zip str int float
+    bool round partial Path format_value
+""".split())
+EVALUATED = {name: getattr(builtins, name) for name in """
+    len min max any all sum abs tuple list set sorted range str int float bool round dict frozenset
+""".split()}
+OPERATORS = {
+    ast.Eq: lambda a, b: a == b, ast.NotEq: lambda a, b: a != b, ast.Lt: lambda a, b: a < b,
+    ast.LtE: lambda a, b: a <= b, ast.Gt: lambda a, b: a > b, ast.GtE: lambda a, b: a >= b,
+    ast.Is: lambda a, b: a is b, ast.IsNot: lambda a, b: a is not b, ast.In: lambda a, b: a in b,
+    ast.NotIn: lambda a, b: a not in b,
+    ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b, ast.Mult: lambda a, b: a * b,
+    ast.Div: lambda a, b: a / b, ast.FloorDiv: lambda a, b: a // b, ast.Mod: lambda a, b: a % b,
+    ast.Not: lambda a: not a, ast.USub: lambda a: -a,
+}
+FUNCTIONS = (ast.FunctionDef, ast.Lambda)
+SIMPLE = (type(None), bool, int, float, str)
+
+
+class Unknown(Exception):
+    """The value of an expression is not known."""
+
+
+class Circular(Unknown):
+    """The value of an expression is defined by itself."""
+
+
+class Needs(Exception):
+    """The value of an expression depends on this facet of the world."""
+
+
+class Impossible(Exception):
+    """No program asks for this in such a world."""
+
+
+class World:
+    """What is the case in some respects, the facets; asking for another one is a Needs."""
+
+    def __init__(self, chosen):
+        self.chosen = chosen
+
+    def __getitem__(self, facet):
+        if facet not in self.chosen:
+            raise Needs(facet)
+        return self.chosen[facet]
+
+
+class Values:
+    """What is known of the program beyond its text. A subclass knows more."""
+
+    facets = {}  # {facet: all values that it may have}; an expression is known if it has one value in all worlds
+
+    def name(self, name, world):
+        """The value of a name that the text does not define; Unknown."""
+        raise Unknown
+
+    def attribute(self, node, world, code):
+        """The value of an ast.Attribute; Unknown."""
+        raise Unknown
+
+    def call(self, node, world, code):
+        """The value of an ast.Call; Unknown."""
+        raise Unknown
+
+    def rewritten(self, node, code):
+        """Another text for this expression, or None."""
+
+    def table_keys(self, name):
+        """The keys of this dict of the module that anything asks for, or None: all of them."""
+
+    def is_member_used(self, owner, member, code):
+        """Is this statement of a class needed? None: as the text says."""
+
+    def is_used(self, owner, name):
+        """Is this method or constant of a class used by something outside of the text?"""
+        return False
+
+
+# ---- the text and its tree ------------------------------------------------------------------------------------------
+
+
+class Code:
+    """A source with its tree, and what can be said of its names."""
+
+    def __init__(self, source, values):
+        self.source = source
+        self.values = values
+        self.tree = ast.parse(source)
+        self.begins = [0]  # of the lines, in bytes
+        for line in source.splitlines(keepends=True):
+            self.begins.append(self.begins[-1] + len(line))
+        self.parents = {}
+        self.scopes = {}  # node: the innermost function or class around it
+        self.nodes = []  # all of them, outer ones first
+        self.own = defaultdict(list)  # function or class: its nodes without those of functions and classes inside
+        self._link()
+        self.nonlocals = [node for node in self.nodes if isinstance(node, ast.Nonlocal)]
+        self.constants = self._module_constants()
+        self.locals = {}  # function: {name: the expression of its only assignment}
+        self.attributes = self._attribute_assignments()
+        self.callers = self._callers()
+        self.arguments = self._arguments()
+        self.read = None  # the attributes that are read, once somebody asks (prune.read_attributes)
+        self.empty = None  # the functions with nothing left in them (fold.empty_functions)
+        self._memo = {}
+        self.nowhere = World({})
+        self._worlds = {}
+
+    def _link(self):
+        stack = [(self.tree, None)]
+        while stack:
+            node, scope = stack.pop()
+            self.scopes[node] = scope
+            self.nodes.append(node)
+            self.own[scope].append(node)
+            inner = node if isinstance(node, (*FUNCTIONS, ast.ClassDef)) else scope
+            children = list(ast.iter_child_nodes(node))
+            for child in children:
+                self.parents[child] = node
+            stack += [(child, inner) for child in reversed(children)]
+
+    def begin(self, node):
+        return self.begins[node.lineno - 1] + node.col_offset
+
+    def end(self, node):
+        return self.begins[node.end_lineno - 1] + node.end_col_offset
+
+    def text(self, node):
+        return self.source[self.begin(node):self.end(node)]
+
+    def function_of(self, node):
+        """The innermost function around a node, or None."""
+        scope = self.scopes[node]
+        while scope is not None and not isinstance(scope, FUNCTIONS):
+            scope = self.scopes[scope]
+        return scope
+
+    def class_of(self, node):
+        """The innermost class around a node, or None."""
+        scope = self.scopes[node]
+        while scope is not None and not isinstance(scope, ast.ClassDef):
+            scope = self.scopes[scope]
+        return scope
+
+    # What a name stands for
+
+    def _module_constants(self):
+        """{name: expression} of names that the module assigns once and nothing else does."""
+        counts = Counter()
+        found = {}
+        for node in self.nodes:
+            if isinstance(node, ast.Global):
+                counts.update(node.names * 2)
+        for statement in self.tree.body:
+            has_statements = isinstance(statement, (ast.If, ast.Try, ast.With, ast.For))
+            for inner in ast.walk(statement) if has_statements else [statement]:
+                for target in targets_of(inner):
+                    if isinstance(target, ast.Name):
+                        counts[target.id] += 1
+                        found[target.id] = getattr(inner, "value", None)
+            if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+                counts[statement.name] += 2
+        return {name: value for name, value in found.items() if counts[name] == 1 and value is not None}
+
+    def local_values(self, function):
+        """{name: expression} of the names that a function assigns once, as a simple statement; None: it has the name,
+        but not so.
+        """
+        if function not in self.locals:
+            found = {}
+            for node in self.own[function]:
+                for target in targets_of(node):
+                    for name in names_in(target):
+                        once = name not in found and isinstance(node, ast.Assign) and isinstance(target, ast.Name)
+                        found[name] = node.value if once and not self._in_loop(node, function) else None
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                    found[node.name] = None
+                if isinstance(node, (ast.Nonlocal, ast.Global)):
+                    found.update(dict.fromkeys(node.names))
+                if isinstance(node, ast.ExceptHandler) and node.name:
+                    found[node.name] = None
+            # A function inside may assign it, too.
+            for node in self.nonlocals:
+                found.update(dict.fromkeys(name for name in node.names if name in found))
+            for argument in arguments_of(function):
+                found[argument] = None if argument in found else self.arguments.get((function, argument))
+            self.locals[function] = found
+        return self.locals[function]
+
+    def _in_loop(self, node, function):
+        """Inside a loop or a branch, where it may not have been assigned or not for the last time?"""
+        while node is not function:
+            node = self.parents[node]
+            if isinstance(node, (ast.For, ast.While, ast.If, ast.Try, ast.comprehension)):
+                return True
+        return False
+
+    def _attribute_assignments(self):
+        """{name: [(class, expression)]} of all assignments to an attribute; the expression is None where it is not a
+        simple one, or not of self.
+        """
+        found = defaultdict(list)
+        for node in self.nodes:
+            for target in targets_of(node):
+                for part in ast.walk(target):
+                    if isinstance(part, ast.Attribute) and isinstance(part.ctx, (ast.Store, ast.Del)):
+                        simple = isinstance(node, ast.Assign) and part is target
+                        of_self = isinstance(part.value, ast.Name) and part.value.id == "self"
+                        found[part.attr].append((self.class_of(node), node.value if simple and of_self else None))
+            if isinstance(node, ast.ClassDef):
+                for statement in node.body:
+                    if isinstance(statement, ast.AnnAssign):
+                        found[statement.target.id].append((node, None))
+                    elif isinstance(statement, ast.FunctionDef):
+                        found[statement.name].append((node, None))
+                    elif isinstance(statement, ast.Assign):
+                        for target in statement.targets:
+                            for name in names_in(target):
+                                found[name].append((node, statement.value))
+        return found
+
+    def _callers(self):
+        """{function: its calls} of the functions, constructors and methods of which all calls are in the text. Methods
+        of one name are taken together.
+        """
+        functions = {}
+        methods = defaultdict(list)
+        for node in self.tree.body:
+            if isinstance(node, ast.FunctionDef) and not node.decorator_list:
+                functions[node.name] = node
+            elif isinstance(node, ast.ClassDef):
+                for member in node.body:
+                    if isinstance(member, ast.FunctionDef):
+                        methods[member.name].append(member)
+        constructors = self._constructors()
+        calls = defaultdict(list)
+        escaped = set()
+        for node in self.nodes:
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                calls[node.func.id].append(node)
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                calls["." + node.func.attr].append(node)
+            elif isinstance(node, ast.Name) and not self._is_called(node):
+                escaped.add(node.id)
+            elif isinstance(node, ast.Attribute) and not self._is_called(node):
+                escaped.add("." + node.attr)
+        found = {}
+        for name, function in functions.items():
+            if calls[name] and name not in escaped:
+                found[function] = calls[name]
+        for name, function in constructors.items():
+            if calls[name]:
+                found[function] = calls[name]
+        for name, definitions in methods.items():
+            plain = all(not one.decorator_list and not self.values.is_used(self.scopes[one].name, name)
+                        for one in definitions)
+            if plain and calls["." + name] and "." + name not in escaped and not name.startswith("__"):
+                for function in definitions:
+                    found[function] = calls["." + name]
+        return found
+
+    def _constructors(self):
+        """{class: its __init__} of the classes of which no other class is made."""
+        bases = {base.id for node in self.nodes if isinstance(node, ast.ClassDef)
+                 for base in node.bases if isinstance(base, ast.Name)}
+        found = {}
+        for node in self.tree.body:
+            if isinstance(node, ast.ClassDef) and node.name not in bases:
+                for member in node.body:
+                    if isinstance(member, ast.FunctionDef) and member.name == "__init__":
+                        found[node.name] = member
+        # One that is handed on may be called anywhere.
+        for node in self.nodes:
+            if isinstance(node, ast.Name) and node.id in found and not (self._is_called(node) or self._is_type(node)):
+                del found[node.id]
+        return found
+
+    def _is_called(self, node):
+        parent = self.parents[node]
+        return isinstance(parent, ast.Call) and parent.func is node
+
+    def _is_type(self, node):
+        """Is this name of a class an annotation, or what isinstance() asks for?"""
+        parent = self.parents[node]
+        while isinstance(parent, (ast.BinOp, ast.Subscript, ast.Tuple)):
+            node, parent = parent, self.parents[parent]
+        if isinstance(parent, ast.Call):
+            return isinstance(parent.func, ast.Name) and parent.func.id == "isinstance"
+        return isinstance(parent, ast.Compare) or (
+            isinstance(parent, (ast.AnnAssign, ast.arg)) and parent.annotation is node)
+
+    def _arguments(self):
+        """{(function, parameter): [expressions]}: what every call gives for it."""
+        found = {}
+        for function, calls in self.callers.items():
+            is_method = isinstance(self.scopes[function], ast.ClassDef)
+            given = [bound(function, call, is_method) for call in calls]
+            if None not in given:
+                for argument in arguments_of(function)[is_method:]:
+                    if all(argument in values for values in given):
+                        found[function, argument] = [values[argument] for values in given]
+        return found
+
+    # The value of an expression
+
+    def value(self, node, world):
+        """The value of an expression in a world; Unknown, or Needs."""
+        key = node if not isinstance(node, list) else id(node), id(world)
+        if key not in self._memo:
+            self._memo[key] = Circular
+            try:
+                self._memo[key] = self._value(node, world)
+            except (Circular, Needs, Impossible):
+                del self._memo[key]
+                raise
+            except Exception:  # Unknown, or what the program itself would raise
+                self._memo[key] = Unknown
+        found = self._memo[key]
+        if found is Unknown or found is Circular:
+            raise found
+        return found
+
+    def _value(self, node, world):
+        if isinstance(node, list):  # of a parameter: what each call gives
+            value = only(self._not_circular(node, world))
+            if not isinstance(value, SIMPLE):
+                raise Unknown
+            return value
+        if node is None:
+            raise Unknown
+        if isinstance(node, ast.Constant):
+            return node.value
+        if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
+            parts = [self.value(part, world) for part in node.elts]
+            return {ast.Tuple: tuple, ast.List: list, ast.Set: set}[type(node)](parts)
+        if isinstance(node, ast.UnaryOp):
+            return OPERATORS[type(node.op)](self.value(node.operand, world))
+        if isinstance(node, ast.BoolOp):
+            return self._bool(node, world)
+        if isinstance(node, ast.Compare):
+            left = self.value(node.left, world)
+            for operator, right in zip(node.ops, node.comparators):
+                right = self.value(right, world)
+                if not OPERATORS[type(operator)](left, right):
+                    return False
+                left = right
+            return True
+        if isinstance(node, ast.BinOp):
+            return OPERATORS[type(node.op)](self.value(node.left, world), self.value(node.right, world))
+        if isinstance(node, ast.IfExp):
+            return self.value(node.body if self.value(node.test, world) else node.orelse, world)
+        if isinstance(node, ast.Name):
+            return self._name(node, world)
+        if isinstance(node, ast.Attribute):
+            return self._attribute(node, world)
+        if isinstance(node, ast.Call):
+            return self._call(node, world)
+        raise Unknown
+
+    def _not_circular(self, expressions, world):
+        """Values of these expressions; one that only hands on what is asked for says nothing new."""
+        for expression in expressions:
+            with contextlib.suppress(Circular):
+                yield self.value(expression, world)
+
+    def _bool(self, node, world):
+        """One known operand may decide, whatever the others are."""
+        decides = isinstance(node.op, ast.Or)
+        value = None
+        unknown = False
+        for operand in node.values:
+            try:
+                value = self.value(operand, world)
+            except Unknown:
+                unknown = True
+                continue
+            if bool(value) == decides:
+                if unknown and not isinstance(value, bool):
+                    raise Unknown
+                return value
+        if unknown:
+            raise Unknown
+        return value
+
+    def _name(self, node, world):
+        function = self.function_of(node)
+        while function is not None:
+            known = self.local_values(function)
+            if node.id in known:
+                if known[node.id] is None:
+                    return self.values.name(node, world)
+                value = self.value(known[node.id], world)
+                if isinstance(value, (list, dict, set)):  # it may be filled later
+                    raise Unknown
+                return value
+            function = self.function_of(function)
+        if node.id in self.constants:
+            return self.value(self.constants[node.id], world)
+        return self.values.name(node, world)
+
+    def _attribute(self, node, world):
+        try:
+            return self.values.attribute(node, world, self)
+        except Unknown:
+            pass
+        assigned = self.attributes.get(node.attr, [])
+        if isinstance(node.ctx, ast.Load) and assigned and self._is_own(node, assigned):
+            value = only(self._not_circular([expression for _, expression in assigned], world))
+            if isinstance(value, SIMPLE):
+                return value
+        raise Unknown
+
+    def _is_own(self, node, assigned):
+        """Is this an attribute that only one class of the file has, and is it one of an object of ours?"""
+        if any(expression is None or owner is None for owner, expression in assigned):
+            return False
+        return len({owner for owner, _ in assigned}) == 1 and not isinstance(node.value, ast.Call)
+
+    def _call(self, node, world):
+        try:
+            return self.values.call(node, world, self)
+        except Unknown:
+            pass
+        if isinstance(node.func, ast.Name) and node.func.id in EVALUATED and not node.keywords:
+            return EVALUATED[node.func.id](*(self.value(argument, world) for argument in node.args))
+        raise Unknown
+
+    def outcomes(self, node):
+        """The value of an expression in every world that it can tell from others; Unknown."""
+        waiting = [self.nowhere]
+        while waiting:
+            world = waiting.pop()
+            try:
+                yield self.value(node, world)
+            except Needs as needs:
+                facet = needs.args[0]
+                key = id(world), facet
+                if key not in self._worlds:
+                    self._worlds[key] = [World(world.chosen | {facet: value}) for value in self.values.facets[facet]]
+                waiting += self._worlds[key]
+            except Impossible:
+                continue
+
+    def known(self, node):
+        """The one value of an expression in all worlds; Unknown."""
+        return only(self.outcomes(node))
+
+    def truth(self, node):
+        """True or False if that is so in all worlds, else None."""
+        try:
+            return only(map(bool, self.outcomes(node)))
+        except Unknown:
+            return None
+
+
+def only(values):
+    """The one value that all of these are; Unknown."""
+    found = list(values)
+    if not found:
+        raise Unknown
+    first = found[0]
+    if any(type(value) is not type(first) or value != first for value in found[1:]):
+        raise Unknown
+    return first
+
+
+def targets_of(node):
+    """What a statement or expression assigns to."""
+    if isinstance(node, (ast.Assign, ast.Delete)):
+        return node.targets
+    if isinstance(node, (ast.AnnAssign, ast.AugAssign, ast.For, ast.comprehension, ast.NamedExpr)):
+        return [node.target]
+    if isinstance(node, ast.withitem) and node.optional_vars:
+        return [node.optional_vars]
+    return []
+
+
+def names_in(target):
+    return [node.id for node in ast.walk(target) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)]
+
+
+def arguments_of(function):
+    args = function.args
+    every = [*args.posonlyargs, *args.args, *args.kwonlyargs, *filter(None, (args.vararg, args.kwarg))]
+    return [argument.arg for argument in every]
+
+
+def bound(function, call, is_method=False):
+    """{parameter: expression} of a call; None if it cannot be told."""
+    args = function.args
+    if args.vararg or args.kwarg or args.posonlyargs:
+        return None
+    names = [argument.arg for argument in args.args][is_method:]
+    if any(isinstance(argument, ast.Starred) for argument in call.args) or len(call.args) > len(names):
+        return None
+    given = dict(zip(reversed(names), reversed(args.defaults)))
+    given |= {argument.arg: default for argument, default in zip(args.kwonlyargs, args.kw_defaults) if default}
+    given |= dict(zip(names, call.args))
+    for keyword in call.keywords:
+        if keyword.arg is None:
+            return None
+        given[keyword.arg] = keyword.value
+    return given
+
+
+def is_pure(node):
+    """Does evaluating this change nothing and raise nothing that matters?"""
+    for part in ast.walk(node):
+        if isinstance(part, (ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr)):
+            return False
+        if isinstance(part, ast.Call) and not (isinstance(part.func, ast.Name) and part.func.id in PURE_CALLS):
+            return False
+    return True
+
+
+def is_docstring(node):
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def is_self(node):
+    return isinstance(node, ast.Name) and node.id == "self"
