@@ -418,7 +418,7 @@ def test_commands_are_found():
     ("bash run.sh records/small.env", "bash run.sh records/smal.env", "records/smal.env"),
     ("bash run.sh setup\n", "sh run.sh setup\n", "sh is no program"),
     ("install -r requirements-dev.txt", "install -r requirements-test.txt", "requirements-test.txt"),
-    ("cp logs/packed/train_gpt.py records", "cp logs/packed/train.py records", "logs/packed/train.py"),
+    ("--against 2135 --date", "--agains 2135 --date", "--agains"),
     ("bash run.sh test tests/gpu", "bash run.sh test tests/cpu", "tests/cpu"),
     ("PHASES=eval ARTIFACT", "PHASES=evaluate ARTIFACT", "PHASES=evaluate"),
     ("EVAL_CONTEXT=cache", "EVAL_CONTEXT=cash", "EVAL_CONTEXT=cash"),

@@ -14,11 +14,12 @@ from typing import NamedTuple
 import pytest
 import reference as ref
 import torch
-from process import REPO, clean_env
-from runs import call, events, good
+from process import REPO, clean_env, run_trainer
+from runs import call, events, good, losses
 
 import records
 import shrink
+import submit
 import train_gpt as tg
 
 RECORDS = REPO / "records"
@@ -694,6 +695,38 @@ def test_run_sh_record_small(folder, toy, tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert f"\nRun {out_dir}: finished\n" in done.stdout
     check_small_run(folder, out_dir, args)
+
+
+# Between them they have most techniques; .ci/records.py runs all records twice, at their small sizes.
+CUT_DOWN = [folder for folder in FOLDERS if folder.name in (
+    "2026-03-17_NaiveBaseline", "2026-05-01_SP8192_PR2130Base_Calib32",
+    "2026-03-27_SGD_TTT_HedgeMixer_PerLayerLR_1.0450", "2026-03-23_11L-CosineTTT_ValidTwin")]
+SAME = ("artifact_sha256", "val_bpb", "val_loss", "val_tokens", "val_bytes", "valid", "tested", "steps", "params")
+
+
+@over(CUT_DOWN)
+def test_the_trainer_cut_down_to_a_record_is_that_record(folder, toy, tmp_path):
+    """Alone in a folder: the same losses, artifact, score and verdict; what is fixed is refused; nothing is undefined."""
+    args = [*small(folder)[1:], *tiny(folder), toy[0]]
+    script = tmp_path / "cut/train_gpt.py"
+    assert submit.main(["specialise", str(folder), *args, "-o", str(script)]) == 0
+    lines, whole = (path.read_text().count("\n") for path in (script, REPO / "train_gpt.py"))
+    assert lines < 0.8 * whole
+    lint = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F,E9", str(script)]
+    done = subprocess.run(lint, capture_output=True, text=True, check=False, env=clean_env())
+    assert done.returncode == 0, done.stdout
+    good(call([f"@{folder}", *args, f"OUT_DIR={tmp_path}/whole"]))
+    good(run_trainer(["OUT_DIR=out"], cwd=script.parent, script=script))
+    found = [json.loads((out / "summary.json").read_text()) for out in (tmp_path / "whole", script.parent / "out")]
+    # Positions for the sums of an invalid mixture are drawn anew each time.
+    drawn = [re.sub(r"off by \S+|[0-9.]+ for the mean.*", "", str(summary.pop("reasons"))) for summary in found]
+    assert drawn[0] == drawn[1]
+    assert {name: found[1].get(name) for name in SAME} == {name: found[0].get(name) for name in SAME}
+    assert losses(tmp_path / "whole") == losses(script.parent / "out") != []
+    done = run_trainer(["MODEL_DIM=64", "OUT_DIR=other"], cwd=script.parent, script=script)
+    assert done.returncode == 2 and "MODEL_DIM is a constant of this script" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert "DATA_PATH=" in good(run_trainer(["--help"], cwd=script.parent, script=script)).stdout
 
 
 @over([folder for folder in FOLDERS if folder not in THROUGH_RUN_SH])

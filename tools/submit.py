@@ -1,16 +1,27 @@
 """Make what is submitted.
 
-    python tools/submit.py pack [--script train_gpt.py] [--out FILE] [--compressor auto|lzma|brotli] [--text]
+    python tools/submit.py specialise RECORD [KEY=VALUE ...] [-o FILE]
+    python tools/submit.py pack [--settings RECORD] [--specialise] [--out FILE] [--compressor auto|lzma|brotli] [--text]
     python tools/submit.py folder logs/RUN logs/RUN logs/RUN --name NAME --blurb TEXT [--against 2135]
     python tools/submit.py check DIR [--json FILE] [--track record|non-record] [--base REV]
     python tools/submit.py stats logs/RUN logs/RUN logs/RUN --against 2135
     python tools/submit.py verify DIR --artifact model.pg [DATA_PATH=...]
+
+`specialise` writes the trainer cut down to one record: the settings are constants, the branches that they decide are
+folded, and what nothing reaches any more is gone. It is what a reviewer reads, and gives the same losses, artifact and
+score. Where it reads and writes, the seed, the machine and the length of the run stay settings. Its lines give the
+sizes of the whole and of the cut file, minified and packed, too.
+
+    -o            default logs/specialised/RECORD/train_gpt.py
 
 `pack` writes the script minified, compressed and self-extracting: one .py file that python and torchrun run as they
 run the readable one, with the same settings, losses and score. Its lines say what each step saves. The file that is
 written is what the trainer counts and hashes as its code, and the minified source is what the trainer puts into its
 log.
 
+    --settings    a record or a settings file that the script runs by itself; its readable source is written beside it,
+                  as train_gpt_human.py
+    --specialise  cut the script down to these settings first
     --out         default logs/packed/train_gpt.py (the name of the script)
     --compressor  auto: lzma, which Python has, unless brotli, which the packed file then has to import, saves over
                   2,000 bytes

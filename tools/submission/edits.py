@@ -89,21 +89,26 @@ def dedented(text, by):
     return "".join(line[by:] if not line[:by].strip() else line.lstrip() for line in lines)
 
 
-def listing(head, parts, tail, column, width=100):
-    """head + parts + tail in as few lines of at most `width` columns as there must be."""
+def listing(head, parts, tail, column, indent=None, width=100):
+    """head + parts + tail in as few lines of at most `width` columns as there must be; further ones begin below the
+    first part, or with `indent` all parts stand in lines of their own.
+    """
     line = head + ", ".join(parts) + tail
     last = head.rpartition("\n")[2]
     start = (column if "\n" not in head else 0) + len(last)
-    if "\n" in line or column + len(line) + 1 <= width:
+    if "\n" in line and indent is None or "\n" not in line and column + len(line) + 1 <= width:
         return line
     lines = [head]
     length = start
+    if indent is not None:
+        lines.append(" " * indent)
+        start = length = indent
     for place, part in enumerate(parts):
         text = part + (", " if place < len(parts) - 1 else tail)
-        if length + len(text.rstrip()) > width and length > start:
+        if (length + len(text.rstrip()) > width or "\n" in text) and length > start:
             lines[-1] = lines[-1].rstrip()
             lines.append(" " * start)
             length = start
         lines[-1] += text
-        length += len(text)
+        length += len(text) if "\n" not in text else width
     return "\n".join(lines)

@@ -324,7 +324,13 @@ class Code:
             self._memo[key] = Circular
             try:
                 self._memo[key] = self._value(node, world)
-            except (Circular, Needs, Impossible):
+            except Circular:
+                # What is only handed on says nothing new; what is made of itself may be anything.
+                if isinstance(node, (ast.Name, ast.Attribute, list)):
+                    del self._memo[key]
+                    raise
+                self._memo[key] = Unknown
+            except (Needs, Impossible):
                 del self._memo[key]
                 raise
             except Exception:  # Unknown, or what the program itself would raise
@@ -352,6 +358,8 @@ class Code:
         if isinstance(node, ast.BoolOp):
             return self._bool(node, world)
         if isinstance(node, ast.Compare):
+            if asks_for_none(node) and self.is_object(node.left):
+                return isinstance(node.ops[0], ast.IsNot)
             left = self.value(node.left, world)
             for operator, right in zip(node.ops, node.comparators):
                 right = self.value(right, world)
@@ -395,6 +403,21 @@ class Code:
         if unknown:
             raise Unknown
         return value
+
+    def is_object(self, node):
+        """Is this an attribute of self that is always something made by a class?"""
+        if not (isinstance(node, ast.Attribute) and is_self(node.value)):
+            return False
+        made = self.attributes.get(node.attr, [])
+        if not made or len({owner for owner, _ in made}) > 1:
+            return False
+        return all(isinstance(expression, ast.Call) and self._is_class(expression.func) for _, expression in made)
+
+    def _is_class(self, node):
+        """Does this name a class of the file, or one of torch.nn?"""
+        if isinstance(node, ast.Name):
+            return any(isinstance(one, ast.ClassDef) and one.name == node.id for one in self.tree.body)
+        return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "nn"
 
     def _name(self, node, world):
         function = self.function_of(node)
@@ -515,6 +538,12 @@ def bound(function, call, is_method=False):
             return None
         given[keyword.arg] = keyword.value
     return given
+
+
+def asks_for_none(node):
+    """Is this comparison `... is None` or `... is not None`?"""
+    single = len(node.ops) == 1 and isinstance(node.ops[0], (ast.Is, ast.IsNot))
+    return single and isinstance(node.comparators[0], ast.Constant) and node.comparators[0].value is None
 
 
 def is_pure(node):

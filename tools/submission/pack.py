@@ -164,7 +164,7 @@ def arguments(argv):
     parser.add_argument("--settings", metavar="RECORD|FILE",
                         help="a record's folder or a settings file: what the packed script runs by itself")
     parser.add_argument("--specialise", action="store_true", help="cut the script down to these settings first")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="default: logs/packed/[NAME OF SETTINGS/]train_gpt.py")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="default: logs/packed/train_gpt.py")
     parser.add_argument("--compressor", choices=["auto", *COMPRESSORS], default="auto",
                         help="auto: lzma, which Python has, unless brotli saves over 2,000 bytes")
     parser.add_argument("--text", action="store_true", help="ASCII (base85) in place of bytes in a Latin-1 comment")
@@ -172,8 +172,7 @@ def arguments(argv):
 
 
 def run(args):
-    name = settings_name(args.settings) if args.settings else ""
-    out = args.out or ROOT / "logs/packed" / name / args.script.name
+    out = args.out or ROOT / "logs/packed" / args.script.name
     source = read(args.script)
     if out.suffix != ".py":
         raise BadInput(f"--out {out}: the name must end in .py")
@@ -195,6 +194,8 @@ def run(args):
         saved = len(files["lzma"]) - len(files["brotli"])
         chosen = "brotli" if saved > WORTH_AN_IMPORT else "lzma"
     write(out, files[chosen])
+    if args.settings:  # what a reviewer reads; the trainer itself can be read where it is
+        write(out.with_name(f"{out.stem}_human.py"), source)
     say("written", file=out, compressor=chosen, bytes=len(files[chosen]), saved_bytes=len(source) - len(files[chosen]),
         of_limit=f"{len(files[chosen]) / LIMIT:.4%}", sha256=hashlib.sha256(files[chosen]).hexdigest())
     return 0

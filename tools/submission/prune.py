@@ -91,7 +91,8 @@ class Live:
             names = [member.name]
         if not names or isinstance(member, ast.AnnAssign):
             return True
-        return any(name in self.attributes or self.code.values.is_used(owner.name, name) for name in names)
+        return any(name in self.attributes or name.startswith("__") or self.code.values.is_used(owner.name, name)
+                   for name in names)
 
     def _visit(self, node):
         if id(node) in self.done:

@@ -17,7 +17,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from common import ROOT, BadInput, Parser, load_trainer, say, trainer_errors, write
-from submission.edits import Edits, tidy
+from submission.edits import Edits, listing, tidy
 from submission.fold import folded
 from submission.known import Code, Impossible, Unknown, Values, arguments_of, is_docstring, is_self
 from submission.pack import COMPRESSORS, minified, packed, read, settings_name
@@ -33,6 +33,12 @@ OPEN = set("""
 
 # A record is one run, from its beginning to its end.
 ONE_RUN = {"resume": "", "checkpoint_every": -1, "strict_env": False}
+
+# So these are never called.
+OF_CHECKPOINTS = {(owner, method) for owner, methods in {
+    "Training": ("state", "load", "save"), "MuonAdam": ("named", "state_dict", "load_state_dict"),
+    "Complement": ("state_dict", "load_state_dict"), "LateQAT": ("state_dict", "load_state_dict"),
+    "Contamination": ("restore",)}.items() for method in methods}
 
 # The functions that make other settings of a run's own, with replace(): `worlds` knows what each gives.
 REPLACING = {"save_artifact", "contiguous_reader", "selftest_settings", "without_model_settings", "with_model_settings"}
@@ -79,6 +85,8 @@ class TrainerValues(Values):
         visits = sorted({visit._replace(pop=None if visit.pop is None else 0) for visit in visits}, key=repr)
         with trainer.torch.device("meta"):
             stores = set(trainer.storage(trainer.GPT(s, init=False), s).values())
+        if s.awq_lite_group_top_k:
+            stores |= {store._replace(codec="mixed") for store in stores if store.codec == "int"}
         # What is None where a technique is off.
         self.absent = set()
         for is_on, names in (
@@ -93,13 +101,14 @@ class TrainerValues(Values):
             compressors.add("lzma")
         elif s.compressor == "auto":
             compressors = {"rans", *trainer.COMPRESSORS}
-        codecs = {store.codec for store in stores} | ({"mixed"} if s.awq_lite_group_top_k else set())
+        codecs = {store.codec for store in stores}
         if "grid" in codecs:
             codecs.add("wide")
         self.tables = {
             "NEWTON_SCHULZ": {s.newton_schulz}, "OPTIMIZERS": {s.matrix_optimizer, "adamw"}, "CODECS": codecs,
             "COMPRESSORS": compressors | {"zlib"},  # which packs the header
         }
+        self.averages = {"none": (), "best": ("ema", "swa", "lawa")}.get(s.average, (s.average,))
         self.facets = {
             "compressor": sorted(compressors),
             "settings": [guarded(trainer, one, open_names) for one in worlds(trainer, s)],
@@ -127,6 +136,8 @@ class TrainerValues(Values):
     def attribute(self, node, world, code):
         if node.attr in self.absent:
             return None
+        if node.attr == "kinds":  # of Average
+            return self.averages
         if code.text(node.value) in self.absent:  # VisitAdapters() of nothing
             return False if node.attr == "scaled" else None
         if code.text(node.value) == "packed" and node.attr == "compressor":
@@ -189,15 +200,17 @@ class TrainerValues(Values):
         return None
 
     def is_member_used(self, owner, member, code):
-        """A setting that no person chooses, as long as something reads it."""
+        """A setting that no person chooses, as long as something reads it. What only checkpoints need is not, though
+        other objects have methods of these names.
+        """
+        if isinstance(member, ast.FunctionDef) and (owner.name, member.name) in OF_CHECKPOINTS:
+            return False
         if owner.name == "Settings" and isinstance(member, ast.AnnAssign) and not isinstance(member.value, ast.Call):
             return member.target.id in read_attributes(code)
         return None
 
     def is_used(self, owner, name):
-        """By Python or by a library, through a class that ours is made from."""
-        if name.startswith("__") and name.endswith("__"):
-            return True
+        """By a library, through a class that ours is made from."""
         if owner not in self.library_names:
             ours = getattr(self.trainer, owner, object)
             outside = [base for base in ours.__mro__ if base.__module__ != self.trainer.__name__ and base is not object]
@@ -215,7 +228,8 @@ def without_unread(node, code):
         return None
     if not kept:
         return code.text(node.args[0])
-    return f"replace({', '.join(code.text(part) for part in (node.args[0], *kept))})"
+    column = code.begin(node) - code.begins[node.lineno - 1]
+    return listing("replace(", [code.text(part) for part in (node.args[0], *kept)], ")", column)
 
 
 # ---- what takes the place of functions that look at settings by name ------------------------------------------------
@@ -391,21 +405,32 @@ def constant_settings(source, trainer, s, open_names):
             continue
         name, value = node.target.id, getattr(s, node.target.id)
         if name in open_names:
-            default = node.value.args[0]
-            rules = [keyword for keyword in node.value.keywords if keyword.arg == "on"]
-            text = code.text(node)
-            for part, new in [(default, repr(value)), *((rule, "") for rule in rules)]:
-                text = text.replace(code.text(part), new, 1)
-            text = re.sub(r",\s*(?=[,)])", "", text)
+            call = node.value
+            kept = [keyword for keyword in call.keywords if keyword.arg != "on"]
+            doc = sentence(ast.literal_eval(call.args[1]))
+            texts = [literal(value), doc, *(code.text(part) for part in (*call.args[2:], *kept))]
+            head = f"{name}: {code.text(node.annotation)} = {code.text(call.func)}("
+            text = listing(head, texts, ")", 4, indent=8)
         else:
             doc = ast.literal_eval(node.value.args[1])
             annotation = f": {code.text(node.annotation)}" if name in varied else ""
-            text = f"{name}{annotation} = {value!r}  # {doc}"
+            text = f"{name}{annotation} = {literal(value)}  # {doc}"
             if len(text) > 96:
                 comment = textwrap.fill(doc, 96, initial_indent="# ", subsequent_indent="    # ")
-                text = f"{comment}\n    {name}{annotation} = {value!r}"
+                text = f"{comment}\n    {name}{annotation} = {literal(value)}"
         edits.replace(code.begin(node), code.end(node), text)
     return edits.applied()
+
+
+def sentence(text):
+    """A literal of this text, in lines below each other inside the call of a field."""
+    pieces = textwrap.wrap(text, 86, drop_whitespace=False)
+    return "\n        ".join(f'"{piece}"' for piece in pieces)
+
+
+def literal(value):
+    """The value as Python, in the quotes of the trainer."""
+    return f'"{value}"' if isinstance(value, str) else repr(value).replace("'", '"')
 
 
 def decided_conflicts(source, trainer, s, open_names):
