@@ -182,7 +182,7 @@ def form_of(body):
 
 RULE = re.compile(rb"^={40,}$", re.MULTILINE)  # that the scripts print before and after their source
 PYTHON = re.compile(rb"^(?:import|from|def|class) \w", re.MULTILINE)
-FIRST_LINE = re.compile(rb"^(?:#|r?\"\"\"|r?'''|import \w|from \w)", re.MULTILINE)
+FIRST_LINE = re.compile(rb"^(?:#|r?[\"']|import \w|from \w)", re.MULTILINE)
 LAST_LINES = re.compile(  # with the comments below them
     rb"^if __name__ ?== ?[\"']__main__[\"']:.*\n(?:[ \t]+\S.*\n?)*(?:#.*\n?|[ \t]*\n)*", re.MULTILINE)
 
