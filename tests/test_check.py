@@ -543,6 +543,18 @@ def test_a_packed_script_is_read(tmp_path):
     assert ("CK-SUM", "error") in problems(folder)
 
 
+@pytest.mark.parametrize("text", [[], ["--text"]])
+def test_our_packed_script_is_read(tmp_path, text):
+    pytest.importorskip("python_minifier")
+    script = tmp_path / "train_gpt.py"
+    script.write_text(LOWER)
+    packed_script = tmp_path / "packed/train_gpt.py"
+    assert submit.main(["pack", "--script", str(script), "--out", str(packed_script), *text]) == 0
+    folder = contest_folder(tmp_path)
+    shutil.copy(packed_script, folder / "train_gpt.py")
+    assert ("CK-SUM", "error") in problems(folder)
+
+
 def test_a_readable_script_that_is_counted_packed(tmp_path):
     """The practice since #1530: over the limit as it lies there, under it as it is counted."""
     script = SCRIPT.replace("import os", f"# {120_000 * 'x'}\nimport os")

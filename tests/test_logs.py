@@ -166,6 +166,18 @@ def test_several_runs_in_one_file(tmp_path):
     assert all(log.mixed_line is None for log in read_logs(path))
 
 
+def test_each_run_has_its_own_source():
+    other = SCRIPT.replace("scores nothing", "scored nothing")
+    first, second = parse((contest_log(42, 1.1) + contest_log(7, 1.2, other)).encode(), "log")
+    assert first.source_sha256 == source_hash(SCRIPT.encode())
+    assert second.source_sha256 == source_hash(other.encode())
+
+
+def test_comments_below_the_last_lines_are_source():
+    script = SCRIPT + "# tuned\n"
+    assert read(contest_log(42, 1.1, script)).source_sha256 == source_hash(script.encode())
+
+
 def test_a_run_that_is_there_twice(tmp_path):
     """A console and a log file that were joined."""
     assert len(parse((contest_log(42, 1.1234) * 2).encode(), "log")) == 1

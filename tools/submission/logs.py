@@ -132,14 +132,15 @@ def parse(raw, path):
     form = form_of(body)
     if form in ("pointer", "empty", "binary", "json"):
         return [Log(path, form)]
-    source_sha256, body = without_source(body)
+    printed, body = without_sources(body)
     text = Text(body)
     ends, breaks = restarts(text)
     runs = []
     begin = 0
     for end in [*ends, len(body)]:
         mixed_line = next((text.number(offset) for offset in breaks if begin <= offset < end), None)
-        log = read_run(text, begin, end, path)._replace(source_sha256=source_sha256, mixed_line=mixed_line)
+        log = read_run(text, begin, end, path)
+        log = log._replace(source_sha256=source_of(log, printed), mixed_line=mixed_line)
         if not any(same_run(log, other) for other in runs):
             runs.append(log)
         begin = end
@@ -181,21 +182,28 @@ def form_of(body):
 
 RULE = re.compile(rb"^={40,}$", re.MULTILINE)  # that the scripts print before and after their source
 PYTHON = re.compile(rb"^(?:import|from|def|class) \w", re.MULTILINE)
-FIRST_LINE = re.compile(rb"^(?:#|r?\"\"\"|r?'''|import \w|from \w)", re.MULTILINE)
-LAST_LINES = re.compile(rb"^if __name__ ?== ?[\"']__main__[\"']:.*\n(?:[ \t]+\S.*\n?)*", re.MULTILINE)
+FIRST_LINE = re.compile(rb"^(?:#|r?[\"']|import \w|from \w)", re.MULTILINE)
+LAST_LINES = re.compile(  # with the comments below them
+    rb"^if __name__ ?== ?[\"']__main__[\"']:.*\n(?:[ \t]+\S.*\n?)*(?:#.*\n?|[ \t]*\n)*", re.MULTILINE)
 
 
-def without_source(body):
-    """(hash of the script's source in this log or None, the log with that text blanked, line by line)."""
-    digest = None
+def without_sources(body):
+    """([(line, hash)] of each source that is printed, the log with these lines blank)."""
+    printed = []
     parts = []
     at = 0
     for begin, end in sources(body):
-        if digest is None:
-            digest = source_hash(body[begin:end])
+        printed.append((body.count(b"\n", 0, begin) + 1, source_hash(body[begin:end])))
         parts += [body[at:begin], b"\n" * body.count(b"\n", begin, end)]
         at = end
-    return digest, b"".join([*parts, body[at:]])
+    return printed, b"".join([*parts, body[at:]])
+
+
+def source_of(log, printed):
+    """The hash of the source that was printed last before the steps of a run, or None."""
+    place = log.lines.get("logged_steps") or log.lines.get("val_bpb", log.first_line)
+    before = [digest for line, digest in printed if line <= place]
+    return before[-1] if before else None
 
 
 def sources(body):

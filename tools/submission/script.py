@@ -99,7 +99,7 @@ def unpacked(source, tree):
 def unpacked_comment(source):
     """What tools/submit.py pack keeps in its last line: base85, or blocks of a key and bytes exclusive-or that key."""
     head, mark, comment = source.rpartition(b"\n#")
-    if not mark or len(comment) < 1000:
+    if not mark or len(comment) < 100:
         return None
     inner = decompressed(base64.b85decode, comment)
     sizes = {int(size) for size in re.findall(rb"%\s?(\d{1,3})\b", head) if int(size) > 1}
