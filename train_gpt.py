@@ -1292,8 +1292,8 @@ def _run_conflicts(s, complain):
     if s.resume == "auto" and not (s.run_id or s.out_dir):
         complain("RESUME=auto needs the RUN_ID or OUT_DIR of the run to continue")
     if s.resume and not s.keeps_checkpoints:
-        complain(f"RESUME={s.resume} and CHECKPOINT_EVERY={s.checkpoint_every}: a run that keeps no "
-                 "checkpoints is not continued")
+        complain(f"RESUME={s.resume} and CHECKPOINT_EVERY={s.checkpoint_every}: a run that keeps "
+                 "no checkpoints is not continued")
     if (s.phases == "eval") != bool(s.artifact):
         complain(f"PHASES={s.phases} and ARTIFACT={s.artifact or '(empty)'}: PHASES=eval needs an "
                  "ARTIFACT, and nothing else reads one")

@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import records
 from common import ROOT
 
-
 SAME = ("steps", "artifact_sha256", "model_bytes", "val_bpb", "val_loss", "val_tokens", "val_bytes", "valid", "reasons")
 
 
@@ -47,8 +46,8 @@ def call(*command):
     """Run a command on one core; its seconds."""
     began = time.monotonic()
     limited = ["timeout", "--kill-after=60", "1500"]  # seconds: four times what the longest takes on a slow machine
-    done = subprocess.run([*limited, *command], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, text=True)
+    done = subprocess.run([*limited, *command], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout[-3000:]}"
     return time.monotonic() - began
 

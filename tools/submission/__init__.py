@@ -1,1 +1,1 @@
-"""The commands of tools/submit.py, a module each: arguments(argv) reads its options, run(args) does it."""
+"""The commands of tools/submit.py, each by arguments(argv) and run(args) of its module, and what they share."""
