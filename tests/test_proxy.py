@@ -16,7 +16,7 @@ RECORDS = REPO / "records"
 STEPS, BATCH, PARAMETERS = 7188, 786_432, 26_993_756  # the log of #1311, whose model is that of the defaults
 FULL = 209.414  # tokens a parameter: 7,188 * 786,432 / 26,993,756
 
-each = pytest.mark.parametrize("name", ["proxy-gpu", "proxy-cpu"])
+each = pytest.mark.parametrize("name", ["proxy", "proxy-cpu"])
 
 
 def settings(name):
@@ -79,7 +79,7 @@ def test_what_is_counted_in_steps_stays(name):
 
 
 def test_proportions():
-    gpu, cpu, full = settings("proxy-gpu"), settings("proxy-cpu"), tg.Settings()
+    gpu, cpu, full = settings("proxy"), settings("proxy-cpu"), tg.Settings()
     assert gpu.head_dim == full.head_dim and gpu.num_layers == full.num_layers
     assert cpu.train_seq_len / cpu.model_dim == full.train_seq_len / full.model_dim
     assert min(cpu.rope_dims, cpu.head_dim) == full.rope_dims

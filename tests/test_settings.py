@@ -391,6 +391,7 @@ def test_resume_auto_needs_to_know_what_to_resume():
     said = complaint("RESUME=auto")
     assert "RUN_ID" in said and "OUT_DIR" in said
     assert not complaints("RESUME=auto", "RUN_ID=x") and not complaints("RESUME=auto", "OUT_DIR=x")
+    assert "keeps no checkpoints" in complaint("RESUME=auto", "RUN_ID=x", "CHECKPOINT_EVERY=-1")
 
 
 def test_either_kind_of_warmdown_can_be_chosen_alone():

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 pytest.importorskip("python_minifier")
 
 from process import REPO, clean_env, run_trainer
-from runs import RULE, SCRIPT, call, command, good, losses, summary
+from runs import QUICK, RULE, SCRIPT, call, command, good, losses, summary
 
 import submit
 from submission import pack as packer
@@ -94,6 +95,38 @@ def test_training_and_scoring_are_the_same(toy, packed, small, tmp_path):
     for run, source in (("one", SCRIPT.read_bytes()), ("two", small)):  # what runs can be read, whatever was shipped
         head = (tmp_path / run / "train.log").read_text().partition(RULE)[0]
         assert head.rstrip("\n") == source.decode().rstrip("\n")
+
+
+@pytest.mark.parametrize("options", [[], ["--specialise"]], ids=["preset", "specialised"])
+def test_a_script_with_settings_runs_them_by_itself(toy, options, tmp_path):
+    """Alone in an empty folder: the same losses, artifact and score, and in the log the same settings."""
+    (tmp_path / "mine.env").write_text("\n".join([*toy, *QUICK, "PARALLEL_START_LAYER=3", "LAWA_K=3"]))
+    out = tmp_path / "alone/train_gpt.py"
+    assert submit.main(["pack", "--settings", f"{tmp_path}/mine.env", *options, "--out", str(out)]) == 0
+    good(python(out, "OUT_DIR=run", "SEED=5", tmp=tmp_path, cwd=out.parent))
+    good(call([f"@{tmp_path}/mine.env", "SEED=5", f"OUT_DIR={tmp_path}/whole"]))
+    found, expected = (json.loads((folder / "summary.json").read_text()) for folder in (out.parent / "run", tmp_path / "whole"))
+    same = set(SAME) - {"settings_hash"} if options else SAME
+    assert {key: found[key] for key in same} == {key: expected[key] for key in same}
+    assert losses(out.parent / "run") == losses(tmp_path / "whole") != []
+    chosen = {pair for pair in expected["settings"].split() if not pair.startswith("OUT_DIR=")}
+    assert chosen - set(found["settings"].split()) <= {"LAWA_K=3"}  # which does nothing here
+    readable = out.with_name("train_gpt_human.py").read_text()
+    if options:
+        assert readable.count("\n") < 0.9 * SCRIPT.read_text().count("\n")
+    else:
+        assert re.search("^PRESET = '.*DATA_PATH=", readable, re.M)
+
+
+def test_a_preset_is_below_all_that_is_given(tmp_path):
+    (tmp_path / "mine.env").write_text("NUM_LAYERS=4 XSA_LAST_N=2 VE_LAYERS=2,3 MATRIX_LR=0.5")
+    out = tmp_path / "train_gpt.py"
+    assert submit.main(["pack", "--settings", f"{tmp_path}/mine.env", "--out", str(out)]) == 0
+    said = good(python(out, "--help", tmp=tmp_path)).stdout
+    assert "  MATRIX_LR=0.5 " in said and "  NUM_LAYERS=4 " in said and "  SEED=1337 " in said
+    (tmp_path / "more.env").write_text("XSA_LAST_N=5")
+    done = python(out, f"@{tmp_path}/more.env", tmp=tmp_path)
+    assert done.returncode == 2 and "XSA_LAST_N=5 exceeds NUM_LAYERS=4" in done.stderr
 
 
 def test_ranks_start_at_once(toy, packed, small, tmp_path):
@@ -310,6 +343,10 @@ BAD = {
     "a NUL": (lambda f: ["--script", put(f / "nul.py", b"x = 1\0\n")], "not Python"),
     "packed already": (lambda f: ["--script", pack(put(f / "s.py", b"x = 1\n"), f / "p.py", "--text")], "packed already"),
     "onto itself": (lambda f: ["--script", (s := put(f / "s.py", b"x = 1\n")), "--out", s], "is the script itself"),
+    "settings that are none": (lambda f: ["--settings", f / "none.env"], "none.env: cannot be read"),
+    "settings of another script": (lambda f: ["--script", put(f / "s.py", b"x = 1\n"), "--settings", put(f / "s.env", b"SEED=1")],
+                                   "has no PRESET"),
+    "nothing to cut down to": (lambda f: ["--specialise"], "--specialise needs the --settings"),
     "other suffix": (lambda f: ["--script", put(f / "s.py", b"x = 1\n"), "--out", f / "s.txt"], "must end in .py"),
     "no folder": (lambda f: ["--script", (s := put(f / "s.py", b"x = 1\n")), "--out", s / "o.py"], "cannot be written"),
 }

@@ -282,9 +282,10 @@ EDITS = (
         return " ".join(pairs)
 """, """        pairs = dict(RECORD)
         for f in fields(self):
+            name = f.name.upper()
             value = getattr(self, f.name)
-            if value != f.default:
-                pairs[f.name.upper()] = format_value(value)
+            if name in RECORD or value != f.default:
+                pairs[name] = format_value(value)
         return shlex.join(f"{name}={value}" for name, value in pairs.items())
 """),
     ('"""The settings that were changed, as one line of KEY=VALUE that parse accepts."""',
@@ -353,10 +354,14 @@ def preset_line(source):
 
 
 def record_tables(trainer, s, name, open_names):
-    """MODEL and RECORD, the constants as text."""
+    """MODEL and RECORD as text: all constants, and what the record chooses of the settings that stay open."""
     model = [f for f in trainer.model_fields() if f.name != "seed"]
-    others = [f for f in fields(s) if f not in model and f.name not in open_names and s.holds(f.metadata["on"])
-              and f.metadata["group"] != "Run"]
+    others = []
+    for f in fields(s):
+        is_fixed = f.name not in open_names and f.metadata["group"] != "Run" and s.holds(f.metadata["on"])
+        is_changed = f.name in open_names and getattr(s, f.name) != f.default
+        if f not in model and (is_fixed or is_changed):
+            others.append(f)
     tables = []
     for title, chosen in (("MODEL", model), ("RECORD", others)):
         pairs = [f"{f.name.upper()}={trainer.format_value(getattr(s, f.name))}" for f in chosen]
@@ -365,7 +370,7 @@ def record_tables(trainer, s, name, open_names):
         tables.append((title, wrapped))
     return f'''
 # This file is {name}, to which tools/submit.py specialise has cut down the trainer.
-# Its settings are constants, here as text and in Settings as values.
+# Its settings are constants, here as text and in Settings as values; a few can still be chosen.
 
 
 def read_pairs(text):
