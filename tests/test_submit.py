@@ -392,7 +392,7 @@ def test_failed_write_leaves_the_old_file(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("argv", [[], ["pak"]])
 def test_unknown_command_names_those_there_are(argv, capsys):
     assert submit.main(argv) == 2
-    assert "there is: pack" in capsys.readouterr().err
+    assert "there is: specialise, pack, folder, check, stats, verify" in capsys.readouterr().err
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
