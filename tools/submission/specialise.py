@@ -89,9 +89,10 @@ class TrainerValues(Values):
             stores |= {store._replace(codec="mixed") for store in stores if store.codec == "int"}
         # What is None where a technique is off.
         self.absent = set()
+        writes_text = s.needs_curvature and s.gptq_calibration == "generated"
         for is_on, names in (
                 (s.ttt in ("lora", "lora_docs"), ("adapters", "adapter_weights")),
-                (s.eval_context == "cache", ("past",)),
+                (s.eval_context == "cache" or writes_text, ("past",)),
                 (s.complement_alpha > 0, ("token_weights",)),
                 (s.needs_curvature, ("curvature",))):
             if not is_on:
