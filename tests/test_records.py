@@ -699,8 +699,8 @@ def test_run_sh_record_small(folder, toy, tmp_path):
 
 # Between them they have most techniques; .ci/records.py runs all records twice, at their small sizes.
 CUT_DOWN = [folder for folder in FOLDERS if folder.name in (
-    "2026-03-17_NaiveBaseline", "2026-05-01_SP8192_PR2130Base_Calib32", "2026-04-30_V19_PR1908_AsymLogit_WD2",
-    "2026-03-27_SGD_TTT_HedgeMixer_PerLayerLR_1.0450", "2026-03-23_11L-CosineTTT_ValidTwin")]
+    "2026-03-17_NaiveBaseline", "2026-04-30_V19_PR1908_AsymLogit_WD2",
+    "2026-03-27_SGD_TTT_HedgeMixer_PerLayerLR_1.0450")]
 SAME = ("artifact_sha256", "val_bpb", "val_loss", "val_tokens", "val_bytes", "valid", "tested", "steps", "params")
 
 
