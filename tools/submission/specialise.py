@@ -10,6 +10,7 @@ by their names.
 """
 
 import ast
+import contextlib
 import re
 import shlex
 import textwrap
@@ -44,6 +45,8 @@ OF_CHECKPOINTS = {(owner, method) for owner, methods in {
 REPLACING = {"save_artifact", "contiguous_reader", "selftest_settings", "without_model_settings", "with_model_settings"}
 
 PURE_FUNCTIONS = {"parse_rule", "format_value", "largest_code", "_storable"}  # of the trainer, called with known values
+# {function: (the argument that may be None, the argument that it then returns)}
+WITHOUT_NONE = {"optional": (0, 1), "add_adapter": (1, 0)}
 SAFE_METHODS = {"get", "items", "keys", "values", "removesuffix", "removeprefix", "startswith", "endswith", "upper",
                 "lower", "split", "partition", "count", "index"}
 
@@ -180,19 +183,13 @@ class TrainerValues(Values):
 
     def rewritten(self, node, code):
         """optional(None, x, ...) and add_adapter(x, None, ...) are x; the bound of a setting is a number."""
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "add_adapter":
-            try:
-                if code.known(node.args[1]) is None:
-                    return code.text(node.args[0])
-            except Unknown:
-                pass
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "optional":
-            try:
-                if code.known(node.args[0]) is None:
-                    return code.text(node.args[1])
-            except Unknown:
-                pass
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "replace":
+        called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+        if called in WITHOUT_NONE:
+            may_be_none, otherwise = WITHOUT_NONE[called]
+            with contextlib.suppress(Unknown):
+                if code.known(node.args[may_be_none]) is None:
+                    return code.text(node.args[otherwise])
+        if called == "replace":
             return without_unread(node, code)
         found = re.fullmatch(r'Settings\.__dataclass_fields__\["(\w+)"\]\.metadata\["(\w+)"\]', code.text(node)
                              if isinstance(node, ast.Subscript) else "")
