@@ -31,8 +31,11 @@ def run(folder):
     seconds = call("bash", "run.sh", f"records/{folder}", "--small", f"OUT_DIR={out}")
     summary = summary_of(out)
     script = out.with_name(f"{out.name}-cut.py")
-    settings = [pair for pair in shlex.split(summary["settings"]) if not pair.startswith("OUT_DIR=")]
-    call(sys.executable, "tools/submit.py", "specialise", f"records/{folder}", *settings, "-o", str(script))
+    # All that the run changed, and nothing of the record that the small sizes set back to its default.
+    settings = out.with_name(f"{out.name}.env")
+    pairs = [pair for pair in shlex.split(summary["settings"]) if not pair.startswith("OUT_DIR=")]
+    settings.write_text(shlex.join(pairs))
+    call(sys.executable, "tools/submit.py", "specialise", str(settings), "-o", str(script))
     cut = out.with_name(f"{out.name}-cut")
     shutil.rmtree(cut, ignore_errors=True)
     seconds_cut = call(sys.executable, str(script), f"OUT_DIR={cut}")

@@ -2,6 +2,7 @@
 settings files; each can be read by somebody who has only its README; each runs small with every technique on,
 evaluation included, and ends with the verdict that its README states."""
 
+import importlib.util
 import json
 import re
 import shlex
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -727,6 +729,19 @@ def test_the_trainer_cut_down_to_a_record_is_that_record(folder, toy, tmp_path):
     assert done.returncode == 2 and "MODEL_DIM is a constant of this script" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert "DATA_PATH=" in good(run_trainer(["--help"], cwd=script.parent, script=script)).stdout
+    watches(script, toy[0].partition("=")[2])
+
+
+def watches(script, data):
+    """The ledger of this script still hears who opens a shard when."""
+    spec = importlib.util.spec_from_file_location("cut", script)
+    cut = importlib.util.module_from_spec(spec)
+    sys.modules["cut"] = cut  # where dataclasses look
+    spec.loader.exec_module(cut)
+    ledger = cut.Validity()
+    with ledger.watch(data):
+        next(Path(data).glob("fineweb_val_*.bin")).read_bytes()
+    assert ledger.reasons == [cut.OPENED_EARLY]
 
 
 @over([folder for folder in FOLDERS if folder not in THROUGH_RUN_SH])

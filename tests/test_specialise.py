@@ -51,6 +51,21 @@ CASES = {
                 "wide -x", "return x"),
     "a list is filled later": ("def f():\n    found = []\n    found.append(1)\n    for x in found:\n        print(x)\nf()\n", {},
                                "", "found"),
+    "a list of the module is filled later": (
+        "FOUND = []\n\ndef f():\n    FOUND.append(1)\n\nf()\nfor x in FOUND:\n    print(x)\nprint(0)\n", {}, "", "for FOUND"),
+    "a list of the module is filled by another": (
+        "FOUND = []\n\ndef f(where):\n    where.append(1)\n\nf(FOUND)\nif FOUND:\n    print(1)\nprint(0)\n", {}, "", "if FOUND"),
+    "an attribute of two classes": (
+        "class A:\n    def __init__(self):\n        self.extra = None\n\n    def run(self):\n        if self.extra is not None:\n"
+        "            print('extra')\n        print('A')\n\nclass B:\n    def __init__(self, x):\n        self.extra = x\n\n"
+        "    def run(self):\n        print(self.extra)\n\nA().run()\nB(input).run()\n", {}, "print('extra')", "print('A') self.extra"),
+    "an attribute that somebody else sets": (
+        "class A:\n    def __init__(self):\n        self.extra = None\n\n    def run(self):\n        if self.extra is not None:\n"
+        "            print('extra')\n        print('A')\n\na = A()\na.extra = 1\na.run()\n", {}, "", "print('extra')"),
+    "an attribute that a subclass sets": (
+        "class A:\n    extra = None\n\n    def run(self):\n        if self.extra is not None:\n            print('extra')\n"
+        "        print('A')\n\nclass B(A):\n    def __init__(self):\n        self.extra = 1\n\nA().run()\nB().run()\n", {}, "",
+        "print('extra')"),
     "a parameter": ("def f(x, deep=False):\n    if deep:\n        return 2 * x\n    return x\nprint(f(1), f(2, deep=s.deep))\n",
                     dict(deep=False), "deep deep:", "f(2)"),
     "a parameter that is handed on": (

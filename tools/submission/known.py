@@ -27,6 +27,9 @@ OPERATORS = {
     ast.Div: lambda a, b: a / b, ast.FloorDiv: lambda a, b: a // b, ast.Mod: lambda a, b: a % b,
     ast.Not: lambda a: not a, ast.USub: lambda a: -a,
 }
+# Methods that leave a list, dict or set as it is.
+READING_METHODS = {"get", "items", "keys", "values", "index", "count", "copy"}
+READING = (ast.Compare, ast.For, ast.comprehension, ast.BinOp, ast.UnaryOp, ast.Starred, ast.If)
 FUNCTIONS = (ast.FunctionDef, ast.Lambda)
 SIMPLE = (type(None), bool, int, float, str)
 
@@ -64,8 +67,8 @@ class Values:
 
     facets = {}  # {facet: all values that it may have}; an expression is known if it has one value in all worlds
 
-    def name(self, name, world):
-        """The value of a name that the text does not define; Unknown."""
+    def name(self, node, world, code):
+        """The value of an ast.Name of which the text does not say it; Unknown."""
         raise Unknown
 
     def attribute(self, node, world, code):
@@ -110,6 +113,8 @@ class Code:
         self._link()
         self.nonlocals = [node for node in self.nodes if isinstance(node, ast.Nonlocal)]
         self.constants = self._module_constants()
+        self.changing = self._changing_names()
+        self.families = self._families()
         self.locals = {}  # function: {name: the expression of its only assignment}
         self.attributes = self._attribute_assignments()
         self.callers = self._callers()
@@ -176,6 +181,34 @@ class Code:
                 counts[statement.name] += 2
         return {name: value for name, value in found.items() if counts[name] == 1 and value is not None}
 
+    def _changing_names(self):
+        """Names of which a use may change the object: nothing is known of a list, dict or set of such a name."""
+        return {node.id for node in self.nodes
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and not self._only_reads(node)}
+
+    def _only_reads(self, node):
+        """Does this use of a name leave a list, dict or set as it is, and give it to nobody?"""
+        parent = self.parents[node]
+        if isinstance(parent, ast.Attribute):
+            return parent.attr in READING_METHODS and self._is_called(parent)
+        if isinstance(parent, ast.Subscript):
+            return parent.slice is node or isinstance(parent.ctx, ast.Load)
+        if isinstance(parent, ast.Call):
+            return isinstance(parent.func, ast.Name) and parent.func.id in PURE_CALLS
+        return isinstance(parent, READING)
+
+    def _families(self):
+        """{class: the names of all classes that it is made from, or that are made from it, in the text}."""
+        classes = {node.name: node for node in self.nodes if isinstance(node, ast.ClassDef)}
+        above = {}
+        for name in classes:
+            found = [name]
+            for one in found:  # grows
+                bases = classes[one].bases if one in classes else ()
+                found += [base.id for base in bases if isinstance(base, ast.Name) and base.id not in found]
+            above[name] = set(found) & set(classes)
+        return {name: above[name] | {other for other in classes if name in above[other]} for name in classes}
+
     def local_values(self, function):
         """{name: expression} of the names that a function assigns once, as a simple statement; None: it has the name,
         but not so.
@@ -211,7 +244,7 @@ class Code:
 
     def _attribute_assignments(self):
         """{name: [(class, expression)]} of all assignments to an attribute; the expression is None where it is not a
-        simple one, or not of self.
+        simple one, and the class where it is not one of self.
         """
         found = defaultdict(list)
         for node in self.nodes:
@@ -220,7 +253,8 @@ class Code:
                     if isinstance(part, ast.Attribute) and isinstance(part.ctx, (ast.Store, ast.Del)):
                         simple = isinstance(node, ast.Assign) and part is target
                         of_self = isinstance(part.value, ast.Name) and part.value.id == "self"
-                        found[part.attr].append((self.class_of(node), node.value if simple and of_self else None))
+                        owner = self.class_of(node) if of_self else None
+                        found[part.attr].append((owner, node.value if simple and of_self else None))
             if isinstance(node, ast.ClassDef):
                 for statement in node.body:
                     if isinstance(statement, ast.AnnAssign):
@@ -408,10 +442,8 @@ class Code:
         """Is this an attribute of self that is always something made by a class?"""
         if not (isinstance(node, ast.Attribute) and is_self(node.value)):
             return False
-        made = self.attributes.get(node.attr, [])
-        if not made or len({owner for owner, _ in made}) > 1:
-            return False
-        return all(isinstance(expression, ast.Call) and self._is_class(expression.func) for _, expression in made)
+        made = self._assigned(node)
+        return bool(made) and all(isinstance(one, ast.Call) and self._is_class(one.func) for one in made)
 
     def _is_class(self, node):
         """Does this name a class of the file, or one of torch.nn?"""
@@ -420,38 +452,58 @@ class Code:
         return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "nn"
 
     def _name(self, node, world):
+        try:
+            return self._name_in_text(node, world)
+        except Circular:
+            raise
+        except Unknown:
+            return self.values.name(node, world, self)
+
+    def _name_in_text(self, node, world):
         function = self.function_of(node)
         while function is not None:
             known = self.local_values(function)
             if node.id in known:
                 if known[node.id] is None:
-                    return self.values.name(node, world)
+                    raise Unknown
                 value = self.value(known[node.id], world)
                 if isinstance(value, (list, dict, set)):  # it may be filled later
                     raise Unknown
                 return value
             function = self.function_of(function)
-        if node.id in self.constants:
-            return self.value(self.constants[node.id], world)
-        return self.values.name(node, world)
+        if node.id not in self.constants:
+            raise Unknown
+        value = self.value(self.constants[node.id], world)
+        if isinstance(value, (list, dict, set)) and node.id in self.changing:
+            raise Unknown
+        return value
 
     def _attribute(self, node, world):
         try:
             return self.values.attribute(node, world, self)
         except Unknown:
             pass
-        assigned = self.attributes.get(node.attr, [])
-        if isinstance(node.ctx, ast.Load) and assigned and self._is_own(node, assigned):
-            value = only(self._not_circular([expression for _, expression in assigned], world))
+        assigned = self._assigned(node)
+        if isinstance(node.ctx, ast.Load) and assigned:
+            value = only(self._not_circular(assigned, world))
             if isinstance(value, SIMPLE):
                 return value
         raise Unknown
 
-    def _is_own(self, node, assigned):
-        """Is this an attribute that only one class of the file has, and is it one of an object of ours?"""
-        if any(expression is None or owner is None for owner, expression in assigned):
-            return False
-        return len({owner for owner, _ in assigned}) == 1 and not isinstance(node.value, ast.Call)
+    def _assigned(self, node):
+        """The expressions that this attribute is assigned, or an empty list: they are not all known. Of self, they are
+        those of its class and the classes made from it; of another object, all of them, if they are of one class.
+        """
+        assigned = self.attributes.get(node.attr, [])
+        owner = self.class_of(node)
+        if is_self(node.value) and owner is not None:
+            family = self.families[owner.name]
+            assigned = [(one, value) for one, value in assigned if one is None or one.name in family]
+        elif isinstance(node.value, ast.Call) or len({one for one, _ in assigned}) > 1:
+            return []
+        if any(one is None or value is None for one, value in assigned):
+            return []
+        return [value for _, value in assigned]
 
     def _call(self, node, world):
         try:

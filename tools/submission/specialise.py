@@ -126,7 +126,7 @@ class TrainerValues(Values):
             return node.id in ("s", "settings") or node.id == "self" and owner is not None and owner.name == "Settings"
         return isinstance(node, ast.Attribute) and node.attr == "s"
 
-    def name(self, node, world):
+    def name(self, node, world, code):
         if node.id in self.absent:
             return None
         if node.id == "compressor":
