@@ -3799,7 +3799,9 @@ class TokenStream:
         self.packed = s.loader == "packed"
         self.reordered = s.loader in ("shuffled", "coprime")
         self.shards = [read_shard(path) for path in paths]
-        self.hold_out(s.holdout_tokens if s.average == "best" else 0)
+        self.held = np.empty(0, np.uint16)
+        if s.average == "best":
+            self.hold_out(s.holdout_tokens)
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.check_stages()
         self.block = max(stage.length for stage in s.stages)  # tokens of a block
@@ -3837,7 +3839,7 @@ class TokenStream:
                 self.shards.append(shard[:start])
         if not self.shards:
             raise BadInput(f"HOLDOUT_TOKENS={self.s.holdout_tokens} leaves nothing to train on")
-        self.held = np.concatenate(tails) if tails else np.empty(0, np.uint16)
+        self.held = np.concatenate(tails)
 
     def check_stages(self):
         """BadInput if the ranks cannot share the batches of a stage evenly."""
@@ -4132,6 +4134,8 @@ class CurvatureMeter:
         enough for gradients at every output, and none of a matrix is computed.
         """
         hooks = []
+        if self.model.head_proj is not None:
+            hooks.append(self.model.head_proj.register_forward_hook(self._note_features))
         required = [(param, param.requires_grad) for param in self.model.parameters()]
         for name, module in self.model.named_modules():
             if isinstance(module, Linear):
@@ -4172,8 +4176,6 @@ class CurvatureMeter:
             self._last_input = x
             self._last_name = name
         self._hessian_of[name] = self._last_name
-        if module is self.model.head_proj:
-            self._features = output.detach()
 
         def backward(gradient):
             square = gradient.flatten(0, -2).float().square().sum(0)
@@ -4182,6 +4184,9 @@ class CurvatureMeter:
             self._add(self.gain, name, square)
 
         output.register_hook(backward)
+
+    def _note_features(self, module, args, output):
+        self._features = output
 
     def _watch_table(self, name, module, args, output):
         """A table: an error in a row counts once for each lookup, each time through the gradient
@@ -4199,12 +4204,13 @@ class CurvatureMeter:
 
     def observe(self, ids, targets):
         """Add the text ids, targets (B, T): one forward and one backward."""
-        self._features = None
         with self._watching(), torch.enable_grad():
             hidden = self.model.hidden(ids)
             logits = self.model.logits(hidden)
             F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
-            features = hidden if self._features is None else self._features
+            features = hidden
+            if self.model.head_proj is not None:
+                features = self._features
             self._add_head(features.detach().flatten(0, -2).float(), logits.detach())
         self.tokens += targets.numel()
 
@@ -4818,8 +4824,9 @@ class Quantiser:
         for name, store in self.stores.items():
             if store.codec == "float16":
                 continue
-            weight = self._pruned(self.weights[name])
-            self.weights[name] = weight
+            if s.prune_pct:
+                self.weights[name] = self._pruned(self.weights[name])
+            weight = self.weights[name]
             self.groups.setdefault((weight.shape, store), []).append(name)
             self.quantised += weight.numel()
 
@@ -7572,7 +7579,9 @@ class ModelPredictor(Predictor):
         self._forward = rt.compile(self._run)
 
     def _run(self, ids, docs, places, past, adapter_weights):
-        """(logits (B, M, V) of the places, keys and values of the ids). This gets compiled."""
+        """Logits (B, M, V) of the places; with a past, also the keys and values of the ids. This
+        gets compiled.
+        """
         adapters = None
         if adapter_weights is not None:
             adapters = self.adapters.of(adapter_weights)
@@ -7581,21 +7590,18 @@ class ModelPredictor(Predictor):
         hidden = self.model.hidden(ids, docs, adapters, past)
         hidden = hidden.gather(1, places[..., None].expand(*places.shape, hidden.size(-1)))
         logits = self.model.logits(at_least_float32(hidden), adapters) / self.temperature
-        if past is None:
-            return logits, None
-        return logits, past.new_kv
+        return logits if past is None else (logits, past.new_kv)
 
     def logits(self, inputs):
         """(B, M, V) of the places."""
-        past = None
-        docs = None
         if self.kept_tokens and inputs.turn is not None:
             past = self._cached_past(inputs)
-        else:
-            docs = self.model.docs_outside_graph(inputs.ids)
-        logits, self.new_keys = self._forward(
-            inputs.ids, docs, inputs.places, past, self.adapter_weights)
-        return logits
+            logits, self.new_keys = self._forward(
+                inputs.ids, None, inputs.places, past, self.adapter_weights)
+            return logits
+        self.new_keys = None
+        docs = self.model.docs_outside_graph(inputs.ids)
+        return self._forward(inputs.ids, docs, inputs.places, None, self.adapter_weights)
 
     def _cached_past(self, inputs):
         """The fields of Past but `new_kv`, a list that the forward fills: it is made in _run(), so
@@ -8006,9 +8012,10 @@ class DocumentAdapters(ModelPredictor):
         self.document_groups = []  # ranges of the documents of each group
         # Of the group.
         self.batches = 0  # that have ended
-        size = self.start.size(1) + 1
-        device = self.start.device
-        self.ended_sum_and_count = torch.zeros(size, dtype=torch.float64, device=device)
+        if self.s.ttt_lora_a == "shared":
+            size = self.start.size(1) + 1
+            device = self.start.device
+            self.ended_sum_and_count = torch.zeros(size, dtype=torch.float64, device=device)
         # Of the batch.
         self.rows = None  # LearningRows
         if self.phased:
@@ -8092,7 +8099,7 @@ class DocumentAdapters(ModelPredictor):
             self.draw += 1
         elif s.ttt_lora_a == "shared":
             self._warm_start()
-        self.ended_sum_and_count.zero_()
+            self.ended_sum_and_count.zero_()
         self.batches = 0
         self.document_groups.append(part.ranges)
         documents = sum(map(len, self.document_groups))
@@ -10409,7 +10416,8 @@ def train(run, model, val):
     need_loadable("the artifact of this model", largest_entries(model, s))
     training = Training(run, model)
     copies = training.stream.copies = Contamination(val.tokens.cpu().numpy())
-    copies.note(copies.find(training.stream.held))
+    if s.average == "best":
+        copies.note(copies.find(training.stream.held))
     state = None
     if s.resume:
         state = checkpoint_to_resume(run, training)  # before minutes are spent on warm-up
@@ -10454,12 +10462,14 @@ def train(run, model, val):
     run.validity.need_for_record(
         len(training.made_by) == 1, f"trained in parts, by {' and by '.join(training.made_by)}")
     model.temperature = training.fit_temperature() if s.eval_temperature == 0 else None
-    curvature = training.qat and training.qat.curvature
-    if s.needs_curvature and not curvature:
+    curvature = None
+    if training.qat and training.qat.curvature:
+        curvature = training.qat.curvature
+    elif s.needs_curvature:
         curvature = training.calibrate()
     _check_copies(run, copies)
     model.reasons = run.validity.to_keep(rt)
-    return curvature or None
+    return curvature
 
 
 def _set_aside_later(run, step):

@@ -47,8 +47,21 @@ CASES = {
                            "print(f(0), f(1))\n", dict(on=False), "elif s.on", "2 3"),
     "what only the branch used": ("import os\n\n# of g\nLIMIT = 3\n\ndef g():\n    return LIMIT\n\nif s.on:\n    print(g(), os)\n"
                                   "print(0)\n", dict(on=False), "os LIMIT of g def", "0"),
-    "a local": ("def f(x):\n    wide = s.width > 3\n    if wide:\n        return x\n    return -x\nprint(f(2))\n", dict(width=4),
-                "wide -x", "return x"),
+    "a local": ("def f(x):\n    wide = s.width > 3\n    if wide:\n        return x + 1\n    return -x\nprint(f(2))\n",
+                dict(width=4), "wide -x", "return x"),
+    "what gives back what it gets": ("def f(x, y):\n    if s.on:\n        x += y\n    return x\nprint(f(2, 3))\n", dict(on=False),
+                                     "def f(2, 3 y", "2"),
+    "what does nothing around": (
+        "class A:\n    def see(self):\n        \"\"\"Look.\"\"\"\n\nclass B(A):\n    def see(self):\n        if s.on:\n"
+        "            print(1)\n\nclass C(B):\n    def see(self):\n        super().see()\n        print(2)\n\nC().see()\nB().see()\n",
+        dict(on=False), "super().see()", "print(2) pass"),
+    "a value that is assigned twice": ("def f():\n    x = 1\n    if s.on:\n        x = 2\n    return [x]\nprint(f())\n",
+                                       dict(on=True), "1", "x = 2"),
+    "a list that is always empty": (
+        "def f():\n    found = [1]\n    if s.on:\n        found += [x for x in range(s.n)]\n    return found\nprint(f())\n",
+        dict(on=True, n=0), "range +=", "[1]"),
+    "one operand decides": ("def f(x):\n    if x is None and s.n:\n        return 1\n    return 2\nprint(f(None))\n", dict(n=0), "if 1",
+                            "return 2"),
     "a list is filled later": ("def f():\n    found = []\n    found.append(1)\n    for x in found:\n        print(x)\nf()\n", {},
                                "", "found"),
     "a list of the module is filled later": (
@@ -66,7 +79,7 @@ CASES = {
         "class A:\n    extra = None\n\n    def run(self):\n        if self.extra is not None:\n            print('extra')\n"
         "        print('A')\n\nclass B(A):\n    def __init__(self):\n        self.extra = 1\n\nA().run()\nB().run()\n", {}, "",
         "print('extra')"),
-    "a parameter": ("def f(x, deep=False):\n    if deep:\n        return 2 * x\n    return x\nprint(f(1), f(2, deep=s.deep))\n",
+    "a parameter": ("def f(x, deep=False):\n    if deep:\n        return 2 * x\n    return [x]\nprint(f(1), f(2, deep=s.deep))\n",
                     dict(deep=False), "deep deep:", "f(2)"),
     "a parameter that is handed on": (
         "def f(n, deep):\n    if deep:\n        print('deep')\n    if n:\n        f(n - 1, deep)\n    print(n)\nf(2, s.deep)\n",
@@ -80,7 +93,7 @@ CASES = {
                                   "        if self.n:\n            print(self.n)\n\nA().run()\n", {}, "", "if self.n"),
     "a method that nobody calls": ("class A:\n    def run(self):\n        print(1)\n\n    # never\n    def other(self):\n"
                                    "        print(2)\n\nA().run()\n", {}, "other never", "run"),
-    "and, or": ("def f(x):\n    return (s.on and x) or (s.off and 1 / x)\nprint(f(3))\n", dict(on=True, off=False), "s.off 1 /",
+    "and, or": ("def f(x):\n    return [(s.on and x) or (s.off and 1 / x)]\nprint(f(3))\n", dict(on=True, off=False), "s.off 1 /",
                 "return"),
     "after a return": ("def f():\n    if s.on:\n        return 1\n    print(2)\n    return 3\nprint(f())\n", dict(on=True),
                        "print(2) 3", "return 1"),

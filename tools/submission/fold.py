@@ -10,11 +10,12 @@ layout. `values` is a Values of known.py: what is known of the program, beyond w
 """
 
 import ast
+import keyword
 import re
 from collections import defaultdict
 
 from submission.edits import Edits, dedented
-from submission.known import Code, Unknown, is_docstring, is_pure
+from submission.known import Code, Unknown, bound, is_docstring, is_pure
 from submission.prune import prune, prune_parameters
 
 BLOCKS = ("body", "orelse", "finalbody")
@@ -40,8 +41,19 @@ def fold(code, edits):
     """Decide what is known."""
     for node in code.nodes:
         fold_node(code, edits, node)
+        if isinstance(node, ast.FunctionDef):
+            if ends_in_bare_return(node):
+                edits.remove(node.body[-1])
+            above = code.inherited(node, node.name)
+            if above is not None and has_no_statement(node) and has_no_statement(above):
+                edits.remove(node)
         for block in BLOCKS:
             fold_block(code, edits, getattr(node, block, None))
+
+
+def ends_in_bare_return(function):
+    last = function.body[-1]
+    return isinstance(last, ast.Return) and last.value is None and not is_docstring(function.body[-2:][0])
 
 
 def fold_node(code, edits, node):
@@ -50,8 +62,7 @@ def fold_node(code, edits, node):
     elif isinstance(node, ast.IfExp):
         truth = code.truth(node.test)
         if truth is not None and is_pure(node.test):
-            chosen = node.body if truth else node.orelse
-            edits.replace(code.begin(node), code.end(node), in_parentheses(code, node, chosen))
+            put(code, edits, node, node.body if truth else node.orelse)
     elif isinstance(node, ast.BoolOp):
         fold_bool(code, edits, node)
     elif isinstance(node, ast.While):
@@ -64,8 +75,14 @@ def fold_node(code, edits, node):
         does_nothing_each_time = is_pass(node.body) and is_pure(node.iter)
         if not node.orelse and (does_nothing_each_time or is_empty(code, node.iter)):
             edits.remove(node)
-    elif isinstance(node, ast.Assign):
-        fold_table(code, edits, node)
+    elif isinstance(node, ast.With):
+        if is_pass(node.body) and all(map(does_nothing_around, node.items)):
+            edits.remove(node)
+    elif isinstance(node, ast.AugAssign):
+        if isinstance(node.op, ast.Add) and is_empty(code, node.value):
+            edits.remove(node)
+    elif isinstance(node, ast.Dict):
+        fold_table(code, edits, name_of_table(code, node), node)
     elif isinstance(node, ast.Expr):
         if does_nothing(code, node):
             edits.remove(node)
@@ -73,23 +90,36 @@ def fold_node(code, edits, node):
         text = code.values.rewritten(node, code)
         if text is not None:
             edits.replace(code.begin(node), code.end(node), text)
+        elif isinstance(node, ast.Call):
+            given = given_back(code, node)
+            if given is not None:
+                put(code, edits, node, given)
 
 
-def fold_table(code, edits, node):
-    """Leave out the entries of a dict of the module that nothing asks for."""
-    target = node.targets[0]
-    if not (isinstance(target, ast.Name) and isinstance(node.value, ast.Dict) and code.parents[node] is code.tree):
-        return False
-    wanted = code.values.table_keys(target.id)
+def does_nothing_around(item):
+    """Is this what `with` enters torch.no_grad() or the like?"""
+    return ast.unparse(item) in ("torch.no_grad()", "torch.enable_grad()")
+
+
+def name_of_table(code, node):
+    """The constant of the module that this dict is, or the function that returns it; "" for any other dict."""
+    parent = code.parents[node]
+    if isinstance(parent, ast.Return):
+        return code.function_of(node).name
+    is_constant = isinstance(parent, ast.Assign) and code.parents[parent] is code.tree
+    return parent.targets[0].id if is_constant else ""
+
+
+def fold_table(code, edits, name, table):
+    """Leave out the entries of a dict that nothing asks for."""
+    wanted = code.values.table_keys(name)
     if wanted is None:
-        return False
-    found = False
-    for key, value in zip(node.value.keys, node.value.values):
-        if isinstance(key, ast.Constant) and key.value not in wanted:
+        return
+    for key, value in zip(table.keys, table.values):
+        if isinstance(key, ast.Constant) and key.value not in wanted and code.source[code.end(value)] == ",":
             first = edits.first_comment(key.lineno, key.col_offset)
-            if first > node.lineno:
-                found = edits.replace(code.begins[first - 1], code.begins[value.end_lineno], "")
-    return found
+            if first > table.lineno:
+                edits.replace(code.begins[first - 1], code.begins[value.end_lineno], "")
 
 
 def fold_block(code, edits, block):
@@ -103,6 +133,18 @@ def fold_block(code, edits, block):
             return
         if isinstance(statement, ast.Pass) and len(block) > 1:
             edits.remove(statement)
+        if place + 1 < len(block) and is_overwritten(statement, block[place + 1]):
+            edits.remove(statement)
+
+
+def is_overwritten(statement, following):
+    """Does a statement assign what the following one assigns anew?"""
+    if not (isinstance(statement, ast.Assign) and isinstance(following, ast.Assign)):
+        return False
+    target = statement.targets[0]
+    reads = {node.id for node in ast.walk(following.value) if isinstance(node, ast.Name)}
+    again = isinstance(target, ast.Name) and [ast.dump(target)] == list(map(ast.dump, following.targets))
+    return again and len(statement.targets) == 1 and target.id not in reads and is_pure(statement.value)
 
 
 def leaves(statement):
@@ -118,9 +160,17 @@ def is_pass(block):
 
 def is_empty(code, node):
     """Is this iterable known to be empty?"""
-    of_dict = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-    if of_dict and node.func.attr in ("items", "values", "keys"):
-        node = node.func.value
+    if isinstance(node, (ast.GeneratorExp, ast.ListComp)):
+        return is_empty(code, node.generators[0].iter)
+    if code.values.is_empty(node, code):
+        return True
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        if node.func.attr in ("items", "values", "keys"):
+            return is_empty(code, node.func.value)
+        if code.text(node.func) == "nn.ModuleList":
+            return is_empty(code, node.args[0])
+    if isinstance(node, ast.Call) and code.text(node.func) in ("enumerate", "zip", "reversed"):
+        return is_empty(code, node.args[0])
     if isinstance(node, ast.Dict) and not node.keys:
         return True
     try:
@@ -131,31 +181,69 @@ def is_empty(code, node):
 
 
 def does_nothing(code, node):
-    """Is this statement the call of a function that has nothing left in it?"""
+    """Is this statement the call of a function that has nothing left in it, or that only has a result?"""
     call = node.value
+    if is_empty(code, call) or code.values.is_idle(call, code):
+        return True
     if not isinstance(call, ast.Call):
         return False
     if not all(map(is_pure, [*call.args, *(keyword.value for keyword in call.keywords)])):
         return False
+    if code.text(call.func).startswith("super()."):
+        above = code.inherited(code.function_of(call), call.func.attr)
+        return above is not None and has_no_statement(above)
     if isinstance(call.func, ast.Name):
-        return call.func.id in empty_functions(code)
+        return call.func.id in empty_functions(code) | code.values.without_effect
     return isinstance(call.func, ast.Attribute) and is_pure(call.func.value) and call.func.attr in empty_functions(code)
 
 
-def in_parentheses(code, node, chosen):
-    """The text of a part of an expression that takes the place of the whole, so that it still means the same."""
+def given_back(code, call):
+    """The argument that a function of the module gives back and does nothing else, or None."""
+    if not isinstance(call.func, ast.Name):
+        return None
+    parameter = code.giving_back().get(call.func.id)
+    function = parameter and next(one for one in code.tree.body if getattr(one, "name", "") == call.func.id)
+    given = function and bound(function, call)
+    if not given or not all(is_pure(value) for name, value in given.items() if name != parameter):
+        return None
+    return given.get(parameter)
+
+
+LOOSE = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.Compare, ast.BinOp, ast.UnaryOp)
+
+
+def put(code, edits, node, chosen):
+    """A part of an expression takes the place of the whole, in parentheses only where it needs them."""
+    begin, end = code.begin(node), code.end(node)
     text = code.text(chosen)
-    around = code.source[code.begin(node) - 1: code.begin(node)] + code.source[code.end(node): code.end(node) + 1]
-    loose = isinstance(chosen, (ast.IfExp, ast.BoolOp, ast.Lambda, ast.Compare, ast.BinOp, ast.UnaryOp))
+    inside_call = False
+    if code.source[begin - 1] + code.source[end:end + 1] == "()":
+        inside_call = not is_grouping(code, begin - 1)
+        if not inside_call:
+            begin, end = begin - 1, end + 1
     own_statement = isinstance(code.parents[node], (ast.Assign, ast.Return, ast.AnnAssign, ast.Expr, ast.keyword))
-    if "\n" in text and around != "()" or loose and not own_statement and around != "()":
-        return f"({text})"
-    return text
+    needs_them = "\n" in text or isinstance(chosen, LOOSE) and not own_statement and not decides(code, node)
+    if needs_them and not inside_call:
+        text = f"({text})"
+    edits.replace(begin, end, text)
+
+
+def decides(code, node):
+    """Is this the whole condition of a statement?"""
+    parent = code.parents[node]
+    return isinstance(parent, (ast.If, ast.While, ast.Assert)) and parent.test is node
+
+
+def is_grouping(code, place):
+    """Does this parenthesis only hold an expression together, and is it not that of a call?"""
+    before = code.source[:place].rstrip(" ")
+    word = re.search(r"\w*$", before)[0]
+    return keyword.iskeyword(word) or not word and before[-1:] not in (")", "]", "}", '"', "'")
 
 
 def fold_bool(code, edits, node):
     """Leave out operands that do not matter."""
-    neutral = isinstance(node.op, ast.And)  # True in an and, False in an or
+    neutral = isinstance(node.op, ast.And)  # True in an `and`, False in an `or`
     kept = []
     for place, operand in enumerate(node.values):
         truth = code.truth(operand) if is_pure(operand) else None
@@ -166,22 +254,16 @@ def fold_bool(code, edits, node):
         if truth is (not neutral):  # it decides: nothing after it is looked at
             break
     if len(kept) == len(node.values):
-        return False
-    if not kept:
-        kept = [node.values[-1]]
-    word = " and " if neutral else " or "
-    texts = [code.text(operand) if len(kept) == 1 or not isinstance(operand, (ast.BoolOp, ast.IfExp, ast.Lambda))
-             else f"({code.text(operand)})" for operand in kept]
-    text = word.join(texts)
-    multiline = "\n" in text
-    around = code.source[code.begin(node) - 1: code.begin(node)]
-    is_looser = len(kept) == 1 and isinstance(kept[0], (ast.BoolOp, ast.IfExp, ast.Compare))
-    if is_looser or multiline or "\n" in code.text(node):
-        free = is_condition(code, node) or isinstance(code.parents[node], (ast.Assign, ast.Return, ast.keyword))
-        if (multiline or not free) and around != "(":
-            text = f"({text})"
+        return
+    if len(kept) < 2:
+        put(code, edits, node, kept[0] if kept else node.values[-1])
+        return
+    texts = [f"({code.text(operand)})" if isinstance(operand, (ast.BoolOp, ast.IfExp, ast.Lambda)) else
+             code.text(operand) for operand in kept]
+    text = (" and " if neutral else " or ").join(texts)
+    if "\n" in text and code.source[code.begin(node) - 1] != "(":
+        text = f"({text})"
     edits.replace(code.begin(node), code.end(node), text)
-    return True
 
 
 def is_condition(code, node):
@@ -199,7 +281,7 @@ def is_condition(code, node):
 
 
 def fold_if(code, edits, node):
-    """Decide an if, or an elif. Is there nothing left to do inside it in this turn?"""
+    """Decide an if, or an elif."""
     source = code.source
     is_elif = source[code.begin(node):].startswith("elif")
     truth = code.truth(node.test) if is_pure(node.test) else None
@@ -209,44 +291,35 @@ def fold_if(code, edits, node):
     body_begin = code.end(node.test) + re.match(r"[\s)]*:[^\n]*\n", source[code.end(node.test):]).end()
     body_end = code.begins[node.body[-1].end_lineno]
     else_begin, else_text = rest_of(code, node, body_end)
-    if truth is None:
-        if is_pass(node.body) and is_pure(node.test):
-            if not node.orelse:
-                if is_elif:
-                    edits.replace(line_begin, line_end, "")
-                else:
-                    edits.remove(node)
-                return True
-            if not is_elif and not starts_elif(code, node):
-                test = code.text(node.test)
-                edits.replace(line_begin, line_end, f"{' ' * indent}if not ({test}):\n{else_text}")
-                return True
-        if node.orelse and is_pass(node.orelse):
-            edits.replace(body_end, line_end, "")
-        return False
-    if truth:
-        body = source[body_begin:body_end]
+
+    def become(text):
+        edits.replace(line_begin, line_end, text)
+
+    def vanish():
         if is_elif:
-            edits.replace(line_begin, line_end, f"{' ' * indent}else:\n{body}")
-        else:
-            edits.replace(line_begin, line_end, dedented(body, node.body[0].col_offset - indent))
-        return True
-    if not node.orelse:
-        if is_elif:
-            edits.replace(line_begin, line_end, "")
+            become("")
         else:
             edits.remove(node)
-        return True
-    if starts_elif(code, node):
+
+    if truth is None:
+        if is_pass(node.body) and is_pure(node.test) and not node.orelse:
+            vanish()
+        elif is_pass(node.body) and is_pure(node.test) and not is_elif and not starts_elif(code, node):
+            become(f"{' ' * indent}if not ({code.text(node.test)}):\n{else_text}")
+        elif node.orelse and is_pass(node.orelse):
+            edits.replace(body_end, line_end, "")
+    elif truth:
+        body = source[body_begin:body_end]
+        become(f"{' ' * indent}else:\n{body}" if is_elif else dedented(body, node.body[0].col_offset - indent))
+    elif not node.orelse:
+        vanish()
+    elif starts_elif(code, node):
         text = source[else_begin:line_end]
-        if not is_elif:
-            text = text.replace("elif", "if", 1)
-        edits.replace(line_begin, line_end, text)
+        become(text if is_elif else text.replace("elif", "if", 1))
     elif is_elif:
-        edits.replace(line_begin, line_end, source[else_begin:line_end])
+        become(source[else_begin:line_end])
     else:
-        edits.replace(line_begin, line_end, dedented(else_text, node.orelse[0].col_offset - indent))
-    return True
+        become(dedented(else_text, node.orelse[0].col_offset - indent))
 
 
 def starts_elif(code, node):
@@ -273,8 +346,11 @@ def empty_functions(code):
         bodies = defaultdict(list)
         for node in code.nodes:
             if isinstance(node, ast.FunctionDef):
-                statements = [one for one in node.body if not is_docstring(one)]
-                empty = not statements or is_pass(statements)
-                bodies[node.name].append(empty and not node.decorator_list)
+                bodies[node.name].append(has_no_statement(node))
         code.empty = {name for name, empty in bodies.items() if all(empty)}
     return code.empty
+
+
+def has_no_statement(function):
+    statements = [one for one in function.body if not is_docstring(one)]
+    return (not statements or is_pass(statements)) and not function.decorator_list

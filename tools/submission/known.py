@@ -18,6 +18,7 @@ PURE_CALLS = set("""
 EVALUATED = {name: getattr(builtins, name) for name in """
     len min max any all sum abs tuple list set sorted range str int float bool round dict frozenset
 """.split()}
+TYPES = {name: EVALUATED[name] for name in ("tuple", "list", "set", "str", "int", "float", "bool", "dict")}
 OPERATORS = {
     ast.Eq: lambda a, b: a == b, ast.NotEq: lambda a, b: a != b, ast.Lt: lambda a, b: a < b,
     ast.LtE: lambda a, b: a <= b, ast.Gt: lambda a, b: a > b, ast.GtE: lambda a, b: a >= b,
@@ -79,11 +80,28 @@ class Values:
         """The value of an ast.Call; Unknown."""
         raise Unknown
 
+    def class_of_object(self, node, code):
+        """The name of the class of the text that the object of this expression has, or None."""
+
+    def is_idle(self, node, code):
+        """Has this call, a statement, no effect that anything asks for?"""
+        return False
+
+    plain_records = frozenset()  # classes like NamedTuple of which only single fields are read, by their names
+
     def rewritten(self, node, code):
         """Another text for this expression, or None."""
 
+    without_effect = frozenset()  # names of functions of which only the result can be wanted
+
     def table_keys(self, name):
-        """The keys of this dict of the module that anything asks for, or None: all of them."""
+        """The keys that anything asks for of this dict of the module, or of that which this function returns; None: all
+        of them.
+        """
+
+    def is_empty(self, node, code):
+        """Is this iterable always empty, whatever the text says?"""
+        return False
 
     def is_member_used(self, owner, member, code):
         """Is this statement of a class needed? None: as the text says."""
@@ -110,6 +128,7 @@ class Code:
         self.scopes = {}  # node: the innermost function or class around it
         self.nodes = []  # all of them, outer ones first
         self.own = defaultdict(list)  # function or class: its nodes without those of functions and classes inside
+        self._bound_names = {}
         self._link()
         self.nonlocals = [node for node in self.nodes if isinstance(node, ast.Nonlocal)]
         self.constants = self._module_constants()
@@ -122,6 +141,7 @@ class Code:
         self.read = None  # the attributes that are read, once somebody asks (prune.read_attributes)
         self.empty = None  # the functions with nothing left in them (fold.empty_functions)
         self._memo = {}
+        self._giving_back = None
         self.nowhere = World({})
         self._worlds = {}
 
@@ -160,6 +180,23 @@ class Code:
         while scope is not None and not isinstance(scope, ast.ClassDef):
             scope = self.scopes[scope]
         return scope
+
+    def is_local(self, node):
+        """Is this a name of a function around it, and not of the module?"""
+        function = self.function_of(node)
+        while function is not None:
+            if function not in self._bound_names:
+                names = set(arguments_of(function))
+                other = set()  # of functions around, or of the module
+                for one in self.own[function]:
+                    names.update(name for target in targets_of(one) for name in names_in(target))
+                    if isinstance(one, (ast.Global, ast.Nonlocal)):
+                        other.update(one.names)
+                self._bound_names[function] = names - other
+            if node.id in self._bound_names[function]:
+                return True
+            function = self.function_of(function)
+        return False
 
     # What a name stands for
 
@@ -209,6 +246,30 @@ class Code:
             above[name] = set(found) & set(classes)
         return {name: above[name] | {other for other in classes if name in above[other]} for name in classes}
 
+    def inherited(self, method, name):
+        """The method of this name of the class from which that of `method` is made, or None."""
+        owner = self.scopes[method]
+        while isinstance(owner, ast.ClassDef) and len(owner.bases) == 1:
+            base = owner.bases[0]
+            owner = next((one for one in self.tree.body if isinstance(one, ast.ClassDef)
+                          and one.name == getattr(base, "id", None)), None)
+            for member in owner.body if owner else ():
+                if isinstance(member, ast.FunctionDef) and member.name == name:
+                    return member
+        return None
+
+    def giving_back(self):
+        """{function of the module: the parameter that it returns, without doing anything else}."""
+        if self._giving_back is None:
+            self._giving_back = {}
+            for function in self.tree.body:
+                if isinstance(function, ast.FunctionDef) and not function.decorator_list:
+                    body = [one for one in function.body if not is_docstring(one)]
+                    value = body[0].value if len(body) == 1 and isinstance(body[0], ast.Return) else None
+                    if isinstance(value, ast.Name) and value.id in arguments_of(function):
+                        self._giving_back[function.name] = value.id
+        return self._giving_back
+
     def local_values(self, function):
         """{name: expression} of the names that a function assigns once, as a simple statement; None: it has the name,
         but not so.
@@ -216,7 +277,7 @@ class Code:
         if function not in self.locals:
             found = {}
             for node in self.own[function]:
-                for target in targets_of(node):
+                for target in [] if isinstance(node, ast.Delete) else targets_of(node):
                     for name in names_in(target):
                         once = name not in found and isinstance(node, ast.Assign) and isinstance(target, ast.Name)
                         found[name] = node.value if once and not self._in_loop(node, function) else None
@@ -280,7 +341,6 @@ class Code:
                 for member in node.body:
                     if isinstance(member, ast.FunctionDef):
                         methods[member.name].append(member)
-        constructors = self._constructors()
         calls = defaultdict(list)
         escaped = set()
         for node in self.nodes:
@@ -288,7 +348,7 @@ class Code:
                 calls[node.func.id].append(node)
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 calls["." + node.func.attr].append(node)
-            elif isinstance(node, ast.Name) and not self._is_called(node):
+            elif isinstance(node, ast.Name) and not self._is_called(node) and not self.is_local(node):
                 escaped.add(node.id)
             elif isinstance(node, ast.Attribute) and not self._is_called(node):
                 escaped.add("." + node.attr)
@@ -296,9 +356,9 @@ class Code:
         for name, function in functions.items():
             if calls[name] and name not in escaped:
                 found[function] = calls[name]
-        for name, function in constructors.items():
-            if calls[name]:
-                found[function] = calls[name]
+        for function, made in self._constructors(calls):
+            if made:
+                found[function] = made
         for name, definitions in methods.items():
             plain = all(not one.decorator_list and not self.values.is_used(self.scopes[one].name, name)
                         for one in definitions)
@@ -307,21 +367,40 @@ class Code:
                     found[function] = calls["." + name]
         return found
 
-    def _constructors(self):
-        """{class: its __init__} of the classes of which no other class is made."""
-        bases = {base.id for node in self.nodes if isinstance(node, ast.ClassDef)
-                 for base in node.bases if isinstance(base, ast.Name)}
-        found = {}
-        for node in self.tree.body:
-            if isinstance(node, ast.ClassDef) and node.name not in bases:
-                for member in node.body:
-                    if isinstance(member, ast.FunctionDef) and member.name == "__init__":
-                        found[node.name] = member
+    def _constructors(self, calls):
+        """[(__init__, its calls)] of the classes that are only made by name."""
+        classes = {node.name: node for node in self.tree.body if isinstance(node, ast.ClassDef)}
         # One that is handed on may be called anywhere.
-        for node in self.nodes:
-            if isinstance(node, ast.Name) and node.id in found and not (self._is_called(node) or self._is_type(node)):
-                del found[node.id]
-        return found
+        handed_on = {node.id for node in self.nodes if isinstance(node, ast.Name) and node.id in classes
+                     and not (self._is_called(node) or self._is_type(node))}
+        inits = {}
+        for name, node in classes.items():
+            for member in node.body:
+                if getattr(member, "name", "") == "__init__":
+                    inits[name] = member
+        below = defaultdict(list)  # {class: those that are made from it}
+        for name, node in classes.items():
+            for base in node.bases:
+                below[getattr(base, "id", None)].append(name)
+
+        def calls_of(name):
+            """Those that make an object of this class, as far as its __init__ sees them; None: not all are known."""
+            if name in handed_on or len(classes[name].bases) > 1:
+                return None
+            found = [*calls[name]]
+            for other in below[name]:
+                more = self._calls_of_super(inits[other]) if other in inits else calls_of(other)
+                if more is None:
+                    return None
+                found += more
+            return found
+
+        return [(init, calls_of(name)) for name, init in inits.items()]
+
+    def _calls_of_super(self, init):
+        """The calls super().__init__(...) in a constructor."""
+        calls = [node for node in self.own[init] if isinstance(node, ast.Call)]
+        return [call for call in calls if self.text(call.func) == "super().__init__"]
 
     def _is_called(self, node):
         parent = self.parents[node]
@@ -334,7 +413,7 @@ class Code:
             node, parent = parent, self.parents[parent]
         if isinstance(parent, ast.Call):
             return isinstance(parent.func, ast.Name) and parent.func.id == "isinstance"
-        return isinstance(parent, ast.Compare) or (
+        return isinstance(parent, (ast.Compare, ast.ClassDef)) or (
             isinstance(parent, (ast.AnnAssign, ast.arg)) and parent.annotation is node)
 
     def _arguments(self):
@@ -387,6 +466,8 @@ class Code:
         if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
             parts = [self.value(part, world) for part in node.elts]
             return {ast.Tuple: tuple, ast.List: list, ast.Set: set}[type(node)](parts)
+        if isinstance(node, ast.Dict) and None not in node.keys:
+            return {self.value(key, world): self.value(value, world) for key, value in zip(node.keys, node.values)}
         if isinstance(node, ast.UnaryOp):
             return OPERATORS[type(node.op)](self.value(node.operand, world))
         if isinstance(node, ast.BoolOp):
@@ -456,7 +537,7 @@ class Code:
             return self._name_in_text(node, world)
         except Circular:
             raise
-        except Unknown:
+        except (Unknown, KeyError):
             return self.values.name(node, world, self)
 
     def _name_in_text(self, node, world):
@@ -472,7 +553,7 @@ class Code:
                 return value
             function = self.function_of(function)
         if node.id not in self.constants:
-            raise Unknown
+            return TYPES[node.id]  # or a KeyError: unknown
         value = self.value(self.constants[node.id], world)
         if isinstance(value, (list, dict, set)) and node.id in self.changing:
             raise Unknown
@@ -496,8 +577,11 @@ class Code:
         """
         assigned = self.attributes.get(node.attr, [])
         owner = self.class_of(node)
+        kind = self.values.class_of_object(node.value, self)
         if is_self(node.value) and owner is not None:
-            family = self.families[owner.name]
+            kind = owner.name
+        if kind is not None:
+            family = self.families[kind]
             assigned = [(one, value) for one, value in assigned if one is None or one.name in family]
         elif isinstance(node.value, ast.Call) or len({one for one, _ in assigned}) > 1:
             return []
@@ -539,7 +623,12 @@ class Code:
         try:
             return only(map(bool, self.outcomes(node)))
         except Unknown:
-            return None
+            pass
+        if isinstance(node, ast.BoolOp):  # one operand may decide, whatever the others are
+            decides = isinstance(node.op, ast.Or)
+            if any(self.truth(operand) is decides for operand in node.values):
+                return decides
+        return None
 
 
 def only(values):
@@ -603,8 +692,10 @@ def is_pure(node):
     for part in ast.walk(node):
         if isinstance(part, (ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr)):
             return False
-        if isinstance(part, ast.Call) and not (isinstance(part.func, ast.Name) and part.func.id in PURE_CALLS):
-            return False
+        if isinstance(part, ast.Call):
+            by_name = isinstance(part.func, ast.Name) and part.func.id in PURE_CALLS
+            if not by_name and not (isinstance(part.func, ast.Attribute) and part.func.attr in READING_METHODS):
+                return False
     return True
 
 

@@ -106,7 +106,8 @@ class Live:
         for part in parts:
             for inner in ast.walk(part):
                 if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Load):
-                    self._name(inner.id)
+                    if not self.code.is_local(inner):
+                        self._name(inner.id)
                 elif isinstance(inner, ast.Attribute) and not isinstance(inner.ctx, ast.Store):
                     self.attributes.add(inner.attr)
                 elif isinstance(inner, ast.Global):
@@ -129,7 +130,7 @@ def prune_locals(code, edits, function):
     read = set()
     outer = set()  # names of functions around this one
     for node in ast.walk(function):
-        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Store):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
             read.add(node.id)
         elif isinstance(node, (ast.Global, ast.Nonlocal)):
             outer.update(node.names)
@@ -137,8 +138,12 @@ def prune_locals(code, edits, function):
         if isinstance(node, ast.FunctionDef):
             if node.name not in read:
                 edits.remove(node)
-        elif isinstance(node, ast.Assign) and len(node.targets) == 1:
+        elif isinstance(node, (ast.Assign, ast.Delete)) and len(node.targets) == 1:
             target = node.targets[0]
+            if isinstance(node, ast.Delete):
+                if isinstance(target, ast.Name) and target.id not in read | outer:
+                    edits.remove(node)
+                continue
             unread = isinstance(target, ast.Name) and target.id not in read | outer
             unread = unread or is_dead_attribute(code, target)
             if unread and is_pure(node.value):
@@ -159,7 +164,12 @@ def is_dead_attribute(code, target):
 
 
 def prune_parameters(code, edits):
-    """Take parameters that no function of a name reads out of its definitions and all its calls."""
+    """Take parameters that no function of a name reads out of its definitions and all its calls; and fields that
+    nothing reads out of plain records.
+    """
+    for node in code.tree.body:
+        if isinstance(node, ast.ClassDef) and node.name in code.values.plain_records:
+            prune_fields(code, edits, node)
     groups = defaultdict(list)
     for function in code.callers:
         groups[function.name if isinstance(code.scopes[function], ast.ClassDef) else function].append(function)
@@ -169,6 +179,25 @@ def prune_parameters(code, edits):
                 prune_parameters_of(code, edits, [function])
         else:
             prune_parameters_of(code, edits, functions)
+
+
+def prune_fields(code, edits, record):
+    """Take fields that nothing reads out of a class like NamedTuple and out of the calls that make one."""
+    members = [member for member in record.body if isinstance(member, ast.AnnAssign)]
+    names = [member.target.id for member in members]
+    dead = [member for member in members if member.target.id not in read_attributes(code)]
+    dead_names = [member.target.id for member in dead]
+    calls = [node for node in code.nodes
+             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == record.name]
+    replacements = []
+    for call in calls:
+        given = dict(zip(names, call.args)) | {keyword.arg: keyword.value for keyword in call.keywords}
+        if None in given or not all(is_pure(given[name]) for name in dead_names if name in given):
+            return
+        replacements.append(without_arguments(code, names, call, dead_names))
+    if dead and edits.replace_all([one for one in replacements if one]):
+        for member in dead:
+            edits.remove(member)
 
 
 def prune_parameters_of(code, edits, functions):
@@ -189,7 +218,7 @@ def prune_parameters_of(code, edits, functions):
         given = bound(functions[0], call, is_method)
         if given is None or not all(is_pure(given[name]) for name in dead if name in given):
             return
-        changed = without_arguments(code, functions[0], call, dead, is_method)
+        changed = without_arguments(code, names, call, dead)
         if changed:
             replacements.append(changed)
     edits.replace_all(replacements)
@@ -223,9 +252,10 @@ def without_parameters(code, function, dead):
     return begin, end, listing(f"def {function.name}(", texts, ")" + result, function.col_offset)
 
 
-def without_arguments(code, function, call, dead, is_method):
-    """(begin, end, text) of a call without what it gives for some parameters; None if it gives nothing for them."""
-    names = [argument.arg for argument in function.args.args][is_method:]
+def without_arguments(code, names, call, dead):
+    """(begin, end, text) of a call of a function with parameters `names` without what it gives for the dead ones; None
+    if it gives nothing for them.
+    """
     kept = [argument for argument, name in zip(call.args, names) if name not in dead]
     keywords = [keyword for keyword in call.keywords if keyword.arg not in dead]
     if len(kept) == len(call.args) and len(keywords) == len(call.keywords):

@@ -20,7 +20,7 @@ from pathlib import Path
 from common import ROOT, BadInput, Parser, load_trainer, say, trainer_errors, write
 from submission.edits import Edits, listing, tidy
 from submission.fold import folded
-from submission.known import Code, Impossible, Unknown, Values, arguments_of, is_docstring, is_self
+from submission.known import Code, Impossible, Unknown, Values, arguments_of, is_docstring, is_self, only
 from submission.pack import COMPRESSORS, minified, packed, read, settings_name
 from submission.prune import read_attributes
 
@@ -40,6 +40,9 @@ OF_CHECKPOINTS = {(owner, method) for owner, methods in {
     "Training": ("state", "load", "save"), "MuonAdam": ("named", "state_dict", "load_state_dict"),
     "Complement": ("state_dict", "load_state_dict"), "LateQAT": ("state_dict", "load_state_dict"),
     "Contamination": ("restore",)}.items() for method in methods}
+
+# Functions of which a record's script only wants the result.
+WITHOUT_EFFECT = frozenset(("roles", "training_data"))
 
 # The functions that make other settings of a run's own, with replace(): `worlds` knows what each gives.
 REPLACING = {"save_artifact", "contiguous_reader", "selftest_settings", "without_model_settings", "with_model_settings"}
@@ -80,6 +83,9 @@ def guarded(trainer, s, open_names):
 class TrainerValues(Values):
     """What the record decides."""
 
+    without_effect = WITHOUT_EFFECT
+    plain_records = frozenset(("Context", "TrainingGraph"))
+
     def __init__(self, trainer, s, open_names):
         self.trainer = trainer
         self.library_names = {}  # class: the names that it has from classes outside of the trainer
@@ -95,7 +101,8 @@ class TrainerValues(Values):
         writes_text = s.needs_curvature and s.gptq_calibration == "generated"
         for is_on, names in (
                 (s.ttt in ("lora", "lora_docs"), ("adapters", "adapter_weights")),
-                (s.eval_context == "cache" or writes_text, ("past",)),
+                (s.eval_context == "cache" or writes_text, ("past", "new_keys")),
+                (s.late_qat_threshold > 0, ("fake_quant",)),
                 (s.complement_alpha > 0, ("token_weights",)),
                 (s.needs_curvature, ("curvature",))):
             if not is_on:
@@ -111,13 +118,27 @@ class TrainerValues(Values):
         self.tables = {
             "NEWTON_SCHULZ": {s.newton_schulz}, "OPTIMIZERS": {s.matrix_optimizer, "adamw"}, "CODECS": codecs,
             "COMPRESSORS": compressors | {"zlib"},  # which packs the header
+            "PACKAGES": compressors,
+            "ALSO_CALLED": {"0"},
         }
+        with trainer.torch.device("meta"):
+            objective = trainer.Objective(trainer.GPT(s, init=False), s)
+        self.tables["update_rules"] = set(trainer.roles(objective).values())
+        self.never = OF_CHECKPOINTS | {("Settings", "rule")}
+        if s.fit != "allocate":
+            self.never.add(("Quantiser", "rate"))
+        if not s.late_qat_threshold:
+            self.never.add(("Quantiser", "steps"))
+        self.heads = s.mtp_num_heads
+        self.wrappers = trainer.wrappers(s)
+        self.open_fields = [f for f in fields(s) if f.name in open_names]
         self.averages = {"none": (), "best": ("ema", "swa", "lawa")}.get(s.average, (s.average,))
         self.facets = {
             "compressor": sorted(compressors),
             "settings": [guarded(trainer, one, open_names) for one in worlds(trainer, s)],
             "visit": visits,
             "store": sorted(stores, key=repr),
+            "field": self.open_fields,
         }
 
     def is_settings(self, node, code):
@@ -135,6 +156,13 @@ class TrainerValues(Values):
             return world["settings"]
         if node.id == "form":
             return world["visit"].form
+        if node.id == "was_done":  # all steps, in an earlier run
+            return False
+        if node.id == "LISTS":
+            return self.trainer.LISTS
+        owner = code.class_of(node)
+        if node.id == "kind" and owner is not None and owner.name == "Average":
+            return only(self.averages)
         raise Unknown
 
     def attribute(self, node, world, code):
@@ -146,6 +174,8 @@ class TrainerValues(Values):
             return False if node.attr == "scaled" else None
         if code.text(node.value) == "packed" and node.attr == "compressor":
             return world["compressor"]
+        if code.text(node) == "f.type":
+            return world["field"].type
         if self.is_settings(node.value, code) and not callable(getattr(self.trainer.Settings, node.attr, None)):
             return getattr(world["settings"], node.attr)
         of_visit = isinstance(node.value, ast.Name) and node.value.id == "visit"
@@ -162,6 +192,10 @@ class TrainerValues(Values):
     def call(self, node, world, code):
         if node.keywords:
             raise Unknown
+        if code.text(node) in ("isinstance(value, bool)", "isinstance(value, tuple)"):
+            return self.is_of_kind(node, code)
+        if code.text(node) == "isinstance(predictor, WrappingPredictor)" and not self.wrappers:
+            return False
         if isinstance(node.func, ast.Name) and node.func.id in PURE_FUNCTIONS:
             return getattr(self.trainer, node.func.id)(*(code.value(argument, world) for argument in node.args))
         if isinstance(node.func, ast.Name) and node.func.id == "getattr" and self.is_settings(node.args[0], code):
@@ -178,8 +212,25 @@ class TrainerValues(Values):
             return method(*(code.value(argument, world) for argument in node.args))
         raise Unknown
 
+    def is_of_kind(self, node, code):
+        """Are values of open settings of this type, in format_value()? None of them is a list or a switch."""
+        kind = {"bool": bool, "tuple": tuple}[node.args[1].id]
+        if code.function_of(node).name != "format_value" or any(isinstance(f.default, kind) for f in self.open_fields):
+            raise Unknown
+        return False
+
     def table_keys(self, name):
         return self.tables.get(name)
+
+    def is_empty(self, node, code):
+        empty = {"self.mtp": not self.heads, "wrappers()": not self.wrappers}
+        return empty.get(code.text(node), False)
+
+    def is_idle(self, node, code):
+        return code.text(node) == 'self.register_module("fake_quant", None)' and "fake_quant" in self.absent
+
+    def class_of_object(self, node, code):
+        return "GPT" if code.text(node).rpartition(".")[2] == "model" else None
 
     def rewritten(self, node, code):
         """optional(None, x, ...) and add_adapter(x, None, ...) are x; the bound of a setting is a number."""
@@ -201,7 +252,7 @@ class TrainerValues(Values):
         """A setting that no person chooses, as long as something reads it. What only checkpoints need is not, though
         other objects have methods of these names.
         """
-        if isinstance(member, ast.FunctionDef) and (owner.name, member.name) in OF_CHECKPOINTS:
+        if isinstance(member, ast.FunctionDef) and (owner.name, member.name) in self.never:
             return False
         if owner.name == "Settings" and isinstance(member, ast.AnnAssign) and not isinstance(member.value, ast.Call):
             return member.target.id in read_attributes(code)
@@ -233,6 +284,55 @@ def without_unread(node, code):
 # ---- what takes the place of functions that look at settings by name ------------------------------------------------
 
 REPLACED = {
+    "Settings.parse": '''
+    @classmethod
+    def parse(cls, args=(), env=None):
+        """Settings from a list of KEY=VALUE, before a mapping of environment variables. A constant
+        of this script keeps its value. Raises BadInput that lists every complaint, one a line.
+        """
+        known = {f.name.upper(): f for f in open_fields()}
+        given = {name: text for name, text in (env or {}).items() if name in (*known, *RECORD)}
+        complaints = [f"environment: {complaint}" for complaint in misspelt(env or {}, known)]
+        for arg in args:
+            name, equals, text = arg.partition("=")
+            if not equals:
+                complaints.append(f"argument: {arg!r} is not KEY=VALUE")
+            given[name] = text
+        values = {}
+        for name, text in given.items():
+            try:
+                if name in known:
+                    values[known[name].name] = parse_value(known[name], text)
+                elif name not in RECORD:
+                    raise ValueError("no setting of this script; see --help")
+                elif text != RECORD[name]:
+                    raise ValueError(f"{name} is a constant of this script: {RECORD[name]}")
+            except ValueError as error:
+                complaints.append(f"{name}={text}: {error}")
+        settings = cls(**values)
+        complaints += _conflicts(settings)
+        if complaints:
+            raise BadInput("\\n".join(complaints))
+        return settings
+''',
+    "_why_not_env": '''
+def misspelt(env, known):
+    """What is to be said of environment variables that are nearly settings."""
+    for name in env:
+        near = difflib.get_close_matches(name, known, 1, 0.85)
+        if near and name not in known:
+            yield (f"{name} is not a setting; did you mean {near[0]}? (unset it if it is not meant "
+                   "for this script)")
+''',
+    "_checked_header": '''
+def _checked_header(text):
+    """The header from JSON, its tables as TensorEntry and StreamEntry."""
+    header = json.loads(text)
+    tensors = [TensorEntry(name, tuple(shape), *how) for name, shape, *how in header["tensors"]]
+    streams = [StreamEntry(*row) for row in header["streams"]]
+    optional = {"temperature": 0, "reasons": []}
+    return optional | header | {"tensors": tensors, "streams": streams}
+''',
     "model_settings": '''
 def model_settings(s):
     """{name: value as text} of the settings that define the model."""
@@ -291,20 +391,6 @@ EDITS = (
     ("""        return {f.name.upper(): format_value(getattr(self, f.name)) for f in chosen}
 """, """        return RECORD | {f.name.upper(): format_value(getattr(self, f.name)) for f in chosen}
 """),
-    # names
-    ("""    renamed = other_names()
-""", """    if name in RECORD:
-        return f"{name} is a constant of this script: {RECORD[name]}"
-    renamed = other_names()
-"""),
-    ("def parse(cls, args=(), env=None, preset=PRESET):", "def parse(cls, args=(), env=None):"),
-    ("""a list of KEY=VALUE or @file, a mapping of environment variables, and a
-        text of KEY=VALUE below both.
-""", """a list of KEY=VALUE or @file and a mapping of environment variables.
-"""),
-    ("""        from_files = dict(word.split("=", 1) for word in shlex.split(preset))
-""", """        from_files = {}
-"""),
     ("""        preset = cls.parse()
 """, ""),
     ("""            value = format_value(getattr(preset, f.name))
@@ -312,7 +398,21 @@ EDITS = (
 """, """            setting = f"{f.name.upper()}={format_value(f.default) or '(empty)'}"
 """),
     ("Settings: default < preset of this copy < @file < environment < KEY=VALUE.",
-     "Settings: default < @file < environment < KEY=VALUE."),
+     "Settings: default < environment < KEY=VALUE."),
+    ("""    for name in doubtful_names(os.environ):
+        log("warning", environment=name,
+            note="looks like a setting but is none; STRICT_ENV=1 makes that an error")
+    for name in COMMON:
+        if name in os.environ and run.s.data_path == Settings.data_path:  # it may be meant
+            log("warning", environment=name, note=f"is not read: {other_names()[name]}")
+""", ""),
+    ("    python train_gpt.py @records/small.env MATRIX_LR=0.03 SEED=7    with other settings\n",
+     "    python train_gpt.py DATA_PATH=... SEED=7                        with other settings\n"),
+    # its own artifacts, in their one size: what this script runs is trusted anyway
+    ("""    need_loadable("the artifact of this model", largest_entries(model, s))
+""", ""),
+    ("""    need_loadable(path, tensors)
+""", ""),
 )
 
 RULES = re.compile(r'\n\n    `code` names the function.*?\n    """', re.S)  # of opt's docstring
@@ -386,10 +486,14 @@ RECORD = MODEL | read_pairs("""
 
 
 def replace_functions(source):
-    for name, text in REPLACED.items():
-        (node,) = [node for node in ast.parse(source).body if getattr(node, "name", "") == name]
+    for qualified, text in REPLACED.items():
+        body = ast.parse(source).body
+        for name in qualified.split("."):
+            (node,) = [node for node in body if getattr(node, "name", "") == name]
+            body = node.body
         lines = source.splitlines(keepends=True)
-        lines[node.lineno - 1:node.end_lineno] = [text.lstrip("\n")]
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        lines[first - 1:node.end_lineno] = [text.lstrip("\n")]
         source = "".join(lines)
     return source
 
@@ -475,11 +579,16 @@ HEADING = re.compile(
     r"^(# -{90,}\n(?P<room># .*\n(?:#.*\n)*?)# -{90,}\n|# ---- .* -+\n)", re.M)  # of a room, or of a section
 
 
+# A line of comment in a class, between blank ones, after which the class ends or another such line comes.
+LONELY_TITLE = re.compile(r"^    # [^\n]*\n\n+(?=\S|    # [^\n]*\n\n)", re.M)
+
+
 def without_empty_headings(source):
-    """Without headings of sections and rooms under which nothing stands."""
+    """Without headings of sections and rooms under which nothing stands but comments."""
     headings = list(HEADING.finditer(source))
     ends = [heading.start() for heading in headings[1:]] + [len(source)]
-    empty = [not source[heading.end():end].strip() for heading, end in zip(headings, ends)]
+    empty = [all(line.startswith("#") for line in source[heading.end():end].split("\n") if line.strip())
+             for heading, end in zip(headings, ends)]
     for place in reversed(range(len(headings))):
         # A room is empty if its sections are, too.
         following = place + 1
@@ -488,8 +597,9 @@ def without_empty_headings(source):
             following += 1
         ends_room = following == len(headings) or headings[following]["room"]
         if empty[place] and (ends_room or not is_room):
-            source = source[:headings[place].start()] + source[headings[place].end():]
-    return tidy(source)
+            end = ends[place] if not is_room else headings[place].end()
+            source = source[:headings[place].start()] + source[end:]
+    return tidy(LONELY_TITLE.sub("", source))
 
 
 def fitting_docstring(source, name):
@@ -520,28 +630,6 @@ def with_living_code_names(source):
     return re.sub(r',\s*code="([\w.]+)"', check, source)
 
 
-def other_names(source, trainer, s, open_names):
-    """The names of other scripts: those that have another name here keep the advice if that setting is open. All
-    others, and the settings that are constants, are names that this script is known not to read.
-    """
-    known = {name.upper() for name in open_names}
-    kept = []
-    unread = set()
-    for line in trainer.OTHER_NAMES.strip().splitlines():
-        names, _, advice = line.strip().partition(": ")
-        if set(re.findall(r"[A-Z_]{4,}", advice)) & known:
-            kept.append(f"    {line.strip()}")
-        else:
-            unread.update(names.split())
-    unread.update(f.name.upper() for f in fields(s) if f.name not in open_names)
-    source = edited(source, trainer.OTHER_NAMES, "\n" + "\n".join(kept) + "\n")
-    words = sorted({*trainer.FOREIGN, *unread})
-    table = textwrap.fill(" ".join(words), 96, initial_indent="    ", subsequent_indent="    ")
-    begin = source.index('FOREIGN = tuple("""')
-    end = source.index('""".split())', begin)
-    return source[:begin] + f'FOREIGN = tuple("""\n{table}\n' + source[end:]
-
-
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -553,7 +641,6 @@ def specialised(source, s, name):
     if re.findall(r"\breplace\((?:s|given|run\.s)\b", source) and not set(replacing_functions(source)) <= REPLACING:
         unknown = set(replacing_functions(source)) - REPLACING
         raise RuntimeError(f"specialise does not know which settings {', '.join(unknown)} makes")
-    source = other_names(source, trainer, s, open_names)
     source = with_record(source, trainer, s, name, open_names)
     source = folded(source, TrainerValues(trainer, s, open_names))
     source = with_living_code_names(source)
