@@ -1987,7 +1987,7 @@ class Attention(nn.Module):
         kv_dim = s.num_kv_heads * s.head_dim
         self.head_dim = s.head_dim
         self.attend = attend  # the kernel (room 14)
-        self.xsa = layer >= s.num_layers - s.xsa_last_n
+        self.xsa = s.xsa_last_n > 0 and layer >= s.num_layers - s.xsa_last_n
         # The order of the weights here is their order in SEED's random numbers and in artifacts.
         self.q = Linear(s.model_dim, s.model_dim)
         self.o = Linear(s.model_dim, s.model_dim, zero=True)
@@ -2007,7 +2007,7 @@ class Attention(nn.Module):
         if self.ve_scale is not None:
             nn.init.ones_(self.ve_scale)
 
-    def values(self, x, context, adapter):
+    def _values(self, x, context, adapter):
         """Values (B, T, K*C) with value embedding and residual. The first layer leaves its own in
         context.first_values.
         """
@@ -2023,7 +2023,7 @@ class Attention(nn.Module):
         """x (B, T, D) normed -> (B, T, D), its channels multiplied by `scale` (D,)."""
         q = add_adapter(self.q(x), adapters.q, x)
         k = add_adapter(self.k(x), adapters.k, x)
-        v = self.values(x, context, adapters.v)
+        v = self._values(x, context, adapters.v)
         q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in (q, k, v))
         q = rotate(norm(q), *context.rope) * self.q_gain.to(x.dtype)[:, None]
         k = rotate(norm(k), *context.rope)
@@ -3804,18 +3804,11 @@ class TokenStream:
             self.hold_out(s.holdout_tokens)
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.check_stages()
-        self.block = max(stage.length for stage in s.stages)  # tokens of a block
-        self.lengths = merge_short_shards([len(shard) for shard in self.shards], self.block + 1)
-        self.counts = [(length - 1) // self.block for length in self.lengths]  # of blocks
         if self.ends[-1] < 2:
             raise BadInput(f"{paths[0]}: the training stream holds fewer than 2 tokens")
-        if self.reordered and not sum(self.counts):
-            raise BadInput(f"{paths[0]}: LOADER={s.loader} deals out blocks, but the shards hold "
-                           f"fewer than the {self.block + 1} tokens of one; shorten the "
-                           "sequences, or prepare more text")
         self.total = int(self.ends[-1])  # tokens of an epoch
         if self.reordered:
-            self.total = sum(self.counts) * self.block
+            self.cut_into_blocks()
         self._orders = {}
         self._thread = ThreadPoolExecutor(1, "loader")
         self._ahead = ReadAhead(None, None)
@@ -3824,6 +3817,17 @@ class TokenStream:
     @property
     def epoch(self):
         return self.position / self.total
+
+    def cut_into_blocks(self):
+        """The blocks of the shards, which LOADER=shuffled|coprime reorders."""
+        self.block = max(stage.length for stage in self.s.stages)  # tokens of a block
+        self.lengths = merge_short_shards([len(shard) for shard in self.shards], self.block + 1)
+        self.counts = [(length - 1) // self.block for length in self.lengths]  # of blocks
+        if not sum(self.counts):
+            raise BadInput(f"{self.paths[0]}: LOADER={self.s.loader} deals out blocks, but the "
+                           f"shards hold fewer than the {self.block + 1} tokens of one; shorten "
+                           "the sequences, or prepare more text")
+        self.total = sum(self.counts) * self.block
 
     def hold_out(self, count):
         """Set the last `count` tokens of the stream aside in `held`: they are not trained on."""
@@ -3850,7 +3854,7 @@ class TokenStream:
                 raise BadInput(f"TRAIN_BATCH_TOKENS={tokens} is {sequences} sequences of "
                                f"TRAIN_SEQ_LEN={length}, which {world} ranks cannot share evenly")
             on_rank, in_micro_batch = self.split_batch(length, tokens)
-            if on_rank % in_micro_batch:
+            if self.packed and on_rank % in_micro_batch:
                 row_tokens = in_micro_batch * length
                 rank_tokens = on_rank * length
                 raise BadInput(f"LOADER=packed makes rows of {row_tokens} tokens, but {world} "
@@ -4815,12 +4819,12 @@ class Quantiser:
         self._spread_histogram = None
         self._check_curvature()
         # Late QAT asks for steps without a curvature, and so without AWQ-lite.
-        self.salient = self._salient_columns() if s.awq_lite_group_top_k and curvature else {}
-        for name in self.salient:
-            self.stores[name] = self.stores[name]._replace(codec="mixed")
+        if s.awq_lite_group_top_k and curvature:
+            self.salient = self._salient_columns()
+            for name in self.salient:
+                self.stores[name] = self.stores[name]._replace(codec="mixed")
         self._check_weights()
         self.groups = {}  # {(shape, Store): parameters}
-        self.quantised = 0  # weights that are not float16
         for name, store in self.stores.items():
             if store.codec == "float16":
                 continue
@@ -4828,7 +4832,11 @@ class Quantiser:
                 self.weights[name] = self._pruned(self.weights[name])
             weight = self.weights[name]
             self.groups.setdefault((weight.shape, store), []).append(name)
-            self.quantised += weight.numel()
+
+    @property
+    def quantised(self):
+        """Number of weights that are not float16."""
+        return sum(self.weights[name].numel() for names in self.groups.values() for name in names)
 
     def _check_weights(self):
         finite = torch.stack([self.weights[name].isfinite().all() for name in self.stores])
@@ -5041,15 +5049,17 @@ class Quantiser:
         return gptq(weights * alive, steps, top, orders, factors, self.s.gptq_block_size)
 
     def _encoded(self, store, grid_arrays, codes):
-        """A parameter with codes int16 (R, C). Codes beyond a byte are split into q + 127 * over,
-        and the codec becomes "wide".
+        """A parameter with codes int16 (R, C). Codes of a grid that are beyond a byte are split
+        into q + 127 * over, and the codec becomes "wide".
         """
         codec = store.codec
-        over = codes.sign() * ((codes.abs() - 1).clamp_min(0) // BYTE_TOP)
-        arrays = grid_arrays | {"q": (codes - BYTE_TOP * over).to(torch.int8)}
-        if over.any():
-            codec = "wide"
-            arrays["over"] = over.to(torch.int8)
+        if store.codec == "grid":
+            over = codes.sign() * ((codes.abs() - 1).clamp_min(0) // BYTE_TOP)
+            codes = codes - BYTE_TOP * over
+            if over.any():
+                codec = "wide"
+                grid_arrays = grid_arrays | {"over": over.to(torch.int8)}
+        arrays = grid_arrays | {"q": codes.to(torch.int8)}
         return Encoded(codec, store.bits, 0, 0, _to_cpu(arrays))
 
     def _add_lqer(self, encoded):
@@ -5889,7 +5899,7 @@ def save_artifact(path, model, s, tokenizer_sha256="", log=None, curvature=None,
     """
     if log is None:
         log = no_log
-    if budget is None:
+    if s.fit != "off" and budget is None:
         budget = s.size_limit
     header = artifact_header(model, tokenizer_sha256, s)
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
@@ -10446,16 +10456,12 @@ def train(run, model, val):
     if not was_done:
         _report_never_reached(run, training)
 
-    kind, weights = _choose_average(run, training, predictor)
-    if kind == "ema":
-        _report_young_average(run, training)
-    if weights is not None:
-        training.average.apply(weights)
-        result = report_score(run, predictor, val)
-        log("eval", name=f"{kind}_weights", val_loss=result.loss, val_bpb=result.bpb)
+    exported = "last"
+    if s.average != "none":
+        exported = _export_average(run, training, predictor, val)
     peak = rt.peak_memory_mib()
     run.facts.update(
-        steps=training.step, train_tokens=training.tokens, peak_memory_mib=peak, weights=kind,
+        steps=training.step, train_tokens=training.tokens, peak_memory_mib=peak, weights=exported,
         epochs=round(training.stream.epoch, 4))
     log("peak_memory", f"peak memory allocated: {peak} MiB", mib=peak)
 
@@ -10572,6 +10578,20 @@ def _report_young_average(run, training):
                  f"more steps, EMA_DECAY={lower} or AVERAGE=none make that less")
 
 
+def _export_average(run, training, predictor, val):
+    """Put the chosen average into the model, in place of the last weights, and report its score.
+    Returns its name.
+    """
+    kind, weights = _choose_average(run, training, predictor)
+    if kind == "ema":
+        _report_young_average(run, training)
+    if weights is not None:
+        training.average.apply(weights)
+        result = report_score(run, predictor, val)
+        run.log("eval", name=f"{kind}_weights", val_loss=result.loss, val_bpb=result.bpb)
+    return kind
+
+
 def _choose_average(run, training, predictor):
     """(name of the average, weights to export in place of the last ones, or None).
 
@@ -10620,6 +10640,8 @@ def held_out_loss(run, predictor, held):
 def _seconds_to_train(run, training):
     """Seconds of MAX_WALLCLOCK_SECONDS that are left for steps; 0: no limit."""
     s = run.s
+    if not training.reserve:
+        return s.max_wallclock_seconds
     limit = max(s.max_wallclock_seconds - training.reserve, 0.0)
     if s.max_wallclock_seconds and not limit:
         advice = "raise it"

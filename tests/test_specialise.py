@@ -60,8 +60,8 @@ CASES = {
     "a list that is always empty": (
         "def f():\n    found = [1]\n    if s.on:\n        found += [x for x in range(s.n)]\n    return found\nprint(f())\n",
         dict(on=True, n=0), "range +=", "[1]"),
-    "one operand decides": ("def f(x):\n    if x is None and s.n:\n        return 1\n    return 2\nprint(f(None))\n", dict(n=0), "if 1",
-                            "return 2"),
+    "one operand decides": ("def f(x):\n    if x is None and s.n:\n        return 1\n    return [2]\nprint(f(None))\n", dict(n=0), "if 1",
+                            "return [2]"),
     "a list is filled later": ("def f():\n    found = []\n    found.append(1)\n    for x in found:\n        print(x)\nf()\n", {},
                                "", "found"),
     "a list of the module is filled later": (
@@ -95,8 +95,13 @@ CASES = {
                                    "        print(2)\n\nA().run()\n", {}, "other never", "run"),
     "and, or": ("def f(x):\n    return [(s.on and x) or (s.off and 1 / x)]\nprint(f(3))\n", dict(on=True, off=False), "s.off 1 /",
                 "return"),
-    "after a return": ("def f():\n    if s.on:\n        return 1\n    print(2)\n    return 3\nprint(f())\n", dict(on=True),
-                       "print(2) 3", "return 1"),
+    "after a return": ("def f():\n    if s.on:\n        return [1]\n    print(2)\n    return 3\nprint(f())\n", dict(on=True),
+                       "print(2) 3", "return [1]"),
+    "a function that returns a constant": ("def f(x):\n    if s.on:\n        return 'a'\n    return x\nprint(f(2))\n", dict(on=True),
+                                           "def x", "print('a')"),
+    "a field that nobody reads": ("class A:\n    def __init__(self, n):\n        self.n = n\n        self.sum = 0\n\n    def run(self):\n"
+                                  "        self.sum = self.n\n        if s.on:\n            print(self.sum)\n        print(self.n)\n\n"
+                                  "A(2).run()\n", dict(on=False), "self.sum", "print(self.n)"),
     "a function that does nothing any more": ("def report():\n    if s.on:\n        print(1)\n\nreport()\nprint(2)\n",
                                               dict(on=False), "report", "2"),
     "a result that nobody wants": ("def f():\n    print(1)\n    return 2\n\ndef g():\n    x = f()\n    if s.on:\n        print(x)\n\n"

@@ -4,7 +4,7 @@ import sys
 
 from submission import rules
 from submission.entry import number_of, stated_by_logs
-from submission.findings import OfSeed, error, note, unknown, warning, worst
+from submission.findings import OfSeed, error, note, placed, unknown, warning, worst
 
 # ---- CK-IMPORT ------------------------------------------------------------------------------------------------------
 
@@ -134,9 +134,8 @@ def check_train_time(entry):
     rows = []
     for run in entry.runs:
         if run.training:
-            place = entry.relative(run.training.path)
-            for row in (*steps_in_time(run), *calibration_in_time(run), *on_the_machine(run)):
-                rows.append(row._replace(finding=row.finding._replace(file=place)))
+            found = (*steps_in_time(run), *calibration_in_time(run), *on_the_machine(run))
+            rows += placed(found, entry.relative(run.training.path))
     yield from softened(entry, rows)
 
 
@@ -204,9 +203,7 @@ def check_eval_time(entry):
     rows = []
     for run in entry.runs:
         if run.log:
-            place = entry.relative(run.log.path)
-            for row in evaluation_in_time(run):
-                rows.append(row._replace(finding=row.finding._replace(file=place)))
+            rows += placed(evaluation_in_time(run), entry.relative(run.log.path))
     yield from softened(entry, rows)
 
 

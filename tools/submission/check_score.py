@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from submission import rules, script
 from submission.entry import decimals, number_of
-from submission.findings import OfSeed, error, note, unknown, warning, worst
+from submission.findings import OfSeed, error, note, placed, unknown, warning, worst
 
 # ---- CK-BYTES -------------------------------------------------------------------------------------------------------
 
@@ -144,9 +144,7 @@ def check_cover(entry):
     rows = []
     for run in entry.runs:
         if run.log:
-            place = entry.relative(run.log.path)
-            for row in coverage(entry, run):
-                rows.append(row._replace(finding=row.finding._replace(file=place)))
+            rows += placed(coverage(entry, run), entry.relative(run.log.path))
     yield from worst(rows)
 
 
@@ -183,9 +181,7 @@ def check_overlap(entry):
     rows = []
     for run in entry.runs:
         if run.training:
-            place = entry.relative(run.training.path)
-            for row in overlap(run):
-                rows.append(row._replace(finding=row.finding._replace(file=place)))
+            rows += placed(overlap(run), entry.relative(run.training.path))
     yield from worst(rows)
 
 

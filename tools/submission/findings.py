@@ -39,6 +39,12 @@ class OfSeed(NamedTuple):
     finding: Finding
 
 
+def placed(rows, file):
+    """The OfSeed rows, with their findings in this file."""
+    for row in rows:
+        yield row._replace(finding=row.finding._replace(file=file))
+
+
 def worst(rows):
     """One finding for each kind and severity: the worst, which names the other seeds."""
     groups = {}

@@ -53,7 +53,7 @@ def fold(code, edits):
 
 def ends_in_bare_return(function):
     last = function.body[-1]
-    return isinstance(last, ast.Return) and last.value is None and not is_docstring(function.body[-2:][0])
+    return isinstance(last, ast.Return) and last.value is None
 
 
 def fold_node(code, edits, node):
@@ -198,15 +198,16 @@ def does_nothing(code, node):
 
 
 def given_back(code, call):
-    """The argument that a function of the module gives back and does nothing else, or None."""
-    if not isinstance(call.func, ast.Name):
+    """The argument or constant that a function of the module gives back and does nothing else, or None."""
+    if not isinstance(call.func, ast.Name) or call.func.id not in code.giving_back():
         return None
-    parameter = code.giving_back().get(call.func.id)
-    function = parameter and next(one for one in code.tree.body if getattr(one, "name", "") == call.func.id)
-    given = function and bound(function, call)
-    if not given or not all(is_pure(value) for name, value in given.items() if name != parameter):
+    value = code.giving_back()[call.func.id]
+    function = next(one for one in code.tree.body if getattr(one, "name", "") == call.func.id)
+    given = bound(function, call)
+    parameter = getattr(value, "id", None)
+    if given is None or not all(is_pure(value) for name, value in given.items() if name != parameter):
         return None
-    return given.get(parameter)
+    return value if parameter is None else given.get(parameter)
 
 
 LOOSE = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.Compare, ast.BinOp, ast.UnaryOp)
@@ -353,4 +354,9 @@ def empty_functions(code):
 
 def has_no_statement(function):
     statements = [one for one in function.body if not is_docstring(one)]
-    return (not statements or is_pass(statements)) and not function.decorator_list
+    return (not statements or is_pass(statements)) and all(map(changes_nothing, function.decorator_list))
+
+
+def changes_nothing(decorator):
+    """Does a function with this decorator do what its statements do?"""
+    return ast.unparse(decorator) == "torch.no_grad()"

@@ -87,6 +87,7 @@ class Values:
         """Has this call, a statement, no effect that anything asks for?"""
         return False
 
+    module_calls = {}  # {class: the text of what is called, everywhere, where its forward() is meant}
     plain_records = frozenset()  # classes like NamedTuple of which only single fields are read, by their names
 
     def rewritten(self, node, code):
@@ -259,15 +260,16 @@ class Code:
         return None
 
     def giving_back(self):
-        """{function of the module: the parameter that it returns, without doing anything else}."""
+        """{function of the module: the parameter or constant that it returns, without doing anything else}."""
         if self._giving_back is None:
             self._giving_back = {}
             for function in self.tree.body:
                 if isinstance(function, ast.FunctionDef) and not function.decorator_list:
                     body = [one for one in function.body if not is_docstring(one)]
                     value = body[0].value if len(body) == 1 and isinstance(body[0], ast.Return) else None
-                    if isinstance(value, ast.Name) and value.id in arguments_of(function):
-                        self._giving_back[function.name] = value.id
+                    is_parameter = isinstance(value, ast.Name) and value.id in arguments_of(function)
+                    if is_parameter or isinstance(value, ast.Constant):
+                        self._giving_back[function.name] = value
         return self._giving_back
 
     def local_values(self, function):
@@ -359,6 +361,11 @@ class Code:
         for function, made in self._constructors(calls):
             if made:
                 found[function] = made
+        for function in methods["forward"]:
+            called = self.values.module_calls.get(self.scopes[function].name)
+            if called:
+                found[function] = [node for node in self.nodes
+                                   if isinstance(node, ast.Call) and self.text(node.func) == called]
         for name, definitions in methods.items():
             plain = all(not one.decorator_list and not self.values.is_used(self.scopes[one].name, name)
                         for one in definitions)

@@ -174,7 +174,7 @@ def prune_parameters(code, edits):
     for function in code.callers:
         groups[function.name if isinstance(code.scopes[function], ast.ClassDef) else function].append(function)
     for functions in groups.values():
-        if functions[0].name == "__init__":
+        if functions[0].name in ("__init__", "forward"):
             for function in functions:
                 prune_parameters_of(code, edits, [function])
         else:
@@ -271,9 +271,15 @@ def read_attributes(code):
     """Names of all attributes that the file reads, or changes from what they were."""
     if code.read is None:
         code.read = set()
+        own = set()  # what replace() only makes another value of the same setting of
+        for node in code.nodes:
+            if isinstance(node, ast.Call) and code.text(node.func) == "replace":
+                own.update(inner for keyword in node.keywords for inner in ast.walk(keyword.value)
+                           if isinstance(inner, ast.Attribute) and inner.attr == keyword.arg)
         for node in code.nodes:
             if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Store):
-                code.read.add(node.attr)
+                if node not in own:
+                    code.read.add(node.attr)
             elif isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Attribute):
                 code.read.add(node.target.attr)
             else:

@@ -42,7 +42,7 @@ OF_CHECKPOINTS = {(owner, method) for owner, methods in {
     "Contamination": ("restore",)}.items() for method in methods}
 
 # Functions of which a record's script only wants the result.
-WITHOUT_EFFECT = frozenset(("roles", "training_data"))
+WITHOUT_EFFECT = frozenset(("roles", "training_data", "read_sidecar", "has_case_operators", "VisitAdapters"))
 
 # The functions that make other settings of a run's own, with replace(): `worlds` knows what each gives.
 REPLACING = {"save_artifact", "contiguous_reader", "selftest_settings", "without_model_settings", "with_model_settings"}
@@ -84,7 +84,8 @@ class TrainerValues(Values):
     """What the record decides."""
 
     without_effect = WITHOUT_EFFECT
-    plain_records = frozenset(("Context", "TrainingGraph"))
+    module_calls = {"Attention": "self.attn", "MLP": "self.mlp", "Block": "block"}
+    plain_records = frozenset(("Context", "TrainingGraph", "ValStream"))
 
     def __init__(self, trainer, s, open_names):
         self.trainer = trainer
@@ -103,6 +104,7 @@ class TrainerValues(Values):
                 (s.ttt in ("lora", "lora_docs"), ("adapters", "adapter_weights")),
                 (s.eval_context == "cache" or writes_text, ("past", "new_keys")),
                 (s.late_qat_threshold > 0, ("fake_quant",)),
+                (s.doc_mask != "none", ("docs",)),
                 (s.complement_alpha > 0, ("token_weights",)),
                 (s.needs_curvature, ("curvature",))):
             if not is_on:
@@ -130,6 +132,8 @@ class TrainerValues(Values):
         if not s.late_qat_threshold:
             self.never.add(("Quantiser", "steps"))
         self.heads = s.mtp_num_heads
+        self.corrects = s.lqer_rank > 0
+        self.cased = "caseops" in s.data_path or any(Path(s.data_path).glob("fineweb_val_bytes_*.bin"))
         self.wrappers = trainer.wrappers(s)
         self.open_fields = [f for f in fields(s) if f.name in open_names]
         self.averages = {"none": (), "best": ("ema", "swa", "lawa")}.get(s.average, (s.average,))
@@ -158,12 +162,21 @@ class TrainerValues(Values):
             return world["visit"].form
         if node.id == "was_done":  # all steps, in an earlier run
             return False
+        if node.id in ("sidecar", "documents") and node.id in self.absent_in(code.function_of(node)):
+            return None
         if node.id == "LISTS":
             return self.trainer.LISTS
         owner = code.class_of(node)
         if node.id == "kind" and owner is not None and owner.name == "Average":
             return only(self.averages)
         raise Unknown
+
+    def absent_in(self, function):
+        """Names of what is None in this function alone."""
+        name = getattr(function, "name", "")
+        if name == "load_validation" and not self.cased:
+            return ("sidecar",)
+        return ("documents",) if name == "_to_device" and "docs" in self.absent else ()
 
     def attribute(self, node, world, code):
         if node.attr in self.absent:
@@ -174,6 +187,13 @@ class TrainerValues(Values):
             return False if node.attr == "scaled" else None
         if code.text(node.value) == "packed" and node.attr == "compressor":
             return world["compressor"]
+        if node.attr == "rank" and not self.corrects and code.text(node) in ("entry.rank", "tensor.rank"):
+            return 0
+        if node.attr == "sidecar" and not self.cased:
+            return False
+        owner = code.class_of(node)
+        if node.attr == "rank" and not self.corrects and owner is not None and owner.name == "Encoded":
+            return 0
         if code.text(node) == "f.type":
             return world["field"].type
         if self.is_settings(node.value, code) and not callable(getattr(self.trainer.Settings, node.attr, None)):
@@ -195,6 +215,10 @@ class TrainerValues(Values):
         if code.text(node) in ("isinstance(value, bool)", "isinstance(value, tuple)"):
             return self.is_of_kind(node, code)
         if code.text(node) == "isinstance(predictor, WrappingPredictor)" and not self.wrappers:
+            return False
+        # Where the bytes are loaded, another tokenizer is still refused.
+        asks_for_case = code.text(node) == "has_case_operators(sp)" and not self.cased
+        if asks_for_case and code.function_of(node).name != "load_validation":
             return False
         if isinstance(node.func, ast.Name) and node.func.id in PURE_FUNCTIONS:
             return getattr(self.trainer, node.func.id)(*(code.value(argument, world) for argument in node.args))
@@ -324,6 +348,23 @@ def misspelt(env, known):
             yield (f"{name} is not a setting; did you mean {near[0]}? (unset it if it is not meant "
                    "for this script)")
 ''',
+    "open_run": '''
+def open_run(s, rt, attend):
+    """The Run. Rank 0 makes the folder; if it cannot, all ranks raise its BadInput."""
+    run = None
+    folder = None
+    refusal = ""
+    if rt.rank == 0:
+        try:
+            folder = make_folder(s)
+            run = Run(s, rt, folder, attend)
+        except BadInput as error:
+            refusal = str(error)
+    folder, refusal = rt.broadcast((folder, refusal))
+    if refusal:
+        raise BadInput(refusal)
+    return run or Run(s, rt, folder, attend)
+''',
     "_checked_header": '''
 def _checked_header(text):
     """The header from JSON, its tables as TensorEntry and StreamEntry."""
@@ -408,6 +449,17 @@ EDITS = (
 """, ""),
     ("    python train_gpt.py @records/small.env MATRIX_LR=0.03 SEED=7    with other settings\n",
      "    python train_gpt.py DATA_PATH=... SEED=7                        with other settings\n"),
+    ("""choose another RUN_ID or OUT_DIR, or "
+                       "RESUME=auto to continue it")
+""", """choose another RUN_ID or "
+                       "OUT_DIR")
+"""),
+    # a folder that one run uses
+    ("""        run, lock = open_run(s, rt, attend)
+        if lock:
+            resources.callback(lock.release)
+""", """        run = open_run(s, rt, attend)
+"""),
     # its own artifacts, in their one size: what this script runs is trusted anyway
     ("""    need_loadable("the artifact of this model", largest_entries(model, s))
 """, ""),
@@ -636,8 +688,9 @@ def with_living_code_names(source):
 def specialised(source, s, name):
     """The source of the trainer cut down to the record with these settings."""
     trainer = load_trainer()
-    open_names = OPEN
     s = replace(s, **ONE_RUN)
+    open_names = {f.name for f in fields(s)
+                  if f.name in OPEN and (f.metadata["group"] == "Run" or s.holds(f.metadata["on"]))}
     if re.findall(r"\breplace\((?:s|given|run\.s)\b", source) and not set(replacing_functions(source)) <= REPLACING:
         unknown = set(replacing_functions(source)) - REPLACING
         raise RuntimeError(f"specialise does not know which settings {', '.join(unknown)} makes")
