@@ -440,7 +440,7 @@ class Settings:
         128, "width of the value embedding table; 0: off", 0, 16384, code="ValueEmbedding")
     ve_layers: Layers = _model(
         (9, 10), "layers whose values get the value embedding",
-        on="ve_dim", code="Attention.values")
+        on="ve_dim", code="Attention.project_values")
 
     iterations: int = _train(20000, "stop after N steps; 0: no limit", 0)
     max_wallclock_seconds: float = _train(
@@ -2007,7 +2007,7 @@ class Attention(nn.Module):
         if self.ve_scale is not None:
             nn.init.ones_(self.ve_scale)
 
-    def _values(self, x, context, adapter):
+    def project_values(self, x, context, adapter):
         """Values (B, T, K*C) with value embedding and residual. The first layer leaves its own in
         context.first_values.
         """
@@ -2023,7 +2023,7 @@ class Attention(nn.Module):
         """x (B, T, D) normed -> (B, T, D), its channels multiplied by `scale` (D,)."""
         q = add_adapter(self.q(x), adapters.q, x)
         k = add_adapter(self.k(x), adapters.k, x)
-        v = self._values(x, context, adapters.v)
+        v = self.project_values(x, context, adapters.v)
         q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in (q, k, v))
         q = rotate(norm(q), *context.rope) * self.q_gain.to(x.dtype)[:, None]
         k = rotate(norm(k), *context.rope)
