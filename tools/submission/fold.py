@@ -27,10 +27,8 @@ def folded(source, values, most_turns=200):
         code = Code(source, values)
         edits = Edits(code)
         fold(code, edits)
-        if not edits.found:
-            prune(code, edits)
-        if not edits.found:
-            prune_parameters(code, edits)
+        prune(code, edits)
+        prune_parameters(code, edits)
         if not edits.found:
             return source
         source = edits.applied()
@@ -123,7 +121,9 @@ def fold_table(code, edits, name, table):
 
 
 def fold_block(code, edits, block):
-    """What comes after a return never runs; a pass beside other statements says nothing."""
+    """What comes after a return never runs; a pass beside other statements says nothing, nor does a value that the next
+    statement assigns anew.
+    """
     if not isinstance(block, list):
         return
     for place, statement in enumerate(block):

@@ -80,6 +80,11 @@ def guarded(trainer, s, open_names):
     return Guarded(**{f.name: getattr(s, f.name) for f in fields(s)})
 
 
+def has_case(s):
+    """Is the record's text one with case operators (CaseOps), by the name of its folder or what is in it?"""
+    return "caseops" in s.data_path or any(Path(s.data_path).glob("fineweb_val_bytes_*.bin"))
+
+
 class TrainerValues(Values):
     """What the record decides."""
 
@@ -133,7 +138,7 @@ class TrainerValues(Values):
             self.never.add(("Quantiser", "steps"))
         self.heads = s.mtp_num_heads
         self.corrects = s.lqer_rank > 0
-        self.cased = "caseops" in s.data_path or any(Path(s.data_path).glob("fineweb_val_bytes_*.bin"))
+        self.cased = has_case(s)
         self.wrappers = trainer.wrappers(s)
         self.open_fields = [f for f in fields(s) if f.name in open_names]
         self.averages = {"none": (), "best": ("ema", "swa", "lawa")}.get(s.average, (s.average,))
@@ -467,6 +472,12 @@ EDITS = (
 """, ""),
 )
 
+# Where the record's text has no case operators, nothing reads a sidecar.
+WITHOUT_CASE = ("""but there is no fineweb_val_bytes_*.bin; make it with "
+                       "data/prepare.py --caseops, or use data/fineweb.py")
+""", """and this record has none; give its DATA_PATH")
+""")
+
 RULES = re.compile(r'\n\n    `code` names the function.*?\n    """', re.S)  # of opt's docstring
 
 
@@ -487,7 +498,7 @@ def edited(source, old, new):
 
 def with_record(source, trainer, s, name, open_names):
     """The source in which the settings of the record are constants."""
-    for old, new in EDITS:
+    for old, new in EDITS if has_case(s) else (*EDITS, WITHOUT_CASE):
         source = edited(source, old, new)
     found = RULES.search(source)
     source = source[:found.start()] + DOCSTRING_OF_OPT + source[found.end():]
