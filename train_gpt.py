@@ -896,6 +896,8 @@ class Settings:
     @property
     def stages(self):
         """[Stage]: both schedules merged."""
+        if not self.train_seq_schedule and not self.train_batch_schedule:
+            return [Stage(1.0, self.train_seq_len, self.train_batch_tokens)]
         lengths = self.train_seq_schedule or ((self.train_seq_len, 1.0),)
         batches = self.train_batch_schedule or ((self.train_batch_tokens, 1.0),)
 
@@ -4402,12 +4404,12 @@ def row_scales(rows, bits, method, sigmas=0.0, floor=0.0):
     if method == "ternary":
         return float16_steps(rows.abs().mean(1), SCALE_FLOOR)
     least = max(SCALE_FLOOR, floor / top)
+    if method != "rtn" and not sigmas:
+        return best_percentile_scales(rows, top, least)
     if sigmas:
         deviation = rows.std(1, correction=min(rows.size(1) - 1, 1))
         return float16_steps(sigmas * deviation / top, least)
-    if method == "rtn":
-        return float16_steps(rows.abs().amax(1) / top, least)
-    return best_percentile_scales(rows, top, least)
+    return float16_steps(rows.abs().amax(1) / top, least)
 
 
 def float16_steps(steps, least):
@@ -6659,7 +6661,7 @@ class Reader:
     def _turn_size(self, read):
         """Tokens that a row reads in a turn, after the `read` tokens of the turns before."""
         s = self.s
-        if not self.adapted:
+        if s.eval_context == "cache" and not self.adapted:
             return min(CACHE_STEP, s.eval_seq_len)
         for size, until in sorted(s.ttt_short_chunks, key=itemgetter(1)):
             if read < until:
@@ -7760,7 +7762,9 @@ def adaptation_of_weights(model, s, rt):
         multiples[block.mlp.down.weight] = s.ttt_lr_mult_proj
         multiples[block.mlp.up.weight] = s.ttt_lr_mult_fc
     params_by_multiple = {}
-    frozen = frozen_in_ttt(model, s)
+    frozen = set()
+    if s.ttt_freeze_blocks or s.ttt_freeze_embed:
+        frozen = frozen_in_ttt(model, s)
     for name, param in model.named_parameters():
         param.requires_grad_(name not in frozen)
         if name not in frozen:

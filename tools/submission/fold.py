@@ -169,7 +169,7 @@ def is_empty(code, node):
             return is_empty(code, node.func.value)
         if code.text(node.func) == "nn.ModuleList":
             return is_empty(code, node.args[0])
-    if isinstance(node, ast.Call) and code.text(node.func) in ("enumerate", "zip", "reversed"):
+    if isinstance(node, ast.Call) and code.text(node.func) in ("enumerate", "zip", "reversed", "sorted"):
         return is_empty(code, node.args[0])
     if isinstance(node, ast.Dict) and not node.keys:
         return True

@@ -135,7 +135,7 @@ class TrainerValues(Values):
         if s.fit != "allocate":
             self.never.add(("Quantiser", "rate"))
         if not s.late_qat_threshold:
-            self.never.add(("Quantiser", "steps"))
+            self.never |= {("Quantiser", "steps"), ("Curvature", "to")}
         self.heads = s.mtp_num_heads
         self.corrects = s.lqer_rank > 0
         self.cased = has_case(s)
