@@ -232,6 +232,30 @@ def test_defaults_are_those_of_the_trainer():
         assert str(getattr(Settings(), name.lower())) == default
 
 
+def test_runs_side_by_side(run, toy, tmp_path, capsys):
+    other = tmp_path / "other"
+    done = run_trainer([*toy, f"OUT_DIR={other}", "ITERATIONS=9", "TRAIN_LOG_EVERY=1", "VAL_LOSS_EVERY=4", "MATRIX_LR=0.03"])
+    assert done.returncode == 0, done.stderr
+    assert report.main([str(run), str(other)]) == 0
+    out = capsys.readouterr().out
+    cells = {line.split("  ")[1]: line.split()[-2:] for line in out.splitlines() if line.startswith("  ")}
+    assert cells["Run"] == ["run", "other"]
+    differ = out.partition("Results")[0].partition("Settings that differ")[2]
+    assert [line.split()[0] for line in differ.splitlines() if line] == ["ITERATIONS", "MATRIX_LR"]
+    assert cells["ITERATIONS"] == ["12", "9"] and cells["MATRIX_LR"] == ["default", "0.03"]
+    first, second = (json.loads((folder / "summary.json").read_text()) for folder in (run, other))
+    assert cells["final, of the packed model"] == [f"{first['val_bpb']:.4f}", f"{second['val_bpb']:.4f}"]
+    assert cells["difference to the first"] == ["+0.0000", f"{second['val_bpb'] - first['val_bpb']:+.4f}"]
+    assert cells["bytes in total"] == [f"{first['total_bytes']:,}", f"{second['total_bytes']:,}"]
+    assert cells["valid"] == ["yes", "yes"] and "do not compare" not in out
+    assert report.main([str(run), str(other), "--json"]) == 0
+    assert [facts["steps"] for facts in json.loads(capsys.readouterr().out)] == [12, 9]
+    assert "give one RUN_DIR" in one_error(capsys, run, other, "--plot", tmp_path / "x.svg")
+    (other / "summary.json").write_text(json.dumps(second | {"val_bytes": 1}))
+    assert report.main([str(run), str(other)]) == 0
+    assert "do not compare" in capsys.readouterr().out
+
+
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
     python tools/report.py logs/RUN_ID                      a table
     python tools/report.py logs/RUN_ID --plot curve.png     and training loss and validation score over time (or .svg)
     python tools/report.py logs/RUN_ID --json               the same facts for programs
+    python tools/report.py logs/ONE logs/OTHER              runs side by side: what was changed, and what came of it
 
 Everything is read from what train_gpt.py wrote (metrics.jsonl, summary.json); no score is computed here. Only two
 general-purpose compressors are run, on the text behind the validation shards, to give the score a scale; their result
@@ -236,12 +237,12 @@ def compressors(run_dir, settings, tokenizer_sha256, val_bytes):
 
 
 def run_settings(events):
-    """{name: text} of the settings that say which text was scored."""
+    """({name: text} of the settings that were changed, those of them that say which text was scored)."""
     pairs = shlex.split(text(last(events, "settings"), "settings"))
     given = dict(pair.partition("=")[::2] for pair in pairs)
     settings = {name: given.get(name, default) for name, default in DEFAULT.items()}
     int(settings["VAL_TOKENS"])
-    return settings
+    return given, settings
 
 
 def phase_seconds(summary, train):
@@ -262,7 +263,7 @@ def gather(run_dir):
     events, damaged = read_events(run_dir / "metrics.jsonl")
     summary = read_summary(run_dir / "summary.json")
     try:
-        settings = run_settings(events)
+        changed, settings = run_settings(events)
     except ValueError:
         raise BadInput(f"{run_dir / 'metrics.jsonl'}: the line of settings is damaged") from None
     run = last(events, "run")
@@ -279,7 +280,7 @@ def gather(run_dir):
         rate = tokens / clock["train"]
     val_bytes = number(summary, "val_bytes")
     facts = {
-        "run_dir": str(run_dir), "finished": summary is not None, "damaged_lines": damaged,
+        "run_dir": str(run_dir), "finished": summary is not None, "damaged_lines": damaged, "settings": changed,
         **scores(events, summary),
         **{key: number(summary, key) or number(artifact, key)
            for key in ("code_bytes", "model_bytes", "total_bytes")},
@@ -459,6 +460,52 @@ def table(facts):
         yield f"\nMissing: {'; '.join(missing)}"
 
 
+# ---- runs side by side ----------------------------------------------------------------------------------------------
+
+OF_THE_PLACE = ("RUN_ID", "OUT_DIR")  # settings that change nothing that comes out
+# (label, key of the facts, format)
+RESULTS = (
+    ("before packing", "before_bpb", ".4f"), ("cost of packing", "packing_cost_bpb", "+.4f"),
+    ("bytes in total", "total_bytes", ",.0f"), ("parameters", "params", ",.0f"), ("steps", "steps", ",.0f"),
+    ("tokens per second", "tokens_per_second", ",.0f"), ("peak memory, MiB", "peak_memory_mib", ",.0f"),
+    ("valid", "valid", ""), ("commit", "commit", ""))
+
+
+def side_by_side(every):
+    """Lines with a column for each run: the settings in which they differ, and what came out."""
+    lines = [["Run", *(Path(facts["run_dir"]).name for facts in every)], ["Settings that differ"]]
+    lines += differing_settings([facts["settings"] for facts in every])
+    lines.append(["Results"])
+    finals = [facts["final_bpb"] for facts in every]
+    lines.append(["final, of the packed model", *map(bits, finals)])
+    if None not in finals:
+        lines.append(["difference to the first", *(bits(value - finals[0], "+") for value in finals)])
+    for label, key, form in RESULTS:
+        lines.append([label, *(NONE if facts[key] is None else format(facts[key], form) for facts in every)])
+    lines.append(["training, seconds", *(f"{facts['seconds'].get('train', 0.0):,.1f}" for facts in every)])
+    widths = [max(map(len, column)) for column in zip(*(line for line in lines if len(line) > 1))]
+    for label, *values in lines:
+        if values:
+            cells = "".join(f"  {value:>{width}}" for value, width in zip(values, widths[1:]))
+            yield f"  {label:<{widths[0]}}{cells}"
+        else:
+            yield f"\n{label}"
+    if len({(facts["data"], facts["val_bytes"]) for facts in every}) > 1:
+        yield "\nThey scored different texts: the scores do not compare."
+    else:
+        yield "\nOne run each: tools/sweep.py measures a change over seeds, with its spread."
+
+
+def differing_settings(every):
+    """[[name, its value in each run]] of the settings {name: text} that are not the same in all of them."""
+    found = []
+    for name in sorted({name for settings in every for name in settings} - set(OF_THE_PLACE)):
+        values = [settings.get(name, "default") for settings in every]
+        if len(set(values)) > 1:
+            found.append([name, *values])
+    return found
+
+
 # ---- the plot -------------------------------------------------------------------------------------------------------
 
 
@@ -559,7 +606,8 @@ def loss_limits(curve, end, levels=()):
 
 def arguments(argv):
     parser = argparse.ArgumentParser(prog="report.py", description=__doc__.split("\n")[0])
-    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of a run, such as logs/RUN_ID")
+    parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=Path,
+                        help="folder of a run, such as logs/RUN_ID; several are set side by side")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="write a plot (.png or .svg)")
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
     return parser.parse_args(argv)
@@ -572,10 +620,15 @@ def main(argv):
 def report(args):
     if args.plot and args.plot.suffix not in (".png", ".svg"):
         raise BadInput(f"--plot {args.plot}: the name must end in .png or .svg")
-    facts = gather(args.run_dir)
-    print(json.dumps(facts, indent=1) if args.json else "\n".join(table(facts)), flush=True)
+    if args.plot and len(args.run_dirs) > 1:
+        raise BadInput("--plot shows one run; give one RUN_DIR")
+    every = list(map(gather, args.run_dirs))
+    if args.json:
+        print(json.dumps(every if len(every) > 1 else every[0], indent=1), flush=True)
+    else:
+        print("\n".join(side_by_side(every) if len(every) > 1 else table(every[0])), flush=True)
     if args.plot:
-        plot(facts, args.plot)
+        plot(every[0], args.plot)
     return 0
 
 
