@@ -1,4 +1,4 @@
-"""Runs the small version of every record, with half of its steps, to its final score: `python .ci/records.py [WORD
+"""Runs the small version of every record, with fewer steps and targets, to its final score: `python .ci/records.py [WORD
 ...]`, of those with such a word in their name. What must come out is in each README and in the table of
 records/README.md: is the score valid, and which condition does it break? And once more by the trainer cut down to that
 record, with the same losses, artifact and score to the bit. Two at a time, each on one core: so small a model gains
@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import records
 from common import ROOT
 
-STEPS = 75  # half of those of --small: neither a verdict nor a comparison needs more
+# Less than --small has: neither a verdict nor a comparison needs more.
+SIZES = ("ITERATIONS=25", "VAL_TOKENS=8192")
 SAME = ("steps", "artifact_sha256", "model_bytes", "val_bpb", "val_loss", "val_tokens", "val_bytes", "valid", "tests")
 
 
@@ -31,7 +32,7 @@ def run(folder):
     """(the summary of the small run, its seconds, lines of the script cut down to the record, its seconds)."""
     out = ROOT / "logs" / f"ci-{Path(folder).name}"
     shutil.rmtree(out, ignore_errors=True)
-    seconds = call("bash", "run.sh", f"records/{folder}", "--small", f"ITERATIONS={STEPS}", f"OUT_DIR={out}")
+    seconds = call("bash", "run.sh", f"records/{folder}", "--small", *SIZES, f"OUT_DIR={out}")
     summary = summary_of(out)
     script = out.with_name(f"{out.name}-cut.py")
     # All that the run changed, and nothing of the record that the small sizes set back to its default.
@@ -95,7 +96,7 @@ def main(words):
             named = [reason for reason in summary["reasons"] if reason.startswith(tuple(record.broken_conditions))]
             # What else its self-test finds follows from that.
             assert named or record.valid, f"the table says {record.broken_conditions}"
-            assert 0.3 < summary["val_bpb"] < 3, "no score of a trained model; an untrained one has 3.7"
+            assert 0.3 < summary["val_bpb"] < 3.6, "no score of a trained model; an untrained one has 3.7"
 
 
 if __name__ == "__main__":

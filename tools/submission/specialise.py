@@ -737,9 +737,10 @@ def run(args):
     small = specialised(source.decode(), s, name).encode()
     out = args.out or ROOT / "logs/specialised" / name / "train_gpt.py"
     write(out, small)
-    for which, text in (("whole", source), ("specialised", small)):
-        mini = minified(text, path)
-        sizes = {module: len(packed(mini, module, False)) for module in COMPRESSORS}
-        say(which, lines=text.count(b"\n"), bytes=len(text), minified_bytes=len(mini), packed_bytes=min(sizes.values()))
+    mini = minified(small, path)
+    sizes = {module: len(packed(mini, module, False)) for module in COMPRESSORS}
+    say("whole", lines=source.count(b"\n"), bytes=len(source))
+    say("specialised", lines=small.count(b"\n"), bytes=len(small), minified_bytes=len(mini),
+        packed_bytes=min(sizes.values()))
     say("written", file=out)
     return 0
