@@ -1,8 +1,10 @@
-"""Runs the small version of every record, with fewer steps and targets, to its final score: `python .ci/records.py [WORD
-...]`, of those with such a word in their name. What must come out is in each README and in the table of
-records/README.md: is the score valid, and which condition does it break? And once more by the trainer cut down to that
-record, with the same losses, artifact and score to the bit. Two at a time, each on one core: so small a model gains
-little from a second one.
+"""Runs the small version of every record, with fewer steps and targets, to its final score:
+
+    python .ci/records.py [WORD ...]        only those with such a word in their name
+
+What must come out is in each README and in the table of records/README.md: is the score valid, and which condition does
+it break? And once more by the trainer cut down to that record, with the same losses, artifact and score to the bit. Two
+at a time, each on one core: so small a model gains little from a second one.
 """
 
 import contextlib
