@@ -9636,27 +9636,24 @@ class Run:
         self.last_checkpoint = None  # of the end of training; removed when the run is complete
 
 
-def open_run(s, rt, attend):
-    """(Run, its FolderLock or None). Rank 0 takes the folder; if it cannot, all ranks raise its
-    BadInput.
+def open_run(s, rt, attend, resources):
+    """The Run. Rank 0 takes the folder, until the ExitStack `resources` is closed; if it cannot,
+    all ranks raise its BadInput.
     """
     run = None
-    lock = None
     folder = None
     refusal = ""
     if rt.rank == 0:
         try:
             folder = make_folder(s)
-            lock = FolderLock(folder, rt)
+            resources.callback(FolderLock(folder, rt).release)
             run = Run(s, rt, folder, attend)
         except BadInput as error:
             refusal = str(error)
     folder, refusal = rt.broadcast((folder, refusal))
     if refusal:
-        if lock:
-            lock.release()
         raise BadInput(refusal)
-    return run or Run(s, rt, folder, attend), lock
+    return run or Run(s, rt, folder, attend)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -11235,9 +11232,7 @@ def run_phases(s, argv, interrupt=None):
     interrupt = interrupt or Interrupt()
     try:
         attend = pick_attention(s, rt)
-        run, lock = open_run(s, rt, attend)
-        if lock:
-            resources.callback(lock.release)
+        run = open_run(s, rt, attend, resources)
         resources.enter_context(run.validity.watch(s.data_path))
         log_header(run, argv)
         if s.phases == "eval":

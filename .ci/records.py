@@ -26,7 +26,7 @@ import records
 from common import ROOT
 
 # Less than --small has: neither a verdict nor a comparison needs more.
-SIZES = ("ITERATIONS=25", "VAL_TOKENS=8192")
+SIZES = ("ITERATIONS=50", "VAL_TOKENS=8192")
 SAME = ("steps", "artifact_sha256", "model_bytes", "val_bpb", "val_loss", "val_tokens", "val_bytes", "valid", "tests")
 
 
@@ -98,7 +98,7 @@ def main(words):
             named = [reason for reason in summary["reasons"] if reason.startswith(tuple(record.broken_conditions))]
             # What else its self-test finds follows from that.
             assert named or record.valid, f"the table says {record.broken_conditions}"
-            assert 0.3 < summary["val_bpb"] < 3.6, "no score of a trained model; an untrained one has 3.7"
+            assert 0.3 < summary["val_bpb"] < 3, "no score of a trained model; an untrained one has 3.7"
 
 
 if __name__ == "__main__":

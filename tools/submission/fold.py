@@ -202,8 +202,7 @@ def given_back(code, call):
     if not isinstance(call.func, ast.Name) or call.func.id not in code.giving_back():
         return None
     value = code.giving_back()[call.func.id]
-    function = next(one for one in code.tree.body if getattr(one, "name", "") == call.func.id)
-    given = bound(function, call)
+    given = bound(code.definitions[call.func.id], call)
     parameter = getattr(value, "id", None)
     if given is None or not all(is_pure(value) for name, value in given.items() if name != parameter):
         return None

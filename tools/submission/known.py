@@ -131,6 +131,8 @@ class Code:
         self.own = defaultdict(list)  # function or class: its nodes without those of functions and classes inside
         self._bound_names = {}
         self._link()
+        self.definitions = {node.name: node for node in self.tree.body
+                            if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
         self.nonlocals = [node for node in self.nodes if isinstance(node, ast.Nonlocal)]
         self.constants = self._module_constants()
         self.changing = self._changing_names()
@@ -251,9 +253,7 @@ class Code:
         """The method of this name of the class from which that of `method` is made, or None."""
         owner = self.scopes[method]
         while isinstance(owner, ast.ClassDef) and len(owner.bases) == 1:
-            base = owner.bases[0]
-            owner = next((one for one in self.tree.body if isinstance(one, ast.ClassDef)
-                          and one.name == getattr(base, "id", None)), None)
+            owner = self.definitions.get(getattr(owner.bases[0], "id", None))
             for member in owner.body if owner else ():
                 if isinstance(member, ast.FunctionDef) and member.name == name:
                     return member
@@ -376,7 +376,7 @@ class Code:
 
     def _constructors(self, calls):
         """[(__init__, its calls)] of the classes that are only made by name."""
-        classes = {node.name: node for node in self.tree.body if isinstance(node, ast.ClassDef)}
+        classes = {name: node for name, node in self.definitions.items() if isinstance(node, ast.ClassDef)}
         # One that is handed on may be called anywhere.
         handed_on = {node.id for node in self.nodes if isinstance(node, ast.Name) and node.id in classes
                      and not (self._is_called(node) or self._is_type(node))}
@@ -536,7 +536,7 @@ class Code:
     def _is_class(self, node):
         """Does this name a class of the file, or one of torch.nn?"""
         if isinstance(node, ast.Name):
-            return any(isinstance(one, ast.ClassDef) and one.name == node.id for one in self.tree.body)
+            return isinstance(self.definitions.get(node.id), ast.ClassDef)
         return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "nn"
 
     def _name(self, node, world):

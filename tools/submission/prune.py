@@ -138,12 +138,11 @@ def prune_locals(code, edits, function):
         if isinstance(node, ast.FunctionDef):
             if node.name not in read:
                 edits.remove(node)
-        elif isinstance(node, (ast.Assign, ast.Delete)) and len(node.targets) == 1:
+        elif isinstance(node, ast.Delete):
+            if not {getattr(target, "id", None) for target in node.targets} & {None, *read, *outer}:
+                edits.remove(node)
+        elif isinstance(node, ast.Assign) and len(node.targets) == 1:
             target = node.targets[0]
-            if isinstance(node, ast.Delete):
-                if isinstance(target, ast.Name) and target.id not in read | outer:
-                    edits.remove(node)
-                continue
             unread = isinstance(target, ast.Name) and target.id not in read | outer
             unread = unread or is_dead_attribute(code, target)
             if unread and is_pure(node.value):

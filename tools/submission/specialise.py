@@ -192,12 +192,12 @@ class TrainerValues(Values):
             return False if node.attr == "scaled" else None
         if code.text(node.value) == "packed" and node.attr == "compressor":
             return world["compressor"]
-        if node.attr == "rank" and not self.corrects and code.text(node) in ("entry.rank", "tensor.rank"):
-            return 0
         if node.attr == "sidecar" and not self.cased:
             return False
         owner = code.class_of(node)
-        if node.attr == "rank" and not self.corrects and owner is not None and owner.name == "Encoded":
+        of_tensor = code.text(node) in ("entry.rank", "tensor.rank") or (
+            code.text(node) == "self.rank" and owner is not None and owner.name == "Encoded")
+        if of_tensor and not self.corrects:
             return 0
         if code.text(node) == "f.type":
             return world["field"].type
@@ -206,7 +206,6 @@ class TrainerValues(Values):
         of_visit = isinstance(node.value, ast.Name) and node.value.id == "visit"
         if of_visit and node.attr in ("form", "split", "push", "pop"):
             return getattr(world["visit"], node.attr)
-        owner = code.class_of(node)
         of_store = owner is not None and owner.name == "Store" and is_self(node.value)
         if of_store or code.text(node.value) in ("store", "self.stores[name]"):
             if node.attr != "codec" and world["store"].codec == "float16":
@@ -298,8 +297,7 @@ class TrainerValues(Values):
 
 def without_unread(node, code):
     """replace(settings, ...) without constants and what nothing reads; None if there is none of it."""
-    (settings,) = [one for one in code.tree.body if getattr(one, "name", "") == "Settings"]
-    living = {member.target.id for member in settings.body if isinstance(member, ast.AnnAssign)}
+    living = {member.target.id for member in code.definitions["Settings"].body if isinstance(member, ast.AnnAssign)}
     living &= read_attributes(code)
     kept = [keyword for keyword in node.keywords if keyword.arg is None or keyword.arg in living]
     if len(kept) == len(node.keywords):
@@ -352,23 +350,6 @@ def misspelt(env, known):
         if near and name not in known:
             yield (f"{name} is not a setting; did you mean {near[0]}? (unset it if it is not meant "
                    "for this script)")
-''',
-    "open_run": '''
-def open_run(s, rt, attend):
-    """The Run. Rank 0 makes the folder; if it cannot, all ranks raise its BadInput."""
-    run = None
-    folder = None
-    refusal = ""
-    if rt.rank == 0:
-        try:
-            folder = make_folder(s)
-            run = Run(s, rt, folder, attend)
-        except BadInput as error:
-            refusal = str(error)
-    folder, refusal = rt.broadcast((folder, refusal))
-    if refusal:
-        raise BadInput(refusal)
-    return run or Run(s, rt, folder, attend)
 ''',
     "_checked_header": '''
 def _checked_header(text):
@@ -460,11 +441,11 @@ EDITS = (
                        "OUT_DIR")
 """),
     # a folder that one run uses
-    ("""        run, lock = open_run(s, rt, attend)
-        if lock:
-            resources.callback(lock.release)
-""", """        run = open_run(s, rt, attend)
-"""),
+    ("""            resources.callback(FolderLock(folder, rt).release)
+""", ""),
+    ('''Rank 0 takes the folder, until the ExitStack `resources` is closed; if it cannot,
+    all ranks raise its BadInput.
+    """''', '''Rank 0 makes the folder; if it cannot, all ranks raise its BadInput."""'''),
     # its own artifacts, in their one size: what this script runs is trusted anyway
     ("""    need_loadable("the artifact of this model", largest_entries(model, s))
 """, ""),
@@ -569,8 +550,7 @@ def constant_settings(source, trainer, s, open_names):
     varied = {f.name for f in fields(s) if any(getattr(one, f.name) != getattr(s, f.name) for one in all_worlds)}
     code = Code(source, Values())
     edits = Edits(code)
-    (settings,) = [node for node in code.tree.body if getattr(node, "name", "") == "Settings"]
-    for node in settings.body:
+    for node in code.definitions["Settings"].body:
         if not isinstance(node, ast.AnnAssign):
             continue
         name, value = node.target.id, getattr(s, node.target.id)
