@@ -299,7 +299,8 @@ class Settings:
         "all", "train: stop after the artifact; eval: only score ARTIFACT", code="run_phases")
     artifact: str = _run("", "artifact that PHASES=eval scores", code="load_artifact")
     resume: str = _run(
-        "", "auto: newest whole checkpoint of OUT_DIR, if any; or a checkpoint file",
+        "", "auto: newest whole checkpoint of OUT_DIR, if any; or a checkpoint file, which after the "
+        "last step is packed and scored as the settings now say",
         code="checkpoint_to_resume")
     checkpoint_every: int = _run(
         0, "steps between checkpoints; 0: only when interrupted, and at the end of training; -1: "
@@ -1027,12 +1028,28 @@ class Settings:
                 pairs.append(shlex.quote(f"{f.name.upper()}={format_value(value)}"))
         return " ".join(pairs)
 
-    def experiment(self):
+    def experiment(self, until="eval"):
         """{name: value as text} of every setting outside the group Run: equal for the runs of
-        one experiment.
+        one experiment. `until` leaves out what is read only later: "train" has what the trained
+        weights depend on, "export" what the artifact depends on.
         """
-        chosen = [f for f in fields(self) if f.metadata["group"] != "Run"]
+        chosen = [f for f in fields(self)
+                  if f.metadata["group"] != "Run" and not self._is_read_after(until, f)]
         return {f.name.upper(): format_value(getattr(self, f.name)) for f in chosen}
+
+    def _is_read_after(self, phase, f):
+        """Is this field first read after the last step ("train"), or after packing ("export")?"""
+        if f.metadata["group"] == "Quantisation and packing":
+            trains_on_codes = self.late_qat_threshold > 0 or f.name == "late_qat_threshold"
+            return phase == "train" and not trains_on_codes
+        if f.metadata["group"] != "Evaluation":
+            return False
+        if phase == "train":
+            # Packed rows are cut into spans as long as the longest window.
+            return not (f.name == "eval_seq_len" and self.loader == "packed")
+        fits = self.eval_temperature == 0 and f.name == "eval_temperature"
+        chooses = self.average == "best" and f.name == "eval_seq_len"
+        return phase == "export" and not (fits or chooses or self.trains_before_packing)
 
     def sha256(self):
         """Hash of experiment(), the same for every seed."""
@@ -10210,7 +10227,9 @@ def need_same_run(path, run, state, data):
     """BadInput if the state of a checkpoint is that of other settings, or of other data than
     `data`.
 
-    A setting that the checkpoint does not know counts as its default. `data`: training_data().
+    A setting that the checkpoint does not know counts as its default. After the last step, those
+    that are read later may be others: the weights are packed and scored anew. `data`:
+    training_data().
     """
     ours = identity(run)
     theirs = state["settings"]
@@ -10218,10 +10237,13 @@ def need_same_run(path, run, state, data):
     if "data" in state:
         for name in PATH_SETTINGS:
             del ours[name]
+    read_later = set()
+    if state.get("done"):
+        read_later = run.s.experiment().keys() - run.s.experiment("train").keys()
     different = []
     for name in {**ours, **theirs}:
         value = theirs.get(name, defaults.get(name))
-        if value != ours.get(name):
+        if value != ours.get(name) and name not in read_later:
             different.append(f"{name}={value}")
     if different:
         raise BadInput(f"{path}: the checkpoint has other settings: "

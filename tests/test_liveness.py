@@ -435,6 +435,50 @@ def test_a_switch_changes_what_it_should(toy, name, case):
     alive(toy, name, case)
 
 
+def all_that_is_read_later(toy):
+    """Words that change every setting that is read after the last step, as far as they go together."""
+    words = {}
+    for name, cases in CASES.items():
+        value, companions, _ = cases[0]
+        more = dict(pair.split("=", 1) for pair in [*companions.split(), f"{name.upper()}={value}"])
+        rooms = {FIELDS[key.lower()].metadata["group"] for key in more}
+        if not rooms <= {PACKING, SCORING} or name in ("late_qat_threshold", "qat_rounding"):
+            continue
+        together = words | {key: text for key, text in more.items() if key not in words}
+        with contextlib.suppress(tg.BadInput):
+            Settings.parse([*toy, *BASE, *(f"{key}={text}" for key, text in together.items())])
+            words = together
+    return words
+
+
+def test_what_is_read_after_the_last_step_changes_no_weight(toy):
+    """Settings.experiment("train") leaves out only what the trained weights do not depend on."""
+    words = all_that_is_read_later(toy)
+    assert len(words) > 75
+    plain, changed = trained(toy), trained(toy, *(f"{key}={text}" for key, text in words.items()))
+    assert not words.keys() & changed.s.experiment("train").keys()
+    assert plain.same(changed) and len(plain.losses) == 6
+
+
+def test_phases_of_an_experiment():
+    """What each phase reads, by settings that make it read more."""
+    def names(phase, *words):
+        return Settings.parse(words).experiment(phase).keys()
+
+    everything = names("eval")
+    training, packing = names("train"), names("export")
+    assert training < packing < everything
+    assert {"MATRIX_LR", "DATA_PATH", "AVERAGE", "LATE_QAT_THRESHOLD"} <= training
+    assert {"MATRIX_BITS", "GPTQ_CALIBRATION", "SIZE_LIMIT", "COMPRESSOR"} <= packing - training
+    assert {"EVAL_STRIDE", "TTT", "MIXER", "EVAL_TEMPERATURE", "SELFTEST"} <= everything - packing
+    late_qat = names("train", "LATE_QAT_THRESHOLD=0.2")
+    assert late_qat == packing
+    assert names("train", "LOADER=packed", "DOC_MASK=attention") == training | {"EVAL_SEQ_LEN"}
+    assert names("export", "EVAL_TEMPERATURE=0") == packing | {"EVAL_TEMPERATURE"}
+    assert names("export", "AVERAGE=best", "HOLDOUT_TOKENS=9999") == packing | {"EVAL_SEQ_LEN"}
+    assert names("export", "TTT=prequant", "ALLOW_INVALID=1") == everything
+
+
 # Compiled: capturing a graph takes a second, so many switches share one run. Which can: no two may set the same field,
 # none may be idle beside the others, and of those that replace each other only one can be seen.
 REPLACE = [{"train_batch_tokens", "train_batch_schedule"}, {"train_seq_len", "train_seq_schedule"},

@@ -257,6 +257,26 @@ def test_a_truncated_checkpoint_is_passed_over_with_a_word(stopped):
     assert same_bits(weights(folder, 8), weights(original, 8))
 
 
+@pytest.mark.parametrize("other", [
+    ("MATRIX_QUANT=gptq", "MATRIX_BITS=4", "GPTQ_CALIBRATION_TOKENS=1024", "EVAL_TEMPERATURE=0"),
+    ("MATRIX_QUANT=ternary", "EVAL_SEQ_LEN=32", "EVAL_STRIDE=16", "TTT=full", "TTT_CHUNK_TOKENS=256")],
+    ids=["gptq", "ternary"])
+def test_trained_weights_are_packed_anew_with_other_settings(stopped, tmp_path, other):
+    """Of a training that is over, the artifact and the score are those of a run that was trained with these settings."""
+    folder, args, _ = stopped
+    args = [*args, "PHASES=all"]
+    again = [*args, *other, f"RESUME={checkpoints(folder)[8]}"]
+    packed = good(call([*again, f"OUT_DIR={tmp_path}/again"]))
+    alone = good(call([*args, *other, f"OUT_DIR={tmp_path}/alone"]))
+    assert events(tmp_path / "again", "resume")[-1]["step"] == 8 and not losses(tmp_path / "again")
+    for key in ("artifact_sha256", "val_bpb", "steps", "train_tokens", "total_bytes", "eligible_reasons"):
+        assert summary(packed)[key] == summary(alone)[key], key
+    six = checkpoints(folder)[6]
+    refused(call([*args, *other, f"RESUME={six}", f"OUT_DIR={tmp_path}/six"]), 2, "other settings: ")
+    for training in ("MATRIX_LR=0.5", "LATE_QAT_THRESHOLD=0.5"):
+        refused(call([*again, training, f"OUT_DIR={tmp_path}/no"]), 2, "other settings: ")
+
+
 def test_with_no_whole_checkpoint_the_run_starts_anew_and_says_so(stopped):
     folder, args, original = stopped
     for path in checkpoints(folder).values():
