@@ -5,7 +5,6 @@ Most tests use a stub in place of the trainer: the settings that it is given dec
 
 import json
 import math
-import os
 import shlex
 import signal
 import string
@@ -20,122 +19,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from process import REPO, clean_env
 from runs import Started
+from sweeping import BENCH, TRAINER, Bench, named, stub_score
 from toy import write_shard
 
 import sweep
 import train_gpt as tg
+from sweeps import outcome, progress, timing
+from sweeps import plan as plans
 from train_gpt import Settings
-
-# A run that takes no time. Its score is a function of settings and seed; some settings make it fail, lie or wait.
-TRAINER = """
-import hashlib, json, os, signal, sys, time
-from pathlib import Path
-given = dict(word.split("=", 1) for word in sys.argv[1:])
-def number(name, default):
-    return float(given.get(name, default))
-out = Path(given["OUT_DIR"])
-with open(Path(__file__).with_name("calls"), "a") as calls:
-    calls.write(json.dumps([given, os.environ["OMP_NUM_THREADS"]]) + "\\n")
-print("step 1", flush=True)
-if number("ADAM_EPS", 1e-8) == 0.5:
-    print("error: the loss is not finite at step 3", file=sys.stderr)
-    print("a word after the error", file=sys.stderr)
-    sys.exit(4)
-if number("ADAM_EPS", 1e-8) == 0.25:
-    os.kill(os.getpid(), signal.SIGKILL)
-if number("ADAM_EPS", 1e-8) == 0.125:
-    def stopped(*_):
-        (out / "checkpoint").touch()
-        sys.exit(130)
-    signal.signal(signal.SIGINT, stopped)
-    Path(__file__).with_name("waiting").touch()
-    while not Path(__file__).with_name("go").exists():
-        time.sleep(0.02)
-seed = int(given.get("SEED", 1337))
-bpb = 2 + seed / 1e4 + number("MATRIX_LR", 0.025) * (1 + seed / 1e3) + 1 / number("ITERATIONS", 20000)
-invalid = number("ADAM_EPS", 1e-8) == 0.0625
-silent = number("ADAM_EPS", 1e-8) == 0.03125
-summary = {"val_bpb": None if silent else bpb, "val_loss": 1.0, "valid": "no" if invalid else "yes",
-           "reasons": ["a reason"] if invalid else [], "params": 1000, "steps": int(given["ITERATIONS"]),
-           "model_bytes": 500 + int(given.get("EMBED_BITS", 8)), "total_bytes": 600, "train_seconds": 0.1,
-           "settings": " ".join(sys.argv[1:]), "settings_hash": "x", "seed": seed,
-           "code_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
-(out / "summary.json").write_text(json.dumps(summary))
-sys.exit(3 if summary["total_bytes"] > int(given.get("SIZE_LIMIT", 16000000)) else 0)
-"""
-
-# A benchmark whose time per step is that of a formula: proportional to the layers.
-BENCH = """
-import argparse, json, sys
-from pathlib import Path
-parser = argparse.ArgumentParser()
-parser.add_argument("words", nargs="+")
-parser.add_argument("--against", nargs="*")
-parser.add_argument("--modes")
-parser.add_argument("--steps", type=int)
-parser.add_argument("--json", type=Path)
-args = parser.parse_intermixed_args()
-sides = [dict(word.split("=", 1) for word in words) for words in (args.against, args.words[1:])]
-with open(Path(__file__).with_name("bench_calls"), "a") as calls:
-    calls.write(json.dumps([*sides, args.modes, args.steps]) + "\\n")
-if sides[1].get("SMEAR_GATE") == "none":
-    sys.exit("error: no such machine")
-pair = [10 * int(given.get("NUM_LAYERS", 11)) * (1.004 if "GRAD_CLIP_NORM" in given else 1) for given in sides]
-row = {"mode": args.modes, "pairs": [pair] * args.steps}
-if sides[1].get("MLP_MULT") == "2.0":
-    row["error"] = row.pop("pairs")
-args.json.write_text(json.dumps({"rows": [row]}))
-"""
-
-
-class Bench:
-    """A folder with a base, stubs and what they saw; call() is the command, in this process."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        for split in ("train", "val"):
-            write_shard(folder / f"fineweb_{split}_000000.bin", [1] * 100)
-        self.base = folder / "base.env"
-        self.base.write_text(f"DATA_PATH={folder}\nMAX_WALLCLOCK_SECONDS=9 SEED=5 COMPRESSOR=zlib DEVICE=cpu\n"
-                             "NUM_LAYERS=4 VE_LAYERS=2,3 TRAIN_BATCH_TOKENS=2048\n")
-        self.trainer, self.bench = folder / "stub.py", folder / "bench.py"
-        self.trainer.write_text(TRAINER)
-        self.bench.write_text(BENCH)
-
-    def plan(self, text):
-        path = self.folder / "plan.txt"
-        path.write_text(textwrap.dedent(text))
-        return path
-
-    def call(self, *words):
-        """(exit code, result or None)"""
-        answer = self.folder / "result.json"
-        answer.unlink(missing_ok=True)
-        words = [*map(str, words), "--base", f"@{self.base}", "--out", str(self.folder / "out"), "--json", str(answer)]
-        code = sweep.main(words, trainer=self.trainer, bench=self.bench)
-        return code, json.loads(answer.read_text()) if answer.exists() else None
-
-    def calls(self, name="calls"):
-        """What the stub was called with since the last question."""
-        path = self.folder / name
-        lines = path.read_text().splitlines() if path.exists() else []
-        path.unlink(missing_ok=True)
-        return [json.loads(line) for line in lines]
 
 
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
-    for name in sweep.FIELDS:
+    for name in plans.FIELDS:
         monkeypatch.delenv(name, raising=False)
     return Bench(tmp_path)
-
-
-def named(result):
-    return {row["name"]: row for row in result["rows"]}
-
-
-def stub_score(lr, seed, steps):
-    return 2 + seed / 1e4 + lr * (1 + seed / 1e3) + 1 / steps
 
 
 # ---- plans and grids ------------------------------------------------------------------------------------------------
@@ -146,7 +44,7 @@ def test_plan_lines(tmp_path):
     path.write_text("# a heading\n\nno smear (#65) : SMEAR_GATE=none XSA_LAST_N=0   # why: it may help\n"
                     "  SWA:AVERAGE=swa\ndense [vs SWA] : AVERAGE=swa SWA_EVERY=10\n"
                     "home : DATA_PATH='a folder/x:y'\n")
-    rows, complaints = sweep.read_plan(path)
+    rows, complaints = plans.read_plan(path)
     assert not complaints
     assert [row[:3] for row in rows] == [
         ("no smear (#65)", ("SMEAR_GATE=none", "XSA_LAST_N=0"), "base"), ("SWA", ("AVERAGE=swa",), "base"),
@@ -174,7 +72,7 @@ def test_whatever_is_written_as_a_plan_is_read_back(tmp_path_factory, rows, data
         want.append((name, words, reference))
     path = tmp_path_factory.getbasetemp() / "any.plan"
     path.write_text("\n".join(lines))
-    found, complaints = sweep.read_plan(path)
+    found, complaints = plans.read_plan(path)
     assert not complaints and [row[:3] for row in found] == want
 
 
@@ -240,12 +138,12 @@ def test_bad_options(lab, words, capsys):
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.dictionaries(st.sampled_from(sorted(sweep.FIELDS)), st.lists(
+@given(st.dictionaries(st.sampled_from(sorted(plans.FIELDS)), st.lists(
     st.integers(0, 99), min_size=1, max_size=4, unique=True), max_size=4))
 def test_grid_is_the_product(axes):
-    bars = {name: "|" if sweep.FIELDS[name].type in tg.LISTS else "," for name in axes}
+    bars = {name: "|" if plans.FIELDS[name].type in tg.LISTS else "," for name in axes}
     words = [f"{name}={bars[name].join(map(str, values))}" for name, values in axes.items()]
-    rows, base, complaints = sweep.read_grid(words)
+    rows, base, complaints = plans.read_grid(words)
     wide = {name: values for name, values in axes.items() if len(values) > 1}
     assert base == [f"{name}={values[0]}" for name, values in axes.items() if len(values) == 1]
     assert bool(complaints) == (not wide)
@@ -267,60 +165,92 @@ OF_EACH_LIST = {  # two values of a setting of each type of tg.LISTS
 @pytest.mark.parametrize("kind", tg.LISTS, ids=tg.LISTS.get)
 def test_lists_are_divided_by_a_bar(kind):
     name, first, second = OF_EACH_LIST[kind]
-    assert sweep.FIELDS[name].type is kind
+    assert plans.FIELDS[name].type is kind
     words = [f"{name}={first}", f"{name}={second}"]
-    assert sweep.alternatives(f"{name}={first}|{second}") == words
-    assert sweep.alternatives(words[0]) == words[:1]
+    assert plans.alternatives(f"{name}={first}|{second}") == words
+    assert plans.alternatives(words[0]) == words[:1]
     for word in words:
-        tg.parse_value(sweep.FIELDS[name], word.partition("=")[2])
+        tg.parse_value(plans.FIELDS[name], word.partition("=")[2])
 
 
 def test_other_values_are_divided_by_a_comma():
-    assert sweep.alternatives("VE_LAYERS=2,3|3|") == ["VE_LAYERS=2,3", "VE_LAYERS=3", "VE_LAYERS="]
-    assert sweep.alternatives("MATRIX_LR=1,2,1") == ["MATRIX_LR=1", "MATRIX_LR=2"]
-    assert sweep.alternatives("@a,b") == ["@a,b"]
+    assert plans.alternatives("VE_LAYERS=2,3|3|") == ["VE_LAYERS=2,3", "VE_LAYERS=3", "VE_LAYERS="]
+    assert plans.alternatives("MATRIX_LR=1,2,1") == ["MATRIX_LR=1", "MATRIX_LR=2"]
+    assert plans.alternatives("@a,b") == ["@a,b"]
 
 
 # ---- arithmetic -----------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=9))
 def test_sample_statistics_are_those_of_numpy(values):
-    found = sweep.sample_statistics(values)
+    found = outcome.sample_statistics(values)
     assert found["mean"] == pytest.approx(np.mean(values), abs=1e-12)
     assert (found["min"], found["max"], found["count"]) == (np.min(values), np.max(values), len(values))
     if len(values) > 1:
         assert found["std"] == pytest.approx(np.std(values, ddof=1), abs=1e-9)
     else:
         assert found["std"] is None
-    assert sweep.sample_statistics([]) is None
+    assert outcome.sample_statistics([]) is None
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.integers(0, 9), st.floats(-9, 9)), st.dictionaries(st.integers(0, 9), st.floats(-9, 9)))
 def test_differences_are_paired_by_seed(one, other):
     both = [seed for seed in range(10) if seed in one and seed in other]
-    assert sweep.paired(one, other) == {seed: one[seed] - other[seed] for seed in both}
+    assert outcome.paired(one, other) == {seed: one[seed] - other[seed] for seed in both}
 
 
-@pytest.mark.parametrize("ratio, steps", [(1.25, 160), (0.8, 250), (1.009, 198), (1.0, 200), (1.002, 200), (1e6, 1)])
-def test_steps_in_equal_time(ratio, steps):
-    assert sweep.steps_in_equal_time(200, sweep.Speed(ratio, "measured", [(1, ratio)] * 9)) == steps
+@settings(deadline=None)
+@given(st.lists(st.lists(st.floats(-9, 9), max_size=6), max_size=6))
+def test_the_pooled_deviation_is_that_of_the_residuals(samples):
+    """By numpy, from the residuals about the means of the samples."""
+    residuals = np.concatenate([np.subtract(values, np.mean(values)) for values in samples if values] or [[]])
+    degrees = len(residuals) - sum(bool(values) for values in samples)
+    found = outcome.pooled_deviation(samples)
+    assert (found is None) == (degrees < 1)
+    if degrees >= 1:
+        assert found == pytest.approx(np.sqrt(np.sum(residuals**2) / degrees), abs=1e-9)
 
 
-def test_a_ratio_within_its_error_of_1_is_equal_time():
-    noise = np.random.default_rng(0).normal(0, 0.1, 4000)
-    medians = [np.median(part) for part in noise.reshape(100, 40)]
-    errors = [sweep.ratio_error([(1, 1 + x) for x in part]) for part in noise.reshape(100, 40)]
-    assert np.mean(errors) == pytest.approx(np.std(medians), rel=0.15) and sweep.ratio_error([(2, 3)]) == 0
-    for ratio, steps in ((1.025, 200), (1.035, 193), (0.975, 200), (0.965, 207)):  # the error is 0.0152
-        pairs = [(1, ratio + x) for x in np.linspace(-0.1, 0.1, 41)]
-        assert sweep.steps_in_equal_time(200, sweep.Speed(ratio, "measured", pairs)) == steps, ratio
+def test_about_one_row_in_twenty_of_nothing_is_called_clear():
+    """Rows that change nothing but the noise of the seeds; two seeds each, whose own spread says nothing."""
+    rng = np.random.default_rng(0)
+    clear = 0
+    for _ in range(200):
+        rows = [{"steps": {"changes": dict(enumerate(rng.normal(0, 0.003, 2)))}} for _ in range(30)]
+        for row in rows:
+            row["steps"]["change"] = outcome.sample_statistics(list(row["steps"]["changes"].values()))
+        outcome.judge(rows, "steps")
+        clear += sum(row["steps"]["change"]["is_clear"] for row in rows)
+    assert 0.03 < clear / 6000 < 0.07
+
+
+@pytest.mark.parametrize("ratio, is_clear, steps", [
+    (1.25, True, 160), (0.8, True, 250), (1.009, True, 198), (1.0, True, 200), (1e6, True, 1), (1.25, False, 200)])
+def test_steps_in_equal_time(ratio, is_clear, steps):
+    assert timing.steps_in_equal_time(200, timing.Speed(ratio, "measured", 0.0, is_clear)) == steps
+
+
+def work_of(*words):
+    return Settings.parse([*words, "COMPRESSOR=zlib"])
+
+
+def test_late_qat_is_no_same_work():
+    """Its settings stand among those of packing, and what it rounds to does, too; its share depends on the warmdown."""
+    plain, rounded = work_of(), work_of("LATE_QAT_THRESHOLD=0.2")
+    assert not timing.same_work(rounded, plain) and not timing.same_work(plain, rounded)
+    assert timing.same_work(work_of("MATRIX_BITS=5"), plain)
+    assert not timing.same_work(work_of("LATE_QAT_THRESHOLD=0.2", "MATRIX_BITS=5"), rounded)
+    assert not timing.same_work(work_of("LATE_QAT_THRESHOLD=0.2", "WARMDOWN_FRAC=0.4"), rounded)
+    assert timing.same_work(work_of("WARMDOWN_FRAC=0.4", "MATRIX_LR=0.1", "TTT=full", "COMPRESSOR=lzma"), plain)
+    for word in ("NUM_LAYERS=12", "GRAD_CLIP_NORM=1", "MUON_BACKEND_STEPS=3", "AVERAGE=swa", "TRAIN_SEQ_LEN=512"):
+        assert not timing.same_work(work_of(word), plain), word
 
 
 def test_groups_of_settings_are_settings():
-    assert sweep.SAME_WORK < {name.lower() for name in sweep.FIELDS} and sweep.OWNED.keys() < sweep.FIELDS.keys()
-    assert {"matrix_bits", "eval_stride", "compressor", "matrix_lr"} < sweep.SAME_WORK
-    assert not {"num_layers", "grad_clip_norm", "muon_backend_steps", "average", "train_seq_len"} & sweep.SAME_WORK
+    assert timing.SAME_WORK < plans.FIELDS.keys() and plans.OWNED.keys() < plans.FIELDS.keys()
 
 
 # ---- sweeps with a stub ---------------------------------------------------------------------------------------------
@@ -352,8 +282,10 @@ def test_plan_at_equal_steps(lab, capsys):
     assert f"Base: {np.mean(base):.4f} ({min(base):.4f} .. {max(base):.4f}) BPB, 1,000 parameters." in out
     line = next(line for line in out.splitlines() if line.startswith("| faster"))
     mean = result["rows"][2]["steps"]["change"]["mean"]
-    assert line.startswith(f"| faster [vs fast] | `MATRIX_LR=0.2 EMBED_BITS=6` | {mean:+.4f} (+")
-    assert line.endswith("| -0.4% |")  # 506 bytes, not 508
+    values = [list(row["steps"]["changes"].values()) for row in result["rows"]]
+    error = np.sqrt(np.mean([np.var(changes, ddof=1) for changes in values]) / 3)  # of three rows alike
+    assert line.startswith(f"| faster [vs fast] | `MATRIX_LR=0.2 EMBED_BITS=6` | {mean:+.4f} ± {error:.4f} * |")
+    assert line.endswith("| -0.4% | yes |")  # 506 bytes, not 508
     assert "small-scale" in out and "8xH100" in out and "7, 8, 9" in out and "100 training tokens" in out
     assert f"python tools/sweep.py {plan} MUON_WD=0.1 --steps 50" in out and "equal time" not in out
     assert "102,400 tokens" in out and "1024.00 epochs" in out and f"torch {result['machine']['torch']}" in out
@@ -363,38 +295,43 @@ def test_grid_prints_absolute_scores(lab, capsys):
     code, result = lab.call("MATRIX_LR=0.03,0.02", "EMBED_BITS=6,8", "MUON_WD=0.2", "--steps", 5, "--seeds", "3")
     out = capsys.readouterr().out
     assert code == 0 and len(lab.calls()) == 4 and result["base"]["runs"] == [] and not lab.calls("bench_calls")
-    assert "| MATRIX_LR | EMBED_BITS | BPB at equal steps | model bytes |" in out and "seed 3 alone" in out
+    assert "| MATRIX_LR | EMBED_BITS | BPB at equal steps | from the best at equal steps | model bytes | valid |" in out and "seed 3 alone" in out
     assert [row["changes"][0] for row in result["rows"]] == ["MATRIX_LR=0.02"] * 2 + ["MATRIX_LR=0.03"] * 2
     for row in result["rows"]:
         rate = float(row["changes"][0].partition("=")[2])
-        assert row["steps"]["bpb"]["mean"] == pytest.approx(stub_score(rate, 3, 5)) and "change" not in row["steps"]
-    assert f"| 0.02 | 6 | {stub_score(0.02, 3, 5):.4f} | 506 |" in out
+        assert row["steps"]["bpb"]["mean"] == pytest.approx(stub_score(rate, 3, 5))
+        assert row["steps"]["change"]["mean"] == pytest.approx(stub_score(rate, 3, 5) - stub_score(0.02, 3, 5))
+    assert f"| 0.02 | 6 | {stub_score(0.02, 3, 5):.4f} | +0.0000 | 506 | yes |" in out
 
 
 def test_equal_time(lab, capsys):
     plan = lab.plan("wide : NUM_LAYERS=8\nwider [vs wide] : NUM_LAYERS=10\ncoded : MATRIX_BITS=5\n"
                     "decay : MUON_WD=0.1 EMBED_BITS=6\nclip : GRAD_CLIP_NORM=0\n")
-    code, result = lab.call(plan, "--steps", 100, "--seeds", 4, "--bench-steps", 6)
+    code, result = lab.call(plan, "--steps", 100, "--seeds", 4, "--bench-steps", 6, "--bench-blocks", 3)
     out, rows = capsys.readouterr().out, named(result)
     assert code == 0
-    want = {"wide": (2, 50), "wider": (1.25, 80), "coded": (1, 100), "decay": (1, 100), "clip": (1.004, 100)}
+    want = {"wide": (2, 50), "wider": (1.25, 80), "coded": (1, 100), "decay": (1, 100), "clip": (1.004, 100)}  # 99.6, rounded
     for name, (ratio, steps) in want.items():
         assert rows[name]["speed"]["ratio"] == pytest.approx(ratio) and rows[name]["time"]["iterations"] == steps
         assert rows[name]["time"]["change"]["mean"] == pytest.approx(1 / steps - 1 / 100, abs=1e-9), name
     assert all("not measured" in rows[name]["speed"]["how"] for name in ("coded", "decay"))
-    assert rows["wide"]["speed"]["pairs"] == [[40, 80]] * 6
+    assert rows["wide"]["speed"]["blocks"] == [[[40, 80]] * 6] * 3
     bench = lab.calls("bench_calls")
-    assert len(bench) == 3 and all(call[2:] == ["eager", 6] for call in bench)
-    assert [tuple(side["NUM_LAYERS"] for side in call[:2]) for call in bench] == [("4", "8"), ("8", "10"), ("4", "4")]
+    assert all(call[2:] == ["eager", 6] for call in bench)
+    layers = [tuple(side["NUM_LAYERS"] for side in call[:2]) for call in bench]  # the sides change places
+    assert layers == [("4", "4")] * 3 + [("4", "8"), ("8", "4"), ("4", "8"), ("8", "10"), ("10", "8"), ("8", "10")] \
+        + [("4", "4")] * 3
+    assert rows["clip"]["speed"]["is_clear"] and result["noise_floor"]["ratio"] == 1
     runs = [call[0] for call in lab.calls()]
     assert len(runs) == 6 + 2  # only wide and wider need another number of steps
-    assert "| wide | `NUM_LAYERS=8` |" in out and "| x 2.000 ± 0.000 | 50 |" in out
-    assert "tools/bench.py train --against" in out and "median ratio of 6 pairs of CPU time" in out
+    assert "| wide | `NUM_LAYERS=8` |" in out and "| x 2.000 ± 0.000 * | 50 |" in out
+    assert "tools/bench.py train --against" in out and "CPU time, in 3 processes of 6 pairs each" in out
+    assert "the base against itself takes x 1.000" in out
     # Measurements are kept as runs are.
-    assert lab.call(plan, "--steps", 100, "--seeds", 4, "--bench-steps", 6)[0] == 0
+    assert lab.call(plan, "--steps", 100, "--seeds", 4, "--bench-steps", 6, "--bench-blocks", 3)[0] == 0
     assert not lab.calls("bench_calls") and not lab.calls()
-    assert lab.call(plan, "--steps", 100, "--seeds", 4, "--bench-steps", 7)[0] == 0
-    assert len(lab.calls("bench_calls")) == 3
+    assert lab.call(plan, "--steps", 100, "--seeds", 4, "--bench-steps", 7, "--bench-blocks", 1)[0] == 0
+    assert len(lab.calls("bench_calls")) == 4
 
 
 def test_equal_time_only(lab):
@@ -410,7 +347,7 @@ def test_a_measurement_serves_every_data_set(lab):
     other.mkdir()
     for path in lab.folder.glob("*.bin"):
         (other / path.name).write_bytes(path.read_bytes())
-    assert lab.call(*words)[0] == 0 and len(lab.calls()) == 2 and len(lab.calls("bench_calls")) == 1
+    assert lab.call(*words)[0] == 0 and len(lab.calls()) == 2 and len(lab.calls("bench_calls")) == 10
     assert lab.call(*words, "--base", f"DATA_PATH={other}")[0] == 0 and len(lab.calls()) == 2
     assert not lab.calls("bench_calls")
 
@@ -422,7 +359,7 @@ def test_failed_measurements_are_said_and_the_rest_goes_on(lab, capsys):
     assert code == 1 and rows["wide"]["time"]["iterations"] == 50
     assert all(rows[name]["steps"]["change"] and rows[name]["time"]["change"] is None for name in ("no smear", "thin"))
     assert "no such machine (exit code 1)" in rows["no smear"]["notes"][0]
-    assert "no pairs of mode eager" in rows["thin"]["notes"][0]
+    assert "bench.py gave no pairs" in rows["thin"]["notes"][0]
     assert "time per step is unknown: error: no such machine" in capsys.readouterr().out
     lab.bench.unlink()
     code, result = lab.call(lab.plan("new : NUM_LAYERS=6\n"), "--steps", 100, "--seeds", 4)
@@ -463,9 +400,12 @@ def test_failed_and_invalid_runs_are_marked_and_not_counted(lab, capsys):
     assert "without a score of these settings" in rows["silent"]["notes"][0]
     assert rows["invalid"]["runs"]["steps"][0]["valid"] == "no"
     line = next(line for line in out.splitlines() if line.startswith("| invalid"))
-    assert "| - |" in line and "INVALID" in line
-    # Invalid runs are finished; failed ones are tried again.
+    assert "| - |" in line and "| no |" in line and "INVALID" not in line and "- [3] equal steps, seed 4: INVALID" in out
+    # Invalid runs are finished. What failed would fail again, but for what was killed.
     assert lab.call(plan, "--steps", 100, "--seeds", "4,5", "--match", "steps")[0] == 1
+    assert [call[0]["ADAM_EPS"] for call in lab.calls()] == ["0.25"] * 2
+    code, again = lab.call(plan, "--steps", 100, "--seeds", "4,5", "--match", "steps", "--retry")
+    assert code == 1 and named(again)["diverged"]["notes"] == rows["diverged"]["notes"]
     assert sorted(call[0]["ADAM_EPS"] for call in lab.calls()) == sorted(["0.5", "0.25", "0.03125"] * 2)
     # What failed may have been the reference, of one seed.
     (lab.folder / "base.env").write_text(lab.base.read_text() + "ADAM_EPS=0.5\n")
@@ -477,12 +417,6 @@ def test_failed_and_invalid_runs_are_marked_and_not_counted(lab, capsys):
 
 def test_an_invalid_score_alone_is_no_failure(lab):
     assert lab.call(lab.plan("x : ADAM_EPS=0.0625\n"), "--steps", 9, "--seeds", "4", "--match", "steps")[0] == 0
-
-
-def test_the_number_of_seeds_is_shown_where_some_are_missing():
-    assert sweep.span(sweep.sample_statistics([1.0, 2.0]), [1, 2]) == "1.5000 (1.0000 .. 2.0000)"
-    assert sweep.span(sweep.sample_statistics([1.0, 2.0]), [1, 2, 3], "+") == "+1.5000 (+1.0000 .. +2.0000), 2 of 3 seeds"
-    assert sweep.span(sweep.sample_statistics([1.0]), [1]) == "1.0000" and sweep.span(None, [1]) == "-"
 
 
 def test_finished_runs_are_used_again_and_only_those(lab, capsys):
@@ -520,24 +454,27 @@ def test_jobs_share_the_cores(lab, monkeypatch):
     assert code == 0 and result["threads"] == "2" and {call[1] for call in lab.calls()} == {"2"}
 
 
-def wait_for(condition, seconds=20):
+def wait_for(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never came"
         time.sleep(0.02)
 
 
+def started(lab, plan, *words):
+    """The command as a process of its own, with the stub as its trainer."""
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import sweep; from pathlib import Path\n"
+            "sys.exit(sweep.main(sys.argv[3:], trainer=Path(sys.argv[2])))")
+    words = [str(plan), "--base", f"@{lab.base}", "--out", str(lab.folder / "out"), "--steps", "5", "--seeds", "3",
+             "--match", "steps", *words]
+    return Started([sys.executable, "-c", code, str(REPO / "tools"), str(lab.trainer), *words])
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_and_gone_on_with(lab, number):
     plan = lab.plan("quick : MATRIX_LR=0.1\nwaits : ADAM_EPS=0.125\n")
-    words = [str(plan), "--base", f"@{lab.base}", "--out", str(lab.folder / "out"), "--steps", "5", "--seeds", "3",
-             "--match", "steps"]
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); import sweep; from pathlib import Path\n"
-            "sys.exit(sweep.main(sys.argv[3:], trainer=Path(sys.argv[2])))")
-    command = [sys.executable, "-c", code, str(REPO / "tools"), str(lab.trainer), *words]
-    with Started(command) as run:
+    with started(lab, plan) as run:
         wait_for((lab.folder / "waiting").exists)
-        assert lab.call(plan, "--steps", 5)[0] == 2  # one sweep a folder
         run.signal(number)
         done = run.finish()
     assert done.returncode == 128 + number and done.stdout == ""
@@ -552,33 +489,53 @@ def test_interrupted_and_gone_on_with(lab, number):
 def test_second_signal_kills(lab):
     lab.trainer.write_text(TRAINER.replace("signal.signal(signal.SIGINT, stopped)",
                                            "signal.signal(signal.SIGINT, signal.SIG_IGN)"))
-    with sweep.Processes({**os.environ, "OMP_NUM_THREADS": "1"}, 2) as processes:
-        words = [sys.executable, str(lab.trainer), f"OUT_DIR={lab.folder}", "ADAM_EPS=0.125", "ITERATIONS=1"]
-        running = processes.run([(words, lab.folder / "console.txt")])
-        before = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
-        signal.setitimer(signal.ITIMER_REAL, 0.5, 0.3)
-        try:
-            with pytest.raises(sweep.Interrupted):
-                next(running)
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
-    assert len(processes.caught) >= 2
+    with started(lab, lab.plan("waits : ADAM_EPS=0.125\n")) as run:
+        wait_for((lab.folder / "waiting").exists)
+        run.signal(signal.SIGINT)
+        time.sleep(0.5)
+        run.signal(signal.SIGINT)
+        assert run.finish().returncode == 130
 
 
-def test_a_run_that_was_left_behind_keeps_other_sweeps_out(tmp_path):
-    with sweep.locked(tmp_path) as lock:
-        child = sweep.Processes(dict(os.environ), lock)._start(["sleep", "60"], tmp_path / "console.txt").process
-    with pytest.raises(sweep.BadInput, match="is in use by another sweep"), sweep.locked(tmp_path):
-        pass
-    child.kill()
-    child.wait()
-    with sweep.locked(tmp_path):
-        pass
+def test_two_commands_share_the_work(lab):
+    """The second makes what the first does not, says who makes the rest, and with --wait waits for it."""
+    plan = lab.plan("waits : ADAM_EPS=0.125\nquick : MATRIX_LR=0.1\n")
+    quick = "--steps", 5, "--seeds", 3, "--match", "steps"
+    with started(lab, plan) as first:
+        wait_for((lab.folder / "waiting").exists)
+        code, result = lab.call(plan, *quick)
+        assert code == 1 and named(result)["quick"]["steps"]["bpb"] and named(result)["waits"]["steps"]["bpb"] is None
+        with started(lab, plan, "--wait") as second:
+            time.sleep(1)
+            (lab.folder / "go").touch()
+            done = second.finish()
+        assert done.returncode == 0 and first.finish().returncode == 0 and "| waits |" in done.stdout
+    assert len(lab.calls()) == 3
+
+
+def test_after_kill_9_the_process_that_is_left_is_named(lab, capsys):
+    """Its run goes on, and keeps its folder: a lock as the trainer holds it."""
+    lab.trainer.write_text("import fcntl, os, platform\n" + TRAINER.replace("ranks = ", textwrap.dedent("""\
+        lock = open(out / "run.lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        print(f"process {os.getpid()} on {platform.node()}", end="", file=lock, flush=True)
+        ranks = """), 1))
+    plan = lab.plan("waits : ADAM_EPS=0.125\n")
+    with started(lab, plan) as run:
+        wait_for((lab.folder / "waiting").exists)
+        run.process.kill()
+        run.process.wait()
+    (lock,) = [path for path in (lab.folder / "out/runs").glob("*/run.lock") if "process" in path.read_text()
+               and not (path.parent / "summary.json").exists()]
+    code, _ = lab.call(plan, "--steps", 5, "--seeds", 3, "--match", "steps")
+    assert code == 1 and f"{lock.parent} is made by {lock.read_text()}: wait for it with --wait" in capsys.readouterr().err
+    (lab.folder / "go").touch()
+    code, result = lab.call(plan, "--steps", 5, "--seeds", 3, "--match", "steps", "--wait")
+    assert code == 0 and named(result)["waits"]["steps"]["change"] and len(lab.calls()) == 2
 
 
 def test_duration():
-    assert (sweep.duration(0.2), sweep.duration(125), sweep.duration(3700)) == ("0 min 0 s", "2 min 5 s", "1 h 1 min")
+    assert (progress.duration(0.2), progress.duration(125), progress.duration(3700)) == ("0 min 0 s", "2 min 5 s", "1 h 1 min")
 
 
 def test_help_and_no_arguments():
@@ -592,7 +549,7 @@ def test_help_and_no_arguments():
 
 def test_real_runs(toy, tmp_path, capsys, monkeypatch):
     """Two techniques by the real trainer: the scores in the table are those in the summaries."""
-    for name in sweep.FIELDS:
+    for name in plans.FIELDS:
         monkeypatch.delenv(name, raising=False)
     base = tmp_path / "base.env"
     base.write_text("\n".join(map(shlex.quote, toy)))

@@ -1,0 +1,173 @@
+"""What came of a sweep: every score, the differences paired by seed, and how sure they are."""
+
+import contextlib
+import math
+import os
+import platform
+import re
+import statistics
+from pathlib import Path
+
+import torch
+
+from common import git
+from sweeps.plan import BASE, MATCHES
+from sweeps.timing import ITSELF
+
+
+def sample_statistics(values):
+    """Mean, extremes and standard deviation of a sample; None of an empty one."""
+    if not values:
+        return None
+    return {
+        "mean": statistics.fmean(values),
+        "min": min(values),
+        "max": max(values),
+        "count": len(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+    }
+
+
+def scores(runs):
+    """{seed: score} of the runs whose score counts."""
+    return {seed: run.bpb for seed, run in runs.items() if run.bpb is not None}
+
+
+def paired(scores_of_row, reference):
+    """{seed: difference} over the seeds that both have: what the seed itself does to a score cancels out."""
+    return {seed: score - reference[seed] for seed, score in scores_of_row.items() if seed in reference}
+
+
+def pooled_deviation(samples):
+    """Standard deviation of one value about the mean of its sample, over all samples; None where none has two values.
+
+    Two seeds alone say hardly anything about their spread; that of all rows together does.
+    """
+    squares = sum((len(values) - 1) * statistics.variance(values) for values in samples if len(values) > 1)
+    degrees = sum(len(values) - 1 for values in samples if len(values) > 1)
+    return math.sqrt(squares / degrees) if degrees else None
+
+
+def judge(rows, match):
+    """Give every mean change of the rows its standard error, and say whether it is more than two of them."""
+    changes = [row[match]["change"] for row in rows]
+    samples = [list(row[match]["changes"].values()) for row in rows if any(row[match]["changes"].values())]
+    deviation = pooled_deviation(samples)
+    for change in filter(None, changes):
+        error = None if deviation is None else deviation / math.sqrt(change["count"])
+        change["standard_error"] = error
+        change["is_clear"] = error is not None and abs(change["mean"]) > 2 * error
+
+
+def notes(runs, name):
+    """Failed and invalid runs of a row, the same thing said once for all its seeds."""
+    seeds_of = {}  # (match, note) -> seeds
+    for (row_name, match, seed), run in runs.by_row.items():
+        if row_name == name and run.note():
+            seeds_of.setdefault((match, run.note()), []).append(seed)
+    return [f"{MATCHES[match]}, seed {', '.join(map(str, seeds))}: {note}" for (match, note), seeds in seeds_of.items()]
+
+
+def row_result(plan, runs, row, speeds):
+    """What one row came to."""
+    result = {"name": row.name, "changes": list(row.changes), "reference": row.reference,
+              "settings": plan.settings[row.name].text()}
+    speed = speeds.get(row.name)
+    result["speed"] = speed._asdict() if speed else None
+    for match in plan.matches:
+        row_runs = runs.row(row.name, match)
+        of_seeds = scores(row_runs)
+        result[match] = {
+            "iterations": next((run.settings.iterations for run in row_runs.values()), None),
+            "bpb": sample_statistics(list(of_seeds.values())),
+            "scores": of_seeds,
+            "changes": paired(of_seeds, scores(runs.row(row.reference, "steps"))) if row.reference else {},
+        }
+    result["runs"] = {match: [run.facts() for run in runs.row(row.name, match).values()] for match in MATCHES}
+    result["notes"] = notes(runs, row.name)
+    if speed and speed.error:
+        result["notes"].append(f"equal time: the time per step is unknown: {speed.error}")
+    return result
+
+
+def rank(plan, rows):
+    """The rows, best first, those without a score last. In a grid the changes are those from the best point."""
+    match = plan.matches[0]
+
+    def effect(row):
+        sample = row[match]["change" if "change" in row[match] else "bpb"]
+        return sample["mean"] if sample else math.inf
+
+    if plan.grid and rows:
+        rows = sorted(rows, key=effect)
+        for kind in plan.matches:
+            best = min(rows, key=lambda row: row[kind]["bpb"]["mean"] if row[kind]["bpb"] else math.inf)
+            for row in rows:
+                row[kind]["changes"] = paired(row[kind]["scores"], best[kind]["scores"])
+    for kind in plan.matches:
+        for row in rows:
+            row[kind]["change"] = sample_statistics(list(row[kind]["changes"].values()))
+        judge(rows, kind)
+    return sorted(rows, key=effect)
+
+
+def collect(plan, runs, speeds, about):
+    """Everything as one object: `about` and what came of the runs so far."""
+    base = runs.row(BASE, "steps")
+    runs_made = runs.by_key.values()
+    errors = [run.error for run in runs_made if not run.stopped] + [speed.error for speed in speeds.values()]
+    devices = {run.fact("device") for run in runs_made if run.summary}
+    return {
+        **about,
+        "steps": plan.steps,
+        "seeds": plan.seeds,
+        "matches": plan.matches,
+        "code_sha256": runs.code,
+        "data": runs.texts.facts(plan.settings[BASE]),
+        "devices": sorted(filter(None, devices)),
+        "left_out": plan.left_out,
+        "noise_floor": speeds[ITSELF]._asdict() if ITSELF in speeds else None,
+        "base": {
+            "words": plan.base_words,
+            "settings": plan.settings[BASE].text(),
+            "notes": notes(runs, BASE),
+            "bpb": sample_statistics(list(scores(base).values())),
+            "runs": [run.facts() for run in base.values()],
+        },
+        "rows": rank(plan, [row_result(plan, runs, row, speeds) for row in plan.rows]),
+        "failed": sum(bool(error) for error in errors),
+        "complete": all(run.summary or run.error for run in runs_made),
+        "trainings": sum(run.phase == "train" for run in runs_made),
+    }
+
+
+# ---- the machine ----------------------------------------------------------------------------------------------------
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_model():
+    with contextlib.suppress(OSError):
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if match:
+            return " ".join(match[1].split())
+    return platform.processor() or platform.machine()
+
+
+def commit():
+    revision = git("rev-parse", "--short=12", "HEAD") or "none"
+    is_changed = git("diff", "HEAD", "--stat", "--", "train_gpt.py")
+    return f"{revision} with changes of train_gpt.py" if is_changed else revision
+
+
+def machine(device):
+    return {
+        "cpu": cpu_model(),
+        "cores": cores(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "gpu": None if device == "cpu" else device,
+        "system": platform.platform(),
+    }

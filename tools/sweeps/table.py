@@ -1,0 +1,244 @@
+"""The result as people read it: Markdown, CSV, a picture with error bars, and an aligned view on a terminal."""
+
+import csv
+import io
+import statistics
+from typing import NamedTuple
+
+from common import BadInput, write
+from sweeps.plan import BASE, setting_of
+
+FORMATS = (".md", ".csv", ".png", ".svg")
+CLEAR = "*"  # marks a change of more than two standard errors
+
+
+class Column(NamedTuple):
+    heading: str
+    cell: object  # function of a row
+    is_text: bool = False
+
+
+def change_text(sample):
+    """Mean change ± its standard error, and the mark."""
+    if sample is None:
+        return "-"
+    text = f"{sample['mean']:+.4f}"
+    if sample["standard_error"] is not None:
+        text += f" ± {sample['standard_error']:.4f}"
+    return f"{text} {CLEAR}" if sample["is_clear"] else text
+
+
+def score_text(sample):
+    """mean (min .. max)."""
+    if sample is None:
+        return "-"
+    text = f"{sample['mean']:.4f}"
+    return text if sample["count"] == 1 else f"{text} ({sample['min']:.4f} .. {sample['max']:.4f})"
+
+
+def pace_text(speed):
+    if speed["ratio"] is None:
+        return "-"
+    if not speed["blocks"]:
+        return "x 1"
+    return f"x {speed['ratio']:.3f} ± {speed['standard_error']:.3f}" + (f" {CLEAR}" if speed["is_clear"] else "")
+
+
+def mean_bytes(runs):
+    sizes = [run["model_bytes"] for run in runs if run["model_bytes"]]
+    return statistics.fmean(sizes) if sizes else None
+
+
+def validity(row):
+    """yes, no, or how many of the runs that were scored are valid."""
+    scored = [run for runs in row["runs"].values() for run in runs if run["val_bpb"] is not None]
+    valid = sum(run["valid"] == "yes" for run in scored)
+    if not scored:
+        return "-"
+    return {len(scored): "yes", 0: "no"}.get(valid, f"{valid} of {len(scored)}")
+
+
+def columns(result, plan):
+    """The Columns of a result."""
+    match = plan.matches[0]
+    base_bytes = mean_bytes(result["base"]["runs"])
+
+    def size(row):
+        row_bytes = mean_bytes(row["runs"][match])
+        if row_bytes is None:
+            return "-"
+        if plan.grid or base_bytes is None:
+            return f"{row_bytes:,.0f}"
+        return f"{row_bytes / base_bytes - 1:+.1%}"
+
+    def technique(row):
+        return row["name"] if row["reference"] == BASE else f"{row['name']} [vs {row['reference']}]"
+
+    if plan.grid:
+        what = "from the best"
+        for axis, change in enumerate(plan.rows[0].changes if plan.rows else ()):
+            yield Column(setting_of(change), lambda row, axis=axis: row["changes"][axis].partition("=")[2], True)
+    else:
+        what = "BPB change"
+        yield Column("technique", technique, True)
+        yield Column("settings", lambda row: f"`{' '.join(row['changes'])}`", True)
+    for kind in plan.matches:
+        if kind == "time":
+            yield Column("time per step", lambda row: pace_text(row["speed"]))
+            yield Column("steps in equal time", lambda row: str(row["time"]["iterations"] or "-"))
+        if plan.grid:
+            yield Column(f"BPB at equal {kind}", lambda row, kind=kind: score_text(row[kind]["bpb"]))
+        yield Column(f"{what} at equal {kind}", lambda row, kind=kind: change_text(row[kind]["change"]))
+    if any(row[match]["bpb"] and row[match]["bpb"]["count"] < len(plan.seeds) for row in result["rows"]):
+        yield Column("seeds", lambda row: str(row[match]["bpb"]["count"] if row[match]["bpb"] else 0))
+    yield Column("model bytes", size)
+    yield Column("valid", validity)
+
+
+def footnotes(result):
+    """{text of a note: its number}, in the order of the rows."""
+    numbers = {}
+    for row in result["rows"]:
+        for note in row["notes"]:
+            numbers.setdefault(note, len(numbers) + 1)
+    return numbers
+
+
+def cells(result, plan):
+    """(columns, [[text of each cell] of each row]). Notes are numbers; footer() has what they say."""
+    parts = list(columns(result, plan))
+    numbers = footnotes(result)
+    if numbers:
+        parts.append(Column("note", lambda row: " ".join(f"[{numbers[note]}]" for note in row["notes"]), True))
+    return parts, [[part.cell(row) for part in parts] for row in result["rows"]]
+
+
+def heading(result, plan):
+    """Lines above the table."""
+    base = result["base"]
+    if not plan.grid:
+        params = next((f", {run['params']:,} parameters" for run in base["runs"] if run["params"]), "")
+        yield f"Base: {score_text(base['bpb'])} BPB{params}."
+        yield from (f"Base, {note}." for note in base["notes"])
+    yield from (f"Left out: {text}." for text in plan.left_out)
+
+
+def footer(result, plan):
+    """Lines below it: notes, what the numbers are, and what made them."""
+    data = result["data"]
+    host = result["machine"]
+    for note, number in footnotes(result).items():
+        yield f"- [{number}] {note}."
+    over = f"seed {plan.seeds[0]} alone, so that the spread is unknown"
+    if len(plan.seeds) > 1:
+        over = (f"seeds {', '.join(map(str, plan.seeds))}, ± its standard error from the spread of all rows; "
+                f"{CLEAR} more than two of them")
+    other = "the best point" if plan.grid else "the reference"
+    yield f"- BPB of the packed model, lower is better. Change: from {other} with the same seed, mean over {over}."
+    tokens = plan.steps * plan.settings[BASE].train_batch_tokens
+    yield (f"- Equal steps: {plan.steps:,} steps, {tokens:,} tokens, of {data['name']} with {data['train_tokens']:,} "
+           f"training tokens ({tokens / data['train_tokens']:.2f} epochs).")
+    if "time" in plan.matches:
+        yield (f"- Equal time: the steps that fit into the time of {plan.steps:,} steps of the "
+               f"{'base' if plan.grid else 'reference'}. Time per step: {result['timing']}; ± standard error over the "
+               f"processes, {CLEAR} can be told from 1 (95 %), else the steps are equal. x 1 where the settings "
+               "(rates, schedules, packing, scoring) cannot change the work of a step.")
+        if floor := result["noise_floor"]:
+            yield f"- Noise floor: the base against itself takes {pace_text(floor)} of its own time."
+    devices = ", ".join(result["devices"]) or "no device yet"
+    ranks = f", {result['ranks']} ranks a run" if result["ranks"] > 1 else ""
+    yield (f"- Machine: {devices}, {host['cores']} cores of {host['cpu']}, torch {host['torch']}, "
+           f"{result['threads']} thread(s) a run{ranks}, {result['jobs']} run(s) at once; commit {result['commit']}.")
+    yield "- These are small-scale results: they say nothing certain about 8xH100 at full size."
+    yield f"- Command: `{result['command']}`"
+
+
+def markdown(result, plan):
+    """The text of the table as Markdown."""
+    parts, rows = cells(result, plan)
+    lines = [*heading(result, plan), ""]
+    lines.append(f"| {' | '.join(part.heading for part in parts)} |")
+    lines.append(f"|{'|'.join('---' if part.is_text else '---:' for part in parts)}|")
+    for row in rows:
+        lines.append(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in row)} |")
+    return "\n".join([*lines, "", *footer(result, plan), ""]).lstrip()
+
+
+def comma_separated(result, plan):
+    """The text of the table as CSV: numbers of their own columns, unrounded."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    numbers = ("mean", "standard_error", "is_clear", "min", "max", "count")
+    names = [f"{match}_{key}_{name}" for match in plan.matches for key in ("bpb", "change") for name in numbers]
+    writer.writerow(["name", "reference", "changes", *names, "time_per_step", "time_per_step_error", "model_bytes",
+                     "valid", "notes"])
+    for row in result["rows"]:
+        values = [(row[match][key] or {}).get(name, "") for match in plan.matches for key in ("bpb", "change")
+                  for name in numbers]
+        speed = row["speed"] or {}
+        writer.writerow([row["name"], row["reference"] or "", " ".join(row["changes"]), *values, speed.get("ratio", ""),
+                         speed.get("standard_error", ""), mean_bytes(row["runs"][plan.matches[0]]) or "",
+                         validity(row), "; ".join(row["notes"])])
+    return file.getvalue()
+
+
+def print_aligned(result, plan, console):
+    """The table on a terminal, through a rich Console."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    parts, rows = cells(result, plan)
+    view = Table(box=None, pad_edge=False, header_style="bold")
+    for part in parts:
+        view.add_column(part.heading, justify="left" if part.is_text else "right", overflow="fold")
+    for row in rows:
+        is_clear = any(text.endswith(CLEAR) for text in row)
+        view.add_row(*(escape(text.strip("`")) for text in row), style=None if is_clear else "dim")
+    for line in heading(result, plan):
+        console.print(escape(line))
+    console.print(view)
+    for line in footer(result, plan):
+        console.print(escape(line), style="dim")
+
+
+def draw(result, plan, file, form):
+    """A picture: the change of each row with two standard errors to both sides, the best row on top."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise BadInput("a picture of the table needs matplotlib: pip install -r requirements-dev.txt") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in result["rows"] if any(row[match]["change"] for match in plan.matches)][::-1]
+    with plt.rc_context({"svg.hashsalt": "sweep", "axes.spines.top": False, "axes.spines.right": False}):
+        figure, axes = plt.subplots(figsize=(9, 1.2 + 0.28 * max(len(rows), 1)), layout="constrained")
+        for offset, match in enumerate(plan.matches):
+            samples = [(place + 0.2 * offset, row[match]["change"]) for place, row in enumerate(rows)]
+            samples = [(place, sample) for place, sample in samples if sample]
+            axes.errorbar([sample["mean"] for _, sample in samples], [place for place, _ in samples],
+                          xerr=[2 * (sample["standard_error"] or 0) for _, sample in samples], fmt="o", markersize=4,
+                          capsize=2, linewidth=1, label=f"equal {match}")
+        axes.axvline(0, color="#888888", linewidth=1)
+        axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
+        axes.set_xlabel(f"change in BPB from {'the best point' if plan.grid else 'the reference'}, lower is better; "
+                        "bars: two standard errors")
+        axes.grid(axis="x", color="#e3e3e0")
+        axes.set_axisbelow(True)
+        if len(plan.matches) > 1:
+            axes.legend()
+        figure.savefig(file, dpi=130, format=form, metadata={"Date": None} if form == "svg" else None)
+        plt.close(figure)
+
+
+def write_table(result, plan, path):
+    """Write the table in the format of the file's name. Afterwards it is complete, or as it was."""
+    if path.suffix == ".md":
+        data = markdown(result, plan).encode()
+    elif path.suffix == ".csv":
+        data = comma_separated(result, plan).encode()
+    else:
+        picture = io.BytesIO()
+        draw(result, plan, picture, path.suffix[1:])
+        data = picture.getvalue()
+    write(path, data)
