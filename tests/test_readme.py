@@ -334,7 +334,7 @@ def run_bench(words):
 def run_sweep(words):
     """The plan as well, for any data set."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "data_facts", lambda path: {})
+        patch.setattr("sweeps.plan.files_of", lambda settings: ([], []))
         sweep.make_plan(parsed(sweep.arguments, words), {})
 
 

@@ -8,9 +8,8 @@ import signal
 import time
 
 import numpy as np
-import psutil
 import pytest
-from runs import Started, call, good, summary
+from runs import Started, call, family, good, summary
 from sweeping import Bench, named, stub_score
 from toy import write_shard
 
@@ -221,9 +220,9 @@ def test_a_killed_worker_of_two_changes_nothing_of_the_table(lab, capsys):
         for path in begun.glob("*/task.json"):
             if not (path.parent / "summary.json").exists():
                 workers[int(json.loads(path.read_text())["worker"].split()[1])] = path
-        victim = psutil.Process(max(workers))
-        for process in (*victim.children(recursive=True), victim):
-            process.send_signal(signal.SIGKILL)
+        victim = max(workers)
+        for pid in (*family(victim), victim):
+            os.kill(pid, signal.SIGKILL)
         done = run.finish()
     assert done.returncode == 0, done.stderr
     assert lab.call(SIX, "--steps", 20, "--seeds", 3)[0] == 0  # never killed, without a cluster

@@ -36,15 +36,19 @@ def steps_so_far(task):
         return 0
 
 
+def seconds_of(task):
+    return (read_json(task.folder / "task.json") or {}).get("seconds")
+
+
 class Times:
-    """How long tasks of each kind take, by those that have ended in this folder."""
+    """How long tasks of each kind take, by those that have ended."""
 
     def __init__(self):
         self.seconds = {}  # kind -> [seconds, size]
 
     def add(self, task):
-        """Note an ended task; returns its seconds, or None of one that was not made to its end."""
-        seconds = (read_json(task.folder / "task.json") or {}).get("seconds")
+        """Note an ended task; returns its seconds, or None where its worker has not seen its end."""
+        seconds = seconds_of(task)
         if seconds:
             spent = self.seconds.setdefault(task.kind, [0.0, 0])
             spent[0] += seconds
@@ -70,7 +74,8 @@ def follow(tasks, is_over, stop, on_end, jobs):
         line = bar.add_task("", total=len(tasks))
         while True:
             last_look = is_over()
-            for task in [task for task in open_tasks if task.has_ended()]:
+            ended = [task for task in open_tasks if task.has_ended() and (last_look or seconds_of(task))]
+            for task in ended:
                 open_tasks.remove(task)
                 seconds = times.add(task)
                 result = on_end(task)
