@@ -88,24 +88,22 @@ class Place:
                            "the nodes have, --device-name 'NVIDIA H100 80GB HBM3' (as nvidia-smi -L shows it)")
         else:
             self.device = "cpu"
-        if self.device == "cpu" or on_nodes:
-            jobs = args.jobs or 1
-            here = 1 if on_nodes else jobs
-            threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // (here * self.ranks)))
-            self.slots = [{"OMP_NUM_THREADS": threads}] * jobs
-        else:
-            self.slots = self._gpu_slots(args)
-        self.threads = self.slots[0]["OMP_NUM_THREADS"]
+        groups = [{}] * (args.jobs or 1) if self.device == "cpu" or on_nodes else self._gpu_groups(args)
+        threads = os.environ.get("OMP_NUM_THREADS")
+        if not threads and not on_nodes:
+            threads = str(max(1, cores() // (len(groups) * self.ranks)))
+        self.threads = threads or "as many as the node has"
+        self.slots = [group | ({"OMP_NUM_THREADS": threads} if threads else {}) for group in groups]
 
-    def _gpu_slots(self, args):
+    def _gpu_groups(self, args):
+        """[{"CUDA_VISIBLE_DEVICES": ...}] of the runs that are made at once."""
         gpus = visible_gpus()
         groups = [gpus[at : at + self.ranks] for at in range(0, len(gpus) - self.ranks + 1, self.ranks)]
         jobs = args.jobs or len(groups)
         if not groups or jobs > len(groups):
             raise BadInput(f"--jobs {jobs} --gpus-per-run {self.ranks} need {jobs * self.ranks} GPUs, there are "
                            f"{len(gpus)}: lower one of them")
-        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // (jobs * self.ranks)))
-        return [{"CUDA_VISIBLE_DEVICES": ",".join(group), "OMP_NUM_THREADS": threads} for group in groups[:jobs]]
+        return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups[:jobs]]
 
     def executor(self, args, folder):
         """A submitit executor, one job of which is a worker."""
@@ -142,6 +140,8 @@ class Engine:
 
     def make(self, tasks, on_end=lambda task: "", slots=None):
         """Make the tasks; on_end(task) is called as each one ends, and says its result."""
+        for task in tasks:
+            task.forget_failure(self.args.retry, self.args.stop_worse is None)
         waiting = [task for task in tasks if not task.has_ended()]
         if len(waiting) < len(tasks):
             say(f"{len(tasks) - len(waiting)} of {len(tasks)} {tasks[0].kind} tasks have ended already")
@@ -149,7 +149,7 @@ class Engine:
             return
         if self.args.cluster:
             executor = self.place.executor(self.args, self.out)
-            workers = workers_on_cluster(waiting, self.place.slots, self.stop, self.deadline, executor)
+            workers = workers_on_cluster(waiting, slots or self.place.slots, self.stop, self.deadline, executor)
         else:
             workers = workers_here(waiting, slots or self.place.slots, self.stop, self.args.wait, self.deadline)
         with self.stop.caught(), workers as (is_over, held):
@@ -208,7 +208,7 @@ class Sweep:
     def make(self):
         """Make the runs that were asked for and are not made."""
         self.runs.look()
-        tasks = self.runs.tasks(self.args.retry, self.args.stop_worse)
+        tasks = self.runs.tasks(self.args.stop_worse)
         reused = len(self.runs.by_key) - len(tasks)
         if reused:
             say(f"{reused} of {len(self.runs.by_key)} runs are finished already")

@@ -377,6 +377,8 @@ def make_plan(args, env):
             complaints.append(str(error))
     grid = is_grid(args) and not args.ablate
     axes = read_axes(args.words)[0] if grid and has_range(args.words) else None
+    if axes and args.match not in (None, "steps"):
+        complaints.append("a search compares at equal steps: leave out --match")
     if axes and not args.trials:
         complaints.append("a range is searched, and needs --trials N")
     if args.trials and not axes:

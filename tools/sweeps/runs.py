@@ -174,16 +174,16 @@ class Runs:
         weights of another run, or another run's artifact.
         """
         for run in self.ordered():
+            summary = run.folder / "summary.json"
+            was_there = summary.exists()  # another command may finish it just now
             run.reused = run.read()
-            if not run.reused:  # what is there is damaged, or another run's
-                (run.folder / "summary.json").unlink(missing_ok=True)
+            if was_there and not run.reused:
+                summary.unlink(missing_ok=True)  # it is damaged
         for alike in groups(self.ordered(), "train"):
             share_training(alike)
 
-    def tasks(self, retry=False, stop_worse=None):
-        """[Task] of the runs that are not finished. A failure stays one, unless with `retry`: the same settings fail
-        again. Not so what was killed, what began with another run that failed, and what was stopped as hopeless.
-        """
+    def tasks(self, stop_worse=None):
+        """[Task] of the runs that are not finished."""
         unfinished = [run for run in self.ordered() if run.summary is None]
         tasks = []
         for run in unfinished:
@@ -195,11 +195,6 @@ class Runs:
             if stop_worse is not None and reference and run.phase == "train":
                 task.curve_of = reference.folder
                 task.margin = stop_worse
-            failure = read_json(run.folder / "failed.json") or {}
-            was_killed = failure.get("code", 0) < 0
-            may_end_better = was_killed or "after" in failure or (failure.get("stopped") and stop_worse is None)
-            if retry or may_end_better:
-                task.forget_failure()
             tasks.append(task)
         return tasks
 
@@ -209,8 +204,8 @@ class Runs:
             run.error = ""
             if run.summary is None and not run.read():
                 if (run.folder / "summary.json").exists():
-                    write_json(run.folder / "failed.json", {"reason": "it ended without a score of these settings and "
-                                                                      "this code"})
+                    reason = "it ended without a score of these settings and this code"
+                    write_json(run.folder / "failed.json", {"reason": reason})
                 failure = read_json(run.folder / "failed.json") or {}
                 run.error = failure.get("reason", "it is not made yet")
                 run.stopped = bool(failure.get("stopped"))

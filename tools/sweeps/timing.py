@@ -115,8 +115,7 @@ class Stopwatch:
         found = []
         for block, task in enumerate(self.tasks(name)):
             if not task.is_done():
-                failure = read_json(task.folder / "failed.json") or {}
-                return [], failure.get("reason", "it was not measured")
+                return [], task.failure().get("reason", "it was not measured")
             try:
                 (row,) = read_json(task.folder / task.result)["rows"]
                 pairs = [pair if block % 2 == 0 else pair[::-1] for blocks in row["blocks"] for pair in blocks]

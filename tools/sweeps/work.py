@@ -61,6 +61,10 @@ class Task:
     def has_failed(self):
         return (self.folder / "failed.json").exists()
 
+    def failure(self):
+        """What fail() wrote, or {}."""
+        return read_json(self.folder / "failed.json") or {}
+
     def has_ended(self):
         return self.is_done() or self.has_failed()
 
@@ -72,8 +76,14 @@ class Task:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "failed.json", {"reason": reason, **more})
 
-    def forget_failure(self):
-        (self.folder / "failed.json").unlink(missing_ok=True)
+    def forget_failure(self, retry, may_be_worse=True):
+        """Have it tried again, if it may end otherwise: it was killed, it began with a task that failed, or it was
+        stopped as hopeless, which nobody asks for any more.
+        """
+        failure = self.failure()
+        was_killed = failure.get("code", 0) < 0
+        if retry or was_killed or "after" in failure or (failure.get("stopped") and may_be_worse):
+            (self.folder / "failed.json").unlink(missing_ok=True)
 
     def is_hopeless(self):
         """What is said of a run that is stopped for its validation curve, or ""."""
