@@ -10,6 +10,7 @@ from reports.reading import (
     last,
     lock_holder,
     number,
+    phase_of,
     points_of,
     read_events,
     read_summary,
@@ -28,7 +29,9 @@ def run_settings(events):
     pairs = shlex.split(text(last(events, "settings"), "settings"))
     given = dict(pair.partition("=")[::2] for pair in pairs)
     settings = {name: given.get(name, default) for name, default in DEFAULT.items()}
-    int(settings["VAL_TOKENS"])
+    for name in ("VAL_TOKENS", "ITERATIONS"):
+        int(settings[name])
+    float(settings["MAX_WALLCLOCK_SECONDS"])
     return given, settings
 
 
@@ -74,6 +77,8 @@ def gather(run_dir, compress=True):
     points = points_of(events)
     facts = {
         "run_dir": str(run_dir), "finished": summary is not None, "state": state.kind, "ended": state.words,
+        "phase": phase_of(events), "steps_to_make": int(settings["ITERATIONS"]),
+        "seconds_to_train": float(settings["MAX_WALLCLOCK_SECONDS"]),
         "damaged_lines": damaged, "settings": changed, "seed": number(summary, "seed") or number(run, "seed"),
         **scores(events, summary),
         **{key: number(summary, key) or number(artifact, key)

@@ -6,14 +6,15 @@ from pathlib import Path
 from string import Template
 
 from common import BadInput, write
-from reports.compare import compare
+from reports.compare import OF_ONE_RUN, compare
 from reports.facts import names_of
 from reports.panels import AXES, BEST_TO_WORST, MOST_NAMES, Lines, pictures
 from reports.table import NONE, differing_settings, results, rows
 
 TEMPLATE = Path(__file__).with_name("page.html")
 STYLES = {"line": {"mode": "lines"}, "points": {"mode": "lines+markers", "marker_size": 5},
-          "final": {"mode": "markers", "marker_symbol": "diamond", "marker_size": 10}}
+          "mark": {"mode": "markers", "marker_symbol": "diamond", "marker_size": 10},
+          "small mark": {"mode": "markers", "marker_symbol": "diamond", "marker_size": 5}}
 
 
 def page(every, x, path, compared=False):
@@ -28,6 +29,9 @@ def page(every, x, path, compared=False):
         "x": x, "axes": {axis: label for axis, (_, label) in AXES.items()}, "running": running,
         "panels": [lines(panel, drawn.colours) if isinstance(panel, Lines) else bars(panel) for panel in drawn.panels]}
     names = names_of(every)
+    of_runs = "".join(details(facts, name, len(every) == 1) for facts, name in zip(every, names))
+    if len(every) > MOST_NAMES:
+        of_runs = f"<details><summary>of {len(every)} runs</summary>{of_runs}</details>"
     title = f"{names[0]}: {every[0]['ended']}" if len(every) == 1 else f"{len(every)} runs"
     html = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(title),
@@ -36,7 +40,7 @@ def page(every, x, path, compared=False):
         legend=legend(drawn),
         table=results_table(every, drawn.colours),
         comparison=comparison_table(every) if compared else "",
-        details="".join(details(facts, name, len(every) == 1) for facts, name in zip(every, names)))
+        details=of_runs)
     write(path, html.encode("utf-8", "backslashreplace"))
 
 
@@ -48,7 +52,7 @@ def lines(panel, colours):
     import plotly.graph_objects as go
 
     figure = go.Figure(layout={"template": "none", "title_text": panel.title, "showlegend": False,
-                               "yaxis": {"title_text": panel.unit, "range": panel.limits}})
+                               "xaxis_rangemode": "tozero", "yaxis": {"title_text": panel.unit, "range": panel.limits}})
     for curve in panel.curves:
         colour = colours[curve.run]
         figure.add_scatter(y=curve.ys, name=escape(curve.name), line_color=colour, marker_color=colour,
@@ -68,7 +72,9 @@ def bars(panel):
     figure = go.Figure(layout={
         "template": "none", "title_text": panel.title, "barmode": "stack", "showlegend": len(panel.parts) > 1,
         "height": max(320, 120 + 14 * len(panel.rows)), "bargap": 0.2 if many else 0.3,
-        "legend": {"orientation": "h", "y": -0.22, "yanchor": "top"}, "xaxis": {"title_text": panel.unit},
+        "legend": {"orientation": "h", "yref": "container", "y": 0.02, "yanchor": "bottom", "traceorder": "normal"},
+        "margin": {"l": 60, "r": 20, "t": 44, "b": 100 if len(panel.parts) > 1 else 56},
+        "xaxis": {"title_text": panel.unit},
         "yaxis": {"autorange": "reversed", "type": "category", "showticklabels": not many, "automargin": True}})
     for part in panel.parts:
         figure.add_bar(x=part.values, y=[escape(row) for row in panel.rows], name=escape(part.name), orientation="h",
@@ -97,28 +103,31 @@ def legend(drawn):
     return "".join(f"<span>{swatch(colour)}{escape(name)}</span>" for name, colour in zip(drawn.names, drawn.colours))
 
 
-def cell(value, shown=None, tag="td"):
-    """A cell that is sorted by its value."""
+def cell(value, shown, tag="td", order=""):
+    """A cell, to the right if it is a number; `order` is what it is sorted by."""
     kind = "number" if isinstance(value, (int, float)) else "word"
-    order = "" if value is None else escape(str(value))
-    return f'<{tag} class="{kind}" data-order="{order}">{escape(shown or str(value or ""))}</{tag}>'
+    return f'<{tag} class="{kind}" data-order="{escape(str(order))}">{shown}</{tag}>'
 
 
 def results_table(every, colours):
     """A row a run: what came out, what is wrong with it, and its settings that differ."""
-    differing = differing_settings([facts["settings"] for facts in every])
-    heads = ["run", *(label for label, _, _ in results(every[0])), "seed", "remark",
-             *(name for name, *_ in differing)]
+    columns = [(cells[0][0], [(value, shown) for _, value, shown in cells]) for cells in zip(*map(results, every))]
+    remarks = ["; ".join(facts["reasons"]) if facts["finished"] else facts["ended"] for facts in every]
+    columns.append(("seed", [(facts["seed"], str(facts["seed"])) for facts in every]))
+    columns.append(("remark", [(remark or None, remark) for remark in remarks]))
+    for name, *values in differing_settings([facts["settings"] for facts in every], OF_ONE_RUN):
+        columns.append((name, [(as_number(value), value) for value in values]))
+    kinds = [next((value for value, _ in cells if value is not None), 0) for _, cells in columns]
+    heads = [cell("", "<button>run</button>", "th")]
+    heads += [cell(kind, f"<button>{escape(head)}</button>", "th") for kind, (head, _) in zip(kinds, columns)]
     lines = []
     for run, (facts, name) in enumerate(zip(every, names_of(every))):
-        wrong = "; ".join(facts["reasons"]) if facts["finished"] else facts["ended"]
-        cells = [f'<th scope="row" data-order="{escape(name)}">{swatch(colours[run])}{escape(name)}</th>',
-                 *(cell(value, shown if value is not None else NONE) for _, value, shown in results(facts)),
-                 cell(facts["seed"]), cell(wrong)]
-        cells += [cell(as_number(values[run]), values[run]) for _, *values in differing if _ != "SEED"]
+        cells = [cell(name, swatch(colours[run]) + escape(name), "th", name)]
+        for kind, (_, column) in zip(kinds, columns):
+            value, shown = column[run]
+            cells.append(cell(kind, escape(shown), order="" if value is None else value))
         lines.append(f'<tr data-run="{run}" class="{escape(facts["state"])}">{"".join(cells)}</tr>')
-    heads = "".join(f'<th scope="col"><button>{escape(head)}</button></th>' for head in heads if head != "SEED")
-    return f'<table id="results"><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+    return f'<table id="results"><thead><tr>{"".join(heads)}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
 
 
 def as_number(text):

@@ -18,7 +18,7 @@ NO_SCORE = "#7a7f87"
 
 
 class Curve(NamedTuple):
-    """A line of a panel, or with "points" a line with its points, or with "final" one mark."""
+    """A curve of a panel. Its style is "line", "points" (with a line), or of one value "mark" or "small mark"."""
 
     run: int  # its place among the runs
     name: str
@@ -74,7 +74,7 @@ class Pictures(NamedTuple):
 def pictures(every):
     """The Pictures of the facts of some runs. Panels without data are left out."""
     names = names_of(every)
-    scores = [facts["final_bpb"] or facts["before_bpb"] for facts in every]
+    scores = [facts["final_bpb"] for facts in every]
     colours = [COLOURS[place % len(COLOURS)] for place in range(len(every))]
     known = [score for score in scores if score is not None]
     scale = (min(known), max(known)) if len(every) > MOST_NAMES and known else None
@@ -121,13 +121,15 @@ def loss(every, names):
 
 def validation(every, names):
     """Scores on the way, that of each packed model at the end of its run; of a single run the compressors, too."""
-    drawn = curves(every, names, "val_bpb", "points")
+    many = len(every) > MOST_NAMES
+    drawn = curves(every, names, "val_bpb", "line" if many else "points")
     for run, facts in enumerate(every):
         score = facts["final_bpb"]
         if score is not None:
             end = facts["points"][-1] if facts["points"] else {}
             xs = {axis: [end.get(column) or 0] for axis, (column, _) in AXES.items()}
-            drawn.append(Curve(run, f"{names[run]}: final, packed, {score:.4f}", xs, [score], "final"))
+            style = "small mark" if many else "mark"
+            drawn.append(Curve(run, f"{names[run]}: final, packed, {score:.4f}", xs, [score], style))
     rivals = every[0]["compressors"] if len(every) == 1 else {}
     levels = [Level(f"{name}: {rivals[key]:.4f}", rivals[key])
               for name, key in (("xz -9e", "xz_bpb"), ("brotli -q 11", "brotli_bpb")) if key in rivals]

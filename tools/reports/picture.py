@@ -9,10 +9,11 @@ STYLE = {
     "figure.facecolor": GROUND, "axes.facecolor": GROUND, "text.color": INK, "axes.labelcolor": INK,
     "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": "#888888", "grid.color": "#e3e3e0",
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "legend.frameon": False, "legend.fontsize": 9, "axes.titlesize": 11, "text.parse_math": False,
+    "legend.edgecolor": "none", "legend.facecolor": GROUND, "legend.fontsize": 9, "axes.titlesize": 11, "text.parse_math": False,
     "font.size": 10, "figure.dpi": 130, "svg.hashsalt": "report"}
 STYLES = {"line": {"linewidth": 1.3}, "points": {"linewidth": 1.3, "marker": "o", "markersize": 3},
-          "final": {"linestyle": "", "marker": "D", "markersize": 6, "clip_on": False, "zorder": 3}}
+          "mark": {"linestyle": "", "marker": "D", "markersize": 6, "clip_on": False, "zorder": 3},
+          "small mark": {"linestyle": "", "marker": "D", "markersize": 3}}
 
 
 def draw(pictures, x, path):
@@ -50,8 +51,9 @@ def draw_lines(axes, panel, pictures, x):
         axes.plot(curve.xs[x], curve.ys, color=pictures.colours[curve.run], **STYLES[curve.style])
     for level, dashes in zip(panel.levels, ("--", ":")):
         axes.axhline(level.value, color="#6a6f75", linestyle=dashes, linewidth=1.2)
+    axes.set_xlim(left=0)
     if len(pictures.names) == 1:
-        named = [curve.name if curve.style == "final" else "during training" for curve in panel.curves]
+        named = [curve.name if curve.style == "mark" else "during training" for curve in panel.curves]
         named += [level.name for level in panel.levels]
         if len(named) > 1:
             axes.legend(axes.lines, named)
@@ -62,7 +64,7 @@ def draw_bars(axes, panel, plt):
     axes.set(xlabel=panel.unit)
     axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.xaxis.set_major_locator(plt.MaxNLocator(5))
+    axes.xaxis.set_major_locator(plt.MaxNLocator(4))
     places = range(len(panel.rows))
     left = [0] * len(panel.rows)
     for part in panel.parts:

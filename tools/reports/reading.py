@@ -135,6 +135,18 @@ def state_of(events, has_summary, holder):
     return State("killed", "killed (no word of an end, and no process holds run.lock)")
 
 
+# Phases by the events that are written while they last; any other event leaves the phase as it is.
+PHASE_OF = {
+    "run": "preparing", "warmup": "training", "train": "training", "val": "training", "calibrate": "calibrating",
+    "allocate": "packing", "prune": "packing", "pack": "packing", "artifact": "scoring", "bytes": "scoring",
+    "warmup_scoring": "scoring", "normalisation": "checking", "selftest": "checking"}
+
+
+def phase_of(events):
+    """What a run that goes on is doing."""
+    return next((PHASE_OF[event["event"]] for event in reversed(events) if event["event"] in PHASE_OF), "preparing")
+
+
 # ---- curves ---------------------------------------------------------------------------------------------------------
 
 # Columns of a run's points, and how --export names them.

@@ -81,7 +81,8 @@ def size_and_training_rows(facts):
     yield count("code", "code_bytes", "train_gpt.py")
     yield count("model", "model_bytes", "model.pg")
     for role, size in facts["role_bytes"].items():
-        yield Row(f"- {role}", f"{size:,.0f}", "its share of what was packed together")
+        remark = "" if role == "header" else "share of the packed streams, by bytes before packing"
+        yield Row(f"- {role}", f"{size:,.0f}", remark)
     yield count("total", "total_bytes", limit)
     yield count("margin", "margin_bytes", "TOO LARGE" if too_large else "")
 
