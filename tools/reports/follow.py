@@ -3,7 +3,7 @@
 import time
 
 from common import BadInput
-from reports.facts import gather
+from reports.facts import gather, names_of
 from reports.reading import number
 from reports.table import bits
 
@@ -34,7 +34,8 @@ def follow(run_dir, html, x):
             if ended:
                 break
             time.sleep(SECONDS)
-    console.print(facts["ended"], highlight=False, markup=False)
+    if not console.is_terminal:
+        console.print()
     return 0
 
 
@@ -58,19 +59,20 @@ def view(facts):
     trained = [point for point in points if point["train_loss"] is not None]
     latest = trained[-1] if trained else {}
     val = next((point for point in reversed(points) if point["val_bpb"] is not None), None)
+    running = facts["state"] == "running"
     shown = {
-        "phase": facts["phase"] if facts["state"] == "running" else facts["state"],
+        "phase": facts["phase"] if running else facts["ended"],
+        "progress": f"{share:.0%} of the training",
         "step": f"{facts['steps']:,}",
         "loss": f"{latest['train_loss']:.4f}" if latest else None,
         "learning rate": f"{latest['lr_scale']:.3f} of its peak" if number(latest, "lr_scale") is not None else None,
         "ms/step": f"{latest['ms_per_step']:.1f}" if number(latest, "ms_per_step") is not None else None,
         "validation": f"{bits(val['val_bpb'])} BPB at step {val['step']:,}" if val else None,
         "final score": f"{bits(facts['final_bpb'])} BPB" if facts["final_bpb"] is not None else None,
-        "ETA of the training": f"{eta:,.0f} s" if eta and facts["phase"] == "training" else None}
+        "ETA of the training": f"{eta:,.0f} s" if eta and running and facts["phase"] == "training" else None}
     table = Table.grid(padding=(0, 2))
     for label, value in shown.items():
         if value:
             table.add_row(Text(label, style="dim"), Text(value))
     bar = ProgressBar(total=1.0, completed=share, width=40)
-    head = Text(f"{facts['run_dir']}  {share:.0%} of the training", style="bold")
-    return Group(head, bar, table)
+    return Group(Text(names_of([facts])[0], style="bold"), bar, table)

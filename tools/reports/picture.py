@@ -9,8 +9,8 @@ STYLE = {
     "figure.facecolor": GROUND, "axes.facecolor": GROUND, "text.color": INK, "axes.labelcolor": INK,
     "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": "#888888", "grid.color": "#e3e3e0",
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "legend.edgecolor": "none", "legend.facecolor": GROUND, "legend.fontsize": 9, "axes.titlesize": 11, "text.parse_math": False,
-    "font.size": 10, "figure.dpi": 130, "svg.hashsalt": "report"}
+    "legend.edgecolor": "none", "legend.facecolor": GROUND, "legend.fontsize": 9,
+    "axes.titlesize": 11, "text.parse_math": False, "font.size": 10, "figure.dpi": 130, "svg.hashsalt": "report"}
 STYLES = {"line": {"linewidth": 1.3}, "points": {"linewidth": 1.3, "marker": "o", "markersize": 3},
           "mark": {"linestyle": "", "marker": "D", "markersize": 6, "clip_on": False, "zorder": 3},
           "small mark": {"linestyle": "", "marker": "D", "markersize": 3}}
@@ -22,6 +22,8 @@ def draw(pictures, x, path):
         import matplotlib
     except ImportError:
         raise BadInput("--plot needs matplotlib: pip install -r requirements-dev.txt") from None
+    if not any(isinstance(panel, Lines) for panel in pictures.panels):
+        raise BadInput(f"no training or validation lines to plot yet in {', '.join(pictures.names)}")
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
