@@ -161,10 +161,10 @@ def test_fifty_runs_stay_readable(open_page, tmp_path):
 
 def test_what_a_file_says_is_text_and_no_markup(open_page, tmp_path):
     evil = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
-    runs = [made_up_run(tmp_path / name, settings="'NOTE=<b>bold</b>$title'", valid="no", reasons=[evil])
+    runs = [made_up_run(tmp_path / name, settings="'NOTE=<b>bold</b>$title'", valid="no", reasons=[evil], data=name)
             for name in ("<i>one<", "$report & two")]
     page = open_page(*runs)
-    assert page.title() == "2 runs"
+    assert page.title() == "2 runs" and page.locator(".warning").text_content().startswith("They scored different texts")
     names = [text.strip() for text in page.locator("#results tbody th").all_text_contents()]
     assert names == ["<i>one<", "$report & two"]
     assert page.locator("#results td", has_text="document.title").count() == 2

@@ -634,6 +634,9 @@ def test_values_of_wrong_type_are_not_shown(run, capsys, wrong):
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, events)))
     assert report.main([str(run)]) == 0
     assert report.main([str(run), "--json"]) == 0
+    assert report.main([str(run), str(run), "--compare"]) == 0
+    pytest.importorskip("plotly")
+    assert report.main([str(run), "--html", str(run / "page.html")]) == 0
     capsys.readouterr()
 
 

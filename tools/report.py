@@ -75,8 +75,9 @@ def report(args):
         from reports.follow import follow
 
         return follow(args.run_dirs[0], args.html, args.x)
-    alone = len(args.run_dirs) == 1
-    every = [gather(run_dir, compress=alone or args.json) for run_dir in args.run_dirs]
+    run_dirs = list(dict.fromkeys(args.run_dirs))  # one that is named twice would be counted twice
+    alone = len(run_dirs) == 1
+    every = [gather(run_dir, compress=alone or args.json) for run_dir in run_dirs]
     if args.json:
         print(json.dumps(every[0] if alone else every, indent=1), flush=True)
     else:

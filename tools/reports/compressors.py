@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import lzma
-import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import caseops
-from common import BOS, ROOT, SHARD_HEADER_BYTES, SHARD_MAGIC, BadInput
+from common import BOS, ROOT, SHARD_HEADER_BYTES, SHARD_MAGIC, BadInput, write
 from reports.reading import number
 
 MOST_TEXT = 32_000_000  # bytes given to the compressors: brotli at its best takes about a minute for them
@@ -95,13 +94,6 @@ def read_cache(path, source):
     return kept if usable else None
 
 
-def write_cache(path, result):
-    part = path.with_name(path.name + ".part")
-    with contextlib.suppress(OSError):  # a run in a read-only folder can be reported too
-        part.write_text(json.dumps(result) + "\n", encoding="utf-8")
-        os.replace(part, path)
-
-
 def bits_per_byte(data):
     """(xz -9e, brotli -q 11): compressed bits per byte of this text."""
     import brotli
@@ -136,5 +128,6 @@ def compressors(run_dir, settings, tokenizer_sha256, val_bytes):
     xz, br = bits_per_byte(data)
     result = {"of": source, "whole": complete, "text_bytes": len(data), "xz_bpb": xz, "brotli_bpb": br}
     if val_bytes is not None:  # else the run may still be going on
-        write_cache(cache, result)
+        with contextlib.suppress(BadInput):  # a run in a read-only folder can be reported too
+            write(cache, f"{json.dumps(result)}\n".encode())
     return result

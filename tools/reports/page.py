@@ -9,7 +9,7 @@ from common import BadInput, write
 from reports.compare import OF_ONE_RUN, compare
 from reports.facts import names_of
 from reports.panels import AXES, BEST_TO_WORST, MOST_NAMES, Lines, pictures
-from reports.table import NONE, differing_settings, results, rows
+from reports.table import NONE, different_texts, differing_settings, results, rows
 
 TEMPLATE = Path(__file__).with_name("page.html")
 STYLES = {"line": {"mode": "lines"}, "points": {"mode": "lines+markers", "marker_size": 5},
@@ -38,7 +38,7 @@ def page(every, x, path, compared=False):
         plotly=get_plotlyjs(),
         report=json.dumps(report).replace("<", "\\u003c"),  # no text of a file ends the script
         legend=legend(drawn),
-        table=results_table(every, drawn.colours),
+        table=results_table(every, drawn.colours), warning=escape(different_texts(every)),
         comparison=comparison_table(every) if compared else "",
         details=of_runs)
     write(path, html.encode("utf-8", "backslashreplace"))

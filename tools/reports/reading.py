@@ -171,9 +171,9 @@ def points_of(events):
         for key in ("train_loss", "lr_scale", "val_loss", "val_bpb"):
             if key in event:
                 point[key] = number(event, key)
-        rate = number(event, "tokens_per_second")
-        if rate is not None:
-            point["tokens"] = round(rate * ms / 1000)
+        tokens = (number(event, "tokens_per_second") or math.nan) * ms / 1000
+        if math.isfinite(tokens):
+            point["tokens"] = round(tokens)
     rows = list(points.values())
     add_tokens(rows)
     add_step_times(rows)

@@ -170,10 +170,16 @@ def side_by_side(every):
         if label.startswith("final") and None not in finals:
             lines.append(["difference to the first", *(bits(value - finals[0], "+") for value in finals)])
     yield from aligned(lines)
-    if len({text_of(facts) for facts in every}) > 1:
-        yield "\nThey scored different texts: the scores do not compare."
-    else:
-        yield "\nOne run each: tools/sweep.py measures a change over seeds, with its spread."
+    yield "\n" + (different_texts(every) or ONE_RUN_EACH)
+
+
+ONE_RUN_EACH = "One run each: tools/sweep.py measures a change over seeds, with its spread."
+
+
+def different_texts(every):
+    """A warning where the scores of these runs do not compare, or ""."""
+    texts = {text_of(facts) for facts in every if facts["final_bpb"] is not None}
+    return "They scored different texts: the scores do not compare." if len(texts) > 1 else ""
 
 
 def aligned(lines):
