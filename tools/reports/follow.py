@@ -71,8 +71,8 @@ def view(facts):
         "final score": f"{bits(facts['final_bpb'])} BPB" if facts["final_bpb"] is not None else None,
         "ETA of the training": f"{eta:,.0f} s" if eta and running and facts["phase"] == "training" else None}
     table = Table.grid(padding=(0, 2))
+    table.add_row("", ProgressBar(total=1.0, completed=share, width=40))
     for label, value in shown.items():
         if value:
             table.add_row(Text(label, style="dim"), Text(value))
-    bar = ProgressBar(total=1.0, completed=share, width=40)
-    return Group(Text(names_of([facts])[0], style="bold"), bar, table)
+    return Group(Text(names_of([facts])[0], style="bold"), table)
