@@ -5910,8 +5910,8 @@ class Packed(NamedTuple):
 
 
 def save_artifact(path, model, s, tokenizer_sha256="", log=None, curvature=None, budget=None):
-    """Quantise, pack and write the model -> {"bytes", "sha256", "compressor"}. The file is
-    complete or absent.
+    """Quantise, pack and write the model -> {"bytes", "sha256", "compressor", "role_bytes"}. The
+    file is complete or absent.
 
     `curvature`: of calibrate(), where the settings need them; `budget`: bytes that FIT may fill
     (default: SIZE_LIMIT).
@@ -5943,7 +5943,24 @@ def save_artifact(path, model, s, tokenizer_sha256="", log=None, curvature=None,
     for row in packed.streams:
         log("pack", **row)
     used = "+".join(sorted({row["chosen"] for row in packed.streams}))
-    return {"bytes": packed.size, "sha256": write_atomic(path, packed.buffers), "compressor": used}
+    return {"bytes": packed.size, "sha256": write_atomic(path, packed.buffers), "compressor": used,
+            "role_bytes": role_bytes(packed, shapes, roles(model))}
+
+
+def role_bytes(packed, shapes, role_of):
+    """{role: its bytes of an artifact}, the largest first, and what is left for the header.
+
+    A stream holds arrays of several tensors and is packed as one. Each of them is given a share in
+    proportion to its bytes before packing.
+    """
+    shares = dict.fromkeys(role_of.values(), 0.0)
+    layout = stream_layout(tensor_entries(packed.encoded, shapes))
+    for row in packed.streams:
+        length = row[f"{row['chosen']}_bytes"]
+        for array in layout[row["stream"]]:
+            shares[role_of[array.tensor]] += length * array.bytes / max(row["raw_bytes"], 1)
+    sizes = {role: round(shares[role]) for role in sorted(shares, key=shares.get, reverse=True)}
+    return {**sizes, "header": packed.size - sum(sizes.values())}
 
 
 def no_log(*_, **__):
@@ -9368,7 +9385,7 @@ class Log:
 
     A line is `event key:value ...`; the contest's own forms are given as text. metrics.jsonl gets
     every event as JSON. A terminal shows long lines wrapped, and in place of one that only programs
-    read, its `short` form.
+    read, its `short` form. With console=False an event is for the files alone.
     """
 
     def __init__(self, out_dir, main, append=False):
@@ -9380,13 +9397,13 @@ class Log:
             names = "train.log", "metrics.jsonl"
             self._files = [_open_log(Path(out_dir) / name, append) for name in names]
 
-    def __call__(self, event, text=None, short=None, **values):
+    def __call__(self, event, text=None, short=None, console=True, **values):
         if text is None:
             text = " ".join([event] + [f"{key}:{_word(value)}" for key, value in values.items()])
-        self.line(text, short=short)
+        self.line(text, console, short)
         self._write(1, to_json({"event": event, **values}))
         lost = getattr(sys.stdout, "lost", "")
-        if lost and self.main and not self._told:
+        if lost and console and self.main and not self._told:
             self._told = True
             self("warning", note=f"the console is gone ({lost}); the files are still written")
 
@@ -10959,6 +10976,7 @@ def export(run, model, tokenizer_sha256, curvature=None):
     run.log("artifact", code_bytes=code_bytes, model_bytes=model_bytes, total_bytes=total,
             limit_bytes=s.size_limit, margin_bytes=s.size_limit - total, sha256=info["sha256"],
             file=path)
+    run.log("role_bytes", **info["role_bytes"])
     text = f"Total submission size {s.format}+{compressor}: {total} bytes"
     run.log("submission_size", text, total_bytes=total)
     if total > s.size_limit:  # it is scored all the same, as the contest's scripts do
@@ -11241,8 +11259,8 @@ def run_phases(s, argv, interrupt=None):
     """Settings to summary, in the order in which data flows; inputs are looked at before anything
     is built.
 
-    If it ends early, the reason is the last line of its log. `interrupt`: the Interrupt that is in
-    force.
+    If it ends early, the reason is the last line of its log; metrics.jsonl has the exit code, too.
+    `interrupt`: the Interrupt that is in force.
     """
     if s.artifact:
         s = artifact_settings(s.artifact, read_artifact(s.artifact)[0], s)
@@ -11278,7 +11296,9 @@ def run_phases(s, argv, interrupt=None):
         if run:
             known = isinstance(ended, (BadInput, Stopped))
             reason = str(ended) if known else f"{type(ended).__name__} {ended}"
-            run.log.line(f"ended reason:{_word(reason)}", console=False)
+            text = f"ended reason:{_word(reason)}"
+            code = exit_code(ended, interrupt)
+            run.log("ended", text, console=False, reason=reason, exit_code=code)
         if ended is error:
             raise
         raise ended from None
@@ -11350,6 +11370,15 @@ def _end_of(run, error, interrupt):
     return error
 
 
+def exit_code(error, interrupt):
+    """The exit code of a run that this error ends; 1 is Python's own, with a traceback."""
+    if isinstance(error, (BadInput, Stopped)):
+        return getattr(error, "code", 2)
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + (interrupt.signal or signal.SIGINT)
+    return 1
+
+
 def main(argv):
     """Returns the exit code: 0 done, 2 bad input, 3 artifact too large, 4 not finite, 128 + signal
     that ended it.
@@ -11370,10 +11399,10 @@ def main(argv):
                 run_phases(settings, argv, interrupt)
             except (BadInput, Stopped) as error:
                 message = str(error)
-                code = getattr(error, "code", 2)
-            except KeyboardInterrupt:
+                code = exit_code(error, interrupt)
+            except KeyboardInterrupt as error:
                 message = "interrupted"
-                code = 128 + (interrupt.signal or signal.SIGINT)
+                code = exit_code(error, interrupt)
         # All ranks have the same wrong settings: one says so.
         if settings or rank == "0":
             who = "error" if rank == "0" else f"error (rank {rank})"

@@ -243,6 +243,25 @@ def test_compressors_return_what_they_were_given():
                     tg.decompress(name, packed, size, "here")
 
 
+def test_the_bytes_of_each_role_are_its_shares_of_the_streams(tmp_path):
+    _, _, info = saved(tmp_path / "model.pg")
+    header, streams = parts_of(tmp_path / "model.pg")
+    raw = {stream: {} for stream in streams}  # stream -> {role: bytes before packing}
+    for name, shape, codec, _, rank, group in header["tensors"]:
+        for stream, (dtype, count) in container.parts_of(tuple(shape), codec, rank, group).items():
+            role = role_of(name)
+            raw[stream][role] = raw[stream].get(role, 0) + np.dtype(dtype).itemsize * count
+    expected = {}
+    for stream, data in streams.items():
+        for role, size in raw[stream].items():
+            expected[role] = expected.get(role, 0) + len(data) * size / sum(raw[stream].values())
+    of_header = info["role_bytes"].pop("header")
+    assert info["role_bytes"] == {role: pytest.approx(size, abs=0.5) for role, size in expected.items()}
+    assert list(info["role_bytes"].values()) == sorted(info["role_bytes"].values(), reverse=True) and len(expected) > 2
+    assert sum(info["role_bytes"].values()) + of_header == info["bytes"]
+    assert abs(info["bytes"] - sum(map(len, streams.values())) - of_header) < len(expected)
+
+
 def test_the_default_model_packs_in_one_pass(tmp_path, capsys):
     """27 M normally distributed weights: harder to pack than trained ones, so the size is an upper bound."""
     s = tg.Settings(compressor="zlib", fit="off", matrix_quant="gptq_lite", embed_quant="gptq_lite")

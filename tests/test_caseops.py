@@ -28,6 +28,8 @@ import fineweb
 import prepare
 import report
 import train_gpt as tg
+from reports.compressors import validation_text
+from reports.facts import DEFAULT
 from shards import list_shards
 from tokenizer import load, train_tokenizer
 
@@ -395,8 +397,8 @@ def test_a_report_compresses_the_text_with_its_capitals(made, trained, capsys):
     assert report.main([str(trained[0]), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["compressors"]["text_bytes"] == found["val_bytes"]
-    settings = {**report.DEFAULT, "DATA_PATH": str(made[0]), "VOCAB_SIZE": str(V)}
-    text = report.validation_text(settings, "")[0].decode()
+    settings = {**DEFAULT, "DATA_PATH": str(made[0]), "VOCAB_SIZE": str(V)}
+    text = validation_text(settings, "")[0].decode()
     assert text[:100] == DOCUMENTS[0][:100] and DOCUMENTS[1][:100] in text
 
 

@@ -168,6 +168,13 @@ def test_events_go_to_both_files_and_the_console_at_once(tmp_path, capsys):
     assert rows == [{"event": "first", "number": 3, "rate": 0.123456789, "words": "two words"}, {"event": "second", "form": 1}]
 
 
+def test_an_event_for_the_files_alone_is_not_on_the_console(tmp_path, capsys):
+    log = Log(tmp_path, True)
+    log("ended", 'ended reason:"why not"', console=False, reason="why not", exit_code=4)
+    assert capsys.readouterr().out == "" and (tmp_path / "train.log").read_text() == 'ended reason:"why not"\n'
+    assert strict_json((tmp_path / "metrics.jsonl").read_text()) == {"event": "ended", "reason": "why not", "exit_code": 4}
+
+
 def test_the_other_ranks_write_nothing(tmp_path, capsys):
     log = Log(tmp_path / "out", False)
     log("event", a=1)

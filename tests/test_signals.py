@@ -34,6 +34,7 @@ from runs import (
 )
 
 import train_gpt
+from reports.facts import gather
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its runs")
 
@@ -304,6 +305,7 @@ def test_after_training_a_signal_loses_nothing_and_resume_makes_the_same_artifac
         stopped = call(args)
     refused(stopped, 128 + number, f"interrupted by {number.name}; ", "kept", AFTER[phase])
     assert log_lines(tmp_path)[-1].startswith(f'ended reason:"interrupted by {number.name}; the ')
+    assert_ended(tmp_path, number)
     ((step, path),) = checkpoints(tmp_path).items()
     state, before = read_checkpoint(path), (tmp_path / "model.pg").exists() and (tmp_path / "model.pg").read_bytes()
     assert state["step"] == step and state["done"]
@@ -317,6 +319,14 @@ def test_after_training_a_signal_loses_nothing_and_resume_makes_the_same_artifac
     assert torch.allclose(stored["embed.weight"], state["weights"]["model.embed.weight"], atol=0.02)
 
 
+def assert_ended(folder, number):
+    """The last event has the reason and the exit code of a run that this signal ended, and a report says it."""
+    last = events(folder)[-1]
+    assert (last["event"], last["exit_code"]) == ("ended", 128 + number)
+    assert last["reason"].startswith(f"interrupted by {number.name}; ")
+    assert gather(folder, compress=False)["ended"] == last["reason"]
+
+
 def test_the_checkpoint_of_the_end_is_kept_where_checkpoints_were_asked_for(toy, tmp_path):
     good(call(command(toy, tmp_path, "CHECKPOINT_EVERY=2", "ITERATIONS=5", "PHASES=train")))
     assert list(checkpoints(tmp_path)) == [4, 5]
@@ -328,6 +338,7 @@ def test_a_run_ended_before_its_first_step_says_so_and_can_be_repeated(toy, tmp_
         patched(patch, "train", signal.SIGTERM)
         refused(call(args), 143, "interrupted by SIGTERM; the same command starts again")
     assert log_lines(tmp_path)[-1].startswith('ended reason:"interrupted by SIGTERM')
+    assert_ended(tmp_path, signal.SIGTERM)
     good(call(args))
 
 
@@ -384,5 +395,6 @@ def test_a_dropped_connection_ends_torchrun_with_everything_kept(toy, tmp_path):
         run.process.wait(60)
         said = run.errors()
     assert log_lines(tmp_path)[-1].startswith('ended reason:"interrupted by SIGHUP; the artifact is kept')
+    assert_ended(tmp_path, signal.SIGHUP)
     assert "error: interrupted by SIGHUP" in said and train_gpt.load_artifact(tmp_path / "model.pg")
     assert not killing.left_over(tmp_path)

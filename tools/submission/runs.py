@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import BadInput
-from report import last, read_events, read_summary
+from reports.reading import last, read_events, read_summary
 
 RULE = "=" * 100  # ends the source at the top of train.log
 OF_ONE_RUN = {"RUN_ID", "OUT_DIR", "SEED"}  # settings in which the runs of one configuration differ

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import BadInput, Parser, sha256, whole
-from report import last, read_events
+from reports.reading import last, read_events
 from submission.recipe import PATHS, experiment_of, script_words
 from submission.runs import source_of, summary_of
 from submission.stats import read_json
