@@ -9,6 +9,8 @@ import importlib
 import io
 import math
 import os
+import platform
+import re
 import statistics
 import struct
 import subprocess
@@ -164,6 +166,37 @@ def locked(folder, in_use):
         raise BadInput(in_use) from None
     finally:
         os.close(handle)
+
+
+def lock_holder(run_dir):
+    """What run.lock says of the process that holds it; "" if none does. A run that starts meanwhile is not kept out:
+    the lock is tried only where the process that is named may be alive.
+    """
+    try:
+        import fcntl
+
+        with open(run_dir / "run.lock", encoding="utf-8", errors="replace") as file:
+            holder = " ".join(file.read(100).split()) or "unknown process"
+            named = re.fullmatch(r"process (\d+) on (.*)", holder)
+            if named and named[2] == platform.node() and is_gone(int(named[1])):
+                return ""
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):  # over NFS the second
+                return holder
+    except (ImportError, OSError):  # not a Unix; no such file
+        pass
+    return ""
+
+
+def is_gone(pid):
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def shard_header(tokens):

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import platform
-import re
 from typing import NamedTuple
 
 import numpy as np
@@ -83,37 +80,6 @@ class State(NamedTuple):
 
     kind: str  # finished, running, diverged, interrupted, failed or killed
     words: str
-
-
-def lock_holder(run_dir):
-    """What run.lock says of the process that holds it; "" if none does. A run that starts meanwhile is not kept out:
-    the lock is tried only where the process that is named may be alive.
-    """
-    try:
-        import fcntl
-
-        with open(run_dir / "run.lock", encoding="utf-8", errors="replace") as file:
-            holder = " ".join(file.read(100).split()) or "unknown process"
-            named = re.fullmatch(r"process (\d+) on (.*)", holder)
-            if named and named[2] == platform.node() and is_gone(int(named[1])):
-                return ""
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):  # over NFS the second
-                return holder
-    except (ImportError, OSError):  # not a Unix; no such file
-        pass
-    return ""
-
-
-def is_gone(pid):
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return True
-    except PermissionError:
-        pass
-    return False
 
 
 def state_of(events, has_summary, holder):

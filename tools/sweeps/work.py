@@ -19,6 +19,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+import common
+from common import lock_holder
+
 POLL_SECONDS = 0.2
 LONGEST_REASON = 300  # characters
 
@@ -127,20 +130,6 @@ def why(code, output):
     return f"{reason[:LONGEST_REASON]} ({ended_by})"
 
 
-def holder_of_run(folder):
-    """The process that uses a folder as OUT_DIR, as its run.lock names it, or "" if none does."""
-    path = folder / "run.lock"
-    lock = FileLock(path, timeout=0)
-    if not path.exists():
-        return ""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    try:
-        with lock:
-            return ""
-    except Timeout:
-        return text or "an unknown process"
-
-
 # ---- a worker -------------------------------------------------------------------------------------------------------
 
 
@@ -232,7 +221,7 @@ class Worker:
             with FileLock(task.folder.with_suffix(".lock"), timeout=0):
                 if task.has_ended() or self.is_over():
                     return True
-                if left_behind := holder_of_run(task.folder):
+                if left_behind := lock_holder(task.folder):
                     self.held[task.folder] = left_behind
                     return False
                 self.held.pop(task.folder, None)
@@ -320,7 +309,8 @@ def workers_on_cluster(tasks, slots, stop, deadline, executor):
 
     import sweeps.work
 
-    cloudpickle.register_pickle_by_value(sweeps.work)  # a node need not have this folder on its path
+    for module in (sweeps.work, common):  # a node need not have this folder on its path
+        cloudpickle.register_pickle_by_value(module)
     jobs = [executor.submit(Worker(tasks, env, True, deadline)) for env in slots]
     cancelled = []
 
