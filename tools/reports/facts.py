@@ -3,12 +3,11 @@
 import shlex
 from pathlib import Path
 
-from common import BadInput
+from common import BadInput, lock_holder
 from reports.compressors import compressors
 from reports.reading import (
     curve,
     last,
-    lock_holder,
     number,
     phase_of,
     points_of,
