@@ -492,7 +492,8 @@ def parser():
     p.add_argument("--tokenizer", metavar="FILE", help="use this SentencePiece .model instead of training one")
     p.add_argument("--caseops", action="store_true",
                    help="write capitals as operators before words in lower case (#1729), without loss")
-    split.add_argument("--val-docs", type=whole(1), metavar="N", help="validate on the first N documents, as in the contest")
+    split.add_argument("--val-docs", type=whole(1), metavar="N",
+                       help="validate on the first N documents, as in the contest")
     split.add_argument("--val-fraction", type=positive, metavar="F",
                        help="validation is this share of the documents, chosen by a hash of their text (default: 0.05)")
     p.add_argument("--shard-tokens", type=whole(1), default=100_000_000, metavar="N",

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -21,12 +22,13 @@ import numpy as np
 import pytest
 import torch
 from process import REPO, clean_env
-from runs import call, good, summary
+from runs import call, good, heard, summary
 from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 from toy import BOS, TOY
 
 import bench
+import common
 import train_gpt as tg
 from benchmarks import budgets, containers, evaluation, packing, training, validity, weights
 from benchmarks.harness import measure
@@ -269,6 +271,7 @@ BAD = [
     (["train", "MODEL_DIM=30", "ROPE_DIMS=0"], "MODEL_DIM=30", "NUM_HEADS=8"),
     (["train", "--looping", "on"], "--looping on", "no depth recurrence"),
     (["train", "--json", "/nowhere/out.json"], "/nowhere/out.json", "folder"),
+    (["train", "--json", str(REPO)], str(REPO), "name a file"), (["train", "--json", "/dev/null"], "/dev/null", "name a file"),
     (["train", "--against", "MATRIX_LRR=1"], "MATRIX_LRR", "MATRIX_LR"),
     (["train", "NUM_LOOPS=1", "--looping", "on", "--against", "SEED=1"], "--against", "leave out --looping"),
 ]
@@ -527,7 +530,148 @@ def test_95_percent_by_students_t(blocks):
     assert differs(Ratio(math.exp(1.05 * limit * 0.01), math.exp(1.05 * limit * 0.01) * 0.01, blocks))
 
 
-# ---- what is stopped ------------------------------------------------------------------------------------------------
+# ---- what is stopped, and what is chosen ----------------------------------------------------------------------------
+
+STOPS = {
+    "train": (["train", *TOY, "--modes", "eager", "--steps", "1", "--repeats", "9"], training, "measure_apart"),
+    "pack": (["pack", "{path}", "{data}", "--rows", "RTN int4", "--compressors", "zlib,zstd", "--calibration-tokens", "64"],
+             packing, "measure_apart"),
+    "eval": (["eval", "{path}", "{data}", "EVAL_SEQ_LEN=64", "--rows", "contiguous,documents", "--val-tokens", "640"],
+             evaluation, "measure_apart"),
+    "validity": (["validity", "{path}", "{data}", "EVAL_SEQ_LEN=64", "COMPRESSOR=zlib", "FIT=off", "MATRIX_QUANT=rtn",
+                  "EMBED_QUANT=rtn", "--val-tokens", "640", "--studies", "1033"], validity.Demonstration, "score"),
+}
+ENDS = [(KeyboardInterrupt(), 130), (common.BadInput("no more room"), 2), (SystemExit(143), 143), (RuntimeError("by chance"), 1)]
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_rows_of_a_command_that_is_stopped_are_kept(raw, tmp_path, name):
+    words, owner, attribute = STOPS[name]
+    words = [word.format(path=raw[0], data=raw[1][0]) for word in words]
+    real = (lambda work, job, *_: measure(work, job)) if attribute == "measure_apart" else getattr(owner, attribute)
+    for number, (error, code) in enumerate(ENDS if name == "train" else ENDS[:2]):
+        out = tmp_path / f"{number}.json"
+        second = mock.Mock(side_effect=[None, error])
+        with here() as printed, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, attribute, lambda *args, second=second: second() or real(*args))
+            try:
+                assert bench.main([*words, "--json", str(out)]) == code
+            except (SystemExit, RuntimeError) as end:
+                assert end is error
+        result, console = read(out), "\n".join(printed)
+        assert not result["complete"] and "stopped   before all was measured" in console
+        assert len(result["rows"]) == (2 if name == "pack" else 1), "its codes, and their size"
+        assert "| RTN int4 | zlib |" in console if name == "pack" else re.search(r"eager|contiguous|model alone", console)
+        assert ("error: no more room" in printed) == (code == 2)
+
+
+def test_nothing_is_said_of_a_command_that_measured_nothing(tmp_path, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with here() as printed:
+        monkeypatch.setattr(training, "measure_apart", stop)
+        assert bench.main([*STOPS["train"][0], "--json", str(tmp_path / "out.json")]) == 130
+    assert not (tmp_path / "out.json").exists() and not [line for line in printed if "ms/step" in line]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_a_measurement_with_its_rows(tmp_path, number):
+    words = ["train", *TOY, "--modes", "eager", "--steps", "2", "--repeats", "99", "--json", tmp_path / "out.json"]
+    with subprocess.Popen([sys.executable, str(REPO / "tools/bench.py"), *map(str, words)], env=clean_env(), text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heard) as job:
+        while "repeat 2 of" not in job.stderr.readline():
+            assert job.poll() is None
+        job.send_signal(number)
+        console, _ = job.communicate(timeout=60)
+    assert job.returncode == 128 + number and not read(tmp_path / "out.json")["complete"]
+    assert "stopped   before all" in console and console.splitlines()[-1].startswith("eager")
+
+
+def test_a_row_that_failed_is_complete(tmp_path, monkeypatch):
+    with here() as printed:
+        monkeypatch.setattr(training, "measure_apart", lambda *_: {"error": "no compiler"})
+        assert bench.main(["train", *TOY, "--modes", "eager", "--json", str(tmp_path / "out.json")]) == 1
+    assert read(tmp_path / "out.json")["complete"] and "failed: no compiler" in "\n".join(printed)
+
+
+def tables(words, tmp_path, *modules):
+    """{table: names of its rows} of a command in this process."""
+    with here(*modules):
+        assert bench.main([*words, "--json", str(tmp_path / "out.json")]) == 0
+    found = {}
+    for row in read(tmp_path / "out.json")["rows"]:
+        found.setdefault(row.get("table"), []).append(row.get("row") or row.get("method") or row.get("what"))
+    return found
+
+
+def forbid(patch, *places):
+    """What must not be computed."""
+    for owner, name in places:
+        patch.setattr(owner, name, mock.Mock(side_effect=AssertionError(f"{name} was not asked for")))
+
+
+def test_eval_computes_only_what_is_asked_for(raw, tmp_path, monkeypatch):
+    words = ["eval", raw[0], *raw[1], "--val-tokens", "640", "--count-tokens", "640"]
+    with monkeypatch.context() as patch:
+        forbid(patch, (evaluation, "measure_counts"), (evaluation, "forwards"), (tg, "BackoffMixture"), (tg, "HashedMixture"))
+        assert tables([*words, "--rows", "contiguous"], tmp_path, evaluation) == {"predictors": ["contiguous"]}
+    with monkeypatch.context() as patch:
+        forbid(patch, (evaluation, "measure_predictor"), (evaluation, "forwards"), (tg, "ModelPredictor"))
+        assert tables([*words, "--counts", "exact 3"], tmp_path, evaluation) == {"counts": ["exact 3"]}
+    with monkeypatch.context() as patch:
+        forbid(patch, (evaluation, "measure_predictor"), (evaluation, "measure_counts"))
+        assert tables([*words, "--documents", "9"], tmp_path, evaluation) == {"forwards": [*evaluation.FORWARD_ROWS]}
+    for given, rows, counts, documents in (([], evaluation.ROWS, evaluation.COUNTS, 4000), (["--rows", "none"], [], evaluation.COUNTS, 4000),
+                                           (["--rows", "cache", "--documents", "5"], ["cache"], [], 5)):
+        args = evaluation.arguments(["model.pg", *given])
+        assert (args.rows, args.counts, args.documents) == ([*rows], [*counts], documents)
+
+
+def test_pack_computes_only_what_is_asked_for(raw, tmp_path, monkeypatch):
+    words = ["pack", raw[0], *raw[1], "--calibration-tokens", "64"]
+    encoded = []
+    quantiser = weights.Subject.quantiser
+    monkeypatch.setattr(weights.Subject, "quantiser", lambda self, s: encoded.append(s.matrix_quant) or quantiser(self, s))
+    monkeypatch.setattr(weights, "ONE_COMPRESSOR", "zlib")
+    with monkeypatch.context() as patch:
+        forbid(patch, (weights.Subject, "load_text"), (weights.Subject, "score"))
+        found = tables([*words, "--rows", "RTN int4", "--compressors", "zlib"], tmp_path, packing)
+    assert found == {"codes": ["RTN int4"], "sizes": ["RTN int4"]} and encoded == ["rtn"], "no budget of a reference"
+    encoded.clear()
+    with monkeypatch.context() as patch:
+        forbid(patch, (packing, "measure_container"))
+        found = tables([*words, "--score", "--methods", "RTN", "--budget", "56000", "--val-tokens", "640"], tmp_path, packing)
+    assert found == {"quality": ["raw weights", "RTN"]} and set(encoded) == {"rtn"}
+
+
+def test_validity_computes_only_what_is_asked_for(raw, tmp_path, monkeypatch):
+    forbid(monkeypatch, (tg, "train_on_validation"), (tg, "make_predictor"))
+    row = {"loss": 1.0, "bpb": 1.0, "valid": "yes", "reasons": [], "mean_sum": 1.0, "worst_log_sum": 0.0, "selftest": {},
+           "failed": [], "seconds": 1.0}
+    monkeypatch.setattr(validity.Demonstration, "score", lambda *_: dict(row))
+    words = ["validity", raw[0], *raw[1], *QUICK, "--val-tokens", "640", "--studies", "967"]
+    assert tables(words, tmp_path) == {None: ["the model alone", *(variant.what for variant in validity.STUDIES["967"])]}
+
+
+def test_train_computes_only_what_is_asked_for(tmp_path, monkeypatch):
+    took = []
+    monkeypatch.setattr(training, "measure_apart", lambda work, job, env: took.append((job["mode"], job["state"])) or measure(work, job))
+    loop = ["NUM_LOOPS=1", "LOOP_START=1", "LOOP_END=2"]
+    tables(["train", *TOY, *loop, "--modes", "eager", "--looping", "on", "--steps", "1", "--warmup", "0"], tmp_path)
+    assert took == [("eager", "on")]
+
+
+@pytest.mark.parametrize("words, option", [
+    (["train", "--steps", "9" * 5000], "--steps"), (["train", "--repeats", "1.5"], "--repeats"),
+    (["train", "--peak-tflops", "fast"], "--peak-tflops"), (["pack", "a", "--budget", "big"], "--budget"),
+    (["pack", "--weights", "a", "--clips", "6:x"], "--clips"), (["eval", "a", "--documents", "-1"], "--documents"),
+    (["eval", "a", "--count-tokens", "1e6"], "--count-tokens"), (["validity", "--val-tokens", ""], "--val-tokens")])
+def test_messages_say_what_a_value_should_be(words, option, capsys):
+    assert bench.main(words) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and option in err and "invalid" not in err
+    assert "whole number of at least" in err or "number above 0" in err
 
 
 @pytest.mark.parametrize("words, word", [(["--help"], "bench.py train"), (["train", "--help"], "--peak-tflops"),
@@ -822,6 +966,8 @@ PACK_BAD = [
     (["pack", "{path}", "LEAKY_SLOPE=0.25"], "LEAKY_SLOPE=0.25", "contradicts"),
     (["pack", "{path}", "--also", "nothing"], "--also", "NAME=ARTIFACT"),
     (["pack", "{path}", "--budget", "0"], "--budget", "at least 1"),
+    (["pack", "{path}", "--rows", "none"], "--rows none", "--score"),
+    (["pack", "{path}", "--methods", "RTN"], "--methods", "without --score"),
     (["pack", "--weights", "/nowhere/a.pt"], "/nowhere/a.pt", "safetensors"),
     (["pack", "--weights", "records/small.env"], "records/small.env", "safetensors"),
     (["pack", "{path}", "--weights", "a.pt"], "--weights", "leave one of them out"),
@@ -1105,6 +1251,7 @@ BAD_SCORING = [
     (["eval"], "ARTIFACT", "--help"), (["eval", "{path}", "--rows", "fast"], "'fast'", "contiguous"),
     (["eval", "{path}", "--counts", "exact 99"], "'exact 99'", "exact 10"),
     (["eval", "{path}", "--repeats", "0"], "--repeats", "at least 1"),
+    (["eval", "{path}", "--rows", "none", "--counts", "none", "--documents", "0"], "nothing is left", "--rows"),
     (["eval", "/nowhere/model.pg"], "/nowhere/model.pg", "cannot be read"),
     (["eval", "{path}", "DATA_PATH=/nowhere"], "/nowhere", "TOKENIZER_PATH"),
     (["eval", "{path}", "{data}", "TTT_LORA_LRR=1"], "TTT_LORA_LRR", "TTT_LORA_LR"),
