@@ -29,7 +29,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and PYTHONSAFEPATH leave it out
 
 from benchmarks import evaluation, packing, training, validity
-from benchmarks.harness import check_json, run_job
+from benchmarks.harness import run_job
+from benchmarks.reports import check_json
 from benchmarks.training import write_shards
 from common import BadInput, exit_code, trainer_errors
 

@@ -1,12 +1,8 @@
 """Measures every way of scoring a model: tokens per second, forwards a token, memory, and the score itself.
 
-    python tools/bench.py eval model.pg @records/small.env                      every predictor, and counts alone
-    python tools/bench.py eval model.pg @records/small.env --rows "contiguous,sliding,TTT=lora_docs cache" --repeats 3
-    python tools/bench.py eval model.pg DATA_PATH=... EVAL_SEQ_LEN=2048 --rows none --json counts.json
-
 A row is settings of train_gpt.py on top of those that are given (learning rates, EVAL_SEQ_LEN, COMPILE, DEVICE, ...),
 each in a process of its own. So that a short text has as many parts as a long one, TTT_CHUNK_TOKENS, TTT_GROUP_DOCS and
-MIXER_MIN_TOKENS are scaled down to it where they are not given. `bench.py eval --help` has the options.
+MIXER_MIN_TOKENS are scaled down to it where they are not given.
 """
 
 import contextlib
@@ -21,21 +17,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from benchmarks.harness import (
-    Column,
-    Report,
-    add_json,
-    add_val_tokens,
-    document_lengths,
-    errors_of,
-    markdown,
-    measure_apart,
-    measure_in_turn,
-    median_and_range,
-    parser_of,
-    progress,
-    usage,
-)
+from benchmarks.harness import document_lengths, errors_of, in_turn, measure_apart, median_and_range, usage
+from benchmarks.reports import Column, Report, add_json, add_val_tokens, parser_of, progress, section
+from benchmarks.weights import Artifact
 from common import BadInput, load_trainer, names_of, whole
 
 PLAIN = "EVAL_STRIDE=0 EVAL_DOCS=0 EVAL_CONTEXT=window TTT=off MIXER=off TOKEN_BOOST=0"
@@ -95,36 +79,24 @@ class Notes:
         """No progress bar."""
 
 
-class Scoring:
+class Scoring(Artifact):
     """An artifact and the text that it is scored on, as run_phases() and evaluate() of the trainer do it.
 
-    Relied on: Settings.parse, .text and the fields named here; read_artifact, artifact_settings, load_artifact;
-    Runtime, pick_attention, Clock, Validity with .freeze .need .reasons, train_on_validation, warm_up_scoring,
-    graphs_so_far; load_tokenizer, load_validation, document_ranges; make_predictor, Reader with .forwarded, reader_for,
-    score; of predictors .base .adaptation._loss and DocumentAdapters.observe; wrap_predictor around a bare Predictor:
-    BackoffMixture with .learn .nodes_of_targets .counts, HashedMixture with .learn .shares.
+    Relied on, in addition to what Artifact relies on: Settings with the fields named here; Clock, Validity with .freeze
+    .need .reasons, train_on_validation, warm_up_scoring, graphs_so_far; document_ranges; make_predictor, Reader with
+    .forwarded, reader_for, score; of predictors .base .adaptation._loss and DocumentAdapters.observe; wrap_predictor
+    around a bare Predictor: BackoffMixture with .learn .nodes_of_targets .counts, HashedMixture with .learn .shares.
     """
 
     def __init__(self, path, words):
-        trainer = self.trainer = load_trainer()
-        self.path = str(path)
-        self.words = words
-        self.header = trainer.read_artifact(path)[0]
-        s = trainer.artifact_settings(path, self.header, trainer.Settings.parse(words, os.environ))
-        sp, _, self.digest = trainer.load_tokenizer(s)
-        if self.header["tokenizer_sha256"] not in ("", self.digest):
-            raise BadInput(f"{path} was trained with another tokenizer; set DATA_PATH or TOKENIZER_PATH")
-        self.rt = trainer.Runtime(s)
-        self.attend = trainer.pick_attention(s, self.rt)
-        self.val = trainer.load_validation(s, self.rt, sp)
-        self.documents = len(trainer.document_ranges(self.val))
+        super().__init__(path, words)
+        self.load_text()
+        self.documents = len(self.trainer.document_ranges(self.val))
 
     def settings(self, text):
         """Settings of the command line, then of a row, scaled to the text where neither sets them."""
-        trainer = self.trainer
+        s = self.plain_settings(text)
         tokens = len(self.val.bytes)
-        s = trainer.Settings.parse([*self.words, *text.split()], os.environ)
-        s = trainer.artifact_settings(self.path, self.header, s)
         windows_of_part = max(tokens // 32 // s.eval_seq_len, 1)
         part = min(windows_of_part * s.eval_seq_len, 32768)
         scaled = {
@@ -132,12 +104,12 @@ class Scoring:
             "ttt_group_docs": min(max(self.documents // 8, 1), 512),
             "mixer_min_tokens": min(10000, part),
         }
-        default = trainer.Settings()
+        default = self.trainer.Settings()
         free = [name for name in scaled if getattr(s, name) == getattr(default, name)]
         return dataclasses.replace(s, **{name: scaled[name] for name in free})
 
     def model(self):
-        return self.trainer.load_artifact(self.path, self.settings(""), self.rt.dtype, self.attend, self.rt.device)[1]
+        return self.load_model(self.path, self.settings(""))
 
     def start(self, s):
         """A stand-in for the trainer's Run, which would write files."""
@@ -451,38 +423,32 @@ def document(report):
     yield (f"text      {r['tokens']:,} targets, {r['bytes']:,} bytes, {r['documents']} documents of {r['data']}, "
            f"in windows of {r['eval_seq_len']:,}; seed {r['seed']}")
     yield scaled_line(r)
-    sections = (("predictors", predictors_text, PREDICTORS), ("counts", counts_text, TABLES),
-                ("forwards", forwards_text, FORWARDS))
-    for name, text, columns in sections:
-        if rows := r.table(name):
-            measured = [row for row in rows if "error" not in row]
-            yield f"\n### {text(r, measured)}\n"
-            yield from markdown(columns, rows)
+    yield from section(predictors_text(r), PREDICTORS, r.table("predictors"))
+    yield from section(counts_text(r), TABLES, r.table("counts"))
+    yield from section(
+        f"Forwards in the contest's shape\n\nWindows of {CONTEST_WINDOW:,}, chunks of {CONTEST_CHUNK}, "
+        f"{r['shape_documents']:,} synthetic documents as long as FineWeb's in the mean (log-normal); cut, not "
+        "forwarded. Compiled, rows are padded so that few graphs do.", FORWARDS, r.table("forwards"))
 
 
 def scaled_line(report):
     return "scaled    " + " ".join(f"{name.upper()}={value}" for name, value in report["scaled"].items())
 
 
-def predictors_text(report, measured):
-    before = max((row["memory_before_mib"] for row in measured), default=0)
+def predictors_text(report):
+    before = max((row.get("memory_before_mib", 0) for row in report.table("predictors")), default=0)
     return ("Predictors\n\nforwards: tokens forwarded to score one; gradients: tokens that a gradient went "
             f"through to learn from one. Medians of {report['repeats']} process(es), without compilation and without "
             f"checks of the sums. Peak memory is that of the process ({before:,.0f} MiB at most before anything is "
             f"scored), on CUDA what torch allocated. Settings: on top of `{PLAIN}`.")
 
 
-def counts_text(report, measured):
+def counts_text(report):
+    measured = [row for row in report.table("counts") if "error" not in row]
     first = measured[0] if measured else {"tokens": 0, "part_tokens": 0}
     return (f"Counts alone\n\n{first['tokens']:,} targets in parts of {first['part_tokens']:,}, each scored and "
             "then counted. On a CPU the times are CPU time of one thread. Load: of exact tables the share of slots in "
             "use, of hashed ones increments a bucket. BPB alone: of the longest order as a code of its own.")
-
-
-def forwards_text(report, measured):
-    return (f"Forwards in the contest's shape\n\nWindows of {CONTEST_WINDOW:,}, chunks of {CONTEST_CHUNK}, "
-            f"{report['shape_documents']:,} synthetic documents as long as FineWeb's in the mean (log-normal); cut, "
-            "not forwarded. Compiled, rows are padded so that few graphs do.")
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -526,7 +492,7 @@ def facts(scoring):
     return {
         "settings": trainer.Settings.parse(scoring.words, os.environ).text(),
         "artifact": scoring.path,
-        "parameters": sum(math.prod(shape) for _, shape, *_ in scoring.header["tensors"]),
+        "parameters": scoring.parameters,
         "device": rt.device_name(),
         "dtype": str(rt.dtype).removeprefix("torch."),
         "attention": choices["attention"],
@@ -561,7 +527,7 @@ def run(args, argv):
             job = {"folder": folder, "artifact": str(args.artifact), "words": words, "row": filled(name, window)}
             return measure_apart(work, job)
 
-        for results in measure_in_turn(jobs, args.repeats, measure_job):
+        for results in in_turn(jobs, args.repeats, measure_job):
             report.keep([merged(blank_row(name, window), results[name]) for name in jobs if name in results])
         for name in FORWARD_ROWS if args.documents else ():
             progress(f"cutting {args.documents} documents for {name}")

@@ -1,17 +1,11 @@
 """Measures what each way of storing a model costs: bytes, time and memory of codecs and compressors; the loss of each
 method at equal bytes.
 
-    python tools/bench.py pack logs/raw/model.pg @records/small.env                    sizes of every row
-    python tools/bench.py pack logs/raw/model.pg @records/small.env --score --json pack.json
-    python tools/bench.py pack model.pg DATA_PATH=... --rows "RTN int6,allocated GPTQ" --compressors rans,brotli
-    python tools/bench.py pack model.pg DATA_PATH=... --rows none --score --budget 15900000 --also QAT=logs/qat/model.pg
-    python tools/bench.py pack --weights model.safetensors --weights other.pt         the compressors alone
-
 The weights are those of an artifact that holds them as float16, which PHASES=train FIT=off MATRIX_BITS=16 EMBED_BITS=16
 makes (if it is over SIZE_LIMIT, the file is kept). The settings name the data (DATA_PATH, TRAIN_SEQ_LEN, EVAL_SEQ_LEN):
 training text for the curvature by which GPTQ and FIT=allocate go, and validation text for the loss. With --weights they
 are those of any trained model that a file holds: its matrices are rounded by SDClip, which asks for no text, and only
-the bytes of the codes are measured. `bench.py pack --help` has the options.
+the bytes of the codes are measured.
 """
 
 import argparse
@@ -26,32 +20,23 @@ import numpy as np
 
 from benchmarks.budgets import at_size, at_size_by_tensor, between, knob
 from benchmarks.containers import CONTAINERS, PLAIN, measure_container, save_contents
-from benchmarks.harness import (
-    Column,
-    Report,
-    add_json,
-    add_val_tokens,
-    markdown,
-    measure_apart,
-    parser_of,
-    progress,
-)
+from benchmarks.harness import measure_apart
+from benchmarks.reports import Column, Report, add_json, add_val_tokens, parser_of, progress, section
 from benchmarks.weights import DIVERGENCE_TOKENS, LEAST, ONE_COMPRESSOR, Loaded, Subject
 from common import BadInput, names_of, positive, whole
 
 # How weights are stored, as settings of train_gpt.py: METHODS have a width or a knob still to choose, ROWS have it
 # chosen.
 BY_TENSOR = "GPTQ + SDClip (one k a tensor)"  # from the curvature; int8, so that no step is too small for its range
+SDCLIP = "FIT=off MATRIX_QUANT=gptq MATRIX_BITS=6 MATRIX_CLIP_SIGMAS=12.85 EMBED_QUANT=gptq"
+SDCLIP_TABLES = "EMBED_BITS=8 EMBED_CLIP_SIGMAS=20"
 METHODS = {
     "RTN": "FIT=off MATRIX_QUANT=rtn EMBED_QUANT=rtn EMBED_BITS=8",
     "GPTQ-lite": "FIT=off MATRIX_QUANT=gptq_lite EMBED_QUANT=gptq_lite EMBED_BITS=8",
     "GPTQ + percentile": "FIT=off MATRIX_QUANT=gptq EMBED_QUANT=gptq EMBED_BITS=8",
-    "GPTQ + SDClip": "FIT=off MATRIX_QUANT=gptq MATRIX_BITS=6 MATRIX_CLIP_SIGMAS=12.85 "
-                     "EMBED_QUANT=gptq EMBED_BITS=8 EMBED_CLIP_SIGMAS=20",
-    "GPTQ + SDClip + LQER": "FIT=off MATRIX_QUANT=gptq MATRIX_BITS=6 MATRIX_CLIP_SIGMAS=12.85 "
-                            "EMBED_QUANT=gptq EMBED_BITS=8 EMBED_CLIP_SIGMAS=20 LQER_RANK=4 LQER_TOP_K=3",
-    BY_TENSOR: "FIT=off MATRIX_QUANT=gptq MATRIX_BITS=8 MATRIX_CLIP_SIGMAS=20 "
-               "EMBED_QUANT=gptq EMBED_BITS=8 EMBED_CLIP_SIGMAS=20",
+    "GPTQ + SDClip": f"{SDCLIP} {SDCLIP_TABLES}",
+    "GPTQ + SDClip + LQER": f"{SDCLIP} {SDCLIP_TABLES} LQER_RANK=4 LQER_TOP_K=3",
+    BY_TENSOR: f"FIT=off MATRIX_QUANT=gptq MATRIX_BITS=8 MATRIX_CLIP_SIGMAS=20 EMBED_QUANT=gptq {SDCLIP_TABLES}",
     "allocated RTN": "FIT=allocate MATRIX_QUANT=rtn EMBED_QUANT=rtn",
     "allocated GPTQ": "FIT=allocate MATRIX_QUANT=gptq EMBED_QUANT=gptq",
     "allocated GPTQ + LQER": "FIT=allocate MATRIX_QUANT=gptq EMBED_QUANT=gptq LQER_RANK=4 LQER_TOP_K=3",
@@ -65,8 +50,7 @@ ROWS = {
        for name in ("RTN", "GPTQ-lite") for bits in range(4, 9)},
     "GPTQ + percentile int6": METHODS["GPTQ + percentile"] + " MATRIX_BITS=6",
     REFERENCE: METHODS[REFERENCE],
-    "GPTQ + SDClip embeddings int7": METHODS[REFERENCE].replace("EMBED_BITS=8 EMBED_CLIP_SIGMAS=20",
-                                                               "EMBED_BITS=7 EMBED_CLIP_SIGMAS=15"),
+    "GPTQ + SDClip embeddings int7": f"{SDCLIP} EMBED_BITS=7 EMBED_CLIP_SIGMAS=15",
     **{name: METHODS[name] for name in ("GPTQ + SDClip + LQER", "allocated RTN", "allocated GPTQ",
                                         "allocated GPTQ + LQER")},
 }
@@ -264,9 +248,9 @@ CODE_COLUMNS = (
 )
 
 
-def size_columns(codes):
-    """Columns of sizes; `codes` are the rows of the table before."""
-    facts = {row["row"]: row for row in codes}
+def size_columns(report):
+    """Columns of sizes, which are compared with the entropies of the codes."""
+    facts = {row["row"]: row for row in report.table("codes")}
 
     def over(entropy):
         def excess(row):
@@ -324,10 +308,9 @@ def loaded_document(report):
     r = report
     yield from r.title()
     yield f"on        {r.software()}"
-    yield f"\n### Codes\n\nMatrices of at least {LEAST:,} weights, rounded to nearest by SDClip.\n"
-    yield from markdown(LOADED_COLUMNS, r.table("codes"))
-    yield "\n### Sizes\n\nSeconds are CPU time.\n"
-    yield from markdown(size_columns(r.table("codes")), r.table("sizes"))
+    yield from section(f"Codes\n\nMatrices of at least {LEAST:,} weights, rounded to nearest by SDClip.",
+                       LOADED_COLUMNS, r.table("codes"))
+    yield from section("Sizes\n\nSeconds are CPU time.", size_columns(r), r.table("sizes"))
 
 
 def document(report):
@@ -339,21 +322,18 @@ def document(report):
     yield f"moments   of {r['calibration_tokens']:,} training tokens, in {r['calibration_seconds']:,.1f} s"
     if r["budget_bytes"]:
         yield f"budget    {r['budget_bytes']:,} bytes by {ONE_COMPRESSOR}, {r['budget_from']}"
-    if codes := r.table("codes"):
-        sizes = r.table("sizes")
-        yield "\n### Codes\n\nSquared error: of the weights' squares; felt error: half the sum of gain E H E^T.\n"
-        yield from markdown(CODE_COLUMNS, codes)
-        before = max((row.get("memory_before_mib", 0) for row in sizes), default=0)
-        yield ("\n### Sizes\n\nSeconds are CPU time; peak memory is that of a process of its own, of which Python, "
-               f"torch and the codes are {before:,.0f} MiB before anything is packed.\n")
-        yield from markdown(size_columns(codes), sizes)
-    if scores := r.table("quality"):
-        yield (f"\n### Quality at equal bytes\n\n{r['val_tokens']:,} validation tokens in windows of "
-               f"{r['eval_seq_len']:,}. Methods that have only widths (of matrices; tables are int8): between two "
-               "of them log(gap) is taken as a straight line in bytes. Divergence: of the predictions from those of "
-               f"the raw weights, on the first {DIVERGENCE_TOKENS:,} tokens at most, without the chance that moves the "
-               "loss. Predicted: spacing^2/24 a weight.\n")
-        yield from markdown(QUALITY_COLUMNS, scores)
+    yield from section("Codes\n\nSquared error: of the weights' squares; felt error: half the sum of gain E H E^T.",
+                       CODE_COLUMNS, r.table("codes"))
+    before = max((row.get("memory_before_mib", 0) for row in r.table("sizes")), default=0)
+    yield from section(
+        "Sizes\n\nSeconds are CPU time; peak memory is that of a process of its own, of which Python, torch and the "
+        f"codes are {before:,.0f} MiB before anything is packed.", size_columns(r), r.table("sizes"))
+    yield from section(
+        f"Quality at equal bytes\n\n{r['val_tokens']:,} validation tokens in windows of {r['eval_seq_len']:,}. Methods "
+        "that have only widths (of matrices; tables are int8): between two of them log(gap) is taken as a straight "
+        "line in bytes. Divergence: of the predictions from those of the raw weights, on the first "
+        f"{DIVERGENCE_TOKENS:,} tokens at most, without the chance that moves the loss. Predicted: spacing^2/24 a "
+        "weight.", QUALITY_COLUMNS, r.table("quality"))
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -473,7 +453,7 @@ def run(args, argv):
         calibration_seconds=seconds,
         budget_bytes=args.budget,
         budget_from="as given",
-        val_tokens=len(subject.val.bytes) if args.score else None,
+        val_tokens=len(subject.val.bytes) if args.score else args.val_tokens,
         eval_seq_len=subject.s.eval_seq_len,
     )
 

@@ -1,9 +1,6 @@
 """Measures the training step: milliseconds, tokens per second, memory, and share of the device's peak.
 
-    python tools/bench.py train @records/small.env NUM_LAYERS=6
-
 No data set is needed: synthetic shards are written to a temporary folder and read by the trainer's own loader.
-`bench.py train --help` has the options.
 """
 
 import argparse
@@ -24,20 +21,15 @@ import numpy as np
 
 from benchmarks.harness import (
     DOCUMENT_MEAN,
-    Column,
-    Report,
-    add_json,
-    aligned,
     document_lengths,
     errors_of,
+    in_turn,
     measure,
     measure_apart,
-    measure_in_turn,
     median_and_range,
-    parser_of,
-    progress,
 )
 from benchmarks.ratios import differs, ratio_of_blocks
+from benchmarks.reports import Column, Report, add_json, aligned, parser_of, progress
 from common import BOS, BadInput, load_trainer, positive, shard_header, trainer_errors, whole
 
 MODES = ("eager", "compiled")
@@ -150,15 +142,13 @@ class Session:
             if len(stage_ends) > 1:
                 stages_before = sum(until <= begin for until in stage_ends)
                 name += f" {1 + stages_before}"
-            middle = (begin + end) / 2
-            plain = State(middle, end - begin)
-            rounded = State(middle, end - begin, s.late_qat_threshold / 2, rounded=True)
-            if rounded_from is not None:
-                is_rounded = begin >= rounded_from
-                states[f"{name} qat" if is_rounded else name] = rounded if is_rounded else plain
-            elif end > 1 - s.late_qat_threshold:  # the warmdown is as long as the run at most
+            plain = State((begin + end) / 2, end - begin)
+            rounded = plain._replace(falling=s.late_qat_threshold / 2, rounded=True)
+            if rounded_from is None and end > 1 - s.late_qat_threshold:  # the warmdown is as long as the run at most
                 states[name] = plain._replace(share=None)
                 states[f"{name} qat"] = rounded._replace(share=None)
+            elif rounded_from is not None and begin >= rounded_from:
+                states[f"{name} qat"] = rounded
             else:
                 states[name] = plain
         return states
@@ -441,23 +431,18 @@ def make_row(mode, looping, share, results, peak_tflops):
         return {**row, "error": errors[0]}
     first = results[0]
     facts = first["facts"]
-    ms, ms_least, ms_most = over_repeats([result["step_ms"] for result in results])
-    cpu_ms, cpu_least, cpu_most = None, None, None
-    if first["step_cpu_ms"] is not None:
-        cpu_ms, cpu_least, cpu_most = over_repeats([result["step_cpu_ms"] for result in results])
+    for key, name in (("step_ms", "ms"), ("step_cpu_ms", "cpu_ms")):
+        is_known = first[key] is not None
+        values = over_repeats([result[key] for result in results]) if is_known else (None, None, None)
+        row |= zip((f"{name}_per_step", f"{name}_min", f"{name}_max"), values)
     tokens = facts["tokens_per_step"]
-    flops_per_second = first["flops"] * tokens / (1e-3 * ms) / facts["world_size"]
+    tokens_per_second = tokens / (1e-3 * row["ms_per_step"])
+    flops_per_second = first["flops"] * tokens_per_second / facts["world_size"]
     peak = peak_flops(facts["device"], facts["dtype"], peak_tflops)
     per_repeat = ("step_ms", "step_cpu_ms", "warmup_seconds", "peak_memory_mib")
     return {
         **row,
-        "ms_per_step": ms,
-        "ms_min": ms_least,
-        "ms_max": ms_most,
-        "cpu_ms_per_step": cpu_ms,
-        "cpu_ms_min": cpu_least,
-        "cpu_ms_max": cpu_most,
-        "tokens_per_second": tokens / (1e-3 * ms),
+        "tokens_per_second": tokens_per_second,
         "peak_memory_mib": max(result["peak_memory_mib"] for result in results),
         "mflop_per_token": first["flops"] / 1e6,
         "tflop_per_step": first["flops"] * tokens / 1e12,
@@ -700,7 +685,7 @@ def run(args, argv):
     report = Report("train", args, argv, document, s.text(), quiet=not is_first_rank, settings_hash=s.sha256(), **facts)
     with report, tempfile.TemporaryDirectory(prefix="bench_") as folder:
         write_data(args, s, folder)
-        for results in measure_in_turn(jobs, args.repeats, partial(measure_job, args, folder)):
+        for results in in_turn(jobs, args.repeats, partial(measure_job, args, folder)):
             report.update(facts_of(results, args.peak_tflops))
             report.keep(make_rows(args, s, results))
     return report.code

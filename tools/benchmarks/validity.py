@@ -1,16 +1,12 @@
 """Measures four published scores that are no code length, next to what is left of each when it is made one.
 
-    python tools/bench.py validity                            trains the demo for a minute or two, then scores it
-    python tools/bench.py validity DATA_PATH=data/datasets/mine --steps 1000
-    python tools/bench.py validity logs/raw/model.pg @records/small.env --json validity.json
-
 Without an ARTIFACT the model is that of records/small.env, trained for a number of steps, not of seconds, so that a
 machine trains the same one again, and kept as float16; with one nothing is trained. It is packed as the settings say,
 which makes the artifact that all rows score; TTT=prequant trains the weights on the validation text first and packs
 them then. (An ARTIFACT whose weights are rounded already is scored as it is, and has no such row.)
 
 Every row is a few settings of train_gpt.py, run by its own functions with its own ledger and self-tests, so that
-ALLOW_INVALID=1 and those settings give the same score in any run. `bench.py validity --help` has the options.
+ALLOW_INVALID=1 and those settings give the same score in any run.
 """
 
 import contextlib
@@ -26,7 +22,7 @@ from typing import NamedTuple
 from unittest import mock
 
 from benchmarks.evaluation import Scoring, facts, scaled_line
-from benchmarks.harness import Column, Report, add_json, add_val_tokens, markdown, parser_of, progress
+from benchmarks.reports import Column, Report, add_json, add_val_tokens, markdown, parser_of, progress
 from benchmarks.weights import CODEC, collect_curvature
 from common import ROOT, BadInput, load_trainer, names_of, whole
 
@@ -182,7 +178,7 @@ class Demonstration(Scoring):
             s = dataclasses.replace(s, eval_batch_seqs=min(s.eval_batch_seqs, rows))
         run = self.start(s)
         path = self.artifact(run)
-        model = trainer.load_artifact(path, s, rt.dtype, self.attend, rt.device)[1]
+        model = self.load_model(path, s)
         with self.dividing() if variant.divided else contextlib.nullcontext():
             predictor, reader = self.begin(run, model)
             if rt.compiled:
