@@ -274,6 +274,8 @@ BAD = [
     (["train", "--json", str(REPO)], str(REPO), "name a file"), (["train", "--json", "/dev/null"], "/dev/null", "name a file"),
     (["train", "--against", "MATRIX_LRR=1"], "MATRIX_LRR", "MATRIX_LR"),
     (["train", "NUM_LOOPS=1", "--looping", "on", "--against", "SEED=1"], "--against", "leave out --looping"),
+    (["train", "--states", "off", "--against", "SEED=1"], "--against", "leave out --states"),
+    (["train", "NUM_LOOPS=1", "--states", "on 2"], "'on 2'", "off, on"),
 ]
 
 
@@ -315,6 +317,8 @@ def test_several_ranks_want_one_mode(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert bench.main(["train", *TOY]) == 2
     assert "--modes compiled (or eager)" in capsys.readouterr().err
+    assert bench.main(["train", *TOY, "LATE_QAT_THRESHOLD=0.5", "--modes", "eager"]) == 2
+    assert "--states off or 'off qat'" in capsys.readouterr().err
     against = ["train", *TOY, "--modes", "eager", "--against"]
     assert bench.main([*against, "--repeats", "2"]) == 2 and "--repeats 1" in capsys.readouterr().err
     assert bench.main([*against, "DEVICE=cpu"]) == 2 and "the same DEVICE" in capsys.readouterr().err
@@ -658,8 +662,10 @@ def test_train_computes_only_what_is_asked_for(tmp_path, monkeypatch):
     took = []
     monkeypatch.setattr(training, "measure_apart", lambda work, job, env: took.append((job["mode"], job["state"])) or measure(work, job))
     loop = ["NUM_LOOPS=1", "LOOP_START=1", "LOOP_END=2"]
-    tables(["train", *TOY, *loop, "--modes", "eager", "--looping", "on", "--steps", "1", "--warmup", "0"], tmp_path)
-    assert took == [("eager", "on")]
+    words = ["train", *TOY, *loop, "LATE_QAT_THRESHOLD=0.5", "--modes", "eager", "--steps", "1", "--warmup", "0"]
+    tables([*words, "--looping", "off"], tmp_path)
+    tables([*words, "--states", "on qat"], tmp_path)
+    assert took == [("eager", "off"), ("eager", "on qat")]
 
 
 @pytest.mark.parametrize("words, option", [

@@ -12,13 +12,14 @@ import os
 import statistics
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
-from benchmarks.harness import document_lengths, errors_of, in_turn, measure_apart, median_and_range, usage
-from benchmarks.reports import Column, Report, add_json, add_val_tokens, parser_of, progress, section
+from benchmarks.harness import document_lengths, in_turn, measure_apart, usage
+from benchmarks.reports import Column, Report, add_val_tokens, errors_of, median_and_range, parser_of, progress, section
 from benchmarks.weights import Artifact
 from common import BadInput, load_trainer, names_of, whole
 
@@ -136,38 +137,27 @@ class Scoring(Artifact):
 
 def count_gradients(predictor, trainer):
     """A list that grows by the number of tokens whenever a gradient goes through them, in a predictor or its bases."""
-    tokens = []
+    counted = []
+
+    def count(owner, name, tokens_of):
+        inner = getattr(owner, name)
+
+        def call(first, *rest):
+            counted.append(tokens_of(first))
+            return inner(first, *rest)
+
+        setattr(owner, name, call)
+
+    def tokens_of_chunk(chunk):  # of the last one of a batch document adapters do not learn
+        return chunk.inputs.ids.numel() if chunk.continuing > 0 else 0
+
     while predictor:
-        adaptation = getattr(predictor, "adaptation", None)
-        if adaptation:
-            count_loss(adaptation, tokens)
+        if adaptation := getattr(predictor, "adaptation", None):
+            count(adaptation, "_loss", lambda x: x.numel())
         if isinstance(predictor, trainer.DocumentAdapters):
-            count_observe(predictor, tokens)
+            count(predictor, "observe", tokens_of_chunk)
         predictor = getattr(predictor, "base", None)
-    return tokens
-
-
-def count_loss(adaptation, tokens):
-    """Count the tokens of each loss of an adaptation."""
-    inner = adaptation._loss
-
-    def loss(x, *rest):
-        tokens.append(x.numel())
-        return inner(x, *rest)
-
-    adaptation._loss = loss
-
-
-def count_observe(predictor, tokens):
-    """Count the tokens of each chunk from which document adapters learn: not of the last one of a batch."""
-    inner = predictor.observe
-
-    def observe(chunk):
-        if chunk.continuing > 0:
-            tokens.append(chunk.inputs.ids.numel())
-        inner(chunk)
-
-    predictor.observe = observe
+    return counted
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
@@ -255,7 +245,11 @@ def measure_counts(job):
     for part in trainer.Reader(val, s, rt, s.ttt_chunk_tokens, mixer.history):
         for chunk in part.chunks:
             with stopwatch("score"):
-                p = exact_shares(mixer, chunk) if exact else hashed_shares(mixer, chunk)
+                if exact:  # by the longest order
+                    contexts, grams = mixer.nodes_of_targets(chunk.inputs, chunk.targets)
+                    p = mixer.counts.backoff_probabilities(contexts, grams)[-1]
+                else:
+                    p = mixer.shares(chunk.inputs.recent, chunk.targets)
             nats -= p.clamp(min=1e-300).log()[chunk.index >= 0].sum().item()
         with stopwatch("update"):
             mixer.learn(part, val)
@@ -267,17 +261,6 @@ def measure_counts(job):
         **table_facts(mixer, exact, val, s),
         "bpb": nats / math.log(2) / int(val.bytes.sum()) if exact else None,
     }
-
-
-def exact_shares(mixer, chunk):
-    """Probability of each target by the longest order of exact counts."""
-    contexts, grams = mixer.nodes_of_targets(chunk.inputs, chunk.targets)
-    return mixer.counts.backoff_probabilities(contexts, grams)[-1]
-
-
-def hashed_shares(mixer, chunk):
-    """The "probability" of each target by hashed counts."""
-    return mixer.shares(chunk.inputs.recent, chunk.targets)
 
 
 def table_facts(mixer, exact, val, s):
@@ -312,8 +295,7 @@ def forwards(name, documents):
         rt.compiled = compiled
         reader = trainer.Reader(val, s, rt)
         for part in reader:
-            for _ in part.chunks:
-                pass
+            deque(part.chunks, maxlen=0)
         row[key] = reader.forwarded / len(val.bytes)
     return row
 
@@ -472,7 +454,6 @@ def arguments(argv):
     add("--documents", type=whole(0), metavar="N", help="synthetic documents on which forwards in the contest's shape "
         "are counted; 0: none (default: 4000)")
     add("--repeats", type=whole(1), default=1, metavar="N", help="processes for each row, in turn (default: 1)")
-    add_json(parser)
     args = parser.parse_intermixed_args(argv)
     is_chosen = args.rows or args.counts or args.documents
     for name, everything, nothing in (("rows", list(ROWS), []), ("counts", list(COUNTS), []), ("documents", 4000, 0)):

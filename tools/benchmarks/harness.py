@@ -7,7 +7,6 @@ import json
 import math
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import traceback
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.reports import errors_of
 from common import ROOT, BadInput, load_trainer
 
 # Document lengths like FineWeb's in tokens: log-normal around a mean.
@@ -113,13 +113,3 @@ def in_turn(jobs, repeats, work):
                 continue
             results[job] = [*of_job, work(job, repeat)]
             yield results
-
-
-def median_and_range(values):
-    """(median, least, most)."""
-    return statistics.median(values), min(values), max(values)
-
-
-def errors_of(results):
-    """The errors of the repeats of a job."""
-    return [result["error"] for result in results if "error" in result]

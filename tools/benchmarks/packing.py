@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.budgets import at_size, at_size_by_tensor, between, knob
 from benchmarks.containers import CONTAINERS, PLAIN, measure_container, save_contents
 from benchmarks.harness import measure_apart
-from benchmarks.reports import Column, Report, add_json, add_val_tokens, parser_of, progress, section
+from benchmarks.reports import Column, Report, add_val_tokens, parser_of, progress, section
 from benchmarks.weights import DIVERGENCE_TOKENS, LEAST, ONE_COMPRESSOR, Loaded, Subject
 from common import BadInput, names_of, positive, whole
 
@@ -179,28 +179,26 @@ def quality_of(subject, encoded, taken, raw):
 def quality_between_widths(subject, s, size, raw):
     """quality_row() of a method that has only widths: between the two neighbours on either side of `size` bytes."""
     tried = {}  # bits -> (bytes, encoded)
-    bits = 5
-    while bits not in tried or bits + 1 not in tried:
-        for width in (bits, bits + 1):
-            if width not in tried:
-                encoded = subject.quantiser(dataclasses.replace(s, matrix_bits=width)).encode()
-                tried[width] = subject.size(encoded), encoded
-        shift = 0
-        if tried[bits][0] > size:
-            shift = -1
-        elif tried[bits + 1][0] < size:
-            shift = 1
-        if bits + shift not in WIDTHS or bits + 1 + shift not in WIDTHS:
-            least = tried[min(tried)][0]
-            most = tried[max(tried)][0]
-            return {"skipped": f"{size:,} bytes are outside of what {WIDTHS[0]} to {WIDTHS[-1]} bits take "
-                               f"({least:,} to {most:,} bytes tried)"}
-        bits += shift
+
+    def size_at(bits):
+        if bits not in tried:
+            encoded = subject.quantiser(dataclasses.replace(s, matrix_bits=bits)).encode()
+            tried[bits] = subject.size(encoded), encoded
+        return tried[bits][0]
+
+    low = 5
+    while size_at(low) > size and low > WIDTHS[0]:
+        low -= 1
+    while size_at(low + 1) < size and low + 1 < WIDTHS[-1]:
+        low += 1
+    if not size_at(low) <= size <= size_at(low + 1):
+        return {"skipped": f"{size:,} bytes are outside of what {WIDTHS[0]} to {WIDTHS[-1]} bits take "
+                           f"({size_at(min(tried)):,} to {size_at(max(tried)):,} bytes tried)"}
     ends = []
-    for width in (bits, bits + 1):
-        taken, encoded = tried[width]
+    for bits in (low, low + 1):
+        taken, encoded = tried[bits]
         ends.append(quality_of(subject, encoded, taken, raw))
-    return {"knob": "bits", "value": [bits, bits + 1], "ends": ends, **between(*ends, size)}
+    return {"knob": "bits", "value": [low, low + 1], "ends": ends, **between(*ends, size)}
 
 
 def quality(subject, names, size, also):
@@ -303,31 +301,29 @@ QUALITY_COLUMNS = (
 )
 
 
-def loaded_document(report):
-    """Lines of the report on --weights."""
-    r = report
-    yield from r.title()
-    yield f"on        {r.software()}"
-    yield from section(f"Codes\n\nMatrices of at least {LEAST:,} weights, rounded to nearest by SDClip.",
-                       LOADED_COLUMNS, r.table("codes"))
-    yield from section("Sizes\n\nSeconds are CPU time.", size_columns(r), r.table("sizes"))
-
-
 def document(report):
     """Lines of the report."""
     r = report
     yield from r.title()
-    yield (f"weights   {r['artifact']}: {r['parameters']:,} parameters, {r['artifact_bytes']:,} bytes; on "
-           f"{r['device']}, {r.software()}")
-    yield f"moments   of {r['calibration_tokens']:,} training tokens, in {r['calibration_seconds']:,.1f} s"
-    if r["budget_bytes"]:
-        yield f"budget    {r['budget_bytes']:,} bytes by {ONE_COMPRESSOR}, {r['budget_from']}"
-    yield from section("Codes\n\nSquared error: of the weights' squares; felt error: half the sum of gain E H E^T.",
-                       CODE_COLUMNS, r.table("codes"))
+    if "artifact" in r:
+        yield (f"weights   {r['artifact']}: {r['parameters']:,} parameters, {r['artifact_bytes']:,} bytes; on "
+               f"{r['device']}, {r.software()}")
+        yield f"moments   of {r['calibration_tokens']:,} training tokens, in {r['calibration_seconds']:,.1f} s"
+        if r["budget_bytes"]:
+            yield f"budget    {r['budget_bytes']:,} bytes by {ONE_COMPRESSOR}, {r['budget_from']}"
+        columns = CODE_COLUMNS
+        text = "Squared error: of the weights' squares; felt error: half the sum of gain E H E^T."
+    else:
+        yield f"on        {r.software()}"
+        columns = LOADED_COLUMNS
+        text = f"Matrices of at least {LEAST:,} weights, rounded to nearest by SDClip."
+    yield from section(f"Codes\n\n{text}", columns, r.table("codes"))
     before = max((row.get("memory_before_mib", 0) for row in r.table("sizes")), default=0)
     yield from section(
         "Sizes\n\nSeconds are CPU time; peak memory is that of a process of its own, of which Python, torch and the "
         f"codes are {before:,.0f} MiB before anything is packed.", size_columns(r), r.table("sizes"))
+    if "val_tokens" not in r:
+        return
     yield from section(
         f"Quality at equal bytes\n\n{r['val_tokens']:,} validation tokens in windows of {r['eval_seq_len']:,}. Methods "
         "that have only widths (of matrices; tables are int8): between two of them log(gap) is taken as a straight "
@@ -388,7 +384,6 @@ def arguments(argv):
         help="what --score scores (default: all)")
     add_val_tokens(parser)
     add("--also", type=named, action="append", default=[], metavar="NAME=ARTIFACT", help="another artifact to score")
-    add_json(parser)
     add("--weights", action="append", default=[], metavar="FILE", help="instead of ARTIFACT: the matrices of any "
         f"model, from {LEAST:,} weights, in a .safetensors or .npz file or one of torch.save; may be given again")
     add("--clips", type=clips, default=list(CLIPS), metavar="BITS:K,...",
@@ -419,7 +414,7 @@ def reject_idle(parser, args, names, where):
 
 def run_loaded(args, argv):
     """`bench.py pack --weights`; returns the exit code."""
-    report = Report("pack", args, argv, loaded_document)
+    report = Report("pack", args, argv, document)
     names = args.compressors or [*PLAIN, "lrzip", "lrzip kinds columns"]
     if "all" in names:
         names = CONTAINERS

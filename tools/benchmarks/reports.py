@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import shlex
+import statistics
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -16,12 +17,10 @@ from common import BadInput, Parser, git, whole, write
 
 
 def parser_of(name, description, epilog=None):
-    """The parser of a command."""
-    return Parser(prog=f"bench.py {name}", allow_abbrev=False, description=description, epilog=epilog)
-
-
-def add_json(parser):
+    """The parser of a command, with the options that all of them have."""
+    parser = Parser(prog=f"bench.py {name}", allow_abbrev=False, description=description, epilog=epilog)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON, anew after each row")
+    return parser
 
 
 def add_val_tokens(parser):
@@ -125,6 +124,16 @@ def machine():
         cpu = model[1]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"cpu": cpu, "cores": cores, "python": platform.python_version(), "system": platform.platform()}
+
+
+def median_and_range(values):
+    """(median, least, most)."""
+    return statistics.median(values), min(values), max(values)
+
+
+def errors_of(results):
+    """The errors of the repeats of a job."""
+    return [result["error"] for result in results if "error" in result]
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------

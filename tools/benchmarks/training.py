@@ -10,6 +10,7 @@ import dataclasses
 import math
 import os
 import re
+import shlex
 import statistics
 import tempfile
 import time
@@ -19,18 +20,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.harness import (
-    DOCUMENT_MEAN,
-    document_lengths,
-    errors_of,
-    in_turn,
-    measure,
-    measure_apart,
-    median_and_range,
-)
+from benchmarks.harness import DOCUMENT_MEAN, document_lengths, in_turn, measure, measure_apart
 from benchmarks.ratios import differs, ratio_of_blocks
-from benchmarks.reports import Column, Report, add_json, aligned, parser_of, progress
-from common import BOS, BadInput, load_trainer, positive, shard_header, trainer_errors, whole
+from benchmarks.reports import Column, Report, aligned, errors_of, median_and_range, parser_of, progress
+from common import BOS, BadInput, load_trainer, names_of, positive, shard_header, trainer_errors, whole
 
 MODES = ("eager", "compiled")
 
@@ -98,8 +91,7 @@ class Session:
     @staticmethod
     def settings(args):
         """Settings of a command line (and the environment), as the trainer reads them."""
-        with trainer_errors():
-            return load_trainer().Settings.parse(args, os.environ)
+        return load_trainer().Settings.parse(args, os.environ)
 
     @staticmethod
     def rounded_from(s):
@@ -555,11 +547,6 @@ def modes(text):
     return names
 
 
-# (--steps, --warmup, --repeats) where they are not given
-LENGTHS = (20, 3, 1)
-LENGTHS_OF_BLOCKS = (8, 1, 5)  # of --against; under torchrun one block a call
-
-
 def arguments(argv):
     parser = parser_of("train", """Time the training step: loader, forward, backward, optimizer and average, at the peak
         learning rate. Each mode runs in a process of its own; repeats alternate between the modes.""", """On a CPU the
@@ -577,6 +564,7 @@ def arguments(argv):
     add("--looping", choices=("on", "off", "both"), default="both",
         help="depth recurrence on, off, or both where a run has both (default); each stage of TRAIN_SEQ_SCHEDULE and "
         "TRAIN_BATCH_SCHEDULE is a row, and so is what late QAT trains on rounded weights (qat)")
+    add("--states", metavar="NAME,...", help="rows by their names, as in off,on 2 qat (default: all)")
     add("--against", nargs="*", metavar="@FILE|KEY=VALUE", help="settings of a reference, whose steps are taken in "
         "turn with those of the settings, in one process: the ratio of the two is far steadier than either. Several "
         "processes, in which the one or the other is built first, say how steady")
@@ -584,13 +572,12 @@ def arguments(argv):
     add("--warmup", type=whole(0), metavar="N", help="steps before them (default: 3, with --against 1)")
     add("--repeats", type=whole(1), metavar="N", help="processes for each mode (default: 1, with --against 5)")
     add("--peak-tflops", type=positive, metavar="X", help="peak TFLOP/s of one device, for MFU")
-    add_json(parser)
     args = parser.parse_intermixed_args(argv)
-    lengths = LENGTHS if args.against is None else LENGTHS_OF_BLOCKS
-    for name, default in zip(("steps", "warmup", "repeats"), lengths):
-        if getattr(args, name) is None:
-            is_one = name == "repeats" and world_size() > 1
-            setattr(args, name, 1 if is_one else default)
+    is_pair = args.against is not None
+    args.steps = args.steps or (8 if is_pair else 20)
+    args.repeats = args.repeats or (5 if is_pair and world_size() == 1 else 1)
+    if args.warmup is None:
+        args.warmup = 1 if is_pair else 3
     return args
 
 
@@ -601,7 +588,10 @@ def world_size():
 def list_jobs(args, s):
     """(mode, state) of each row; of --against the state is "both"."""
     if args.against is None:
-        states = [state for state in Session.states(s) if args.looping in ("both", looping_of(state))]
+        states = list(Session.states(s))
+        if args.states:
+            states = names_of("--states", states)(args.states)
+        states = [state for state in states if args.looping in ("both", looping_of(state))]
         if not states:
             never = "have no depth recurrence" if args.looping == "on" else "loop from the first step"
             raise BadInput(f"--looping {args.looping}: these settings {never}; leave --looping out")
@@ -611,8 +601,8 @@ def list_jobs(args, s):
     jobs = [(mode, state) for state in states for mode in args.modes]
     if world_size() > 1 and len(jobs) * args.repeats > 1:
         choices = ["--modes compiled (or eager)"]
-        if len({looping_of(state) for state in states}) > 1:
-            choices.append("--looping on (or off)")
+        if len(states) > 1:
+            choices.append("--states " + " or ".join(map(shlex.quote, states)))
         if args.repeats > 1:
             choices.append("--repeats 1")
         raise BadInput(f"torchrun measures one thing a call: choose with {' '.join(choices)}")
@@ -621,8 +611,9 @@ def list_jobs(args, s):
 
 def check_pair(args, s):
     """BadInput for two sides that cannot be compared."""
-    if args.looping != "both":
-        raise BadInput("--against compares whole runs in one process: leave out --looping")
+    for option, is_given in (("--looping", args.looping != "both"), ("--states", args.states)):
+        if is_given:
+            raise BadInput(f"--against compares whole runs in one process: leave out {option}")
     reference = Session.settings(args.against)
     if world_size() > 1 and s.device != reference.device:
         raise BadInput(f"DEVICE={s.device} --against DEVICE={reference.device}: ranks talk by one backend; give both "

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from unittest import mock
 
 from benchmarks.evaluation import Scoring, facts, scaled_line
-from benchmarks.reports import Column, Report, add_json, add_val_tokens, markdown, parser_of, progress
+from benchmarks.reports import Column, Report, add_val_tokens, markdown, parser_of, progress
 from benchmarks.weights import CODEC, collect_curvature
 from common import ROOT, BadInput, load_trainer, names_of, whole
 
@@ -269,7 +269,6 @@ def arguments(argv):
         help="default: all")
     add("--steps", type=whole(1), default=400, metavar="N", help="training steps without an artifact (default: 400)")
     add_val_tokens(parser)
-    add_json(parser)
     return parser.parse_intermixed_args(argv)
 
 
