@@ -2615,7 +2615,8 @@ class Runtime:
         self.control = None
         if self.world > 1:
             backend = "nccl" if use_cuda else "gloo"
-            dist.init_process_group(backend, device_id=self.device if use_cuda else None)
+            if not dist.is_initialized():  # runs may take turns in one process
+                dist.init_process_group(backend, device_id=self.device if use_cuda else None)
             # Clock and stop flags travel on the CPU, so agreeing on them never waits for the GPU.
             self.control = dist.new_group(backend="gloo") if use_cuda else dist.group.WORLD
         self._events = deque()

@@ -9,19 +9,19 @@ A file appears under its final name only after its header, length and tokens wer
 documents, tokens and bytes are those of the contest. Files that were verified before are not fetched again.
 """
 
-import argparse
 import contextlib
 import errno
 import os
 import re
 import sys
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))  # for common.py
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and PYTHONSAFEPATH leave it out
 
 import caseops
-from common import BOS, READ_BYTES, ROOT, BadInput, sha256
+from common import BOS, READ_BYTES, ROOT, BadInput, Parser, sha256, whole
 from prepare import check_folder
 from processes import Bar, Stopped, Workers, hold_standard_streams, say, trainer
 from proof import CASEOPS, FINEWEB, charged_bytes, check, fineweb_checks
@@ -275,22 +275,22 @@ exit codes: 0 complete; 1 --check found a fault, or stopped; 2 something given o
 
 
 def parser():
-    p = argparse.ArgumentParser(prog="fineweb.py", description=__doc__.splitlines()[0], epilog=EXAMPLES,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(prog="fineweb.py", description=__doc__.splitlines()[0], epilog=EXAMPLES,
+               formatter_class=RawDescriptionHelpFormatter)
     for name, default, kind, metavar, text in (
             ("variant", "sp1024", str, "SP", f"{', '.join(PUBLISHED)}; another with --repo (default: sp1024)"),
-            ("train-shards", 80, int, "N", "the first N training shards (default: 80)"),
+            ("train-shards", 80, whole(0), "N", "the first N training shards (default: 80)"),
             ("out", os.path.relpath(ROOT / "data"), Path, "DIR", "will hold datasets/ and tokenizers/ (default: data)"),
             ("repo", None, str, "REPO", "another hub repository (OWNER/NAME), a folder, or file:///FOLDER"),
-            ("workers", None, int, "N", "processes of --check (default: all cores)")):
+            ("workers", None, whole(1), "N", "processes of --check (default: all cores)")):
         p.add_argument(f"--{name}", default=default, type=kind, metavar=metavar, help=text)
     p.add_argument("--check", action="store_true", help="prove all of it at the end: decode, count, compare")
     return p
 
 
 def run(args, known):
-    if not VARIANT.fullmatch(args.variant) or args.train_shards < 0:
-        raise BadInput(f"--variant {args.variant} --train-shards {args.train_shards}: they look like sp1024 and 80")
+    if not VARIANT.fullmatch(args.variant):
+        raise BadInput(f"--variant {args.variant}: it looks like sp1024")
     check_folder("--out", args.out)
     job = Download(open_repository(args.repo, args.variant), args.variant, args.out, known)
     folders = (job.folder, job.model.parent)
@@ -315,9 +315,8 @@ def run(args, known):
 
 def main(argv=None, known=FINEWEB):
     hold_standard_streams()
-    args = parser().parse_args(argv)
     try:
-        return run(args, known)
+        return run(parser().parse_args(argv), known)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -14,13 +14,13 @@ In reading order: sources.py (files -> documents), builtin_text.py, tokenizer.py
 command line), shards.py (their files), proof.py; processes.py holds what all of them use.
 """
 
-import argparse
 import contextlib
 import hashlib
 import importlib.util
 import os
 import sys
 import time
+from argparse import RawDescriptionHelpFormatter
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and PYTHON
 
 import caseops
 from builtin_text import packages, write_builtin
-from common import BOS, ROOT, SHARD_HEADER_BYTES, BadInput, sha256
+from common import BOS, ROOT, SHARD_HEADER_BYTES, BadInput, Parser, positive, sha256, whole
 from processes import Bar, Stopped, Workers, hold_standard_streams, say, trainer
 from proof import Survey, check, document_keys, find_copies, key_array, prove, run_survey
 from shards import (
@@ -113,12 +113,14 @@ def make_job(args):
     is_builtin = args.source == ["builtin"]
     if "builtin" in args.source and not is_builtin:
         raise BadInput("--source builtin stands alone; put other text into a data set of its own")
-    share = check_numbers(args)
+    share = 0.05 if args.val_fraction is None else args.val_fraction
+    if share >= 1:
+        raise BadInput(f"--val-fraction {share}: must lie between 0 and 1")
     vocab_size = 1024 if args.vocab_size is None else args.vocab_size
     model = None
     if args.tokenizer:
         model, vocab_size = read_tokenizer(args)
-    if not 0 < vocab_size <= 1 << 16:
+    if vocab_size > 1 << 16:
         raise BadInput(f"--vocab-size {vocab_size}: a token is stored in 16 bits, so it must lie between 1 and 65536")
     if args.out is None and not is_builtin:
         raise BadInput("--out is missing: say where the data set goes, for example --out data/datasets/mine")
@@ -145,18 +147,6 @@ def make_job(args):
         description["transform"] = caseops.NAME
     return Job(out, files, vocab_size, model, args.val_docs or 0, 0 if args.val_docs else int(share * HASHES),
                args.shard_tokens, args.max_docs, args.text_key, args.tokenizer_sample_mb, args.caseops, description)
-
-
-def check_numbers(args):
-    """BadInput for numbers that cannot be; returns the share of the documents that are validation."""
-    for name in ("shard_tokens", "tokenizer_sample_mb", "max_docs", "val_docs", "workers"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise BadInput(f"--{name.replace('_', '-')} {value}: must be positive")
-    share = 0.05 if args.val_fraction is None else args.val_fraction
-    if not 0 < share < 1:
-        raise BadInput(f"--val-fraction {share}: must lie between 0 and 1")
-    return share
 
 
 def read_tokenizer(args):
@@ -490,29 +480,30 @@ exit codes: 0 made, complete or proven; 1 a check FAILED, or stopped; 2 somethin
 
 
 def parser():
-    p = argparse.ArgumentParser(prog="prepare.py", description=__doc__.splitlines()[0], epilog=EXAMPLES,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(prog="prepare.py", description=__doc__.splitlines()[0], epilog=EXAMPLES,
+               formatter_class=RawDescriptionHelpFormatter)
     job, split = p.add_mutually_exclusive_group(required=True), p.add_mutually_exclusive_group()
     job.add_argument("--source", nargs="+", metavar="SRC",
                      help=".txt or .jsonl files, plain, .gz or .zst; folders of them; or the word builtin")
     job.add_argument("--check", metavar="DIR", help="prove the data set in DIR from its shards; changes nothing")
     p.add_argument("--out", metavar="DIR", help="where the data set goes (builtin: data/datasets/builtin_sp1024)")
-    p.add_argument("--vocab-size", type=int, metavar="V",
+    p.add_argument("--vocab-size", type=whole(1), metavar="V",
                    help="pieces of the tokenizer, at most 65536 (default: 1024, or those of --tokenizer)")
     p.add_argument("--tokenizer", metavar="FILE", help="use this SentencePiece .model instead of training one")
     p.add_argument("--caseops", action="store_true",
                    help="write capitals as operators before words in lower case (#1729), without loss")
-    split.add_argument("--val-docs", type=int, metavar="N", help="validate on the first N documents, as in the contest")
-    split.add_argument("--val-fraction", type=float, metavar="F",
+    split.add_argument("--val-docs", type=whole(1), metavar="N",
+                       help="validate on the first N documents, as in the contest")
+    split.add_argument("--val-fraction", type=positive, metavar="F",
                        help="validation is this share of the documents, chosen by a hash of their text (default: 0.05)")
-    p.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N",
+    p.add_argument("--shard-tokens", type=whole(1), default=100_000_000, metavar="N",
                    help="tokens of a full shard (default: 100000000)")
-    p.add_argument("--workers", type=int, metavar="N",
+    p.add_argument("--workers", type=whole(1), metavar="N",
                    help="processes; the output does not depend on their number (default: all cores)")
-    p.add_argument("--max-docs", type=int, metavar="N", help="stop after the first N documents of the stream")
+    p.add_argument("--max-docs", type=whole(1), metavar="N", help="stop after the first N documents of the stream")
     p.add_argument("--text-key", default="text", metavar="KEY",
                    help="field of a .jsonl line that holds the text (default: text)")
-    p.add_argument("--tokenizer-sample-mb", type=float, default=50, metavar="M",
+    p.add_argument("--tokenizer-sample-mb", type=positive, default=50, metavar="M",
                    help="train the tokenizer on at most so much text, held in memory (default: 50)")
     p.add_argument("--restart", action="store_true",
                    help="make the set again; what is in --out stays until the new one is proven")
@@ -564,15 +555,17 @@ def count_cores():
 
 def main(argv=None):
     hold_standard_streams()
-    args = parser().parse_args(argv)
+    args = None
     try:
+        args = parser().parse_args(argv)
         return run(args)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (Stopped, OSError, KeyboardInterrupt) as error:
         reason = str(error) or "interrupted"
-        how_to_continue = "" if args.check else "; the same command continues from the last finished shard"
+        can_continue = args and not args.check
+        how_to_continue = "; the same command continues from the last finished shard" if can_continue else ""
         print(f"stopped: {reason}{how_to_continue}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 1
 

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -21,21 +22,24 @@ import numpy as np
 import pytest
 import torch
 from process import REPO, clean_env
-from runs import call, good, summary
+from runs import call, good, heard, summary
+from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 from toy import BOS, TOY
 
 import bench
+import common
 import train_gpt as tg
 from benchmarks import budgets, containers, evaluation, packing, training, validity, weights
 from benchmarks.harness import measure
+from benchmarks.ratios import Ratio, differs, ratio_of_blocks
 
 ROW = ("mode", "looping", "share", "ms_per_step", "ms_min", "ms_max", "cpu_ms_per_step", "cpu_ms_min", "cpu_ms_max",
        "tokens_per_second", "peak_memory_mib", "mflop_per_token", "tflop_per_step", "tflops_per_device", "mfu",
        "warmup_seconds", "loss", "repeats")
-SHARED = ("command", "settings", "settings_hash", "commit", "changed_files", "steps", "warmup", "repeats", "device",
-          "world_size", "dtype", "attention", "parameters", "tokens_per_step", "seq_len", "micro_batches",
-          "micro_batch_tokens", "torch", "threads", "peak_tflops", "rows")
+HEAD = ("command", "settings", "commit", "changed_files", "torch", "threads", "machine", "rows", "complete")
+SHARED = (*HEAD, "settings_hash", "steps", "warmup", "repeats", "device", "world_size", "dtype", "attention", "parameters",
+          "tokens_per_step", "seq_len", "micro_batches", "micro_batch_tokens", "peak_tflops")
 
 
 def command(words, env=None, launcher=()):
@@ -54,6 +58,16 @@ def here(*modules):
         printed = []
         patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
         yield printed
+
+
+def read(path):
+    """The JSON of a command; a command with several tables has the rows of each by its name, too."""
+    result = json.loads(path.read_text())
+    assert set(HEAD) <= set(result)
+    for row in result["rows"]:
+        if "table" in row:
+            result.setdefault(row["table"], []).append(row)
+    return result
 
 
 def settings(text=""):
@@ -180,7 +194,7 @@ def toy_run(tmp_path_factory):
         patch.setattr(training, "measure_apart", lambda work, job, env: measure(work, job))
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             assert bench.main(words) == 0
-    return subprocess.CompletedProcess(words, 0, out.getvalue(), err.getvalue()), json.loads(path.read_text())
+    return subprocess.CompletedProcess(words, 0, out.getvalue(), err.getvalue()), read(path)
 
 
 def test_json_has_every_field(toy_run):
@@ -226,7 +240,7 @@ def test_mode_that_fails_is_a_row(tmp_path):
     """Without a C++ compiler nothing can be compiled on a CPU; what was measured is kept."""
     done = command(["train", *TOY, "NUM_LAYERS=1", "XSA_LAST_N=0", "VE_DIM=0", "--steps", 1, "--warmup", 0, "--json",
                     tmp_path / "out.json"], env={"CXX": str(tmp_path / "no-compiler")})
-    eager, compiled = json.loads((tmp_path / "out.json").read_text())["rows"]
+    eager, compiled = read(tmp_path / "out.json")["rows"]
     assert done.returncode == 1
     assert eager["ms_per_step"] > 0 and eager["mfu"] is None and eager["mode"] in done.stdout
     assert set(compiled) == {"mode", "looping", "share", "error"} and "a compiled step failed" in compiled["error"]
@@ -238,7 +252,7 @@ def test_two_ranks(tmp_path):
     done = command(["train", *TOY, "--modes", "eager", "--steps", 2, "--warmup", 0, "--peak-tflops", 1, "--json",
                     tmp_path / "out.json"], launcher=launcher)
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "out.json").read_text())
+    result = read(tmp_path / "out.json")
     assert (result["world_size"], result["tokens_per_step"], result["micro_batch_tokens"]) == (2, 512, 256)
     row = result["rows"][0]
     assert row["mfu"] == pytest.approx(row["tflop_per_step"] / (row["ms_per_step"] / 1e3) / 2)
@@ -257,8 +271,11 @@ BAD = [
     (["train", "MODEL_DIM=30", "ROPE_DIMS=0"], "MODEL_DIM=30", "NUM_HEADS=8"),
     (["train", "--looping", "on"], "--looping on", "no depth recurrence"),
     (["train", "--json", "/nowhere/out.json"], "/nowhere/out.json", "folder"),
+    (["train", "--json", str(REPO)], str(REPO), "name a file"), (["train", "--json", "/dev/null"], "/dev/null", "name a file"),
     (["train", "--against", "MATRIX_LRR=1"], "MATRIX_LRR", "MATRIX_LR"),
     (["train", "NUM_LOOPS=1", "--looping", "on", "--against", "SEED=1"], "--against", "leave out --looping"),
+    (["train", "--states", "off", "--against", "SEED=1"], "--against", "leave out --states"),
+    (["train", "NUM_LOOPS=1", "--states", "on 2"], "'on 2'", "off, on"),
 ]
 
 
@@ -282,7 +299,7 @@ def test_both_states_of_a_loop_and_packed_documents_are_rows_of_their_own(tmp_pa
     done = command(["train", *TOY, "NUM_LOOPS=1", "LOOP_START=1", "LOOP_END=2", "DOC_MASK=attention", "LOADER=packed",
                     "--modes", "eager", "--steps", 2, "--warmup", 0, "--json", tmp_path / "out.json"])
     assert done.returncode == 0, done.stderr
-    off, on = json.loads((tmp_path / "out.json").read_text())["rows"]
+    off, on = read(tmp_path / "out.json")["rows"]
     assert (off["looping"], on["looping"]) == ("off", "on") and on["mflop_per_token"] > off["mflop_per_token"]
     assert off["share"] == 0.35 and on["share"] == 0.65
 
@@ -291,8 +308,8 @@ def test_stages_and_loops_are_states_that_share_the_run():
     s = settings(" ".join(TOY) + " NUM_LOOPS=1 LOOP_START=1 LOOP_END=2 TRAIN_SEQ_SCHEDULE=16@0.1,32@0.6,64@1")
     names, where = zip(*training.Session.states(s).items())
     assert names == ("off 1", "off 2", "on 2", "on 3")
-    assert [middle for middle, _ in where] == pytest.approx([0.05, 0.225, 0.475, 0.8])
-    assert [share for _, share in where] == pytest.approx([0.1, 0.25, 0.25, 0.4])
+    assert [state.progress for state in where] == pytest.approx([0.05, 0.225, 0.475, 0.8])
+    assert [state.share for state in where] == pytest.approx([0.1, 0.25, 0.25, 0.4])
     assert list(training.Session.states(settings("NUM_LOOPS=1 ENABLE_LOOPING_AT=0"))) == ["on"]
 
 
@@ -300,7 +317,11 @@ def test_several_ranks_want_one_mode(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert bench.main(["train", *TOY]) == 2
     assert "--modes compiled (or eager)" in capsys.readouterr().err
-    assert bench.main(["train", *TOY, "--against"]) == 2 and "leave out torchrun" in capsys.readouterr().err
+    assert bench.main(["train", *TOY, "LATE_QAT_THRESHOLD=0.5", "--modes", "eager"]) == 2
+    assert "--states off or 'off qat'" in capsys.readouterr().err
+    against = ["train", *TOY, "--modes", "eager", "--against"]
+    assert bench.main([*against, "--repeats", "2"]) == 2 and "--repeats 1" in capsys.readouterr().err
+    assert bench.main([*against, "DEVICE=cpu"]) == 2 and "the same DEVICE" in capsys.readouterr().err
 
 
 def test_a_pair_of_runs_in_turn(tmp_path):
@@ -308,25 +329,32 @@ def test_a_pair_of_runs_in_turn(tmp_path):
     done = command(["train", *deep, "--against", *TOY, "MATRIX_LR=0.5", "--modes", "eager", "--steps", 3, "--repeats", 2,
                     "--warmup", 1, "--json", tmp_path / "out.json"])
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "out.json").read_text())
+    result = read(tmp_path / "out.json")
     assert settings(result["settings"]).num_layers == 12 and settings(result["against"]).matrix_lr == 0.5
     (row,) = result["rows"]
-    ratios = np.array([mine / reference for reference, mine in row["pairs"]])
-    assert len(ratios) == 6 and row["ratio"] == np.median(ratios) > 1.5, "three to six times the visits"
-    assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"] and row["against_ms_per_step"] < row["ms_per_step"]
-    assert f"  {row['ratio']:.3f}  ({row['ratio_low']:.3f}-{row['ratio_high']:.3f})" in done.stdout.splitlines()[-1]
+    ratios = np.array([[mine / reference for reference, mine in block] for block in row["blocks"]])
+    assert ratios.shape == (2, 3) and row["ratio"] == pytest.approx(np.exp(np.log(np.median(ratios, 1)).mean()))
+    assert row["ratio"] > 1.5, "three to six times the visits"
+    assert row["against_ms_per_step"] < row["ms_per_step"]
+    verdict = "differs" if row["differs"] else "cannot be told from 1"
+    assert done.stdout.splitlines()[-1].endswith(f"  {row['ratio']:.3f} ± {row['ratio_error']:.3f} (2)  {verdict}")
 
 
 def test_a_pair_takes_turns_and_weighs_the_states_of_a_run(monkeypatch, tmp_path):
-    took = []
+    took, built = [], []
 
     class Fake:
-        def __init__(self, words, mode, state, folder):
-            self.name, self.trainer, self.backends, self.rt = words[0], self, [], self
-            self.device = torch.device("cpu")
+        def __init__(self, words, mode, folder):
+            self.name, self.trainer, self.backends, self.rt, self.s = words[0], self, [], self, words[0]
+            self.device, self.world = torch.device("cpu"), 1
+            built.append(self.name)
 
-        settings = staticmethod(lambda words: words[0])
-        states = staticmethod(lambda name: {"off": (0.1, 0.25), "on": (0.9, 0.75)} if name == "mine" else {"off": (0, 1)})
+        def states(self, name):
+            by_progress = {0.1: 0.25, 0.9: 0.75} if name == "mine" else {0: 1}
+            return {str(at): training.State(at, share) for at, share in by_progress.items()}
+
+        def enter(self, state):
+            self.state = state
 
         def nothing(self, *args):
             return {}
@@ -334,15 +362,321 @@ def test_a_pair_takes_turns_and_weighs_the_states_of_a_run(monkeypatch, tmp_path
         build = warm_up = close = _set_sdpa = facts = nothing
 
     def time_steps(session, steps):
-        took.append((session.name, session.progress))
+        took.append((session.name, session.state.progress))
         return [9e9], [{("reference", 0): 10.0, ("mine", 0.1): 8.0, ("mine", 0.9): 16.0}[took[-1]]], 0.0
 
     monkeypatch.setattr(training, "Session", Fake)
     monkeypatch.setattr(training, "time_steps", time_steps)
-    job = {"settings": ["mine"], "against": ["reference"], "mode": "eager", "folder": str(tmp_path), "warmup": 1, "steps": 2}
-    assert measure(training.measure_pair, job)["pairs"] == [[10.0, 0.25 * 8 + 0.75 * 16]] * 2
+    job = {"settings": ["mine"], "against": ["reference"], "mode": "eager", "folder": str(tmp_path), "warmup": 1, "steps": 2,
+           "first": 0}
+    assert measure(training.measure_block, job)["pairs"] == [[10.0, 0.25 * 8 + 0.75 * 16]] * 2
     turn = [("reference", 0)], [("mine", 0.1), ("mine", 0.9)]
     assert took == [*turn[0], *turn[1], *turn[1], *turn[0], *turn[0], *turn[1]]
+    measure(training.measure_block, job | {"first": 1})
+    assert built == ["reference", "mine", "mine", "reference"], "who is built first alternates"
+
+
+def test_two_ranks_take_turns_and_wait_for_each_other(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    done = command(["train", *TOY, "NUM_LAYERS=5", "--against", *TOY, "--modes", "eager", "--steps", 2, "--json",
+                    tmp_path / "out.json"], launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    result = read(tmp_path / "out.json")
+    (row,) = result["rows"]
+    assert (result["world_size"], result["repeats"], len(row["blocks"]), len(row["blocks"][0])) == (2, 1, 1, 2)
+    assert row["ratio_error"] is None and not row["differs"] and "(1)  one block cannot tell" in done.stdout
+    assert done.stdout.count("against ms/step") == 1 and "Traceback" not in done.stderr
+    assert "destroy_process_group" not in done.stderr, "a group was left open"
+
+
+# ---- late QAT -------------------------------------------------------------------------------------------------------
+
+# Short sequences; a threshold that is crossed between two steps.
+ROUNDED = [*TOY, "LATE_QAT_THRESHOLD=0.47", "MAX_WALLCLOCK_SECONDS=0", "ITERATIONS=20"]
+
+
+@pytest.mark.parametrize("more, begins", [
+    ("WARMDOWN_FRAC=0.5", 1 - 0.47 * 0.5), ("WARMDOWN_ITERS=15", 1 - 0.47 * 0.75), ("WARMDOWN_ITERS=99", 1 - 0.47),
+    ("WARMDOWN_FRAC=0.5 NUM_LOOPS=1 LOOP_START=1 LOOP_END=2 ENABLE_LOOPING_AT=0.9", 1 - 0.47 * 0.5),
+    ("WARMDOWN_FRAC=0.5 MIN_LR=0.5", None), ("WARMDOWN_FRAC=0", None)])
+def test_share_of_late_qat_is_that_of_a_run(toy, tmp_path, more, begins):
+    states = training.Session.states(settings(" ".join(ROUNDED) + " " + more))
+    assert sum(state.share for state in states.values()) == pytest.approx(1)
+    assert all(name.endswith(" qat") == state.rounded for name, state in states.items())
+    share = sum(state.share for state in states.values() if state.rounded)
+    assert share == pytest.approx(0 if begins is None else 1 - begins, abs=2e-6)
+    log = good(call([*toy, *ROUNDED[-3:], *more.split(), "PHASES=train", "FIT=off", "COMPRESSOR=zlib",
+                     f"OUT_DIR={tmp_path}"])).stdout
+    begun = re.findall(r"^late_qat step:(\d+)", log, re.MULTILINE)
+    assert begun == ([] if begins is None else [str(math.floor(20 * (1 - share)) + 1)])
+
+
+def test_when_late_qat_begins_may_be_unknown(capsys, monkeypatch):
+    for name in set(os.environ) - set(clean_env()):
+        monkeypatch.delenv(name)
+    by_the_clock = [*TOY, "MAX_WALLCLOCK_SECONDS=600", "LATE_QAT_THRESHOLD=0.2", "WARMDOWN_ITERS=100", "NUM_LOOPS=1", "LOOP_START=1", "LOOP_END=2"]
+    states = training.Session.states(settings(" ".join(by_the_clock)))
+    assert {name: state.share for name, state in states.items()} == {"off": 0.35, "on": None, "on qat": None}
+    assert bench.main(["train", *by_the_clock, "--against", *TOY]) == 2
+    assert "WARMDOWN_FRAC in place of WARMDOWN_ITERS" in capsys.readouterr().err
+    report = training.Report("train", mock.Mock(json=None), [], training.document, steps=1, warmup=1, repeats=1)
+    report["rows"] = [training.make_row("eager", "on", None, [{"error": "none"}], None)]
+    assert "shares of its states are unknown" in "\n".join(training.header(report))
+    seconds = settings("LATE_QAT_THRESHOLD=0.2 WARMDOWN_FRAC=0 WARMDOWN_SECONDS=60 FIT=off MATRIX_QUANT=rtn EMBED_QUANT=rtn")
+    assert training.Session.rounded_from(seconds) == pytest.approx(1 - 0.2 * 60 / 600, abs=2e-6)
+
+
+@pytest.mark.parametrize("fit", ["FIT=allocate MATRIX_QUANT=rtn EMBED_QUANT=rtn", "FIT=off"])
+def test_states_with_late_qat_are_on_rounded_weights(tmp_path, monkeypatch, fit):
+    """In any order; calibration and new scales are not in the steps, but the scales' part of the time is."""
+    s = settings(" ".join(ROUNDED) + " WARMDOWN_FRAC=0.5 " + fit)
+    training.write_shards(tmp_path, 1 << 14, s.vocab_size)
+    with here():
+        session = training.Session(s.text().split(), "eager", tmp_path)
+        session.build(tmp_path)
+    calls, modes = [], []
+
+    def note(owner, name):
+        inner = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: calls.append(name) or inner(*args))
+
+    note(session.training, "calibrate")
+    note(tg.Quantiser, "steps")
+    loss = session.training.step_loss
+    session.training.step_loss = lambda *batch: modes.append(session.training.qat.on) or loss(*batch)
+    plain, rounded = session.states(session.s).values()
+    session.warm_up([plain, rounded], 0)
+    assert calls == (["calibrate", "steps"] if "allocate" in fit else ["steps"])
+    modes.clear(), calls.clear()
+    for state in (rounded, plain, plain, rounded):
+        session.enter(state)
+        for _ in range(12):
+            session.step()
+        assert modes == [state.rounded] * len(modes) and len(modes) >= 12
+        weights = [m.fake_quant is not None for m in session.training.qat.modules.values()]
+        assert weights == [state.rounded] * len(weights)
+        modes.clear()
+    assert calls == []
+    wall, cpu, _ = training.time_steps(session, 2)
+    assert len(wall) == len(cpu) == 2 and calls == ([] if "allocate" in fit else ["steps"])
+    session.close()
+
+
+def test_scales_of_late_qat_are_a_part_of_each_step(monkeypatch):
+    session = mock.Mock(steps_of_scales=10)
+    times = {session.step: ([50.0, 60.0], [40.0, 41.0]), session.refresh: ([30.0], [20.0])}
+    monkeypatch.setattr(training, "time_calls", lambda session, work, count: (*times[work], torch.tensor(3.0)))
+    assert training.time_steps(session, 2) == ([53.0, 63.0], [42.0, 43.0], 3.0)
+
+
+def test_late_qat_is_a_row(tmp_path):
+    out = tmp_path / "out.json"
+    with here(training) as printed, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "measure_apart", lambda work, job, env: measure(work, job))
+        assert bench.main(["train", *ROUNDED, "WARMDOWN_FRAC=0.5", "--modes", "eager", "--steps", "1", "--warmup", "0",
+                           "--json", str(out)]) == 0
+    plain, rounded = read(out)["rows"]
+    assert (plain["looping"], rounded["looping"]) == ("off", "off qat") and plain["share"] + rounded["share"] == 1
+    assert rounded["share"] == pytest.approx(0.235, abs=2e-6) and any("eager  off qat  " in line for line in printed)
+
+
+# ---- ratios ---------------------------------------------------------------------------------------------------------
+
+
+def noisy_block(rng, pairs=8, ratio=1.0):
+    """Pairs of times: the machine's load drifts and meets both sides, a process favours one of them, and both tails are
+    heavy.
+    """
+    load = 100 * np.exp(rng.normal(0, 0.05, pairs).cumsum())
+    luck = 0.01 * rng.standard_t(3)
+    noise = 0.02 * rng.standard_t(2, (2, pairs)).clip(-50, 50)
+    return list(zip(load * np.exp(noise[0]), load * ratio * np.exp(luck + noise[1])))
+
+
+@pytest.mark.parametrize("blocks", [3, 5, 8])
+def test_equal_sides_come_out_equal(blocks):
+    rng = np.random.default_rng(1)
+    equal = [not differs(ratio_of_blocks([noisy_block(rng) for _ in range(blocks)])) for _ in range(1000)]
+    assert np.mean(equal) > 0.935, "of 1000 tries 950 in the mean, with a standard deviation of 7"
+    pairs_alone = []
+    for _ in range(300):
+        low, middle, high = np.percentile([b / a for a, b in noisy_block(rng, 20)], [25, 50, 75])
+        pairs_alone.append(abs(middle - 1) < 2 * 1.253 * (high - low) / 1.349 / 20**0.5)
+    assert np.mean(pairs_alone) < 0.85, "pairs of one process as if each were an observation of its own"
+
+
+def test_what_differs_is_told():
+    rng = np.random.default_rng(2)
+    told = [differs(ratio_of_blocks([noisy_block(rng, ratio=1.1) for _ in range(5)])) for _ in range(200)]
+    assert np.mean(told) > 0.95
+
+
+def test_ratio_of_blocks_by_hand():
+    blocks = [[(10, 11), (10, 12), (10, 30)], [(20, 22), (20, 22)], [(5, 6)]]
+    logs = np.log([1.2, 1.1, 1.2])
+    ratio = ratio_of_blocks(blocks)
+    assert ratio.ratio == pytest.approx(np.exp(logs.mean())) and ratio.blocks == 3
+    assert ratio.error / ratio.ratio == pytest.approx(stats.sem(logs))
+    assert differs(ratio) == (stats.ttest_1samp(logs, 0).pvalue < 0.05)
+    same = [[(10, 10.1)], [(10, 10.1)], [(10, 10.1)]]
+    assert differs(ratio_of_blocks(same)) and not differs(ratio_of_blocks(same, floor=0.02)), "agreement by chance"
+    assert ratio_of_blocks(same, floor=0.03).error == pytest.approx(1.01 * 0.03 / 3**0.5)
+    assert ratio_of_blocks(blocks, floor=1e-6) == ratio
+    alone = ratio_of_blocks(blocks[:1])
+    assert (alone.ratio, alone.error, alone.blocks) == (pytest.approx(1.2), math.inf, 1) and not differs(alone)
+    assert ratio_of_blocks(blocks[:1], floor=0.01).error == pytest.approx(0.012)
+
+
+@pytest.mark.parametrize("blocks", range(2, 15))
+def test_95_percent_by_students_t(blocks):
+    limit = stats.t.ppf(0.975, blocks - 1)
+    assert not differs(Ratio(math.exp(0.98 * limit * 0.01), math.exp(0.98 * limit * 0.01) * 0.01, blocks))
+    assert differs(Ratio(math.exp(1.05 * limit * 0.01), math.exp(1.05 * limit * 0.01) * 0.01, blocks))
+
+
+# ---- what is stopped, and what is chosen ----------------------------------------------------------------------------
+
+STOPS = {
+    "train": (["train", *TOY, "--modes", "eager", "--steps", "1", "--repeats", "9"], training, "measure_apart"),
+    "pack": (["pack", "{path}", "{data}", "--rows", "RTN int4", "--compressors", "zlib,zstd", "--calibration-tokens", "64"],
+             packing, "measure_apart"),
+    "eval": (["eval", "{path}", "{data}", "EVAL_SEQ_LEN=64", "--rows", "contiguous,documents", "--val-tokens", "640"],
+             evaluation, "measure_apart"),
+    "validity": (["validity", "{path}", "{data}", "EVAL_SEQ_LEN=64", "COMPRESSOR=zlib", "FIT=off", "MATRIX_QUANT=rtn",
+                  "EMBED_QUANT=rtn", "--val-tokens", "640", "--studies", "1033"], validity.Demonstration, "score"),
+}
+ENDS = [(KeyboardInterrupt(), 130), (common.BadInput("no more room"), 2), (SystemExit(143), 143), (RuntimeError("by chance"), 1)]
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_rows_of_a_command_that_is_stopped_are_kept(raw, tmp_path, name):
+    words, owner, attribute = STOPS[name]
+    words = [word.format(path=raw[0], data=raw[1][0]) for word in words]
+    real = (lambda work, job, *_: measure(work, job)) if attribute == "measure_apart" else getattr(owner, attribute)
+    for number, (error, code) in enumerate(ENDS if name == "train" else ENDS[:2]):
+        out = tmp_path / f"{number}.json"
+        second = mock.Mock(side_effect=[None, error])
+        with here() as printed, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, attribute, lambda *args, second=second: second() or real(*args))
+            try:
+                assert bench.main([*words, "--json", str(out)]) == code
+            except (SystemExit, RuntimeError) as end:
+                assert end is error
+        result, console = read(out), "\n".join(printed)
+        assert not result["complete"] and "stopped   before all was measured" in console
+        assert len(result["rows"]) == (2 if name == "pack" else 1), "its codes, and their size"
+        assert "| RTN int4 | zlib |" in console if name == "pack" else re.search(r"eager|contiguous|model alone", console)
+        assert ("error: no more room" in printed) == (code == 2)
+
+
+def test_nothing_is_said_of_a_command_that_measured_nothing(tmp_path, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with here() as printed:
+        monkeypatch.setattr(training, "measure_apart", stop)
+        assert bench.main([*STOPS["train"][0], "--json", str(tmp_path / "out.json")]) == 130
+    assert not (tmp_path / "out.json").exists() and not [line for line in printed if "ms/step" in line]
+
+
+def test_signal_ends_a_measurement_with_its_rows(tmp_path):
+    words = ["train", *TOY, "--modes", "eager", "--steps", "2", "--repeats", "99", "--json", tmp_path / "out.json"]
+    with subprocess.Popen([sys.executable, str(REPO / "tools/bench.py"), *map(str, words)], env=clean_env(), text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heard) as job:
+        while "repeat 2 of" not in job.stderr.readline():
+            assert job.poll() is None
+        job.send_signal(signal.SIGTERM)
+        console, _ = job.communicate(timeout=60)
+    assert job.returncode == 143 and not read(tmp_path / "out.json")["complete"]
+    assert "stopped   before all" in console and console.splitlines()[-1].startswith("eager")
+
+
+def test_a_row_that_failed_is_complete(tmp_path, monkeypatch):
+    with here() as printed:
+        monkeypatch.setattr(training, "measure_apart", lambda *_: {"error": "no compiler"})
+        assert bench.main(["train", *TOY, "--modes", "eager", "--json", str(tmp_path / "out.json")]) == 1
+    assert read(tmp_path / "out.json")["complete"] and "failed: no compiler" in "\n".join(printed)
+
+
+def tables(words, tmp_path, *modules):
+    """{table: names of its rows} of a command in this process."""
+    with here(*modules):
+        assert bench.main([*words, "--json", str(tmp_path / "out.json")]) == 0
+    found = {}
+    for row in read(tmp_path / "out.json")["rows"]:
+        found.setdefault(row.get("table"), []).append(row.get("row") or row.get("method") or row.get("what"))
+    return found
+
+
+def forbid(patch, *places):
+    """What must not be computed."""
+    for owner, name in places:
+        patch.setattr(owner, name, mock.Mock(side_effect=AssertionError(f"{name} was not asked for")))
+
+
+def test_eval_computes_only_what_is_asked_for(raw, tmp_path, monkeypatch):
+    words = ["eval", raw[0], *raw[1], "--val-tokens", "640", "--count-tokens", "640"]
+    with monkeypatch.context() as patch:
+        forbid(patch, (evaluation, "measure_counts"), (evaluation, "forwards"), (tg, "BackoffMixture"), (tg, "HashedMixture"))
+        assert tables([*words, "--rows", "contiguous"], tmp_path, evaluation) == {"predictors": ["contiguous"]}
+    with monkeypatch.context() as patch:
+        forbid(patch, (evaluation, "measure_predictor"), (evaluation, "forwards"), (tg, "ModelPredictor"))
+        assert tables([*words, "--counts", "exact 3"], tmp_path, evaluation) == {"counts": ["exact 3"]}
+    with monkeypatch.context() as patch:
+        forbid(patch, (evaluation, "measure_predictor"), (evaluation, "measure_counts"))
+        assert tables([*words, "--documents", "9"], tmp_path, evaluation) == {"forwards": [*evaluation.FORWARD_ROWS]}
+    for given, rows, counts, documents in (([], evaluation.ROWS, evaluation.COUNTS, 4000), (["--rows", "none"], [], evaluation.COUNTS, 4000),
+                                           (["--rows", "cache", "--documents", "5"], ["cache"], [], 5)):
+        args = evaluation.arguments(["model.pg", *given])
+        assert (args.rows, args.counts, args.documents) == ([*rows], [*counts], documents)
+
+
+def test_pack_computes_only_what_is_asked_for(raw, tmp_path, monkeypatch):
+    words = ["pack", raw[0], *raw[1], "--calibration-tokens", "64"]
+    encoded = []
+    quantiser = weights.Subject.quantiser
+    monkeypatch.setattr(weights.Subject, "quantiser", lambda self, s: encoded.append(s.matrix_quant) or quantiser(self, s))
+    monkeypatch.setattr(weights, "ONE_COMPRESSOR", "zlib")
+    with monkeypatch.context() as patch:
+        forbid(patch, (weights.Subject, "load_text"), (weights.Subject, "score"))
+        found = tables([*words, "--rows", "RTN int4", "--compressors", "zlib"], tmp_path, packing)
+    assert found == {"codes": ["RTN int4"], "sizes": ["RTN int4"]} and encoded == ["rtn"], "no budget of a reference"
+    encoded.clear()
+    with monkeypatch.context() as patch:
+        forbid(patch, (packing, "measure_container"))
+        found = tables([*words, "--score", "--methods", "RTN", "--budget", "56000", "--val-tokens", "640"], tmp_path, packing)
+    assert found == {"quality": ["raw weights", "RTN"]} and set(encoded) == {"rtn"}
+
+
+def test_validity_computes_only_what_is_asked_for(raw, tmp_path, monkeypatch):
+    forbid(monkeypatch, (tg, "train_on_validation"), (tg, "make_predictor"))
+    row = {"loss": 1.0, "bpb": 1.0, "valid": "yes", "reasons": [], "mean_sum": 1.0, "worst_log_sum": 0.0, "selftest": {},
+           "failed": [], "seconds": 1.0}
+    monkeypatch.setattr(validity.Demonstration, "score", lambda *_: dict(row))
+    words = ["validity", raw[0], *raw[1], *QUICK, "--val-tokens", "640", "--studies", "967"]
+    assert tables(words, tmp_path) == {None: ["the model alone", *(variant.what for variant in validity.STUDIES["967"])]}
+
+
+def test_train_computes_only_what_is_asked_for(tmp_path, monkeypatch):
+    took = []
+    monkeypatch.setattr(training, "measure_apart", lambda work, job, env: took.append((job["mode"], job["state"])) or measure(work, job))
+    loop = ["NUM_LOOPS=1", "LOOP_START=1", "LOOP_END=2"]
+    words = ["train", *TOY, *loop, "LATE_QAT_THRESHOLD=0.5", "--modes", "eager", "--steps", "1", "--warmup", "0"]
+    tables([*words, "--looping", "off"], tmp_path)
+    tables([*words, "--states", "on qat"], tmp_path)
+    assert took == [("eager", "off"), ("eager", "on qat")]
+
+
+@pytest.mark.parametrize("words, option", [
+    (["train", "--steps", "9" * 5000], "--steps"), (["train", "--repeats", "1.5"], "--repeats"),
+    (["train", "--peak-tflops", "fast"], "--peak-tflops"), (["pack", "a", "--budget", "big"], "--budget"),
+    (["pack", "--weights", "a", "--clips", "6:x"], "--clips"), (["eval", "a", "--documents", "-1"], "--documents"),
+    (["eval", "a", "--count-tokens", "1e6"], "--count-tokens"), (["validity", "--val-tokens", ""], "--val-tokens")])
+def test_messages_say_what_a_value_should_be(words, option, capsys):
+    assert bench.main(words) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and option in err and "invalid" not in err
+    assert "whole number of at least" in err or "number above 0" in err
 
 
 @pytest.mark.parametrize("words, word", [(["--help"], "bench.py train"), (["train", "--help"], "--peak-tflops"),
@@ -397,7 +731,7 @@ def packed(raw, tmp_path_factory):
         patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
         assert bench.main(["pack", path, *words, "--rows", rows, "--compressors", compressors, "--score", "--val-tokens",
                            "1024", "--calibration-tokens", "1024", "--also", f"again={path}", "--json", str(out)]) == 0
-    return "\n".join(printed), json.loads(out.read_text())
+    return "\n".join(printed), read(out)
 
 
 def test_pack_as_a_command(raw, tmp_path):
@@ -405,7 +739,7 @@ def test_pack_as_a_command(raw, tmp_path):
     done = command(["pack", path, *words, "--rows", "ternary", "--compressors", "zlib", "--calibration-tokens", 64, "--json",
                     tmp_path / "out.json"])
     assert done.returncode == 0, done.stderr
-    (row,) = json.loads((tmp_path / "out.json").read_text())["sizes"]
+    (row,) = read(tmp_path / "out.json")["sizes"]
     assert row["pack_memory_mib"] > 50 and row["memory_before_mib"] <= row["pack_memory_mib"] <= row["unpack_memory_mib"]
     assert f"| ternary | zlib | {row['bytes']:,} |" in done.stdout and "Traceback" not in done.stderr
 
@@ -617,7 +951,7 @@ def test_the_coder_alone(tmp_path):
     with here(packing) as printed:
         assert bench.main(["pack", "--weights", str(tmp_path / "model.npz"), "--clips", "4:12,6:12.85", "--compressors",
                            "rans,zlib", "--json", str(out)]) == 0
-    console, result = "\n".join(printed), json.loads(out.read_text())
+    console, result = "\n".join(printed), read(out)
     assert [row["row"] for row in result["codes"]] == ["model.npz int4, k = 12", "model.npz int6, k = 12.85"]
     for facts in result["codes"]:
         assert facts["codes"] == 160 * 120 + 16384 and facts["matrices"] == len(facts["tensors"]) == 2
@@ -637,6 +971,8 @@ PACK_BAD = [
     (["pack", "{path}", "LEAKY_SLOPE=0.25"], "LEAKY_SLOPE=0.25", "contradicts"),
     (["pack", "{path}", "--also", "nothing"], "--also", "NAME=ARTIFACT"),
     (["pack", "{path}", "--budget", "0"], "--budget", "at least 1"),
+    (["pack", "{path}", "--rows", "none"], "--rows none", "--score"),
+    (["pack", "{path}", "--methods", "RTN"], "--methods", "without --score"),
     (["pack", "--weights", "/nowhere/a.pt"], "/nowhere/a.pt", "safetensors"),
     (["pack", "--weights", "records/small.env"], "records/small.env", "safetensors"),
     (["pack", "{path}", "--weights", "a.pt"], "--weights", "leave one of them out"),
@@ -680,7 +1016,7 @@ def scored(raw, tmp_path_factory):
         assert bench.main(["eval", path, *words, "NGRAM_BUCKETS=64", "--rows", ",".join(EVAL_ROWS), "--counts",
                            "exact 2,exact 4,hashed 10", "--val-tokens", "1500", "--count-tokens", "1000", "--documents", "40",
                            "--repeats", "2", "--json", str(out)]) == 0
-    return "\n".join(printed), json.loads(out.read_text())
+    return "\n".join(printed), read(out)
 
 
 def lengths(path, most):
@@ -824,7 +1160,7 @@ def verdicts(raw, tmp_path_factory):
                         for variant in variants]
     with here() as printed, mock.patch.dict(validity.STUDIES, quick):
         assert bench.main(["validity", path, *words, *QUICK, "--val-tokens", "640", "--json", str(out)]) == 0
-    return "\n".join(printed), json.loads(out.read_text())
+    return "\n".join(printed), read(out)
 
 
 def test_every_published_score_is_called_invalid_and_no_other(verdicts):
@@ -888,7 +1224,7 @@ def test_rounded_weights_are_scored_as_they_are(toy, tmp_path):
     published = {study: validity.STUDIES[study][:1] for study in ("518", "1539")}
     with here() as printed, mock.patch.dict(validity.STUDIES, published):
         assert bench.main(["validity", str(path), *words, "--val-tokens", "640", "--studies", "518,1539", "--json", str(out)]) == 0
-    alone, before, prequant = json.loads(out.read_text())["rows"]
+    alone, before, prequant = read(out)["rows"]
     assert "not rounded" in prequant["skipped"] and "bpb" not in prequant and prequant["skipped"] in "\n".join(printed)
     for row, more in ((alone, []), (before, ["ALLOW_INVALID=1", *before["settings"].split()])):
         theirs = summary(good(call([*words, "PHASES=eval", f"ARTIFACT={path}", "VAL_TOKENS=640", *more,
@@ -902,7 +1238,7 @@ def test_validity_trains_where_nothing_is_given(toy, tmp_path):
     with here() as printed:
         assert bench.main(["validity", *toy, *QUICK, "--steps", "3", "--val-tokens", "640", "--studies", "1033", "--json",
                            str(out)]) == 0
-    result = json.loads(out.read_text())
+    result = read(out)
     assert result["weights"] == "trained for 3 steps" and result["artifact"] is None and len(result["rows"]) == 4
     assert (result["data"], result["eval_seq_len"]) == (os.path.basename(toy[0]), 64) and "### " not in printed[-1]
 
@@ -920,6 +1256,7 @@ BAD_SCORING = [
     (["eval"], "ARTIFACT", "--help"), (["eval", "{path}", "--rows", "fast"], "'fast'", "contiguous"),
     (["eval", "{path}", "--counts", "exact 99"], "'exact 99'", "exact 10"),
     (["eval", "{path}", "--repeats", "0"], "--repeats", "at least 1"),
+    (["eval", "{path}", "--rows", "none", "--counts", "none", "--documents", "0"], "nothing is left", "--rows"),
     (["eval", "/nowhere/model.pg"], "/nowhere/model.pg", "cannot be read"),
     (["eval", "{path}", "DATA_PATH=/nowhere"], "/nowhere", "TOKENIZER_PATH"),
     (["eval", "{path}", "{data}", "TTT_LORA_LRR=1"], "TTT_LORA_LRR", "TTT_LORA_LR"),

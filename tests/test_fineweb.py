@@ -179,7 +179,8 @@ def test_more_shards_than_there_are(published, tmp_path, capsys):
 
 @pytest.mark.parametrize("args, words", [
     (["--variant", "sp2048"], ["sp1024, sp4096, sp8192"]), (["--variant", "bytes"], ["--variant bytes"]),
-    (["--train-shards", "-1"], ["--train-shards -1"]), (["--repo", "/no/such/folder"], ["no such folder"]),
+    (["--train-shards", "-1"], ["--train-shards: '-1'", "at least 0"]),
+    (["--workers", "some"], ["--workers: 'some'", "whole number"]), (["--repo", "/no/such/folder"], ["no such folder"]),
     (["--repo", "."], ["holds no fineweb_1024_bpe.model"])])
 def test_wrong_arguments_are_one_line(args, words, tmp_path, capsys):
     assert fineweb.main(["--out", str(tmp_path / "out"), *args]) == 2

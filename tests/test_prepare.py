@@ -333,7 +333,11 @@ ERRORS = {
     "no spaces": (_bytes_file("a.txt", b"\f".join(d.replace(" ", "").encode() for d in DOCUMENTS)), ["single space"]),
     "not a tokenizer": (lambda tmp: [*_bytes_file("a.jsonl", GOOD)(tmp), "--tokenizer", tmp / "a.jsonl"], ["not a SentencePiece"]),
     "mixed with builtin": (lambda tmp: ["--source", "builtin", tmp], ["stands alone"]),
-    "negative number": (lambda tmp: [*_bytes_file("a.jsonl", GOOD)(tmp), "--shard-tokens", -5], ["--shard-tokens -5"]),
+    "negative number": (lambda tmp: [*_bytes_file("a.jsonl", GOOD)(tmp), "--shard-tokens", -5], ["--shard-tokens: '-5'", "at least 1"]),
+    "a word for a number": (lambda tmp: ["--source", tmp, "--val-docs", "few"], ["--val-docs: 'few'", "whole number"]),
+    "a word for a share": (lambda tmp: ["--source", tmp, "--val-fraction", "half"], ["--val-fraction: 'half'", "above 0"]),
+    "all for a share": (lambda tmp: [*_bytes_file("a.jsonl", GOOD)(tmp), "--val-fraction", 1], ["between 0 and 1"]),
+    "no text at all": (lambda tmp: [], ["--source", "--help"]),
 }
 
 

@@ -5,7 +5,7 @@ each way of storing a model costs in bytes and in loss, and each way of scoring 
     python tools/bench.py train @records/small.env NUM_LAYERS=6      any settings, as train_gpt.py takes them
     python tools/bench.py train --modes compiled --steps 50 --repeats 3 --json step.json
     python tools/bench.py train @records/small.env NORMUON=1 --against @records/small.env     their steps in turn
-    torchrun --standalone --nproc_per_node=8 tools/bench.py train --modes compiled
+    torchrun --standalone --nproc_per_node=8 tools/bench.py train --modes compiled            also with --against
     python tools/bench.py pack model.pg DATA_PATH=... --score        codecs and compressors on the weights of a
                                                                      float16 artifact
     python tools/bench.py eval model.pg @records/small.env           every predictor: tokens/s, forwards, memory,
@@ -17,7 +17,10 @@ each way of storing a model costs in bytes and in loss, and each way of scoring 
 are written to a temporary folder and read by the trainer's own loader. The folder benchmarks/ has a module for each
 command.
 
-Exit codes: 0 done, 1 a mode failed (its row says why, the others are kept), 2 bad input, 130 and 143 interrupted.
+--json FILE of any command has command, settings, commit, torch, machine, rows and whether they are complete, and is
+written anew after each row. A command that is stopped prints the rows so far.
+
+Exit codes: 0 done, 1 a row failed (it says why, the others are kept), 2 bad input, 130 and 143 interrupted.
 """
 
 import os
@@ -29,7 +32,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and PYTHONSAFEPATH leave it out
 
 from benchmarks import evaluation, packing, training, validity
-from benchmarks.harness import check_json, run_job
+from benchmarks.harness import run_job
+from benchmarks.reports import check_json
 from benchmarks.training import write_shards
 from common import BadInput, exit_code, trainer_errors
 

@@ -82,9 +82,10 @@ class Parser(argparse.ArgumentParser):
 def whole(least):
     """A converter to whole numbers from `least`."""
     def convert(text):
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return int(text)
+        with contextlib.suppress(ValueError):  # thousands of digits
+            if text.isdecimal() and int(text) >= least:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
 
     return convert
 

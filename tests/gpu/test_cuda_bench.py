@@ -38,7 +38,14 @@ def test_both_modes_are_measured(tmp_path):
 
 def test_two_runs_in_turn_keep_their_kernels(tmp_path):
     """Each side sets PyTorch's attention kernels for the whole process: that of the other must not fail for it."""
-    result = measured(tmp_path, "--modes", "eager", "--against", *SETTINGS, "ATTENTION=math")
+    result = measured(tmp_path, "--modes", "eager", "--repeats", "2", "--against", *SETTINGS, "ATTENTION=math")
     (row,) = result["rows"]
-    assert len(row["pairs"]) == 5 and all(ms > 0 for pair in row["pairs"] for ms in pair)
+    assert [len(pairs) for pairs in row["blocks"]] == [5, 5]
+    assert all(ms > 0 for pairs in row["blocks"] for pair in pairs for ms in pair)
     assert result["attention"] != "math"
+
+
+def test_late_qat_is_a_row(tmp_path):
+    plain, rounded = measured(tmp_path, "--modes", "eager", "LATE_QAT_THRESHOLD=0.5", "WARMDOWN_FRAC=0.4")["rows"]
+    assert (plain["looping"], rounded["looping"]) == ("off", "off qat") and rounded["share"] == pytest.approx(0.2, abs=2e-6)
+    assert rounded["ms_per_step"] > 0 and rounded["cpu_ms_per_step"] is None

@@ -1,12 +1,8 @@
 """Measures every way of scoring a model: tokens per second, forwards a token, memory, and the score itself.
 
-    python tools/bench.py eval model.pg @records/small.env                      every predictor, and counts alone
-    python tools/bench.py eval model.pg @records/small.env --rows "contiguous,sliding,TTT=lora_docs cache" --repeats 3
-    python tools/bench.py eval model.pg DATA_PATH=... EVAL_SEQ_LEN=2048 --rows none --json counts.json
-
 A row is settings of train_gpt.py on top of those that are given (learning rates, EVAL_SEQ_LEN, COMPILE, DEVICE, ...),
 each in a process of its own. So that a short text has as many parts as a long one, TTT_CHUNK_TOKENS, TTT_GROUP_DOCS and
-MIXER_MIN_TOKENS are scaled down to it where they are not given. `bench.py eval --help` has the options.
+MIXER_MIN_TOKENS are scaled down to it where they are not given.
 """
 
 import contextlib
@@ -16,27 +12,16 @@ import os
 import statistics
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
-from benchmarks.harness import (
-    command_line,
-    commit,
-    commit_text,
-    document_lengths,
-    errors_of,
-    markdown,
-    measure_apart,
-    median_and_range,
-    progress,
-    show,
-    usage,
-    versions,
-    write_json,
-)
-from common import BadInput, Parser, load_trainer, names_of, whole
+from benchmarks.harness import document_lengths, in_turn, measure_apart, usage
+from benchmarks.reports import Column, Report, add_val_tokens, errors_of, median_and_range, parser_of, progress, section
+from benchmarks.weights import Artifact
+from common import BadInput, load_trainer, names_of, whole
 
 PLAIN = "EVAL_STRIDE=0 EVAL_DOCS=0 EVAL_CONTEXT=window TTT=off MIXER=off TOKEN_BOOST=0"
 SLIDING = 32  # strides in a window, as of 64 in 2,048
@@ -95,36 +80,24 @@ class Notes:
         """No progress bar."""
 
 
-class Scoring:
+class Scoring(Artifact):
     """An artifact and the text that it is scored on, as run_phases() and evaluate() of the trainer do it.
 
-    Relied on: Settings.parse, .text and the fields named here; read_artifact, artifact_settings, load_artifact;
-    Runtime, pick_attention, Clock, Validity with .freeze .need .reasons, train_on_validation, warm_up_scoring,
-    graphs_so_far; load_tokenizer, load_validation, document_ranges; make_predictor, Reader with .forwarded, reader_for,
-    score; of predictors .base .adaptation._loss and DocumentAdapters.observe; wrap_predictor around a bare Predictor:
-    BackoffMixture with .learn .nodes_of_targets .counts, HashedMixture with .learn .shares.
+    Relied on, in addition to what Artifact relies on: Settings with the fields named here; Clock, Validity with .freeze
+    .need .reasons, train_on_validation, warm_up_scoring, graphs_so_far; document_ranges; make_predictor, Reader with
+    .forwarded, reader_for, score; of predictors .base .adaptation._loss and DocumentAdapters.observe; wrap_predictor
+    around a bare Predictor: BackoffMixture with .learn .nodes_of_targets .counts, HashedMixture with .learn .shares.
     """
 
     def __init__(self, path, words):
-        trainer = self.trainer = load_trainer()
-        self.path = str(path)
-        self.words = words
-        self.header = trainer.read_artifact(path)[0]
-        s = trainer.artifact_settings(path, self.header, trainer.Settings.parse(words, os.environ))
-        sp, _, self.digest = trainer.load_tokenizer(s)
-        if self.header["tokenizer_sha256"] not in ("", self.digest):
-            raise BadInput(f"{path} was trained with another tokenizer; set DATA_PATH or TOKENIZER_PATH")
-        self.rt = trainer.Runtime(s)
-        self.attend = trainer.pick_attention(s, self.rt)
-        self.val = trainer.load_validation(s, self.rt, sp)
-        self.documents = len(trainer.document_ranges(self.val))
+        super().__init__(path, words)
+        self.load_text()
+        self.documents = len(self.trainer.document_ranges(self.val))
 
     def settings(self, text):
         """Settings of the command line, then of a row, scaled to the text where neither sets them."""
-        trainer = self.trainer
+        s = self.plain_settings(text)
         tokens = len(self.val.bytes)
-        s = trainer.Settings.parse([*self.words, *text.split()], os.environ)
-        s = trainer.artifact_settings(self.path, self.header, s)
         windows_of_part = max(tokens // 32 // s.eval_seq_len, 1)
         part = min(windows_of_part * s.eval_seq_len, 32768)
         scaled = {
@@ -132,12 +105,12 @@ class Scoring:
             "ttt_group_docs": min(max(self.documents // 8, 1), 512),
             "mixer_min_tokens": min(10000, part),
         }
-        default = trainer.Settings()
+        default = self.trainer.Settings()
         free = [name for name in scaled if getattr(s, name) == getattr(default, name)]
         return dataclasses.replace(s, **{name: scaled[name] for name in free})
 
     def model(self):
-        return self.trainer.load_artifact(self.path, self.settings(""), self.rt.dtype, self.attend, self.rt.device)[1]
+        return self.load_model(self.path, self.settings(""))
 
     def start(self, s):
         """A stand-in for the trainer's Run, which would write files."""
@@ -164,38 +137,27 @@ class Scoring:
 
 def count_gradients(predictor, trainer):
     """A list that grows by the number of tokens whenever a gradient goes through them, in a predictor or its bases."""
-    tokens = []
+    counted = []
+
+    def count(owner, name, tokens_of):
+        inner = getattr(owner, name)
+
+        def call(first, *rest):
+            counted.append(tokens_of(first))
+            return inner(first, *rest)
+
+        setattr(owner, name, call)
+
+    def tokens_of_chunk(chunk):  # of the last one of a batch document adapters do not learn
+        return chunk.inputs.ids.numel() if chunk.continuing > 0 else 0
+
     while predictor:
-        adaptation = getattr(predictor, "adaptation", None)
-        if adaptation:
-            count_loss(adaptation, tokens)
+        if adaptation := getattr(predictor, "adaptation", None):
+            count(adaptation, "_loss", lambda x: x.numel())
         if isinstance(predictor, trainer.DocumentAdapters):
-            count_observe(predictor, tokens)
+            count(predictor, "observe", tokens_of_chunk)
         predictor = getattr(predictor, "base", None)
-    return tokens
-
-
-def count_loss(adaptation, tokens):
-    """Count the tokens of each loss of an adaptation."""
-    inner = adaptation._loss
-
-    def loss(x, *rest):
-        tokens.append(x.numel())
-        return inner(x, *rest)
-
-    adaptation._loss = loss
-
-
-def count_observe(predictor, tokens):
-    """Count the tokens of each chunk from which document adapters learn: not of the last one of a batch."""
-    inner = predictor.observe
-
-    def observe(chunk):
-        if chunk.continuing > 0:
-            tokens.append(chunk.inputs.ids.numel())
-        inner(chunk)
-
-    predictor.observe = observe
+    return counted
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
@@ -283,7 +245,11 @@ def measure_counts(job):
     for part in trainer.Reader(val, s, rt, s.ttt_chunk_tokens, mixer.history):
         for chunk in part.chunks:
             with stopwatch("score"):
-                p = exact_shares(mixer, chunk) if exact else hashed_shares(mixer, chunk)
+                if exact:  # by the longest order
+                    contexts, grams = mixer.nodes_of_targets(chunk.inputs, chunk.targets)
+                    p = mixer.counts.backoff_probabilities(contexts, grams)[-1]
+                else:
+                    p = mixer.shares(chunk.inputs.recent, chunk.targets)
             nats -= p.clamp(min=1e-300).log()[chunk.index >= 0].sum().item()
         with stopwatch("update"):
             mixer.learn(part, val)
@@ -295,17 +261,6 @@ def measure_counts(job):
         **table_facts(mixer, exact, val, s),
         "bpb": nats / math.log(2) / int(val.bytes.sum()) if exact else None,
     }
-
-
-def exact_shares(mixer, chunk):
-    """Probability of each target by the longest order of exact counts."""
-    contexts, grams = mixer.nodes_of_targets(chunk.inputs, chunk.targets)
-    return mixer.counts.backoff_probabilities(contexts, grams)[-1]
-
-
-def hashed_shares(mixer, chunk):
-    """The "probability" of each target by hashed counts."""
-    return mixer.shares(chunk.inputs.recent, chunk.targets)
 
 
 def table_facts(mixer, exact, val, s):
@@ -335,13 +290,12 @@ def forwards(name, documents):
     text = filled(name, CONTEST_WINDOW, CONTEST_CHUNK)
     s = trainer.Settings.parse([f"EVAL_SEQ_LEN={CONTEST_WINDOW}", "DEVICE=cpu", *text.split()], {})
     rt = trainer.Runtime(s, {})
-    row = {"row": name}
+    row = {"table": "forwards", "row": name, "settings": shown_settings(text)}
     for key, compiled in (("forwarded_per_token", False), ("compiled_forwarded_per_token", True)):
         rt.compiled = compiled
         reader = trainer.Reader(val, s, rt)
         for part in reader:
-            for _ in part.chunks:
-                pass
+            deque(part.chunks, maxlen=0)
         row[key] = reader.forwarded / len(val.bytes)
     return row
 
@@ -396,142 +350,118 @@ def merged(row, results):
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 
-def rate(row, key):
-    """Two cells: the median, and from least to most."""
-    if row.get(key) is None:
-        return "-", ""
-    median, least, most = row[key]
-    span = f"({least:,.0f}-{most:,.0f})" if len(row["repeats"]) > 1 else ""
-    return f"{median:,.0f}", span
+def rates(heading, key):
+    """Two columns: the median, and from least to most."""
+    def span(row):
+        if row.get(key) is None or len(row["repeats"]) == 1:
+            return ""
+        _, least, most = row[key]
+        return f"({least:,.0f}-{most:,.0f})"
+
+    return Column(heading, lambda row: row.get(key) and row[key][0], ",.0f"), Column("(least-most)", span, "")
 
 
-PREDICTORS = ("predictor", "BPB", "valid", "tokens/s", "(least-most)", "tokens/CPU s", "(least-most) ", "forwards",
-              "gradients", "seconds", "peak MiB", "graphs", "recompiles", "settings")
-TABLES = ("counts", "update, tokens/s", "(least-most)", "score, tokens/s", "(least-most) ", "tables, MiB", "n-grams",
-          "load", "BPB alone")
-FORWARDS = ("predictor", "forwards, eager", "forwards, compiled", "settings")
-TEXT = ("predictor", "valid", "settings", "counts")
+def settings_cell(row):
+    return f"`{row['settings']}`" if row["settings"] else ""
 
 
-def predictor_line(row):
-    if "error" in row:
-        return row["row"], f"failed: {row['error']}"
-    return (
-        row["row"],
-        show(row["bpb"], ".4f"),
-        "no" if row["reasons"] else "yes",
-        *rate(row, "tokens_per_second"),
-        *rate(row, "tokens_per_cpu_second"),
-        show(row["forwarded_per_token"], ".2f"),
-        show(row["gradients_per_token"], ".2f"),
-        show(row["seconds"], ",.1f"),
-        show(row["peak_memory_mib"]),
-        show(row["graphs"]),
-        show(row["recompiles"]),
-        f"`{row['settings']}`" if row["settings"] else "",
-    )
-
-
-def counts_line(row):
-    if "error" in row:
-        return row["row"], f"failed: {row['error']}"
-    return (
-        row["row"],
-        *rate(row, "update_tokens_per_second"),
-        *rate(row, "score_tokens_per_second"),
-        show(row["table_mib"]),
-        show(row["ngrams"]),
-        show(row["load"], ".2f"),
-        show(row["bpb"], ".3f"),
-    )
-
-
-def forwards_line(row):
-    return (
-        row["row"],
-        show(row["forwarded_per_token"], ".2f"),
-        show(row["compiled_forwarded_per_token"], ".2f"),
-        f"`{shown_settings(filled(row['row'], CONTEST_WINDOW, CONTEST_CHUNK))}`",
-    )
+PREDICTORS = (
+    Column("predictor", "row"),
+    Column("BPB", "bpb", ".4f"),
+    Column("valid", lambda row: "no" if row["reasons"] else "yes"),
+    *rates("tokens/s", "tokens_per_second"),
+    *rates("tokens/CPU s", "tokens_per_cpu_second"),
+    Column("forwards", "forwarded_per_token", ".2f"),
+    Column("gradients", "gradients_per_token", ".2f"),
+    Column("seconds", "seconds", ",.1f"),
+    Column("peak MiB", "peak_memory_mib", ",.0f"),
+    Column("graphs", "graphs", ",.0f"),
+    Column("recompiles", "recompiles", ",.0f"),
+    Column("settings", settings_cell),
+)
+TABLES = (
+    Column("counts", "row"),
+    *rates("update, tokens/s", "update_tokens_per_second"),
+    *rates("score, tokens/s", "score_tokens_per_second"),
+    Column("tables, MiB", "table_mib", ",.0f"),
+    Column("n-grams", "ngrams", ",.0f"),
+    Column("load", "load", ".2f"),
+    Column("BPB alone", "bpb", ".3f"),
+)
+FORWARDS = (
+    Column("predictor", "row"),
+    Column("forwards, eager", "forwarded_per_token", ".2f"),
+    Column("forwards, compiled", "compiled_forwarded_per_token", ".2f"),
+    Column("settings", settings_cell),
+)
 
 
 def document(report):
     """Lines of the report."""
-    yield from header(report)
-    if report["predictors"]:
-        yield from predictors_section(report)
-    if report["counts"]:
-        yield from counts_section(report)
-    if report["forwards"]:
-        yield from forwards_section(report)
-
-
-def header(report):
     r = report
-    yield f"command   {r['command']}"
-    yield f"settings  {r['settings'] or '(default)'}"
+    yield from r.title()
     yield (f"weights   {r['artifact']}: {r['parameters']:,} parameters; on {r['device']}, {r['dtype']}, attention "
-           f"{r['attention']}, {'compiled' if r['compiled'] else 'eager'}, torch {r['torch']}, "
-           f"{r['threads']} CPU thread(s), {commit_text(r)}")
+           f"{r['attention']}, {'compiled' if r['compiled'] else 'eager'}, {r.software()}")
     yield (f"text      {r['tokens']:,} targets, {r['bytes']:,} bytes, {r['documents']} documents of {r['data']}, "
            f"in windows of {r['eval_seq_len']:,}; seed {r['seed']}")
     yield scaled_line(r)
+    yield from section(predictors_text(r), PREDICTORS, r.table("predictors"))
+    yield from section(counts_text(r), TABLES, r.table("counts"))
+    yield from section(
+        f"Forwards in the contest's shape\n\nWindows of {CONTEST_WINDOW:,}, chunks of {CONTEST_CHUNK}, "
+        f"{r['shape_documents']:,} synthetic documents as long as FineWeb's in the mean (log-normal); cut, not "
+        "forwarded. Compiled, rows are padded so that few graphs do.", FORWARDS, r.table("forwards"))
 
 
 def scaled_line(report):
     return "scaled    " + " ".join(f"{name.upper()}={value}" for name, value in report["scaled"].items())
 
 
-def predictors_section(report):
-    measured = [row for row in report["predictors"] if "error" not in row]
-    before = max((row["memory_before_mib"] for row in measured), default=0)
-    yield ("\n### Predictors\n\nforwards: tokens forwarded to score one; gradients: tokens that a gradient went "
-           f"through to learn from one. Medians of {report['repeats']} process(es), without compilation and without "
-           f"checks of the sums. Peak memory is that of the process ({before:,.0f} MiB at most before anything is "
-           f"scored), on CUDA what torch allocated. Settings: on top of `{PLAIN}`.\n")
-    yield from markdown(PREDICTORS, TEXT, map(predictor_line, report["predictors"]))
+def predictors_text(report):
+    before = max((row.get("memory_before_mib", 0) for row in report.table("predictors")), default=0)
+    return ("Predictors\n\nforwards: tokens forwarded to score one; gradients: tokens that a gradient went "
+            f"through to learn from one. Medians of {report['repeats']} process(es), without compilation and without "
+            f"checks of the sums. Peak memory is that of the process ({before:,.0f} MiB at most before anything is "
+            f"scored), on CUDA what torch allocated. Settings: on top of `{PLAIN}`.")
 
 
-def counts_section(report):
-    measured = [row for row in report["counts"] if "error" not in row]
+def counts_text(report):
+    measured = [row for row in report.table("counts") if "error" not in row]
     first = measured[0] if measured else {"tokens": 0, "part_tokens": 0}
-    yield (f"\n### Counts alone\n\n{first['tokens']:,} targets in parts of {first['part_tokens']:,}, each scored and "
-           "then counted. On a CPU the times are CPU time of one thread. Load: of exact tables the share of slots in "
-           "use, of hashed ones increments a bucket. BPB alone: of the longest order as a code of its own.\n")
-    yield from markdown(TABLES, TEXT, map(counts_line, report["counts"]))
-
-
-def forwards_section(report):
-    yield (f"\n### Forwards in the contest's shape\n\nWindows of {CONTEST_WINDOW:,}, chunks of {CONTEST_CHUNK}, "
-           f"{report['shape_documents']:,} synthetic documents as long as FineWeb's in the mean (log-normal); cut, not "
-           "forwarded. Compiled, rows are padded so that few graphs do.\n")
-    yield from markdown(FORWARDS, TEXT, map(forwards_line, report["forwards"]))
+    return (f"Counts alone\n\n{first['tokens']:,} targets in parts of {first['part_tokens']:,}, each scored and "
+            "then counted. On a CPU the times are CPU time of one thread. Load: of exact tables the share of slots in "
+            "use, of hashed ones increments a bucket. BPB alone: of the longest order as a code of its own.")
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
 def arguments(argv):
-    parser = Parser(prog="bench.py eval", allow_abbrev=False, description="""Score an artifact in every way there is:
-        tokens per second, forwards a token, memory, time and the score; and n-gram counts without a model.""",
-        epilog=f"""Rows: {'; '.join(ROWS)}. Counts: {'; '.join(COUNTS)}.""")
+    parser = parser_of("eval", """Score an artifact in every way there is: tokens per second, forwards a token, memory,
+        time and the score; and n-gram counts without a model. Where --rows, --counts or --documents say what is wanted,
+        nothing else is measured.""", f"""Rows: {'; '.join(ROWS)}. Counts: {'; '.join(COUNTS)}.""")
     add = parser.add_argument
     add("artifact", metavar="ARTIFACT", help="artifact of train_gpt.py")
     add("settings", nargs="*", metavar="@FILE|KEY=VALUE", help="settings of train_gpt.py: DATA_PATH, EVAL_SEQ_LEN, "
         "COMPILE, TTT_LORA_LR, ... (how the text is read and what scores it is up to the rows)")
-    add("--rows", type=names_of("--rows", ROWS, none=True), default=list(ROWS), metavar="NAME,...",
+    add("--rows", type=names_of("--rows", ROWS, none=True), metavar="NAME,...",
         help="predictors (default: all), or none")
-    add("--counts", type=names_of("--counts", COUNTS, none=True), default=list(COUNTS), metavar="NAME,...",
+    add("--counts", type=names_of("--counts", COUNTS, none=True), metavar="NAME,...",
         help="counts alone (default: all), or none")
-    add("--val-tokens", type=whole(1), default=65536, metavar="N",
-        help="validation tokens of the rows (default: 65536)")
+    add_val_tokens(parser)
     add("--count-tokens", type=whole(1), default=1 << 20, metavar="N",
         help="validation tokens that are counted, if the text has them (default: 1048576)")
-    add("--documents", type=whole(0), default=4000, metavar="N", help="synthetic documents on which forwards in the "
-        "contest's shape are counted; 0: none (default: 4000)")
+    add("--documents", type=whole(0), metavar="N", help="synthetic documents on which forwards in the contest's shape "
+        "are counted; 0: none (default: 4000)")
     add("--repeats", type=whole(1), default=1, metavar="N", help="processes for each row, in turn (default: 1)")
-    add("--json", type=Path, metavar="FILE", help="write the result as JSON, anew after each measurement")
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    is_chosen = args.rows or args.counts or args.documents
+    for name, everything, nothing in (("rows", list(ROWS), []), ("counts", list(COUNTS), []), ("documents", 4000, 0)):
+        if getattr(args, name) is None:
+            setattr(args, name, nothing if is_chosen else everything)
+    if not (args.rows or args.counts or args.documents):
+        parser.error("nothing is left to measure; name some --rows, --counts or --documents")
+    return args
 
 
 def facts(scoring):
@@ -542,14 +472,12 @@ def facts(scoring):
     choices = {name: choice for name, choice, _ in rt.choices}
     return {
         "settings": trainer.Settings.parse(scoring.words, os.environ).text(),
-        **commit(),
         "artifact": scoring.path,
-        "parameters": sum(math.prod(shape) for _, shape, *_ in scoring.header["tensors"]),
+        "parameters": scoring.parameters,
         "device": rt.device_name(),
         "dtype": str(rt.dtype).removeprefix("torch."),
         "attention": choices["attention"],
         "compiled": rt.compiled,
-        **versions(),
         "tokens": len(scoring.val.bytes),
         "bytes": int(scoring.val.bytes.sum()),
         "documents": scoring.documents,
@@ -568,44 +496,26 @@ def run(args, argv):
     window = scoring.settings("").eval_seq_len
     for name in [*args.rows, *args.counts]:
         scoring.settings(filled(name, window))  # BadInput before anything is measured
-    report = {
-        "command": command_line("eval", argv),
-        **facts(scoring),
-        "repeats": args.repeats,
-        "predictors": [],
-        "counts": [],
-        "forwards": [],
-        "shape_documents": args.documents,
-    }
-    jobs = [("predictors", measure_predictor, name, row_words) for name in args.rows]
-    jobs += [("counts", measure_counts, name, count_words) for name in args.counts]
-    results = {name: [] for _, _, name, _ in jobs}
+    jobs = {name: (measure_predictor, row_words) for name in args.rows}
+    jobs |= {name: (measure_counts, count_words) for name in args.counts}
+    report = Report("eval", args, argv, document, **facts(scoring), repeats=args.repeats,
+                    shape_documents=args.documents)
+    with report, tempfile.TemporaryDirectory(prefix="bench_") as folder:
 
-    def update():
-        for part in ("predictors", "counts"):
-            measured = [name for job_part, _, name, _ in jobs if job_part == part and results[name]]
-            report[part] = [merged(blank_row(name, window), results[name]) for name in measured]
-        write_json(args.json, report)
+        def measure_job(name, repeat):
+            progress(f"measuring {name}, repeat {repeat + 1} of {args.repeats}")
+            work, words = jobs[name]
+            job = {"folder": folder, "artifact": str(args.artifact), "words": words, "row": filled(name, window)}
+            return measure_apart(work, job)
 
-    with tempfile.TemporaryDirectory(prefix="bench_") as folder:
-        for repeat in range(args.repeats):
-            for _, work, name, words in jobs:
-                if errors_of(results[name]):
-                    continue
-                progress(f"measuring {name}, repeat {repeat + 1} of {args.repeats}")
-                job = {"folder": folder, "artifact": str(args.artifact), "words": words, "row": filled(name, window)}
-                result = measure_apart(work, job)
-                if "bad_input" in result:
-                    raise BadInput(result["bad_input"])
-                results[name].append(result)
-                update()
-    for name in FORWARD_ROWS if args.documents else ():
-        progress(f"cutting {args.documents} documents for {name}")
-        report["forwards"].append(forwards(name, args.documents))
-        update()
-    print("\n".join(document(report)), flush=True)
-    return int(any("error" in row for row in [*report["predictors"], *report["counts"]]))
+        for results in in_turn(jobs, args.repeats, measure_job):
+            report.keep([merged(blank_row(name, window), results[name]) for name in jobs if name in results])
+        for name in FORWARD_ROWS if args.documents else ():
+            progress(f"cutting {args.documents} documents for {name}")
+            report.add(forwards(name, args.documents))
+    return report.code
 
 
 def blank_row(name, window):
-    return {"row": name, "settings": shown_settings(filled(name, window))}
+    table = "predictors" if name in ROWS else "counts"
+    return {"table": table, "row": name, "settings": shown_settings(filled(name, window))}

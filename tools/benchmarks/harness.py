@@ -1,4 +1,4 @@
-"""What the measurements share: jobs in processes of their own, memory and CPU time, synthetic documents, the report."""
+"""What the measurements share: jobs in processes of their own, memory and CPU time, synthetic documents."""
 
 import contextlib
 import importlib
@@ -6,9 +6,7 @@ import io
 import json
 import math
 import os
-import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import traceback
@@ -16,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import ROOT, BadInput, git, load_trainer
+from benchmarks.reports import errors_of
+from common import ROOT, BadInput, load_trainer
 
 # Document lengths like FineWeb's in tokens: log-normal around a mean.
 DOCUMENT_MEAN = 960
@@ -33,17 +32,17 @@ def document_lengths(rng, count):
 
 
 def measure(work, job):
-    """work(job) in this process: its result, or {"error"} of this job alone, or {"bad_input"} of every job."""
+    """work(job) in this process: its result, or {"error"} of this job alone. A BadInput is one of every job."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the trainer's log
             return work(job)
-    except BadInput as error:
-        return {"bad_input": str(error)}
+    except BadInput:
+        raise
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else ""
         reason = reason.replace("COMPILE=off runs", "--modes eager measures")
-        if type(error) is load_trainer().BadInput:
+        if isinstance(error, (load_trainer().BadInput, load_trainer().Stopped)):
             return {"error": reason}
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {reason}"}
@@ -64,7 +63,10 @@ def measure_apart(work, job, env=None):
     if code == 130:
         raise KeyboardInterrupt
     if result.exists():
-        return json.loads(result.read_text(encoding="utf-8"))
+        found = json.loads(result.read_text(encoding="utf-8"))
+        if "bad_input" in found:
+            raise BadInput(found["bad_input"])
+        return found
     reason = f"{signal.Signals(-code).name}; out of memory?" if code < 0 else f"exit code {code}"
     return {"error": f"the process ended without a result ({reason})"}
 
@@ -74,7 +76,11 @@ def run_job(folder):
     folder = Path(folder)
     call = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     work = getattr(importlib.import_module(call["module"]), call["function"])
-    (folder / "result.json").write_text(json.dumps(measure(work, call["job"])), encoding="utf-8")
+    try:
+        result = measure(work, call["job"])
+    except BadInput as error:
+        result = {"bad_input": str(error)}
+    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
     return 0
 
 
@@ -94,70 +100,16 @@ def usage():
     return seconds, (peak + children.ru_maxrss) / units_per_mib
 
 
-def median_and_range(values):
-    """(median, least, most)."""
-    return statistics.median(values), min(values), max(values)
+def in_turn(jobs, repeats, work):
+    """Call work(job, repeat), which returns a result of measure(), in turn: A B A B. A job that failed is not repeated.
 
-
-def errors_of(results):
-    """The errors of the repeats of a job."""
-    return [result["error"] for result in results if "error" in result]
-
-
-# ---- the report -----------------------------------------------------------------------------------------------------
-
-
-def progress(text):
-    print(f"{text} ...", file=sys.stderr, flush=True)
-
-
-def command_line(name, argv):
-    """The command as the report shows it."""
-    return shlex.join(["tools/bench.py", name, *argv])
-
-
-def commit():
-    """The commit of the repository and the number of files that were changed since; "none" and 0 outside of one."""
-    changed_files = len(git("status", "--porcelain").splitlines())
-    return {"commit": git("rev-parse", "--short=12", "HEAD") or "none", "changed_files": changed_files}
-
-
-def commit_text(report):
-    changed = f" and {report['changed_files']} changed file(s)" if report["changed_files"] else ""
-    return f"commit {report['commit']}{changed}"
-
-
-def versions():
-    import torch
-
-    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
-
-
-def check_json(path):
-    """BadInput before anything is measured, if --json cannot be written."""
-    if path and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
-        raise BadInput(f"--json {path} cannot be written; name a file in a folder that exists")
-
-
-def write_json(path, report):
-    """Write the report for --json; nothing where that was not asked for."""
-    if path is None:
-        return
-    try:
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise BadInput(f"--json {path} cannot be written ({error.strerror}); choose another file") from None
-
-
-def show(value, form=",.0f"):
-    """A number as a cell of a table; "-" for none."""
-    return "-" if value is None else format(value, form)
-
-
-def markdown(columns, text, lines):
-    """The lines of a Markdown table. Columns that are not in `text` hold numbers and are aligned to the right."""
-    yield "| " + " | ".join(columns) + " |"
-    yield "|" + "|".join("---" if column in text else "---:" for column in columns) + "|"
-    for cells in lines:
-        missing = len(columns) - len(cells)
-        yield "| " + " | ".join([*cells, *[""] * missing]) + " |"
+    Yields {job: [result of each repeat]} of what was measured so far, after each result.
+    """
+    results = {}
+    for repeat in range(repeats):
+        for job in jobs:
+            of_job = results.get(job, [])
+            if errors_of(of_job):
+                continue
+            results[job] = [*of_job, work(job, repeat)]
+            yield results

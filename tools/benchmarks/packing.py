@@ -1,17 +1,11 @@
 """Measures what each way of storing a model costs: bytes, time and memory of codecs and compressors; the loss of each
 method at equal bytes.
 
-    python tools/bench.py pack logs/raw/model.pg @records/small.env                    sizes of every row
-    python tools/bench.py pack logs/raw/model.pg @records/small.env --score --json pack.json
-    python tools/bench.py pack model.pg DATA_PATH=... --rows "RTN int6,allocated GPTQ" --compressors rans,brotli
-    python tools/bench.py pack model.pg DATA_PATH=... --rows none --score --budget 15900000 --also QAT=logs/qat/model.pg
-    python tools/bench.py pack --weights model.safetensors --weights other.pt         the compressors alone
-
 The weights are those of an artifact that holds them as float16, which PHASES=train FIT=off MATRIX_BITS=16 EMBED_BITS=16
 makes (if it is over SIZE_LIMIT, the file is kept). The settings name the data (DATA_PATH, TRAIN_SEQ_LEN, EVAL_SEQ_LEN):
 training text for the curvature by which GPTQ and FIT=allocate go, and validation text for the loss. With --weights they
 are those of any trained model that a file holds: its matrices are rounded by SDClip, which asks for no text, and only
-the bytes of the codes are measured. `bench.py pack --help` has the options.
+the bytes of the codes are measured.
 """
 
 import argparse
@@ -26,33 +20,23 @@ import numpy as np
 
 from benchmarks.budgets import at_size, at_size_by_tensor, between, knob
 from benchmarks.containers import CONTAINERS, PLAIN, measure_container, save_contents
-from benchmarks.harness import (
-    command_line,
-    commit,
-    commit_text,
-    markdown,
-    measure_apart,
-    progress,
-    show,
-    versions,
-    write_json,
-)
+from benchmarks.harness import measure_apart
+from benchmarks.reports import Column, Report, add_val_tokens, parser_of, progress, section
 from benchmarks.weights import DIVERGENCE_TOKENS, LEAST, ONE_COMPRESSOR, Loaded, Subject
-from common import BadInput, Parser, names_of, positive, whole
+from common import BadInput, names_of, positive, whole
 
 # How weights are stored, as settings of train_gpt.py: METHODS have a width or a knob still to choose, ROWS have it
 # chosen.
 BY_TENSOR = "GPTQ + SDClip (one k a tensor)"  # from the curvature; int8, so that no step is too small for its range
+SDCLIP = "FIT=off MATRIX_QUANT=gptq MATRIX_BITS=6 MATRIX_CLIP_SIGMAS=12.85 EMBED_QUANT=gptq"
+SDCLIP_TABLES = "EMBED_BITS=8 EMBED_CLIP_SIGMAS=20"
 METHODS = {
     "RTN": "FIT=off MATRIX_QUANT=rtn EMBED_QUANT=rtn EMBED_BITS=8",
     "GPTQ-lite": "FIT=off MATRIX_QUANT=gptq_lite EMBED_QUANT=gptq_lite EMBED_BITS=8",
     "GPTQ + percentile": "FIT=off MATRIX_QUANT=gptq EMBED_QUANT=gptq EMBED_BITS=8",
-    "GPTQ + SDClip": "FIT=off MATRIX_QUANT=gptq MATRIX_BITS=6 MATRIX_CLIP_SIGMAS=12.85 "
-                     "EMBED_QUANT=gptq EMBED_BITS=8 EMBED_CLIP_SIGMAS=20",
-    "GPTQ + SDClip + LQER": "FIT=off MATRIX_QUANT=gptq MATRIX_BITS=6 MATRIX_CLIP_SIGMAS=12.85 "
-                            "EMBED_QUANT=gptq EMBED_BITS=8 EMBED_CLIP_SIGMAS=20 LQER_RANK=4 LQER_TOP_K=3",
-    BY_TENSOR: "FIT=off MATRIX_QUANT=gptq MATRIX_BITS=8 MATRIX_CLIP_SIGMAS=20 "
-               "EMBED_QUANT=gptq EMBED_BITS=8 EMBED_CLIP_SIGMAS=20",
+    "GPTQ + SDClip": f"{SDCLIP} {SDCLIP_TABLES}",
+    "GPTQ + SDClip + LQER": f"{SDCLIP} {SDCLIP_TABLES} LQER_RANK=4 LQER_TOP_K=3",
+    BY_TENSOR: f"FIT=off MATRIX_QUANT=gptq MATRIX_BITS=8 MATRIX_CLIP_SIGMAS=20 EMBED_QUANT=gptq {SDCLIP_TABLES}",
     "allocated RTN": "FIT=allocate MATRIX_QUANT=rtn EMBED_QUANT=rtn",
     "allocated GPTQ": "FIT=allocate MATRIX_QUANT=gptq EMBED_QUANT=gptq",
     "allocated GPTQ + LQER": "FIT=allocate MATRIX_QUANT=gptq EMBED_QUANT=gptq LQER_RANK=4 LQER_TOP_K=3",
@@ -66,8 +50,7 @@ ROWS = {
        for name in ("RTN", "GPTQ-lite") for bits in range(4, 9)},
     "GPTQ + percentile int6": METHODS["GPTQ + percentile"] + " MATRIX_BITS=6",
     REFERENCE: METHODS[REFERENCE],
-    "GPTQ + SDClip embeddings int7": METHODS[REFERENCE].replace("EMBED_BITS=8 EMBED_CLIP_SIGMAS=20",
-                                                               "EMBED_BITS=7 EMBED_CLIP_SIGMAS=15"),
+    "GPTQ + SDClip embeddings int7": f"{SDCLIP} EMBED_BITS=7 EMBED_CLIP_SIGMAS=15",
     **{name: METHODS[name] for name in ("GPTQ + SDClip + LQER", "allocated RTN", "allocated GPTQ",
                                         "allocated GPTQ + LQER")},
 }
@@ -196,28 +179,26 @@ def quality_of(subject, encoded, taken, raw):
 def quality_between_widths(subject, s, size, raw):
     """quality_row() of a method that has only widths: between the two neighbours on either side of `size` bytes."""
     tried = {}  # bits -> (bytes, encoded)
-    bits = 5
-    while bits not in tried or bits + 1 not in tried:
-        for width in (bits, bits + 1):
-            if width not in tried:
-                encoded = subject.quantiser(dataclasses.replace(s, matrix_bits=width)).encode()
-                tried[width] = subject.size(encoded), encoded
-        shift = 0
-        if tried[bits][0] > size:
-            shift = -1
-        elif tried[bits + 1][0] < size:
-            shift = 1
-        if bits + shift not in WIDTHS or bits + 1 + shift not in WIDTHS:
-            least = tried[min(tried)][0]
-            most = tried[max(tried)][0]
-            return {"skipped": f"{size:,} bytes are outside of what {WIDTHS[0]} to {WIDTHS[-1]} bits take "
-                               f"({least:,} to {most:,} bytes tried)"}
-        bits += shift
+
+    def size_at(bits):
+        if bits not in tried:
+            encoded = subject.quantiser(dataclasses.replace(s, matrix_bits=bits)).encode()
+            tried[bits] = subject.size(encoded), encoded
+        return tried[bits][0]
+
+    low = 5
+    while size_at(low) > size and low > WIDTHS[0]:
+        low -= 1
+    while size_at(low + 1) < size and low + 1 < WIDTHS[-1]:
+        low += 1
+    if not size_at(low) <= size <= size_at(low + 1):
+        return {"skipped": f"{size:,} bytes are outside of what {WIDTHS[0]} to {WIDTHS[-1]} bits take "
+                           f"({size_at(min(tried)):,} to {size_at(max(tried)):,} bytes tried)"}
     ends = []
-    for width in (bits, bits + 1):
-        taken, encoded = tried[width]
+    for bits in (low, low + 1):
+        taken, encoded = tried[bits]
         ends.append(quality_of(subject, encoded, taken, raw))
-    return {"knob": "bits", "value": [bits, bits + 1], "ends": ends, **between(*ends, size)}
+    return {"knob": "bits", "value": [low, low + 1], "ends": ends, **between(*ends, size)}
 
 
 def quality(subject, names, size, also):
@@ -250,67 +231,44 @@ def quality(subject, names, size, also):
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 
-TEXT = ("weights as", "compressor", "settings", "method", "how the size was met")
-CODE_COLUMNS = ("weights as", "squared error", "felt error, nats", "codes", "entropy by tensor, bytes",
-                "by row's Gaussian, bytes", "settings")
-LOADED_COLUMNS = ("weights as", "matrices", "codes", "entropy by tensor, bytes", "by row's Gaussian, bytes")
-SIZE_COLUMNS = ("weights as", "compressor", "bytes", "bits/weight", "codes, bytes", "over entropy by tensor",
-                "over row's Gaussian", "pack, CPU s", "unpack, CPU s", "peak MiB")
-QUALITY_COLUMNS = ("method", "bytes", "bits/weight", "loss", "BPB", "gap, nats", "gap, BPB", "divergence, nats",
-                   "felt error, nats", "predicted, nats", "how the size was met")
+NAME = Column("weights as", "row")
+CODES = Column("codes", "codes", ",.0f")
+ENTROPIES = (Column("entropy by tensor, bytes", "tensor_entropy_bytes", ",.0f"),
+             Column("by row's Gaussian, bytes", "row_entropy_bytes", ",.0f"))
+LOADED_COLUMNS = (NAME, Column("matrices", "matrices", ",.0f"), CODES, *ENTROPIES)
+CODE_COLUMNS = (
+    NAME,
+    Column("squared error", "squared_error", ".3e"),
+    Column("felt error, nats", "felt_error", ".5f"),
+    CODES,
+    *ENTROPIES,
+    Column("settings", lambda row: f"`{row['settings']}`"),
+)
 
 
-def loaded_line(row):
-    return (
-        row["row"],
-        show(row["matrices"]),
-        show(row["codes"]),
-        show(row["tensor_entropy_bytes"]),
-        show(row["row_entropy_bytes"]),
-    )
-
-
-def code_line(row):
-    return (
-        row["row"],
-        show(row["squared_error"], ".3e"),
-        show(row["felt_error"], ".5f"),
-        show(row["codes"]),
-        show(row["tensor_entropy_bytes"]),
-        show(row["row_entropy_bytes"]),
-        f"`{row['settings']}`",
-    )
-
-
-def size_line(row, facts):
-    """`facts` are those of the row's codes."""
-    if "error" in row:
-        return row["row"], row["compressor"], f"failed: {row['error']}"
-    if "skipped" in row:
-        return row["row"], row["compressor"], row["skipped"]
+def size_columns(report):
+    """Columns of sizes, which are compared with the entropies of the codes."""
+    facts = {row["row"]: row for row in report.table("codes")}
 
     def over(entropy):
-        if not row["code_bytes"] or not entropy:
-            return "-"
-        return f"{row['code_bytes'] / entropy - 1:+.2%}"
+        def excess(row):
+            least = facts[row["row"]][entropy]
+            return row["code_bytes"] / least - 1 if row["code_bytes"] and least else None
+
+        return excess
 
     return (
-        row["row"],
-        row["compressor"],
-        show(row["bytes"]),
-        show(row["bits_per_weight"], ".3f"),
-        show(row["code_bytes"]),
-        over(facts["tensor_entropy_bytes"]),
-        over(facts["row_entropy_bytes"]),
-        show(row["pack_seconds"], ",.2f"),
-        show(row["unpack_seconds"], ",.2f"),
-        show(max(row["pack_memory_mib"], row["unpack_memory_mib"])),
+        NAME,
+        Column("compressor", "compressor"),
+        Column("bytes", "bytes", ",.0f"),
+        Column("bits/weight", "bits_per_weight", ".3f"),
+        Column("codes, bytes", "code_bytes", ",.0f"),
+        Column("over entropy by tensor", over("tensor_entropy_bytes"), "+.2%"),
+        Column("over row's Gaussian", over("row_entropy_bytes"), "+.2%"),
+        Column("pack, CPU s", "pack_seconds", ",.2f"),
+        Column("unpack, CPU s", "unpack_seconds", ",.2f"),
+        Column("peak MiB", lambda row: max(row["pack_memory_mib"], row["unpack_memory_mib"]), ",.0f"),
     )
-
-
-def size_lines(report):
-    facts = {row["row"]: row for row in report["codes"]}
-    return [size_line(row, facts[row["row"]]) for row in report["sizes"]]
 
 
 def how_met(row):
@@ -328,63 +286,50 @@ def how_met(row):
     return f"k = {value:.4g}"
 
 
-def quality_line(row):
-    if "gap" not in row:
-        return row["method"], row["skipped"]
-    return (
-        row["method"],
-        show(row["bytes"]),
-        show(row["bits_per_weight"], ".3f"),
-        show(row["loss"], ".5f"),
-        show(row["bpb"], ".5f"),
-        show(row["gap"], "+.5f"),
-        show(row["gap_bpb"], "+.5f"),
-        show(row.get("divergence"), ".5f"),
-        show(row.get("felt_error"), ".5f"),
-        show(row.get("predicted_gap"), ".5f"),
-        how_met(row),
-    )
-
-
-def header(report):
-    r = report
-    yield f"command   {r['command']}"
-    yield f"settings  {r['settings'] or '(default)'}"
-    yield (f"weights   {r['artifact']}: {r['parameters']:,} parameters, {r['artifact_bytes']:,} bytes; on "
-           f"{r['device']}, torch {r['torch']}, {r['threads']} CPU thread(s), {commit_text(r)}")
-    yield f"moments   of {r['calibration_tokens']:,} training tokens, in {r['calibration_seconds']:,.1f} s"
-    if r["budget_bytes"]:
-        yield f"budget    {r['budget_bytes']:,} bytes by {ONE_COMPRESSOR}, {r['budget_from']}"
-
-
-def loaded_document(report):
-    """Lines of the report on --weights."""
-    r = report
-    yield f"command   {r['command']}"
-    yield f"on        torch {r['torch']}, {r['threads']} CPU thread(s), {commit_text(r)}"
-    yield f"\n### Codes\n\nMatrices of at least {LEAST:,} weights, rounded to nearest by SDClip.\n"
-    yield from markdown(LOADED_COLUMNS, TEXT, map(loaded_line, r["codes"]))
-    yield "\n### Sizes\n\nSeconds are CPU time.\n"
-    yield from markdown(SIZE_COLUMNS, TEXT, size_lines(r))
+QUALITY_COLUMNS = (
+    Column("method", "method"),
+    Column("bytes", "bytes", ",.0f"),
+    Column("bits/weight", "bits_per_weight", ".3f"),
+    Column("loss", "loss", ".5f"),
+    Column("BPB", "bpb", ".5f"),
+    Column("gap, nats", "gap", "+.5f"),
+    Column("gap, BPB", "gap_bpb", "+.5f"),
+    Column("divergence, nats", "divergence", ".5f"),
+    Column("felt error, nats", "felt_error", ".5f"),
+    Column("predicted, nats", "predicted_gap", ".5f"),
+    Column("how the size was met", how_met),
+)
 
 
 def document(report):
     """Lines of the report."""
-    yield from header(report)
-    if report["codes"]:
-        yield "\n### Codes\n\nSquared error: of the weights' squares; felt error: half the sum of gain E H E^T.\n"
-        yield from markdown(CODE_COLUMNS, TEXT, map(code_line, report["codes"]))
-        before = max((row.get("memory_before_mib", 0) for row in report["sizes"]), default=0)
-        yield ("\n### Sizes\n\nSeconds are CPU time; peak memory is that of a process of its own, of which Python, "
-               f"torch and the codes are {before:,.0f} MiB before anything is packed.\n")
-        yield from markdown(SIZE_COLUMNS, TEXT, size_lines(report))
-    if report["quality"]:
-        yield (f"\n### Quality at equal bytes\n\n{report['val_tokens']:,} validation tokens in windows of "
-               f"{report['eval_seq_len']:,}. Methods that have only widths (of matrices; tables are int8): between two "
-               "of them log(gap) is taken as a straight line in bytes. Divergence: of the predictions from those of "
-               f"the raw weights, on the first {DIVERGENCE_TOKENS:,} tokens at most, without the chance that moves the "
-               "loss. Predicted: spacing^2/24 a weight.\n")
-        yield from markdown(QUALITY_COLUMNS, TEXT, map(quality_line, report["quality"]))
+    r = report
+    yield from r.title()
+    if "artifact" in r:
+        yield (f"weights   {r['artifact']}: {r['parameters']:,} parameters, {r['artifact_bytes']:,} bytes; on "
+               f"{r['device']}, {r.software()}")
+        yield f"moments   of {r['calibration_tokens']:,} training tokens, in {r['calibration_seconds']:,.1f} s"
+        if r["budget_bytes"]:
+            yield f"budget    {r['budget_bytes']:,} bytes by {ONE_COMPRESSOR}, {r['budget_from']}"
+        columns = CODE_COLUMNS
+        text = "Squared error: of the weights' squares; felt error: half the sum of gain E H E^T."
+    else:
+        yield f"on        {r.software()}"
+        columns = LOADED_COLUMNS
+        text = f"Matrices of at least {LEAST:,} weights, rounded to nearest by SDClip."
+    yield from section(f"Codes\n\n{text}", columns, r.table("codes"))
+    before = max((row.get("memory_before_mib", 0) for row in r.table("sizes")), default=0)
+    yield from section(
+        "Sizes\n\nSeconds are CPU time; peak memory is that of a process of its own, of which Python, torch and the "
+        f"codes are {before:,.0f} MiB before anything is packed.", size_columns(r), r.table("sizes"))
+    if "val_tokens" not in r:
+        return
+    yield from section(
+        f"Quality at equal bytes\n\n{r['val_tokens']:,} validation tokens in windows of {r['eval_seq_len']:,}. Methods "
+        "that have only widths (of matrices; tables are int8): between two of them log(gap) is taken as a straight "
+        "line in bytes. Divergence: of the predictions from those of the raw weights, on the first "
+        f"{DIVERGENCE_TOKENS:,} tokens at most, without the chance that moves the loss. Predicted: spacing^2/24 a "
+        "weight.", QUALITY_COLUMNS, r.table("quality"))
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -392,6 +337,7 @@ def document(report):
 CLIPS = ((5, 12.85), (6, 12.85), (7, 15.0), (8, 20.0))  # (bits, k) of --weights; the contest's except for the first
 ONLY_WITH_WEIGHTS = ("clips",)
 ONLY_WITH_ARTIFACT = ("rows", "calibration_tokens", "budget", "score", "methods", "val_tokens", "also")
+ONLY_WITH_SCORE = ("methods", "val_tokens", "also")
 
 
 def named(text):
@@ -416,29 +362,28 @@ def clips(text):
 
 def arguments(argv):
     default_clips = ",".join(f"{bits}:{k:g}" for bits, k in CLIPS)
-    parser = Parser(prog="bench.py pack", allow_abbrev=False, description="""Store the weights of a float16 artifact in
-        every way there is: the bytes, the error, the entropy of the codes, time and memory of packing and unpacking;
-        with --score the loss of each method at equal bytes.""", epilog=f"""Rows: {'; '.join(ROWS)}. Compressors, the
-        first {len(PLAIN)} by default and all of them for the row {REFERENCE}: {'; '.join(CONTAINERS)}. "columns": the
-        codes of a matrix column by column; "kinds": a stream of codes for each kind of matrix; "torch.save": the
-        containers of the contest's records; "lrzip": that of #1855, where the program is installed. Methods of --score:
+    parser = parser_of("pack", """Store the weights of a float16 artifact in every way there is: the bytes, the error,
+        the entropy of the codes, time and memory of packing and unpacking; with --score the loss of each method at
+        equal bytes.""", f"""Rows: {'; '.join(ROWS)}. Compressors, the first {len(PLAIN)} by default and all of them for
+        the row {REFERENCE}: {'; '.join(CONTAINERS)}. "columns": the codes of a matrix column by column; "kinds": a
+        stream of codes for each kind of matrix; "torch.save": the containers of the contest's records; "lrzip": that of
+        #1855, where the program is installed. Methods of --score:
         {'; '.join(METHODS)}.""")
     add = parser.add_argument
     add("artifact", nargs="?", metavar="ARTIFACT", help="artifact whose weights are float16")
     add("settings", nargs="*", metavar="@FILE|KEY=VALUE", help="settings of train_gpt.py: DATA_PATH, TRAIN_SEQ_LEN, "
         "EVAL_SEQ_LEN, GPTQ_DAMP, ...")
-    add("--rows", type=names_of("--rows", ROWS, none=True), default=list(ROWS), metavar="NAME,...",
-        help="rows of the tables of codes and sizes (default: all), or none")
+    add("--rows", type=names_of("--rows", ROWS, none=True), metavar="NAME,...",
+        help="rows of the tables of codes and sizes (default: all, with --methods none), or none")
     add("--compressors", type=names_of("--compressors", [*CONTAINERS, "all"]), metavar="NAME,...",
         help="of every row; or all")
     add("--calibration-tokens", type=whole(1), default=65536, metavar="N", help="of the moments (default: 65536)")
     add("--budget", type=whole(1), metavar="BYTES", help=f"of what fits any size (default: those of {REFERENCE})")
     add("--score", action="store_true", help="score each method at the budget")
-    add("--methods", type=names_of("--methods", METHODS), default=list(METHODS), metavar="NAME,...",
+    add("--methods", type=names_of("--methods", METHODS), metavar="NAME,...",
         help="what --score scores (default: all)")
-    add("--val-tokens", type=whole(1), default=65536, metavar="N", help="validation tokens (default: 65536)")
+    add_val_tokens(parser)
     add("--also", type=named, action="append", default=[], metavar="NAME=ARTIFACT", help="another artifact to score")
-    add("--json", type=Path, metavar="FILE", help="write the result as JSON, anew after each measurement")
     add("--weights", action="append", default=[], metavar="FILE", help="instead of ARTIFACT: the matrices of any "
         f"model, from {LEAST:,} weights, in a .safetensors or .npz file or one of torch.save; may be given again")
     add("--clips", type=clips, default=list(CLIPS), metavar="BITS:K,...",
@@ -448,30 +393,39 @@ def arguments(argv):
         parser.error("ARTIFACT is missing")
     if args.artifact and args.weights:
         parser.error(f"--weights stands instead of {args.artifact} and of settings; leave one of them out")
-    idle_names = ONLY_WITH_WEIGHTS if args.artifact else ONLY_WITH_ARTIFACT
-    for name in idle_names:
-        if getattr(args, name) != parser.get_default(name):
-            option = name.replace("_", "-")
-            parser.error(f"--{option} does nothing {'without' if args.artifact else 'with'} --weights")
+    reject_idle(parser, args, ONLY_WITH_WEIGHTS if args.artifact else ONLY_WITH_ARTIFACT,
+                f"{'without' if args.artifact else 'with'} --weights")
+    if not args.score:
+        reject_idle(parser, args, ONLY_WITH_SCORE, "without --score")
+    if args.rows is None:
+        args.rows = [] if args.methods else list(ROWS)
+    if not (args.rows or args.score or args.weights):
+        parser.error("--rows none leaves nothing to measure; add --score")
+    args.methods = args.methods or list(METHODS)
     return args
+
+
+def reject_idle(parser, args, names, where):
+    """BadInput for an option that was given and does nothing."""
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} does nothing {where}")
 
 
 def run_loaded(args, argv):
     """`bench.py pack --weights`; returns the exit code."""
-    report = {"command": command_line("pack", argv), **commit(), **versions(), "codes": [], "sizes": []}
+    report = Report("pack", args, argv, document)
     names = args.compressors or [*PLAIN, "lrzip", "lrzip kinds columns"]
     if "all" in names:
         names = CONTAINERS
-    with tempfile.TemporaryDirectory(prefix="bench_") as folder:
+    with report, tempfile.TemporaryDirectory(prefix="bench_") as folder:
         for loaded, (bits, k) in itertools.product(map(Loaded, args.weights), args.clips):
             name = f"{Path(loaded.path).name} int{bits}, k = {k:g}"
             encoded = loaded.encode(bits, k)
-            report["codes"].append(loaded_facts(loaded, name, encoded))
+            report.add(loaded_facts(loaded, name, encoded), "codes")
             for row in measure_row(loaded, name, encoded, names, folder):
-                report["sizes"].append(row)
-                write_json(args.json, report)
-    print("\n".join(loaded_document(report)), flush=True)
-    return int(any("error" in row for row in report["sizes"]))
+                report.add(row, "sizes")
+    return report.code
 
 
 def run(args, argv):
@@ -484,25 +438,19 @@ def run(args, argv):
         subject.load_text()
     progress("collecting moments")
     tokens, seconds = subject.calibrate(args.calibration_tokens)
-    report = {
-        "command": command_line("pack", argv),
-        "settings": subject.s.text(),
-        **commit(),
-        "artifact": args.artifact,
-        "artifact_bytes": subject.bytes,
-        "parameters": subject.parameters,
-        "device": subject.rt.device_name(),
-        **versions(),
-        "calibration_tokens": tokens,
-        "calibration_seconds": seconds,
-        "budget_bytes": args.budget,
-        "budget_from": "as given",
-        "codes": [],
-        "sizes": [],
-        "quality": [],
-        "val_tokens": args.val_tokens,
-        "eval_seq_len": subject.s.eval_seq_len,
-    }
+    report = Report(
+        "pack", args, argv, document, subject.s.text(),
+        artifact=args.artifact,
+        artifact_bytes=subject.bytes,
+        parameters=subject.parameters,
+        device=subject.rt.device_name(),
+        calibration_tokens=tokens,
+        calibration_seconds=seconds,
+        budget_bytes=args.budget,
+        budget_from="as given",
+        val_tokens=len(subject.val.bytes) if args.score else args.val_tokens,
+        eval_seq_len=subject.s.eval_seq_len,
+    )
 
     def budget():
         if report["budget_bytes"] is None:
@@ -511,23 +459,17 @@ def run(args, argv):
             report["budget_from"] = f"those of {REFERENCE}"
         return report["budget_bytes"]
 
-    def add(part, row):
-        report[part].append(row)
-        write_json(args.json, report)
-
-    with tempfile.TemporaryDirectory(prefix="bench_") as folder:
+    with report, tempfile.TemporaryDirectory(prefix="bench_") as folder:
         for name in args.rows:
             progress(f"encoding {name}")
             encoded, spacing = encode_row(subject, name, budget)
-            add("codes", code_facts(subject, name, encoded, spacing))
+            report.add(code_facts(subject, name, encoded, spacing), "codes")
             for row in measure_row(subject, name, encoded, compressors_of(args, name), folder):
-                add("sizes", row)
-    if args.score:
-        report["val_tokens"] = len(subject.val.bytes)
-        for row in quality(subject, args.methods, budget(), args.also):
-            add("quality", row)
-    print("\n".join(document(report)), flush=True)
-    return int(any("error" in row for row in report["sizes"]))
+                report.add(row, "sizes")
+        if args.score:
+            for row in quality(subject, args.methods, budget(), args.also):
+                report.add(row, "quality")
+    return report.code
 
 
 def compressors_of(args, row):

@@ -1,50 +1,29 @@
 """Measures the training step: milliseconds, tokens per second, memory, and share of the device's peak.
 
-    python tools/bench.py train @records/small.env NUM_LAYERS=6
-
 No data set is needed: synthetic shards are written to a temporary folder and read by the trainer's own loader.
-`bench.py train --help` has the options.
 """
 
 import argparse
+import bisect
 import contextlib
 import dataclasses
 import math
 import os
 import re
+import shlex
 import statistics
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.harness import (
-    DOCUMENT_MEAN,
-    command_line,
-    commit,
-    commit_text,
-    document_lengths,
-    errors_of,
-    measure,
-    measure_apart,
-    median_and_range,
-    progress,
-    versions,
-    write_json,
-)
-from common import (
-    BOS,
-    BadInput,
-    Parser,
-    load_trainer,
-    positive,
-    quartiles,
-    shard_header,
-    trainer_errors,
-    whole,
-)
+from benchmarks.harness import DOCUMENT_MEAN, document_lengths, in_turn, measure, measure_apart
+from benchmarks.ratios import differs, ratio_of_blocks
+from benchmarks.reports import Column, Report, aligned, errors_of, median_and_range, parser_of, progress
+from common import BOS, BadInput, load_trainer, names_of, positive, shard_header, trainer_errors, whole
 
 MODES = ("eager", "compiled")
 
@@ -89,34 +68,65 @@ def write_shards(folder, tokens, vocab_size):
 # ---- the trainer ----------------------------------------------------------------------------------------------------
 
 
+class State(NamedTuple):
+    """A part of a run in which all steps are alike."""
+
+    progress: float  # at its middle
+    share: float | None  # of the run; None: it depends on the speed of the machine
+    falling: float = 1.0  # what the warmdown multiplies learning rates by
+    rounded: bool = False  # late QAT
+
+
 class Session:
     """A training run of train_gpt.py, built and stepped as its train() does it. Only this class calls the trainer.
 
-    Relied on: Settings.parse, .text, .sha256, .loops and the fields replaced in __init__, warmup_steps,
-    enable_looping_at, train_batch_tokens, vocab_size, num_heads, head_dim, stages; Runtime(s) with .device .dtype
-    .world .choices .sync .throttle .close .device_name .peak_memory_mib; pick_attention(s, rt); Run(s, rt, out_dir,
-    attend); GPT(s, dtype, attend) with .blocks, .plan (the visits of a step, each with .block), .embed and .head (None:
-    tied); roles(module); Training(run, model) with .step .stage .objective .average.start() .enter(progress) .warm_up()
-    .step_loss(x, y, docs, weights); _train_step(run, training, progress, scale); _set_sdpa(*names).
+    Relied on: Settings.parse, .text, .sha256, .loops and the fields named here, .stages, .needs_reserve; warmdown();
+    Runtime(s) with .device .dtype .world .choices .sync .throttle .max .close .device_name .peak_memory_mib;
+    pick_attention(s, rt); Run(s, rt, out_dir, attend); GPT(s, dtype, attend) with .blocks, .plan (the visits of a step,
+    each with .block), .embed and .head (None: tied); roles(module); Training(run, model) with .step .stage .objective
+    .average.start() .enter(progress, falling) .warm_up() .step_loss(x, y, docs, weights) and .qat (None: no late QAT)
+    with .begun .switch(on), SCALE_REFRESH_STEPS; _train_step(run, training, progress, scale); _set_sdpa(*names).
     """
 
     @staticmethod
     def settings(args):
         """Settings of a command line (and the environment), as the trainer reads them."""
-        with trainer_errors():
-            return load_trainer().Settings.parse(args, os.environ)
+        return load_trainer().Settings.parse(args, os.environ)
+
+    @staticmethod
+    def rounded_from(s):
+        """Progress beyond which steps are on rounded weights, in millionths; 1: there are none. None: it depends on the
+        speed of the machine.
+        """
+        if not s.late_qat_threshold:
+            return 1.0
+        steps_unknown = s.warmdown_iters and s.max_wallclock_seconds
+        seconds_unknown = s.warmdown_seconds and s.needs_reserve and not s.gptq_reserve_seconds
+        if steps_unknown or seconds_unknown:
+            return None
+        reserve = s.gptq_reserve_seconds if s.needs_reserve else 0.0
+        seconds = max(s.max_wallclock_seconds - reserve, 0.0)
+        warmdown = load_trainer().warmdown
+
+        def is_rounded(millionths):
+            return warmdown(s, millionths / 1e6, s.iterations, seconds) < s.late_qat_threshold
+
+        return bisect.bisect_left(range(1_000_000), True, key=is_rounded) / 1e6
 
     @staticmethod
     def states(s):
-        """The states that a run goes through: {name: (progress at its middle, share of the run)}.
+        """The states that a run goes through: {name: State}.
 
-        A state is a stage of sequence length and batch, with depth recurrence "off" or "on". Several stages are
-        numbered, as in "on 2".
+        A state is a stage of sequence length and batch, with depth recurrence "off" or "on"; late QAT adds "qat".
+        Several stages are numbered, as in "on 2 qat".
         """
         stage_ends = [until for until, *_ in s.stages]
+        rounded_from = Session.rounded_from(s)
         edges = {0.0, *stage_ends}
         if s.loops:
             edges.add(s.enable_looping_at)
+        if rounded_from is not None:
+            edges.add(rounded_from)
         edges = sorted(edges)
         states = {}
         for begin, end in zip(edges, edges[1:]):
@@ -124,19 +134,27 @@ class Session:
             if len(stage_ends) > 1:
                 stages_before = sum(until <= begin for until in stage_ends)
                 name += f" {1 + stages_before}"
-            states[name] = ((begin + end) / 2, end - begin)
+            plain = State((begin + end) / 2, end - begin)
+            rounded = plain._replace(falling=s.late_qat_threshold / 2, rounded=True)
+            if rounded_from is None and end > 1 - s.late_qat_threshold:  # the warmdown is as long as the run at most
+                states[name] = plain._replace(share=None)
+                states[f"{name} qat"] = rounded._replace(share=None)
+            elif rounded_from is not None and begin >= rounded_from:
+                states[f"{name} qat"] = rounded
+            else:
+                states[name] = plain
         return states
 
-    def __init__(self, args, mode, state, folder):
-        """`state` is the name of the state to begin in (see states)."""
+    def __init__(self, args, mode, folder):
         s = self.settings(args)
         self.trainer = load_trainer()
-        self.progress = self.states(s)[state][0]
+        self.state = None
+        self.has_rounded = False  # late QAT has its scales
         self.shapes = []  # of the micro-batches of the last step
         self.docs = None  # document boundaries of the last micro-batch
         self.s = dataclasses.replace(
             s, data_path=str(folder), compile="on" if mode == "compiled" else "off", phases="all", artifact="",
-            resume="", checkpoint_every=0, train_log_every=2**62)
+            resume="", checkpoint_every=0, train_log_every=2**62, gptq_calibration="train", gptq_calibration_tokens=1)
         self.rt = None
 
     def build(self, folder):
@@ -158,12 +176,14 @@ class Session:
         self.docs = docs
         return loss(x, y, docs, weights)
 
-    def warm_up(self, steps):
-        """Compile as the trainer does, then take `steps` steps of the kind that is measured."""
+    def warm_up(self, states, steps):
+        """Compile as the trainer does, enter each of these states, and take `steps` steps of the last one."""
         if self.s.warmup_steps:
             self.training.warm_up()
         self.training.average.start()
         self.training.step = 10  # up to the tenth step the trainer logs every loss, which waits for the device
+        for state in states:
+            self.enter(state)
         for _ in range(steps):
             self.step()
         self.rt.sync()
@@ -172,11 +192,36 @@ class Session:
 
             torch.cuda.reset_peak_memory_stats(self.rt.device)
 
+    def enter(self, state):
+        """Be in a state, as train() is before each of its steps. Late QAT chooses its scales when it is first entered,
+        for which FIT=allocate calibrates; later they are left to refresh().
+        """
+        self.state = state
+        qat = self.training.qat
+        if qat:
+            later = state.rounded and self.has_rounded
+            qat.begun = self.training.step - 1 if later else None  # one step ago, which is not time for new scales
+            self.has_rounded |= state.rounded
+            if not state.rounded:
+                qat.switch(False)
+        self.training.enter(state.progress, state.falling)
+
+    @property
+    def steps_of_scales(self):
+        """Steps after which the scales of late QAT follow the weights; None: they stay."""
+        is_allocated = self.s.fit == "allocate"
+        return None if is_allocated or not self.state.rounded else self.trainer.SCALE_REFRESH_STEPS
+
+    def refresh(self):
+        """Let the scales of late QAT follow the weights."""
+        self.training.qat.begun = self.training.step
+        self.training.enter(self.state.progress, self.state.falling)
+
     def step(self):
         """One optimizer step; returns this rank's mean loss on its way to the CPU."""
         self.shapes.clear()
-        self.training.enter(self.progress)
-        _, loss = self.trainer._train_step(self.run, self.training, self.progress, 1.0)
+        self.enter(self.state)
+        _, loss = self.trainer._train_step(self.run, self.training, self.state.progress, 1.0)
         self.rt.throttle()
         return loss
 
@@ -255,26 +300,39 @@ def peak_flops(device, dtype, given):
 def time_steps(session, steps):
     """Take steps: (milliseconds of each, CPU milliseconds of each over all threads or None, last loss).
 
+    What late QAT does every few steps is measured apart: each step bears its part of it.
+    """
+    wall, cpu, loss = time_calls(session, session.step, steps)
+    if session.steps_of_scales:
+        once, cpu_once, _ = time_calls(session, session.refresh, 1)
+        wall = [ms + once[0] / session.steps_of_scales for ms in wall]
+        cpu = cpu and [ms + cpu_once[0] / session.steps_of_scales for ms in cpu]
+    return wall, cpu, loss.item()
+
+
+def time_calls(session, work, count):
+    """Call work() `count` times: (milliseconds of each, CPU milliseconds of each or None, what it returned last).
+
     On CUDA the times are between events in the queue, and the host runs ahead as it does in training. Its own CPU time
     says nothing there.
     """
     if session.rt.device.type == "cuda":
         import torch
 
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
         events[0].record()
         for event in events[1:]:
-            loss = session.step()
+            last = work()
             event.record()
         session.rt.sync()
-        return [begin.elapsed_time(end) for begin, end in zip(events, events[1:])], None, loss.item()
+        return [begin.elapsed_time(end) for begin, end in zip(events, events[1:])], None, last
     wall = [time.perf_counter()]
     cpu = [time.process_time()]
-    for _ in range(steps):
-        loss = session.step()
+    for _ in range(count):
+        last = work()
         wall.append(time.perf_counter())
         cpu.append(time.process_time())
-    return milliseconds(wall), milliseconds(cpu), loss.item()
+    return milliseconds(wall), milliseconds(cpu), last
 
 
 def milliseconds(marks):
@@ -292,11 +350,11 @@ def sdpa_backends():
 
 def measure_state(job):
     """The job of a row: steps of one state of a run."""
-    session = Session(job["settings"], job["mode"], job["looping"], job["folder"])
+    session = Session(job["settings"], job["mode"], job["folder"])
     with contextlib.closing(session):
         session.build(job["folder"])
         begin = time.perf_counter()
-        session.warm_up(job["warmup"])
+        session.warm_up([session.states(session.s)[job["state"]]], job["warmup"])
         warmup = time.perf_counter() - begin
         wall, cpu, loss = time_steps(session, job["steps"])
         return {
@@ -307,43 +365,47 @@ def measure_state(job):
             "warmup_seconds": warmup,
             "peak_memory_mib": session.rt.peak_memory_mib(),
             "loss": loss if math.isfinite(loss) else None,
-            **versions(),
         }
 
 
-def measure_pair(job):
-    """The job of a row of --against: steps of two runs in turn, so that whatever else the machine does meets both.
+def measure_block(job):
+    """The job of a block of --against: steps of two runs in turn, so that whatever else the machine does meets both.
 
-    "pairs" has (milliseconds of a reference step, of a step of the row), on a CPU of CPU time. The states of a run are
-    weighted by their shares.
+    "pairs" has (milliseconds of a reference step, of a step of the row). The states of a run are weighted by their
+    shares. job["first"]: the side that is built first, 0 for the reference or 1.
     """
+    words = job["against"], job["settings"]
+    sides = [None, None]
     with contextlib.ExitStack() as stack:
-        sides = []
-        for number, words in enumerate((job["against"], job["settings"])):
-            states = Session.states(Session.settings(words))
-            session = Session(words, job["mode"], next(iter(states)), job["folder"])
+        for side in (job["first"], 1 - job["first"]):
+            session = sides[side] = Session(words[side], job["mode"], job["folder"])
             stack.enter_context(contextlib.closing(session))
-            session.build(Path(job["folder"]) / str(number))
-            session.warm_up(0)
-            sides.append((session, list(states.values())))
+            session.build(Path(job["folder"]) / str(side))
+            session.warm_up(session.states(session.s).values(), 0)
         pairs = []
         for number in range(job["warmup"] + job["steps"]):
             pair = [None, None]
             for side in (0, 1) if number % 2 == 0 else (1, 0):
-                pair[side] = time_turn(*sides[side])
+                pair[side] = time_turn(sides[side])
             pairs.append(pair)
-        return {"facts": sides[1][0].facts(), "pairs": pairs[job["warmup"] :], **versions()}
+        return {"facts": sides[1].facts(), "pairs": pairs[job["warmup"] :]}
 
 
-def time_turn(session, states):
-    """Milliseconds of a step, the mean over the states of a run by their shares."""
+def time_turn(session):
+    """Milliseconds of a step, the mean over the states of a run by their shares. On a CPU they are CPU time; of several
+    ranks, which wait for each other, time of the clock.
+    """
+    rt = session.rt
     session.trainer._set_sdpa(*session.backends)
-    steps = 5 if session.rt.device.type == "cuda" else 1  # a GPU's queue must fill
+    steps = 5 if rt.device.type == "cuda" else 1  # a GPU's queue must fill
     total = 0.0
-    for progress_at_middle, share in states:
-        session.progress = progress_at_middle
+    for state in session.states(session.s).values():
+        session.enter(state)
+        if rt.world > 1:
+            rt.max(0)  # all ranks begin together
         wall, cpu, _ = time_steps(session, steps)
-        total += share * statistics.median(cpu or wall)
+        times = cpu if cpu and rt.world == 1 else wall
+        total += state.share * statistics.median(times)
     return total
 
 
@@ -361,23 +423,18 @@ def make_row(mode, looping, share, results, peak_tflops):
         return {**row, "error": errors[0]}
     first = results[0]
     facts = first["facts"]
-    ms, ms_least, ms_most = over_repeats([result["step_ms"] for result in results])
-    cpu_ms, cpu_least, cpu_most = None, None, None
-    if first["step_cpu_ms"] is not None:
-        cpu_ms, cpu_least, cpu_most = over_repeats([result["step_cpu_ms"] for result in results])
+    for key, name in (("step_ms", "ms"), ("step_cpu_ms", "cpu_ms")):
+        is_known = first[key] is not None
+        values = over_repeats([result[key] for result in results]) if is_known else (None, None, None)
+        row |= zip((f"{name}_per_step", f"{name}_min", f"{name}_max"), values)
     tokens = facts["tokens_per_step"]
-    flops_per_second = first["flops"] * tokens / (1e-3 * ms) / facts["world_size"]
+    tokens_per_second = tokens / (1e-3 * row["ms_per_step"])
+    flops_per_second = first["flops"] * tokens_per_second / facts["world_size"]
     peak = peak_flops(facts["device"], facts["dtype"], peak_tflops)
     per_repeat = ("step_ms", "step_cpu_ms", "warmup_seconds", "peak_memory_mib")
     return {
         **row,
-        "ms_per_step": ms,
-        "ms_min": ms_least,
-        "ms_max": ms_most,
-        "cpu_ms_per_step": cpu_ms,
-        "cpu_ms_min": cpu_least,
-        "cpu_ms_max": cpu_most,
-        "tokens_per_second": tokens / (1e-3 * ms),
+        "tokens_per_second": tokens_per_second,
         "peak_memory_mib": max(result["peak_memory_mib"] for result in results),
         "mflop_per_token": first["flops"] / 1e6,
         "tflop_per_step": first["flops"] * tokens / 1e12,
@@ -390,19 +447,20 @@ def make_row(mode, looping, share, results, peak_tflops):
 
 
 def make_pair_row(mode, results):
-    """A row for --against. Its ratio is the median of the pairs' ratios, with the quartiles around it."""
+    """A row for --against."""
     if errors := errors_of(results):
         return {"mode": mode, "error": errors[0]}
-    pairs = [pair for result in results for pair in result["pairs"]]
-    low, ratio, high = quartiles([ms / reference_ms for reference_ms, ms in pairs])
+    blocks = [result["pairs"] for result in results]
+    ratio = ratio_of_blocks(blocks)
+    reference_ms, ms = zip(*[pair for pairs in blocks for pair in pairs])
     return {
         "mode": mode,
-        "ms_per_step": statistics.median(ms for _, ms in pairs),
-        "against_ms_per_step": statistics.median(reference_ms for reference_ms, _ in pairs),
-        "ratio": ratio,
-        "ratio_low": low,
-        "ratio_high": high,
-        "pairs": pairs,
+        "ms_per_step": statistics.median(ms),
+        "against_ms_per_step": statistics.median(reference_ms),
+        "ratio": ratio.ratio,
+        "ratio_error": ratio.error if math.isfinite(ratio.error) else None,
+        "differs": differs(ratio),
+        "blocks": blocks,
     }
 
 
@@ -412,24 +470,24 @@ def make_pair_row(mode, results):
 def header(report):
     """Lines above the table: what was measured, where, and how to read it."""
     r = report
-    against = "against" in r
-    yield f"command   {r['command']}"
-    yield f"settings  {r['settings'] or '(default)'}"
-    if against:
+    yield from r.title()
+    if "against" in r:
         yield f"against   {r['against'] or '(default)'}"
-    measured = "device" in r
-    if measured:
-        yield (f"run       {r['world_size']} x {r['device']}, {r['dtype']}, attention {r['attention']}, "
-               f"torch {r['torch']}, {r['threads']} CPU thread(s), {commit_text(r)}")
+    if "device" in r:
+        yield f"run       {r['world_size']} x {r['device']}, {r['dtype']}, attention {r['attention']}, {r.software()}"
         yield (f"step      {r['parameters']:,} parameters, {r['tokens_per_step']:,} tokens in sequences of "
                f"{r['seq_len']:,}: {r['micro_batches']} micro-batch(es) of {r['micro_batch_tokens']:,} a rank")
-    if against:
-        yield (f"times     medians of {r['steps'] * r['repeats']} pairs of steps in turn, after {r['warmup']}; "
-               "on a CPU its time over all threads")
+    if "against" in r:
+        clock = "on a CPU its time over all threads" if r.get("world_size", 1) == 1 else "of the first rank's clock"
+        yield f"times     medians of pairs of steps in turn, {r['steps']} a block, after {r['warmup']}; {clock}"
+        yield ("ratio     mean of the blocks' medians, ± its standard error (number of blocks, each a process); told "
+               "from 1 at 95 %?")
         return
-    if measured and r["peak_tflops"]:
+    if any(row["share"] is None for row in r["rows"]):
+        yield "shares    when late QAT begins depends on this machine's speed: the shares of its states are unknown"
+    if r.get("peak_tflops"):
         yield f"MFU       matmuls and causal attention as a share of {r['peak_tflops']:g} TFLOP/s a device"
-    elif measured:
+    elif "device" in r:
         yield f"MFU       no peak is known for {r['dtype']} on this device; --peak-tflops gives one"
     steps = f"{r['steps']} steps"
     if r["repeats"] > 1:
@@ -437,52 +495,43 @@ def header(report):
     yield f"times     median (least-most) of {steps}, after {r['warmup']} warm-up steps"
 
 
-PAIR_COLUMNS = ("mode", "against ms/step", "ms/step", "ratio", "(middle half)")
-COLUMNS = ("mode", "looping", "ms/step", "(least-most)", "CPU ms/step", "tokens/s", "peak MiB", "MFLOP/token", "MFU",
-           "warm-up s")
+def ratio_text(row):
+    error = "?" if row["ratio_error"] is None else f"{row['ratio_error']:.3f}"
+    return f"{row['ratio']:.3f} ± {error} ({len(row['blocks'])})"
 
 
-def cells(row):
-    """The cells of a row; of a measurement that failed only its name."""
-    def show_value(key, form):
-        return "-" if row[key] is None else format(row[key], form)
-
-    if "pairs" in row:
-        return (
-            row["mode"],
-            f"{row['against_ms_per_step']:,.2f}",
-            f"{row['ms_per_step']:,.2f}",
-            f"{row['ratio']:.3f}",
-            f"({row['ratio_low']:.3f}-{row['ratio_high']:.3f})",
-        )
-    names = row["mode"], row.get("looping") or "-"
-    if "error" in row:
-        return names
-    return (
-        *names,
-        show_value("ms_per_step", ",.2f"),
-        f"({row['ms_min']:,.2f}-{row['ms_max']:,.2f})",
-        show_value("cpu_ms_per_step", ",.2f"),
-        show_value("tokens_per_second", ",.0f"),
-        show_value("peak_memory_mib", ",.0f"),
-        show_value("mflop_per_token", ",.4g"),
-        show_value("mfu", ".1%"),
-        show_value("warmup_seconds", ",.1f"),
-    )
+def verdict(row):
+    if row["ratio_error"] is None:
+        return "one block cannot tell"
+    return "differs" if row["differs"] else "cannot be told from 1"
 
 
-def table(rows):
-    """Aligned lines. A mode that failed has its error in place of numbers."""
-    columns = COLUMNS if "looping" in rows[0] else PAIR_COLUMNS
-    lines = [columns, *map(cells, rows)]
-    widths = []
-    for column in range(len(columns)):
-        widths.append(max((len(line[column]) for line in lines if column < len(line)), default=0))
-    for line, row in zip(lines, [{}, *rows]):
-        names = [f"{cell:<{width}}" for cell, width in zip(line[:2], widths)]
-        numbers = [f"{cell:>{width}}" for cell, width in zip(line[2:], widths[2:])]
-        error = [f"failed: {row['error']}"] if "error" in row else []
-        yield "  ".join([*names, *numbers, *error])
+PAIR_COLUMNS = (
+    Column("mode", "mode"),
+    Column("against ms/step", "against_ms_per_step", ",.2f"),
+    Column("ms/step", "ms_per_step", ",.2f"),
+    Column("ratio", ratio_text, ""),
+    Column("at 95 %", verdict, ""),
+)
+COLUMNS = (
+    Column("mode", "mode"),
+    Column("state", "looping"),
+    Column("ms/step", "ms_per_step", ",.2f"),
+    Column("(least-most)", lambda row: f"({row['ms_min']:,.2f}-{row['ms_max']:,.2f})", ""),
+    Column("CPU ms/step", "cpu_ms_per_step", ",.2f"),
+    Column("tokens/s", "tokens_per_second", ",.0f"),
+    Column("peak MiB", "peak_memory_mib", ",.0f"),
+    Column("MFLOP/token", "mflop_per_token", ",.4g"),
+    Column("MFU", "mfu", ".1%"),
+    Column("warm-up s", "warmup_seconds", ",.1f"),
+)
+
+
+def document(report):
+    """Lines of the report."""
+    yield from header(report)
+    yield ""
+    yield from aligned(PAIR_COLUMNS if "against" in report else COLUMNS, report["rows"])
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -499,76 +548,86 @@ def modes(text):
 
 
 def arguments(argv):
-    parser = Parser(prog="bench.py train", allow_abbrev=False, description="""Time the training step: loader, forward,
-        backward, optimizer and average, at the peak learning rate. Each mode runs in a process of its own; repeats
-        alternate between the modes.""", epilog="""On a CPU the times are wall clock and CPU time of all threads (other
-        processes disturb it less), and the peak memory is that of the whole process, the compiler's included; on CUDA
-        the times are of events in the device's queue, and the memory is what torch allocated after the warm-up. MFU
-        counts the FLOP of matmuls and causal attention; it needs bfloat16 on a known device, or --peak-tflops. The
-        seconds of warm-up are compilation from an empty cache (unless TORCHINDUCTOR_CACHE_DIR names one), the
-        WARMUP_STEPS of the settings and --warmup. Under torchrun one mode is measured a call.""")
+    parser = parser_of("train", """Time the training step: loader, forward, backward, optimizer and average, at the peak
+        learning rate. Each mode runs in a process of its own; repeats alternate between the modes.""", """On a CPU the
+        times are wall clock and CPU time of all threads (other processes disturb it less), and the peak memory is that
+        of the whole process, the compiler's included; on CUDA the times are of events in the device's queue, and the
+        memory is what torch allocated after the warm-up. MFU counts the FLOP of matmuls and causal attention; it needs
+        bfloat16 on a known device, or --peak-tflops. The seconds of warm-up are compilation from an empty cache (unless
+        TORCHINDUCTOR_CACHE_DIR names one), the WARMUP_STEPS of the settings, the calibration by which late QAT begins
+        (of one step's text), and --warmup. Under torchrun one mode is measured a call, and with --against one block,
+        on all ranks together.""")
     add = parser.add_argument
     add("settings", nargs="*", metavar="@FILE|KEY=VALUE", help="settings of train_gpt.py; a FILE may be a folder "
         "of records/ (DATA_PATH and OUT_DIR have no effect; in place of COMPILE there is --modes)")
     add("--modes", type=modes, default=list(MODES), help="eager, compiled or eager,compiled (default)")
     add("--looping", choices=("on", "off", "both"), default="both",
         help="depth recurrence on, off, or both where a run has both (default); each stage of TRAIN_SEQ_SCHEDULE and "
-        "TRAIN_BATCH_SCHEDULE is a row")
+        "TRAIN_BATCH_SCHEDULE is a row, and so is what late QAT trains on rounded weights (qat)")
+    add("--states", metavar="NAME,...", help="rows by their names, as in off,on 2 qat (default: all)")
     add("--against", nargs="*", metavar="@FILE|KEY=VALUE", help="settings of a reference, whose steps are taken in "
-        "turn with those of the settings, in one process: the ratio of the two is far steadier than either")
-    add("--steps", type=whole(1), default=20, metavar="N", help="steps measured in each repeat (default: 20)")
-    add("--warmup", type=whole(0), default=3, metavar="N", help="steps before them (default: 3)")
-    add("--repeats", type=whole(1), default=1, metavar="N", help="processes for each mode (default: 1)")
+        "turn with those of the settings, in one process: the ratio of the two is far steadier than either. Several "
+        "processes, in which the one or the other is built first, say how steady")
+    add("--steps", type=whole(1), metavar="N", help="steps measured in each repeat (default: 20, with --against 8)")
+    add("--warmup", type=whole(0), metavar="N", help="steps before them (default: 3, with --against 1)")
+    add("--repeats", type=whole(1), metavar="N", help="processes for each mode (default: 1, with --against 5)")
     add("--peak-tflops", type=positive, metavar="X", help="peak TFLOP/s of one device, for MFU")
-    add("--json", type=Path, metavar="FILE", help="write the result as JSON")
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    is_pair = args.against is not None
+    args.steps = args.steps or (8 if is_pair else 20)
+    args.repeats = args.repeats or (5 if is_pair and world_size() == 1 else 1)
+    if args.warmup is None:
+        args.warmup = 1 if is_pair else 3
+    return args
 
 
-def list_jobs(args, s, world):
-    """(mode, state) of each row."""
-    if args.against is not None:
-        if world > 1:
-            raise BadInput("--against compares whole runs in one process: leave out torchrun")
-        if args.looping != "both":
-            raise BadInput("--against compares whole runs in one process: leave out --looping")
-        return [(mode, "run") for mode in args.modes]
-    states = [state for state in Session.states(s) if args.looping in ("both", looping_of(state))]
-    if not states:
-        never = "have no depth recurrence" if args.looping == "on" else "loop from the first step"
-        raise BadInput(f"--looping {args.looping}: these settings {never}; leave --looping out")
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def list_jobs(args, s):
+    """(mode, state) of each row; of --against the state is "both"."""
+    if args.against is None:
+        states = list(Session.states(s))
+        if args.states:
+            states = names_of("--states", states)(args.states)
+        states = [state for state in states if args.looping in ("both", looping_of(state))]
+        if not states:
+            never = "have no depth recurrence" if args.looping == "on" else "loop from the first step"
+            raise BadInput(f"--looping {args.looping}: these settings {never}; leave --looping out")
+    else:
+        check_pair(args, s)
+        states = ["both"]
     jobs = [(mode, state) for state in states for mode in args.modes]
-    if world > 1 and len(jobs) * args.repeats > 1:
+    if world_size() > 1 and len(jobs) * args.repeats > 1:
         choices = ["--modes compiled (or eager)"]
-        if len({looping_of(state) for state in states}) > 1:
-            choices.append("--looping on (or off)")
+        if len(states) > 1:
+            choices.append("--states " + " or ".join(map(shlex.quote, states)))
         if args.repeats > 1:
             choices.append("--repeats 1")
         raise BadInput(f"torchrun measures one thing a call: choose with {' '.join(choices)}")
     return jobs
 
 
+def check_pair(args, s):
+    """BadInput for two sides that cannot be compared."""
+    for option, is_given in (("--looping", args.looping != "both"), ("--states", args.states)):
+        if is_given:
+            raise BadInput(f"--against compares whole runs in one process: leave out {option}")
+    reference = Session.settings(args.against)
+    if world_size() > 1 and s.device != reference.device:
+        raise BadInput(f"DEVICE={s.device} --against DEVICE={reference.device}: ranks talk by one backend; give both "
+                       "the same DEVICE")
+    for side in (s, reference):
+        if Session.rounded_from(side) is None:
+            raise BadInput("--against weighs steps by their share of the run, and when late QAT begins depends on this "
+                           "machine's speed; give WARMDOWN_FRAC in place of WARMDOWN_ITERS or WARMDOWN_SECONDS, or "
+                           "ITERATIONS with MAX_WALLCLOCK_SECONDS=0")
+
+
 def looping_of(state):
     """"on" or "off", from the name of a state."""
     return state.split()[0]
-
-
-def measure_jobs(args, s, jobs, world):
-    """{(mode, state): [result of each repeat]}. Repeats alternate between the jobs: A B A B."""
-    results = {job: [] for job in jobs}
-    with tempfile.TemporaryDirectory(prefix="bench_") as folder:
-        write_data(args, s, folder)
-        for repeat in range(args.repeats):
-            for mode, state in jobs:
-                if errors_of(results[mode, state]):
-                    continue
-                if world == 1:
-                    what = f"looping {state}" if args.against is None else "both in turn"
-                    progress(f"measuring {mode}, {what}, repeat {repeat + 1} of {args.repeats}")
-                result = measure_job(args, mode, state, folder, world)
-                if "bad_input" in result:
-                    raise BadInput(result["bad_input"])
-                results[mode, state].append(result)
-    return results
 
 
 def write_data(args, s, folder):
@@ -584,20 +643,24 @@ def write_data(args, s, folder):
         raise BadInput(f"{folder}: {error.strerror}; name a folder with more room as TMPDIR") from None
 
 
-def measure_job(args, mode, state, folder, world):
-    """The result of one repeat of one job: in a process of its own, or on the ranks of torchrun in this one."""
+def measure_job(args, folder, job, repeat):
+    """The result of one repeat of a (mode, state): in a process of its own, or on the ranks of torchrun in this one."""
+    mode, state = job
     job = {
         "settings": args.settings,
         "against": args.against,
         "mode": mode,
-        "looping": state,
+        "state": state,
+        "first": repeat % 2,
         "folder": folder,
         "steps": args.steps,
         "warmup": args.warmup,
     }
-    work = measure_state if args.against is None else measure_pair
-    if world > 1:
+    work = measure_state if args.against is None else measure_block
+    if world_size() > 1:
         return measure(work, job)
+    what = f"state {state}" if args.against is None else "both in turn"
+    progress(f"measuring {mode}, {what}, repeat {repeat + 1} of {args.repeats}")
     # A cache for each job: the first repeat compiles from nothing, the later ones do not compile again.
     return measure_apart(work, job, {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache_{mode}_{state}"})
 
@@ -605,15 +668,28 @@ def measure_job(args, mode, state, folder, world):
 def run(args, argv):
     """`bench.py train`; returns the exit code."""
     s = Session.settings(args.settings)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    jobs = list_jobs(args, s, world)
-    results = measure_jobs(args, s, jobs, world)
-    rows = make_rows(args, s, results)
-    if os.environ.get("RANK", "0") == "0":
-        report = make_report(args, argv, s, results, rows)
-        write_json(args.json, report)
-        print("\n".join([*header(report), "", *table(rows)]), flush=True)
-    return int(any("error" in row for row in rows))
+    jobs = list_jobs(args, s)
+    facts = {name: getattr(args, name) for name in ("steps", "warmup", "repeats")}
+    if args.against is not None:
+        facts["against"] = Session.settings(args.against).text()
+    is_first_rank = os.environ.get("RANK", "0") == "0"
+    report = Report("train", args, argv, document, s.text(), quiet=not is_first_rank, settings_hash=s.sha256(), **facts)
+    with report, tempfile.TemporaryDirectory(prefix="bench_") as folder:
+        write_data(args, s, folder)
+        for results in in_turn(jobs, args.repeats, partial(measure_job, args, folder)):
+            report.update(facts_of(results, args.peak_tflops))
+            report.keep(make_rows(args, s, results))
+    return report.code
+
+
+def facts_of(results, peak_tflops):
+    """What all rows of a report share, from the first job that was measured."""
+    measured = [repeats[0]["facts"] for repeats in results.values() if "error" not in repeats[0]]
+    if not measured:
+        return {}
+    facts = measured[0]
+    peak = peak_flops(facts["device"], facts["dtype"], peak_tflops)
+    return {**facts, "peak_tflops": peak and peak / 1e12}
 
 
 def make_rows(args, s, results):
@@ -623,31 +699,5 @@ def make_rows(args, s, results):
     rows = []
     for (mode, state), repeats in results.items():
         looping = state if len(states) > 1 else None
-        _, share = states[state]
-        rows.append(make_row(mode, looping, share, repeats, args.peak_tflops))
+        rows.append(make_row(mode, looping, states[state].share, repeats, args.peak_tflops))
     return rows
-
-
-def make_report(args, argv, s, results, rows):
-    """What --json writes and the console shows."""
-    report = {
-        "command": command_line("train", argv),
-        "settings": s.text(),
-        "settings_hash": s.sha256(),
-        **commit(),
-        "steps": args.steps,
-        "warmup": args.warmup,
-        "repeats": args.repeats,
-    }
-    if args.against is not None:
-        report["against"] = Session.settings(args.against).text()
-    measured = [repeats[0] for repeats in results.values() if "error" not in repeats[0]]
-    if measured:
-        facts = measured[0]["facts"]
-        peak = peak_flops(facts["device"], facts["dtype"], args.peak_tflops)
-        report |= facts
-        report["torch"] = measured[0]["torch"]
-        report["threads"] = measured[0]["threads"]
-        report["peak_tflops"] = peak and peak / 1e12
-    report["rows"] = rows
-    return report

@@ -1,16 +1,12 @@
 """Measures four published scores that are no code length, next to what is left of each when it is made one.
 
-    python tools/bench.py validity                            trains the demo for a minute or two, then scores it
-    python tools/bench.py validity DATA_PATH=data/datasets/mine --steps 1000
-    python tools/bench.py validity logs/raw/model.pg @records/small.env --json validity.json
-
 Without an ARTIFACT the model is that of records/small.env, trained for a number of steps, not of seconds, so that a
 machine trains the same one again, and kept as float16; with one nothing is trained. It is packed as the settings say,
 which makes the artifact that all rows score; TTT=prequant trains the weights on the validation text first and packs
 them then. (An ARTIFACT whose weights are rounded already is scored as it is, and has no such row.)
 
 Every row is a few settings of train_gpt.py, run by its own functions with its own ledger and self-tests, so that
-ALLOW_INVALID=1 and those settings give the same score in any run. `bench.py validity --help` has the options.
+ALLOW_INVALID=1 and those settings give the same score in any run.
 """
 
 import contextlib
@@ -26,9 +22,9 @@ from typing import NamedTuple
 from unittest import mock
 
 from benchmarks.evaluation import Scoring, facts, scaled_line
-from benchmarks.harness import command_line, commit_text, markdown, progress, show, write_json
+from benchmarks.reports import Column, Report, add_val_tokens, markdown, parser_of, progress
 from benchmarks.weights import CODEC, collect_curvature
-from common import ROOT, BadInput, Parser, load_trainer, names_of, whole
+from common import ROOT, BadInput, load_trainer, names_of, whole
 
 DEMO = f"@{ROOT / 'records/small.env'}"
 RAW = ("PHASES=train", "FIT=off", "MATRIX_QUANT=rtn", "MATRIX_BITS=16", "EMBED_QUANT=rtn", "EMBED_BITS=16",
@@ -182,7 +178,7 @@ class Demonstration(Scoring):
             s = dataclasses.replace(s, eval_batch_seqs=min(s.eval_batch_seqs, rows))
         run = self.start(s)
         path = self.artifact(run)
-        model = trainer.load_artifact(path, s, rt.dtype, self.attend, rt.device)[1]
+        model = self.load_model(path, s)
         with self.dividing() if variant.divided else contextlib.nullcontext():
             predictor, reader = self.begin(run, model)
             if rt.compiled:
@@ -217,41 +213,39 @@ class Demonstration(Scoring):
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 
-COLUMNS = ("of", "what", "BPB", "change", "mean sum", "tests that fail", "valid", "condition broken", "seconds")
-TEXT = ("of", "what", "tests that fail", "valid", "condition broken")
+def columns(alone):
+    """The columns of the table; `alone` is the row of the model alone."""
+    def change(row):
+        return "" if row is alone else f"{row['bpb'] - alone['bpb']:+.4f}"
 
+    def mean_sum(row):
+        return 1.0 if row["worst_log_sum"] < 1e-3 else row["mean_sum"]
 
-def line(row, alone):
-    """The cells of a row; `alone` is the row of the model alone."""
-    if "skipped" in row:
-        return f"#{row['study']}", row["what"], row["skipped"]
-    tests = ", ".join(f"{name} ({row['selftest'][name]:.2g})" for name in row["failed"])
-    mean_sum = 1.0 if row["worst_log_sum"] < 1e-3 else row["mean_sum"]
+    def tests(row):
+        return ", ".join(f"{name} ({row['selftest'][name]:.2g})" for name in row["failed"]) or "none"
+
     return (
-        f"#{row['study']}" if row["study"] else "",
-        row["what"],
-        show(row["bpb"], ".4f"),
-        "" if row is alone else show(row["bpb"] - alone["bpb"], "+.4f"),
-        show(mean_sum, ".4g"),
-        tests or "none",
-        f"valid:{row['valid']}",
-        row["reasons"][0] if row["reasons"] else "",
-        show(row["seconds"], ",.0f"),
+        Column("of", lambda row: f"#{row['study']}" if row["study"] else ""),
+        Column("what", "what"),
+        Column("BPB", "bpb", ".4f"),
+        Column("change", change, ""),
+        Column("mean sum", mean_sum, ".4g"),
+        Column("tests that fail", tests),
+        Column("valid", lambda row: f"valid:{row['valid']}"),
+        Column("condition broken", lambda row: row["reasons"][0] if row["reasons"] else ""),
+        Column("seconds", "seconds", ",.0f"),
     )
 
 
 def document(report):
     """Lines of the report."""
     r = report
-    yield f"command   {r['command']}"
-    yield f"settings  {r['settings'] or '(default)'}"
-    yield (f"weights   {r['parameters']:,} parameters, {r['weights']}; on {r['device']}, {r['dtype']}, "
-           f"torch {r['torch']}, {r['threads']} CPU thread(s), {commit_text(r)}")
+    yield from r.title()
+    yield f"weights   {r['parameters']:,} parameters, {r['weights']}; on {r['device']}, {r['dtype']}, {r.software()}"
     yield (f"text      {r['tokens']:,} targets, {r['bytes']:,} bytes, {r['documents']} documents of {r['data']}, in "
            f"windows of {r['eval_seq_len']:,}, {r['eval_stride'] or r['eval_seq_len']:,} apart; seed {r['seed']}")
     yield scaled_line(r) + "\n"
-    alone = r["rows"][0]
-    yield from markdown(COLUMNS, TEXT, (line(row, alone) for row in r["rows"]))
+    yield from markdown(columns(r["rows"][0]), r["rows"])
     yield ("\nmean sum: of the \"probabilities\" of all tokens, over all targets. Tests: flip, prefix and sum of "
            "#1017, off by (...).\n")
     for row in r["rows"]:
@@ -263,20 +257,18 @@ def document(report):
 
 
 def arguments(argv):
-    parser = Parser(prog="bench.py validity", allow_abbrev=False, description="""Score one artifact in ways that were
-        published and are no code length, and in the nearest ways that are one.""", epilog=f"""Studies:
-        {', '.join(STUDIES)}, the numbers of pull requests, each technique on its own and by the settings of its run.
-        Scaled to the text: #1033's tables have the original's {LOAD:.1f} increments a bucket in the end; gradient steps
-        before scoring are as many an epoch as #518's, {STEPS_518}, with {EPOCHS_518} epochs in place of its 50; parts
-        are 1 / 32 of the text.""")
+    parser = parser_of("validity", """Score one artifact in ways that were published and are no code length, and in the
+        nearest ways that are one.""", f"""Studies: {', '.join(STUDIES)}, the numbers of pull requests, each technique
+        on its own and by the settings of its run. Scaled to the text: #1033's tables have the original's {LOAD:.1f}
+        increments a bucket in the end; gradient steps before scoring are as many an epoch as #518's, {STEPS_518}, with
+        {EPOCHS_518} epochs in place of its 50; parts are 1 / 32 of the text.""")
     add = parser.add_argument
     add("words", nargs="*", metavar="ARTIFACT|@FILE|KEY=VALUE", help="an artifact of float16 weights, which is not "
         "trained any more (default: train records/small.env); settings of train_gpt.py")
     add("--studies", type=names_of("--studies", STUDIES), default=list(STUDIES), metavar="NAME,...",
         help="default: all")
     add("--steps", type=whole(1), default=400, metavar="N", help="training steps without an artifact (default: 400)")
-    add("--val-tokens", type=whole(1), default=65536, metavar="N", help="validation tokens (default: 65536)")
-    add("--json", type=Path, metavar="FILE", help="write the result as JSON, anew after each row")
+    add_val_tokens(parser)
     return parser.parse_intermixed_args(argv)
 
 
@@ -306,30 +298,22 @@ def run(args, argv):
             facts_of_weights = {"weights": f"trained for {args.steps} steps", "artifact": None}
         progress("packing")
         demonstration = Demonstration(path, words, folder)
-        report = {
-            "command": command_line("validity", argv),
-            **facts(demonstration),
-            **facts_of_weights,
-            "eval_stride": demonstration.settings("").eval_stride,
-            "rows": [],
-        }
-        score_all(demonstration, report, args)
-    print("\n".join(document(report)), flush=True)
-    return 0
+        report = Report("validity", args, argv, document, **facts(demonstration) | facts_of_weights,
+                        eval_stride=demonstration.settings("").eval_stride)
+        with report:
+            score_all(demonstration, report, args)
+    return report.code
 
 
 def score_all(demonstration, report, args):
     """Score the model alone and the variants of all studies into the report."""
-    rows = report["rows"]
-    rows.append(score_variant(demonstration, "", ALONE))
-    write_json(args.json, report)
+    report.add(score_variant(demonstration, "", ALONE))
     for study in args.studies:
         for variant in STUDIES[study]:
             row = score_variant(demonstration, study, variant)
             if variant.divided:  # the sum is that of the variant before it, which is divided here
-                rows[-1]["mean_sum"] = row.pop("mean_sum")
-            rows.append(row)
-            write_json(args.json, report)
+                report["rows"][-1]["mean_sum"] = row.pop("mean_sum")
+            report.add(row)
 
 
 def score_variant(demonstration, study, variant):

@@ -21,45 +21,67 @@ CODEC = 2  # place of the codec in a row of an artifact's table of tensors
 # ---- of an artifact -------------------------------------------------------------------------------------------------
 
 
-class Subject:
-    """The weights under test and everything that is decided about them. Outside of the containers, only this class,
-    Loaded and collect_curvature() call the trainer.
+class Artifact:
+    """An artifact with the settings and the text that it is used with.
 
-    Relied on: Settings.parse, .text and the fields of packing; read_artifact, artifact_settings, load_artifact,
-    model_fields; Runtime, pick_attention; find_shards, TokenStream(paths, s, rt).next(); CurvatureMeter(model) with
-    .observe(x, y) .tokens .curvature(rt); Quantiser(model, s, curvature) with .encode(spacing) .spacing_for(bytes)
-    .quantised .stores and .groups (rewritten where each tensor has its own clip) and .factors (shared between settings:
-    most of its time); pack().buffers; load_tokenizer, load_validation, ModelPredictor, contiguous_reader, score,
+    Relied on: Settings.parse; read_artifact, artifact_settings, load_artifact; Runtime, pick_attention; load_tokenizer,
+    load_validation.
+    """
+
+    def __init__(self, path, words):
+        trainer = self.trainer = load_trainer()
+        self.path = str(path)
+        self.words = words
+        self.header = trainer.read_artifact(path)[0]
+        self.parameters = sum(math.prod(shape) for _, shape, *_ in self.header["tensors"])
+        self.s = self.plain_settings()
+        self.rt = trainer.Runtime(self.s)
+        self.attend = trainer.pick_attention(self.s, self.rt)
+        self.val = None
+
+    def plain_settings(self, text=""):
+        """Settings of the command line, then of a row, with the artifact's model."""
+        s = self.trainer.Settings.parse([*self.words, *text.split()], os.environ)
+        return self.trainer.artifact_settings(self.path, self.header, s)
+
+    def load_model(self, path, s):
+        return self.trainer.load_artifact(path, s, self.rt.dtype, self.attend, self.rt.device)[1]
+
+    def load_text(self):
+        """The validation text; the tokenizer must be the artifact's."""
+        sp, _, self.digest = self.trainer.load_tokenizer(self.s)
+        if self.header["tokenizer_sha256"] not in ("", self.digest):
+            raise BadInput(f"{self.path} was trained with another tokenizer; set DATA_PATH or TOKENIZER_PATH")
+        self.val = self.trainer.load_validation(self.s, self.rt, sp)
+
+
+class Subject(Artifact):
+    """The weights under test and everything that is decided about them. Outside of the containers, only this class,
+    its base, Loaded and collect_curvature() call the trainer.
+
+    Relied on: Settings.text and the fields of packing; model_fields; find_shards, TokenStream(paths, s, rt).next();
+    CurvatureMeter(model) with .observe(x, y) .tokens .curvature(rt); Quantiser(model, s, curvature) with
+    .encode(spacing) .spacing_for(bytes) .quantised .stores and .groups (rewritten where each tensor has its own clip)
+    and .factors (shared between settings: most of its time); pack().buffers; ModelPredictor, contiguous_reader, score,
     Validity; of Loaded: row_scales, round_to_grid. The containers: Encoded, tensor_entries, stream_layout,
     pack_stream, code_groups, decode_codes, decompress, _unplanes, _kind, COMPRESSORS.
     """
 
     def __init__(self, path, words):
-        trainer = self.trainer = load_trainer()
-        self.path = path
-        self.words = words
-        self.header = trainer.read_artifact(path)[0]
+        super().__init__(path, words)
         self.bytes = Path(path).stat().st_size
-        self.s = self.settings()
         for row in self.header["tensors"]:
             if row[CODEC] != "float16":
                 raise BadInput(f"{path}: {row[0]} is not float16 but {row[CODEC]}; make the artifact with FIT=off "
                                "MATRIX_BITS=16 EMBED_BITS=16")
-        self.rt = trainer.Runtime(self.s)
-        self.attend = trainer.pick_attention(self.s, self.rt)
-        self.model = trainer.load_artifact(path, self.s, self.rt.dtype, self.attend, self.rt.device)[1]
+        self.model = self.load_model(path, self.s)
         self.raw = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.shapes = {name: tuple(p.shape) for name, p in self.raw.items()}
-        self.parameters = sum(p.numel() for p in self.raw.values())
         self.factors = {}
         self.curvature = None
-        self.val = None
         self.raw_predictions = None
 
-    def settings(self, text=""):
-        """Settings of the command line, then of a row, with the artifact's model."""
-        s = self.trainer.Settings.parse([*self.words, *text.split()], os.environ)
-        return self.trainer.artifact_settings(self.path, self.header, s)
+    settings = Artifact.plain_settings
 
     def calibrate(self, tokens):
         """Collect curvature from at least `tokens` tokens of the training stream; returns (tokens, seconds)."""
@@ -117,13 +139,6 @@ class Subject:
         felt = sum(error for _, error in errors)
         norm = sum(self.raw[name].double().square().sum().item() for name in self.curvature)
         return squared / norm, felt
-
-    def load_text(self):
-        """The validation text; the tokenizer must be the artifact's."""
-        sp, _, digest = self.trainer.load_tokenizer(self.s)
-        if self.header["tokenizer_sha256"] not in ("", digest):
-            raise BadInput(f"{self.path} was trained with another tokenizer; set DATA_PATH or TOKENIZER_PATH")
-        self.val = self.trainer.load_validation(self.s, self.rt, sp)
 
     def score(self, model):
         """Score of a model on the validation text, in windows of EVAL_SEQ_LEN side by side."""
