@@ -288,7 +288,7 @@ def test_plan_at_equal_steps(lab, capsys):
     assert line.endswith("| -0.4% | yes |")  # 506 bytes, not 508
     assert "small-scale" in out and "8xH100" in out and "7, 8, 9" in out and "100 training tokens" in out
     assert f"python tools/sweep.py {plan} MUON_WD=0.1 --steps 50" in out and "equal time" not in out
-    assert "102,400 tokens" in out and "1024.00 epochs" in out and f"torch {result['machine']['torch']}" in out
+    assert "102,400 tokens" in out and "1024.00 epochs" in out and f"torch {result['torch']}" in out
 
 
 def test_grid_prints_absolute_scores(lab, capsys):
@@ -449,7 +449,7 @@ def test_finished_runs_are_used_again_and_only_those(lab, capsys):
 
 def test_jobs_share_the_cores(lab, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(sweep, "cores", lambda: 8)
+    monkeypatch.setattr(sweep, "machine", lambda: {"cpu": "a CPU", "cores": 8})
     code, result = lab.call("MATRIX_LR=1,2,3,4", "--steps", 5, "--seeds", "3", "--jobs", 3)
     assert code == 0 and result["threads"] == "2" and {call[1] for call in lab.calls()} == {"2"}
 

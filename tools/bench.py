@@ -33,9 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and PYTHON
 
 from benchmarks import evaluation, packing, training, validity
 from benchmarks.harness import run_job
-from benchmarks.reports import check_json
 from benchmarks.training import write_shards
-from common import BadInput, exit_code, trainer_errors
+from common import BadInput, check_output, exit_code, trainer_errors
 
 __all__ = ["main", "write_shards"]  # the synthetic shards serve who counts a step by other means, too
 
@@ -61,7 +60,7 @@ def command(argv):
         raise BadInput(f"{argv[0]!r} is no command; {known}")
     module, words = COMMANDS[argv[0]], argv[1:]
     args = module.arguments(words)
-    check_json(args.json)
+    check_output("--json", args.json)
     with trainer_errors():
         return module.run(args, words)
 

@@ -116,6 +116,15 @@ def names_of(option, known, none=False):
 # ---- what a command writes ------------------------------------------------------------------------------------------
 
 
+def check_output(option, path):
+    """BadInput before anything is done, if the file that an option names cannot be written."""
+    if path is None:
+        return
+    is_special = path.exists() and not path.is_file()  # a folder, a device
+    if is_special or not os.access(path.absolute().parent, os.W_OK):
+        raise BadInput(f"{option} {path} cannot be written; name a file in a folder that exists")
+
+
 def write(path, data):
     """Write a file of these bytes: afterwards it is complete, or as it was. BadInput if it cannot be written."""
     part = None
@@ -213,7 +222,7 @@ def quartiles(values):
     return lower, statistics.median(values), upper
 
 
-# ---- git and the trainer --------------------------------------------------------------------------------------------
+# ---- the machine, git and the trainer -------------------------------------------------------------------------------
 
 
 def git(*words):
@@ -223,6 +232,22 @@ def git(*words):
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def commit():
+    """The commit of the repository and the number of files that were changed since; "none" and 0 outside of one."""
+    changed_files = len(git("status", "--porcelain").splitlines())
+    return {"commit": git("rev-parse", "--short=12", "HEAD") or "none", "changed_files": changed_files}
+
+
+def machine():
+    """What a time depends on, apart from the software and the GPU."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists() and (model := re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)):
+        cpu = model[1]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": cpu, "cores": cores, "python": platform.python_version(), "system": platform.platform()}
 
 
 def load_trainer():

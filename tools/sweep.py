@@ -44,15 +44,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for train_gpt.py
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and PYTHONSAFEPATH leave it out
 
 import torch
-from rich.console import Console
 
-from common import ROOT, BadInput, print_errors, stop_printing, write
-from sweeps.outcome import collect, commit, cores, machine, scores
+from common import (
+    ROOT,
+    BadInput,
+    check_output,
+    commit,
+    machine,
+    positive,
+    print_errors,
+    stop_printing,
+    whole,
+    write,
+)
+from sweeps.outcome import collect, scores
 from sweeps.plan import BASE, make_plan, resolve
 from sweeps.progress import Times, duration, follow, say
 from sweeps.runs import Runs
 from sweeps.search import Search
-from sweeps.table import FORMATS, markdown, print_aligned, write_table
+from sweeps.table import FORMATS, for_terminal, markdown, write_table
 from sweeps.timing import Stopwatch, steps_in_equal_time
 from sweeps.work import Stop, Task, workers_here, workers_on_cluster
 
@@ -91,7 +101,7 @@ class Place:
         groups = [{}] * (args.jobs or 1) if self.device == "cpu" or on_nodes else self._gpu_groups(args)
         threads = os.environ.get("OMP_NUM_THREADS")
         if not threads and not on_nodes:
-            threads = str(max(1, cores() // (len(groups) * self.ranks)))
+            threads = str(max(1, machine()["cores"] // (len(groups) * self.ranks)))
         self.threads = threads or "as many as the node has"
         self.slots = [group | ({"OMP_NUM_THREADS": threads} if threads else {}) for group in groups]
 
@@ -174,8 +184,8 @@ class Sweep:
         self.speeds = {}
         self.about = {
             "command": shlex.join(["python", "tools/sweep.py", *argv]), "jobs": len(self.place.slots),
-            "threads": self.place.threads, "ranks": self.place.ranks, "machine": machine(self.place.device),
-            "commit": commit(), "timing": None,
+            "threads": self.place.threads, "ranks": self.place.ranks, "timing": None,
+            "torch": torch.__version__, "machine": machine(), **commit(),
         }
         self.stopwatch = None
         if "time" in plan.matches:
@@ -270,12 +280,6 @@ def default_name(args, plan):
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
-def natural(text):
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
 def seed_list(text):
     seeds = text.split(",")
     if not all(seed.isdecimal() for seed in seeds) or len(set(map(int, seeds))) < len(seeds):
@@ -298,16 +302,6 @@ def table_file(text):
     return path
 
 
-def above_zero(text):
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
-
-
 def arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -318,12 +312,12 @@ def arguments(argv):
         "that it turns on is a row, turned off")
     add("--only", metavar="ROW", action="append", default=[], help="this row and what it is compared with; repeatable")
     add("--seeds", type=seed_list, default=[1337, 42], metavar="A,B", help="default: 1337,42")
-    add("--steps", type=natural, metavar="N", help="steps of a run (default: ITERATIONS of the base)")
+    add("--steps", type=whole(1), metavar="N", help="steps of a run (default: ITERATIONS of the base)")
     add("--match", choices=["steps", "time", "both"], help="default: both for a plan, steps for a grid")
-    add("--trials", type=natural, metavar="N", default=0, help="points that Optuna may try of a range KEY=LOW..HIGH")
-    add("--jobs", type=natural, metavar="J", help="runs at once (default: as many as there are GPUs for, 1 on a CPU, "
+    add("--trials", type=whole(1), metavar="N", default=0, help="points that Optuna may try of a range KEY=LOW..HIGH")
+    add("--jobs", type=whole(1), metavar="J", help="runs at once (default: as many as there are GPUs for, 1 on a CPU, "
         "where they share the cores unless OMP_NUM_THREADS says how many threads each has)")
-    add("--gpus-per-run", type=natural, metavar="G", help="GPUs of a run, by torchrun where more than 1 (default: 1); "
+    add("--gpus-per-run", type=whole(1), metavar="G", help="GPUs of a run, by torchrun where more than 1 (default: 1); "
         "on a CPU its processes")
     add("--cluster", choices=["slurm", "local"], help="make the runs in --jobs jobs of submitit")
     add("--cluster-option", metavar="NAME=VALUE", action="append", default=[],
@@ -331,7 +325,7 @@ def arguments(argv):
     add("--device-name", metavar="NAME", help="the GPU of the nodes, where this machine has none")
     add("--wait", action="store_true", help="wait for runs that another command makes, too")
     add("--retry", action="store_true", help="try runs again that failed")
-    add("--stop-worse", type=above_zero, metavar="BPB", help="stop a run whose validation is worse by this than the "
+    add("--stop-worse", type=positive, metavar="BPB", help="stop a run whose validation is worse by this than the "
         "base's at the same step")
     add("--time-limit", type=time_span, metavar="TIME", help="90s, 30m or 4h: then nothing is begun, and runs save "
         "what they have; in a cluster the time of a job (default there: 24h)")
@@ -341,22 +335,14 @@ def arguments(argv):
     add("--table", type=table_file, metavar="FILE", action="append", default=[],
         help=f"write the table here, too, as runs end: {' '.join(FORMATS)}; repeatable")
     add("--json", type=Path, metavar="FILE", help="write everything here, as runs end")
-    add("--bench-blocks", type=natural, default=5, metavar="B", help="processes of a measurement of times (5)")
-    add("--bench-steps", type=natural, default=8, metavar="K", help="pairs of steps in each of them (8)")
+    add("--bench-blocks", type=whole(1), default=5, metavar="B", help="processes of a measurement of times (5)")
+    add("--bench-steps", type=whole(1), default=8, metavar="K", help="pairs of steps in each of them (8)")
     args = parser.parse_intermixed_args(argv)
     if not args.words and not args.ablate:
         parser.error("a plan, a grid or --ablate is missing")
     if not all("=" in option for option in args.cluster_option):
         parser.error("--cluster-option is NAME=VALUE, such as slurm_partition=gpu")
     return args
-
-
-def check_outputs(args):
-    """BadInput before anything is made, if a file that is asked for cannot be written."""
-    for path in filter(None, (*args.table, args.json)):
-        folder = path.absolute().parent
-        if path.is_dir() or not os.access(folder, os.W_OK):
-            raise BadInput(f"{path} cannot be written; name a file in a folder that exists")
 
 
 def print_plan(sweep):
@@ -394,7 +380,8 @@ def print_plan(sweep):
 def main(argv, trainer=ROOT / "train_gpt.py", bench=ROOT / "tools/bench.py"):
     args = arguments(argv)
     try:
-        check_outputs(args)
+        for option, path in (*(("--table", path) for path in args.table), ("--json", args.json)):
+            check_output(option, path)
         plan = make_plan(args, os.environ)
         sweep = Sweep(plan, args, argv, trainer, bench)
         if args.dry_run:
@@ -407,11 +394,8 @@ def main(argv, trainer=ROOT / "train_gpt.py", bench=ROOT / "tools/bench.py"):
             return 128 + sweep.engine.stop.signals[-1]
         for folder, holder in sweep.engine.held.items():
             say(f"{folder} is made by {holder}: wait for it with --wait, or end it")
-        console = Console()
-        if console.is_terminal:
-            print_aligned(result, plan, console)
-        else:
-            print(markdown(result, plan), end="", flush=True)
+        text = for_terminal(result, plan) if sys.stdout.isatty() else markdown(result, plan)
+        print(text, end="", flush=True)
     except BadInput as error:
         print_errors(error)
         return 2

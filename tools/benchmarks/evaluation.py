@@ -19,9 +19,10 @@ from types import SimpleNamespace
 import numpy as np
 
 from benchmarks.harness import document_lengths, in_turn, measure_apart, usage
-from benchmarks.reports import Column, Report, add_val_tokens, errors_of, median_and_range, parser_of, progress, section
+from benchmarks.reports import Report, add_val_tokens, errors_of, median_and_range, parser_of, progress
 from benchmarks.weights import Artifact
 from common import BadInput, load_trainer, names_of, whole
+from tables import Column, section
 
 PLAIN = "EVAL_STRIDE=0 EVAL_DOCS=0 EVAL_CONTEXT=window TTT=off MIXER=off TOKEN_BOOST=0"
 SLIDING = 32  # strides in a window, as of 64 in 2,048

@@ -21,9 +21,10 @@ import numpy as np
 from benchmarks.budgets import at_size, at_size_by_tensor, between, knob
 from benchmarks.containers import CONTAINERS, PLAIN, measure_container, save_contents
 from benchmarks.harness import measure_apart
-from benchmarks.reports import Column, Report, add_val_tokens, parser_of, progress, section
+from benchmarks.reports import Report, add_val_tokens, parser_of, progress
 from benchmarks.weights import DIVERGENCE_TOKENS, LEAST, ONE_COMPRESSOR, Loaded, Subject
 from common import BadInput, names_of, positive, whole
+from tables import Column, section
 
 # How weights are stored, as settings of train_gpt.py: METHODS have a width or a knob still to choose, ROWS have it
 # chosen.

@@ -22,8 +22,9 @@ import numpy as np
 
 from benchmarks.harness import DOCUMENT_MEAN, document_lengths, in_turn, measure, measure_apart
 from benchmarks.ratios import differs, ratio_of_blocks
-from benchmarks.reports import Column, Report, aligned, errors_of, median_and_range, parser_of, progress
+from benchmarks.reports import Report, errors_of, median_and_range, parser_of, progress
 from common import BOS, BadInput, load_trainer, names_of, positive, shard_header, trainer_errors, whole
+from tables import Column, aligned
 
 MODES = ("eager", "compiled")
 

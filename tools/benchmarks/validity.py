@@ -22,9 +22,10 @@ from typing import NamedTuple
 from unittest import mock
 
 from benchmarks.evaluation import Scoring, facts, scaled_line
-from benchmarks.reports import Column, Report, add_val_tokens, markdown, parser_of, progress
+from benchmarks.reports import Report, add_val_tokens, parser_of, progress
 from benchmarks.weights import CODEC, collect_curvature
 from common import ROOT, BadInput, load_trainer, names_of, whole
+from tables import Column, markdown
 
 DEMO = f"@{ROOT / 'records/small.env'}"
 RAW = ("PHASES=train", "FIT=off", "MATRIX_QUANT=rtn", "MATRIX_BITS=16", "EMBED_QUANT=rtn", "EMBED_BITS=16",

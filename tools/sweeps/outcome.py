@@ -1,16 +1,8 @@
 """What came of a sweep: every score, the differences paired by seed, and how sure they are."""
 
-import contextlib
 import math
-import os
-import platform
-import re
 import statistics
-from pathlib import Path
 
-import torch
-
-from common import git
 from sweeps.plan import BASE, MATCHES
 from sweeps.timing import ITSELF
 
@@ -138,36 +130,4 @@ def collect(plan, runs, speeds, about):
         "failed": sum(bool(error) for error in errors),
         "complete": all(run.summary or run.error for run in runs_made),
         "trainings": sum(run.phase == "train" for run in runs_made),
-    }
-
-
-# ---- the machine ----------------------------------------------------------------------------------------------------
-
-
-def cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def cpu_model():
-    with contextlib.suppress(OSError):
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        if match:
-            return " ".join(match[1].split())
-    return platform.processor() or platform.machine()
-
-
-def commit():
-    revision = git("rev-parse", "--short=12", "HEAD") or "none"
-    is_changed = git("diff", "HEAD", "--stat", "--", "train_gpt.py")
-    return f"{revision} with changes of train_gpt.py" if is_changed else revision
-
-
-def machine(device):
-    return {
-        "cpu": cpu_model(),
-        "cores": cores(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "gpu": None if device == "cpu" else device,
-        "system": platform.platform(),
     }

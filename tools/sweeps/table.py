@@ -3,25 +3,20 @@
 import csv
 import io
 import statistics
-from typing import NamedTuple
 
 from common import BadInput, write
 from sweeps.plan import BASE, setting_of
+from tables import Column, aligned
+from tables import markdown as markdown_of
 
 FORMATS = (".md", ".csv", ".png", ".svg")
 CLEAR = "*"  # marks a change of more than two standard errors
 
 
-class Column(NamedTuple):
-    heading: str
-    cell: object  # function of a row
-    is_text: bool = False
-
-
 def change_text(sample):
     """Mean change ± its standard error, and the mark."""
     if sample is None:
-        return "-"
+        return None
     text = f"{sample['mean']:+.4f}"
     if sample["standard_error"] is not None:
         text += f" ± {sample['standard_error']:.4f}"
@@ -31,14 +26,14 @@ def change_text(sample):
 def score_text(sample):
     """mean (min .. max)."""
     if sample is None:
-        return "-"
+        return None
     text = f"{sample['mean']:.4f}"
     return text if sample["count"] == 1 else f"{text} ({sample['min']:.4f} .. {sample['max']:.4f})"
 
 
 def pace_text(speed):
     if speed["ratio"] is None:
-        return "-"
+        return None
     if not speed["blocks"]:
         return "x 1"
     return f"x {speed['ratio']:.3f} ± {speed['standard_error']:.3f}" + (f" {CLEAR}" if speed["is_clear"] else "")
@@ -54,7 +49,7 @@ def validity(row):
     scored = [run for runs in row["runs"].values() for run in runs if run["val_bpb"] is not None]
     valid = sum(run["valid"] == "yes" for run in scored)
     if not scored:
-        return "-"
+        return None
     return {len(scored): "yes", 0: "no"}.get(valid, f"{valid} of {len(scored)}")
 
 
@@ -65,10 +60,8 @@ def columns(result, plan):
 
     def size(row):
         row_bytes = mean_bytes(row["runs"][match])
-        if row_bytes is None:
-            return "-"
-        if plan.grid or base_bytes is None:
-            return f"{row_bytes:,.0f}"
+        if row_bytes is None or plan.grid or base_bytes is None:
+            return None if row_bytes is None else f"{row_bytes:,.0f}"
         return f"{row_bytes / base_bytes - 1:+.1%}"
 
     def technique(row):
@@ -77,22 +70,24 @@ def columns(result, plan):
     if plan.grid:
         what = "from the best"
         for axis, change in enumerate(plan.rows[0].changes if plan.rows else ()):
-            yield Column(setting_of(change), lambda row, axis=axis: row["changes"][axis].partition("=")[2], True)
+            yield Column(setting_of(change), lambda row, axis=axis: row["changes"][axis].partition("=")[2])
     else:
         what = "BPB change"
-        yield Column("technique", technique, True)
-        yield Column("settings", lambda row: f"`{' '.join(row['changes'])}`", True)
+        yield Column("technique", technique)
+        yield Column("settings", lambda row: f"`{' '.join(row['changes'])}`")
     for kind in plan.matches:
         if kind == "time":
-            yield Column("time per step", lambda row: pace_text(row["speed"]))
-            yield Column("steps in equal time", lambda row: str(row["time"]["iterations"] or "-"))
+            yield Column("time per step", lambda row: pace_text(row["speed"]), "")
+            yield Column("steps in equal time", lambda row: row["time"]["iterations"], "")
         if plan.grid:
-            yield Column(f"BPB at equal {kind}", lambda row, kind=kind: score_text(row[kind]["bpb"]))
-        yield Column(f"{what} at equal {kind}", lambda row, kind=kind: change_text(row[kind]["change"]))
+            yield Column(f"BPB at equal {kind}", lambda row, kind=kind: score_text(row[kind]["bpb"]), "")
+        yield Column(f"{what} at equal {kind}", lambda row, kind=kind: change_text(row[kind]["change"]), "")
     if any(row[match]["bpb"] and row[match]["bpb"]["count"] < len(plan.seeds) for row in result["rows"]):
-        yield Column("seeds", lambda row: str(row[match]["bpb"]["count"] if row[match]["bpb"] else 0))
-    yield Column("model bytes", size)
-    yield Column("valid", validity)
+        yield Column("seeds", lambda row: row[match]["bpb"]["count"] if row[match]["bpb"] else 0, "")
+    yield Column("model bytes", size, "")
+    yield Column("valid", validity, "")
+    if numbers := footnotes(result):
+        yield Column("note", lambda row: " ".join(f"[{numbers[note]}]" for note in row["notes"]))
 
 
 def footnotes(result):
@@ -104,21 +99,12 @@ def footnotes(result):
     return numbers
 
 
-def cells(result, plan):
-    """(columns, [[text of each cell] of each row]). Notes are numbers; footer() has what they say."""
-    parts = list(columns(result, plan))
-    numbers = footnotes(result)
-    if numbers:
-        parts.append(Column("note", lambda row: " ".join(f"[{numbers[note]}]" for note in row["notes"]), True))
-    return parts, [[part.cell(row) for part in parts] for row in result["rows"]]
-
-
 def heading(result, plan):
     """Lines above the table."""
     base = result["base"]
     if not plan.grid:
         params = next((f", {run['params']:,} parameters" for run in base["runs"] if run["params"]), "")
-        yield f"Base: {score_text(base['bpb'])} BPB{params}."
+        yield f"Base: {score_text(base['bpb']) or '-'} BPB{params}."
         yield from (f"Base, {note}." for note in base["notes"])
     yield from (f"Left out: {text}." for text in plan.left_out)
 
@@ -147,21 +133,24 @@ def footer(result, plan):
             yield f"- Noise floor: the base against itself takes {pace_text(floor)} of its own time."
     devices = ", ".join(result["devices"]) or "no device yet"
     ranks = f", {result['ranks']} ranks a run" if result["ranks"] > 1 else ""
-    yield (f"- Machine: {devices}, {host['cores']} cores of {host['cpu']}, torch {host['torch']}, "
-           f"{result['threads']} thread(s) a run{ranks}, {result['jobs']} run(s) at once; commit {result['commit']}.")
+    changed = f" and {result['changed_files']} changed file(s)" if result["changed_files"] else ""
+    yield (f"- Machine: {devices}, {host['cores']} cores of {host['cpu']}, torch {result['torch']}, "
+           f"{result['threads']} thread(s) a run{ranks}, {result['jobs']} run(s) at once; commit {result['commit']}"
+           f"{changed}.")
     yield "- These are small-scale results: they say nothing certain about 8xH100 at full size."
     yield f"- Command: `{result['command']}`"
 
 
 def markdown(result, plan):
     """The text of the table as Markdown."""
-    parts, rows = cells(result, plan)
-    lines = [*heading(result, plan), ""]
-    lines.append(f"| {' | '.join(part.heading for part in parts)} |")
-    lines.append(f"|{'|'.join('---' if part.is_text else '---:' for part in parts)}|")
-    for row in rows:
-        lines.append(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in row)} |")
+    lines = [*heading(result, plan), "", *markdown_of(list(columns(result, plan)), result["rows"])]
     return "\n".join([*lines, "", *footer(result, plan), ""]).lstrip()
+
+
+def for_terminal(result, plan):
+    """The text of the table in aligned columns."""
+    lines = [*heading(result, plan), "", *aligned(list(columns(result, plan)), result["rows"])]
+    return "\n".join([*lines, "", *footer(result, plan), ""]).replace("`", "").lstrip()
 
 
 def comma_separated(result, plan):
@@ -180,25 +169,6 @@ def comma_separated(result, plan):
                          speed.get("standard_error", ""), mean_bytes(row["runs"][plan.matches[0]]) or "",
                          validity(row), "; ".join(row["notes"])])
     return file.getvalue()
-
-
-def print_aligned(result, plan, console):
-    """The table on a terminal, through a rich Console."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    parts, rows = cells(result, plan)
-    view = Table(box=None, pad_edge=False, header_style="bold")
-    for part in parts:
-        view.add_column(part.heading, justify="left" if part.is_text else "right", overflow="fold")
-    for row in rows:
-        is_clear = any(text.endswith(CLEAR) for text in row)
-        view.add_row(*(escape(text.strip("`")) for text in row), style=None if is_clear else "dim")
-    for line in heading(result, plan):
-        console.print(escape(line))
-    console.print(view)
-    for line in footer(result, plan):
-        console.print(escape(line), style="dim")
 
 
 def draw(result, plan, file, form):
