@@ -6,7 +6,8 @@ from typing import NamedTuple
 from reports.facts import names_of
 from reports.table import NONE, OF_THE_PLACE, aligned, bits, differing_settings, text_of
 
-OF_ONE_RUN = (*OF_THE_PLACE, "SEED", "RESUME")  # settings in which the runs of one configuration differ
+# Settings in which the runs of one configuration differ: a sweep scores some artifacts, and packs some weights, of others.
+OF_ONE_RUN = (*OF_THE_PLACE, "SEED", "RESUME", "PHASES", "ARTIFACT", "CHECKPOINT_EVERY", "TRAIN_LOG_EVERY")
 
 
 class Comparison(NamedTuple):

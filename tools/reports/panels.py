@@ -204,7 +204,7 @@ def sizes(every, names):
     parts = parts_of(labels, accounts) if any(accounts) else []
     limits = {facts["limit_bytes"] for facts in every if facts["limit_bytes"]}
     limit = limits.pop() if len(limits) == 1 else None
-    return Bars("size of the submission, by role of parameters", "bytes", names, parts,
+    return Bars("size by role of parameters", "bytes", names, parts,
                 Level(f"limit {limit:,}", limit) if limit else None)
 
 
