@@ -84,7 +84,7 @@ def test_one_run_is_drawn_and_legible(open_page, tmp_path, scheme):
     page = open_page(made_up_run(tmp_path / "run"), scheme=scheme)
     titles = page.eval_on_selector_all(".gtitle", "elements => elements.map(element => element.textContent)")
     assert titles == ["training loss", "validation", "learning rate", "step time", "phases",
-                      "size of the submission, by role of parameters"]
+                      "size by role of parameters"]
     curves = page.eval_on_selector_all(".scatterlayer path.js-line", "lines => lines.map(line => line.getAttribute('d').length)")
     assert len(curves) == 4 and min(curves) > 20
     assert page.locator(".barlayer path").count() >= 8

@@ -307,7 +307,7 @@ def drawn(monkeypatch, words):
     return figures[0]
 
 
-PARTS = "size of the submission, by role of parameters"
+PARTS = "size by role of parameters"
 
 
 def test_the_bytes_of_each_role_are_in_the_table(run):
