@@ -11,7 +11,6 @@ import math
 import os
 import platform
 import re
-import statistics
 import struct
 import subprocess
 import sys
@@ -212,14 +211,6 @@ def is_gone(pid):
 def shard_header(tokens):
     """The header of a shard with this number of tokens."""
     return struct.pack("<3i", SHARD_MAGIC, SHARD_VERSION, tokens).ljust(SHARD_HEADER_BYTES, b"\0")
-
-
-def quartiles(values):
-    """(lower quartile, median, upper quartile). All three are the same for a single value."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    lower, _, upper = statistics.quantiles(values, n=4)
-    return lower, statistics.median(values), upper
 
 
 # ---- the machine, git and the trainer -------------------------------------------------------------------------------

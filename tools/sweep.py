@@ -45,6 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and PYTHON
 
 import torch
 
+from benchmarks.ratios import student
 from common import (
     ROOT,
     BadInput,
@@ -189,6 +190,7 @@ class Sweep:
         }
         self.stopwatch = None
         if "time" in plan.matches:
+            student(1)  # without scipy nothing need be measured
             self.stopwatch = Stopwatch(bench, plan, self.out, self.place.device, self.place.ranks, args.bench_blocks,
                                        args.bench_steps, self.place.threads)
             self.about["timing"] = self.stopwatch.describe()

@@ -4,8 +4,7 @@ import math
 import statistics
 from typing import NamedTuple
 
-# Student's t at 97.5 %, of 1 to 10 degrees of freedom. The last one serves for more, too: a little too careful.
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+from common import BadInput
 
 
 class Ratio(NamedTuple):
@@ -33,5 +32,13 @@ def ratio_of_blocks(blocks, floor=0.0):
 
 def differs(ratio):
     """Whether a Ratio can be told from 1 at 95 %, by Student's t."""
-    degrees = min(max(ratio.blocks - 1, 1), len(STUDENT))
-    return abs(math.log(ratio.ratio)) > STUDENT[degrees - 1] * ratio.error / ratio.ratio
+    return bool(abs(math.log(ratio.ratio)) > student(max(ratio.blocks - 1, 1)) * ratio.error / ratio.ratio)
+
+
+def student(degrees):
+    """Student's t at 97.5 %; BadInput without scipy."""
+    try:
+        from scipy import stats
+    except ImportError:
+        raise BadInput("ratios of times need scipy: pip install -r requirements-dev.txt") from None
+    return stats.t.ppf(0.975, degrees)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.harness import DOCUMENT_MEAN, document_lengths, in_turn, measure, measure_apart
-from benchmarks.ratios import differs, ratio_of_blocks
+from benchmarks.ratios import differs, ratio_of_blocks, student
 from benchmarks.reports import Report, errors_of, median_and_range, parser_of, progress
 from common import BOS, BadInput, load_trainer, names_of, positive, shard_header, trainer_errors, whole
 from tables import Column, aligned
@@ -598,6 +598,7 @@ def list_jobs(args, s):
             raise BadInput(f"--looping {args.looping}: these settings {never}; leave --looping out")
     else:
         check_pair(args, s)
+        student(1)  # without scipy nothing need be measured
         states = ["both"]
     jobs = [(mode, state) for state in states for mode in args.modes]
     if world_size() > 1 and len(jobs) * args.repeats > 1:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from reports.facts import names_of
 from reports.table import NONE, OF_THE_PLACE, aligned, bits, differing_settings, text_of
 
-# Settings in which the runs of one configuration differ: a sweep scores some artifacts, and packs some weights, of others.
+# Settings in which runs of one configuration differ. Those of a sweep may begin with the weights of another run.
 OF_ONE_RUN = (*OF_THE_PLACE, "SEED", "RESUME", "PHASES", "ARTIFACT", "CHECKPOINT_EVERY", "TRAIN_LOG_EVERY")
 
 

@@ -27,6 +27,8 @@ def duration(seconds):
 
 def steps_so_far(task):
     """Steps that a run has made."""
+    if task.kind != "train":
+        return 0
     try:
         with open(task.folder / "metrics.jsonl", "rb") as file:
             file.seek(max(0, file.seek(0, 2) - TAIL))
@@ -56,11 +58,19 @@ class Times:
         return seconds
 
     def expect(self, tasks, jobs):
-        """Seconds until tasks that have not begun are done, or None if their kinds are not known."""
+        """Seconds until these tasks are done, or None while one of their kinds is not known."""
         if any(task.kind not in self.seconds for task in tasks):
             return None
-        needed = [self.seconds[task.kind][0] / self.seconds[task.kind][1] * task.size for task in tasks]
-        return sum(needed) / jobs
+        needed = 0.0
+        for task in tasks:
+            seconds, size = self.seconds[task.kind]
+            needed += seconds / size * max(task.size - steps_so_far(task), 0)
+        return needed / jobs
+
+    def eta(self, tasks, jobs):
+        """The same in words, or "" where it is not known."""
+        seconds = self.expect(tasks, jobs)
+        return f"; ETA {duration(seconds)}" if tasks and seconds is not None else ""
 
 
 def follow(tasks, is_over, stop, on_end, jobs):
@@ -79,14 +89,13 @@ def follow(tasks, is_over, stop, on_end, jobs):
                 open_tasks.remove(task)
                 seconds = times.add(task)
                 result = on_end(task)
-                eta = times.expect(open_tasks, jobs)
                 spent = "" if seconds is None else f", {seconds:.0f} s"
-                left = "" if eta is None or not open_tasks else f"; ETA {duration(eta)}"
                 bar.console.print(
                     f"[{task.kind} {len(tasks) - len(open_tasks)}/{len(tasks)}] {task.name}: {result or 'done'}"
-                    f"{spent}{left}", markup=False, highlight=False, soft_wrap=True)
+                    f"{spent}{times.eta(open_tasks, jobs)}", markup=False, highlight=False, soft_wrap=True)
             if console.is_terminal:
-                bar.update(line, completed=len(tasks) - len(open_tasks), description=now(open_tasks, stop))
+                what = now(open_tasks, stop) + times.eta(open_tasks, jobs)
+                bar.update(line, completed=len(tasks) - len(open_tasks), description=what)
             if last_look:
                 return
             time.sleep(POLL_SECONDS)
