@@ -407,7 +407,7 @@ def test_the_limit_itself_is_not_over_it(tmp_path, monkeypatch, beyond):
     s = train_gpt.Settings(device="cpu")
     run = train_gpt.Run(s, train_gpt.Runtime(s, {}), tmp_path, None)
     size = s.size_limit - len(run.source) + beyond
-    info = {"bytes": size, "sha256": "", "compressor": "rans"}
+    info = {"bytes": size, "sha256": "", "compressor": "rans", "role_bytes": {}}
     monkeypatch.setattr(train_gpt, "save_artifact", lambda *_: info)
     train_gpt.export(run, None, "")
     (row,) = events(tmp_path, "artifact")

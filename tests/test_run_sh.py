@@ -666,5 +666,5 @@ def test_the_real_trainer_is_interrupted_cleanly(tree, toy):
     env = dict(pair.split("=", 1) for pair in toy)
     code, out = interrupt(tree, signal.SIGINT, "step:3/", **{**env, "ITERATIONS": "100000"})
     assert code == 130, out
-    assert "Traceback" not in out and "Run elsewhere: not finished" in out and "RESUME=auto" in out
+    assert "Traceback" not in out and "Run elsewhere: interrupted by SIGINT" in out and "RESUME=auto" in out
     assert list((tree / "elsewhere").glob("checkpoint_*.pt"))
