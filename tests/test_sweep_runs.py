@@ -415,6 +415,14 @@ def test_files_are_checked_before_and_written_as_runs_end(lab, capsys):
         assert run.finish().returncode == 130
 
 
+def test_what_is_in_the_way_is_one_line(lab, capsys):
+    out = lab.folder / "out"
+    out.mkdir()
+    (out / "runs").touch()
+    assert lab.call(lab.plan("a : MATRIX_LR=0.1\n"), *STEPS)[0] == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {out}/runs")
+
+
 def test_the_table_on_a_terminal_is_aligned(lab):
     code, result = lab.call(lab.plan("one : MATRIX_LR=0.1\nanother : MATRIX_LR=0.2 MUON_WD=0.1\n"), *STEPS)
     args = sweep.arguments([str(lab.folder / "plan.txt"), "--base", f"@{lab.base}", *map(str, STEPS)])

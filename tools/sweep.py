@@ -405,6 +405,9 @@ def main(argv, trainer=ROOT / "train_gpt.py", bench=ROOT / "tools/bench.py"):
         return 130
     except BrokenPipeError:
         return stop_printing()
+    except OSError as error:  # a full disk, a file in the way of a folder
+        print_errors(f"{error.filename or 'the folder of the runs'}: {error.strerror}; what was made is kept")
+        return 2
     return 1 if result["failed"] else 0
 
 
