@@ -352,6 +352,15 @@ def test_a_measurement_serves_every_data_set(lab):
     assert not lab.calls("bench_calls")
 
 
+def test_other_code_is_measured_anew(lab, monkeypatch):
+    """Steps of another trainer have other times, though its rows are the same."""
+    monkeypatch.setattr(timing, "ROOT", lab.folder)
+    words = lab.plan("wide : NUM_LAYERS=8\n"), "--steps", 100, "--seeds", 4, "--match", "time", "--bench-blocks", 1
+    for code, calls in (("one", 2), ("one", 0), ("another", 2)):
+        (lab.folder / "train_gpt.py").write_text(code)
+        assert lab.call(*words)[0] == 0 and len(lab.calls("bench_calls")) == calls, code
+
+
 def test_failed_measurements_are_said_and_the_rest_goes_on(lab, capsys):
     plan = lab.plan("no smear : SMEAR_GATE=none\nthin : MLP_MULT=2\nwide : NUM_LAYERS=8\n")
     code, result = lab.call(plan, "--steps", 100, "--seeds", 4)

@@ -355,6 +355,8 @@ print("step 1\"""")
     plan = lab.plan("fine : MATRIX_LR=0.1\nhopeless : MATRIX_LR=0.9\n")
     assert lab.call(plan, *STEPS, "--seeds", 3, "--stop-worse", 0.5)[0] == 2
     assert "set VAL_LOSS_EVERY" in capsys.readouterr().err
+    assert lab.call("MATRIX_LR=1,2", *STEPS, "--stop-worse", 0.5)[0] == 2
+    assert "the base, which a grid and a search do not make" in capsys.readouterr().err
     words = plan, *STEPS, "--seeds", 3, "VAL_LOSS_EVERY=1"
     code, result = lab.call(*words, "--stop-worse", 0.5)
     assert code == 0 and named(result)["fine"]["steps"]["bpb"]
@@ -411,6 +413,7 @@ def test_files_are_checked_before_and_written_as_runs_end(lab, capsys):
         wait_for(lambda: (lab.folder / "t.md").exists() and "| a | `MATRIX_LR=0.1` | +" in (lab.folder / "t.md").read_text())
         result = json.loads((lab.folder / "t.json").read_text())
         assert named(result)["a"]["steps"]["bpb"] and named(result)["waits"]["steps"]["bpb"] is None
+        assert not result["complete"]
         run.signal(signal.SIGINT)
         assert run.finish().returncode == 130
 

@@ -65,7 +65,7 @@ from sweeps.runs import Runs
 from sweeps.search import Search
 from sweeps.table import FORMATS, for_terminal, markdown, write_table
 from sweeps.timing import Stopwatch, steps_in_equal_time
-from sweeps.work import Stop, Task, workers_here, workers_on_cluster
+from sweeps.work import Stop, Task, read_json, workers_here, workers_on_cluster
 
 LONGEST_JOB = 24 * 3600  # seconds of a job of a cluster without --time-limit
 
@@ -364,8 +364,9 @@ def print_plan(sweep):
             what = words[run.phase]
         print(f"{run.label}: {what}")
     for folder in (sweep.out / "runs").glob("*"):
-        if (folder / "summary.json").exists():
-            times.add(Task("", folder, [], "summary.json", size=int(folder.name.split("-")[0])))
+        about = read_json(folder / "task.json") or {}
+        if "kind" in about:
+            times.add(Task(about["name"], folder, [], "summary.json", kind=about["kind"], size=about["size"]))
     trainings = [task for task in open_tasks if task.kind == "train"]
     seconds = times.expect(trainings, len(sweep.place.slots))
     hours = "unknown until a run has ended" if seconds is None else duration(seconds)

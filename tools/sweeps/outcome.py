@@ -4,6 +4,7 @@ import math
 import statistics
 
 from sweeps.plan import BASE, MATCHES
+from sweeps.runs import NOT_MADE
 from sweeps.timing import ITSELF
 
 
@@ -43,6 +44,7 @@ def pooled_deviation(samples):
 def judge(rows, match):
     """Give every mean change of the rows its standard error, and say whether it is more than two of them."""
     changes = [row[match]["change"] for row in rows]
+    # The best point of a grid differs by nothing from itself: that says nothing of the noise.
     samples = [list(row[match]["changes"].values()) for row in rows if any(row[match]["changes"].values())]
     deviation = pooled_deviation(samples)
     for change in filter(None, changes):
@@ -128,6 +130,6 @@ def collect(plan, runs, speeds, about):
         },
         "rows": rank(plan, [row_result(plan, runs, row, speeds) for row in plan.rows]),
         "failed": sum(bool(error) for error in errors),
-        "complete": all(run.summary or run.error for run in runs_made),
+        "complete": all(run.error != NOT_MADE for run in runs_made),
         "trainings": sum(run.phase == "train" for run in runs_made),
     }

@@ -383,7 +383,9 @@ def make_plan(args, env):
         complaints.append("a range is searched, and needs --trials N")
     if args.trials and not axes:
         complaints.append("--trials: there is no range to search, such as MATRIX_LR=0.01..0.1")
-    if args.stop_worse is not None and settings[BASE] and not 0 < settings[BASE].val_loss_every < steps:
+    if args.stop_worse is not None and grid:
+        complaints.append("--stop-worse compares with the base, which a grid and a search do not make: leave it out")
+    elif args.stop_worse is not None and settings[BASE] and not 0 < settings[BASE].val_loss_every < steps:
         complaints.append("--stop-worse compares validations on the way: set VAL_LOSS_EVERY below the steps of a run")
     if complaints:
         raise BadInput("\n".join(dict.fromkeys(complaints)))

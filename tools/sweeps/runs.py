@@ -14,9 +14,10 @@ import torch
 from common import sha256
 from sweeps.data import Texts, digest
 from sweeps.plan import BASE, FIELDS
-from sweeps.work import Task, read_json, write_json
+from sweeps.work import NO_SCORE, Task, fail, failure_of, read_json
 from train_gpt import Settings, checkpoint_path
 
+NOT_MADE = "it is not made yet"
 TOO_LARGE = 3  # exit code of a run that was scored, but whose artifact is over SIZE_LIMIT
 SUMMARY_FACTS = ("val_bpb", "val_loss", "valid", "reasons", "params", "steps", "train_tokens", "model_bytes",
                  "total_bytes", "train_seconds", "export_seconds", "eval_seconds", "settings_hash", "device")
@@ -204,10 +205,9 @@ class Runs:
             run.error = ""
             if run.summary is None and not run.read():
                 if (run.folder / "summary.json").exists():
-                    reason = "it ended without a score of these settings and this code"
-                    write_json(run.folder / "failed.json", {"reason": reason})
-                failure = read_json(run.folder / "failed.json") or {}
-                run.error = failure.get("reason", "it is not made yet")
+                    fail(run.folder, NO_SCORE)
+                failure = failure_of(run.folder)
+                run.error = failure.get("reason", NOT_MADE)
                 run.stopped = bool(failure.get("stopped"))
 
 

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.ratios import differs, ratio_of_blocks
-from common import sha256
+from common import ROOT, sha256
 from sweeps.data import digest
 from sweeps.plan import BASE
 from sweeps.runs import command
-from sweeps.work import Task, read_json
+from sweeps.work import Task, failure_of, read_json
 from train_gpt import Settings
 
 # What cannot change the work of a training step beside what is read after it: numbers that the same operations read.
@@ -62,7 +62,8 @@ class Stopwatch:
         self.blocks = blocks
         self.pairs = pairs
         self.cuda = device != "cpu"
-        self.code = [sha256(path) for path in (bench, *bench.parent.glob("benchmarks/*.py")) if path.is_file()]
+        code = (ROOT / "train_gpt.py", bench, *sorted(bench.parent.glob("benchmarks/*.py")))
+        self.code = [sha256(path) for path in code if path.is_file()]
         self.machine = (device, ranks, torch.__version__, threads, pairs)
         self.measured = {row.name: row for row in plan.rows if not self._has_same_work(row)}
 
@@ -115,7 +116,7 @@ class Stopwatch:
         found = []
         for block, task in enumerate(self.tasks(name)):
             if not task.is_done():
-                return [], task.failure().get("reason", "it was not measured")
+                return [], failure_of(task.folder).get("reason", "it was not measured")
             try:
                 (row,) = read_json(task.folder / task.result)["rows"]
                 pairs = [pair if block % 2 == 0 else pair[::-1] for blocks in row["blocks"] for pair in blocks]

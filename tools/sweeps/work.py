@@ -24,6 +24,7 @@ from common import lock_holder
 
 POLL_SECONDS = 0.2
 LONGEST_REASON = 300  # characters
+NO_SCORE = "it ended without a score of these settings and this code"
 
 
 def read_json(path):
@@ -37,6 +38,17 @@ def write_json(path, value):
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(value), encoding="utf-8")
     os.replace(part, path)
+
+
+def fail(folder, reason, **more):
+    """Keep in its folder why a task failed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "failed.json", {"reason": reason, **more})
+
+
+def failure_of(folder):
+    """What fail() kept, or {}."""
+    return read_json(folder / "failed.json") or {}
 
 
 # ---- tasks ----------------------------------------------------------------------------------------------------------
@@ -64,10 +76,6 @@ class Task:
     def has_failed(self):
         return (self.folder / "failed.json").exists()
 
-    def failure(self):
-        """What fail() wrote, or {}."""
-        return read_json(self.folder / "failed.json") or {}
-
     def has_ended(self):
         return self.is_done() or self.has_failed()
 
@@ -75,15 +83,11 @@ class Task:
         """Does it wait for a task that is not done?"""
         return not all(path.exists() for path in self.after)
 
-    def fail(self, reason, **more):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "failed.json", {"reason": reason, **more})
-
     def forget_failure(self, retry, may_be_worse=True):
         """Have it tried again, if it may end otherwise: it was killed, it began with a task that failed, or it was
         stopped as hopeless, which nobody asks for any more.
         """
-        failure = self.failure()
+        failure = failure_of(self.folder)
         was_killed = failure.get("code", 0) < 0
         if retry or was_killed or "after" in failure or (failure.get("stopped") and may_be_worse):
             (self.folder / "failed.json").unlink(missing_ok=True)
@@ -94,10 +98,10 @@ class Task:
             return ""
         curve = validations(self.folder)
         reference = validations(self.curve_of)
-        common = curve.keys() & reference.keys()
-        if not common:
+        steps = curve.keys() & reference.keys()
+        if not steps:
             return ""
-        step = max(common)
+        step = max(steps)
         worse = curve[step] - reference[step]
         if worse <= self.margin:
             return ""
@@ -210,9 +214,9 @@ class Worker:
     def _fail_after_failures(self, tasks):
         for task in tasks:
             for path in task.after:
-                failure = read_json(path.parent / "failed.json")
+                failure = failure_of(path.parent)
                 if failure and not path.exists():
-                    task.fail(f"the run that it begins with failed: {failure.get('reason')}", after=str(path))
+                    fail(task.folder, f"the run that it begins with failed: {failure.get('reason')}", after=str(path))
 
     def _make_if_free(self, task):
         """Make a task, unless somebody else does. True if it was made, or at least begun."""
@@ -239,7 +243,8 @@ class Worker:
 
     def _make(self, task):
         task.folder.mkdir(exist_ok=True)
-        about = {"name": task.name, "command": task.command, "worker": f"process {os.getpid()} on {platform.node()}"}
+        about = {"name": task.name, "kind": task.kind, "size": task.size, "command": task.command,
+                 "worker": f"process {os.getpid()} on {platform.node()}"}
         write_json(task.folder / "task.json", about)
         began = time.monotonic()
         output = task.folder / "console.txt"
@@ -255,13 +260,13 @@ class Worker:
         if task.writes and code == 0 and (task.folder / task.writes).exists():
             os.replace(task.folder / task.writes, task.folder / task.result)
         if hopeless:
-            task.fail(hopeless, stopped=True)
+            fail(task.folder, hopeless, stopped=True)
         elif task.is_done() and code in task.done_with:
             return
         elif code in task.done_with:
-            task.fail("it ended without a score of these settings and this code")
+            fail(task.folder, NO_SCORE)
         elif not self.is_over():
-            task.fail(why(code, output), code=code)
+            fail(task.folder, why(code, output), code=code)
 
     def _attend(self, task, process):
         """Wait for the end of a task, pass on what asks it to end. Returns why it was stopped as hopeless, or ""."""
