@@ -210,7 +210,8 @@ CHEATS = {  # who, with which settings, and what is said
     "nats below 0": (predictor(Negative), "", C2),
     "a little off": (predictor(SlightlyOff), "", C2),
     "a little off on the last rank": (predictor(OnRankOne), "", C2),
-    "the end of a row is seen": (predictor(SeesTheEnd), "EVAL_DOCS=1 EVAL_SEQ_LEN=256", C1),
+    # Only in the rows whose last place is drawn, so there have to be many.
+    "the end of a row is seen": (predictor(SeesTheEnd), "EVAL_DOCS=1 EVAL_SEQ_LEN=256 EVAL_BATCH_SEQS=64 VAL_TOKENS=0", C1),
     "the width of a batch is used": (predictor(SeesTheWidth), "EVAL_DOCS=1 SELFTEST=1", C1),
     "a step in a report": (dict(ModelPredictor=StepsInReports), "EVAL_STRIDE=12", C3),
     "notes on the model": (dict(ModelPredictor=Remembers), "EVAL_STRIDE=12", C3),
