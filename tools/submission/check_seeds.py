@@ -11,7 +11,7 @@ from collections import Counter
 from common import sha256
 from submission import rules
 from submission.entry import decimals, number_of, numbers_in_name, seed_in_name, seed_of, states
-from submission.findings import OfSeed, error, note, unknown, warning, worst
+from submission.findings import Finding, OfSeed, error, note, refused, unknown, warning
 from submission.logs import configuration, is_final, says_the_same, source_hash
 
 # ---- submission.json against the logs -------------------------------------------------------------------------------
@@ -134,13 +134,14 @@ def check_fields(entry):
                 yield error("CK-FOLDER", f"{field} is {stated}, and the log of seed {run.seed} has {logged}",
                             entry.record_file)
                 break
-    sizes = [OfSeed("size", run.seed, abs(run.claim.bytes - run.training.total_bytes),
-                    warning("CK-SIZE", f"seed {run.seed} has {run.claim.bytes:,} bytes in {entry.record_file}, its log "
-                            f"{run.training.total_bytes:,}", entry.relative(run.training.path),
-                            run.training.lines.get("total_bytes")))
-             for run in entry.runs if run.claim and run.claim.bytes and run.training and run.training.total_bytes
-             and run.claim.bytes != run.training.total_bytes]
-    yield from worst(sizes)
+
+
+def claimed_size(entry, run, log):
+    """The size that submission.json has of a seed."""
+    stated = run.claim.bytes if run.claim else None
+    if stated and log.total_bytes and stated != log.total_bytes:
+        text = f"seed {run.seed} has {stated:,} bytes in {entry.record_file}, its log {log.total_bytes:,}"
+        yield OfSeed("size", "warning", "CK-SIZE", text, "total_bytes", abs(stated - log.total_bytes))
 
 
 # ---- CK-SEEDS -------------------------------------------------------------------------------------------------------
@@ -148,22 +149,16 @@ def check_fields(entry):
 
 def check_seeds(entry):
     """Three different seeds, each with its log (R13; #2124, #2139)."""
-    is_record = entry.track == "record"
     for seed, count in Counter(run.seed for run in entry.runs).items():
         if count > 1 and seed is not None:
             yield error("CK-SEEDS", f"seed {seed} is named {count} times", entry.record_file or "")
     for run in entry.runs:
         if run.log is None:
-            say = error if is_record else warning
-            yield say("CK-SEEDS", f"seed {run.seed} of {entry.record_file} has no log")
+            yield Finding(refused(entry, "warning"), "CK-SEEDS", f"seed {run.seed} of {entry.record_file} has no log")
     yield from check_labels(entry)
-    distinct = set()
-    for run in entry.runs:
-        if run.log:
-            distinct.add(run.seed if run.log.seed is None else run.log.seed)
-    if is_record and entry.logs and len(distinct) < rules.LEAST_SEEDS:
-        names = ["unknown" if seed is None else str(seed) for seed in distinct]
-        which = ", ".join(sorted(names)) or "none"
+    distinct = {run.seed if run.log.seed is None else run.log.seed for run in entry.runs if run.log}
+    if entry.track == "record" and entry.logs and len(distinct) < rules.LEAST_SEEDS:
+        which = ", ".join(sorted("unknown" if seed is None else str(seed) for seed in distinct)) or "none"
         yield error("CK-SEEDS", f"{len(distinct)} seed(s) with a log ({which}); a record needs {rules.LEAST_SEEDS}")
     used = [id(log) for run in entry.runs for log in (run.log, run.training) if log]
     again = Counter(log.seed for log in entry.logs if id(log) not in used and log.seed in distinct)
@@ -251,15 +246,15 @@ def check_one_run(entry):
             say = error if log.form == "ours" else warning
             yield say("CK-SEEDS", "steps or clock go back here, and no run begins: lines of two runs", place,
                       log.mixed_line)
+        parts = {}  # {field: what is wrong with it}
         if log.summaries > 1:
-            yield error("CK-SEEDS", f"has {log.summaries} summaries: lines of two runs", place,
-                        log.lines.get("summaries"))
+            parts["summaries"] = f"has {log.summaries} summaries"
         if log.stated_seed is not None and log.seed != log.stated_seed:
-            text = f"its header says seed {log.stated_seed}, its summary {log.seed}: lines of two runs"
-            yield error("CK-SEEDS", text, place, log.lines.get("seed"))
+            parts["seed"] = f"its header says seed {log.stated_seed}, its summary {log.seed}"
         if log.summaries and None not in (log.logged_steps, log.steps) and log.logged_steps > log.steps:
-            text = f"has step {log.logged_steps}, and its summary ends at step {log.steps}: lines of two runs"
-            yield error("CK-SEEDS", text, place, log.lines.get("steps"))
+            parts["steps"] = f"has step {log.logged_steps}, and its summary ends at step {log.steps}"
+        for field, text in parts.items():
+            yield error("CK-SEEDS", f"{text}: lines of two runs", place, log.lines.get(field))
     for run in entry.runs:
         log = run.log
         if log and log.val_bpb is None:
@@ -274,52 +269,42 @@ def check_one_run(entry):
 # ---- CK-HASH --------------------------------------------------------------------------------------------------------
 
 
-def check_hashes(entry):
-    """The script that ran is that of the folder, and so is the model that was scored."""
-    if entry.script:
-        rows = []
-        digest = sha256(entry.script.path)
-        sources = source_hashes(entry)
-        for run in entry.runs:
-            if run.training:
-                rows += script_of(entry, run, digest, sources)
-        yield from worst(rows)
+def check_models(entry):
+    """The model that was scored is that of the folder."""
     artifacts = {run.training.artifact_sha256 for run in entry.runs if run.training} - {None}
     for file in entry.files:
         if artifacts and file.name.endswith(".pg") and not file.is_link and sha256(file.path) not in artifacts:
             yield error("CK-HASH", "is the model of none of the runs", file.name)
 
 
-def script_of(entry, run, digest, sources):
+def script_of_seed(entry, run, log):
     """Did a run use the script of the folder?"""
-    log = run.training
-    place = entry.relative(log.path)
+    if not entry.script:
+        return
     name = entry.script.name
+    counted = log.raw_code_bytes or log.code_bytes
     if log.code_sha256:
+        digest = sha256(entry.script.path)
         if not digest.startswith(log.code_sha256):
             text = f"seed {run.seed} ran code {log.code_sha256[:12]}, and {name} is {digest[:12]}"
-            yield OfSeed("hash", run.seed, 0, error("CK-HASH", text, place, log.lines.get("code_sha256")))
+            yield OfSeed("hash", "error", "CK-HASH", text, "code_sha256")
     elif log.source_sha256:
-        if log.source_sha256 not in sources:
+        if log.source_sha256 not in source_hashes(entry):
             text = f"the source at the top of the log of seed {run.seed} is not that of {name}"
-            yield OfSeed("source", run.seed, 0, warning("CK-HASH", text, place))
+            yield OfSeed("source", "warning", "CK-HASH", text)
     elif log.code_bytes and entry.script.size not in (log.code_bytes, log.raw_code_bytes):
-        counted = log.raw_code_bytes or log.code_bytes
         text = f"seed {run.seed} counted a script of {counted:,} bytes, and {name} has {entry.script.size:,}"
-        off = abs(counted - entry.script.size)
-        yield OfSeed("bytes", run.seed, off, warning("CK-HASH", text, place, log.lines.get("code_bytes")))
+        yield OfSeed("bytes", "warning", "CK-HASH", text, "code_bytes", abs(counted - entry.script.size))
     else:
-        say = note if log.code_bytes else unknown
+        severity = "note" if log.code_bytes else "unknown"
         text = f"the log of seed {run.seed} has neither source nor hash of its script"
-        yield OfSeed("none", run.seed, 0, say("CK-HASH", text, place))
+        yield OfSeed("none", severity, "CK-HASH", text)
 
 
 def source_hashes(entry):
     """Hashes of the scripts at the top of the folder, also unpacked: a readable twin may be what ran."""
-    digests = set()
-    for file in entry.files:
-        if re.fullmatch(r"[^/]+\.py", file.name) and not file.is_link:
-            digests.add(source_hash(file.path.read_bytes()))
+    scripts = [file for file in entry.files if re.fullmatch(r"[^/]+\.py", file.name) and not file.is_link]
+    digests = {source_hash(file.path.read_bytes()) for file in scripts}
     if entry.source:
         digests.add(source_hash(entry.source.text.encode("utf-8", "replace")))
     return digests

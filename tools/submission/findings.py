@@ -1,5 +1,6 @@
-"""What a check says about a folder."""
+"""What a check says about a folder, and how what it says of each seed becomes one finding."""
 
+from functools import partial
 from typing import NamedTuple
 
 # A reviewer refuses it; asks about it, or the organisers have tolerated it; the files do not say; good to know.
@@ -7,53 +8,48 @@ SEVERITIES = ("error", "warning", "unknown", "note")
 
 
 class Finding(NamedTuple):
-    rule: str  # CK-...
     severity: str
+    rule: str  # CK-...
     text: str  # one sentence, with the numbers
     file: str = ""  # relative to the folder
     line: int | None = None
 
 
-def error(rule, text, file="", line=None):
-    return Finding(rule, "error", text, file, line)
+error, warning, unknown, note = (partial(Finding, severity) for severity in SEVERITIES)
 
 
-def warning(rule, text, file="", line=None):
-    return Finding(rule, "warning", text, file, line)
-
-
-def unknown(rule, text, file="", line=None):
-    return Finding(rule, "unknown", text, file, line)
-
-
-def note(rule, text, file="", line=None):
-    return Finding(rule, "note", text, file, line)
+def refused(entry, elsewhere="note"):
+    """The severity of what only a record is refused for."""
+    return "error" if entry.track == "record" else elsewhere
 
 
 class OfSeed(NamedTuple):
     """A finding about one seed; others may have the same."""
 
     kind: str
-    seed: int | None
-    amount: float  # how bad it is
-    finding: Finding
+    severity: str
+    rule: str
+    text: str
+    place: str | int | None = None  # the line of the log, or the field of Log that the line states
+    amount: float = 0  # how bad it is
 
 
-def placed(rows, file):
-    """The OfSeed rows, with their findings in this file."""
-    for row in rows:
-        yield row._replace(finding=row.finding._replace(file=file))
-
-
-def worst(rows):
-    """One finding for each kind and severity: the worst, which names the other seeds."""
+def of_seeds(entry, check, which):
+    """The findings of a check that looks at each seed by its log: one for each kind and severity, the worst, which names
+    the other seeds. `which` log: that of the `score`, of the `training`, of `both` if they are two, or `any`: that of the
+    score, or None for a seed without one.
+    """
     groups = {}
-    for row in rows:
-        groups.setdefault((row.kind, row.finding.severity), []).append(row)
+    for run in entry.runs:
+        choices = {"score": [run.log], "any": [run.log], "training": [run.training], "both": [run.log, run.training]}
+        logs = {id(log): log for log in choices[which] if log or which == "any"}
+        for log in logs.values():
+            for row in check(entry, run, log):
+                groups.setdefault((row.kind, row.severity), []).append((row, run.seed, log))
     for group in groups.values():
-        top = max(group, key=lambda row: row.amount)
-        others = [str(row.seed) for row in group if row is not top]
-        text = top.finding.text
-        if others:
-            text += f"; also seed{'s' if len(others) > 1 else ''} {', '.join(others)}"
-        yield top.finding._replace(text=text)
+        worst = max(group, key=lambda found: found[0].amount)
+        row, _, log = worst
+        others = [str(found[1]) for found in group if found is not worst]
+        also = f"; also seed{'s' if len(others) > 1 else ''} {', '.join(others)}" if others else ""
+        line = log.lines.get(row.place) if isinstance(row.place, str) else row.place
+        yield Finding(row.severity, row.rule, row.text + also, entry.relative(log.path) if log else entry.record_file, line)
