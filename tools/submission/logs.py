@@ -245,15 +245,18 @@ class Line(NamedTuple):
         return self.text[slice(*match.span(number))]
 
 
+def whole(text):
+    """An integer such as 15,987,547."""
+    return int(text.replace(b",", b"").replace(b"_", b""))
+
+
 class Phrase(NamedTuple):
     """One way in which lines say something."""
 
     word: bytes  # in every such line, in lower case
-    pattern: re.Pattern
-
-
-def phrase(word, pattern):
-    return Phrase(word, re.compile(pattern))
+    pattern: bytes  # of the line in lower case
+    read: Callable | None = whole  # of the first group, as the file has it; None: the value is the number of the line
+    last: bool = False  # of several such lines the last one counts, not the first
 
 
 class Part:
@@ -274,17 +277,12 @@ class Part:
 
     def matches(self, phrase):
         """[(line, match)] of the lines that say this."""
-        found = [(line, phrase.pattern.search(line.lower)) for line in self.lines_with(phrase.word)]
+        found = [(line, re.search(phrase.pattern, line.lower)) for line in self.lines_with(phrase.word)]
         return [(line, match) for line, match in found if match]
 
     def times(self, phrase):
         """{number of a line: seconds} of the lines that say this."""
         return {line.number: seconds_of(match) for line, match in self.matches(phrase)}
-
-
-def whole(text):
-    """An integer such as 15,987,547."""
-    return int(text.replace(b",", b"").replace(b"_", b""))
 
 
 def name(text):
@@ -407,76 +405,63 @@ def gates(text):
     return {name(key): int(count) for key, count in found}
 
 
-class Fact(NamedTuple):
-    """A value that a line states."""
-
-    field: str
-    phrase: Phrase
-    read: Callable | None  # of the first group of the match; None: the value is the number of the line
-    last: bool  # the last such line counts, not the first
-
-
-def fact(field, word, pattern, read=whole, last=False):
-    return Fact(field, phrase(word, pattern), read, last)
-
-
 SCORED_TOKENS = rb"\b(?:target_tokens|scored_tokens|tokens_scored|total_targets|subset)[:=] ?" + COUNT
 GPU_NAME = rb"\b(h100|h200|b200|a100|gb10|l40s?|v100|t4|mi300x|rtx[ -]?(?:pro )?\d{4})\b"
 SELECTED = rb"\b(?:best_averaging|best_model|using best|selected):? ?\w+.{0,20}\b(?:val_)?bpb|\bbest_model:"
 FACTS = (  # of several for a field, the first that is found counts
-    fact("seed", b"seed", rb"^(?:.{0,120}[ \]:])?seed ?[:=] ?(\d{1,12})\b"),
-    fact("seed", b"s:", rb"^s:(\d{1,12})$"),  # this and `ws:`, `tl:`, `vl:` are of #1033 and its relatives
-    fact("world_size", b"world", rb"\bworld[_ ]size ?[:=] ?(\d{1,6})\b"),
-    fact("world_size", b"ws:", rb"\bws:(\d{1,6})\b"),
-    fact("gpu", b"gpu", GPU_NAME, gpu),
-    fact("gpu", b"device", GPU_NAME, gpu),
-    fact("gpu", b"nvidia", GPU_NAME, gpu),
-    fact("torch", b"pytorch", rb"\brunning pytorch (\S{3,40})", name),
-    fact("torch", b"torch", rb"\b(?:py)?torch(?:_version)?[:=] ?v?(\d\.\d+\.\d\S{0,20})", name),
-    fact("attention", b"attention:", rb"^choice attention:(\w+)", name),
-    fact("attention", b"attention_backend", rb"\battention_backend[:=] ?(\S{1,60})", name),
-    fact("attention", b"flash_attn", rb"\b(flash_attn_3|flash_attn_interface)\b", name),
-    fact("attention", b"sdp_backends", rb"\bsdp_backends:(.{1,80})", name),
-    fact("train_shards", b"train_shards", rb"\btrain_shards ?[:=] ?(\d{1,9})\b"),
-    fact("train_shards", b"train:", rb"^train:\S+ shards:(\d{1,9})\b"),
-    fact("val_tokens", b"tokens", rb"\bval_loader:.*\btokens:" + COUNT),
-    fact("val_tokens", b"val_tokens", rb"\bval_tokens ?[:=] ?" + COUNT),
-    fact("val_tokens", b"validation tokens", rb"\bvalidation tokens: ?" + COUNT),
-    fact("val_tokens", b"fineweb_val_", rb"^val:\S+ n:" + COUNT),
-    fact("val_bytes", b"val_bytes", rb"\bval_bytes ?[:=] ?" + COUNT, last=True),
-    fact("scored_tokens", b"tokens", SCORED_TOKENS, last=True),
-    fact("steps", b"stopping_early", rb"\bstep: ?(\d{1,9})\b"),
-    fact("train_seconds", b"stopping_early", rb"\btrain_time[^:]{0,40}: ?" + NUMBER + rb"ms\b", milliseconds),
-    fact("train_seconds", b"training complete in", rb"\btraining complete in " + NUMBER + rb" ?s\b", float),
-    fact("train_seconds", b"training_seconds", rb"\btraining_seconds: ?" + NUMBER, float),
-    fact("raw_code_bytes", b"uncompressed", rb"\bcode size \(uncompressed\): ?" + COUNT),
-    fact("code_bytes", b"compressed", rb"\bcode size \(compressed\): ?" + COUNT),
-    fact("code_bytes", b"code size", rb"\bcode size: ?" + COUNT + rb" ?b"),
-    fact("code_bytes", b"code", rb"\bcode(?:_bytes)?[:=] ?(\d[\d,]{3,9})b?\b", last=True),
-    fact("passes", b"pass 2", rb"\bpass (2) done\b"),
-    fact("temperature", b"temperature", rb"\b(?:eval_|ttt_| |^)temperature[:=] ?(0\.\d{1,6}|1\.\d{1,6})\b", float),
-    fact("temperature", b"optimal_t:", rb"\boptimal_t:" + NUMBER, float),
-    fact("val_share", b"val_doc_fraction", rb"\bval_doc_fraction ?[:=] ?" + NUMBER, float),
+    ("seed", Phrase(b"seed", rb"^(?:.{0,120}[ \]:])?seed ?[:=] ?(\d{1,12})\b")),
+    ("seed", Phrase(b"s:", rb"^s:(\d{1,12})$")),  # this and `ws:`, `tl:`, `vl:` are of #1033 and its relatives
+    ("world_size", Phrase(b"world", rb"\bworld[_ ]size ?[:=] ?(\d{1,6})\b")),
+    ("world_size", Phrase(b"ws:", rb"\bws:(\d{1,6})\b")),
+    ("gpu", Phrase(b"gpu", GPU_NAME, gpu)),
+    ("gpu", Phrase(b"device", GPU_NAME, gpu)),
+    ("gpu", Phrase(b"nvidia", GPU_NAME, gpu)),
+    ("torch", Phrase(b"pytorch", rb"\brunning pytorch (\S{3,40})", name)),
+    ("torch", Phrase(b"torch", rb"\b(?:py)?torch(?:_version)?[:=] ?v?(\d\.\d+\.\d\S{0,20})", name)),
+    ("attention", Phrase(b"attention:", rb"^choice attention:(\w+)", name)),
+    ("attention", Phrase(b"attention_backend", rb"\battention_backend[:=] ?(\S{1,60})", name)),
+    ("attention", Phrase(b"flash_attn", rb"\b(flash_attn_3|flash_attn_interface)\b", name)),
+    ("attention", Phrase(b"sdp_backends", rb"\bsdp_backends:(.{1,80})", name)),
+    ("train_shards", Phrase(b"train_shards", rb"\btrain_shards ?[:=] ?(\d{1,9})\b")),
+    ("train_shards", Phrase(b"train:", rb"^train:\S+ shards:(\d{1,9})\b")),
+    ("val_tokens", Phrase(b"tokens", rb"\bval_loader:.*\btokens:" + COUNT)),
+    ("val_tokens", Phrase(b"val_tokens", rb"\bval_tokens ?[:=] ?" + COUNT)),
+    ("val_tokens", Phrase(b"validation tokens", rb"\bvalidation tokens: ?" + COUNT)),
+    ("val_tokens", Phrase(b"fineweb_val_", rb"^val:\S+ n:" + COUNT)),
+    ("val_bytes", Phrase(b"val_bytes", rb"\bval_bytes ?[:=] ?" + COUNT, last=True)),
+    ("scored_tokens", Phrase(b"tokens", SCORED_TOKENS, last=True)),
+    ("steps", Phrase(b"stopping_early", rb"\bstep: ?(\d{1,9})\b")),
+    ("train_seconds", Phrase(b"stopping_early", rb"\btrain_time[^:]{0,40}: ?" + NUMBER + rb"ms\b", milliseconds)),
+    ("train_seconds", Phrase(b"training complete in", rb"\btraining complete in " + NUMBER + rb" ?s\b", float)),
+    ("train_seconds", Phrase(b"training_seconds", rb"\btraining_seconds: ?" + NUMBER, float)),
+    ("raw_code_bytes", Phrase(b"uncompressed", rb"\bcode size \(uncompressed\): ?" + COUNT)),
+    ("code_bytes", Phrase(b"compressed", rb"\bcode size \(compressed\): ?" + COUNT)),
+    ("code_bytes", Phrase(b"code size", rb"\bcode size: ?" + COUNT + rb" ?b")),
+    ("code_bytes", Phrase(b"code", rb"\bcode(?:_bytes)?[:=] ?(\d[\d,]{3,9})b?\b", last=True)),
+    ("passes", Phrase(b"pass 2", rb"\bpass (2) done\b")),
+    ("temperature", Phrase(b"temperature", rb"\b(?:eval_|ttt_| |^)temperature[:=] ?(0\.\d{1,6}|1\.\d{1,6})\b", float)),
+    ("temperature", Phrase(b"optimal_t:", rb"\boptimal_t:" + NUMBER, float)),
+    ("val_share", Phrase(b"val_doc_fraction", rb"\bval_doc_fraction ?[:=] ?" + NUMBER, float)),
     # What a reviewer looks for: data with validation text in it, validation text that is used before it may be.
-    fact("doubled_path", b"datasets/datasets/", rb"(\S*datasets/datasets/\S*)", name),
-    fact("prequant_line", b"quant", rb"\b(?:pre_?quant_ttt: ?(?:epoch|done)|post-prequant-ttt )", None),
-    fact("selected_line", b"best_", SELECTED, None),
-    fact("gates", b"within_gate", rb"(.*within_gate.*)", gates, last=True),
+    ("doubled_path", Phrase(b"datasets/datasets/", rb"(\S*datasets/datasets/\S*)", name)),
+    ("prequant_line", Phrase(b"quant", rb"\b(?:pre_?quant_ttt: ?(?:epoch|done)|post-prequant-ttt )", None)),
+    ("selected_line", Phrase(b"best_", SELECTED, None)),
+    ("gates", Phrase(b"within_gate", rb"(.*within_gate.*)", gates, last=True)),
 )
-GPU_ROW = phrase(b"nvidia ", rb"^\|? +(\d+) +nvidia ([a-z0-9][\w .-]{1,30}?) +(?:on|off) *\|")
+GPU_ROW = Phrase(b"nvidia ", rb"^\|? +(\d+) +nvidia ([a-z0-9][\w .-]{1,30}?) +(?:on|off) *\|")
 # An epoch over the validation text; ttt_burst replays training text (#589).
-TTT_EPOCH = phrase(b"ttt", rb"\bttt(?!_burst)\w{0,20}[: ] ?epoch[: ]\d+/\d+")
+TTT_EPOCH = Phrase(b"ttt", rb"\bttt(?!_burst)\w{0,20}[: ] ?epoch[: ]\d+/\d+")
 
 
 def read_facts(part):
     known = set()
-    for fact in FACTS:
-        found = [] if fact.field in known else part.matches(fact.phrase)
+    for field, phrase in FACTS:
+        found = [] if field in known else part.matches(phrase)
         if found:
-            line, match = found[-1 if fact.last else 0]
-            value = fact.read(line.group(match)) if fact.read else line.number
-            part.note(line.number, **{fact.field: value})
-            known.add(fact.field)
+            line, match = found[-1 if phrase.last else 0]
+            value = phrase.read(line.group(match)) if phrase.read else line.number
+            part.note(line.number, **{field: value})
+            known.add(field)
 
 
 def read_gpu(part):
@@ -500,19 +485,19 @@ def read_signs(part):
 
 # ---- sizes ----------------------------------------------------------------------------------------------------------
 
-TOTAL = phrase(b"total submission", rb"\btotal submission(?: size)? ?([^:\n]{0,40}?) ?: ?" + COUNT + rb" ?bytes")
-MODEL = phrase(b"serialized model", rb"\bserialized model ?([^:\n]{0,40}?) ?: ?" + COUNT + rb" ?bytes")
+TOTAL = Phrase(b"total submission", rb"\btotal submission(?: size)? ?([^:\n]{0,40}?) ?: ?" + COUNT + rb" ?bytes")
+MODEL = Phrase(b"serialized model", rb"\bserialized model ?([^:\n]{0,40}?) ?: ?" + COUNT + rb" ?bytes")
 OTHER_TOTALS = (  # of scripts that do not keep the baseline's words
-    phrase(b"total_bytes", rb"\btotal_bytes: ?" + COUNT),
-    phrase(b"total_submission", rb"\btotal_submission=" + COUNT),
-    phrase(b"total:", rb"\bcode(?:_bytes)?:" + COUNT + rb" (?:model:" + COUNT + rb" )?total:" + COUNT),
-    phrase(b"total:", rb"^total:" + COUNT + rb"b$"),
-    phrase(b"final_submission_bytes", rb"final_submission_bytes: ?" + COUNT),
-    phrase(b", total:", rb"\bbytes, total: ?" + COUNT + rb" bytes"),
-    phrase(b"submission size", rb"\bsubmission size: ?" + COUNT + rb" bytes"),
-    phrase(b"artifact size", rb"\bartifact size: +" + COUNT + rb" bytes"),
-    phrase(b"artifact:", rb"\bartifact: ?" + COUNT + rb" ?b(?:ytes)?\b"),
-    phrase(b"artifact_bytes", rb"\bartifact_bytes(?: total)?\"?: +" + COUNT),
+    Phrase(b"total_bytes", rb"\btotal_bytes: ?" + COUNT),
+    Phrase(b"total_submission", rb"\btotal_submission=" + COUNT),
+    Phrase(b"total:", rb"\bcode(?:_bytes)?:" + COUNT + rb" (?:model:" + COUNT + rb" )?total:" + COUNT),
+    Phrase(b"total:", rb"^total:" + COUNT + rb"b$"),
+    Phrase(b"final_submission_bytes", rb"final_submission_bytes: ?" + COUNT),
+    Phrase(b", total:", rb"\bbytes, total: ?" + COUNT + rb" bytes"),
+    Phrase(b"submission size", rb"\bsubmission size: ?" + COUNT + rb" bytes"),
+    Phrase(b"artifact size", rb"\bartifact size: +" + COUNT + rb" bytes"),
+    Phrase(b"artifact:", rb"\bartifact: ?" + COUNT + rb" ?b(?:ytes)?\b"),
+    Phrase(b"artifact_bytes", rb"\bartifact_bytes(?: total)?\"?: +" + COUNT),
 )
 UNPACKED = re.compile(rb"raw|fp\d|bf\d|float|uncompressed")
 PACKED_LIMIT = 30_000_000  # bytes: a total above it is of the model before it was packed
@@ -527,7 +512,7 @@ class Size(NamedTuple):
 def sizes(part, phrase):
     """The Sizes that lines state: in the last group of each match the bytes, in the first one of what."""
     return [Size(whole(match.groups()[-1]), match[1], line.number) for line in part.lines_with(phrase.word)
-            for match in phrase.pattern.finditer(line.lower)]
+            for match in re.finditer(phrase.pattern, line.lower)]
 
 
 def read_sizes(part):
@@ -555,18 +540,18 @@ def read_sizes(part):
 
 # Each family says the same time in its own words; a log has one of them, or repeats it in two.
 CALIBRATION = (
-    phrase(b"hessian", rb"\bgptq: ?collected \d+ hessians\b.{0,30}? in " + NUMBER + rb"(s)\b"),
-    phrase(b"hessian", rb"\bhessians collected\b.{0,40}?(?:time|elapsed| in)[= ]" + NUMBER + rb"(s)\b"),
-    phrase(b"calibrat", rb"\bgptq:(?:loop-aware )?calibrated \d+ layers in " + NUMBER + rb"(s)\b"),
-    phrase(b"calibrat", rb"\bgptq:calibration done in " + NUMBER + rb"(ms)\b"),
-    phrase(b"hessian", rb"\bcollected hessians for \d+ layers (?:in |\()" + NUMBER + rb"(s)\b"),
-    phrase(b"gptq:done", rb"\bgptq:done layers=\d+ time=" + NUMBER + rb"(ms)\b"),
-    phrase(b"calibrat", rb"^calibrate source:\S+ tokens:\d+ seconds:" + NUMBER + rb"()"),
+    Phrase(b"hessian", rb"\bgptq: ?collected \d+ hessians\b.{0,30}? in " + NUMBER + rb"(s)\b"),
+    Phrase(b"hessian", rb"\bhessians collected\b.{0,40}?(?:time|elapsed| in)[= ]" + NUMBER + rb"(s)\b"),
+    Phrase(b"calibrat", rb"\bgptq:(?:loop-aware )?calibrated \d+ layers in " + NUMBER + rb"(s)\b"),
+    Phrase(b"calibrat", rb"\bgptq:calibration done in " + NUMBER + rb"(ms)\b"),
+    Phrase(b"hessian", rb"\bcollected hessians for \d+ layers (?:in |\()" + NUMBER + rb"(s)\b"),
+    Phrase(b"gptq:done", rb"\bgptq:done layers=\d+ time=" + NUMBER + rb"(ms)\b"),
+    Phrase(b"calibrat", rb"^calibrate source:\S+ tokens:\d+ seconds:" + NUMBER + rb"()"),
 )
-GENERATION = phrase(b"generated", rb"\b(?:gptq|trinity):generated \d+ seq(?:uence)?s in " + NUMBER + rb"(ms|s)\b")
-OUTSIDE = phrase(b"outside", rb"precompute\w*outside\w* elapsed=" + NUMBER + rb"(s)\b")
-TOTAL_EVAL = phrase(b"total_eval_", rb"\btotal_eval_(?:time|wallclock): ?" + NUMBER + rb"(s)\b")
-ADAPTATIONS = tuple(phrase(word, (  # an evaluation's own times that no score carries
+GENERATION = Phrase(b"generated", rb"\b(?:gptq|trinity):generated \d+ seq(?:uence)?s in " + NUMBER + rb"(ms|s)\b")
+OUTSIDE = Phrase(b"outside", rb"precompute\w*outside\w* elapsed=" + NUMBER + rb"(s)\b")
+TOTAL_EVAL = Phrase(b"total_eval_", rb"\btotal_eval_(?:time|wallclock): ?" + NUMBER + rb"(s)\b")
+ADAPTATIONS = tuple(Phrase(word, (  # an evaluation's own times that no score carries
     rb"\b([a-z_]*(?:ttt|slot)[a-z_0-9]*): ?(?:(?:total_)?(?:done|elapsed|completed|time|total)\b)[^\n]{0,60}?"
     rb"(?:elapsed=|time[=:]|total_time[=:]| in |elapsed:)? ?" + NUMBER + rb"(ms|s)\b")) for word in (b"ttt", b"slot"))
 SCORE = re.compile(rb"^(.{0,200}?)\b(?:val_loss|vl)[:=] ?(\d{1,9}\.\d{1,18})[ ,;|]{1,3}(?:val_)?bpb[:=] ?"
