@@ -65,7 +65,8 @@ def size_of_seed(entry, run, log):
     """Code and model as the logs count them."""
     total, model = size_of(log)
     if total is None:
-        yield OfSeed("none", "unknown", "CK-SIZE", f"the log of seed {run.seed} does not say the size of the submission")
+        text = f"the log of seed {run.seed} does not say the size of the submission"
+        yield OfSeed("none", "unknown", "CK-SIZE", text)
         return
     over = total - rules.SIZE_LIMIT
     if over <= 0:

@@ -35,9 +35,9 @@ class OfSeed(NamedTuple):
 
 
 def of_seeds(entry, check, which):
-    """The findings of a check that looks at each seed by its log: one for each kind and severity, the worst, which names
-    the other seeds. `which` log: that of the `score`, of the `training`, of `both` if they are two, or `any`: that of the
-    score, or None for a seed without one.
+    """The findings of a check of each seed's log: one for each kind and severity, the worst, which names the other
+    seeds. `which` log: that with the `score`, with the `training`, `both` if they are two, or `any`: that with the
+    score, or None for a seed that has none.
     """
     groups = {}
     for run in entry.runs:
@@ -51,5 +51,6 @@ def of_seeds(entry, check, which):
         row, _, log = worst
         others = [str(found[1]) for found in group if found is not worst]
         also = f"; also seed{'s' if len(others) > 1 else ''} {', '.join(others)}" if others else ""
+        file = entry.relative(log.path) if log else entry.record_file
         line = log.lines.get(row.place) if isinstance(row.place, str) else row.place
-        yield Finding(row.severity, row.rule, row.text + also, entry.relative(log.path) if log else entry.record_file, line)
+        yield Finding(row.severity, row.rule, row.text + also, file, line)
