@@ -751,9 +751,8 @@ SUMMARY = {  # {field of Log: (its key in our summary, what reads the value)}
 
 def read_summary(part):
     """Our last line, which is exact; it stands above what was read from the lines before."""
-    lines = [line for line in part.lines if line.text.startswith(b"summary {")]
-    summaries = [(line.number, parse_summary(line.text)) for line in lines]
-    summaries = [(place, summary) for place, summary in summaries if summary is not None]
+    found = ((line.number, summary_in(line.text)) for line in part.lines)
+    summaries = [(place, summary) for place, summary in found if summary is not None]
     if not summaries:
         return
     place, summary = summaries[-1]
@@ -767,10 +766,10 @@ def read_summary(part):
     part.note(place, summaries=len(summaries), **values)
 
 
-def parse_summary(line):
-    """The JSON object behind the word `summary`, or None."""
+def summary_in(line):
+    """The JSON object behind the word `summary` that begins a line, or None."""
     try:
-        value = json.loads(line.removeprefix(b"summary "))
+        value = json.loads(line.removeprefix(b"summary ")) if line.startswith(b"summary {") else None
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

@@ -1,6 +1,5 @@
 """What a run of the trainer left in its folder, and whether several runs are seeds of one configuration."""
 
-import json
 import re
 import shlex
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import NamedTuple
 
 from common import BadInput
 from reports.reading import last, read_events, read_summary
-from submission.logs import pairs_of
+from submission.logs import pairs_of, summary_in
 
 RULE = "=" * 100  # ends the source at the top of train.log
 OF_ONE_RUN = {"RUN_ID", "OUT_DIR", "SEED"}  # settings in which the runs of one configuration differ
@@ -95,11 +94,7 @@ def why_it_ended(log):
 
 def summary_of(log):
     """The object in the last line of a log, or None."""
-    word, _, text = log.rstrip().rpartition(b"\n")[2].partition(b" ")
-    try:
-        return json.loads(text) if word == b"summary" else None
-    except ValueError:
-        return None
+    return summary_in(log.rstrip().rpartition(b"\n")[2])
 
 
 # ---- several runs ---------------------------------------------------------------------------------------------------
