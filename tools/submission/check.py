@@ -8,7 +8,7 @@ from typing import NamedTuple
 from common import Parser, write
 from submission import check_form, check_limits, check_score, check_seeds, rules
 from submission.entry import Entry, read_entry
-from submission.findings import SEVERITIES, Finding, of_seeds
+from submission.findings import SEVERITIES, Finding, of_logs
 
 HELP = """\
 Check the folder of a submission against every rule of the contest that its files can show: sizes, clocks, seeds, the
@@ -23,22 +23,17 @@ each seed, submission.json against the logs, and what else the branch touches.
 Exit code: 0 no errors, 1 errors, 2 no folder that can be read.
 """
 
-CHECKS = (  # (the rules that it looks at, the check, the log of each seed that it is asked of: see of_seeds())
-    ("CK-FOLDER", check_form.check_name, None), ("CK-FOLDER", check_form.check_files, None),
-    ("CK-FOLDER", check_form.check_record, None), ("CK-FOLDER", check_form.check_compliance, None),
-    ("CK-FOLDER", check_seeds.check_scores, None), ("CK-FOLDER", check_seeds.check_fields, None),
-    ("CK-FOLDER", check_seeds.claimed_size, "training"),
-    ("CK-SEEDS", check_seeds.check_seeds, None), ("CK-SEEDS", check_seeds.check_same_code, None),
-    ("CK-SEEDS", check_seeds.check_same_settings, None), ("CK-SEEDS", check_seeds.check_one_run, None),
-    ("CK-SIZE", check_limits.size_of_seed, "training"), ("CK-SIZE", check_limits.check_size, None),
-    ("CK-IMPORT", check_limits.check_imports, None), ("CK-TRAINTIME", check_limits.train_time, "training"),
-    ("CK-EVALTIME", check_limits.eval_time, "score"), ("CK-BYTES", check_score.bytes_of_seed, "any"),
-    ("CK-BYTES", check_score.check_bytes, None), ("CK-COVER", check_score.coverage, "score"),
-    ("CK-OVERLAP", check_score.overlap, "training"), ("CK-HASH", check_seeds.script_of_seed, "training"),
-    ("CK-HASH", check_seeds.check_models, None),
-    ("CK-ORDER CK-FLIP CK-SUM CK-VALOPEN", check_score.verdict, "score"), ("CK-FLIP", check_score.check_foreign, None),
-    ("CK-SUM", check_score.breaches, "both"), ("CK-SUM", check_score.check_script, None),
-    ("CK-STAT", check_seeds.check_statistics, None))
+CHECKS = (  # (check, the logs that it is asked about, see of_logs(); None: it is asked about the folder)
+    (check_form.check_name, None), (check_form.check_files, None), (check_form.check_record, None),
+    (check_form.check_compliance, None), (check_seeds.claimed_score, "score"), (check_seeds.check_scores, None),
+    (check_seeds.check_fields, None), (check_seeds.claimed_size, "training"), (check_seeds.check_seeds, None),
+    (check_seeds.log_of_seed, "score"), (check_seeds.one_run, "every"), (check_seeds.check_same_code, None),
+    (check_seeds.check_same_settings, None), (check_limits.size_of_seed, "training"), (check_limits.check_size, None),
+    (check_limits.check_imports, None), (check_limits.train_time, "training"), (check_limits.eval_time, "score"),
+    (check_score.bytes_of_seed, "any"), (check_score.check_bytes, None), (check_score.coverage, "score"),
+    (check_score.overlap, "training"), (check_seeds.script_of_seed, "training"), (check_seeds.check_models, None),
+    (check_score.verdict, "score"), (check_score.check_foreign, None), (check_score.breaches, "both"),
+    (check_score.check_script, None), (check_seeds.check_statistics, None))
 
 
 class Report(NamedTuple):
@@ -46,7 +41,9 @@ class Report(NamedTuple):
 
     entry: Entry
     findings: tuple[Finding, ...]
-    checked: tuple[str, ...]
+    checked: tuple[str, ...] = (
+        "CK-FOLDER", "CK-SEEDS", "CK-SIZE", "CK-IMPORT", "CK-TRAINTIME", "CK-EVALTIME", "CK-BYTES", "CK-COVER",
+        "CK-OVERLAP", "CK-HASH", "CK-ORDER", "CK-FLIP", "CK-SUM", "CK-VALOPEN", "CK-STAT", "CK-DIFF")
 
     def count(self, severity):
         return sum(finding.severity == severity for finding in self.findings)
@@ -60,16 +57,13 @@ def examine(path, track=None, base=None):
     """The Report on a folder. BadInput if there is no folder that can be read."""
     entry = read_entry(path, track)
     findings = []
-    checked = []
-    for names, check, which in CHECKS:
-        findings += of_seeds(entry, check, which) if which else check(entry)
-        checked += names.split()
+    for check, which in CHECKS:
+        findings += of_logs(entry, check, which) if which else check(entry)
     findings += check_form.check_diff(entry, base)
-    checked.append("CK-DIFF")
     if entry.track != "record":
         findings = [softened(finding) for finding in findings]
     findings = sorted(dict.fromkeys(findings), key=lambda finding: SEVERITIES.index(finding.severity))
-    return Report(entry, tuple(findings), tuple(dict.fromkeys(checked)))
+    return Report(entry, tuple(findings))
 
 
 def softened(finding):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from submission import rules
 from submission.entry import number_of, stated_by_logs
-from submission.findings import OfSeed, error, note, unknown, warning
+from submission.findings import OfLog, error, note, unknown, warning
 
 # ---- CK-IMPORT ------------------------------------------------------------------------------------------------------
 
@@ -66,7 +66,7 @@ def size_of_seed(entry, run, log):
     total, model = size_of(log)
     if total is None:
         text = f"the log of seed {run.seed} does not say the size of the submission"
-        yield OfSeed("none", "unknown", "CK-SIZE", text)
+        yield OfLog("unknown", "CK-SIZE", text, kind="none")
         return
     over = total - rules.SIZE_LIMIT
     if over <= 0:
@@ -75,9 +75,9 @@ def size_of_seed(entry, run, log):
     code = code_bytes(entry)
     if None not in (model, code) and model + code <= rules.SIZE_LIMIT:
         text += f"; with the script as it lies in the folder {model + code:,}"
-        yield OfSeed("shipped", "warning", "CK-SIZE", text, "total_bytes", over)
+        yield OfLog("warning", "CK-SIZE", text, "total_bytes", "shipped", over)
     else:
-        yield OfSeed("over", "error", "CK-SIZE", text, "total_bytes", over)
+        yield OfLog("error", "CK-SIZE", text, "total_bytes", "over", over)
 
 
 def check_size(entry):
@@ -125,25 +125,25 @@ def train_time(entry, run, log):
     stopped = log.train_seconds
     if stopped is None:
         text = f"the log of seed {run.seed} does not say when the training stopped"
-        yield OfSeed("none", "unknown", "CK-TRAINTIME", text)
+        yield OfLog("unknown", "CK-TRAINTIME", text, kind="none")
     else:
         over = stopped - limit
         text = f"seed {run.seed}: training stopped at {stopped:,.3f} s"
         if over > (0 if log.form == "ours" else rules.TRAIN_TOLERANCE):
             text += f", {over:,.1f} s over the limit of {limit:.0f}"
-            yield OfSeed("steps", "error", "CK-TRAINTIME", text, "train_seconds", over)
+            yield OfLog("error", "CK-TRAINTIME", text, "train_seconds", "steps", over)
         elif over > 0:
             text += f", after the step that crosses the limit of {limit:.0f}, as 62 of 143 merged logs"
-            yield OfSeed("steps", "warning", "CK-TRAINTIME", text, "train_seconds", over)
+            yield OfLog("warning", "CK-TRAINTIME", text, "train_seconds", "steps", over)
         if over <= rules.TRAIN_TOLERANCE:
             yield from calibration_time(run, log)
     severity = "error" if log.form == "ours" else "warning"
     if log.gpu and rules.GPU.lower() not in log.gpu.lower():
         text = f"seed {run.seed} ran on {log.gpus or log.world_size or 1} x {log.gpu}, not {rules.GPUS} x {rules.GPU}"
-        yield OfSeed("machine", severity, "CK-TRAINTIME", text, "gpu")
+        yield OfLog(severity, "CK-TRAINTIME", text, "gpu", "machine")
     elif log.world_size not in (None, rules.GPUS):
         text = f"seed {run.seed} ran on {log.world_size} GPU(s), not {rules.GPUS}"
-        yield OfSeed("machine", severity, "CK-TRAINTIME", text, "world_size")
+        yield OfLog(severity, "CK-TRAINTIME", text, "world_size", "machine")
 
 
 def calibration_time(run, log):
@@ -157,13 +157,13 @@ def calibration_time(run, log):
         if log.form != "ours" and over <= rules.CALIBRATION_TOLERANCE:
             severity = "warning"
             text += ", which was accepted late (#1855) and refused before (#706)"
-        yield OfSeed("calibration", severity, "CK-TRAINTIME", text, "calibrate_seconds", over)
+        yield OfLog(severity, "CK-TRAINTIME", text, "calibrate_seconds", "calibration", over)
     generation = log.generate_seconds
     over = stopped + (generation or 0) - rules.TRAIN_LIMIT
     if generation and over > 0:
         text = (f"seed {run.seed}: {generation:.1f} s of generating calibration text after {stopped:,.1f} s of "
                 "training, which is time of the training too, though #1019 was merged")
-        yield OfSeed("generation", "warning", "CK-TRAINTIME", text, "generate_seconds", over)
+        yield OfLog("warning", "CK-TRAINTIME", text, "generate_seconds", "generation", over)
 
 
 # ---- CK-EVALTIME ----------------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def eval_time(entry, run, log):
     limit = rules.EVAL_LIMIT
     if log.eval_seconds is None:
         text = f"the log of seed {run.seed} does not say how long the evaluation took"
-        yield OfSeed("none", "unknown", "CK-EVALTIME", text)
+        yield OfLog("unknown", "CK-EVALTIME", text, kind="none")
         return
     text = f"seed {run.seed}: {log.eval_seconds:,.0f} s of evaluation"
     if " + " in log.eval_note:
@@ -184,7 +184,7 @@ def eval_time(entry, run, log):
         text += f", {over:,.0f} s over the limit of {limit:.0f}"
         if log.needed_seconds < log.eval_seconds - 1:
             text += " even without diagnostics"
-        yield OfSeed("over", "error", "CK-EVALTIME", text, "eval_seconds", over)
+        yield OfLog("error", "CK-EVALTIME", text, "eval_seconds", "over", over)
     elif log.eval_seconds > limit:
         text += f"; {log.needed_seconds:,.0f} s without what may be diagnostics"
-        yield OfSeed("sum", "warning", "CK-EVALTIME", text, "eval_seconds", log.eval_seconds)
+        yield OfLog("warning", "CK-EVALTIME", text, "eval_seconds", "sum", log.eval_seconds)

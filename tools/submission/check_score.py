@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from submission import rules, script
 from submission.entry import decimals, number_of
-from submission.findings import OfSeed, error, refused, unknown, warning
+from submission.findings import OfLog, error, refused, unknown, warning
 
 # ---- CK-BYTES -------------------------------------------------------------------------------------------------------
 
@@ -84,25 +84,25 @@ def bytes_of_seed(entry, run, log):
         off = ratio.value / text.bytes_per_token - 1
         if is_per_byte(ratio) and text.tokenizer != "byte260":
             what = f"the loss of seed {run.seed} is in nats per byte, so that the bytes per token are not known"
-            yield OfSeed("per byte", "unknown", "CK-BYTES", what, line)
+            yield OfLog("unknown", "CK-BYTES", what, line, "per byte")
         elif abs(off) > ratio.tolerance:
             right = f", and is {run.bpb * (1 + off):.4f} with the right ones" if run.bpb else ""
             what = (f"loss and score give {ratio.value:.4f} bytes per token, where {text.tokenizer} has "
                     f"{text.bytes_per_token:.4f}: the score divides by {off:+.2%} bytes{right}, unless the two are of "
                     "different predictions")
             severity = "error" if off > HARMLESS_GAIN else "warning"
-            yield OfSeed("ratio", severity, "CK-BYTES", what, line, abs(off))
+            yield OfLog(severity, "CK-BYTES", what, line, "ratio", abs(off))
     elif tokens:
         total = tokens * ratio.value
         off = total / rules.VAL_BYTES - 1
         if off > max(ratio.tolerance, 3 * rules.BYTES_TOLERANCE):
             what = (f"{tokens:,} tokens of {ratio.value:.4f} bytes are {total:,.0f} bytes, and the validation text has "
                     f"{rules.VAL_BYTES:,} ({off:+.2%}): too many are counted, or it is another text")
-            yield OfSeed("total", refused(entry, "warning"), "CK-BYTES", what, line, abs(off))
+            yield OfLog(refused(entry, "warning"), "CK-BYTES", what, line, "total", abs(off))
     elif not looks_published(ratio):
         what = (f"{ratio.value:.4f} bytes per token, which no published tokenizer has, and the log does not say how "
                 "many tokens there are")
-        yield OfSeed("unknown ratio", "warning", "CK-BYTES", what, line)
+        yield OfLog("warning", "CK-BYTES", what, line, "unknown ratio")
 
 
 def our_bytes(entry, log, ratio):
@@ -111,11 +111,11 @@ def our_bytes(entry, log, ratio):
     if abs(ratio.value / stated - 1) > ratio.tolerance:
         what = (f"loss and score give {ratio.value:.6f} bytes per token, and the log counts {log.val_bytes:,} bytes of "
                 f"{log.val_tokens:,} tokens, {stated:.6f}")
-        yield OfSeed("ratio", "error", "CK-BYTES", what, "val_bytes")
+        yield OfLog("error", "CK-BYTES", what, "val_bytes", "ratio")
     if abs(log.val_bytes / rules.VAL_BYTES - 1) > rules.BYTES_TOLERANCE:
         what = (f"the score is of {log.val_bytes:,} bytes, and the contest's validation text has "
                 f"{rules.VAL_BYTES:,}: it does not compare with others")
-        yield OfSeed("text", refused(entry), "CK-BYTES", what, "val_bytes")
+        yield OfLog(refused(entry), "CK-BYTES", what, "val_bytes", "text")
 
 
 # ---- CK-COVER -------------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def coverage(entry, run, log):
     tokens = log.val_tokens
     if tokens is None:
         text = f"the log of seed {run.seed} does not say how many tokens it validates on"
-        yield OfSeed("none", "unknown", "CK-COVER", text)
+        yield OfLog("unknown", "CK-COVER", text, kind="none")
         return
     if log.form != "ours" and rules.text_of(tokens) is None:
         ratio = ratio_of_run(run)
@@ -138,13 +138,13 @@ def coverage(entry, run, log):
             share = tokens * ratio.value / rules.VAL_BYTES
         if share < 0.99:
             text = f"{tokens:,} tokens are validated on, about {share:.1%} of the text"
-            yield OfSeed("part", refused(entry), "CK-COVER", text, "val_tokens", 1 - share)
+            yield OfLog(refused(entry), "CK-COVER", text, "val_tokens", "part", 1 - share)
     if log.val_share is not None and log.val_share < 1:
         text = f"val_doc_fraction is {log.val_share:g}: not all validation documents are scored"
-        yield OfSeed("share", refused(entry), "CK-COVER", text, "val_share", 1 - log.val_share)
+        yield OfLog(refused(entry), "CK-COVER", text, "val_share", "share", 1 - log.val_share)
     if log.scored_tokens and log.scored_tokens < 0.99 * tokens:
         text = f"{log.scored_tokens:,} tokens are scored of {tokens:,}"
-        yield OfSeed("scored", "warning", "CK-COVER", text, "scored_tokens")
+        yield OfLog("warning", "CK-COVER", text, "scored_tokens", "scored")
 
 
 # ---- CK-OVERLAP -----------------------------------------------------------------------------------------------------
@@ -155,19 +155,19 @@ def overlap(entry, run, log):
     if log.train_shards in rules.OVERLAP_SHARDS:
         text = (f"train_shards: {log.train_shards}, as the data of #2127, which trains on 40,000 of the 50,000 "
                 "validation documents")
-        yield OfSeed("shards", "error", "CK-OVERLAP", text, "train_shards")
+        yield OfLog("error", "CK-OVERLAP", text, "train_shards", "shards")
     if log.doubled_path:
         path = log.doubled_path if len(log.doubled_path) < 60 else f"...{log.doubled_path[-57:]}"
         text = f"{path} has the doubled path of the data in #2127; say with which --val-docs it was made"
-        yield OfSeed("path", "warning", "CK-OVERLAP", text, "doubled_path")
+        yield OfLog("warning", "CK-OVERLAP", text, "doubled_path", "path")
     copies = log.documents_in_training
     if copies:
         text = f"{copies:,.0f} validation documents begin as documents that were trained on"
         severity = "note" if log.valid == "yes" else "error"
-        yield OfSeed("copies", severity, "CK-OVERLAP", text, "documents_in_training", copies)
+        yield OfLog(severity, "CK-OVERLAP", text, "documents_in_training", "copies", copies)
     elif log.form == "ours" and copies is None and log.val_bpb is not None:
         text = f"the log of seed {run.seed} does not say whether validation text was trained on"
-        yield OfSeed("none", "unknown", "CK-OVERLAP", text)
+        yield OfLog("unknown", "CK-OVERLAP", text, kind="none")
 
 
 # ---- the verdict of our own logs ------------------------------------------------------------------------------------
@@ -192,16 +192,16 @@ def verdict(entry, run, log):
         return
     if log.valid is None:
         text = f"the log of seed {run.seed} has no verdict: its run did not come to its end"
-        yield OfSeed("none", "error", "CK-ORDER", text)
+        yield OfLog("error", "CK-ORDER", text, kind="none")
     elif log.valid != "yes":
         for reason in log.reasons or ("no reason is given",):
-            yield OfSeed(reason, "error", rule_of(reason, REASONS), f"valid:{log.valid}, {reason}", "valid")
+            yield OfLog("error", rule_of(reason, REASONS), f"valid:{log.valid}, {reason}", "valid", reason)
     if log.valid and log.tested != "yes":
         text = f"the self-tests of seed {run.seed} did not all run and pass (SELFTEST=0?)"
-        yield OfSeed("untested", "unknown", "CK-FLIP", text, "valid")
+        yield OfLog("unknown", "CK-FLIP", text, "valid", "untested")
     for obstacle in log.eligible_reasons if log.eligible == "no" else ():
         if not obstacle.startswith(CHECKED) and "validation bytes" not in obstacle:
-            yield OfSeed(obstacle, refused(entry), rule_of(obstacle, OBSTACLES), f"eligible:no, {obstacle}", "valid")
+            yield OfLog(refused(entry), rule_of(obstacle, OBSTACLES), f"eligible:no, {obstacle}", "valid", obstacle)
 
 
 def check_foreign(entry):
@@ -231,15 +231,15 @@ def breaches(entry, run, log):
     """What logs show of breaches that the organisers have ruled on, where it is certain."""
     for field, severity, rule, text in SIGNS:
         if getattr(log, field) is not None:
-            yield OfSeed(field, severity, rule, text, field)
+            yield OfLog(severity, rule, text, field, field)
     if log.temperature not in (None, 1.0):
         text = f"temperature {log.temperature:g}: it must not have been chosen on validation text (#991)"
-        yield OfSeed("temperature", "warning", "CK-VALOPEN", text, "temperature")
+        yield OfLog("warning", "CK-VALOPEN", text, "temperature", "temperature")
     gates = {name: count for name, count in (log.gates or {}).items() if count}
     if gates:
         counts = ", ".join(f"{name}={count:,}" for name, count in gates.items())
         text = f"n-gram gates that look at the target were open: {counts} (#1420, #2018)"
-        yield OfSeed("gates", "error", "CK-FLIP", text, "gates", sum(gates.values()))
+        yield OfLog("error", "CK-FLIP", text, "gates", "gates", sum(gates.values()))
     if run.score and log is run.log:
         yield from breaches_of_score(run.score, log)
 
@@ -249,7 +249,7 @@ def breaches_of_score(score, log):
     label = score.name.lower()
     for word, rule, why in SUSPECTS:
         if word in label:
-            yield OfSeed(word, "warning", rule, f"the score is of {score.name!r}: {why}", score.line)
+            yield OfLog("warning", rule, f"the score is of {score.name!r}: {why}", score.line, word)
     long = [phase for phase in log.phases if phase.seconds > 5]
     scored = [phase for phase in long if phase.scored and abs(phase.line - score.line) <= 3]
     adapted = [phase for phase in long if not phase.scored and phase.line < score.line]
@@ -257,7 +257,7 @@ def breaches_of_score(score, log):
     if adapted and scored and not is_adaptive and max(phase.line for phase in scored) > adapted[-1].line:
         seconds = sum(phase.seconds for phase in adapted)
         text = f"adapts to validation text for {seconds:,.0f} s and scores it afterwards, in {scored[-1].name} (#518)"
-        yield OfSeed("adapted", "error", "CK-ORDER", text, adapted[0].line)
+        yield OfLog("error", "CK-ORDER", text, adapted[0].line, "adapted")
 
 
 def check_script(entry):

@@ -11,20 +11,15 @@ from collections import Counter
 from common import sha256
 from submission import rules
 from submission.entry import decimals, number_of, numbers_in_name, seed_in_name, seed_of, states
-from submission.findings import Finding, OfSeed, error, note, refused, unknown, warning
+from submission.findings import Finding, OfLog, error, note, refused, unknown, warning
 from submission.logs import configuration, is_final, says_the_same, source_hash
 
 # ---- submission.json against the logs -------------------------------------------------------------------------------
 
 
 def check_scores(entry):
-    """Is each score of submission.json one that a log has, and the headline their mean?"""
-    if entry.record is None:
-        return
-    for run in entry.runs:
-        if run.claim and run.claim.val_bpb is not None and run.log:
-            yield from check_claim(entry, run)
-    stated = number_of(entry.record, "val_bpb")
+    """Is the headline the mean of the seeds?"""
+    stated = number_of(entry.record or {}, "val_bpb")
     if stated is None or not entry.runs:
         return
     values = [run.bpb for run in entry.runs]
@@ -39,24 +34,25 @@ def check_scores(entry):
         yield from check_loss(entry)
 
 
-def check_claim(entry, run):
-    stated = run.claim.val_bpb
-    place = entry.relative(run.log.path)
-    text = f"seed {run.seed} has val_bpb {stated}"
+def claimed_score(entry, run, log):
+    """Is the score that submission.json has of a seed one that its log has?"""
     score = run.score
+    stated = run.claim.val_bpb if run.claim else None
+    text = f"seed {run.seed} has val_bpb {stated}"
+    if stated is None:
+        return
     if score is None:
-        yield unknown("CK-FOLDER", f"{text}, and its log has no final score", place)
+        yield OfLog("unknown", "CK-FOLDER", f"{text}, and its log has no final score")
     elif not states(score, stated):
         off = abs(score.bpb - float(stated))
-        say = by_distance(off, [run])
-        yield say("CK-FOLDER", f"{text} in {entry.record_file}, its log {score.bpb:.8f} ({off:.2g} off)", place,
-                  score.line)
+        text += f" in {entry.record_file}, its log {score.bpb:.8f} ({off:.2g} off)"
+        yield OfLog(by_distance(off, [run]), "CK-FOLDER", text, score.line)
     elif not is_final(score):
-        yield warning("CK-FOLDER", f"{text}, the log's {score.name!r}, which is not of the packed model", place,
-                      score.line)
-    elif run.log.val_bpb is not None and abs(score.bpb - run.log.val_bpb) > 1e-4:
-        yield note("CK-FOLDER", f"{text}, the log's {score.name!r}; its last score is {run.log.val_bpb:.8f}", place,
-                   score.line)
+        text += f", the log's {score.name!r}, which is not of the packed model"
+        yield OfLog("warning", "CK-FOLDER", text, score.line)
+    elif log.val_bpb is not None and abs(score.bpb - log.val_bpb) > 1e-4:
+        text += f", the log's {score.name!r}; its last score is {log.val_bpb:.8f}"
+        yield OfLog("note", "CK-FOLDER", text, score.line)
 
 
 SMALL = 1e-4  # bits per byte: #1945 was accepted with a mean that was 3.3e-6 off
@@ -65,7 +61,7 @@ SMALL = 1e-4  # bits per byte: #1945 was accepted with a mean that was 3.3e-6 of
 def by_distance(off, runs):
     """A score that is a little off is a question, in our own logs an error."""
     ours = any(run.log and run.log.form == "ours" for run in runs)
-    return error if ours or off > SMALL else warning
+    return "error" if ours or off > SMALL else "warning"
 
 
 def check_mean(entry, stated, values):
@@ -86,8 +82,8 @@ def check_mean(entry, stated, values):
                    f"{mean:.8f}", entry.record_file)
     else:
         logged = f"the mean of {len(values)} seeds is {mean:.8f}" if len(values) > 1 else f"the log has {mean:.8f}"
-        say = by_distance(off, entry.runs)
-        yield say("CK-FOLDER", f"val_bpb is {stated}, and {logged} ({off:.2g} off)", entry.record_file)
+        text = f"val_bpb is {stated}, and {logged} ({off:.2g} off)"
+        yield Finding(by_distance(off, entry.runs), "CK-FOLDER", text, entry.record_file)
 
 
 def is_finer(other, score):
@@ -141,7 +137,7 @@ def claimed_size(entry, run, log):
     stated = run.claim.bytes if run.claim else None
     if stated and log.total_bytes and stated != log.total_bytes:
         text = f"seed {run.seed} has {stated:,} bytes in {entry.record_file}, its log {log.total_bytes:,}"
-        yield OfSeed("size", "warning", "CK-SIZE", text, "total_bytes", abs(stated - log.total_bytes))
+        yield OfLog("warning", "CK-SIZE", text, "total_bytes", "size", abs(stated - log.total_bytes))
 
 
 # ---- CK-SEEDS -------------------------------------------------------------------------------------------------------
@@ -155,7 +151,6 @@ def check_seeds(entry):
     for run in entry.runs:
         if run.log is None:
             yield Finding(refused(entry, "warning"), "CK-SEEDS", f"seed {run.seed} of {entry.record_file} has no log")
-    yield from check_labels(entry)
     distinct = {run.seed if run.log.seed is None else run.log.seed for run in entry.runs if run.log}
     if entry.track == "record" and entry.logs and len(distinct) < rules.LEAST_SEEDS:
         which = ", ".join(sorted("unknown" if seed is None else str(seed) for seed in distinct)) or "none"
@@ -167,22 +162,41 @@ def check_seeds(entry):
         yield note("CK-SEEDS", f"further logs of seeds that count: {which}; say in the README what they are")
 
 
-def check_labels(entry):
-    """Does a log say the seed that its name, or submission.json, says?"""
-    told = set()
-    counted = {run.seed for run in entry.runs}
-    for log in entry.logs:
+def is_misnamed(log):
+    named = seed_in_name(log.path)
+    return None not in (named, log.seed) and log.seed not in numbers_in_name(log.path)
+
+
+def log_of_seed(entry, run, log):
+    """Does the log of a seed say that seed, and a score?"""
+    if None not in (run.seed, log.seed) and run.seed != log.seed and not is_misnamed(log):
+        text = f"the score of seed {run.seed} of {entry.record_file} is in a log of seed {log.seed}"
+        yield OfLog("error", "CK-SEEDS", text, "seed")
+    if log.val_bpb is None and log.tracebacks:
+        text = f"the log of seed {run.seed} ends in an error and has no final score"
+        yield OfLog("error", "CK-SEEDS", text, "tracebacks")
+    elif log.val_bpb is None:
+        yield OfLog("warning", "CK-SEEDS", f"the log of seed {run.seed} has no final score")
+
+
+def one_run(entry, run, log):
+    """A log is of one run, from its first step to its score, and of the seed that its name says."""
+    if is_misnamed(log):
         named = seed_in_name(log.path)
-        if None not in (named, log.seed) and log.seed not in numbers_in_name(log.path):
-            told.add(id(log))
-            say = error if named in counted else warning  # the number may be that of a run
-            yield say("CK-SEEDS", f"is a run of seed {log.seed}, and its name says {named}", entry.relative(log.path),
-                      log.lines.get("seed"))
-    for run in entry.runs:
-        log = run.log
-        if log and None not in (run.seed, log.seed) and run.seed != log.seed and id(log) not in told:
-            text = f"the score of seed {run.seed} of {entry.record_file} is in a log of seed {log.seed}"
-            yield error("CK-SEEDS", text, entry.relative(log.path), log.lines.get("seed"))
+        severity = "error" if named in {run.seed for run in entry.runs} else "warning"  # it may be the number of a run
+        yield OfLog(severity, "CK-SEEDS", f"is a run of seed {log.seed}, and its name says {named}", "seed")
+    if log.mixed_line:
+        severity = "error" if log.form == "ours" else "warning"
+        text = "steps or clock go back here, and no run begins: lines of two runs"
+        yield OfLog(severity, "CK-SEEDS", text, log.mixed_line)
+    if log.summaries > 1:
+        yield OfLog("error", "CK-SEEDS", f"has {log.summaries} summaries: lines of two runs", "summaries")
+    if log.stated_seed is not None and log.seed != log.stated_seed:
+        text = f"its header says seed {log.stated_seed}, its summary {log.seed}: lines of two runs"
+        yield OfLog("error", "CK-SEEDS", text, "seed")
+    if log.summaries and None not in (log.logged_steps, log.steps) and log.logged_steps > log.steps:
+        text = f"has step {log.logged_steps}, and its summary ends at step {log.steps}: lines of two runs"
+        yield OfLog("error", "CK-SEEDS", text, "steps")
 
 
 def odd_ones_out(entry, field):
@@ -238,34 +252,6 @@ def differences(usual, other):
     return [f"{key} {usual.get(key, 'absent')} -> {other.get(key, 'absent')}" for key in changed]
 
 
-def check_one_run(entry):
-    """A log is of one run, from its first step to its score."""
-    for log in entry.logs:
-        place = entry.relative(log.path)
-        if log.mixed_line:
-            say = error if log.form == "ours" else warning
-            yield say("CK-SEEDS", "steps or clock go back here, and no run begins: lines of two runs", place,
-                      log.mixed_line)
-        parts = {}  # {field: what is wrong with it}
-        if log.summaries > 1:
-            parts["summaries"] = f"has {log.summaries} summaries"
-        if log.stated_seed is not None and log.seed != log.stated_seed:
-            parts["seed"] = f"its header says seed {log.stated_seed}, its summary {log.seed}"
-        if log.summaries and None not in (log.logged_steps, log.steps) and log.logged_steps > log.steps:
-            parts["steps"] = f"has step {log.logged_steps}, and its summary ends at step {log.steps}"
-        for field, text in parts.items():
-            yield error("CK-SEEDS", f"{text}: lines of two runs", place, log.lines.get(field))
-    for run in entry.runs:
-        log = run.log
-        if log and log.val_bpb is None:
-            place = entry.relative(log.path)
-            if log.tracebacks:
-                yield error("CK-SEEDS", f"the log of seed {run.seed} ends in an error and has no final score", place,
-                            log.lines.get("tracebacks"))
-            else:
-                yield warning("CK-SEEDS", f"the log of seed {run.seed} has no final score", place)
-
-
 # ---- CK-HASH --------------------------------------------------------------------------------------------------------
 
 
@@ -287,18 +273,18 @@ def script_of_seed(entry, run, log):
         digest = sha256(entry.script.path)
         if not digest.startswith(log.code_sha256):
             text = f"seed {run.seed} ran code {log.code_sha256[:12]}, and {name} is {digest[:12]}"
-            yield OfSeed("hash", "error", "CK-HASH", text, "code_sha256")
+            yield OfLog("error", "CK-HASH", text, "code_sha256", "hash")
     elif log.source_sha256:
         if log.source_sha256 not in source_hashes(entry):
             text = f"the source at the top of the log of seed {run.seed} is not that of {name}"
-            yield OfSeed("source", "warning", "CK-HASH", text)
+            yield OfLog("warning", "CK-HASH", text, kind="source")
     elif log.code_bytes and entry.script.size not in (log.code_bytes, log.raw_code_bytes):
         text = f"seed {run.seed} counted a script of {counted:,} bytes, and {name} has {entry.script.size:,}"
-        yield OfSeed("bytes", "warning", "CK-HASH", text, "code_bytes", abs(counted - entry.script.size))
+        yield OfLog("warning", "CK-HASH", text, "code_bytes", "bytes", abs(counted - entry.script.size))
     else:
         severity = "note" if log.code_bytes else "unknown"
         text = f"the log of seed {run.seed} has neither source nor hash of its script"
-        yield OfSeed("none", severity, "CK-HASH", text)
+        yield OfLog(severity, "CK-HASH", text, kind="none")
 
 
 def source_hashes(entry):

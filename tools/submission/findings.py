@@ -23,34 +23,44 @@ def refused(entry, elsewhere="note"):
     return "error" if entry.track == "record" else elsewhere
 
 
-class OfSeed(NamedTuple):
-    """A finding about one seed; others may have the same."""
+class OfLog(NamedTuple):
+    """A finding about a log."""
 
-    kind: str
     severity: str
     rule: str
     text: str
-    place: str | int | None = None  # the line of the log, or the field of Log that the line states
+    place: str | int | None = None  # its line, or the field of Log that the line states
+    kind: str = ""  # other seeds may have the same
     amount: float = 0  # how bad it is
 
 
-def of_seeds(entry, check, which):
-    """The findings of a check of each seed's log: one for each kind and severity, the worst, which names the other
-    seeds. `which` log: that with the `score`, with the `training`, `both` if they are two, or `any`: that with the
-    score, or None for a seed that has none.
+def of_logs(entry, check, which):
+    """The findings of a check of each seed's log: of one kind and severity only the worst, which names the other seeds.
+    `which` log: that with the `score`, with the `training`, `both` if they are two, `any`: that with the score, or None
+    for a seed that has none; or `every` log of the folder, whatever its seed.
     """
     groups = {}
-    for run in entry.runs:
-        choices = {"score": [run.log], "any": [run.log], "training": [run.training], "both": [run.log, run.training]}
-        logs = {id(log): log for log in choices[which] if log or which == "any"}
-        for log in logs.values():
-            for row in check(entry, run, log):
-                groups.setdefault((row.kind, row.severity), []).append((row, run.seed, log))
+    for run, log in logs_of(entry, which):
+        for number, row in enumerate(check(entry, run, log)):
+            key = (row.kind, row.severity) if row.kind else (id(log), number)
+            groups.setdefault(key, []).append((row, run, log))
     for group in groups.values():
         worst = max(group, key=lambda found: found[0].amount)
         row, _, log = worst
-        others = [str(found[1]) for found in group if found is not worst]
+        others = [str(found[1].seed) for found in group if found is not worst]
         also = f"; also seed{'s' if len(others) > 1 else ''} {', '.join(others)}" if others else ""
         file = entry.relative(log.path) if log else entry.record_file
         line = log.lines.get(row.place) if isinstance(row.place, str) else row.place
         yield Finding(row.severity, row.rule, row.text + also, file, line)
+
+
+def logs_of(entry, which):
+    """(run, log) of each log that a check looks at."""
+    if which == "every":
+        return [(None, log) for log in entry.logs]
+    pairs = []
+    for run in entry.runs:
+        logs = {"both": (run.log, run.training), "training": (run.training,)}.get(which, (run.log,))
+        distinct = {id(log): log for log in logs if log or which == "any"}
+        pairs += [(run, log) for log in distinct.values()]
+    return pairs
