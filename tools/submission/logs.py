@@ -7,6 +7,7 @@ console, or hold several runs. The forms were read from the 3,900 logs of the co
 """
 
 import bisect
+import codecs
 import hashlib
 import itertools
 import json
@@ -133,7 +134,7 @@ def parse(raw, path):
     form = form_of(body)
     if form != "text":
         return [Log(path, form)]
-    rows = body.split(b"\n")
+    rows = body.splitlines()
     printed = []  # (number of the first line, hash) of each source
     for begin, end in list(sources(rows)):
         printed.append((begin + 1, source_hash(b"\n".join(rows[begin:end]))))
@@ -152,16 +153,16 @@ def parse(raw, path):
 
 
 def as_utf8(raw):
-    """The bytes of a text with line feeds, whatever wrote it: UTF-16, carriage returns, a console."""
-    for mark, encoding in ((b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"), (b"\xef\xbb\xbf", "utf-8")):
-        if raw.startswith(mark):
-            raw = raw[len(mark):].decode(encoding, "replace").encode("utf-8", "replace")
-            break
-    else:
-        head = raw[:4096]
-        if head[1::2].count(0) > len(head) // 3:
-            raw = raw.decode("utf-16-le", "replace").encode("utf-8", "replace")
-    return raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    """The bytes of a text in UTF-8, whatever wrote it."""
+    head = raw[:4096]
+    encoding = None
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    elif head[1::2].count(0) > len(head) // 3:
+        encoding = "utf-16-le"
+    if encoding:
+        raw = raw.decode(encoding, "replace").encode("utf-8", "replace")
+    return raw.removeprefix(codecs.BOM_UTF8)
 
 
 def form_of(body):
@@ -366,9 +367,7 @@ def is_same_run(log, other):
 
 def read_run(part, path):
     """What the lines of one run say."""
-    read_steps(part)
     read_facts(part)
-    read_gpu(part)
     read_signs(part)
     read_sizes(part)
     read_calibration(part)
@@ -378,14 +377,6 @@ def read_run(part, path):
         read_settings(part)
     read_summary(part)
     return Log(path, "ours" if is_ours else "contest", part.lines[0].number, **part.found, lines=part.places)
-
-
-def read_steps(part):
-    for step in part.steps[-1:]:
-        part.note(step.line, logged_steps=step.number, steps=step.number)
-    for step in part.steps:
-        if step.seconds is not None:
-            part.note(step.line, train_seconds=step.seconds)
 
 
 # ---- single facts ---------------------------------------------------------------------------------------------------
@@ -454,6 +445,11 @@ TTT_EPOCH = Phrase(b"ttt", rb"\bttt(?!_burst)\w{0,20}[: ] ?epoch[: ]\d+/\d+")
 
 
 def read_facts(part):
+    for step in part.steps:
+        if step.seconds is not None:
+            part.note(step.line, train_seconds=step.seconds)
+    for step in part.steps[-1:]:
+        part.note(step.line, logged_steps=step.number, steps=step.number)
     known = set()
     for field, phrase in FACTS:
         found = [] if field in known else part.matches(phrase)
@@ -464,16 +460,12 @@ def read_facts(part):
             known.add(field)
 
 
-def read_gpu(part):
-    """The rows of nvidia-smi, by their index, since they may be printed twice."""
-    rows = {match[1]: (line, match) for line, match in part.matches(GPU_ROW)}
+def read_signs(part):
+    """The rows of nvidia-smi, epochs over the validation text before the model is packed, and errors."""
+    rows = {match[1]: (line, match) for line, match in part.matches(GPU_ROW)}  # by index: they may be printed twice
     if rows:
         line, match = next(iter(rows.values()))
         part.note(line.number, gpu=name(line.group(match, 2)), gpus=len(rows))
-
-
-def read_signs(part):
-    """Epochs over the validation text before the model is packed, and errors."""
     packed = [line.number for line in part.lines_with(b"serialized model") if b"+" in line.lower]
     before = [line.number for line, _ in part.matches(TTT_EPOCH) if packed and line.number < packed[-1]]
     if before:
