@@ -8,7 +8,7 @@ from typing import NamedTuple
 from common import Parser, write
 from submission import check_form, check_limits, check_score, check_seeds, rules
 from submission.entry import Entry, read_entry
-from submission.findings import SEVERITIES, Finding, of_logs
+from submission.findings import SEVERITIES, Finding, logs_of, of_logs
 
 HELP = """\
 Check the folder of a submission against every rule of the contest that its files can show: sizes, clocks, seeds, the
@@ -23,7 +23,7 @@ each seed, submission.json against the logs, and what else the branch touches.
 Exit code: 0 no errors, 1 errors, 2 no folder that can be read.
 """
 
-CHECKS = (  # (check, the logs that it is asked about, see of_logs(); None: it is asked about the folder)
+CHECKS = (  # (check, the logs that it is asked about, see logs_of(); None: it is asked about the folder)
     (check_form.check_name, None), (check_form.check_files, None), (check_form.check_record, None),
     (check_form.check_compliance, None), (check_seeds.claimed_score, "score"), (check_seeds.check_scores, None),
     (check_seeds.check_fields, None), (check_seeds.claimed_size, "training"), (check_seeds.check_seeds, None),
@@ -56,9 +56,10 @@ class Report(NamedTuple):
 def examine(path, track=None, base=None):
     """The Report on a folder. BadInput if there is no folder that can be read."""
     entry = read_entry(path, track)
+    logs = logs_of(entry)
     findings = []
     for check, which in CHECKS:
-        findings += of_logs(entry, check, which) if which else check(entry)
+        findings += of_logs(entry, check, logs[which]) if which else check(entry)
     findings += check_form.check_diff(entry, base)
     if entry.track != "record":
         findings = [softened(finding) for finding in findings]

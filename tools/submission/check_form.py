@@ -112,14 +112,11 @@ def check_compliance(entry):
     declared = (entry.record or {}).get("compliance")
     if not isinstance(declared, dict) or not entry.runs:
         return
-    trained = stated_by_logs(entry, "train_seconds")
-    evaluated = stated_by_logs(entry, "needed_seconds")
-    totals = stated_by_logs(entry, "total_bytes")
-    facts = {
-        "three_seeds": len(seeds_with_logs(entry)) >= rules.LEAST_SEEDS,
-        "artifact_under_16mb": max(totals, default=0) <= rules.SIZE_LIMIT,
-        "train_under_600s": max(trained, default=0) <= rules.TRAIN_LIMIT + rules.TRAIN_TOLERANCE,
-        "eval_under_600s": max(evaluated, default=0) <= rules.EVAL_LIMIT}
+    limits = {"artifact_under_16mb": ("total_bytes", rules.SIZE_LIMIT),
+              "train_under_600s": ("train_seconds", rules.TRAIN_LIMIT + rules.TRAIN_TOLERANCE),
+              "eval_under_600s": ("needed_seconds", rules.EVAL_LIMIT)}
+    facts = {name: max(stated_by_logs(entry, field), default=0) <= limit for name, (field, limit) in limits.items()}
+    facts["three_seeds"] = len(seeds_with_logs(entry)) >= rules.LEAST_SEEDS
     for name, fact in facts.items():
         if declared.get(name) is True and not fact:
             yield error("CK-FOLDER", f"declares {name}: true, and its logs say otherwise", entry.record_file)

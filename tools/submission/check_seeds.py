@@ -201,15 +201,11 @@ def one_run(entry, run, log):
 
 def odd_ones_out(entry, field):
     """(the common value, [(value, run)] of the runs whose log states another one)."""
-    values = {}
-    for run in entry.runs:
-        value = getattr(run.training, field, None)
-        if value is not None:
-            values.setdefault(value, []).append(run)
-    if len(values) < 2:
-        return None, []
-    common = max(values, key=lambda value: len(values[value]))
-    return common, [(value, run) for value, runs in values.items() for run in runs if value != common]
+    stated = [(getattr(run.training, field, None), run) for run in entry.runs]
+    stated = [(value, run) for value, run in stated if value is not None]
+    commonest = Counter(value for value, _ in stated).most_common(1)
+    common = commonest[0][0] if commonest else None
+    return common, [(value, run) for value, run in stated if value != common]
 
 
 def check_same_code(entry):

@@ -34,13 +34,19 @@ class OfLog(NamedTuple):
     amount: float = 0  # how bad it is
 
 
-def of_logs(entry, check, which):
-    """The findings of a check of each seed's log: of one kind and severity only the worst, which names the other seeds.
-    `which` log: that with the `score`, with the `training`, `both` if they are two, `any`: that with the score, or None
-    for a seed that has none; or `every` log of the folder, whatever its seed.
-    """
+def logs_of(entry):
+    """{which: [(run, log)]} of the logs that a check may be asked about."""
+    trained = [(run, run.training) for run in entry.runs if run.training]
+    scored = [(run, run.log) for run in entry.runs if run.log]
+    apart = [(run, log) for run, log in trained if log is not run.log]
+    return {"training": trained, "score": scored, "both": scored + apart, "every": [(None, log) for log in entry.logs],
+            "any": [(run, run.log) for run in entry.runs]}  # None for a seed that has none
+
+
+def of_logs(entry, check, logs):
+    """The findings of a check of each log: of one kind and severity only the worst, which names the other seeds."""
     groups = {}
-    for run, log in logs_of(entry, which):
+    for run, log in logs:
         for number, row in enumerate(check(entry, run, log)):
             key = (row.kind, row.severity) if row.kind else (id(log), number)
             groups.setdefault(key, []).append((row, run, log))
@@ -52,15 +58,3 @@ def of_logs(entry, check, which):
         file = entry.relative(log.path) if log else entry.record_file
         line = log.lines.get(row.place) if isinstance(row.place, str) else row.place
         yield Finding(row.severity, row.rule, row.text + also, file, line)
-
-
-def logs_of(entry, which):
-    """(run, log) of each log that a check looks at."""
-    if which == "every":
-        return [(None, log) for log in entry.logs]
-    pairs = []
-    for run in entry.runs:
-        logs = {"both": (run.log, run.training), "training": (run.training,)}.get(which, (run.log,))
-        distinct = {id(log): log for log in logs if log or which == "any"}
-        pairs += [(run, log) for log in distinct.values()]
-    return pairs
