@@ -17,23 +17,6 @@ from submission.logs import configuration, is_final, says_the_same, source_hash
 # ---- submission.json against the logs -------------------------------------------------------------------------------
 
 
-def check_scores(entry):
-    """Is the headline the mean of the seeds?"""
-    stated = number_of(entry.record or {}, "val_bpb")
-    if stated is None or not entry.runs:
-        return
-    values = [run.bpb for run in entry.runs]
-    from_logs = None not in values
-    if not from_logs:
-        values = [float(run.claim.val_bpb) for run in entry.runs if run.claim and run.claim.val_bpb is not None]
-    if not values:
-        yield unknown("CK-FOLDER", f"val_bpb is {stated}, and not every seed has a log with a score", entry.record_file)
-        return
-    yield from check_mean(entry, stated, values)
-    if from_logs:
-        yield from check_loss(entry)
-
-
 def claimed_score(entry, run, log):
     """Is the score that submission.json has of a seed one that its log has?"""
     score = run.score
@@ -64,15 +47,26 @@ def by_distance(off, runs):
     return "error" if ours or off > SMALL else "warning"
 
 
-def check_mean(entry, stated, values):
+def check_scores(entry):
     """The headline is the mean over the seeds, as far as it has digits; of the logs, or of rounded claims."""
-    mean = statistics.fmean(values)
-    tolerance = max(0.51 * 10 ** -decimals(stated), 1e-6)
+    stated = number_of(entry.record or {}, "val_bpb")
+    if stated is None or not entry.runs:
+        return
     claims = [float(run.claim.val_bpb) for run in entry.runs if run.claim and run.claim.val_bpb is not None]
+    values = [run.bpb for run in entry.runs]
+    if None not in values:
+        yield from check_loss(entry)
+    elif claims:
+        values = claims
+    else:
+        yield unknown("CK-FOLDER", f"val_bpb is {stated}, and not every seed has a log with a score", entry.record_file)
+        return
+    tolerance = max(0.51 * 10 ** -decimals(stated), 1e-6)
+    mean = statistics.fmean(values)
     off = abs(float(stated) - mean)
+    same = [value for value in values if abs(float(stated) - value) <= tolerance]
     if off <= tolerance or claims and abs(float(stated) - statistics.fmean(claims)) <= tolerance:
         return
-    same = [value for value in values if abs(float(stated) - value) <= tolerance]
     if same:
         which = "the best" if same[0] == min(values) else "one"
         yield warning("CK-FOLDER", f"val_bpb is {stated}, {which} of {len(values)} seeds; their mean is {mean:.8f}",
@@ -302,8 +296,13 @@ def check_statistics(entry):
         if spread > rules.SUSPECT_STD:
             yield warning("CK-STAT", f"the scores of {len(scores)} seeds have a standard deviation of {spread:.4f}, "
                           f"those of honest runs 0.0002 to {rules.USUAL_STD:.4f}")
-        if len(scores) == len(entry.runs):
-            yield from check_std(entry, scores, spread)
+        stated = number_of(entry.record or {}, "val_bpb_std")
+        if stated is not None and len(scores) == len(entry.runs):
+            # Over n - 1 or n, from scores that may have been rounded.
+            tolerance = max(0.6 * 10 ** -decimals(stated), 0.1 * spread) + 1e-6
+            if min(abs(float(stated) - value) for value in (spread, statistics.pstdev(scores))) > tolerance:
+                yield warning("CK-STAT", f"val_bpb_std is {stated}, and that of the logs {spread:.8f}",
+                              entry.record_file)
     if entry.track != "record":
         return
     p_value = number_of(entry.record or {}, "p_value")
@@ -313,13 +312,3 @@ def check_statistics(entry):
     elif p_value > rules.P_VALUE:
         yield warning("CK-STAT", f"p_value is {float(p_value):.3g}; the README asks for {rules.P_VALUE}, and late rows "
                       f"had up to {rules.P_VALUE_LATE}", entry.record_file)
-
-
-def check_std(entry, scores, spread):
-    """The standard deviation of submission.json, over n - 1 or n, from scores that may have been rounded."""
-    stated = number_of(entry.record or {}, "val_bpb_std")
-    if stated is None:
-        return
-    tolerance = max(0.6 * 10 ** -decimals(stated), 0.1 * spread) + 1e-6
-    if min(abs(float(stated) - value) for value in (spread, statistics.pstdev(scores))) > tolerance:
-        yield warning("CK-STAT", f"val_bpb_std is {stated}, and that of the logs {spread:.8f}", entry.record_file)
