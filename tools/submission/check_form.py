@@ -13,15 +13,19 @@ from submission.findings import error, note, unknown, warning
 
 # ---- files and names ------------------------------------------------------------------------------------------------
 
+README = re.compile(r"(?i)readme(?:\.\w+)?")
 ALLOWED = re.compile(  # what merged folders hold
     r"(?i).*\.(?:md|json|jsonl|py|log|txt|out|sh|env|c|cc|cpp|h|cu|cuh|rs|model|vocab|png|jpe?g|svg|gif|pdf|csv|tsv|toml|"
     r"ya?ml|cfg|ini)|LICENSE.*|NOTICE.*|Makefile|Dockerfile|CITATION.*")
-STRAY = re.compile(  # what editors, systems and builds leave behind, and what belongs to a repository, not to a folder
+STRAY = (  # what editors, systems and builds leave behind, and what belongs to a repository, not to a folder
     r"(?i)(?:.*/)?(?:__pycache__|\.DS_Store|Thumbs\.db|\.git\w*|\.venv|\.idea|\.vscode|\.ipynb_checkpoints|wandb)"
     r"(?:/.*)?|.*(?:~|\.bak|\.orig|\.rej|\.swp|\.pyc|\.pid|\.tmp|\.part|\.un~)")
-WEIGHTS = re.compile(r"(?i).*\.(?:pt|pth|ptz|ckpt|safetensors|pg|pkl|npz|npy|zst|xz|lzma|br|gz|bz2|zip|tar|7z|onnx)")
-SHARD = re.compile(r"(?i)(?:.*/)?\w*_(?:train|val)_\w*\.bin")
-README = re.compile(r"(?i)readme(?:\.\w+)?")
+WEIGHTS = r"(?i).*\.(?:pt|pth|ptz|ckpt|safetensors|pg|pkl|npz|npy|zst|xz|lzma|br|gz|bz2|zip|tar|7z|onnx)"
+ODD_FILES = (  # (the whole name, how bad it is, why): the first that fits counts
+    (STRAY, warning, "does not belong into a submission"),
+    (r"(?i)(?:.*/)?\w*_(?:train|val)_\w*\.bin", error, "is a shard of the data, {:,} bytes"),
+    (WEIGHTS, warning, "is a blob of {:,} bytes; no weights are wanted"),
+    (r"(?s)(?:.*/)?records/.*", warning, "lies in a records/ inside the folder"))
 
 
 def check_files(entry):
@@ -40,24 +44,15 @@ def check_files(entry):
     if not entry.logs:
         yield error("CK-FOLDER", "there is no log of a run")
     for file in entry.files:
-        yield from check_file(file)
+        odd = next((row for row in ODD_FILES if re.fullmatch(row[0], file.name)), None)
+        if file.is_link:
+            yield warning("CK-FOLDER", "is a link; a folder of a submission is complete in itself", file.name)
+        elif odd:
+            _, say, text = odd
+            yield say("CK-FOLDER", text.format(file.size), file.name)
+        elif not ALLOWED.fullmatch(file.name.rpartition("/")[2]):
+            yield warning("CK-FOLDER", f"is of a kind that no merged folder has, {file.size:,} bytes", file.name)
     yield from entry.problems
-
-
-def check_file(file):
-    """Is this a file that belongs into a submission?"""
-    if file.is_link:
-        yield warning("CK-FOLDER", "is a link; a folder of a submission is complete in itself", file.name)
-    elif STRAY.fullmatch(file.name):
-        yield warning("CK-FOLDER", "does not belong into a submission", file.name)
-    elif SHARD.fullmatch(file.name):
-        yield error("CK-FOLDER", f"is a shard of the data, {file.size:,} bytes", file.name)
-    elif WEIGHTS.fullmatch(file.name):
-        yield warning("CK-FOLDER", f"is a blob of {file.size:,} bytes; no weights are wanted", file.name)
-    elif f"/{file.name}".count("/records/"):
-        yield warning("CK-FOLDER", "lies in a records/ inside the folder", file.name)
-    elif not ALLOWED.fullmatch(file.name.rpartition("/")[2]):
-        yield warning("CK-FOLDER", f"is of a kind that no merged folder has, {file.size:,} bytes", file.name)
 
 
 def check_name(entry):
@@ -117,14 +112,11 @@ def check_compliance(entry):
     declared = (entry.record or {}).get("compliance")
     if not isinstance(declared, dict) or not entry.runs:
         return
-    trained = stated_by_logs(entry, "train_seconds")
-    evaluated = stated_by_logs(entry, "needed_seconds")
-    totals = stated_by_logs(entry, "total_bytes")
-    facts = {
-        "three_seeds": len(seeds_with_logs(entry)) >= rules.LEAST_SEEDS,
-        "artifact_under_16mb": max(totals, default=0) <= rules.SIZE_LIMIT,
-        "train_under_600s": max(trained, default=0) <= rules.TRAIN_LIMIT + rules.TRAIN_TOLERANCE,
-        "eval_under_600s": max(evaluated, default=0) <= rules.EVAL_LIMIT}
+    limits = {"artifact_under_16mb": ("total_bytes", rules.SIZE_LIMIT),
+              "train_under_600s": ("train_seconds", rules.TRAIN_LIMIT + rules.TRAIN_TOLERANCE),
+              "eval_under_600s": ("needed_seconds", rules.EVAL_LIMIT)}
+    facts = {name: max(stated_by_logs(entry, field), default=0) <= limit for name, (field, limit) in limits.items()}
+    facts["three_seeds"] = len(seeds_with_logs(entry)) >= rules.LEAST_SEEDS
     for name, fact in facts.items():
         if declared.get(name) is True and not fact:
             yield error("CK-FOLDER", f"declares {name}: true, and its logs say otherwise", entry.record_file)

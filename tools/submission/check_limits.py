@@ -1,10 +1,11 @@
 """CK-SIZE, CK-IMPORT, CK-TRAINTIME and CK-EVALTIME: bytes and seconds."""
 
 import sys
+from typing import NamedTuple
 
 from submission import rules
 from submission.entry import number_of, stated_by_logs
-from submission.findings import OfSeed, error, note, placed, unknown, warning, worst
+from submission.findings import OfLog, error, note, unknown, warning
 
 # ---- CK-IMPORT ------------------------------------------------------------------------------------------------------
 
@@ -29,8 +30,7 @@ def check_imports(entry):
     imported = entry.source.imports
     local = {file.name.partition("/")[0].removesuffix(".py") for file in entry.files}
     foreign = sorted(set(imported) - PROVIDED - local)
-    has_list = any(file.name == "requirements.txt" for file in entry.files)
-    if foreign and not has_list:
+    if foreign and not any(file.name == "requirements.txt" for file in entry.files):
         yield note("CK-IMPORT", f"imports {', '.join(foreign)}, and there is no requirements.txt", entry.script.name,
                    imported[foreign[0]])
 
@@ -38,72 +38,70 @@ def check_imports(entry):
 # ---- CK-SIZE --------------------------------------------------------------------------------------------------------
 
 
-class Size:
-    """The bytes of one seed, as its log counts them."""
+class Size(NamedTuple):
+    """The bytes of one seed, as its log counts them or as they follow from the two others."""
 
-    def __init__(self, log):
-        self.total = log.total_bytes
-        self.model = log.model_bytes
-        code = log.code_bytes
-        if self.model is None and None not in (self.total, code):
-            self.model = self.total - code
-        if self.total is None and None not in (self.model, code):
-            self.total = self.model + code
+    total: int | None
+    model: int | None
+
+
+def size_of(log):
+    code = log.code_bytes
+    total = log.total_bytes
+    model = log.model_bytes
+    if model is None and None not in (total, code):
+        model = total - code
+    if total is None and None not in (model, code):
+        total = model + code
+    return Size(total, model)
+
+
+def code_bytes(entry):
+    """The bytes of code in the folder; None without a script."""
+    return sum(file.size for file in (entry.script, *entry.own_code)) if entry.script else None
+
+
+def size_of_seed(entry, run, log):
+    """Code and model as the logs count them."""
+    total, model = size_of(log)
+    if total is None:
+        text = f"the log of seed {run.seed} does not say the size of the submission"
+        yield OfLog("unknown", "CK-SIZE", text, kind="none")
+        return
+    over = total - rules.SIZE_LIMIT
+    if over <= 0:
+        return
+    text = f"seed {run.seed}: {total:,} bytes, {over:,} over the limit of {rules.SIZE_LIMIT:,}"
+    code = code_bytes(entry)
+    if None not in (model, code) and model + code <= rules.SIZE_LIMIT:
+        text += f"; with the script as it lies in the folder {model + code:,}"
+        yield OfLog("warning", "CK-SIZE", text, "total_bytes", "shipped", over)
+    else:
+        yield OfLog("error", "CK-SIZE", text, "total_bytes", "over", over)
 
 
 def check_size(entry):
-    """Code and model as they are submitted, and as the logs count them."""
-    code = sum(file.size for file in entry.own_code) + (entry.script.size if entry.script else 0)
-    rows = []
-    totals = []
-    for run in entry.runs:
-        if run.training is None:
-            continue
-        size = Size(run.training)
-        place = entry.relative(run.training.path)
-        if size.total is None:
-            text = f"the log of seed {run.seed} does not say the size of the submission"
-            rows.append(OfSeed("none", run.seed, 0, unknown("CK-SIZE", text, place)))
-            continue
-        totals.append(size.total)
-        rows += over_the_limit(run, size, code if entry.script else None, place)
-    yield from worst(rows)
+    """Code and model as submission.json says them, and as they lie in the folder. Since #1530 merged folders hold a
+    readable script and count a packed copy.
+    """
     limit = rules.SIZE_LIMIT
+    sizes = [size_of(run.training) for run in entry.runs if run.training]
+    largest = max((size.total for size in sizes if size.total is not None), default=None)
     stated = number_of(entry.record or {}, "bytes_total")
     if stated is not None and stated > limit:
         yield error("CK-SIZE", f"bytes_total is {int(stated):,}, {int(stated) - limit:,} over the limit of {limit:,}",
                     entry.record_file)
-    if not totals and not rows:
+    if not sizes:
         yield unknown("CK-SIZE", "no log says the size of the submission")
-    if stated is not None and totals and int(stated) < max(totals):
-        yield warning("CK-SIZE", f"bytes_total is {int(stated):,}, and the largest of the logs {max(totals):,}",
+    if None not in (stated, largest) and int(stated) < largest:
+        yield warning("CK-SIZE", f"bytes_total is {int(stated):,}, and the largest of the logs {largest:,}",
                       entry.record_file)
-    yield from check_raw_size(entry, code, max(totals, default=None))
-
-
-def over_the_limit(run, size, code, place):
-    over = size.total - rules.SIZE_LIMIT
-    if over <= 0:
-        return
-    text = f"seed {run.seed}: {size.total:,} bytes, {over:,} over the limit of {rules.SIZE_LIMIT:,}"
-    shipped = None if None in (size.model, code) else size.model + code
-    line = run.training.lines.get("total_bytes")
-    if shipped is not None and shipped <= rules.SIZE_LIMIT:
-        text += f"; with the script as it lies in the folder {shipped:,}"
-        yield OfSeed("shipped", run.seed, over, warning("CK-SIZE", text, place, line))
-    else:
-        yield OfSeed("over", run.seed, over, error("CK-SIZE", text, place, line))
-
-
-def check_raw_size(entry, code, largest):
-    """The code on disk and as counted: since #1530 merged folders hold a readable script and count a packed copy."""
-    models = [Size(run.training).model for run in entry.runs if run.training]
-    models = [model for model in models if model is not None]
+    model = max((size.model for size in sizes if size.model is not None), default=None)
     counted = max(stated_by_logs(entry, "code_bytes"), default=None)
-    limit = rules.SIZE_LIMIT
-    if entry.script and models:
-        raw = max(models) + code
-        text = f"code of {code:,} bytes on disk and a model of {max(models):,} are {raw:,}"
+    code = code_bytes(entry)
+    if None not in (code, model):
+        raw = model + code
+        text = f"code of {code:,} bytes on disk and a model of {model:,} are {raw:,}"
         if counted not in (None, code):
             text += f"; the logs count {counted:,} of code"
         if raw > limit and largest is not None and largest <= limit:
@@ -121,109 +119,72 @@ def check_raw_size(entry, code, largest):
 # ---- CK-TRAINTIME ---------------------------------------------------------------------------------------------------
 
 
-def softened(entry, rows):
-    """A limit of records is a note elsewhere: unlimited compute is a track of its own."""
-    for finding in worst(rows):
-        if entry.track != "record" and finding.severity != "unknown":
-            finding = finding._replace(severity="note")
-        yield finding
-
-
-def check_train_time(entry):
+def train_time(entry, run, log):
     """The training clock: the steps, and everything else that reads data to change weights (R4; #606, #609)."""
-    rows = []
-    for run in entry.runs:
-        if run.training:
-            found = (*steps_in_time(run), *calibration_in_time(run), *on_the_machine(run))
-            rows += placed(found, entry.relative(run.training.path))
-    yield from softened(entry, rows)
-
-
-def steps_in_time(run):
-    log = run.training
-    limit = rules.TRAIN_LIMIT
-    if log.train_seconds is None:
-        text = f"the log of seed {run.seed} does not say when the training stopped"
-        yield OfSeed("none", run.seed, 0, unknown("CK-TRAINTIME", text))
-        return
-    over = log.train_seconds - limit
-    line = log.lines.get("train_seconds")
-    text = f"seed {run.seed}: training stopped at {log.train_seconds:,.3f} s"
-    tolerance = 0 if log.form == "ours" else rules.TRAIN_TOLERANCE
-    if over > tolerance:
-        text += f", {over:,.1f} s over the limit of {limit:.0f}"
-        yield OfSeed("steps", run.seed, over, error("CK-TRAINTIME", text, line=line))
-    elif over > 0:
-        text += f", after the step that crosses the limit of {limit:.0f}, as 62 of 143 merged logs"
-        yield OfSeed("steps", run.seed, over, warning("CK-TRAINTIME", text, line=line))
-
-
-def calibration_in_time(run):
-    log = run.training
     limit = rules.TRAIN_LIMIT
     stopped = log.train_seconds
-    if stopped is None or stopped > limit + rules.TRAIN_TOLERANCE:
-        return
-    calibration = log.calibrate_seconds or 0.0
-    over = stopped + calibration - limit
+    if stopped is None:
+        text = f"the log of seed {run.seed} does not say when the training stopped"
+        yield OfLog("unknown", "CK-TRAINTIME", text, kind="none")
+    else:
+        over = stopped - limit
+        text = f"seed {run.seed}: training stopped at {stopped:,.3f} s"
+        if over > (0 if log.form == "ours" else rules.TRAIN_TOLERANCE):
+            text += f", {over:,.1f} s over the limit of {limit:.0f}"
+            yield OfLog("error", "CK-TRAINTIME", text, "train_seconds", "steps", over)
+        elif over > 0:
+            text += f", after the step that crosses the limit of {limit:.0f}, as 62 of 143 merged logs"
+            yield OfLog("warning", "CK-TRAINTIME", text, "train_seconds", "steps", over)
+        if over <= rules.TRAIN_TOLERANCE:
+            yield from calibration_time(run, log)
+    severity = "error" if log.form == "ours" else "warning"
+    if log.gpu and rules.GPU.lower() not in log.gpu.lower():
+        text = f"seed {run.seed} ran on {log.gpus or log.world_size or 1} x {log.gpu}, not {rules.GPUS} x {rules.GPU}"
+        yield OfLog(severity, "CK-TRAINTIME", text, "gpu", "machine")
+    elif log.world_size not in (None, rules.GPUS):
+        text = f"seed {run.seed} ran on {log.world_size} GPU(s), not {rules.GPUS}"
+        yield OfLog(severity, "CK-TRAINTIME", text, "world_size", "machine")
+
+
+def calibration_time(run, log):
+    stopped = log.train_seconds
+    calibration = log.calibrate_seconds
+    over = stopped + (calibration or 0) - rules.TRAIN_LIMIT
     if calibration and over > 0:
+        severity = "error"
         text = (f"seed {run.seed}: {stopped:,.1f} s of training and {calibration:.1f} s of calibration are {over:.1f} "
                 "s over the limit")
-        line = log.lines.get("calibrate_seconds")
         if log.form != "ours" and over <= rules.CALIBRATION_TOLERANCE:
+            severity = "warning"
             text += ", which was accepted late (#1855) and refused before (#706)"
-            yield OfSeed("calibration", run.seed, over, warning("CK-TRAINTIME", text, line=line))
-        else:
-            yield OfSeed("calibration", run.seed, over, error("CK-TRAINTIME", text, line=line))
-    generation = log.generate_seconds or 0.0
-    over = stopped + generation - limit
+        yield OfLog(severity, "CK-TRAINTIME", text, "calibrate_seconds", "calibration", over)
+    generation = log.generate_seconds
+    over = stopped + (generation or 0) - rules.TRAIN_LIMIT
     if generation and over > 0:
         text = (f"seed {run.seed}: {generation:.1f} s of generating calibration text after {stopped:,.1f} s of "
                 "training, which is time of the training too, though #1019 was merged")
-        line = log.lines.get("generate_seconds")
-        yield OfSeed("generation", run.seed, over, warning("CK-TRAINTIME", text, line=line))
-
-
-def on_the_machine(run):
-    log = run.training
-    say = error if log.form == "ours" else warning
-    if log.gpu and rules.GPU.lower() not in log.gpu.lower():
-        text = f"seed {run.seed} ran on {log.gpus or log.world_size or 1} x {log.gpu}, not {rules.GPUS} x {rules.GPU}"
-        yield OfSeed("machine", run.seed, 0, say("CK-TRAINTIME", text, line=log.lines.get("gpu")))
-    elif log.world_size not in (None, rules.GPUS):
-        text = f"seed {run.seed} ran on {log.world_size} GPU(s), not {rules.GPUS}"
-        yield OfSeed("machine", run.seed, 0, say("CK-TRAINTIME", text, line=log.lines.get("world_size")))
+        yield OfLog("warning", "CK-TRAINTIME", text, "generate_seconds", "generation", over)
 
 
 # ---- CK-EVALTIME ----------------------------------------------------------------------------------------------------
 
 
-def check_eval_time(entry):
+def eval_time(entry, run, log):
     """The evaluation clock: adaptation, tables and scoring (R5)."""
-    rows = []
-    for run in entry.runs:
-        if run.log:
-            rows += placed(evaluation_in_time(run), entry.relative(run.log.path))
-    yield from softened(entry, rows)
-
-
-def evaluation_in_time(run):
-    log = run.log
     limit = rules.EVAL_LIMIT
     if log.eval_seconds is None:
         text = f"the log of seed {run.seed} does not say how long the evaluation took"
-        yield OfSeed("none", run.seed, 0, unknown("CK-EVALTIME", text))
+        yield OfLog("unknown", "CK-EVALTIME", text, kind="none")
         return
     text = f"seed {run.seed}: {log.eval_seconds:,.0f} s of evaluation"
     if " + " in log.eval_note:
         text += f" ({log.eval_note})"
-    line = log.lines.get("eval_seconds")
     over = log.needed_seconds - limit
     if over > 0:
         text += f", {over:,.0f} s over the limit of {limit:.0f}"
         if log.needed_seconds < log.eval_seconds - 1:
             text += " even without diagnostics"
-        yield OfSeed("over", run.seed, over, error("CK-EVALTIME", text, line=line))
+        yield OfLog("error", "CK-EVALTIME", text, "eval_seconds", "over", over)
     elif log.eval_seconds > limit:
         text += f"; {log.needed_seconds:,.0f} s without what may be diagnostics"
-        yield OfSeed("sum", run.seed, log.eval_seconds, warning("CK-EVALTIME", text, line=line))
+        yield OfLog("warning", "CK-EVALTIME", text, "eval_seconds", "sum", log.eval_seconds)

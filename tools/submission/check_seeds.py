@@ -11,52 +11,31 @@ from collections import Counter
 from common import sha256
 from submission import rules
 from submission.entry import decimals, number_of, numbers_in_name, seed_in_name, seed_of, states
-from submission.findings import OfSeed, error, note, unknown, warning, worst
+from submission.findings import Finding, OfLog, error, note, refused, unknown, warning
 from submission.logs import configuration, is_final, says_the_same, source_hash
 
 # ---- submission.json against the logs -------------------------------------------------------------------------------
 
 
-def check_scores(entry):
-    """Is each score of submission.json one that a log has, and the headline their mean?"""
-    if entry.record is None:
-        return
-    for run in entry.runs:
-        if run.claim and run.claim.val_bpb is not None and run.log:
-            yield from check_claim(entry, run)
-    stated = number_of(entry.record, "val_bpb")
-    if stated is None or not entry.runs:
-        return
-    values = [run.bpb for run in entry.runs]
-    from_logs = None not in values
-    if not from_logs:
-        values = [float(run.claim.val_bpb) for run in entry.runs if run.claim and run.claim.val_bpb is not None]
-    if not values:
-        yield unknown("CK-FOLDER", f"val_bpb is {stated}, and not every seed has a log with a score", entry.record_file)
-        return
-    yield from check_mean(entry, stated, values)
-    if from_logs:
-        yield from check_loss(entry)
-
-
-def check_claim(entry, run):
-    stated = run.claim.val_bpb
-    place = entry.relative(run.log.path)
-    text = f"seed {run.seed} has val_bpb {stated}"
+def claimed_score(entry, run, log):
+    """Is the score that submission.json has of a seed one that its log has?"""
     score = run.score
+    stated = run.claim.val_bpb if run.claim else None
+    text = f"seed {run.seed} has val_bpb {stated}"
+    if stated is None:
+        return
     if score is None:
-        yield unknown("CK-FOLDER", f"{text}, and its log has no final score", place)
+        yield OfLog("unknown", "CK-FOLDER", f"{text}, and its log has no final score")
     elif not states(score, stated):
         off = abs(score.bpb - float(stated))
-        say = by_distance(off, [run])
-        yield say("CK-FOLDER", f"{text} in {entry.record_file}, its log {score.bpb:.8f} ({off:.2g} off)", place,
-                  score.line)
+        text += f" in {entry.record_file}, its log {score.bpb:.8f} ({off:.2g} off)"
+        yield OfLog(by_distance(off, [run]), "CK-FOLDER", text, score.line)
     elif not is_final(score):
-        yield warning("CK-FOLDER", f"{text}, the log's {score.name!r}, which is not of the packed model", place,
-                      score.line)
-    elif run.log.val_bpb is not None and abs(score.bpb - run.log.val_bpb) > 1e-4:
-        yield note("CK-FOLDER", f"{text}, the log's {score.name!r}; its last score is {run.log.val_bpb:.8f}", place,
-                   score.line)
+        text += f", the log's {score.name!r}, which is not of the packed model"
+        yield OfLog("warning", "CK-FOLDER", text, score.line)
+    elif log.val_bpb is not None and abs(score.bpb - log.val_bpb) > 1e-4:
+        text += f", the log's {score.name!r}; its last score is {log.val_bpb:.8f}"
+        yield OfLog("note", "CK-FOLDER", text, score.line)
 
 
 SMALL = 1e-4  # bits per byte: #1945 was accepted with a mean that was 3.3e-6 off
@@ -65,18 +44,29 @@ SMALL = 1e-4  # bits per byte: #1945 was accepted with a mean that was 3.3e-6 of
 def by_distance(off, runs):
     """A score that is a little off is a question, in our own logs an error."""
     ours = any(run.log and run.log.form == "ours" for run in runs)
-    return error if ours or off > SMALL else warning
+    return "error" if ours or off > SMALL else "warning"
 
 
-def check_mean(entry, stated, values):
+def check_scores(entry):
     """The headline is the mean over the seeds, as far as it has digits; of the logs, or of rounded claims."""
-    mean = statistics.fmean(values)
-    tolerance = max(0.51 * 10 ** -decimals(stated), 1e-6)
+    stated = number_of(entry.record or {}, "val_bpb")
+    if stated is None or not entry.runs:
+        return
     claims = [float(run.claim.val_bpb) for run in entry.runs if run.claim and run.claim.val_bpb is not None]
+    values = [run.bpb for run in entry.runs]
+    if None not in values:
+        yield from check_loss(entry)
+    elif claims:
+        values = claims
+    else:
+        yield unknown("CK-FOLDER", f"val_bpb is {stated}, and not every seed has a log with a score", entry.record_file)
+        return
+    tolerance = max(0.51 * 10 ** -decimals(stated), 1e-6)
+    mean = statistics.fmean(values)
     off = abs(float(stated) - mean)
+    same = [value for value in values if abs(float(stated) - value) <= tolerance]
     if off <= tolerance or claims and abs(float(stated) - statistics.fmean(claims)) <= tolerance:
         return
-    same = [value for value in values if abs(float(stated) - value) <= tolerance]
     if same:
         which = "the best" if same[0] == min(values) else "one"
         yield warning("CK-FOLDER", f"val_bpb is {stated}, {which} of {len(values)} seeds; their mean is {mean:.8f}",
@@ -86,8 +76,8 @@ def check_mean(entry, stated, values):
                    f"{mean:.8f}", entry.record_file)
     else:
         logged = f"the mean of {len(values)} seeds is {mean:.8f}" if len(values) > 1 else f"the log has {mean:.8f}"
-        say = by_distance(off, entry.runs)
-        yield say("CK-FOLDER", f"val_bpb is {stated}, and {logged} ({off:.2g} off)", entry.record_file)
+        text = f"val_bpb is {stated}, and {logged} ({off:.2g} off)"
+        yield Finding(by_distance(off, entry.runs), "CK-FOLDER", text, entry.record_file)
 
 
 def is_finer(other, score):
@@ -134,13 +124,14 @@ def check_fields(entry):
                 yield error("CK-FOLDER", f"{field} is {stated}, and the log of seed {run.seed} has {logged}",
                             entry.record_file)
                 break
-    sizes = [OfSeed("size", run.seed, abs(run.claim.bytes - run.training.total_bytes),
-                    warning("CK-SIZE", f"seed {run.seed} has {run.claim.bytes:,} bytes in {entry.record_file}, its log "
-                            f"{run.training.total_bytes:,}", entry.relative(run.training.path),
-                            run.training.lines.get("total_bytes")))
-             for run in entry.runs if run.claim and run.claim.bytes and run.training and run.training.total_bytes
-             and run.claim.bytes != run.training.total_bytes]
-    yield from worst(sizes)
+
+
+def claimed_size(entry, run, log):
+    """The size that submission.json has of a seed."""
+    stated = run.claim.bytes if run.claim else None
+    if stated and log.total_bytes and stated != log.total_bytes:
+        text = f"seed {run.seed} has {stated:,} bytes in {entry.record_file}, its log {log.total_bytes:,}"
+        yield OfLog("warning", "CK-SIZE", text, "total_bytes", "size", abs(stated - log.total_bytes))
 
 
 # ---- CK-SEEDS -------------------------------------------------------------------------------------------------------
@@ -148,22 +139,15 @@ def check_fields(entry):
 
 def check_seeds(entry):
     """Three different seeds, each with its log (R13; #2124, #2139)."""
-    is_record = entry.track == "record"
     for seed, count in Counter(run.seed for run in entry.runs).items():
         if count > 1 and seed is not None:
             yield error("CK-SEEDS", f"seed {seed} is named {count} times", entry.record_file or "")
     for run in entry.runs:
         if run.log is None:
-            say = error if is_record else warning
-            yield say("CK-SEEDS", f"seed {run.seed} of {entry.record_file} has no log")
-    yield from check_labels(entry)
-    distinct = set()
-    for run in entry.runs:
-        if run.log:
-            distinct.add(run.seed if run.log.seed is None else run.log.seed)
-    if is_record and entry.logs and len(distinct) < rules.LEAST_SEEDS:
-        names = ["unknown" if seed is None else str(seed) for seed in distinct]
-        which = ", ".join(sorted(names)) or "none"
+            yield Finding(refused(entry, "warning"), "CK-SEEDS", f"seed {run.seed} of {entry.record_file} has no log")
+    distinct = {run.seed if run.log.seed is None else run.log.seed for run in entry.runs if run.log}
+    if entry.track == "record" and entry.logs and len(distinct) < rules.LEAST_SEEDS:
+        which = ", ".join(sorted("unknown" if seed is None else str(seed) for seed in distinct)) or "none"
         yield error("CK-SEEDS", f"{len(distinct)} seed(s) with a log ({which}); a record needs {rules.LEAST_SEEDS}")
     used = [id(log) for run in entry.runs for log in (run.log, run.training) if log]
     again = Counter(log.seed for log in entry.logs if id(log) not in used and log.seed in distinct)
@@ -172,35 +156,50 @@ def check_seeds(entry):
         yield note("CK-SEEDS", f"further logs of seeds that count: {which}; say in the README what they are")
 
 
-def check_labels(entry):
-    """Does a log say the seed that its name, or submission.json, says?"""
-    told = set()
-    counted = {run.seed for run in entry.runs}
-    for log in entry.logs:
+def is_misnamed(log):
+    named = seed_in_name(log.path)
+    return None not in (named, log.seed) and log.seed not in numbers_in_name(log.path)
+
+
+def log_of_seed(entry, run, log):
+    """Does the log of a seed say that seed, and a score?"""
+    if None not in (run.seed, log.seed) and run.seed != log.seed and not is_misnamed(log):
+        text = f"the score of seed {run.seed} of {entry.record_file} is in a log of seed {log.seed}"
+        yield OfLog("error", "CK-SEEDS", text, "seed")
+    if log.val_bpb is None and log.tracebacks:
+        text = f"the log of seed {run.seed} ends in an error and has no final score"
+        yield OfLog("error", "CK-SEEDS", text, "tracebacks")
+    elif log.val_bpb is None:
+        yield OfLog("warning", "CK-SEEDS", f"the log of seed {run.seed} has no final score")
+
+
+def one_run(entry, run, log):
+    """A log is of one run, from its first step to its score, and of the seed that its name says."""
+    if is_misnamed(log):
         named = seed_in_name(log.path)
-        if None not in (named, log.seed) and log.seed not in numbers_in_name(log.path):
-            told.add(id(log))
-            say = error if named in counted else warning  # the number may be that of a run
-            yield say("CK-SEEDS", f"is a run of seed {log.seed}, and its name says {named}", entry.relative(log.path),
-                      log.lines.get("seed"))
-    for run in entry.runs:
-        log = run.log
-        if log and None not in (run.seed, log.seed) and run.seed != log.seed and id(log) not in told:
-            text = f"the score of seed {run.seed} of {entry.record_file} is in a log of seed {log.seed}"
-            yield error("CK-SEEDS", text, entry.relative(log.path), log.lines.get("seed"))
+        severity = "error" if named in {run.seed for run in entry.runs} else "warning"  # it may be the number of a run
+        yield OfLog(severity, "CK-SEEDS", f"is a run of seed {log.seed}, and its name says {named}", "seed")
+    if log.mixed_line:
+        severity = "error" if log.form == "ours" else "warning"
+        text = "steps or clock go back here, and no run begins: lines of two runs"
+        yield OfLog(severity, "CK-SEEDS", text, log.mixed_line)
+    if log.summaries > 1:
+        yield OfLog("error", "CK-SEEDS", f"has {log.summaries} summaries: lines of two runs", "summaries")
+    if log.stated_seed is not None and log.seed != log.stated_seed:
+        text = f"its header says seed {log.stated_seed}, its summary {log.seed}: lines of two runs"
+        yield OfLog("error", "CK-SEEDS", text, "seed")
+    if log.summaries and None not in (log.logged_steps, log.steps) and log.logged_steps > log.steps:
+        text = f"has step {log.logged_steps}, and its summary ends at step {log.steps}: lines of two runs"
+        yield OfLog("error", "CK-SEEDS", text, "steps")
 
 
 def odd_ones_out(entry, field):
     """(the common value, [(value, run)] of the runs whose log states another one)."""
-    values = {}
-    for run in entry.runs:
-        value = getattr(run.training, field, None)
-        if value is not None:
-            values.setdefault(value, []).append(run)
-    if len(values) < 2:
-        return None, []
-    common = max(values, key=lambda value: len(values[value]))
-    return common, [(value, run) for value, runs in values.items() for run in runs if value != common]
+    stated = [(getattr(run.training, field, None), run) for run in entry.runs]
+    stated = [(value, run) for value, run in stated if value is not None]
+    commonest = Counter(value for value, _ in stated).most_common(1)
+    common = commonest[0][0] if commonest else None
+    return common, [(value, run) for value, run in stated if value != common]
 
 
 def check_same_code(entry):
@@ -243,83 +242,45 @@ def differences(usual, other):
     return [f"{key} {usual.get(key, 'absent')} -> {other.get(key, 'absent')}" for key in changed]
 
 
-def check_one_run(entry):
-    """A log is of one run, from its first step to its score."""
-    for log in entry.logs:
-        place = entry.relative(log.path)
-        if log.mixed_line:
-            say = error if log.form == "ours" else warning
-            yield say("CK-SEEDS", "steps or clock go back here, and no run begins: lines of two runs", place,
-                      log.mixed_line)
-        if log.summaries > 1:
-            yield error("CK-SEEDS", f"has {log.summaries} summaries: lines of two runs", place,
-                        log.lines.get("summaries"))
-        if log.stated_seed is not None and log.seed != log.stated_seed:
-            text = f"its header says seed {log.stated_seed}, its summary {log.seed}: lines of two runs"
-            yield error("CK-SEEDS", text, place, log.lines.get("seed"))
-        if log.summaries and None not in (log.logged_steps, log.steps) and log.logged_steps > log.steps:
-            text = f"has step {log.logged_steps}, and its summary ends at step {log.steps}: lines of two runs"
-            yield error("CK-SEEDS", text, place, log.lines.get("steps"))
-    for run in entry.runs:
-        log = run.log
-        if log and log.val_bpb is None:
-            place = entry.relative(log.path)
-            if log.tracebacks:
-                yield error("CK-SEEDS", f"the log of seed {run.seed} ends in an error and has no final score", place,
-                            log.lines.get("tracebacks"))
-            else:
-                yield warning("CK-SEEDS", f"the log of seed {run.seed} has no final score", place)
-
-
 # ---- CK-HASH --------------------------------------------------------------------------------------------------------
 
 
-def check_hashes(entry):
-    """The script that ran is that of the folder, and so is the model that was scored."""
-    if entry.script:
-        rows = []
-        digest = sha256(entry.script.path)
-        sources = source_hashes(entry)
-        for run in entry.runs:
-            if run.training:
-                rows += script_of(entry, run, digest, sources)
-        yield from worst(rows)
+def check_models(entry):
+    """The model that was scored is that of the folder."""
     artifacts = {run.training.artifact_sha256 for run in entry.runs if run.training} - {None}
     for file in entry.files:
         if artifacts and file.name.endswith(".pg") and not file.is_link and sha256(file.path) not in artifacts:
             yield error("CK-HASH", "is the model of none of the runs", file.name)
 
 
-def script_of(entry, run, digest, sources):
+def script_of_seed(entry, run, log):
     """Did a run use the script of the folder?"""
-    log = run.training
-    place = entry.relative(log.path)
+    if not entry.script:
+        return
     name = entry.script.name
+    counted = log.raw_code_bytes or log.code_bytes
     if log.code_sha256:
+        digest = sha256(entry.script.path)
         if not digest.startswith(log.code_sha256):
             text = f"seed {run.seed} ran code {log.code_sha256[:12]}, and {name} is {digest[:12]}"
-            yield OfSeed("hash", run.seed, 0, error("CK-HASH", text, place, log.lines.get("code_sha256")))
+            yield OfLog("error", "CK-HASH", text, "code_sha256", "hash")
     elif log.source_sha256:
-        if log.source_sha256 not in sources:
+        if log.source_sha256 not in source_hashes(entry):
             text = f"the source at the top of the log of seed {run.seed} is not that of {name}"
-            yield OfSeed("source", run.seed, 0, warning("CK-HASH", text, place))
+            yield OfLog("warning", "CK-HASH", text, kind="source")
     elif log.code_bytes and entry.script.size not in (log.code_bytes, log.raw_code_bytes):
-        counted = log.raw_code_bytes or log.code_bytes
         text = f"seed {run.seed} counted a script of {counted:,} bytes, and {name} has {entry.script.size:,}"
-        off = abs(counted - entry.script.size)
-        yield OfSeed("bytes", run.seed, off, warning("CK-HASH", text, place, log.lines.get("code_bytes")))
+        yield OfLog("warning", "CK-HASH", text, "code_bytes", "bytes", abs(counted - entry.script.size))
     else:
-        say = note if log.code_bytes else unknown
+        severity = "note" if log.code_bytes else "unknown"
         text = f"the log of seed {run.seed} has neither source nor hash of its script"
-        yield OfSeed("none", run.seed, 0, say("CK-HASH", text, place))
+        yield OfLog(severity, "CK-HASH", text, kind="none")
 
 
 def source_hashes(entry):
     """Hashes of the scripts at the top of the folder, also unpacked: a readable twin may be what ran."""
-    digests = set()
-    for file in entry.files:
-        if re.fullmatch(r"[^/]+\.py", file.name) and not file.is_link:
-            digests.add(source_hash(file.path.read_bytes()))
+    scripts = [file for file in entry.files if re.fullmatch(r"[^/]+\.py", file.name) and not file.is_link]
+    digests = {source_hash(file.path.read_bytes()) for file in scripts}
     if entry.source:
         digests.add(source_hash(entry.source.text.encode("utf-8", "replace")))
     return digests
@@ -335,8 +296,13 @@ def check_statistics(entry):
         if spread > rules.SUSPECT_STD:
             yield warning("CK-STAT", f"the scores of {len(scores)} seeds have a standard deviation of {spread:.4f}, "
                           f"those of honest runs 0.0002 to {rules.USUAL_STD:.4f}")
-        if len(scores) == len(entry.runs):
-            yield from check_std(entry, scores, spread)
+        stated = number_of(entry.record or {}, "val_bpb_std")
+        if stated is not None and len(scores) == len(entry.runs):
+            # Over n - 1 or n, from scores that may have been rounded.
+            tolerance = max(0.6 * 10 ** -decimals(stated), 0.1 * spread) + 1e-6
+            if min(abs(float(stated) - value) for value in (spread, statistics.pstdev(scores))) > tolerance:
+                yield warning("CK-STAT", f"val_bpb_std is {stated}, and that of the logs {spread:.8f}",
+                              entry.record_file)
     if entry.track != "record":
         return
     p_value = number_of(entry.record or {}, "p_value")
@@ -346,13 +312,3 @@ def check_statistics(entry):
     elif p_value > rules.P_VALUE:
         yield warning("CK-STAT", f"p_value is {float(p_value):.3g}; the README asks for {rules.P_VALUE}, and late rows "
                       f"had up to {rules.P_VALUE_LATE}", entry.record_file)
-
-
-def check_std(entry, scores, spread):
-    """The standard deviation of submission.json, over n - 1 or n, from scores that may have been rounded."""
-    stated = number_of(entry.record or {}, "val_bpb_std")
-    if stated is None:
-        return
-    tolerance = max(0.6 * 10 ** -decimals(stated), 0.1 * spread) + 1e-6
-    if min(abs(float(stated) - value) for value in (spread, statistics.pstdev(scores))) > tolerance:
-        yield warning("CK-STAT", f"val_bpb_std is {stated}, and that of the logs {spread:.8f}", entry.record_file)

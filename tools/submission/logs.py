@@ -7,7 +7,9 @@ console, or hold several runs. The forms were read from the 3,900 logs of the co
 """
 
 import bisect
+import codecs
 import hashlib
+import itertools
 import json
 import re
 import shlex
@@ -130,34 +132,37 @@ def parse(raw, path):
     """The runs in these bytes of a file."""
     body = as_utf8(raw)
     form = form_of(body)
-    if form in ("pointer", "empty", "binary", "json"):
+    if form != "text":
         return [Log(path, form)]
-    printed, body = without_sources(body)
-    text = Text(body)
-    ends, breaks = restarts(text)
+    rows = body.splitlines()
+    printed = []  # (number of the first line, hash) of each source
+    for begin, end in list(sources(rows)):
+        printed.append((begin + 1, source_hash(b"\n".join(rows[begin:end]))))
+        rows[begin:end] = [b""] * (end - begin)
+    lines = [Line(number, row, row[:LONGEST_LINE].lower()) for number, row in enumerate(rows, 1)]
+    steps = steps_of(lines)
+    cuts, breaks = restarts(lines, steps)
     runs = []
-    begin = 0
-    for end in [*ends, len(body)]:
-        mixed_line = next((text.number(offset) for offset in breaks if begin <= offset < end), None)
-        log = read_run(text, begin, end, path)
+    for begin, end in itertools.pairwise([0, *cuts, len(lines)]):
+        log = read_run(Part(lines[begin:end], [step for step in steps if begin < step.line <= end]), path)
+        mixed_line = next((number for number in breaks if begin < number <= end), None)
         log = log._replace(source_sha256=source_of(log, printed), mixed_line=mixed_line)
-        if not any(same_run(log, other) for other in runs):
+        if not any(is_same_run(log, other) for other in runs):
             runs.append(log)
-        begin = end
     return [log for log in runs if log.is_run] or runs[:1]
 
 
 def as_utf8(raw):
-    """The bytes of a text with line feeds, whatever wrote it: UTF-16, carriage returns, a console."""
-    for mark, encoding in ((b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"), (b"\xef\xbb\xbf", "utf-8")):
-        if raw.startswith(mark):
-            raw = raw[len(mark):].decode(encoding, "replace").encode("utf-8", "replace")
-            break
-    else:
-        head = raw[:4096]
-        if head[1::2].count(0) > len(head) // 3:
-            raw = raw.decode("utf-16-le", "replace").encode("utf-8", "replace")
-    return raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    """The bytes of a text in UTF-8, whatever wrote it."""
+    head = raw[:4096]
+    encoding = None
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    elif head[1::2].count(0) > len(head) // 3:
+        encoding = "utf-16-le"
+    if encoding:
+        raw = raw.decode(encoding, "replace").encode("utf-8", "replace")
+    return raw.removeprefix(codecs.BOM_UTF8)
 
 
 def form_of(body):
@@ -180,64 +185,46 @@ def form_of(body):
 
 # ---- the source at the top ------------------------------------------------------------------------------------------
 
-RULE = re.compile(rb"^={40,}$", re.MULTILINE)  # that the scripts print before and after their source
-PYTHON = re.compile(rb"^(?:import|from|def|class) \w", re.MULTILINE)
-FIRST_LINE = re.compile(rb"^(?:#|r?[\"']|import \w|from \w)", re.MULTILINE)
-LAST_LINES = re.compile(  # with the comments below them
-    rb"^if __name__ ?== ?[\"']__main__[\"']:.*\n(?:[ \t]+\S.*\n?)*(?:#.*\n?|[ \t]*\n)*", re.MULTILINE)
+RULE = re.compile(rb"={40,}$")  # that the scripts print before and after their source
+PYTHON = re.compile(rb"(?:import|from|def|class) \w")
+FIRST_LINE = re.compile(rb"#|r?[\"']|import \w|from \w")
+MAIN = re.compile(rb"if __name__ ?== ?[\"']__main__[\"']:")  # of the last statement
+INDENTED = re.compile(rb"[ \t]+\S")
+COMMENT = re.compile(rb"#|[ \t]*$")  # or a blank line
 
 
-def without_sources(body):
-    """([(line, hash)] of each source that is printed, the log with these lines blank)."""
-    printed = []
-    parts = []
+def sources(rows):
+    """(begin, end) of each copy of the source, in lines: up to the last lines of a script, else up to the next rule."""
+    starts = [number for number, row in enumerate(rows) if PYTHON.match(row)]
+    mains = [number for number, row in enumerate(rows) if MAIN.match(row)]
+    rules = [-1, *(number for number, row in enumerate(rows) if RULE.match(row))]
     at = 0
-    for begin, end in sources(body):
-        printed.append((body.count(b"\n", 0, begin) + 1, source_hash(body[begin:end])))
-        parts += [body[at:begin], b"\n" * body.count(b"\n", begin, end)]
+    for first in starts:
+        if first < at:
+            continue
+        section = max(at, rules[bisect.bisect(rules, first) - 1] + 1)
+        begin = next((number for number in range(section, first) if FIRST_LINE.match(rows[number])), first)
+        if mains and mains[-1] >= first:
+            end = end_of_script(rows, mains[bisect.bisect_left(mains, first)])
+        elif rules[-1] > first:
+            end = rules[bisect.bisect(rules, first)]
+        else:
+            return
+        if bisect.bisect_left(starts, end) - bisect.bisect_left(starts, begin) >= 5:
+            yield begin, end
         at = end
-    return printed, b"".join([*parts, body[at:]])
+
+
+def end_of_script(rows, main):
+    """The line below a script's last statement and the comments that follow it."""
+    below = itertools.dropwhile(INDENTED.match, rows[main + 1 :])
+    return len(rows) - len(list(itertools.dropwhile(COMMENT.match, below)))
 
 
 def source_of(log, printed):
     """The hash of the source that was printed last before the steps of a run, or None."""
     place = log.lines.get("logged_steps") or log.lines.get("val_bpb", log.first_line)
-    before = [digest for line, digest in printed if line <= place]
-    return before[-1] if before else None
-
-
-def sources(body):
-    """(begin, end) of each copy of the source: up to the last lines of a script, else up to the next rule."""
-    rules = [(match.start(), match.end()) for match in RULE.finditer(body)]
-    last_lines = [(match.start(), match.end()) for match in LAST_LINES.finditer(body)]
-    at = 0
-    for first in PYTHON.finditer(body):
-        if first.start() < at:
-            continue
-        section = last_before(rules, first.start(), at)
-        header = FIRST_LINE.search(body, section, first.start())
-        begin = header.start() if header else first.start()
-        end = end_of_source(rules, last_lines, first.start())
-        if end is None:
-            return
-        if len(PYTHON.findall(body, begin, end)) >= 5:
-            yield begin, end
-        at = end
-
-
-def last_before(spans, offset, default):
-    """The end of the last span that begins before an offset."""
-    number = bisect.bisect_left(spans, (offset,))
-    return max(spans[number - 1][1], default) if number else default
-
-
-def end_of_source(rules, last_lines, offset):
-    """Where a source that has begun ends, or None."""
-    number = bisect.bisect_left(last_lines, (offset,))
-    if number < len(last_lines):
-        return last_lines[number][1]
-    number = bisect.bisect_left(rules, (offset,))
-    return rules[number][0] if number < len(rules) else None
+    return next((digest for line, digest in reversed(printed) if line <= place), None)
 
 
 def source_hash(source):
@@ -249,37 +236,14 @@ def source_hash(source):
 # ---- looking for lines ----------------------------------------------------------------------------------------------
 
 
-class Text:
-    """A log as bytes, in which lines are found by a word."""
+class Line(NamedTuple):
+    number: int  # in the file, from 1
+    text: bytes  # as the file has it
+    lower: bytes  # in lower case, and of a long line the beginning
 
-    def __init__(self, body):
-        self.body = body
-        self.lower = body.lower()
-        self.ends = [match.start() for match in re.finditer(rb"\n", body)]
-
-    def lines_with(self, word, begin, end):
-        """(offset, line in lower case) of each line between these offsets that holds the word."""
-        at = self.lower.find(word, begin, end)
-        while at >= 0:
-            start = self.lower.rfind(b"\n", 0, at) + 1
-            stop = self.lower.find(b"\n", at)
-            if stop < 0:
-                stop = len(self.lower)
-            yield start, self.lower[start : min(stop, start + LONGEST_LINE)]
-            at = self.lower.find(word, stop, end)
-
-    def original(self, offset, length):
-        """The bytes at an offset as the file has them, as text."""
-        return self.body[offset : offset + length].decode("utf-8", "replace")
-
-    def line_from(self, offset):
-        """The whole rest of the line at an offset, as the file has it."""
-        stop = self.body.find(b"\n", offset)
-        return self.body[offset:] if stop < 0 else self.body[offset:stop]
-
-    def number(self, offset):
-        """The number of the line at this offset, from 1."""
-        return bisect.bisect_left(self.ends, offset) + 1
+    def group(self, match, number=1):
+        """A group of a match in the line in lower case, as the file has it."""
+        return self.text[slice(*match.span(number))]
 
 
 def whole(text):
@@ -287,12 +251,51 @@ def whole(text):
     return int(text.replace(b",", b"").replace(b"_", b""))
 
 
-def real(text):
-    return float(text)
+class Phrase(NamedTuple):
+    """One way in which lines say something."""
+
+    word: bytes  # in every such line, in lower case
+    pattern: bytes  # of the line in lower case
+    read: Callable | None = whole  # of the first group, as the file has it; None: the value is the number of the line
+    last: bool = False  # of several such lines the last one counts, not the first
 
 
-def milliseconds(text):
-    return float(text) / 1000
+class Part:
+    """The part of a file that is one run, and what was found in it so far."""
+
+    def __init__(self, lines, steps):
+        self.lines = lines
+        self.steps = steps
+        self.found = {}  # {field of Log: value}
+        self.places = {}  # {field: number of the line that states it}
+
+    def note(self, place, **values):
+        self.found |= values
+        self.places |= dict.fromkeys(values, place)
+
+    def lines_with(self, word):
+        return [line for line in self.lines if word in line.lower]
+
+    def matches(self, phrase):
+        """[(line, match)] of the lines that say this."""
+        found = [(line, re.search(phrase.pattern, line.lower)) for line in self.lines_with(phrase.word)]
+        return [(line, match) for line, match in found if match]
+
+    def times(self, phrase):
+        """{number of a line: seconds} of the lines that say this."""
+        return {line.number: seconds_of(match) for line, match in self.matches(phrase)}
+
+
+def name(text):
+    return text.decode("utf-8", "replace").strip()
+
+
+SECONDS = {b"ms": 0.001, b"s": 1.0, b"m": 60.0}
+
+
+def seconds_of(match, group=1):
+    """Seconds of a number and, in the next group, its unit."""
+    return float(match[group]) * SECONDS.get(match[group + 1], 1.0)
 
 
 NUMBER = rb"(\d{1,18}(?:\.\d{0,18})?)"
@@ -304,35 +307,27 @@ COUNT = rb"(\d[\d,_]{0,20})"
 STEP = re.compile(rb"(?:\bstep[:= ] ?|^s:|^(?:\[[^\]]{1,40}\]:? ?|[\dtz:.-]{8,40} |\d{1,6} )?(?=\d{1,9}/))"
                   rb"(\d{1,9})(?:/\d{1,9})?[ ,|]+(?:(?:train_|val_)?loss|tl|vl)\b")
 STEP_CLOCK = re.compile(rb"\b(?:train_time|tt|t|time)[:=] ?" + NUMBER + rb"(ms|s|m)\b")
-SECONDS = {b"ms": 0.001, b"s": 1.0, b"m": 60.0}
 # What a run prints before its first step.
 BEGINNINGS = (b"hyperparameters:", b"val_bpb:enabled", b"train_loader:", b"model_params", b"train_shards",
               b"running python", b"warmup_step", b"seed:", b"seed=", b"torch/distributed/run")
 
 
 class Step(NamedTuple):
-    offset: int
+    line: int
     number: int
     seconds: float | None
 
 
-def steps_of(text, begin, end):
+def steps_of(lines):
     """The lines of steps, in order."""
-    found = {}
-    for word in (b"loss", b" tl:", b" vl:"):
-        for offset, line in text.lines_with(word, begin, end):
-            match = STEP.search(line) if offset not in found else None
-            if match is None:
-                continue
-            clock = STEP_CLOCK.search(line, match.end())
-            seconds = seconds_of(clock, 1) if clock else None
-            found[offset] = Step(offset, int(match.group(1)), seconds)
-    return [found[offset] for offset in sorted(found)]
-
-
-def seconds_of(match, group):
-    """Seconds of a number and, in the next group, its unit."""
-    return float(match.group(group)) * SECONDS.get(match.group(group + 1), 1.0)
+    steps = []
+    for line in lines:
+        is_step = any(word in line.lower for word in (b"loss", b" tl:", b" vl:"))
+        match = STEP.search(line.lower) if is_step else None
+        if match:
+            clock = STEP_CLOCK.search(line.lower, match.end())
+            steps.append(Step(line.number, int(match[1]), seconds_of(clock) if clock else None))
+    return steps
 
 
 def goes_back(earlier, later):
@@ -344,286 +339,215 @@ def goes_back(earlier, later):
     return later.seconds < 0.98 * earlier.seconds - 7.0
 
 
-def restarts(text):
-    """(offsets at which further runs begin in a file, offsets of steps that go back though no run begins)."""
-    steps = steps_of(text, 0, len(text.body))
+def restarts(lines, steps):
+    """(places of the lines with which further runs begin in a file, numbers of those at which steps go back though no
+    run begins).
+    """
     cuts = []
     breaks = []
-    for earlier, later in zip(steps, steps[1:]):
+    for earlier, later in itertools.pairwise(steps):
         if not goes_back(earlier, later):
             continue
-        if text.lower.find(b"\nresume step:", earlier.offset, later.offset) >= 0:
+        between = [line.lower for line in lines[earlier.line - 1 : later.line - 1]]
+        if any(line.startswith(b"resume step:") for line in between):
             continue  # the same run, continued from its checkpoint
-        places = [text.lower.find(word, earlier.offset, later.offset) for word in BEGINNINGS]
-        places = [place for place in places if place >= 0]
-        if places:
-            cuts.append(text.lower.rfind(b"\n", 0, min(places)) + 1)
+        beginnings = [place for place, line in enumerate(between) if any(word in line for word in BEGINNINGS)]
+        if beginnings:
+            cuts.append(earlier.line - 1 + beginnings[0])
         else:
-            breaks.append(later.offset)
+            breaks.append(later.line)
     return cuts, breaks
 
 
-def same_run(log, other):
+def is_same_run(log, other):
     """Is this the same run again, as where a console and a log file were joined?"""
     facts = ("seed", "steps", "train_seconds", "val_bpb", "total_bytes")
-    mine = [getattr(log, fact) for fact in facts]
-    theirs = [getattr(other, fact) for fact in facts]
-    return mine == theirs and log.is_run
+    return log.is_run and all(getattr(log, fact) == getattr(other, fact) for fact in facts)
+
+
+def read_run(part, path):
+    """What the lines of one run say."""
+    read_facts(part)
+    read_signs(part)
+    read_sizes(part)
+    read_calibration(part)
+    read_evaluation(part)
+    is_ours = any(line.lower.startswith(b"run out_dir:") for line in part.lines)
+    if not is_ours:
+        read_settings(part)
+    read_summary(part)
+    return Log(path, "ours" if is_ours else "contest", part.lines[0].number, **part.found, lines=part.places)
 
 
 # ---- single facts ---------------------------------------------------------------------------------------------------
 
 
-class Fact(NamedTuple):
-    """A value that a line states."""
-
-    field: str
-    word: bytes  # in every such line, in lower case
-    pattern: re.Pattern  # its first group is the value
-    read: Callable = whole
-    last: bool = False  # the last such line counts, not the first
+def milliseconds(text):
+    return float(text) / 1000
 
 
-def fact(field, word, pattern, read=whole, last=False):
-    return Fact(field, word, re.compile(pattern), read, last)
+def gpu(text):
+    return name(text).upper()
 
 
-def name(text):
-    return text.decode("utf-8", "replace").strip()
+def gates(text):
+    """{name: how often it was open}."""
+    found = re.findall(rb"\b(within_gate|word_gate|agree2plus)[=:](\d{1,12})\b", text.lower())
+    return {name(key): int(count) for key, count in found}
 
 
 SCORED_TOKENS = rb"\b(?:target_tokens|scored_tokens|tokens_scored|total_targets|subset)[:=] ?" + COUNT
+GPU_NAME = rb"\b(h100|h200|b200|a100|gb10|l40s?|v100|t4|mi300x|rtx[ -]?(?:pro )?\d{4})\b"
+SELECTED = rb"\b(?:best_averaging|best_model|using best|selected):? ?\w+.{0,20}\b(?:val_)?bpb|\bbest_model:"
 FACTS = (  # of several for a field, the first that is found counts
-    fact("seed", b"seed", rb"^(?:.{0,120}[ \]:])?seed ?[:=] ?(\d{1,12})\b"),
-    fact("seed", b"s:", rb"^s:(\d{1,12})$"),  # this and `ws:`, `tl:`, `vl:` are of #1033 and its relatives
-    fact("world_size", b"world", rb"\bworld[_ ]size ?[:=] ?(\d{1,6})\b"),
-    fact("world_size", b"ws:", rb"\bws:(\d{1,6})\b"),
-    fact("torch", b"pytorch", rb"\brunning pytorch (\S{3,40})", name),
-    fact("torch", b"torch", rb"\b(?:py)?torch(?:_version)?[:=] ?v?(\d\.\d+\.\d\S{0,20})", name),
-    fact("attention", b"attention:", rb"^choice attention:(\w+)", name),
-    fact("attention", b"attention_backend", rb"\battention_backend[:=] ?(\S{1,60})", name),
-    fact("attention", b"flash_attn", rb"\b(flash_attn_3|flash_attn_interface)\b", name),
-    fact("attention", b"sdp_backends", rb"\bsdp_backends:(.{1,80})", name),
-    fact("train_shards", b"train_shards", rb"\btrain_shards ?[:=] ?(\d{1,9})\b"),
-    fact("train_shards", b"train:", rb"^train:\S+ shards:(\d{1,9})\b"),
-    fact("val_tokens", b"tokens", rb"\bval_loader:.*\btokens:" + COUNT),
-    fact("val_tokens", b"val_tokens", rb"\bval_tokens ?[:=] ?" + COUNT),
-    fact("val_tokens", b"validation tokens", rb"\bvalidation tokens: ?" + COUNT),
-    fact("val_tokens", b"fineweb_val_", rb"^val:\S+ n:" + COUNT),
-    fact("val_bytes", b"val_bytes", rb"\bval_bytes ?[:=] ?" + COUNT, last=True),
-    fact("scored_tokens", b"tokens", SCORED_TOKENS, last=True),
-    fact("steps", b"stopping_early", rb"\bstep: ?(\d{1,9})\b"),
-    fact("train_seconds", b"stopping_early", rb"\btrain_time[^:]{0,40}: ?" + NUMBER + rb"ms\b", milliseconds),
-    fact("train_seconds", b"training complete in", rb"\btraining complete in " + NUMBER + rb" ?s\b", real),
-    fact("train_seconds", b"training_seconds", rb"\btraining_seconds: ?" + NUMBER, real),
-    fact("raw_code_bytes", b"uncompressed", rb"\bcode size \(uncompressed\): ?" + COUNT),
-    fact("code_bytes", b"compressed", rb"\bcode size \(compressed\): ?" + COUNT),
-    fact("code_bytes", b"code size", rb"\bcode size: ?" + COUNT + rb" ?b"),
-    fact("code_bytes", b"code", rb"\bcode(?:_bytes)?[:=] ?(\d[\d,]{3,9})b?\b", last=True),
-    fact("passes", b"pass 2", rb"\bpass (2) done\b"),
-    fact("temperature", b"temperature", rb"\b(?:eval_|ttt_| |^)temperature[:=] ?(0\.\d{1,6}|1\.\d{1,6})\b", real),
-    fact("temperature", b"optimal_t:", rb"\boptimal_t:" + NUMBER, real),
-    fact("val_share", b"val_doc_fraction", rb"\bval_doc_fraction ?[:=] ?" + NUMBER, real),
+    ("seed", Phrase(b"seed", rb"^(?:.{0,120}[ \]:])?seed ?[:=] ?(\d{1,12})\b")),
+    ("seed", Phrase(b"s:", rb"^s:(\d{1,12})$")),  # this and `ws:`, `tl:`, `vl:` are of #1033 and its relatives
+    ("world_size", Phrase(b"world", rb"\bworld[_ ]size ?[:=] ?(\d{1,6})\b")),
+    ("world_size", Phrase(b"ws:", rb"\bws:(\d{1,6})\b")),
+    ("gpu", Phrase(b"gpu", GPU_NAME, gpu)),
+    ("gpu", Phrase(b"device", GPU_NAME, gpu)),
+    ("gpu", Phrase(b"nvidia", GPU_NAME, gpu)),
+    ("torch", Phrase(b"pytorch", rb"\brunning pytorch (\S{3,40})", name)),
+    ("torch", Phrase(b"torch", rb"\b(?:py)?torch(?:_version)?[:=] ?v?(\d\.\d+\.\d\S{0,20})", name)),
+    ("attention", Phrase(b"attention:", rb"^choice attention:(\w+)", name)),
+    ("attention", Phrase(b"attention_backend", rb"\battention_backend[:=] ?(\S{1,60})", name)),
+    ("attention", Phrase(b"flash_attn", rb"\b(flash_attn_3|flash_attn_interface)\b", name)),
+    ("attention", Phrase(b"sdp_backends", rb"\bsdp_backends:(.{1,80})", name)),
+    ("train_shards", Phrase(b"train_shards", rb"\btrain_shards ?[:=] ?(\d{1,9})\b")),
+    ("train_shards", Phrase(b"train:", rb"^train:\S+ shards:(\d{1,9})\b")),
+    ("val_tokens", Phrase(b"tokens", rb"\bval_loader:.*\btokens:" + COUNT)),
+    ("val_tokens", Phrase(b"val_tokens", rb"\bval_tokens ?[:=] ?" + COUNT)),
+    ("val_tokens", Phrase(b"validation tokens", rb"\bvalidation tokens: ?" + COUNT)),
+    ("val_tokens", Phrase(b"fineweb_val_", rb"^val:\S+ n:" + COUNT)),
+    ("val_bytes", Phrase(b"val_bytes", rb"\bval_bytes ?[:=] ?" + COUNT, last=True)),
+    ("scored_tokens", Phrase(b"tokens", SCORED_TOKENS, last=True)),
+    ("steps", Phrase(b"stopping_early", rb"\bstep: ?(\d{1,9})\b")),
+    ("train_seconds", Phrase(b"stopping_early", rb"\btrain_time[^:]{0,40}: ?" + NUMBER + rb"ms\b", milliseconds)),
+    ("train_seconds", Phrase(b"training complete in", rb"\btraining complete in " + NUMBER + rb" ?s\b", float)),
+    ("train_seconds", Phrase(b"training_seconds", rb"\btraining_seconds: ?" + NUMBER, float)),
+    ("raw_code_bytes", Phrase(b"uncompressed", rb"\bcode size \(uncompressed\): ?" + COUNT)),
+    ("code_bytes", Phrase(b"compressed", rb"\bcode size \(compressed\): ?" + COUNT)),
+    ("code_bytes", Phrase(b"code size", rb"\bcode size: ?" + COUNT + rb" ?b")),
+    ("code_bytes", Phrase(b"code", rb"\bcode(?:_bytes)?[:=] ?(\d[\d,]{3,9})b?\b", last=True)),
+    ("passes", Phrase(b"pass 2", rb"\bpass (2) done\b")),
+    ("temperature", Phrase(b"temperature", rb"\b(?:eval_|ttt_| |^)temperature[:=] ?(0\.\d{1,6}|1\.\d{1,6})\b", float)),
+    ("temperature", Phrase(b"optimal_t:", rb"\boptimal_t:" + NUMBER, float)),
+    ("val_share", Phrase(b"val_doc_fraction", rb"\bval_doc_fraction ?[:=] ?" + NUMBER, float)),
+    # What a reviewer looks for: data with validation text in it, validation text that is used before it may be.
+    ("doubled_path", Phrase(b"datasets/datasets/", rb"(\S*datasets/datasets/\S*)", name)),
+    ("prequant_line", Phrase(b"quant", rb"\b(?:pre_?quant_ttt: ?(?:epoch|done)|post-prequant-ttt )", None)),
+    ("selected_line", Phrase(b"best_", SELECTED, None)),
+    ("gates", Phrase(b"within_gate", rb"(.*within_gate.*)", gates, last=True)),
 )
-GATE = re.compile(rb"\b(within_gate|word_gate|agree2plus)[=:](\d{1,12})\b")
-GPU_ROW = re.compile(rb"^\|? +(\d+) +nvidia ([a-z0-9][\w .-]{1,30}?) +(?:on|off) *\|")
-GPU_NAME = re.compile(rb"\b(h100|h200|b200|a100|gb10|l40s?|v100|t4|mi300x|rtx[ -]?(?:pro )?\d{4})\b")
-DOUBLED_PATH = re.compile(rb"(\S*datasets/datasets/\S*)")
-SELECTED = re.compile(rb"\b(?:best_averaging|best_model|using best|selected):? ?\w+.{0,20}\b(?:val_)?bpb|\bbest_model:")
-PREQUANT = re.compile(rb"\b(?:pre_?quant_ttt: ?(?:epoch|done)|post-prequant-ttt )")
-TTT_EPOCH = re.compile(rb"\bttt(?!_burst)\w{0,20}[: ] ?epoch[: ]\d+/\d+")  # ttt_burst replays training text (#589)
-
-
-class Part:
-    """The part of a file that is one run, and what was found in it so far."""
-
-    def __init__(self, text, begin, end):
-        self.text = text
-        self.begin = begin
-        self.end = end
-        self.found = {}  # {field of Log: value}
-        self.lines = {}  # {field: number of the line that states it}
-
-    def lines_with(self, word, until=None):
-        return self.text.lines_with(word, self.begin, self.end if until is None else until)
-
-    def note(self, field, value, offset):
-        self.found[field] = value
-        self.lines[field] = self.text.number(offset)
-
-
-def read_run(text, begin, end, path):
-    """What the part of a file between two offsets says."""
-    part = Part(text, begin, end)
-    read_facts(part)
-    read_steps(part)
-    read_gpu(part)
-    read_signs(part)
-    read_sizes(part)
-    read_calibration(part)
-    read_evaluation(part)
-    form = "contest"
-    if any(line.startswith(b"run out_dir:") for _, line in part.lines_with(b"run out_dir:")):
-        form = "ours"
-    else:
-        read_settings(part)
-    read_summary(part)
-    return Log(path, form, text.number(begin), **part.found, lines=part.lines)
+GPU_ROW = Phrase(b"nvidia ", rb"^\|? +(\d+) +nvidia ([a-z0-9][\w .-]{1,30}?) +(?:on|off) *\|")
+# An epoch over the validation text; ttt_burst replays training text (#589).
+TTT_EPOCH = Phrase(b"ttt", rb"\bttt(?!_burst)\w{0,20}[: ] ?epoch[: ]\d+/\d+")
 
 
 def read_facts(part):
-    for row in FACTS:
-        if row.field in part.found:
-            continue
-        for offset, line in part.lines_with(row.word):
-            match = row.pattern.search(line)
-            if match:
-                part.note(row.field, row.read(match.group(1)), offset)
-                if not row.last:
-                    break
-
-
-def read_steps(part):
-    steps = steps_of(part.text, part.begin, part.end)
-    if not steps:
-        return
-    part.note("logged_steps", steps[-1].number, steps[-1].offset)
-    if "steps" not in part.found:
-        part.note("steps", steps[-1].number, steps[-1].offset)
-    if "train_seconds" not in part.found:
-        timed = [step for step in steps if step.seconds is not None]
-        if timed:
-            part.note("train_seconds", timed[-1].seconds, timed[-1].offset)
-
-
-def read_gpu(part):
-    rows = {}  # by index, since nvidia-smi may be printed twice
-    for offset, line in part.lines_with(b"nvidia "):
-        match = GPU_ROW.search(line)
-        if match:
-            rows[match.group(1)] = (part.text.original(offset + match.start(2), len(match.group(2))), offset)
-    if rows:
-        model, offset = next(iter(rows.values()))
-        part.note("gpu", model, offset)
-        part.note("gpus", len(rows), offset)
-        return
-    for word in (b"gpu", b"device", b"nvidia"):
-        for offset, line in part.lines_with(word):
-            match = GPU_NAME.search(line)
-            if match:
-                part.note("gpu", name(match.group(1)).upper(), offset)
-                return
+    for step in part.steps:
+        if step.seconds is not None:
+            part.note(step.line, train_seconds=step.seconds)
+    for step in part.steps[-1:]:
+        part.note(step.line, logged_steps=step.number, steps=step.number)
+    known = set()
+    for field, phrase in FACTS:
+        found = [] if field in known else part.matches(phrase)
+        if found:
+            line, match = found[-1 if phrase.last else 0]
+            value = phrase.read(line.group(match)) if phrase.read else line.number
+            part.note(line.number, **{field: value})
+            known.add(field)
 
 
 def read_signs(part):
-    """What a reviewer looks for: data with validation text in it, validation text used before it may be, errors."""
-    for offset, line in part.lines_with(b"datasets/datasets/"):
-        match = DOUBLED_PATH.search(line)
-        part.note("doubled_path", part.text.original(offset + match.start(1), len(match.group(1))), offset)
-        break
-    for offset, line in part.lines_with(b"quant"):
-        if PREQUANT.search(line):
-            part.note("prequant_line", part.text.number(offset), offset)
-            break
-    packed = [offset for offset, line in part.lines_with(b"serialized model") if b"+" in line]
-    for offset, line in part.lines_with(b"ttt", until=max(packed, default=part.begin)):
-        if TTT_EPOCH.search(line):
-            part.note("prequant_line", part.text.number(offset), offset)
-            break
-    for offset, line in part.lines_with(b"best_"):
-        if SELECTED.search(line):
-            part.note("selected_line", part.text.number(offset), offset)
-            break
-    for offset, line in part.lines_with(b"within_gate"):
-        part.note("gates", {name(key): int(count) for key, count in GATE.findall(line)}, offset)
-    tracebacks = list(part.lines_with(b"traceback (most recent call last)"))
+    """The rows of nvidia-smi, epochs over the validation text before the model is packed, and errors."""
+    rows = {match[1]: (line, match) for line, match in part.matches(GPU_ROW)}  # by index: they may be printed twice
+    if rows:
+        line, match = next(iter(rows.values()))
+        part.note(line.number, gpu=name(line.group(match, 2)), gpus=len(rows))
+    packed = [line.number for line in part.lines_with(b"serialized model") if b"+" in line.lower]
+    before = [line.number for line, _ in part.matches(TTT_EPOCH) if packed and line.number < packed[-1]]
+    if before:
+        part.note(before[0], prequant_line=before[0])
+    tracebacks = part.lines_with(b"traceback (most recent call last)")
     if tracebacks:
-        part.note("tracebacks", len(tracebacks), tracebacks[-1][0])
+        part.note(tracebacks[-1].number, tracebacks=len(tracebacks))
 
 
 # ---- sizes ----------------------------------------------------------------------------------------------------------
 
-TOTAL = re.compile(rb"\btotal submission(?: size)? ?([^:\n]{0,40}?) ?: ?" + COUNT + rb" ?bytes")
-MODEL = re.compile(rb"\bserialized model ?([^:\n]{0,40}?) ?: ?" + COUNT + rb" ?bytes")
+TOTAL = Phrase(b"total submission", rb"\btotal submission(?: size)? ?([^:\n]{0,40}?) ?: ?" + COUNT + rb" ?bytes")
+MODEL = Phrase(b"serialized model", rb"\bserialized model ?([^:\n]{0,40}?) ?: ?" + COUNT + rb" ?bytes")
 OTHER_TOTALS = (  # of scripts that do not keep the baseline's words
-    (b"total_bytes", re.compile(rb"\btotal_bytes: ?" + COUNT)),
-    (b"total_submission", re.compile(rb"\btotal_submission=" + COUNT)),
-    (b"total:", re.compile(rb"\bcode(?:_bytes)?:" + COUNT + rb" (?:model:" + COUNT + rb" )?total:" + COUNT)),
-    (b"total:", re.compile(rb"^total:" + COUNT + rb"b$")),
-    (b"final_submission_bytes", re.compile(rb"final_submission_bytes: ?" + COUNT)),
-    (b", total:", re.compile(rb"\bbytes, total: ?" + COUNT + rb" bytes")),
-    (b"submission size", re.compile(rb"\bsubmission size: ?" + COUNT + rb" bytes")),
-    (b"artifact size", re.compile(rb"\bartifact size: +" + COUNT + rb" bytes")),
-    (b"artifact:", re.compile(rb"\bartifact: ?" + COUNT + rb" ?b(?:ytes)?\b")),
-    (b"artifact_bytes", re.compile(rb"\bartifact_bytes(?: total)?\"?: +" + COUNT)),
+    Phrase(b"total_bytes", rb"\btotal_bytes: ?" + COUNT),
+    Phrase(b"total_submission", rb"\btotal_submission=" + COUNT),
+    Phrase(b"total:", rb"\bcode(?:_bytes)?:" + COUNT + rb" (?:model:" + COUNT + rb" )?total:" + COUNT),
+    Phrase(b"total:", rb"^total:" + COUNT + rb"b$"),
+    Phrase(b"final_submission_bytes", rb"final_submission_bytes: ?" + COUNT),
+    Phrase(b", total:", rb"\bbytes, total: ?" + COUNT + rb" bytes"),
+    Phrase(b"submission size", rb"\bsubmission size: ?" + COUNT + rb" bytes"),
+    Phrase(b"artifact size", rb"\bartifact size: +" + COUNT + rb" bytes"),
+    Phrase(b"artifact:", rb"\bartifact: ?" + COUNT + rb" ?b(?:ytes)?\b"),
+    Phrase(b"artifact_bytes", rb"\bartifact_bytes(?: total)?\"?: +" + COUNT),
 )
 UNPACKED = re.compile(rb"raw|fp\d|bf\d|float|uncompressed")
 PACKED_LIMIT = 30_000_000  # bytes: a total above it is of the model before it was packed
+
+
+class Size(NamedTuple):
+    bytes: int
+    name: bytes
+    line: int
+
+
+def sizes(part, phrase):
+    """The Sizes that lines state: in the last group of each match the bytes, in the first one of what."""
+    return [Size(whole(match.groups()[-1]), match[1], line.number) for line in part.lines_with(phrase.word)
+            for match in re.finditer(phrase.pattern, line.lower)]
 
 
 def read_sizes(part):
     """The size of what is submitted. Scripts print it for variants too (an int8 one beside the int6 one), and the
     baseline for the unpacked model, without a name; the smallest is taken to be the submission.
     """
-    totals = []
-    for offset, line in part.lines_with(b"total submission"):
-        for match in TOTAL.finditer(line):
-            totals.append((whole(match.group(2)), match.group(1), offset))
-    named = [total for total in totals if total[1] and not UNPACKED.match(total[1])]
-    packed = named or [total for total in totals if total[0] < PACKED_LIMIT]
-    if not packed:
-        packed = other_totals(part)
-    models = []
-    for offset, line in part.lines_with(b"serialized model"):
-        for match in MODEL.finditer(line):
-            if match.group(1):
-                models.append((whole(match.group(2)), offset))
+    totals = sizes(part, TOTAL)
+    packed = [size for size in totals if size.name and not UNPACKED.match(size.name)]
+    packed = packed or [size for size in totals if size.bytes < PACKED_LIMIT]
+    packed = packed or next(filter(None, (sizes(part, phrase) for phrase in OTHER_TOTALS)), [])
+    models = [size for size in sizes(part, MODEL) if size.name]
     if packed:
-        total, _, offset = min(packed)
-        part.note("total_bytes", total, offset)
-        part.note("other_totals", tuple(sorted({other[0] for other in packed} - {total})), offset)
-        fitting = [model for model in models if model[0] <= total]
-        models = fitting[-1:] or models
-        if fitting and "code_bytes" in part.found:
-            exact = [model for model in fitting if model[0] + part.found["code_bytes"] == total]
-            models = exact[-1:] or models
+        total = min(packed)
+        others = {size.bytes for size in packed} - {total.bytes}
+        part.note(total.line, total_bytes=total.bytes, other_totals=tuple(sorted(others)))
+        fitting = [size for size in models if size.bytes <= total.bytes]
+        exact = [size for size in fitting if total.bytes - size.bytes == part.found.get("code_bytes")]
+        models = exact[-1:] or fitting[-1:] or models
     if models:
-        size, offset = min(models)
-        part.note("model_bytes", size, offset)
-
-
-def other_totals(part):
-    for word, pattern in OTHER_TOTALS:
-        rows = []
-        for offset, line in part.lines_with(word):
-            match = pattern.search(line)
-            if match:
-                rows.append((whole(match.groups()[-1]), b"", offset))
-        if rows:
-            return rows
-    return []
+        model = min(models)
+        part.note(model.line, model_bytes=model.bytes)
 
 
 # ---- clocks and scores ----------------------------------------------------------------------------------------------
 
 # Each family says the same time in its own words; a log has one of them, or repeats it in two.
-CALIBRATION = tuple(re.compile(pattern) for pattern in (
-    rb"\bgptq: ?collected \d+ hessians\b.{0,30}? in " + NUMBER + rb"(s)\b",
-    rb"\bhessians collected\b.{0,40}?(?:time|elapsed| in)[= ]" + NUMBER + rb"(s)\b",
-    rb"\bgptq:(?:loop-aware )?calibrated \d+ layers in " + NUMBER + rb"(s)\b",
-    rb"\bgptq:calibration done in " + NUMBER + rb"(ms)\b",
-    rb"\bcollected hessians for \d+ layers (?:in |\()" + NUMBER + rb"(s)\b",
-    rb"\bgptq:done layers=\d+ time=" + NUMBER + rb"(ms)\b",
-    rb"^calibrate source:\S+ tokens:\d+ seconds:" + NUMBER + rb"()",
-))
-GENERATION = re.compile(rb"\b(?:gptq|trinity):generated \d+ seq(?:uence)?s in " + NUMBER + rb"(ms|s)\b")
-ADAPTATION = re.compile(  # an evaluation's own times that no score carries
+CALIBRATION = (
+    Phrase(b"hessian", rb"\bgptq: ?collected \d+ hessians\b.{0,30}? in " + NUMBER + rb"(s)\b"),
+    Phrase(b"hessian", rb"\bhessians collected\b.{0,40}?(?:time|elapsed| in)[= ]" + NUMBER + rb"(s)\b"),
+    Phrase(b"calibrat", rb"\bgptq:(?:loop-aware )?calibrated \d+ layers in " + NUMBER + rb"(s)\b"),
+    Phrase(b"calibrat", rb"\bgptq:calibration done in " + NUMBER + rb"(ms)\b"),
+    Phrase(b"hessian", rb"\bcollected hessians for \d+ layers (?:in |\()" + NUMBER + rb"(s)\b"),
+    Phrase(b"gptq:done", rb"\bgptq:done layers=\d+ time=" + NUMBER + rb"(ms)\b"),
+    Phrase(b"calibrat", rb"^calibrate source:\S+ tokens:\d+ seconds:" + NUMBER + rb"()"),
+)
+GENERATION = Phrase(b"generated", rb"\b(?:gptq|trinity):generated \d+ seq(?:uence)?s in " + NUMBER + rb"(ms|s)\b")
+OUTSIDE = Phrase(b"outside", rb"precompute\w*outside\w* elapsed=" + NUMBER + rb"(s)\b")
+TOTAL_EVAL = Phrase(b"total_eval_", rb"\btotal_eval_(?:time|wallclock): ?" + NUMBER + rb"(s)\b")
+ADAPTATIONS = tuple(Phrase(word, (  # an evaluation's own times that no score carries
     rb"\b([a-z_]*(?:ttt|slot)[a-z_0-9]*): ?(?:(?:total_)?(?:done|elapsed|completed|time|total)\b)[^\n]{0,60}?"
-    rb"(?:elapsed=|time[=:]|total_time[=:]| in |elapsed:)? ?" + NUMBER + rb"(ms|s)\b")
-OUTSIDE = re.compile(rb"precompute\w*outside\w* elapsed=" + NUMBER + rb"(s)\b")
-TOTAL_EVAL = re.compile(rb"\btotal_eval_(?:time|wallclock): ?" + NUMBER + rb"(s)\b")
+    rb"(?:elapsed=|time[=:]|total_time[=:]| in |elapsed:)? ?" + NUMBER + rb"(ms|s)\b")) for word in (b"ttt", b"slot"))
 SCORE = re.compile(rb"^(.{0,200}?)\b(?:val_loss|vl)[:=] ?(\d{1,9}\.\d{1,18})[ ,;|]{1,3}(?:val_)?bpb[:=] ?"
-                   rb"(\d{1,9}\.\d{1,18})(.*)")
+                   rb"(\d{1,9}\.\d{1,18})")
 SCORE_TIME = re.compile(rb"\b(?:eval_time|eval|time|elapsed|t)[:=] ?" + NUMBER + rb"(ms|s)\b")
 ONLY_BPB = re.compile(rb"\b(\w{0,40}?)bpb\w{0,20}(?: ?\([^)\n]{1,20}\))? ?[:=] {0,12}(\d{1,9}\.\d{1,18})")
 LONGEST_LABEL = 200
@@ -634,49 +558,35 @@ PROGRESS = re.compile(rb"epoch|chunk|batch|progress|running|rank:|\d/\d|%")  # a
 
 
 def read_calibration(part):
-    families = {}
-    for word in (b"hessian", b"calibrat", b"gptq:done"):
-        for offset, line in part.lines_with(word):
-            for number, pattern in enumerate(CALIBRATION):
-                match = pattern.search(line)
-                if match:
-                    families.setdefault(number, {})[offset] = seconds_of(match, 1)
-    if families:
-        longest = max(families.values(), key=lambda family: sum(family.values()))
-        part.note("calibrate_seconds", sum(longest.values()), max(longest))
-    generated = {}
-    for offset, line in part.lines_with(b"generated"):
-        match = GENERATION.search(line)
-        if match:
-            generated[offset] = seconds_of(match, 1)
+    families = [part.times(phrase) for phrase in CALIBRATION]
+    longest = max(families, key=lambda times: sum(times.values()))
+    if longest:
+        part.note(max(longest), calibrate_seconds=sum(longest.values()))
+    generated = part.times(GENERATION)
     if generated:
-        part.note("generate_seconds", sum(generated.values()), max(generated))
+        part.note(max(generated), generate_seconds=sum(generated.values()))
 
 
 def read_scores(part):
-    """[(Score, offset)] of every line with a score but those of steps and of progress."""
+    """The Score of every line with one but those of steps and of progress."""
+    steps = {step.line for step in part.steps}
     scores = []
-    for offset, line in part.lines_with(b"bpb"):
-        if STEP.search(line) or PROGRESS.search(line[:LONGEST_LABEL].partition(b"bpb")[0]):
+    for line in part.lines_with(b"bpb"):
+        text = line.lower
+        if line.number in steps or PROGRESS.search(text[:LONGEST_LABEL].partition(b"bpb")[0]):
             continue
-        match = SCORE.search(line)
+        match = SCORE.search(text)
         if match:
-            loss = float(match.group(2))
-            found = [(match.group(1), match.group(3))]
+            found = [match.groups()]
         else:
-            loss = None
-            found = [(first_word(line) + b" " + match.group(1), match.group(2)) for match in ONLY_BPB.finditer(line)]
-        time = SCORE_TIME.search(line)
-        seconds = seconds_of(time, 1) if time else None
-        for label, bpb in found:
-            digits = len(bpb.partition(b".")[2])
+            first_word = text.split(None, 1)[0][:LONGEST_LABEL]
+            found = [(first_word + b" " + match[1], None, match[2]) for match in ONLY_BPB.finditer(text)]
+        time = SCORE_TIME.search(text)
+        for label, loss, bpb in found:
             label = name(label).removesuffix(" val_").strip(" :|[]_")
-            scores.append((Score(label, loss, float(bpb), digits, seconds, part.text.number(offset)), offset))
+            scores.append(Score(label, float(loss) if loss else None, float(bpb), len(bpb.partition(b".")[2]),
+                                seconds_of(time) if time else None, line.number))
     return scores
-
-
-def first_word(line):
-    return line.split(None, 1)[0][:LONGEST_LABEL]
 
 
 def is_final(score):
@@ -684,15 +594,11 @@ def is_final(score):
 
 
 def final_score(scores):
-    """The last (Score, offset) of the submission; of lines that say the same, the one with the most digits."""
-    finals = [(score, offset) for score, offset in scores if is_final(score)]
-    with_loss = [(score, offset) for score, offset in finals if score.loss is not None]
-    finals = with_loss or finals
-    if not finals:
-        return None
-    last = finals[-1][0]
-    same = [(score, offset) for score, offset in finals if says_the_same(score, last)]
-    return max(same, key=lambda row: (row[0].digits, row[1]))
+    """The last Score of the submission; of lines that say the same, the one with the most digits; None without any."""
+    finals = [score for score in scores if is_final(score)]
+    finals = [score for score in finals if score.loss is not None] or finals
+    same = [score for score in finals if says_the_same(score, finals[-1])]
+    return max(same, key=lambda score: (score.digits, score.line), default=None)
 
 
 def says_the_same(score, other):
@@ -705,57 +611,38 @@ def read_evaluation(part):
     may be diagnostics that the score does not need.
     """
     scores = read_scores(part)
-    part.note("scores", tuple(score for score, _ in scores), part.begin)
     final = final_score(scores)
     if final:
-        score, offset = final
-        part.note("val_bpb", score.bpb, offset)
-        part.note("digits", score.digits, offset)
-        if score.loss is not None:
-            part.note("val_loss", score.loss, offset)
+        part.note(final.line, val_bpb=final.bpb, val_loss=final.loss, digits=final.digits)
     timed = read_phases(part, scores)
-    phases = distinct([timed[offset] for offset in sorted(timed)])
-    part.note("phases", tuple(phases), part.begin)
-    outside = sum(seconds for _, seconds in times(part, b"outside", OUTSIDE))
-    totals = times(part, b"total_eval_", TOTAL_EVAL)
+    phases = distinct(timed)
+    part.note(part.lines[0].number, scores=tuple(scores), phases=tuple(phases))
+    outside = sum(part.times(OUTSIDE).values())
+    totals = part.times(TOTAL_EVAL)
     if totals:
-        offset, seconds = totals[-1]
-        extra = f" and {outside:.1f} s before its timer" if outside else ""
-        note_evaluation(part, seconds + outside, seconds + outside, f"total_eval_time{extra}", offset)
+        place = max(totals)
+        total = needed = totals[place]
+        note = f"total_eval_time and {outside:.1f} s before its timer" if outside else "total_eval_time"
     elif phases:
+        place = timed[-1].line
         total = sum(phase.seconds for phase in phases)
-        summands = " + ".join(f"{phase.name} {phase.seconds:.1f}" for phase in phases)
-        note_evaluation(part, total + outside, needed(phases, final) + outside, summands, max(timed))
-
-
-def note_evaluation(part, seconds, needed_seconds, summands, offset):
-    part.note("eval_seconds", seconds, offset)
-    part.note("needed_seconds", needed_seconds, offset)
-    part.note("eval_note", summands, offset)
-
-
-def times(part, word, pattern):
-    """[(offset, seconds)] of the lines with a word that a pattern matches."""
-    found = []
-    for offset, line in part.lines_with(word):
-        match = pattern.search(line)
-        if match:
-            found.append((offset, seconds_of(match, 1)))
-    return found
+        needed = needed_seconds(phases, final)
+        note = " + ".join(f"{phase.name} {phase.seconds:.1f}" for phase in phases)
+    else:
+        return
+    part.note(place, eval_seconds=total + outside, needed_seconds=needed + outside, eval_note=note)
 
 
 def read_phases(part, scores):
-    """{offset: Phase} of final scores with a time, and of adaptations."""
+    """The Phases of a run in order: final scores with a time, and adaptations."""
     timed = {}
-    for score, offset in scores:
-        if score.seconds is not None and is_final(score) and offset not in timed:
-            timed[offset] = Phase(score.name, score.seconds, score.line, True)
-    for word in (b"ttt", b"slot"):
-        for offset, line in part.lines_with(word):
-            match = ADAPTATION.search(line)
-            if match and offset not in timed:
-                timed[offset] = Phase(name(match.group(1)), seconds_of(match, 2), part.text.number(offset), False)
-    return timed
+    for score in scores:
+        if score.seconds is not None and is_final(score):
+            timed.setdefault(score.line, Phase(score.name, score.seconds, score.line, True))
+    for phrase in ADAPTATIONS:
+        for line, match in part.matches(phrase):
+            timed.setdefault(line.number, Phase(name(match[1]), seconds_of(match, 2), line.number, False))
+    return [timed[number] for number in sorted(timed)]
 
 
 def distinct(phases):
@@ -769,14 +656,13 @@ def distinct(phases):
     return kept
 
 
-def needed(phases, final):
+def needed_seconds(phases, final):
     """Seconds of the phases that end in the final score: its own, and adaptations that have no score themselves."""
     if final is None:
         return 0.0
-    score = final[0]
-    own = [phase for phase in phases if phase.scored and abs(phase.line - score.line) <= 3]
-    adapted = [phase.seconds for phase in phases if not phase.scored and phase.line < score.line]
-    return max((phase.seconds for phase in own), default=0.0) + sum(adapted)
+    own = [phase.seconds for phase in phases if phase.scored and abs(phase.line - final.line) <= 3]
+    adapted = [phase.seconds for phase in phases if not phase.scored and phase.line < final.line]
+    return max(own, default=0.0) + sum(adapted)
 
 
 # ---- settings and our summary ---------------------------------------------------------------------------------------
@@ -801,103 +687,81 @@ def settings_hash(settings):
 
 
 def read_settings(part):
-    """Settings as late scripts list them, else as the baseline says them in a few lines."""
-    settings = {}
-    place = part.begin
-    for offset, _ in part.lines_with(b"hyperparameters:"):
-        settings = listed_settings(part, offset)
-        place = offset
-        break
-    if len(settings) < 5:
-        settings = {}
+    """Settings as late scripts list them below a heading, else as the baseline says them in a few lines."""
+    pairs = []
+    for line in part.lines_with(b"hyperparameters:")[:1]:
+        place = line.number
+        below = part.lines[place - part.lines[0].number + 1 :]
+        matches = itertools.takewhile(bool, (PAIR.match(line.lower) for line in below))
+        pairs = [match.groups() for match in matches]
+    if len({key for key, _ in pairs}) < 5:
+        pairs = []
         for word in BASELINE_WORDS:
-            for offset, line in part.lines_with(word):
-                settings.update((name(key), name(value)) for key, value in WORDS.findall(line))
-                place = offset
-                break
-    if settings:
-        part.note("settings", settings, place)
-        part.note("settings_hash", settings_hash(settings), place)
+            for line in part.lines_with(word)[:1]:
+                place = line.number
+                pairs += WORDS.findall(line.lower)
+    if pairs:
+        settings = {name(key): name(value) for key, value in pairs}
+        part.note(place, settings=settings, settings_hash=settings_hash(settings))
 
 
-def listed_settings(part, offset):
-    """The `  key: value` lines below the line at this offset."""
-    settings = {}
-    at = offset + len(part.text.line_from(offset)) + 1
-    while at < part.end:
-        line = part.text.line_from(at)
-        match = PAIR.match(line[:LONGEST_LINE].lower())
-        if not match:
-            break
-        settings[name(match.group(1))] = name(match.group(2))
-        at += len(line) + 1
-    return settings
+def number(value):
+    """A number if it is of a size that such a number can have, or None."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number and abs(value) < 1e18 else None
 
 
-SUMMARY_FIELDS = ("seed", "world_size", "val_tokens", "val_bytes", "steps", "train_seconds", "calibrate_seconds",
-                  "eval_seconds", "code_bytes", "model_bytes", "total_bytes", "val_loss", "val_bpb")
-SUMMARY_TEXTS = ("code_sha256", "artifact_sha256", "settings_hash", "valid", "eligible", "tested")
+def text(value):
+    return value if isinstance(value, str) else None
+
+
+def texts(value):
+    return tuple(" ".join(str(item).split()) for item in value) if isinstance(value, list) else None
+
+
+def pairs_of(value):
+    """{NAME: value} of a line NAME=value NAME=value."""
+    if not isinstance(value, str):
+        return None
+    try:
+        pairs = shlex.split(value)
+    except ValueError:
+        pairs = value.split()
+    return dict(pair.partition("=")[::2] for pair in pairs)
+
+
+SUMMARY = {  # {field of Log: (its key in our summary, what reads the value)}
+    **{key: (key, number) for key in (
+        "seed", "world_size", "val_tokens", "val_bytes", "steps", "train_seconds", "calibrate_seconds", "eval_seconds",
+        "code_bytes", "model_bytes", "total_bytes", "val_loss", "val_bpb")},
+    **{key: (key, text) for key in (
+        "code_sha256", "artifact_sha256", "settings_hash", "valid", "eligible", "tested")},
+    "reasons": ("reasons", texts), "eligible_reasons": ("eligible_reasons", texts), "settings": ("settings", pairs_of),
+    "gpu": ("device", text), "gpus": ("world_size", number), "needed_seconds": ("eval_seconds", number),
+    "documents_in_training": ("val_documents_in_training", number)}
 
 
 def read_summary(part):
     """Our last line, which is exact; it stands above what was read from the lines before."""
-    summaries = []
-    for offset, line in part.lines_with(b"summary {"):
-        value = parse_summary(part.text.line_from(offset)) if line.startswith(b"summary {") else None
-        if value is not None:
-            summaries.append((offset, value))
+    found = ((line.number, summary_in(line.text)) for line in part.lines)
+    summaries = [(place, summary) for place, summary in found if summary is not None]
     if not summaries:
         return
     place, summary = summaries[-1]
-    part.note("summaries", len(summaries), place)
-    if "seed" in part.found:
-        part.found["stated_seed"] = part.found["seed"]
-    for key in SUMMARY_FIELDS:
-        value = finite(summary, key)
-        if value is not None:
-            part.note(key, value, place)
-    for key in SUMMARY_TEXTS:
-        if isinstance(summary.get(key), str):
-            part.note(key, summary[key], place)
-    for key in ("reasons", "eligible_reasons"):
-        value = summary.get(key)
-        if isinstance(value, list):
-            part.note(key, tuple(" ".join(str(item).split()) for item in value), place)
-    for field, key in (("gpus", "world_size"), ("needed_seconds", "eval_seconds"),
-                       ("documents_in_training", "val_documents_in_training")):
-        value = finite(summary, key)
-        if value is not None:
-            part.note(field, value, place)
-    if finite(summary, "eval_seconds") is not None:
-        part.note("eval_note", "eval_seconds of the summary", place)
-    if finite(summary, "val_bpb") is not None:
-        part.note("digits", 8, place)
-    if isinstance(summary.get("device"), str):
-        part.note("gpu", summary["device"], place)
-    if isinstance(summary.get("settings"), str):
-        part.note("settings", split_settings(summary["settings"]), place)
+    values = {field: read(summary.get(key)) for field, (key, read) in SUMMARY.items()}
+    values = {field: value for field, value in values.items() if value is not None}
+    if "eval_seconds" in values:
+        values["eval_note"] = "eval_seconds of the summary"
+    if "val_bpb" in values:
+        values["digits"] = 8
+    part.found["stated_seed"] = part.found.get("seed")
+    part.note(place, summaries=len(summaries), **values)
 
 
-def parse_summary(line):
-    """The JSON object behind the word `summary`, or None."""
+def summary_in(line):
+    """The JSON object behind the word `summary` that begins a line, or None."""
     try:
-        value = json.loads(line.removeprefix(b"summary "))
+        value = json.loads(line.removeprefix(b"summary ")) if line.startswith(b"summary {") else None
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def split_settings(text):
-    """{NAME: value} of a line NAME=value NAME=value."""
-    try:
-        pairs = shlex.split(text)
-    except ValueError:
-        pairs = text.split()
-    return dict(pair.partition("=")[::2] for pair in pairs)
-
-
-def finite(mapping, key):
-    """The number under this key if it is of a size that such a number can have, or None."""
-    value = mapping.get(key)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if is_number and abs(value) < 1e18 else None

@@ -2,7 +2,6 @@
 
 import ast
 import shlex
-import statistics
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +11,10 @@ from submission import recipe, rules, stats
 from submission.runs import Run
 
 SETTINGS_FILE = "settings.env"
+SEED_RESULT = {  # {name in a row of seed_results: key of a run's summary}
+    "val_bpb": "val_bpb", "val_loss": "val_loss", "artifact_bytes": "total_bytes", "bytes_code": "code_bytes",
+    "bytes_model": "model_bytes", "train_seconds": "train_seconds", "calib_seconds": "calibrate_seconds",
+    "eval_seconds": "eval_seconds", "steps": "steps", "artifact_sha256": "artifact_sha256"}
 CONDITION_KEYS = ("c1_causality", "c2_normalisation", "c3_score_before_update", "c4_one_pass")  # of #1017
 # Modules that come with Python, torch, numpy and sentencepiece, which the contest's machines have.
 BASE = {*sys.stdlib_module_names, "torch", "numpy", "sentencepiece", "triton"}
@@ -91,20 +94,25 @@ def fields_of(submission):
     """submission.json: the fields of the merged files (#1493, #1855) and what makes them provable."""
     runs = submission.runs
     first = runs[0].summary
-    bpb = [run.summary["val_bpb"] for run in runs]
-    loss = [run.summary["val_loss"] for run in runs]
+    bpb = submission.sample.bpb
+    losses = submission.sample.losses
+    cuda = runs[0].header.get("cuda")
+    reasons = list(submission.obstacles)
+    if len(runs) < rules.LEAST_SEEDS:
+        reasons.append(f"{len(runs)} of {rules.LEAST_SEEDS} seeds")
     on = [f"{technique.name} ({technique.setting.name}={technique.setting.value})"
           for technique in recipe.techniques(submission.settings)]
+    results = {str(run.seed): {name: run.summary[key] for name, key in SEED_RESULT.items()} for run in runs}
     fields = {
         **submission.person,
         "track": rules.TRACKS[submission.track].removeprefix("track_"),
-        "val_bpb": statistics.mean(bpb), "val_loss": statistics.mean(loss),
-        "val_bpb_std": stats.spread(bpb), "val_loss_std": stats.spread(loss),
-        "seeds": [run.seed for run in runs], "seed_results": {str(run.seed): seed_result(run) for run in runs},
+        "val_bpb": stats.mean(bpb), "val_loss": stats.mean(losses),
+        "val_bpb_std": stats.spread(bpb), "val_loss_std": stats.spread(losses),
+        "seeds": [run.seed for run in runs], "seed_results": results,
         "bytes_total": max(run.summary["total_bytes"] for run in runs), "bytes_code": first["code_bytes"],
         "hardware": runs[0].machine, "world_size": first["world_size"],
         "gpu_count": 0 if first["device"] == "cpu" else first["world_size"],
-        "pytorch_version": runs[0].header.get("torch"), "cuda_version": cuda_of(runs[0]),
+        "pytorch_version": runs[0].header.get("torch"), "cuda_version": None if cuda == "none" else cuda,
         "attention_backend": runs[0].attention,
         "technique_summary": "; ".join(on),
         "attribution": {credit.key: ", ".join(f"PR #{number}" for number in credit.pull_requests)
@@ -115,33 +123,11 @@ def fields_of(submission):
         "tokenizer_sha256": runs[0].tokenizer_sha256, "val_sha256": first["val_sha256"],
         "commit": runs[0].header.get("commit"),
         "valid": "yes" if all(run.summary["valid"] == "yes" for run in runs) else "no",
-        "eligible": "no" if submission.obstacles or len(runs) < rules.LEAST_SEEDS else "yes",
-        "eligible_reasons": [*submission.obstacles, *too_few(runs)],
+        "eligible": "no" if reasons else "yes", "eligible_reasons": reasons,
     }
     if submission.draft:
         fields["draft"] = True
     return fields | comparison_fields(submission.comparison)
-
-
-def seed_result(run):
-    summary = run.summary
-    return {
-        "val_bpb": summary["val_bpb"], "val_loss": summary["val_loss"], "artifact_bytes": summary["total_bytes"],
-        "bytes_code": summary["code_bytes"], "bytes_model": summary["model_bytes"],
-        "train_seconds": summary["train_seconds"], "calib_seconds": summary["calibrate_seconds"],
-        "eval_seconds": summary["eval_seconds"], "steps": summary["steps"],
-        "artifact_sha256": summary["artifact_sha256"]}
-
-
-def cuda_of(run):
-    """The CUDA version of the run's torch; None where it has none or did not log it."""
-    version = run.header.get("cuda")
-    return None if version in (None, "none") else version
-
-
-def too_few(runs):
-    if len(runs) < rules.LEAST_SEEDS:
-        yield f"{len(runs)} of {rules.LEAST_SEEDS} seeds"
 
 
 def comparison_fields(comparison):

@@ -60,16 +60,12 @@ TEXTS = (
 
 def text_of(targets):
     """The Text with this number of targets, or None. Evaluations leave out up to a window at the end."""
-    for text in TEXTS:
-        if abs(targets - text.targets) <= 4096:
-            return text
-    return None
+    return next((text for text in TEXTS if abs(targets - text.targets) <= 4096), None)
 
 
 # Training shards of the data in which 40,000 of the 50,000 validation documents are also training text: a default of
 # the script that prepares CaseOps shards (#2127; #2018 and #2130 were taken off the leaderboard).
 OVERLAP_SHARDS = range(1_490, 1_510)
-OVERLAP_PATH = "datasets/datasets/"
 
 # ---- submission.json ------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,5 @@
 """What a run of the trainer left in its folder, and whether several runs are seeds of one configuration."""
 
-import json
 import re
 import shlex
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import NamedTuple
 
 from common import BadInput
 from reports.reading import last, read_events, read_summary
+from submission.logs import pairs_of, summary_in
 
 RULE = "=" * 100  # ends the source at the top of train.log
 OF_ONE_RUN = {"RUN_ID", "OUT_DIR", "SEED"}  # settings in which the runs of one configuration differ
@@ -44,25 +44,6 @@ class Run(NamedTuple):
     def header(self):
         return self.event("run")
 
-    # What the runs of one configuration have in common.
-
-    @property
-    def code_sha256(self):
-        return self.summary["code_sha256"]
-
-    @property
-    def settings_hash(self):
-        return self.summary["settings_hash"]
-
-    @property
-    def training_data(self):
-        loader = self.event("train_loader")
-        return f"{loader.get('dataset')}, {loader.get('train_shards')} shards, {loader.get('tokens')} tokens"
-
-    @property
-    def val_sha256(self):
-        return self.summary["val_sha256"]
-
     @property
     def tokenizer_sha256(self):
         return self.event("tokenizer").get("sha256")
@@ -70,10 +51,6 @@ class Run(NamedTuple):
     @property
     def machine(self):
         return f"{self.summary['world_size']}x{self.summary['device']}"
-
-    @property
-    def torch(self):
-        return self.header.get("torch")
 
     @property
     def attention(self):
@@ -117,34 +94,27 @@ def why_it_ended(log):
 
 def summary_of(log):
     """The object in the last line of a log, or None."""
-    word, _, text = log.rstrip().rpartition(b"\n")[2].partition(b" ")
-    try:
-        return json.loads(text) if word == b"summary" else None
-    except ValueError:
-        return None
+    return summary_in(log.rstrip().rpartition(b"\n")[2])
 
 
 # ---- several runs ---------------------------------------------------------------------------------------------------
 
 
-class Shared(NamedTuple):
-    """What the runs of one configuration have in common."""
-
-    name: str
-    attribute: str  # of Run
-    fix: str
+def training_data(run):
+    loader = run.event("train_loader")
+    return f"{loader.get('dataset')}, {loader.get('train_shards')} shards, {loader.get('tokens')} tokens"
 
 
 ONE_CONFIGURATION = "the seeds of a submission are runs of one configuration (#2124)"
-SHARED = (
-    Shared("code (SHA-256)", "code_sha256", ONE_CONFIGURATION),
-    Shared("settings", "settings_hash", ONE_CONFIGURATION),
-    Shared("training data", "training_data", "train all of them on the same"),
-    Shared("validation text (SHA-256)", "val_sha256", "score all of them on the same"),
-    Shared("tokenizer (SHA-256)", "tokenizer_sha256", "use the same for all"),
-    Shared("hardware", "machine", "run all of them on the same"),
-    Shared("torch", "torch", "run all of them with the same"),
-    Shared("attention kernel", "attention", "name one with ATTENTION"),
+SHARED = (  # (what the runs of one configuration have in common, its value in a run, what to do where they differ)
+    ("code (SHA-256)", lambda run: run.summary["code_sha256"], ONE_CONFIGURATION),
+    ("settings", lambda run: run.summary["settings_hash"], ONE_CONFIGURATION),
+    ("training data", training_data, "train all of them on the same"),
+    ("validation text (SHA-256)", lambda run: run.summary["val_sha256"], "score all of them on the same"),
+    ("tokenizer (SHA-256)", lambda run: run.tokenizer_sha256, "use the same for all"),
+    ("hardware", lambda run: run.machine, "run all of them on the same"),
+    ("torch", lambda run: run.header.get("torch"), "run all of them with the same"),
+    ("attention kernel", lambda run: run.attention, "name one with ATTENTION"),
 )
 
 
@@ -157,19 +127,14 @@ def complaints(runs):
             lines.append(f"{seen[run.seed].folder} and {run.folder} have the same seed {run.seed}: give one of them")
         seen.setdefault(run.seed, run)
     first = runs[0]
-    for shared in SHARED:
-        others = [run for run in runs if getattr(run, shared.attribute) != getattr(first, shared.attribute)]
-        if others:
-            lines.append(difference(shared, first, others[0]))
+    for name, value, fix in SHARED:
+        other = next((run for run in runs if value(run) != value(first)), None)
+        if other:
+            values = f"{shown(value(first))} and {shown(value(other))}"
+            if name == "settings":
+                values = ", ".join(settings_changes(first, other)) or values
+            lines.append(f"{first.folder} and {other.folder} differ in {name}: {values}; {fix}")
     return lines
-
-
-def difference(shared, first, other):
-    """In which way two runs differ, in one line."""
-    values = " and ".join(str(shown(getattr(run, shared.attribute))) for run in (first, other))
-    if shared.name == "settings":
-        values = ", ".join(settings_changes(first, other)) or values
-    return f"{first.folder} and {other.folder} differ in {shared.name}: {values}; {shared.fix}"
 
 
 def shown(value):
@@ -177,15 +142,9 @@ def shown(value):
     return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
 
 
-def pairs_of(run):
-    """{name: value} of the settings that the run was given or found in its file and environment."""
-    return dict(word.partition("=")[::2] for word in shlex.split(run.summary["settings"]))
-
-
 def settings_changes(first, other):
-    """NAME=value and value, for each setting in which two runs differ."""
-    one = pairs_of(first)
-    two = pairs_of(other)
+    """NAME=value and value, for each setting that two runs were given or found, and in which they differ."""
+    one, two = (pairs_of(run.summary["settings"]) for run in (first, other))
     for name in sorted({*one, *two} - OF_ONE_RUN):
         if one.get(name) != two.get(name):
             yield f"{name}={one.get(name, 'default')} and {two.get(name, 'default')}"

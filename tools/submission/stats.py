@@ -5,11 +5,13 @@ import json
 import math
 import re
 import statistics
+from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
 from common import BadInput, Parser, positive, write
 from submission import rules
+from submission.entry import claims_of, number_of
 from submission.logs import read_log
 from submission.runs import complaints, read_run
 
@@ -42,6 +44,10 @@ class Sample(NamedTuple):
     @property
     def bpb(self):
         return [seed.bpb for seed in self.seeds]
+
+    @property
+    def losses(self):
+        return [seed.loss for seed in self.seeds if seed.loss]
 
     @property
     def pull_request(self):
@@ -117,24 +123,28 @@ def from_numbers(text):
 
 def from_folder(folder):
     """A submission's folder: its submission.json, or its logs where that says nothing of single seeds."""
-    fields = read_json(folder / "submission.json")
-    logged = seeds_of_logs(folder)
-    seeds = list(seeds_of_json(fields))
-    source = "submission.json" if seeds else "logs"
+    fields = read_json(folder / "submission.json", parse_float=Decimal)
+    claims = [(claim.seed, above_zero(claim.val_bpb), above_zero(claim.val_loss)) for claim in claims_of(fields)]
+    claimed = [Seed(str(seed), bpb, loss) for seed, bpb, loss in claims if bpb]
+    logs = [(path.stem, read_log(path)) for path in sorted(folder.glob("*.log"))]
+    logged = [Seed(stem if log.seed is None else str(log.seed), log.val_bpb, log.val_loss)
+              for stem, log in logs if log.val_bpb]
+    logged = list(dict.fromkeys(logged))  # of copies one
     names = [seed.name for seed in logged]
-    if not seeds and len(set(names)) < len(names):
+    if not claimed and len(set(names)) < len(names):
         raise BadInput(f"{folder}: several logs are of one seed ({', '.join(names)}); give the scores themselves")
-    seeds = seeds or logged
+    seeds = claimed or logged
     if not seeds:
         raise BadInput(f"{folder}: neither submission.json nor a log has the score of a seed; give the scores, such as "
                        "1.0565,1.0561")
-    return Sample(str(folder), source, tuple(seeds), ratio(seeds) or ratio_of_json(fields) or ratio(logged))
+    return Sample(str(folder), "submission.json" if claimed else "logs", tuple(seeds),
+                  ratio(seeds) or ratio_of_json(fields) or ratio(logged))
 
 
-def read_json(path):
+def read_json(path, **options):
     """The object in a JSON file; BadInput if it holds none."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8-sig"))
+        fields = json.loads(path.read_text(encoding="utf-8-sig"), **options)
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}; give a submission's folder or runs such as logs/RUN_ID") from None
     except (ValueError, RecursionError):
@@ -144,35 +154,8 @@ def read_json(path):
     return fields
 
 
-def seeds_of_json(fields):
-    """The Seeds in submission.json, under any of the names that authors use."""
-    for name in ("seed_results", "seeds", *rules.SYNONYMS["seed_results"]):
-        results = fields.get(name)
-        if not isinstance(results, dict):
-            continue
-        for seed, result in results.items():
-            scores = result if isinstance(result, dict) else {"val_bpb": result}
-            bpb = number(scores, "val_bpb")
-            if bpb:
-                yield Seed(str(seed), bpb, number(scores, "val_loss"))
-        return
-
-
-def seeds_of_logs(folder):
-    """The final scores of the logs in a folder, of copies one."""
-    seeds = []
-    for path in sorted(folder.glob("*.log")):
-        log = read_log(path)
-        if log.val_bpb:
-            seeds.append(Seed(str(log.seed if log.seed is not None else path.stem), log.val_bpb, log.val_loss))
-    return list(dict.fromkeys(seeds))
-
-
-def number(mapping, key):
-    """The number above 0 under this key, or None."""
-    value = mapping.get(key)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if is_number and 0 < value < math.inf else None
+def above_zero(number):
+    return float(number) if number and number > 0 else None
 
 
 def ratio(seeds):
@@ -183,11 +166,10 @@ def ratio(seeds):
 
 def ratio_of_json(fields):
     """Bytes per token by the totals or the means of submission.json; None if it has neither."""
-    tokens = number(fields, "val_tokens")
-    if tokens and number(fields, "val_bytes"):
-        return number(fields, "val_bytes") / tokens
-    loss = number(fields, "val_loss")
-    bpb = number(fields, "val_bpb")
+    tokens, size, loss, bpb = (above_zero(number_of(fields, field))
+                               for field in ("val_tokens", "val_bytes", "val_loss", "val_bpb"))
+    if tokens and size:
+        return size / tokens
     return loss / (LN2 * bpb) if loss and bpb else None
 
 
@@ -203,6 +185,15 @@ def with_tokenizer(found, name):
 
 
 # ---- the test -------------------------------------------------------------------------------------------------------
+
+
+def mean(values):
+    return statistics.mean(values) if values else None
+
+
+def spread(values):
+    """Standard deviation (n - 1); None for a single value."""
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 class Rule(NamedTuple):
@@ -224,7 +215,8 @@ class Test(NamedTuple):
     t: float  # negative where ours are lower than the margin asks
     df: float
     p: float
-    needed: float  # the mean of ours, in nats per token, below which p is small enough at this spread
+    missing: float  # nats per token, by which the mean of ours has to be lower at this spread; below 0: to spare
+    needed: float  # that mean
 
     @property
     def passed(self):
@@ -237,19 +229,14 @@ def test(ours, theirs, rule):
         from scipy import stats
     except ImportError:
         raise BadInput("the test needs scipy: pip install -r requirements-dev.txt") from None
-    shifted = [loss - rule.margin for loss in theirs]
     if len(theirs) > 1:
+        shifted = [loss - rule.margin for loss in theirs]
         found = stats.ttest_ind(ours, shifted, equal_var=False, alternative="less")
-        error = math.hypot(standard_error(ours), standard_error(theirs))
     else:
-        found = stats.ttest_1samp(ours, shifted[0], alternative="less")
-        error = standard_error(ours)
-    needed = statistics.mean(shifted) - float(stats.t.isf(rule.p_value, found.df)) * error
-    return Test(rule, float(found.statistic), float(found.df), float(found.pvalue), needed)
-
-
-def standard_error(values):
-    return statistics.stdev(values) / math.sqrt(len(values))
+        found = stats.ttest_1samp([loss - theirs[0] + rule.margin for loss in ours], 0, alternative="less")
+    missing = float(found.confidence_interval(1 - rule.p_value).high)
+    needed = statistics.mean(ours) - missing
+    return Test(rule, float(found.statistic), float(found.df), float(found.pvalue), missing, needed)
 
 
 class Comparison(NamedTuple):
@@ -259,7 +246,6 @@ class Comparison(NamedTuple):
     unit: str  # how theirs became nats per token, in words
     better_bpb: float  # means: theirs - ours
     better_nats: float
-    bytes_per_token: float  # of ours
     tests: tuple[Test, ...]
     no_test: str = ""  # why there is none
 
@@ -271,20 +257,22 @@ def compare(ours, record):
                        f"--tokenizer, one of {', '.join(dict.fromkeys(text.tokenizer for text in rules.TEXTS))}")
     losses = losses_at(ours, ours.bytes_per_token)
     their_losses = losses_at(record, ours.bytes_per_token)
-    why = no_test(losses, their_losses)
-    tests = () if why else tuple(test(losses, their_losses, rule) for rule in (README, PRACTICE))
-    return Comparison(
-        record, unit_of(ours, record), statistics.mean(record.bpb) - statistics.mean(ours.bpb),
-        statistics.mean(their_losses) - statistics.mean(losses), ours.bytes_per_token, tests, why)
+    no_test = ""
+    if len(losses) < 2:
+        no_test = "one seed has no spread, and a record needs three"
+    elif len(set(losses)) == 1 and len(set(their_losses)) == 1:
+        no_test = "the seeds do not differ at all"
+    tests = () if no_test else tuple(test(losses, their_losses, rule) for rule in (README, PRACTICE))
+    return Comparison(record, unit_of(ours, record), mean(record.bpb) - mean(ours.bpb),
+                      mean(their_losses) - mean(losses), tests, no_test)
 
 
 def losses_at(found, bytes_per_token):
     """Losses in nats per token of a tokenizer with these bytes per token: as printed where they are of that one, else
     BPB x ln 2 x bytes per token.
     """
-    is_same = same_tokenizer(found.bytes_per_token, bytes_per_token)
-    if is_same and all(seed.loss for seed in found.seeds):
-        return [seed.loss for seed in found.seeds]
+    if same_tokenizer(found.bytes_per_token, bytes_per_token) and len(found.losses) == len(found.seeds):
+        return found.losses
     return [bpb * LN2 * bytes_per_token for bpb in found.bpb]
 
 
@@ -303,48 +291,27 @@ def unit_of(ours, record):
     return f"{unit}; the record, {theirs}, by BPB x ln 2 x {ours.bytes_per_token:.5f}"
 
 
-def no_test(losses, their_losses):
-    """Why no test can be made; "" if one can."""
-    if len(losses) < 2:
-        return "one seed has no spread, and a record needs three"
-    if len(set(losses)) == 1 and len(set(their_losses)) == 1:
-        return "the seeds do not differ at all"
-    return ""
-
-
 # ---- what is printed ------------------------------------------------------------------------------------------------
-
-
-def spread(values):
-    """Standard deviation (n - 1); None for a single value."""
-    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def facts(ours, comparison=None):
     """Everything that is printed, as JSON has it."""
-    losses = [seed.loss for seed in ours.seeds if seed.loss]
     result = {
         "name": ours.name, "source": ours.source,
         "seeds": {seed.name: {"val_bpb": seed.bpb, "val_loss": seed.loss} for seed in ours.seeds},
-        "val_bpb": statistics.mean(ours.bpb), "val_bpb_std": spread(ours.bpb),
-        "val_loss": statistics.mean(losses) if losses else None, "val_loss_std": spread(losses) if losses else None,
-        "bytes_per_token": ours.bytes_per_token, "suspect_spread": is_suspect(ours)}
+        "val_bpb": mean(ours.bpb), "val_bpb_std": spread(ours.bpb), "val_loss": mean(ours.losses),
+        "val_loss_std": spread(ours.losses), "bytes_per_token": ours.bytes_per_token,
+        "suspect_spread": is_suspect(ours)}
     if comparison:
-        result["against"] = comparison_facts(comparison)
-    return result
-
-
-def comparison_facts(comparison):
-    """A Comparison as JSON has it."""
-    record = comparison.record
-    tests = {}
-    for found in comparison.tests:
-        tests[found.rule.name] = {
+        record = comparison.record
+        tests = {found.rule.name: {
             "margin_nats": found.rule.margin, "p_below": found.rule.p_value, "t": found.t, "df": found.df, "p": found.p,
-            "passed": found.passed, "needed_val_loss": found.needed}
-    return {"name": record.name, "val_bpb": dict(zip([seed.name for seed in record.seeds], record.bpb)),
-            "unit": comparison.unit, "better_bpb": comparison.better_bpb, "better_nats": comparison.better_nats,
-            "tests": tests, "no_test": comparison.no_test}
+            "passed": found.passed, "needed_val_loss": found.needed} for found in comparison.tests}
+        result["against"] = {
+            "name": record.name, "val_bpb": {seed.name: seed.bpb for seed in record.seeds}, "unit": comparison.unit,
+            "better_bpb": comparison.better_bpb, "better_nats": comparison.better_nats, "tests": tests,
+            "no_test": comparison.no_test}
+    return result
 
 
 def is_suspect(found):
@@ -367,11 +334,9 @@ def lines(ours, comparison=None):
 
 def seed_table(ours):
     """A row for each seed, then mean and std."""
-    losses = [seed.loss for seed in ours.seeds if seed.loss]
-    rows = [(seed.name, seed.bpb, seed.loss) for seed in ours.seeds]
-    rows.append(("mean", statistics.mean(ours.bpb), statistics.mean(losses) if losses else None))
+    rows = [*ours.seeds, Seed("mean", mean(ours.bpb), mean(ours.losses))]
     if len(ours.seeds) > 1:
-        rows.append(("std", spread(ours.bpb), spread(losses) if len(losses) > 1 else None))
+        rows.append(Seed("std", spread(ours.bpb), spread(ours.losses)))
     yield f"  {'seed':<8}{'val_bpb':>12}{'val_loss':>12}"
     for name, bpb, loss in rows:
         yield f"  {name:<8}{bpb:>12.8f}{'' if loss is None else f'{loss:>12.8f}'}".rstrip()
@@ -380,29 +345,21 @@ def seed_table(ours):
 def comparison_lines(ours, comparison):
     """The verdicts, in words."""
     record = comparison.record
-    count = len(record.seeds)
-    deviation = f", std {spread(record.bpb):.8f}" if count > 1 else ""
-    yield f"Against {record.name} ({record.source}): {statistics.mean(record.bpb):.8f} BPB, {count} seed(s){deviation}"
+    deviation = f", std {spread(record.bpb):.8f}" if len(record.seeds) > 1 else ""
+    yield f"Against {record.name} ({record.source}): {mean(record.bpb):.8f} BPB, {len(record.seeds)} seed(s){deviation}"
     yield f"  in {comparison.unit}"
     word = "better" if comparison.better_nats > 0 else "worse"
     yield f"  {word} by {abs(comparison.better_bpb):.5f} BPB, {abs(comparison.better_nats):.5f} nats per token"
     if comparison.no_test:
         yield f"  no test: {comparison.no_test}"
-    for found in comparison.tests:
-        yield from verdict(ours, comparison, found)
-
-
-def verdict(ours, comparison, found):
-    """One rule, its test, and how much is missing or to spare."""
-    rule = found.rule
-    asked = f"better by {rule.margin} nats per token" if rule.margin else "better"
-    answer = "yes" if found.passed else "no"
-    yield f"  {rule.name}: {asked}, p < {rule.p_value}? {answer}"
-    kind = "Welch's" if len(comparison.record.seeds) > 1 else "Student's, against one number:"
-    missing = statistics.mean(losses_at(ours, comparison.bytes_per_token)) - found.needed
-    amount = f"{abs(missing):.5f} nats ({abs(missing) / (LN2 * comparison.bytes_per_token):.5f} BPB)"
-    remark = f"{amount} to spare" if found.passed else f"at this spread the mean has to be {amount} lower"
-    yield f"    {kind} t {found.t:.3f}, df {found.df:.2f}, p {found.p:.4g}; {remark}"
+    kind = "Welch's" if len(record.seeds) > 1 else "Student's, against one number:"
+    for rule, t, df, p, missing, _ in comparison.tests:
+        is_passed = p < rule.p_value
+        asked = f"better by {rule.margin} nats per token" if rule.margin else "better"
+        yield f"  {rule.name}: {asked}, p < {rule.p_value}? {'yes' if is_passed else 'no'}"
+        amount = f"{abs(missing):.5f} nats ({abs(missing) / (LN2 * ours.bytes_per_token):.5f} BPB)"
+        remark = f"{amount} to spare" if is_passed else f"at this spread the mean has to be {amount} lower"
+        yield f"    {kind} t {t:.3f}, df {df:.2f}, p {p:.4g}; {remark}"
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -14,8 +14,10 @@ from typing import NamedTuple
 
 from common import BadInput, Parser, sha256, whole
 from reports.reading import last, read_events
+from submission.logs import pairs_of
+from submission.manifest import SEED_RESULT
 from submission.recipe import PATHS, experiment_of, script_words
-from submission.runs import source_of, summary_of
+from submission.runs import shown, source_of, summary_of
 from submission.stats import read_json
 
 HELP = """\
@@ -29,6 +31,13 @@ script of the folder is executed. Exit code 0: the same; 1: not the same; 2: it 
 # margin of a record (0.0019 BPB with sp8192); training one seed twice moves a score by 0.00045 (#1868).
 TOLERANCE = 0.0005  # BPB
 LONGEST_ERROR = 400  # characters
+# Keys of a summary that are compared: all of them have to be the same, the scores within the tolerance.
+COMPARED = ("val_bpb", "val_loss", "val_tokens", "val_bytes", "valid", "code_bytes", "model_bytes", "code_sha256",
+            "artifact_sha256", "val_sha256", "tokenizer_sha256")
+MACHINE = ("world_size", "device", "torch", "attention", "dtype", "compile", "threads")  # what decides about rounding
+# Settings that may differ: of the run and of the machine.
+OF_A_RUN = PATHS | {"RUN_ID", "OUT_DIR", "PHASES", "ARTIFACT", "RESUME", "CHECKPOINT_EVERY", "TRAIN_LOG_EVERY",
+                    "VAL_LOSS_EVERY", "DEVICE", "DTYPE", "COMPILE", "ATTENTION", "KERNELS", "STRICT_ENV"}
 
 
 class Row(NamedTuple):
@@ -52,8 +61,8 @@ class Seed(NamedTuple):
 # ---- what the folder says -------------------------------------------------------------------------------------------
 
 
-def seeds_of(folder):
-    """{seed: (log, summary)} of the logs in a folder that this trainer wrote."""
+def seed_of(folder, artifact, number):
+    """The Seed with this number, or the one whose artifact this is. Logs count that this trainer wrote."""
     seeds = {}
     for path in sorted(folder.glob("train_seed*.log")):
         log = path.read_bytes()
@@ -63,35 +72,19 @@ def seeds_of(folder):
     if not seeds:
         raise BadInput(f"{folder}: no train_seed*.log ends with the summary of this trainer, and only its scripts can "
                        "be asked to score an artifact")
-    return seeds
-
-
-def seed_of(folder, artifact, number):
-    """The Seed with this number, or the one whose artifact this is."""
-    seeds = seeds_of(folder)
-    if number is not None:
-        if number not in seeds:
-            raise BadInput(f"{folder} has no log of seed {number}; there is: {', '.join(map(str, sorted(seeds)))}")
-        log, summary = seeds[number]
-        return Seed(log, summary, declared(folder, number))
-    digest = sha256(artifact)
-    for number, (log, summary) in seeds.items():
-        if summary["artifact_sha256"] == digest:
-            return Seed(log, summary, declared(folder, number))
-    raise BadInput(f"{artifact} (SHA-256 {digest}) is the artifact of no seed in {folder}: give the one that a run "
-                   f"wrote, or name the seed to compare it with by --seed, one of {', '.join(map(str, sorted(seeds)))}")
-
-
-def declared(folder, seed):
-    """{key of a summary: what submission.json says of it}."""
+    known = ", ".join(map(str, sorted(seeds)))
+    if number is None:
+        digest = sha256(artifact)
+        number = next((seed for seed, (_, summary) in seeds.items() if summary["artifact_sha256"] == digest), None)
+        if number is None:
+            raise BadInput(f"{artifact} (SHA-256 {digest}) is the artifact of no seed in {folder}: give the one that a "
+                           f"run wrote, or name the seed to compare it with by --seed, one of {known}")
+    if number not in seeds:
+        raise BadInput(f"{folder} has no log of seed {number}; there is: {known}")
     fields = read_json(folder / "submission.json")
-    result = fields.get("seed_results", {}).get(str(seed), {})
-    names = {"val_bpb": "val_bpb", "val_loss": "val_loss", "code_bytes": "bytes_code", "model_bytes": "bytes_model",
-             "artifact_sha256": "artifact_sha256"}
-    said = {key: result.get(name) for key, name in names.items()}
-    for key in ("val_tokens", "val_bytes", "code_sha256", "val_sha256", "tokenizer_sha256", "valid"):
-        said[key] = fields.get(key)
-    return said
+    result = fields.get("seed_results", {}).get(str(number), {})
+    of_seed = {key: result.get(name) for name, key in SEED_RESULT.items()}
+    return Seed(*seeds[number], fields | of_seed)
 
 
 def header_of(log):
@@ -112,7 +105,8 @@ def score(folder, seed, artifact, pairs, out_dir):
     script = folder / "train_gpt.py"
     logged = experiment_of(script, script_words(shlex.split(seed.summary["settings"]))).words
     words = [*logged, *pairs, "PHASES=eval", f"ARTIFACT={artifact}", f"OUT_DIR={out_dir}"]
-    command = [*launcher(seed.summary["world_size"]), str(script), *last_of_each(words)]
+    last_of_each = {word.partition("=")[0]: word for word in words}
+    command = [*launcher(seed.summary["world_size"]), str(script), *last_of_each.values()]
     print(f"verify command:{shlex.join(command)}", file=sys.stderr, flush=True)
     # A group of its own, so that the ranks of torchrun end with it.
     process = subprocess.Popen(command, env=environment(seed), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -130,25 +124,14 @@ def score(folder, seed, artifact, pairs, out_dir):
                        "needs, such as DATA_PATH=...")
 
 
-def last_of_each(words):
-    """KEY=VALUE words, of each key the last."""
-    return list({word.partition("=")[0]: word for word in words}.values())
-
-
 def launcher(ranks):
     """As many ranks as the run had, where this machine has a GPU for each; else one process."""
-    if ranks > 1 and gpus() >= ranks:
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    if ranks > 1:
+        from torch import cuda
+
+        if cuda.device_count() >= ranks:
+            return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return [sys.executable]
-
-
-def gpus():
-    """Number of GPUs that nvidia-smi lists; 0 without it."""
-    try:
-        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return 0
-    return len(done.stdout.splitlines()) if done.returncode == 0 else 0
 
 
 def environment(seed):
@@ -167,12 +150,6 @@ def environment(seed):
 # ---- the comparison -------------------------------------------------------------------------------------------------
 
 
-def is_same_machine(logged, found):
-    """Do two headers say the same of what decides how numbers are rounded?"""
-    return all(logged.get(key) == found.get(key)
-               for key in ("device", "torch", "world_size", "attention", "dtype", "compile", "threads"))
-
-
 def compare(folder, seed, artifact, out_dir, tolerance):
     """The Rows of the table; tolerance is in BPB."""
     found = json.loads((out_dir / "summary.json").read_text(encoding="utf-8"))
@@ -183,17 +160,15 @@ def compare(folder, seed, artifact, out_dir, tolerance):
     in_nats = tolerance * math.log(2) * found["val_bytes"] / found["val_tokens"]
     allowed = {"val_bpb": tolerance, "val_loss": in_nats}
     rows = []
-    for key in ("val_bpb", "val_loss", "val_tokens", "val_bytes", "valid", "code_bytes", "model_bytes", "code_sha256",
-                "artifact_sha256", "val_sha256", "tokenizer_sha256"):
-        logged = seed.summary.get(key)
-        said = [value for value in (logged, seed.declared.get(key)) if value is not None]
-        same = bool(said) and all(agree(value, found.get(key), allowed.get(key, 0)) for value in said)
-        rows.append(Row(key, logged, seed.declared.get(key), found.get(key), same))
-    logged = experiment(seed.summary["settings"])
-    scored = experiment(found["settings"])
-    changes = [f"{name}={scored.get(name)}" for name in sorted({*logged, *scored})
-               if logged.get(name) != scored.get(name)]
-    rows.append(Row("settings", f"{len(logged)} changed", None, ", ".join(changes) or "the same", not changes))
+    for key in COMPARED:
+        said = seed.summary.get(key), seed.declared.get(key)
+        same = [agree(value, found.get(key), allowed.get(key, 0)) for value in said if value is not None]
+        rows.append(Row(key, *said, found.get(key), bool(same) and all(same)))
+    logged, scored = (pairs_of(settings) for settings in (seed.summary["settings"], found["settings"]))
+    names = {*logged, *scored} - OF_A_RUN
+    changes = [f"{name}={scored.get(name)}" for name in sorted(names) if logged.get(name) != scored.get(name)]
+    rows.append(Row("settings", f"{len(logged.keys() - OF_A_RUN)} changed", None, ", ".join(changes) or "the same",
+                    not changes))
     return rows
 
 
@@ -204,35 +179,17 @@ def agree(said, found, allowed):
     return said == found
 
 
-def experiment(text):
-    """{name: value} of a settings line, without what may differ from machine to machine."""
-    words = dict(word.partition("=")[::2] for word in shlex.split(text))
-    run_settings = {"RUN_ID", "OUT_DIR", "PHASES", "ARTIFACT", "RESUME", "CHECKPOINT_EVERY", "TRAIN_LOG_EVERY",
-                    "VAL_LOSS_EVERY", "DEVICE", "DTYPE", "COMPILE", "ATTENTION", "KERNELS", "STRICT_ENV"}
-    return {name: value for name, value in words.items() if name not in run_settings | PATHS}
-
-
 def lines(rows, is_same, tolerance, machines):
     """The table and what it means, line by line."""
     yield f"{'':<18}{'log':<24}{'submission.json':<24}{'found':<24}"
     for row in rows:
-        values = "".join(f"{shown(value):<24}" for value in row[1:4])
+        values = "".join(f"{'-' if value is None else str(shown(value)):<24}" for value in row[1:4])
         yield f"{row.name:<18}{values}{'same' if row.same else 'NOT THE SAME'}"
     if tolerance:
         yield f"another kind of machine ({machines}): the score may differ by {tolerance} BPB"
     else:
         yield "the same kind of machine: every digit counts"
     yield f"verdict: {'the same' if is_same else 'not the same'}"
-
-
-def shown(value):
-    """A value as the table has it: hashes by their beginning."""
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return repr(value)
-    text = str(value)
-    return text[:16] if re.fullmatch(r"[0-9a-f]{64}", text) else text
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -264,7 +221,8 @@ def run(args):
         score(args.folder, seed, artifact.resolve(), args.pairs, out_dir)
         logged = header_of(seed.log)
         found = header_of((out_dir / "train.log").read_bytes())
-        tolerance = 0.0 if is_same_machine(logged, found) else TOLERANCE
+        is_same_machine = all(logged.get(key) == found.get(key) for key in MACHINE)
+        tolerance = 0.0 if is_same_machine else TOLERANCE
         rows = compare(args.folder, seed, artifact, out_dir, tolerance)
     is_same = all(row.same for row in rows)
     machines = f"log: {machine(logged)}; here: {machine(found)}"
@@ -274,5 +232,4 @@ def run(args):
 
 def machine(header):
     """A machine in words."""
-    return ", ".join(f"{key} {header.get(key, '?').strip(chr(34))}"
-                     for key in ("world_size", "device", "torch", "attention", "dtype", "threads"))
+    return ", ".join(f"{key} {header.get(key, '?').strip(chr(34))}" for key in MACHINE)
