@@ -53,7 +53,7 @@ from common import ROOT, BadInput, check_output, commit, exit_code, machine, pos
 from sweeps.outcome import collect, scores
 from sweeps.plan import BASE, make_plan, resolve
 from sweeps.progress import Times, follow, say
-from sweeps.runs import Runs
+from sweeps.runs import STARTS, Runs
 from sweeps.table import FORMATS, as_text, write_table
 from sweeps.timing import ITSELF, describe, measurements, speeds_of, steps_in_equal_time
 from sweeps.work import holder_of, noted, work_here, work_on_cluster
@@ -232,9 +232,8 @@ class Sweep:
         jobs = len(self.place.slots)
         self.ask(self.plan.rows)
         runs.look()
-        words = {"train": "train", "export": "pack the weights of ", "eval": "score the artifact of "}
         for run in runs.ordered():
-            what = words[run.phase] + (run.source.label if run.source else "")
+            what = f"{STARTS[run.phase][0]} {run.source.label if run.source else ''}".strip()
             if run.summary:
                 what = f"finished, {run.summary['val_bpb']:.4f} BPB"
             print(f"{run.label}: {what}")

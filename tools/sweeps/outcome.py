@@ -57,10 +57,11 @@ def judge(rows, match):
 def notes(runs, name):
     """Failed and invalid runs of a row, the same thing said once for all its seeds."""
     seeds_of = {}  # (match, note) -> seeds
-    for (row_name, match, seed), run in runs.by_row.items():
-        if row_name == name and run.note():
+    for match in MATCHES:
+        for seed, run in runs.row(name, match).items():
             seeds_of.setdefault((match, run.note()), []).append(seed)
-    return [f"{MATCHES[match]}, seed {', '.join(map(str, seeds))}: {note}" for (match, note), seeds in seeds_of.items()]
+    return [f"{MATCHES[match]}, seed {', '.join(map(str, seeds))}: {note}"
+            for (match, note), seeds in seeds_of.items() if note]
 
 
 def row_result(plan, runs, row, speed):

@@ -59,32 +59,35 @@ class Times:
 
 
 def follow(tasks, looks, signals, on_end, jobs):
-    """Say how each task ends, until the last of the looks. On a terminal a line shows what is being made."""
+    """Say how each task ends, until there are no more looks. On a terminal a line shows what is being made."""
     console = Console(stderr=True)
     times = Times()
     open_tasks = list(tasks)
     bar = Progress(TextColumn("{task.completed}/{task.total}"), BarColumn(24), TextColumn("{task.description}"),
                    console=console, transient=True, disable=not console.is_terminal, redirect_stdout=False)
+    line = bar.add_task("", total=len(tasks))
 
     def eta():
         expected = times.expect(open_tasks, jobs)
         return f"; ETA {expected}" if open_tasks and expected else ""
 
+    def tell(is_last):
+        for task in [task for task in open_tasks if task.has_ended()]:
+            seconds = times.add(task.folder)
+            if seconds is None and not is_last:
+                continue  # its result is there, its worker has still to say so
+            open_tasks.remove(task)
+            result = on_end(task)
+            spent = "" if seconds is None else f", {seconds:.0f} s"
+            console.print(f"[{task.kind} {len(tasks) - len(open_tasks)}/{len(tasks)}] {task.name}: {result or 'done'}"
+                          f"{spent}{eta()}", markup=False, highlight=False, soft_wrap=True)
+        if console.is_terminal:
+            bar.update(line, completed=len(tasks) - len(open_tasks), description=now(open_tasks, signals) + eta())
+
     with contextlib.closing(looks), bar:
-        line = bar.add_task("", total=len(tasks))
-        for is_last in looks:
-            for task in [task for task in open_tasks if task.has_ended()]:
-                seconds = times.add(task.folder)
-                if seconds is None and not is_last:
-                    continue  # its result is there, its worker has still to say so
-                open_tasks.remove(task)
-                result = on_end(task)
-                spent = "" if seconds is None else f", {seconds:.0f} s"
-                bar.console.print(
-                    f"[{task.kind} {len(tasks) - len(open_tasks)}/{len(tasks)}] {task.name}: {result or 'done'}"
-                    f"{spent}{eta()}", markup=False, highlight=False, soft_wrap=True)
-            if console.is_terminal:
-                bar.update(line, completed=len(tasks) - len(open_tasks), description=now(open_tasks, signals) + eta())
+        for _ in looks:
+            tell(is_last=False)
+        tell(is_last=True)
 
 
 def now(tasks, signals):

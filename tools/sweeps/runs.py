@@ -26,6 +26,11 @@ SUMMARY_FACTS = ("val_bpb", "val_loss", "valid", "reasons", "params", "steps", "
 COMPUTING = ("SEED", "DEVICE", "DTYPE", "COMPILE", "ATTENTION", "KERNELS")
 PLACES = ("DATA_PATH", "TOKENIZER_PATH")  # of text that its hash identifies
 OF_THE_RUN = ("OUT_DIR", "RESUME", "PHASES", "ARTIFACT", "CHECKPOINT_EVERY", *PLACES)
+STARTS = {  # what a run begins with: how that is said, and the arguments, with what the run before it made
+    "train": ("train", ["RESUME=auto"]),
+    "export": ("pack the weights of", ["RESUME={}"]),
+    "eval": ("score the artifact of", ["PHASES=eval", "ARTIFACT={}"]),
+}
 
 
 # ---- the text of a run ----------------------------------------------------------------------------------------------
@@ -84,7 +89,7 @@ class Run:
     error: str = ""
     stopped: bool = False  # early, by --stop-worse
     reused: bool = False
-    phase: str = "train"  # what it begins with: train, export or eval
+    phase: str = "train"  # what it begins with, of STARTS
     source: "Run | None" = None  # whose weights or artifact it begins with
     keeps_weights: bool = False  # for others to be packed from
 
@@ -95,25 +100,18 @@ class Run:
         return digest({name: text for name, text in chosen.items() if name not in PLACES}, self.settings.iterations,
                       self.machine)
 
-    @property
-    def checkpoint(self):
-        return checkpoint_path(self.folder, self.settings.iterations)
-
-    @property
-    def artifact(self):
-        return self.folder / "model.pg"
+    def made_for(self, phase):
+        """The file with which a run can begin a phase: the trained weights for "export", the artifact for "eval"."""
+        return checkpoint_path(self.folder, self.settings.iterations) if phase == "export" else self.folder / "model.pg"
 
     def words(self):
         """The arguments of the trainer."""
         settings = self.settings
         if self.keeps_weights:
             settings = replace(settings, checkpoint_every=settings.iterations)
-        words = [*shlex.split(settings.text()), f"OUT_DIR={self.folder}"]
-        if self.phase == "export":
-            return [*words, f"RESUME={self.source.checkpoint}"]
-        if self.phase == "eval":
-            return [*words, "PHASES=eval", f"ARTIFACT={self.source.artifact}"]
-        return [*words, "RESUME=auto"]
+        made = self.source and self.source.made_for(self.phase)
+        return [*shlex.split(settings.text()), f"OUT_DIR={self.folder}",
+                *(word.format(made) for word in STARTS[self.phase][1])]
 
     def read(self):
         """Whether the folder holds the finished run that is meant here; sets its summary."""
@@ -181,7 +179,7 @@ class Runs:
         self.machine = (sha256(trainer), torch.__version__, device, ranks)
         self.texts = Texts(out / "texts.json")
         self.by_folder = {}
-        self.by_row = {}  # (row name, match, seed) -> run
+        self.by_row = {}  # (row name, match) -> {seed: run}
 
     def add(self, name, match, steps):
         """Ask for the runs of a row, one a seed."""
@@ -191,12 +189,11 @@ class Runs:
             key = digest(sorted(essential(settings.text())), machine)
             folder = self.out / "runs" / f"{steps}-{seed}-{key}"
             run = Run(settings, folder, f"{name}, seed {seed}, {steps} steps", machine)
-            self.by_row[name, match, seed] = self.by_folder.setdefault(folder, run)
+            self.row(name, match)[seed] = self.by_folder.setdefault(folder, run)
 
     def row(self, name, match):
         """{seed: run}; empty where equal time is unknown."""
-        seeds = [seed for seed in self.plan.seeds if (name, match, seed) in self.by_row]
-        return {seed: self.by_row[name, match, seed] for seed in seeds}
+        return self.by_row.setdefault((name, match), {})
 
     def ordered(self):
         """Seed by seed, so that the first seed's table comes first."""
@@ -212,8 +209,7 @@ class Runs:
             run.reused = run.read()
             if was_there and not run.reused:
                 summary.unlink(missing_ok=True)  # it is damaged
-        for alike in groups(self.ordered(), "train"):
-            share_training(alike)
+        share(share(self.ordered(), "export", "eval"), "train", "export")
 
     def tasks(self, stop_worse=None):
         """[Task] of the runs that are not finished."""
@@ -224,7 +220,7 @@ class Runs:
         task = Task(run.label, run.folder, command(self.trainer, run.words(), self.ranks), "summary.json",
                     after=source.folder / "summary.json" if source and not source.summary else None,
                     kind=run.phase, size=run.settings.iterations if run.phase == "train" else 1)
-        base = self.by_row.get((BASE, "steps", run.settings.seed))
+        base = self.row(BASE, "steps").get(run.settings.seed)
         if stop_worse and base and base is not run and run.phase == "train":
             task.curve_of = base.folder
             task.margin = stop_worse
@@ -248,34 +244,22 @@ def command(script, words, ranks):
     return [sys.executable, *launcher, str(script), *words]
 
 
-def groups(runs, phase):
-    """Lists of runs that are equal up to this phase."""
-    found = {}
-    for run in runs:
-        found.setdefault(run.key(phase), []).append(run)
-    return found.values()
-
-
-def share_training(alike):
-    """Of runs with the same training one trains, the first of each other way of packing begins with its weights, and
-    the rest with artifacts.
+def share(runs, phase, following):
+    """Of runs that are equal up to a phase, have one make what the others begin the following phase with. Returns those
+    that make it: of finished ones the first that has it, else the first that is not finished.
     """
-    leaders = []
-    for same in groups(alike, "export"):
-        # It makes the artifact of these: a finished one that has it, else the first that is not finished.
-        finished = [run for run in same if run.summary and run.artifact.exists()]
-        unfinished = [run for run in same if not run.summary]
-        leader = (finished or unfinished or same)[0]
-        leaders.append(leader)
-        for run in same:
-            if run is not leader and "steps" not in run.summary:  # it is scored alone, or was
-                run.phase = "eval"
-                run.source = leader
-    trainer = next((run for run in leaders if run.summary and run.checkpoint.exists()), None)
-    for leader in [leader for leader in leaders if not leader.summary]:
-        if trainer is None:  # it trains, and keeps its weights for those after it
-            trainer = leader
-            leader.keeps_weights = len(leaders) > 1
-        else:
-            leader.phase = "export"
-            leader.source = trainer
+    groups = {}
+    for run in runs:
+        groups.setdefault(run.key(phase), []).append(run)
+    makers = []
+    for alike in groups.values():
+        have_it = [run for run in alike if run.summary and run.made_for(following).exists()]
+        unfinished = [run for run in alike if not run.summary]
+        maker = (have_it or unfinished or alike)[0]
+        maker.keeps_weights = phase == "train" and len(alike) > 1 and not maker.summary
+        makers.append(maker)
+        for run in alike:
+            if run is not maker and "steps" not in run.summary:  # it did not train, and need not
+                run.phase = following
+                run.source = maker
+    return makers

@@ -225,23 +225,22 @@ class Worker:
 
 def looks_of(workers, wait=False):
     """Have workers on the same tasks work in turn until none of them finds anything to do; with `wait` until what
-    others make has ended, too. Yields after each look whether it was the last one. Where this is closed before, the
-    commands save what they have.
+    others make has ended, too. Yields after each look. Where this is closed before, the commands save what they have.
     """
     first = workers[0]
     looks = [worker.looks() for worker in workers]
-    is_last = False
+
+    def is_busy():
+        return any([next(look, False) for look in looks])
+
     try:
-        while not is_last:
-            is_busy = any([next(look, False) for look in looks])
-            may_wait = wait and not first.is_over() and not all(task.has_ended() for task in first.tasks)
-            is_last = not is_busy and not may_wait
-            yield is_last
-    finally:
-        if not is_last:
-            first.signals.append(signal.SIGTERM)
-            while any([next(look, False) for look in looks]):
-                pass
+        while is_busy() or (wait and not first.is_over() and not all(task.has_ended() for task in first.tasks)):
+            yield
+    except BaseException:
+        first.signals.append(signal.SIGTERM)
+        while is_busy():
+            pass
+        raise
 
 
 def work_here(tasks, slots, deadline, signals, wait):
@@ -261,13 +260,12 @@ def work_on_cluster(tasks, slots, deadline, signals, executor):
     jobs = [executor.submit(Worker(tasks, env, deadline)) for env in slots]
     try:
         while not signals and not all(job.done() for job in jobs):
-            yield False
+            yield
             time.sleep(POLL_SECONDS)
     finally:
         for job in jobs:
             if not job.done():
                 job.cancel()
     while not all(job.done() for job in jobs):
-        yield False
+        yield
         time.sleep(POLL_SECONDS)
-    yield True
