@@ -143,7 +143,8 @@ def test_bad_options(lab, words, capsys):
 def test_grid_is_the_product(axes):
     bars = {name: "|" if plans.FIELDS[name].type in tg.LISTS else "," for name in axes}
     words = [f"{name}={bars[name].join(map(str, values))}" for name, values in axes.items()]
-    rows, base, complaints = plans.read_grid(words)
+    found, base, complaints = plans.read_grid(words)
+    rows = plans.points(found)
     wide = {name: values for name, values in axes.items() if len(values) > 1}
     assert base == [f"{name}={values[0]}" for name, values in axes.items() if len(values) == 1]
     assert bool(complaints) == (not wide)
@@ -166,17 +167,16 @@ OF_EACH_LIST = {  # two values of a setting of each type of tg.LISTS
 def test_lists_are_divided_by_a_bar(kind):
     name, first, second = OF_EACH_LIST[kind]
     assert plans.FIELDS[name].type is kind
-    words = [f"{name}={first}", f"{name}={second}"]
-    assert plans.alternatives(f"{name}={first}|{second}") == words
-    assert plans.alternatives(words[0]) == words[:1]
-    for word in words:
-        tg.parse_value(plans.FIELDS[name], word.partition("=")[2])
+    assert plans.values_of(f"{name}={first}|{second}") == [first, second]
+    assert plans.values_of(f"{name}={first}") == [first]
+    for value in (first, second):
+        tg.parse_value(plans.FIELDS[name], value)
 
 
 def test_other_values_are_divided_by_a_comma():
-    assert plans.alternatives("VE_LAYERS=2,3|3|") == ["VE_LAYERS=2,3", "VE_LAYERS=3", "VE_LAYERS="]
-    assert plans.alternatives("MATRIX_LR=1,2,1") == ["MATRIX_LR=1", "MATRIX_LR=2"]
-    assert plans.alternatives("@a,b") == ["@a,b"]
+    assert plans.values_of("VE_LAYERS=2,3|3|") == ["2,3", "3", ""]
+    assert plans.values_of("MATRIX_LR=1,2,1") == ["1", "2"]
+    assert len(plans.values_of("@a,b")) == 1
 
 
 # ---- arithmetic -----------------------------------------------------------------------------------------------------

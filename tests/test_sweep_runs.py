@@ -429,7 +429,7 @@ def test_what_is_in_the_way_is_one_line(lab, capsys):
 def test_the_table_on_a_terminal_is_aligned(lab):
     code, result = lab.call(lab.plan("one : MATRIX_LR=0.1\nanother : MATRIX_LR=0.2 MUON_WD=0.1\n"), *STEPS)
     args = sweep.arguments([str(lab.folder / "plan.txt"), "--base", f"@{lab.base}", *map(str, STEPS)])
-    text = table.for_terminal(result, plans.make_plan(args, {}))
+    text = table.as_text(result, plans.make_plan(args, {}), terminal=True)
     rows = [line for line in text.splitlines() if line.startswith(("one ", "another "))]
     assert code == 0 and len(rows) == 2
     assert len({line.rindex("yes") for line in rows}) == 1 and "|" not in rows[0]
@@ -440,12 +440,11 @@ def test_a_worker_never_makes_what_has_ended(tmp_path):
     log = tmp_path / "log"
     tasks = []
     for number in range(8):
-        after = [tasks[0].folder / "done"] if number else []
+        after = tasks[0].folder / "done" if number else None
         folder = tmp_path / str(number)
         command = ["sh", "-c", f"echo {number} >> {log}; sleep 0.1; touch {folder}/done"]
         tasks.append(work.Task(str(number), folder, command, "done", after=after))
-    stop = work.Stop()
-    with work.workers_here(tasks, [{}, {}, {}], stop, False, float("inf")) as (is_over, held):
-        wait_for(is_over)
+    for _ in work.work_here(tasks, [{}, {}, {}], float("inf"), [], wait=False):
+        pass
     made = log.read_text().split()
-    assert made[0] == "0" and sorted(made) == list("01234567") and not held
+    assert made[0] == "0" and sorted(made) == list("01234567")

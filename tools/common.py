@@ -4,9 +4,11 @@ format of a shard, what git says, and the trainer as a module.
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import importlib
 import io
+import json
 import math
 import os
 import platform
@@ -14,7 +16,7 @@ import re
 import struct
 import subprocess
 import sys
-import tempfile
+import uuid
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,26 +48,20 @@ def exit_code(work, quiet=False):
         code = work()
         print(end="", flush=True)  # what waits in the buffer meets a reader that has gone here, not at the exit
         return code
-    except BadInput as error:
-        if not quiet:
-            print_errors(error)
-        return 2
-    except BrokenPipeError:
-        return stop_printing()
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
     except KeyboardInterrupt:
         return 130
-
-
-def print_errors(error):
-    """Print each line of a BadInput to standard error."""
-    for line in str(error).splitlines():
+    except BadInput as error:
+        complaints = str(error)
+    except ModuleNotFoundError as error:
+        complaints = f"this needs the package {error.name}: pip install -r requirements-dev.txt"
+    except OSError as error:  # a full disk, a file in the way of a folder
+        complaints = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    for line in () if quiet else complaints.splitlines():
         print(f"error: {line}", file=sys.stderr, flush=True)
-
-
-def stop_printing():
-    """Send all further output nowhere, because its reader (head, less) has seen enough. Returns exit code 0."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    return 0
+    return 2
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -126,18 +122,20 @@ def check_output(option, path):
 
 def write(path, data):
     """Write a file of these bytes: afterwards it is complete, or as it was. BadInput if it cannot be written."""
-    part = None
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            part = Path(file.name)
-            file.write(data)
-        part.chmod(0o644)
+        part.write_bytes(data)
         os.replace(part, path)
     except OSError as error:
-        if part:
-            part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise BadInput(f"{path} cannot be written ({error.strerror})") from None
+
+
+def write_json(path, value, indent=None):
+    """Write a file of JSON in the same way."""
+    write(path, f"{json.dumps(value, indent=indent)}\n".encode())
 
 
 def say(event, **values):
@@ -159,18 +157,11 @@ def sha256(path):
 
 @contextlib.contextmanager
 def locked(folder, in_use):
-    """Hold the lock of a folder; BadInput with the text `in_use` if another process holds it. Yields the descriptor of
-    the lock, which a child process may inherit and hold on to; None where there are no locks.
-    """
-    try:
-        import fcntl
-    except ImportError:  # not a Unix
-        yield None
-        return
+    """Hold the lock of a folder; BadInput with the text `in_use` if another process holds it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield handle
+        yield
     except BlockingIOError:
         raise BadInput(in_use) from None
     finally:
@@ -181,30 +172,25 @@ def lock_holder(run_dir):
     """What run.lock says of the process that holds it; "" if none does. A run that starts meanwhile is not kept out:
     the lock is tried only where the process that is named may be alive.
     """
-    try:
-        import fcntl
-
-        with open(run_dir / "run.lock", encoding="utf-8", errors="replace") as file:
-            holder = " ".join(file.read(100).split()) or "unknown process"
-            named = re.fullmatch(r"process (\d+) on (.*)", holder)
-            if named and named[2] == platform.node() and is_gone(int(named[1])):
-                return ""
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):  # over NFS the second
-                return holder
-    except (ImportError, OSError):  # not a Unix; no such file
-        pass
+    with contextlib.suppress(OSError), open(run_dir / "run.lock", encoding="utf-8", errors="replace") as file:
+        holder = " ".join(file.read(100).split()) or "unknown process"
+        named = re.fullmatch(r"process (\d+) on (.*)", holder)
+        if named and named[2] == platform.node() and is_gone(int(named[1])):
+            return ""
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # over NFS the second
+            return holder
     return ""
 
 
 def is_gone(pid):
     try:
         os.kill(pid, 0)
+    except PermissionError:
+        return False
     except (ProcessLookupError, OverflowError):
         return True
-    except PermissionError:
-        pass
     return False
 
 
@@ -218,11 +204,10 @@ def shard_header(tokens):
 
 def git(*words):
     """What git prints in the repository; "" where there is none, or no git."""
-    try:
-        done = subprocess.run(("git", *words), cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(("git", *words), cwd=ROOT, capture_output=True, text=True, timeout=20,
+                              check=True).stdout.strip()
+    return ""
 
 
 def commit():

@@ -33,11 +33,14 @@ interrupted.
 """
 
 import argparse
-import json
+import itertools
 import os
+import re
 import shlex
+import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for train_gpt.py
@@ -46,26 +49,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and PYTHON
 import torch
 
 from benchmarks.ratios import student
-from common import (
-    ROOT,
-    BadInput,
-    check_output,
-    commit,
-    machine,
-    positive,
-    print_errors,
-    stop_printing,
-    whole,
-    write,
-)
+from common import ROOT, BadInput, check_output, commit, exit_code, machine, positive, whole, write_json
 from sweeps.outcome import collect, scores
 from sweeps.plan import BASE, make_plan, resolve
-from sweeps.progress import Times, duration, follow, say
-from sweeps.runs import Runs
-from sweeps.search import Search
-from sweeps.table import FORMATS, for_terminal, markdown, write_table
-from sweeps.timing import Stopwatch, steps_in_equal_time
-from sweeps.work import Stop, Task, read_json, workers_here, workers_on_cluster
+from sweeps.progress import Times, follow, say
+from sweeps.runs import STARTS, Runs
+from sweeps.table import FORMATS, as_text, write_table
+from sweeps.timing import ITSELF, describe, measurements, speeds_of, steps_in_equal_time
+from sweeps.work import holder_of, noted, work_here, work_on_cluster
 
 LONGEST_JOB = 24 * 3600  # seconds of a job of a cluster without --time-limit
 
@@ -73,99 +64,54 @@ LONGEST_JOB = 24 * 3600  # seconds of a job of a cluster without --time-limit
 # ---- where the runs are made ----------------------------------------------------------------------------------------
 
 
-def uses_cuda(settings):
-    return settings.device != "cpu" and torch.cuda.is_available()
-
-
-def visible_gpus():
-    """The devices that a run may be given, as CUDA_VISIBLE_DEVICES names them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
-
-
 class Place:
     """The device of the runs, and the slots in which they are made: variables of the environment for each."""
 
     def __init__(self, args, settings):
         self.ranks = args.gpus_per_run or 1
-        self.cluster = args.cluster
         on_nodes = args.cluster == "slurm"
-        if args.device_name:
-            self.device = args.device_name
-        elif uses_cuda(settings):
-            self.device = torch.cuda.get_device_name()
-        elif on_nodes and args.gpus_per_run and settings.device != "cpu":
+        may_use_gpu = settings.device != "cpu"
+        gpu_here = torch.cuda.get_device_name() if may_use_gpu and torch.cuda.is_available() else None
+        self.device = args.device_name or gpu_here or "cpu"
+        if self.device == "cpu" and may_use_gpu and on_nodes and args.gpus_per_run:
             raise BadInput("this machine has no GPU, and scores of different devices are not compared: say which one "
                            "the nodes have, --device-name 'NVIDIA H100 80GB HBM3' (as nvidia-smi -L shows it)")
+        if self.device == "cpu" or on_nodes:
+            self.slots = [{} for _ in range(args.jobs or 1)]
         else:
-            self.device = "cpu"
-        groups = [{}] * (args.jobs or 1) if self.device == "cpu" or on_nodes else self._gpu_groups(args)
+            self.slots = self._gpu_groups(args.jobs)
         threads = os.environ.get("OMP_NUM_THREADS")
         if not threads and not on_nodes:
-            threads = str(max(1, machine()["cores"] // (len(groups) * self.ranks)))
+            threads = str(max(1, machine()["cores"] // (len(self.slots) * self.ranks)))
         self.threads = threads or "as many as the node has"
-        self.slots = [group | ({"OMP_NUM_THREADS": threads} if threads else {}) for group in groups]
+        for slot in self.slots if threads else ():
+            slot["OMP_NUM_THREADS"] = threads
 
-    def _gpu_groups(self, args):
+    def _gpu_groups(self, jobs):
         """[{"CUDA_VISIBLE_DEVICES": ...}] of the runs that are made at once."""
-        gpus = visible_gpus()
-        groups = [gpus[at : at + self.ranks] for at in range(0, len(gpus) - self.ranks + 1, self.ranks)]
-        jobs = args.jobs or len(groups)
-        if not groups or jobs > len(groups):
-            raise BadInput(f"--jobs {jobs} --gpus-per-run {self.ranks} need {jobs * self.ranks} GPUs, there are "
-                           f"{len(gpus)}: lower one of them")
-        return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups[:jobs]]
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+        jobs = jobs or max(1, len(gpus) // self.ranks)
+        needed = jobs * self.ranks
+        if needed > len(gpus):
+            raise BadInput(f"--jobs {jobs} --gpus-per-run {self.ranks} need {needed} GPUs, there are {len(gpus)}: "
+                           "lower one of them")
+        return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[at : at + self.ranks])} for at in range(0, needed, self.ranks)]
 
     def executor(self, args, folder):
         """A submitit executor, one job of which is a worker."""
-        try:
-            import submitit
-        except ImportError:
-            raise BadInput("--cluster needs submitit: pip install -r requirements-dev.txt") from None
-        executor = submitit.AutoExecutor(folder=folder / "jobs", cluster=self.cluster)
-        gpus = 0 if self.device == "cpu" else self.ranks
+        import submitit
+
+        executor = submitit.AutoExecutor(folder=folder / "jobs", cluster=args.cluster)
         options = dict(option.split("=", 1) for option in args.cluster_option)
+        options = {name: int(text) if text.isdecimal() else text for name, text in options.items()}
         try:
             executor.update_parameters(
                 name="sweep", timeout_min=(args.time_limit or LONGEST_JOB) // 60 + 1, nodes=1, tasks_per_node=1,
-                gpus_per_node=gpus, **{name: number_or_text(text) for name, text in options.items()})
+                gpus_per_node=0 if self.device == "cpu" else self.ranks, **options)
         except (NameError, TypeError, ValueError) as error:  # submitit's ways to refuse an option
             raise BadInput(f"--cluster-option: {error}") from None
         return executor
-
-
-def number_or_text(text):
-    return int(text) if text.isdecimal() else text
-
-
-class Engine:
-    """Makes tasks at a place, and says how they go."""
-
-    def __init__(self, args, place, out):
-        self.args = args
-        self.place = place
-        self.out = out
-        self.stop = Stop()
-        self.deadline = time.time() + args.time_limit if args.time_limit else float("inf")
-        self.held = {}  # {folder: who makes it} of what was left to others
-
-    def make(self, tasks, on_end=lambda task: "", slots=None):
-        """Make the tasks; on_end(task) is called as each one ends, and says its result."""
-        for task in tasks:
-            task.forget_failure(self.args.retry, self.args.stop_worse is None)
-        waiting = [task for task in tasks if not task.has_ended()]
-        if len(waiting) < len(tasks):
-            say(f"{len(tasks) - len(waiting)} of {len(tasks)} {tasks[0].kind} tasks have ended already")
-        if not waiting or self.stop.signals:
-            return
-        if self.args.cluster:
-            executor = self.place.executor(self.args, self.out)
-            workers = workers_on_cluster(waiting, slots or self.place.slots, self.stop, self.deadline, executor)
-        else:
-            workers = workers_here(waiting, slots or self.place.slots, self.stop, self.args.wait, self.deadline)
-        with self.stop.caught(), workers as (is_over, held):
-            follow(waiting, is_over, self.stop, on_end, len(self.place.slots))
-        self.held |= {folder: holder for folder, holder in held.items() if holder}
 
 
 # ---- the sweep ------------------------------------------------------------------------------------------------------
@@ -177,106 +123,133 @@ class Sweep:
     def __init__(self, plan, args, argv, trainer, bench):
         self.plan = plan
         self.args = args
-        self.out = args.out or Path("logs") / f"sweep-{default_name(args, plan)}"
+        self.out = args.out or Path("logs") / f"sweep-{plan.name}"
         self.place = Place(args, plan.settings[BASE])
-        self.engine = Engine(args, self.place, self.out)
         self.out.mkdir(parents=True, exist_ok=True)
         self.runs = Runs(plan, trainer, self.out, self.place.device, self.place.ranks)
+        self.times = {}  # see measurements()
         self.speeds = {}
-        self.about = {
-            "command": shlex.join(["python", "tools/sweep.py", *argv]), "jobs": len(self.place.slots),
-            "threads": self.place.threads, "ranks": self.place.ranks, "timing": None,
-            "torch": torch.__version__, "machine": machine(), **commit(),
-        }
-        self.stopwatch = None
+        self.signals = []  # that asked the command to end
+        self.left = []  # folders of tasks that have not ended, and may be made by others
+        self.deadline = time.time() + args.time_limit if args.time_limit else float("inf")
         if "time" in plan.matches:
             student(1)  # without scipy nothing need be measured
-            self.stopwatch = Stopwatch(bench, plan, self.out, self.place.device, self.place.ranks, args.bench_blocks,
-                                       args.bench_steps, self.place.threads)
-            self.about["timing"] = self.stopwatch.describe()
+            self.times = measurements(plan, bench, self.out, self.place, args)
+        self.about = {
+            "command": shlex.join(["python", "tools/sweep.py", *argv]), "jobs": len(self.place.slots),
+            "threads": self.place.threads, "ranks": self.place.ranks,
+            "timing": describe(plan.settings[BASE], self.place, args) if "time" in plan.matches else None,
+            "torch": torch.__version__, "machine": machine(), **commit(),
+        }
 
-    def result(self):
-        return collect(self.plan, self.runs, self.speeds, self.about)
+    def run(self):
+        """Make everything; returns the result."""
+        if "time" in self.plan.matches:  # on a CPU one after another, with nothing beside them
+            slots = self.place.slots[:1] if self.place.device == "cpu" else self.place.slots
+            self.make(list(itertools.chain(*self.times.values())), slots)
+            self.speeds = speeds_of(self.plan, self.times)
+        if self.plan.ranges:
+            from sweeps.search import search
+
+            search(self.plan.ranges, self.args.trials, len(self.place.slots), self.scores_of)
+        else:
+            self.ask(self.plan.rows)
+            self.make_runs()
+        return self.write_files()
+
+    def scores_of(self, rows):
+        """The mean score of each point of a search, None where it has none; [] after a signal."""
+        settings, wrong = resolve(self.plan.base_words, rows)
+        for text in wrong:
+            say(f"not possible: {text}")
+        new = {row.name: row for row in rows if settings[row.name] and row.name not in self.plan.settings}
+        self.plan.settings.update(settings)
+        self.plan.rows.extend(new.values())
+        self.ask(new.values())
+        self.make_runs()
+        found = [list(scores(self.runs.row(row.name, "steps")).values()) for row in rows]
+        return [] if self.signals else [statistics.fmean(values) if values else None for values in found]
 
     def ask(self, rows):
         """Ask for every run that these rows need. A reference always makes N steps, whatever is compared with it."""
         plan = self.plan
-        names = [BASE, *(row.name for row in rows)] if not plan.grid else [row.name for row in rows]
         references = {BASE, *(row.reference for row in rows)}
-        for name in names:
+        for name in [*([] if plan.grid else [BASE]), *(row.name for row in rows)]:
             if "steps" in plan.matches or name in references:
                 self.runs.add(name, "steps", plan.steps)
         for row in rows if self.speeds else ():
             if self.speeds[row.name].ratio is not None:
                 self.runs.add(row.name, "time", steps_in_equal_time(plan.steps, self.speeds[row.name]))
 
-    def measure(self):
-        """The times of steps. On a CPU one after another, with nothing beside them."""
-        if self.stopwatch:
-            slots = self.place.slots[:1] if self.place.device == "cpu" else None
-            self.engine.make(self.stopwatch.all_tasks(), slots=slots)
-            self.speeds = self.stopwatch.speeds()
-
-    def make(self):
+    def make_runs(self):
         """Make the runs that were asked for and are not made."""
-        self.runs.look()
-        tasks = self.runs.tasks(self.args.stop_worse)
-        reused = len(self.runs.by_key) - len(tasks)
-        if reused:
-            say(f"{reused} of {len(self.runs.by_key)} runs are finished already")
-        run_of = {run.folder: run for run in self.runs.by_key.values()}
+        runs = self.runs
+        runs.look()
+        tasks = runs.tasks(self.args.stop_worse)
+        if reused := len(runs.by_folder) - len(tasks):
+            say(f"{reused} of {len(runs.by_folder)} runs are finished already")
 
         def on_end(task):
-            self.runs.settle()
+            runs.settle()
             self.write_files()
-            run = run_of[task.folder]
+            run = runs.by_folder[task.folder]
             score = f"{run.bpb:.4f} BPB" if run.valid else ""
             return "; ".join(filter(None, (score, run.note())))
 
-        self.engine.make(tasks, on_end)
-        self.runs.settle()
+        self.make(tasks, self.place.slots, on_end)
+        runs.settle()
+
+    def make(self, tasks, slots, on_end=lambda task: ""):
+        """Make the tasks; on_end(task) is called as each one ends, and says its result."""
+        args = self.args
+        for task in tasks:
+            task.forget_failure(args.retry, args.stop_worse is None)
+        waiting = [task for task in tasks if not task.has_ended()]
+        if len(waiting) < len(tasks):
+            say(f"{len(tasks) - len(waiting)} of {len(tasks)} {tasks[0].kind} tasks have ended already")
+        if not waiting or self.signals:
+            return
+        if args.cluster:
+            looks = work_on_cluster(waiting, slots, self.deadline, self.signals, self.place.executor(args, self.out))
+        else:
+            looks = work_here(waiting, slots, self.deadline, self.signals, args.wait)
+        with noted(self.signals):
+            follow(waiting, looks, self.signals, on_end, len(self.place.slots))
+        self.left += [task.folder for task in waiting if not task.has_ended()]
 
     def write_files(self):
-        """What --table and --json show, as far as the runs are."""
-        result = self.result()
+        """What --table and --json show, as far as the runs are; returns it."""
+        result = collect(self.plan, self.runs, self.speeds, self.about)
         for path in self.args.table:
             write_table(result, self.plan, path)
         if self.args.json:
-            write(self.args.json, f"{json.dumps(result, indent=1)}\n".encode())
+            write_json(self.args.json, result, indent=1)
         return result
 
-    def run(self):
-        if self.plan.axes:
-            self.search()
-        else:
-            self.measure()
-            self.ask(self.plan.rows)
-            self.make()
-        return self.write_files()
-
-    def search(self):
-        """Points by Optuna, as many at a time as there are slots."""
-        search = Search(self.plan.axes)
-        while len(search.told()) < self.args.trials and not self.engine.stop.signals:
-            count = min(len(self.place.slots), self.args.trials - len(search.told()))
-            rows = search.ask(count)
-            settings, wrong = resolve(self.plan.base_words, rows)
-            for text in wrong:
-                say(f"not possible: {text}")
-            self.plan.settings |= settings
-            possible = [row for row in rows if settings[row.name]]
-            self.plan.rows += possible
-            self.ask(possible)
-            self.make()
-            for name in list(search.trials):
-                of_seeds = scores(self.runs.row(name, "steps"))
-                search.tell(name, sum(of_seeds.values()) / len(of_seeds) if of_seeds else None)
-
-
-def default_name(args, plan):
-    if args.ablate:
-        return f"ablate-{args.ablate.name}"
-    return "grid" if plan.grid else Path(args.words[0]).stem
+    def print_plan(self):
+        """What --dry-run says."""
+        runs = self.runs
+        jobs = len(self.place.slots)
+        self.ask(self.plan.rows)
+        runs.look()
+        for run in runs.ordered():
+            what = f"{STARTS[run.phase][0]} {run.source.label if run.source else ''}".strip()
+            if run.summary:
+                what = f"finished, {run.summary['val_bpb']:.4f} BPB"
+            print(f"{run.label}: {what}")
+        times = Times()
+        for folder in (self.out / "runs").glob("*"):
+            times.add(folder)
+        tasks = runs.tasks()
+        trainings = [task for task in tasks if task.kind == "train"]
+        where = "on the CPU" if self.place.device == "cpu" else f"on {self.place.ranks} x {self.place.device} each"
+        print(f"{len(tasks)} of {len(runs.by_folder)} runs to make, {len(trainings)} of them trainings, {jobs} at once "
+              f"{where}; time of the trainings: {times.expect(trainings, jobs) or 'unknown until a run has ended'}")
+        if "time" in self.plan.matches:
+            processes = sum(map(len, self.times.values()))
+            more = len(self.times.keys() - {ITSELF}) * len(self.plan.seeds)
+            print(f"{processes} processes measure the time of a step; what fits into equal time is known after them, "
+                  f"and comes to at most {more} further trainings")
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -291,10 +264,10 @@ def seed_list(text):
 
 def time_span(text):
     """Seconds of 90s, 30m or 4h."""
-    units = {"s": 1, "m": 60, "h": 3600}
-    if text[-1:] not in units or not text[:-1].isdecimal() or not int(text[:-1]):
+    found = re.fullmatch(r"([1-9]\d*)([smh])", text)
+    if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is no time, such as 90s, 30m or 4h")
-    return int(text[:-1]) * units[text[-1]]
+    return int(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 def table_file(text):
@@ -347,69 +320,30 @@ def arguments(argv):
     return args
 
 
-def print_plan(sweep):
-    """What --dry-run says."""
-    runs = sweep.runs
-    runs.look()
-    words = {"train": "train", "export": "pack the weights of", "eval": "score the artifact of"}
-    times = Times()
-    open_tasks = runs.tasks()
-    for run in runs.ordered():
-        done = run.summary is not None
-        if done:
-            what = f"finished, {run.summary['val_bpb']:.4f} BPB"
-        elif run.source:
-            what = f"{words[run.phase]} {run.source.label}"
-        else:
-            what = words[run.phase]
-        print(f"{run.label}: {what}")
-    for folder in (sweep.out / "runs").glob("*"):
-        about = read_json(folder / "task.json") or {}
-        if "kind" in about:
-            times.add(Task(about["name"], folder, [], "summary.json", kind=about["kind"], size=about["size"]))
-    trainings = [task for task in open_tasks if task.kind == "train"]
-    seconds = times.expect(trainings, len(sweep.place.slots))
-    hours = "unknown until a run has ended" if seconds is None else duration(seconds)
-    measured = len(sweep.stopwatch.all_tasks()) if sweep.stopwatch else 0
-    device = sweep.place.device
-    where = "on the CPU" if device == "cpu" else f"on {sweep.place.ranks} x {device} each"
-    print(f"{len(open_tasks)} of {len(runs.by_key)} runs to make, {len(trainings)} of them trainings, "
-          f"{len(sweep.place.slots)} at once {where}; time of the trainings: {hours}")
-    if sweep.stopwatch:
-        print(f"{measured} processes measure the time of a step; what fits into equal time is known after them, and "
-              f"comes to at most {len(sweep.stopwatch.measured) * len(sweep.plan.seeds)} further trainings")
+def command(argv, args, trainer, bench):
+    """The command after its arguments; returns the exit code."""
+    for option, path in (*(("--table", path) for path in args.table), ("--json", args.json)):
+        check_output(option, path)
+    plan = make_plan(args, os.environ)
+    sweep = Sweep(plan, args, argv, trainer, bench)
+    if args.dry_run:
+        sweep.print_plan()
+        return 0
+    result = sweep.run()
+    if sweep.signals:
+        say("interrupted: the same command goes on from here")
+        return 128 + sweep.signals[-1]
+    for folder in sweep.left:
+        if holder := holder_of(folder):
+            say(f"{folder} is made by {holder}: wait for it with --wait, or end it")
+        elif args.cluster:
+            say(f"{folder} is made by nobody any more: the jobs are over, see {sweep.out / 'jobs'}")
+    print(as_text(result, plan, sys.stdout.isatty()), end="")
+    return 1 if result["failed"] else 0
 
 
 def main(argv, trainer=ROOT / "train_gpt.py", bench=ROOT / "tools/bench.py"):
-    args = arguments(argv)
-    try:
-        for option, path in (*(("--table", path) for path in args.table), ("--json", args.json)):
-            check_output(option, path)
-        plan = make_plan(args, os.environ)
-        sweep = Sweep(plan, args, argv, trainer, bench)
-        if args.dry_run:
-            sweep.ask(plan.rows)
-            print_plan(sweep)
-            return 0
-        result = sweep.run()
-        if sweep.engine.stop.signals:
-            say("interrupted: the same command goes on from here")
-            return 128 + sweep.engine.stop.signals[-1]
-        for folder, holder in sweep.engine.held.items():
-            say(f"{folder} is made by {holder}: wait for it with --wait, or end it")
-        text = for_terminal(result, plan) if sys.stdout.isatty() else markdown(result, plan)
-        print(text, end="", flush=True)
-    except BadInput as error:
-        print_errors(error)
-        return 2
-    except KeyboardInterrupt:  # before or after the runs
-        return 130
-    except BrokenPipeError:
-        return stop_printing()
-    except OSError as error:  # a full disk, a file in the way of a folder
-        print_errors(f"{error.filename or 'the folder of the runs'}: {error.strerror}; what was made is kept")
-        return 2
-    return 1 if result["failed"] else 0
+    return exit_code(partial(command, argv, arguments(argv), trainer, bench))
 
 
 if __name__ == "__main__":

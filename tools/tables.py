@@ -47,11 +47,8 @@ def section(text, columns, rows):
 def aligned(columns, rows):
     """The lines of a table for a terminal."""
     lines = [[column.heading for column in columns], *(cells(columns, row) for row in rows)]
-    widths = [0] * len(columns)
-    for line in lines:
-        is_complete = len(line) == len(columns)
-        for place, cell in enumerate(line if is_complete else line[:-1]):  # a reason is as wide as it is
-            widths[place] = max(widths[place], len(cell))
+    in_columns = [line if len(line) == len(columns) else line[:-1] for line in lines]  # a reason is as wide as it is
+    widths = [max(map(len, column)) for column in itertools.zip_longest(*in_columns, fillvalue="")]
     for line in lines:
         padded = [cell.ljust(width) if column.form is None else cell.rjust(width)
                   for column, cell, width in zip(columns, line, widths)]

@@ -10,6 +10,7 @@ from sweeps.timing import ITSELF
 
 def sample_statistics(values):
     """Mean, extremes and standard deviation of a sample; None of an empty one."""
+    values = list(values)
     if not values:
         return None
     return {
@@ -36,18 +37,18 @@ def pooled_deviation(samples):
 
     Two seeds alone say hardly anything about their spread; that of all rows together does.
     """
-    squares = sum((len(values) - 1) * statistics.variance(values) for values in samples if len(values) > 1)
-    degrees = sum(len(values) - 1 for values in samples if len(values) > 1)
+    samples = [values for values in samples if len(values) > 1]
+    squares = sum((len(values) - 1) * statistics.variance(values) for values in samples)
+    degrees = sum(len(values) - 1 for values in samples)
     return math.sqrt(squares / degrees) if degrees else None
 
 
 def judge(rows, match):
     """Give every mean change of the rows its standard error, and say whether it is more than two of them."""
-    changes = [row[match]["change"] for row in rows]
     # The best point of a grid differs by nothing from itself: that says nothing of the noise.
     samples = [list(row[match]["changes"].values()) for row in rows if any(row[match]["changes"].values())]
     deviation = pooled_deviation(samples)
-    for change in filter(None, changes):
+    for change in filter(None, (row[match]["change"] for row in rows)):
         error = None if deviation is None else deviation / math.sqrt(change["count"])
         change["standard_error"] = error
         change["is_clear"] = error is not None and abs(change["mean"]) > 2 * error
@@ -56,67 +57,62 @@ def judge(rows, match):
 def notes(runs, name):
     """Failed and invalid runs of a row, the same thing said once for all its seeds."""
     seeds_of = {}  # (match, note) -> seeds
-    for (row_name, match, seed), run in runs.by_row.items():
-        if row_name == name and run.note():
+    for match in MATCHES:
+        for seed, run in runs.row(name, match).items():
             seeds_of.setdefault((match, run.note()), []).append(seed)
-    return [f"{MATCHES[match]}, seed {', '.join(map(str, seeds))}: {note}" for (match, note), seeds in seeds_of.items()]
+    return [f"{MATCHES[match]}, seed {', '.join(map(str, seeds))}: {note}"
+            for (match, note), seeds in seeds_of.items() if note]
 
 
-def row_result(plan, runs, row, speeds):
+def row_result(plan, runs, row, speed):
     """What one row came to."""
+    runs_of = {match: runs.row(row.name, match) for match in MATCHES}
     result = {"name": row.name, "changes": list(row.changes), "reference": row.reference,
-              "settings": plan.settings[row.name].text()}
-    speed = speeds.get(row.name)
-    result["speed"] = speed._asdict() if speed else None
+              "settings": plan.settings[row.name].text(), "speed": speed._asdict() if speed else None}
     for match in plan.matches:
-        row_runs = runs.row(row.name, match)
-        of_seeds = scores(row_runs)
+        of_seeds = scores(runs_of[match])
         result[match] = {
-            "iterations": next((run.settings.iterations for run in row_runs.values()), None),
-            "bpb": sample_statistics(list(of_seeds.values())),
+            "iterations": next((run.settings.iterations for run in runs_of[match].values()), None),
+            "bpb": sample_statistics(of_seeds.values()),
             "scores": of_seeds,
-            "changes": paired(of_seeds, scores(runs.row(row.reference, "steps"))) if row.reference else {},
+            "changes": paired(of_seeds, scores(runs.row(row.reference, "steps"))),
         }
-    result["runs"] = {match: [run.facts() for run in runs.row(row.name, match).values()] for match in MATCHES}
+    result["runs"] = {match: [run.facts() for run in found.values()] for match, found in runs_of.items()}
     result["notes"] = notes(runs, row.name)
     if speed and speed.error:
         result["notes"].append(f"equal time: the time per step is unknown: {speed.error}")
     return result
 
 
+def mean_of(sample):
+    return sample["mean"] if sample else math.inf
+
+
 def rank(plan, rows):
     """The rows, best first, those without a score last. In a grid the changes are those from the best point."""
-    match = plan.matches[0]
-
-    def effect(row):
-        sample = row[match]["change" if "change" in row[match] else "bpb"]
-        return sample["mean"] if sample else math.inf
-
-    if plan.grid and rows:
-        rows = sorted(rows, key=effect)
-        for kind in plan.matches:
-            best = min(rows, key=lambda row: row[kind]["bpb"]["mean"] if row[kind]["bpb"] else math.inf)
-            for row in rows:
-                row[kind]["changes"] = paired(row[kind]["scores"], best[kind]["scores"])
-    for kind in plan.matches:
+    for match in plan.matches:
+        best = min(rows, key=lambda row: mean_of(row[match]["bpb"]), default=None)
         for row in rows:
-            row[kind]["change"] = sample_statistics(list(row[kind]["changes"].values()))
-        judge(rows, kind)
-    return sorted(rows, key=effect)
+            found = row[match]
+            if plan.grid:
+                found["changes"] = paired(found["scores"], best[match]["scores"])
+            found["change"] = sample_statistics(found["changes"].values())
+        judge(rows, match)
+    return sorted(rows, key=lambda row: mean_of(row[plan.matches[0]]["change"]))
 
 
 def collect(plan, runs, speeds, about):
     """Everything as one object: `about` and what came of the runs so far."""
     base = runs.row(BASE, "steps")
-    runs_made = runs.by_key.values()
-    errors = [run.error for run in runs_made if not run.stopped] + [speed.error for speed in speeds.values()]
-    devices = {run.fact("device") for run in runs_made if run.summary}
+    every = runs.by_folder.values()
+    errors = [run.error for run in every if not run.stopped] + [speed.error for speed in speeds.values()]
+    devices = {run.fact("device") for run in every if run.summary}
     return {
         **about,
         "steps": plan.steps,
         "seeds": plan.seeds,
         "matches": plan.matches,
-        "code_sha256": runs.code,
+        "code_sha256": runs.machine[0],
         "data": runs.texts.facts(plan.settings[BASE]),
         "devices": sorted(filter(None, devices)),
         "left_out": plan.left_out,
@@ -125,11 +121,11 @@ def collect(plan, runs, speeds, about):
             "words": plan.base_words,
             "settings": plan.settings[BASE].text(),
             "notes": notes(runs, BASE),
-            "bpb": sample_statistics(list(scores(base).values())),
+            "bpb": sample_statistics(scores(base).values()),
             "runs": [run.facts() for run in base.values()],
         },
-        "rows": rank(plan, [row_result(plan, runs, row, speeds) for row in plan.rows]),
+        "rows": rank(plan, [row_result(plan, runs, row, speeds.get(row.name)) for row in plan.rows]),
         "failed": sum(bool(error) for error in errors),
-        "complete": all(run.error != NOT_MADE for run in runs_made),
-        "trainings": sum(run.phase == "train" for run in runs_made),
+        "complete": all(run.error != NOT_MADE for run in every),
+        "trainings": sum(run.phase == "train" for run in every),
     }

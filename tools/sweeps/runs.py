@@ -3,28 +3,75 @@ artifact.
 """
 
 import contextlib
+import hashlib
+import json
 import math
 import shlex
 import sys
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from common import sha256
-from sweeps.data import Texts, digest
-from sweeps.plan import BASE, FIELDS
-from sweeps.work import NO_SCORE, Task, fail, failure_of, read_json
+from common import SHARD_HEADER_BYTES, sha256, trainer_errors, write_json
+from sweeps.plan import BASE, FIELDS, files_of
+from sweeps.work import NO_SCORE, Task, fail, read_json
 from train_gpt import Settings, checkpoint_path
 
 NOT_MADE = "it is not made yet"
-TOO_LARGE = 3  # exit code of a run that was scored, but whose artifact is over SIZE_LIMIT
 SUMMARY_FACTS = ("val_bpb", "val_loss", "valid", "reasons", "params", "steps", "train_tokens", "model_bytes",
                  "total_bytes", "train_seconds", "export_seconds", "eval_seconds", "settings_hash", "device")
 # Settings of the group Run that change what is computed; the others say where, how long and how often.
 COMPUTING = ("SEED", "DEVICE", "DTYPE", "COMPILE", "ATTENTION", "KERNELS")
 PLACES = ("DATA_PATH", "TOKENIZER_PATH")  # of text that its hash identifies
 OF_THE_RUN = ("OUT_DIR", "RESUME", "PHASES", "ARTIFACT", "CHECKPOINT_EVERY", *PLACES)
+STARTS = {  # what a run begins with: how that is said, and the arguments, with what the run before it made
+    "train": ("train", ["RESUME=auto"]),
+    "export": ("pack the weights of", ["RESUME={}"]),
+    "eval": ("score the artifact of", ["PHASES=eval", "ARTIFACT={}"]),
+}
+
+
+# ---- the text of a run ----------------------------------------------------------------------------------------------
+
+
+def digest(*values):
+    """A short hash of values that JSON knows."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+class Texts:
+    """Hashes of files by their content, kept in a file: gigabytes are read once, and again when a file has another size
+    or time.
+    """
+
+    def __init__(self, store):
+        self.store = store
+        self.hashes = read_json(store)  # {"path, bytes, time": hash}
+        self.found = {}  # {places: facts}, for this command
+
+    def facts(self, settings):
+        """Name, size and identity of the text of a run; BadInput if it is not there."""
+        places = settings.data_path, settings.tokenizer_path, settings.vocab_size
+        if places not in self.found:
+            with trainer_errors():
+                train, others = files_of(settings)
+            self.found[places] = {
+                "name": Path(settings.data_path).name,
+                "train_tokens": sum(shard.stat().st_size - SHARD_HEADER_BYTES for shard in train) // 2,
+                "sha256": digest(self._hashes(train), self._hashes(others)),
+            }
+        return self.found[places]
+
+    def _hashes(self, paths):
+        states = [f"{path.resolve()}, {path.stat().st_size}, {path.stat().st_mtime_ns}" for path in paths]
+        new = {state: path for state, path in zip(states, paths) if state not in self.hashes}
+        with ThreadPoolExecutor() as pool:
+            self.hashes |= zip(new, pool.map(sha256, new.values()))
+        if new:
+            write_json(self.store, self.hashes)
+        return [self.hashes[state] for state in states]
 
 
 # ---- one run --------------------------------------------------------------------------------------------------------
@@ -36,14 +83,13 @@ class Run:
 
     settings: Settings
     folder: Path
-    code_sha256: str
     label: str
-    machine: tuple  # what the score depends on beside settings and text: torch, device, GPUs, code, text
-    summary: dict | None = None
+    machine: tuple  # what its score depends on beside the settings: Runs.machine, and the hash of the text
+    summary: dict = field(default_factory=dict)  # empty: it is not finished
     error: str = ""
     stopped: bool = False  # early, by --stop-worse
     reused: bool = False
-    phase: str = "train"  # what it begins with: train, export or eval
+    phase: str = "train"  # what it begins with, of STARTS
     source: "Run | None" = None  # whose weights or artifact it begins with
     keeps_weights: bool = False  # for others to be packed from
 
@@ -54,47 +100,37 @@ class Run:
         return digest({name: text for name, text in chosen.items() if name not in PLACES}, self.settings.iterations,
                       self.machine)
 
-    @property
-    def checkpoint(self):
-        return checkpoint_path(self.folder, self.settings.iterations)
-
-    @property
-    def artifact(self):
-        return self.folder / "model.pg"
+    def made_for(self, phase):
+        """The file with which a run can begin a phase: the trained weights for "export", the artifact for "eval"."""
+        return checkpoint_path(self.folder, self.settings.iterations) if phase == "export" else self.folder / "model.pg"
 
     def words(self):
         """The arguments of the trainer."""
-        words = [*shlex.split(self.settings.text()), f"OUT_DIR={self.folder}"]
-        if self.phase == "export":
-            return [*words, f"RESUME={self.source.checkpoint}"]
-        if self.phase == "eval":
-            return [*words, "PHASES=eval", f"ARTIFACT={self.source.artifact}"]
+        settings = self.settings
         if self.keeps_weights:
-            words = [word for word in words if not word.startswith("CHECKPOINT_EVERY=")]
-            words.append(f"CHECKPOINT_EVERY={self.settings.iterations}")
-        return [*words, "RESUME=auto"]
+            settings = replace(settings, checkpoint_every=settings.iterations)
+        made = self.source and self.source.made_for(self.phase)
+        return [*shlex.split(settings.text()), f"OUT_DIR={self.folder}",
+                *(word.format(made) for word in STARTS[self.phase][1])]
 
     def read(self):
         """Whether the folder holds the finished run that is meant here; sets its summary."""
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
             summary = read_json(self.folder / "summary.json")
             has_settings = essential(summary["settings"]) == essential(self.settings.text())
-            has_code = summary["code_sha256"] == self.code_sha256
+            has_code = summary["code_sha256"] == self.machine[0]
             if has_settings and has_code and math.isfinite(summary["val_bpb"]):
                 self.summary = summary
-        return self.summary is not None
+        return bool(self.summary)
 
     def fact(self, name):
         """A value of the summary; of what this run did not do itself, its source's."""
-        if self.summary is None:
-            return None
-        if self.summary.get(name) is None and self.source is not None:
-            return self.source.fact(name)
-        return self.summary.get(name)
+        value = self.summary.get(name)
+        return self.source.fact(name) if value is None and self.summary and self.source else value
 
     @property
     def valid(self):
-        return self.summary is not None and self.summary.get("valid") == "yes"
+        return self.summary.get("valid") == "yes"
 
     @property
     def bpb(self):
@@ -103,7 +139,7 @@ class Run:
 
     def note(self):
         """What the table has to say about it, or ""."""
-        if self.summary is None:
+        if not self.summary:
             return self.error if self.stopped else f"failed: {self.error}"
         if self.valid:
             total = self.fact("total_bytes") or 0
@@ -139,36 +175,29 @@ class Runs:
         self.plan = plan
         self.trainer = trainer
         self.out = out
-        self.code = sha256(trainer)
-        self.machine = (self.code, torch.__version__, device, ranks)
         self.ranks = ranks
+        self.machine = (sha256(trainer), torch.__version__, device, ranks)
         self.texts = Texts(out / "texts.json")
-        self.by_key = {}
-        self.by_row = {}  # (row name, match, seed) -> run
+        self.by_folder = {}
+        self.by_row = {}  # (row name, match) -> {seed: run}
 
     def add(self, name, match, steps):
         """Ask for the runs of a row, one a seed."""
         for seed in self.plan.seeds:
             settings = replace(self.plan.settings[name], iterations=steps, seed=seed)
             machine = (*self.machine, self.texts.facts(settings)["sha256"])
-            run = Run(settings, Path(), self.code, f"{name}, seed {seed}, {steps} steps", machine)
             key = digest(sorted(essential(settings.text())), machine)
-            run.folder = self.out / "runs" / f"{steps}-{seed}-{key}"
-            self.by_row[name, match, seed] = self.by_key.setdefault(key, run)
+            folder = self.out / "runs" / f"{steps}-{seed}-{key}"
+            run = Run(settings, folder, f"{name}, seed {seed}, {steps} steps", machine)
+            self.row(name, match)[seed] = self.by_folder.setdefault(folder, run)
 
     def row(self, name, match):
         """{seed: run}; empty where equal time is unknown."""
-        runs = {seed: self.by_row.get((name, match, seed)) for seed in self.plan.seeds}
-        return {seed: run for seed, run in runs.items() if run is not None}
-
-    def reference_of(self, run):
-        """The base's run of the same seed, or None."""
-        base = self.by_row.get((BASE, "steps", run.settings.seed))
-        return None if base is run else base
+        return self.by_row.setdefault((name, match), {})
 
     def ordered(self):
         """Seed by seed, so that the first seed's table comes first."""
-        return sorted(self.by_key.values(), key=lambda run: self.plan.seeds.index(run.settings.seed))
+        return sorted(self.by_folder.values(), key=lambda run: self.plan.seeds.index(run.settings.seed))
 
     def look(self):
         """Read what is finished, and decide what each of the others begins with: a training of its own, the trained
@@ -180,78 +209,57 @@ class Runs:
             run.reused = run.read()
             if was_there and not run.reused:
                 summary.unlink(missing_ok=True)  # it is damaged
-        for alike in groups(self.ordered(), "train"):
-            share_training(alike)
+        share(share(self.ordered(), "export", "eval"), "train", "export")
 
     def tasks(self, stop_worse=None):
         """[Task] of the runs that are not finished."""
-        unfinished = [run for run in self.ordered() if run.summary is None]
-        tasks = []
-        for run in unfinished:
-            task = Task(
-                run.label, run.folder, command(self.trainer, run.words(), self.ranks), "summary.json",
-                after=[run.source.folder / "summary.json"] if run.source and run.source.summary is None else [],
-                kind=run.phase, size=run.settings.iterations if run.phase == "train" else 1, done_with=(0, TOO_LARGE))
-            reference = self.reference_of(run)
-            if stop_worse is not None and reference and run.phase == "train":
-                task.curve_of = reference.folder
-                task.margin = stop_worse
-            tasks.append(task)
-        return tasks
+        return [self._task(run, stop_worse) for run in self.ordered() if not run.summary]
+
+    def _task(self, run, stop_worse):
+        source = run.source
+        task = Task(run.label, run.folder, command(self.trainer, run.words(), self.ranks), "summary.json",
+                    after=source.folder / "summary.json" if source and not source.summary else None,
+                    kind=run.phase, size=run.settings.iterations if run.phase == "train" else 1)
+        base = self.row(BASE, "steps").get(run.settings.seed)
+        if stop_worse and base and base is not run and run.phase == "train":
+            task.curve_of = base.folder
+            task.margin = stop_worse
+        return task
 
     def settle(self):
         """Read what came of the runs."""
         for run in self.ordered():
             run.error = ""
-            if run.summary is None and not run.read():
+            if not run.summary and not run.read():
                 if (run.folder / "summary.json").exists():
                     fail(run.folder, NO_SCORE)
-                failure = failure_of(run.folder)
+                failure = read_json(run.folder / "failed.json")
                 run.error = failure.get("reason", NOT_MADE)
                 run.stopped = bool(failure.get("stopped"))
 
 
 def command(script, words, ranks):
     """The words that start a script of ours, in `ranks` processes of torchrun where there are several."""
-    if ranks > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        return [sys.executable, *launcher, str(script), *words]
-    return [sys.executable, str(script), *words]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return [sys.executable, *launcher, str(script), *words]
 
 
-def groups(runs, phase):
-    """Lists of runs that are equal up to this phase."""
-    found = {}
-    for run in runs:
-        found.setdefault(run.key(phase), []).append(run)
-    return found.values()
-
-
-def share_training(alike):
-    """Of runs with the same training one trains, the first of each other way of packing begins with its weights, and
-    the rest with artifacts.
+def share(runs, phase, following):
+    """Of runs that are equal up to a phase, have one make what the others begin the following phase with. Returns those
+    that make it: of finished ones the first that has it, else the first that is not finished.
     """
-    packed_alike = list(groups(alike, "export"))
-    leaders = [leader_of(same) for same in packed_alike]
-    trainer = next((run for run in leaders if run.summary and run.checkpoint.exists()), None)
-    for same, leader in zip(packed_alike, leaders):
-        for run in same:
-            was_scored_alone = run.summary is None or "steps" not in run.summary
-            if run is not leader and was_scored_alone:
-                run.phase = "eval"
-                run.source = leader
-        if leader.summary is not None:
-            continue
-        if trainer is None:  # it trains, and keeps its weights for those after it
-            trainer = leader
-            leader.keeps_weights = len(leaders) > 1
-        else:
-            leader.phase = "export"
-            leader.source = trainer
-
-
-def leader_of(same):
-    """The run that makes the artifact of these: a finished one that has it, else the first that is not finished."""
-    finished = [run for run in same if run.summary is not None and run.artifact.exists()]
-    unfinished = [run for run in same if run.summary is None]
-    return (finished or unfinished or same)[0]
+    groups = {}
+    for run in runs:
+        groups.setdefault(run.key(phase), []).append(run)
+    makers = []
+    for alike in groups.values():
+        have_it = [run for run in alike if run.summary and run.made_for(following).exists()]
+        unfinished = [run for run in alike if not run.summary]
+        maker = (have_it or unfinished or alike)[0]
+        maker.keeps_weights = phase == "train" and len(alike) > 1 and not maker.summary
+        makers.append(maker)
+        for run in alike:
+            if run is not maker and "steps" not in run.summary:  # it did not train, and need not
+                run.phase = following
+                run.source = maker
+    return makers

@@ -1,46 +1,38 @@
 """Search beyond a grid: Optuna proposes the points, and is told what their runs scored."""
 
-from common import BadInput
-from sweeps.plan import PlanRow
+import optuna
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState
+
+from sweeps.plan import FIELDS, PlanRow, Range
 
 
-class Search:
-    """A study in memory: the same command asks the same questions again, and finds their runs made."""
+def distribution(name, values):
+    """What Optuna is asked for, of a setting and its values in a plan."""
+    if not isinstance(values, Range):
+        return CategoricalDistribution(values)
+    if FIELDS[name].type is int:
+        return IntDistribution(int(values.low), int(values.high))
+    by_factor = values.low > 0 and values.high / values.low >= 4  # rates and decays differ by factors
+    return FloatDistribution(values.low, values.high, log=by_factor)
 
-    def __init__(self, axes):
-        try:
-            import optuna
-        except ImportError:
-            raise BadInput("a search over a range needs optuna: pip install optuna") from None
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        sampler = optuna.samplers.TPESampler(seed=0, constant_liar=True)
-        self.axes = axes
-        self.study = optuna.create_study(direction="minimize", sampler=sampler)
-        self.trials = {}  # row name -> trial
 
-    def ask(self, count):
-        """Rows of `count` new points, less those that were asked for before."""
+def search(ranges, trials, at_once, scores_of):
+    """Try points, some at a time. scores_of(rows) gives the mean score of each row, or None; with nothing it ends the
+    search. The study is kept in memory: the same command asks the same questions again, and finds their runs made.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0, constant_liar=True))
+    distributions = {name: distribution(name, values) for name, values in ranges.items()}
+    while len(study.trials) < trials:
+        asked = [study.ask(distributions) for _ in range(min(at_once, trials - len(study.trials)))]
         rows = []
-        for _ in range(count):
-            trial = self.study.ask()
-            changes = tuple(axis.suggest(trial) for axis in self.axes)
-            name = " ".join(changes)
-            if name not in self.trials:
-                rows.append(PlanRow(name, changes, None, "search"))
-            self.trials.setdefault(name, []).append(trial)
-        return rows
-
-    def tell(self, name, score):
-        """What a row scored in the mean, None if it could not be scored."""
-        from optuna.trial import TrialState
-
-        for trial in self.trials[name]:
-            if trial.number in self.told():
-                continue
-            if score is None:
-                self.study.tell(trial, state=TrialState.FAIL)
-            else:
-                self.study.tell(trial, score)
-
-    def told(self):
-        return {trial.number for trial in self.study.trials if trial.state.is_finished()}
+        for trial in asked:
+            changes = tuple(f"{name}={f'{value:.4g}' if isinstance(value, float) else value}"
+                            for name, value in trial.params.items())
+            rows.append(PlanRow(" ".join(changes), changes, None, "search"))
+        scores = scores_of(rows)
+        if not scores:
+            return
+        for trial, score in zip(asked, scores):
+            study.tell(trial, score, TrialState.FAIL if score is None else None)

@@ -4,10 +4,9 @@ import csv
 import io
 import statistics
 
-from common import BadInput, write
+from common import write
 from sweeps.plan import BASE, setting_of
-from tables import Column, aligned
-from tables import markdown as markdown_of
+from tables import Column, aligned, markdown
 
 FORMATS = (".md", ".csv", ".png", ".svg")
 CLEAR = "*"  # marks a change of more than two standard errors
@@ -17,10 +16,8 @@ def change_text(sample):
     """Mean change ± its standard error, and the mark."""
     if sample is None:
         return None
-    text = f"{sample['mean']:+.4f}"
-    if sample["standard_error"] is not None:
-        text += f" ± {sample['standard_error']:.4f}"
-    return f"{text} {CLEAR}" if sample["is_clear"] else text
+    error = "" if sample["standard_error"] is None else f" ± {sample['standard_error']:.4f}"
+    return f"{sample['mean']:+.4f}{error}{f' {CLEAR}' if sample['is_clear'] else ''}"
 
 
 def score_text(sample):
@@ -36,7 +33,7 @@ def pace_text(speed):
         return None
     if not speed["blocks"]:
         return "x 1"
-    return f"x {speed['ratio']:.3f} ± {speed['standard_error']:.3f}" + (f" {CLEAR}" if speed["is_clear"] else "")
+    return f"x {speed['ratio']:.3f} ± {speed['standard_error']:.3f}{f' {CLEAR}' if speed['is_clear'] else ''}"
 
 
 def mean_bytes(runs):
@@ -55,35 +52,37 @@ def validity(row):
 
 def columns(result, plan):
     """The Columns of a result."""
-    match = plan.matches[0]
-    base_bytes = mean_bytes(result["base"]["runs"])
+    first = plan.matches[0]
+    base_bytes = None if plan.grid else mean_bytes(result["base"]["runs"])
 
     def size(row):
-        row_bytes = mean_bytes(row["runs"][match])
-        if row_bytes is None or plan.grid or base_bytes is None:
-            return None if row_bytes is None else f"{row_bytes:,.0f}"
-        return f"{row_bytes / base_bytes - 1:+.1%}"
+        row_bytes = mean_bytes(row["runs"][first])
+        if row_bytes and base_bytes:
+            return f"{row_bytes / base_bytes - 1:+.1%}"
+        return f"{row_bytes:,.0f}" if row_bytes else None
 
     def technique(row):
         return row["name"] if row["reference"] == BASE else f"{row['name']} [vs {row['reference']}]"
 
+    def count(row):
+        return row[first]["bpb"]["count"] if row[first]["bpb"] else 0
+
     if plan.grid:
-        what = "from the best"
         for axis, change in enumerate(plan.rows[0].changes if plan.rows else ()):
             yield Column(setting_of(change), lambda row, axis=axis: row["changes"][axis].partition("=")[2])
     else:
-        what = "BPB change"
         yield Column("technique", technique)
         yield Column("settings", lambda row: f"`{' '.join(row['changes'])}`")
-    for kind in plan.matches:
-        if kind == "time":
+    change_of = "from the best" if plan.grid else "BPB change"
+    for match in plan.matches:
+        if match == "time":
             yield Column("time per step", lambda row: pace_text(row["speed"]), "")
             yield Column("steps in equal time", lambda row: row["time"]["iterations"], "")
         if plan.grid:
-            yield Column(f"BPB at equal {kind}", lambda row, kind=kind: score_text(row[kind]["bpb"]), "")
-        yield Column(f"{what} at equal {kind}", lambda row, kind=kind: change_text(row[kind]["change"]), "")
-    if any(row[match]["bpb"] and row[match]["bpb"]["count"] < len(plan.seeds) for row in result["rows"]):
-        yield Column("seeds", lambda row: row[match]["bpb"]["count"] if row[match]["bpb"] else 0, "")
+            yield Column(f"BPB at equal {match}", lambda row, match=match: score_text(row[match]["bpb"]), "")
+        yield Column(f"{change_of} at equal {match}", lambda row, match=match: change_text(row[match]["change"]), "")
+    if any(0 < count(row) < len(plan.seeds) for row in result["rows"]):
+        yield Column("seeds", count, "")
     yield Column("model bytes", size, "")
     yield Column("valid", validity, "")
     if numbers := footnotes(result):
@@ -92,11 +91,8 @@ def columns(result, plan):
 
 def footnotes(result):
     """{text of a note: its number}, in the order of the rows."""
-    numbers = {}
-    for row in result["rows"]:
-        for note in row["notes"]:
-            numbers.setdefault(note, len(numbers) + 1)
-    return numbers
+    notes = dict.fromkeys(note for row in result["rows"] for note in row["notes"])
+    return {note: number for number, note in enumerate(notes, 1)}
 
 
 def heading(result, plan):
@@ -141,53 +137,47 @@ def footer(result, plan):
     yield f"- Command: `{result['command']}`"
 
 
-def markdown(result, plan):
-    """The text of the table as Markdown."""
-    lines = [*heading(result, plan), "", *markdown_of(list(columns(result, plan)), result["rows"])]
-    return "\n".join([*lines, "", *footer(result, plan), ""]).lstrip()
-
-
-def for_terminal(result, plan):
-    """The text of the table in aligned columns."""
-    lines = [*heading(result, plan), "", *aligned(list(columns(result, plan)), result["rows"])]
-    return "\n".join([*lines, "", *footer(result, plan), ""]).replace("`", "").lstrip()
+def as_text(result, plan, terminal=False):
+    """The table and what is to be known of it: Markdown, or aligned columns for a terminal."""
+    draw = aligned if terminal else markdown
+    table = draw(list(columns(result, plan)), result["rows"])
+    text = "\n".join([*heading(result, plan), "", *table, "", *footer(result, plan), ""]).lstrip()
+    return text.replace("`", "") if terminal else text
 
 
 def comma_separated(result, plan):
     """The text of the table as CSV: numbers of their own columns, unrounded."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
     numbers = ("mean", "standard_error", "is_clear", "min", "max", "count")
-    names = [f"{match}_{key}_{name}" for match in plan.matches for key in ("bpb", "change") for name in numbers]
-    writer.writerow(["name", "reference", "changes", *names, "time_per_step", "time_per_step_error", "model_bytes",
-                     "valid", "notes"])
+    samples = [(match, key) for match in plan.matches for key in ("bpb", "change")]
+    names = [f"{match}_{key}_{name}" for match, key in samples for name in numbers]
+    lines = [["name", "reference", "changes", *names, "time_per_step", "time_per_step_error", "model_bytes", "valid",
+              "notes"]]
     for row in result["rows"]:
-        values = [(row[match][key] or {}).get(name, "") for match in plan.matches for key in ("bpb", "change")
-                  for name in numbers]
+        values = [(row[match][key] or {}).get(name) for match, key in samples for name in numbers]
         speed = row["speed"] or {}
-        writer.writerow([row["name"], row["reference"] or "", " ".join(row["changes"]), *values, speed.get("ratio", ""),
-                         speed.get("standard_error", ""), mean_bytes(row["runs"][plan.matches[0]]) or "",
-                         validity(row), "; ".join(row["notes"])])
+        lines.append([row["name"], row["reference"], " ".join(row["changes"]), *values, speed.get("ratio"),
+                      speed.get("standard_error"), mean_bytes(row["runs"][plan.matches[0]]), validity(row),
+                      "; ".join(row["notes"])])
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows(lines)
     return file.getvalue()
 
 
-def draw(result, plan, file, form):
-    """A picture: the change of each row with two standard errors to both sides, the best row on top."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise BadInput("a picture of the table needs matplotlib: pip install -r requirements-dev.txt") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+def picture(result, plan, form):
+    """The bytes of a picture: the change of each row with two standard errors to both sides, the best row on top."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
     rows = [row for row in result["rows"] if any(row[match]["change"] for match in plan.matches)][::-1]
-    with plt.rc_context({"svg.hashsalt": "sweep", "axes.spines.top": False, "axes.spines.right": False}):
-        figure, axes = plt.subplots(figsize=(9, 1.2 + 0.28 * max(len(rows), 1)), layout="constrained")
+    file = io.BytesIO()
+    with rc_context({"svg.hashsalt": "sweep", "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(9, 1.2 + 0.28 * max(len(rows), 1)), layout="constrained")
+        axes = figure.subplots()
         for offset, match in enumerate(plan.matches):
-            samples = [(place + 0.2 * offset, row[match]["change"]) for place, row in enumerate(rows)]
-            samples = [(place, sample) for place, sample in samples if sample]
-            axes.errorbar([sample["mean"] for _, sample in samples], [place for place, _ in samples],
-                          xerr=[2 * (sample["standard_error"] or 0) for _, sample in samples], fmt="o", markersize=4,
+            samples = [(row[match]["change"], place + 0.2 * offset) for place, row in enumerate(rows)]
+            samples = [(sample, place) for sample, place in samples if sample]
+            axes.errorbar([sample["mean"] for sample, _ in samples], [place for _, place in samples],
+                          xerr=[2 * (sample["standard_error"] or 0) for sample, _ in samples], fmt="o", markersize=4,
                           capsize=2, linewidth=1, label=f"equal {match}")
         axes.axvline(0, color="#888888", linewidth=1)
         axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
@@ -198,17 +188,13 @@ def draw(result, plan, file, form):
         if len(plan.matches) > 1:
             axes.legend()
         figure.savefig(file, dpi=130, format=form, metadata={"Date": None} if form == "svg" else None)
-        plt.close(figure)
+    return file.getvalue()
 
 
 def write_table(result, plan, path):
     """Write the table in the format of the file's name. Afterwards it is complete, or as it was."""
-    if path.suffix == ".md":
-        data = markdown(result, plan).encode()
-    elif path.suffix == ".csv":
-        data = comma_separated(result, plan).encode()
+    if path.suffix in (".png", ".svg"):
+        write(path, picture(result, plan, path.suffix[1:]))
     else:
-        picture = io.BytesIO()
-        draw(result, plan, picture, path.suffix[1:])
-        data = picture.getvalue()
-    write(path, data)
+        text = comma_separated(result, plan) if path.suffix == ".csv" else as_text(result, plan)
+        write(path, text.encode())

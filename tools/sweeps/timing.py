@@ -13,10 +13,9 @@ import torch
 
 from benchmarks.ratios import differs, ratio_of_blocks
 from common import ROOT, sha256
-from sweeps.data import digest
 from sweeps.plan import BASE
-from sweeps.runs import command
-from sweeps.work import Task, failure_of, read_json
+from sweeps.runs import command, digest
+from sweeps.work import Task, read_json
 from train_gpt import Settings
 
 # What cannot change the work of a training step beside what is read after it: numbers that the same operations read.
@@ -51,104 +50,81 @@ def same_work(settings, reference):
     return moved <= SAME_WORK - schedules
 
 
-class Stopwatch:
-    """The measurements that a plan needs, as tasks in OUT/times, and what came of them."""
+def mode_of(settings, place):
+    """As the trainer decides it."""
+    is_compiled = settings.compile == "on" or (settings.compile == "auto" and place.device != "cpu")
+    return "compiled" if is_compiled else "eager"
 
-    def __init__(self, bench, plan, out, device, ranks, blocks, pairs, threads):
-        self.bench = bench
-        self.plan = plan
-        self.out = out
-        self.ranks = ranks
-        self.blocks = blocks
-        self.pairs = pairs
-        self.cuda = device != "cpu"
-        code = (ROOT / "train_gpt.py", bench, *sorted(bench.parent.glob("benchmarks/*.py")))
-        self.code = [sha256(path) for path in code if path.is_file()]
-        self.machine = (device, ranks, torch.__version__, threads, pairs)
-        self.measured = {row.name: row for row in plan.rows if not self._has_same_work(row)}
 
-    def _has_same_work(self, row):
-        return same_work(self.comparable(row.name), self.comparable(row.reference or BASE))
+def describe(settings, place, args):
+    """How times are measured."""
+    kind = "CPU time" if place.device == "cpu" else "GPU time"
+    where = f"{place.ranks} ranks, " if place.ranks > 1 else ""
+    return (f"`tools/bench.py train --against` ({where}{mode_of(settings, place)}): steps of reference and row in "
+            f"turn, {kind}, in {args.bench_blocks} processes of {args.bench_steps} pairs each")
 
-    def comparable(self, name):
-        """Settings of a row. tools/bench.py brings data of its own: one measurement serves all data sets."""
-        return replace(self.plan.settings[name], data_path=Settings.data_path, iterations=self.plan.steps,
-                       seed=self.plan.seeds[0])
 
-    def mode(self, settings):
-        """As the trainer decides it."""
-        if settings.compile == "auto":
-            return "compiled" if self.cuda else "eager"
-        return "compiled" if settings.compile == "on" else "eager"
+def measurements(plan, bench, out, place, args):
+    """{row name: [Task]} in OUT/times, a task for each process of a measurement; that of ITSELF comes first."""
+    # tools/bench.py brings data of its own: one measurement serves all data sets.
+    common = {"data_path": Settings.data_path, "iterations": plan.steps, "seed": plan.seeds[0]}
+    settings = {name: replace(settings, **common) for name, settings in plan.settings.items()}
+    pairs = {row.name: (settings[row.reference or BASE], settings[row.name]) for row in plan.rows}
+    pairs = {name: sides for name, sides in pairs.items() if not same_work(*sides)}
+    if pairs:
+        pairs = {ITSELF: (settings[BASE], settings[BASE]), **pairs}
+    code = (ROOT / "train_gpt.py", bench, *sorted(bench.parent.glob("benchmarks/*.py")))
+    code = [sha256(path) for path in code if path.is_file()]
+    machine = (place.device, place.ranks, torch.__version__, place.threads, args.bench_steps)
+    tasks = {name: [] for name in pairs}
+    for name, sides in pairs.items():
+        texts = [side.text() for side in sides]
+        for block in range(args.bench_blocks):
+            folder = out / "times" / digest(*texts, code, machine, block)
+            against, words = map(shlex.split, in_turn(block, texts))
+            words = ["train", *words, "--against", *against, "--modes", mode_of(sides[1], place), "--steps",
+                     str(args.bench_steps), "--repeats", "1", "--json", str(folder / "bench.json")]
+            tasks[name].append(Task(f"time of {name}, {block + 1} of {args.bench_blocks}", folder,
+                                    command(bench, words, place.ranks), "pairs.json", "bench.json", kind="time"))
+    return tasks
 
-    def describe(self):
-        kind = "GPU time" if self.cuda else "CPU time"
-        where = f"{self.ranks} ranks, " if self.ranks > 1 else ""
-        return (f"`tools/bench.py train --against` ({where}{self.mode(self.plan.settings[BASE])}): steps of reference "
-                f"and row in turn, {kind}, in {self.blocks} processes of {self.pairs} pairs each")
 
-    def sides(self, name):
-        """(reference, settings) of a measurement."""
-        if name == ITSELF:
-            return self.comparable(BASE), self.comparable(BASE)
-        return self.comparable(self.measured[name].reference or BASE), self.comparable(name)
+def in_turn(block, sides):
+    """In every other process the sides change places."""
+    return sides if block % 2 == 0 else sides[::-1]
 
-    def tasks(self, name):
-        """A task for each process of a measurement. In every other one the sides change places."""
-        reference, settings = self.sides(name)
-        for block in range(self.blocks):
-            against, words = (reference, settings) if block % 2 == 0 else (settings, reference)
-            key = digest(reference.text(), settings.text(), self.code, self.machine, block)
-            folder = self.out / "times" / key
-            mode = self.mode(settings)
-            bench = command(self.bench, [
-                "train", *shlex.split(words.text()), "--against", *shlex.split(against.text()), "--modes", mode,
-                "--steps", str(self.pairs), "--repeats", "1", "--json", str(folder / "bench.json")], self.ranks)
-            yield Task(f"time of {name}, {block + 1} of {self.blocks}", folder, bench, "pairs.json", "bench.json",
-                       kind="time")
 
-    def all_tasks(self):
-        names = [ITSELF, *self.measured] if self.measured else []
-        return [task for name in names for task in self.tasks(name)]
-
-    def read(self, name):
-        """(blocks of a measurement, or the reason why there are none)."""
-        found = []
-        for block, task in enumerate(self.tasks(name)):
-            if not task.is_done():
-                return [], failure_of(task.folder).get("reason", "it was not measured")
-            try:
-                (row,) = read_json(task.folder / task.result)["rows"]
-                pairs = [pair if block % 2 == 0 else pair[::-1] for blocks in row["blocks"] for pair in blocks]
-            except (ValueError, KeyError, TypeError):
-                return [], f"{self.bench.name} gave no pairs"
+def read(tasks):
+    """(blocks of a measurement, or the reason why there are none)."""
+    found = []
+    for block, task in enumerate(tasks):
+        if not task.is_done():
+            return [], read_json(task.folder / "failed.json").get("reason", "it was not measured")
+        try:
+            (row,) = read_json(task.folder / task.result)["rows"]
+            pairs = [in_turn(block, pair) for pairs in row["blocks"] for pair in pairs]
             if not pairs or not all(ms > 0 for pair in pairs for ms in pair):
-                return [], f"{self.bench.name} gave pairs that are no times"
-            found.append(pairs)
-        return found, ""
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
+            return [], "bench.py gave no pairs of times"
+        found.append(pairs)
+    return found, ""
 
-    def speeds(self):
-        """{row name: Speed}, with the noise floor as ITSELF where anything was measured."""
-        floor = 0.0
-        speeds = {}
-        if self.measured:
-            blocks, error = self.read(ITSELF)
-            itself = speeds[ITSELF] = self.speed(blocks, error)
-            if len(blocks) > 1:
-                floor = itself.standard_error / itself.ratio * math.sqrt(len(blocks))
-        for row in self.plan.rows:
-            if row.name not in self.measured:
-                speeds[row.name] = Speed(1.0, "same work, not measured")
-                continue
-            blocks, error = self.read(row.name)
-            speeds[row.name] = self.speed(blocks, error, floor)
-        return speeds
 
-    def speed(self, blocks, error, floor=0.0):
-        if not blocks:
-            return Speed(None, "failed", error=error)
+def speeds_of(plan, tasks):
+    """{row name: Speed} by the tasks of measurements(), with the noise floor as ITSELF where anything was measured."""
+    speeds = {row.name: Speed(1.0, "same work, not measured") for row in plan.rows}
+    floor = 0.0
+    for name in tasks:
+        blocks, error = read(tasks[name])
+        if error:
+            speeds[name] = Speed(None, "failed", error=error)
+            continue
         found = ratio_of_blocks(blocks, floor)
-        return Speed(found.ratio, "measured", found.error, differs(found), blocks)
+        speeds[name] = Speed(found.ratio, "measured", found.error, differs(found), blocks)
+        if name == ITSELF and len(blocks) > 1:
+            floor = found.error / found.ratio * math.sqrt(len(blocks))
+    return speeds
 
 
 def steps_in_equal_time(steps, speed):

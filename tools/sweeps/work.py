@@ -8,19 +8,19 @@ cannot be.
 
 import contextlib
 import json
+import math
 import os
 import platform
 import signal
 import subprocess
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 import common
-from common import lock_holder
+from common import lock_holder, write_json
 
 POLL_SECONDS = 0.2
 LONGEST_REASON = 300  # characters
@@ -28,27 +28,37 @@ NO_SCORE = "it ended without a score of these settings and this code"
 
 
 def read_json(path):
-    """The object in a file, or None."""
+    """The object in a file, or {}."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         return json.loads(path.read_text(encoding="utf-8"))
-    return None
-
-
-def write_json(path, value):
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value), encoding="utf-8")
-    os.replace(part, path)
+    return {}
 
 
 def fail(folder, reason, **more):
     """Keep in its folder why a task failed."""
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "failed.json", {"reason": reason, **more})
 
 
-def failure_of(folder):
-    """What fail() kept, or {}."""
-    return read_json(folder / "failed.json") or {}
+def lock_of(folder):
+    return FileLock(folder.with_suffix(".lock"), timeout=0)
+
+
+def holder_of(folder):
+    """The process that makes a task; "" if none does."""
+    with contextlib.suppress(Timeout), lock_of(folder):
+        return lock_holder(folder)
+    return read_json(folder / "task.json").get("worker", "an unknown process")
+
+
+def events(folder, kind, last_bytes=None):
+    """The events of a kind in metrics.jsonl of a run so far, or in its last bytes."""
+    with contextlib.suppress(OSError), open(folder / "metrics.jsonl", "rb") as file:
+        if last_bytes:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - last_bytes))
+        for line in file:
+            if line.startswith(b'{"event": "%s"' % kind.encode()):
+                with contextlib.suppress(ValueError):
+                    yield json.loads(line)
 
 
 # ---- tasks ----------------------------------------------------------------------------------------------------------
@@ -63,108 +73,76 @@ class Task:
     command: list[str]
     result: str  # the file in the folder that is there when it is done
     writes: str = ""  # another file, which becomes the result if the command ends well
-    after: list[Path] = field(default_factory=list)  # results of other tasks that it begins with
+    after: Path | None = None  # the result of another task, with which it begins
     kind: str = "train"
     size: int = 1  # in which the time of a task of its kind is proportional to
-    done_with: tuple = (0,)  # exit codes
     curve_of: Path | None = None  # folder of the run whose validations it is compared with, and
     margin: float = 0.0  # bits per byte by which it may be worse
 
     def is_done(self):
         return (self.folder / self.result).exists()
 
-    def has_failed(self):
-        return (self.folder / "failed.json").exists()
-
     def has_ended(self):
-        return self.is_done() or self.has_failed()
+        return self.is_done() or (self.folder / "failed.json").exists()
 
-    def is_blocked(self):
-        """Does it wait for a task that is not done?"""
-        return not all(path.exists() for path in self.after)
+    def can_begin(self):
+        """Is there what it begins with? It fails with the task before it."""
+        if self.after is None or self.after.exists():
+            return True
+        if failure := read_json(self.after.parent / "failed.json"):
+            fail(self.folder, f"the run that it begins with failed: {failure.get('reason')}", after=str(self.after))
+        return False
 
     def forget_failure(self, retry, may_be_worse=True):
         """Have it tried again, if it may end otherwise: it was killed, it began with a task that failed, or it was
         stopped as hopeless, which nobody asks for any more.
         """
-        failure = failure_of(self.folder)
+        path = self.folder / "failed.json"
+        failure = read_json(path)
         was_killed = failure.get("code", 0) < 0
         if retry or was_killed or "after" in failure or (failure.get("stopped") and may_be_worse):
-            (self.folder / "failed.json").unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
     def is_hopeless(self):
         """What is said of a run that is stopped for its validation curve, or ""."""
         if self.curve_of is None:
             return ""
-        curve = validations(self.folder)
-        reference = validations(self.curve_of)
-        steps = curve.keys() & reference.keys()
-        if not steps:
+        curve, reference = ({event["step"]: event["val_bpb"] for event in events(folder, "val")}
+                            for folder in (self.folder, self.curve_of))
+        step = max(curve.keys() & reference.keys(), default=None)
+        if step is None or curve[step] - reference[step] <= self.margin:
             return ""
-        step = max(steps)
         worse = curve[step] - reference[step]
-        if worse <= self.margin:
-            return ""
         return f"stopped at step {step}: {curve[step]:.4f} BPB, {worse:.4f} more than the base there"
-
-
-def validations(folder):
-    """{step: bits per byte} of the validations of a run so far."""
-    found = {}
-    with contextlib.suppress(OSError), open(folder / "metrics.jsonl", encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            if line.startswith('{"event": "val"'):
-                with contextlib.suppress(ValueError, KeyError):
-                    event = json.loads(line)
-                    found[event["step"]] = event["val_bpb"]
-    return found
 
 
 def why(code, output):
     """Why a process failed, in one line: its last error."""
-    text = output.read_text(encoding="utf-8", errors="replace")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in output.read_text(encoding="utf-8", errors="replace").splitlines()]
     errors = [line for line in lines if line.startswith("error")]
-    reason = "no output"
-    if lines:
-        reason = lines[-1]
-    if errors:
-        reason = errors[-1]
+    reason = (errors or list(filter(None, lines)) or ["no output"])[-1]
     ended_by = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     return f"{reason[:LONGEST_REASON]} ({ended_by})"
 
 
-# ---- a worker -------------------------------------------------------------------------------------------------------
+# ---- workers here, and on a cluster ---------------------------------------------------------------------------------
 
 
-class Stop:
-    """How often the command was asked to end: once, and runs save what they have; twice, and they are killed."""
-
-    def __init__(self):
-        self.signals = []
-
-    def __call__(self, number, _frame=None):
-        self.signals.append(number)
-
-    @property
-    def urgency(self):
-        return min(len(self.signals), 2)
-
-    @contextlib.contextmanager
-    def caught(self):
-        """Ctrl-C, SIGTERM and SIGHUP are only noted."""
-        names = {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal))
-        before = {name: signal.signal(getattr(signal, name), self) for name in names}
-        try:
-            yield self
-        finally:
-            for name, handler in before.items():
-                signal.signal(getattr(signal, name), handler)
+@contextlib.contextmanager
+def noted(signals):
+    """Ctrl-C, SIGTERM and SIGHUP only add their number to a list."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, lambda number, _frame: signals.append(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
 
 
 @dataclass
 class Worker:
-    """Makes tasks one after another until none is left that it could make.
+    """Makes one task after another that nobody else makes.
 
     As the callable of a submitit job it catches signals itself, and a job that is preempted or out of time is queued
     anew: its run has saved a checkpoint and goes on from there.
@@ -172,167 +150,122 @@ class Worker:
 
     tasks: list[Task]
     env: dict  # added to the environment of its commands
-    wait: bool = True  # for tasks that others make, before it ends
-    deadline: float = float("inf")  # time.time() from which it begins nothing, and ends what it makes
-    stop: Stop | None = None
-    mine: set = field(default_factory=set)  # folders of the tasks that workers of this process make
-    held: dict = field(default_factory=dict)  # {folder: who has it} of tasks that others make
-    processes: dict = field(default_factory=dict)  # {folder: process} of the commands that run
+    deadline: float = math.inf  # time.time() from which it begins nothing, and ends what it makes
+    signals: list = field(default_factory=list)  # at the first, runs save what they have; at the second they are killed
+    pause: float = POLL_SECONDS  # between two looks
+    process: subprocess.Popen | None = None  # the command that runs
 
     def __call__(self):
-        self.stop = Stop()
-        with self.stop.caught():
-            self.work()
+        with noted(self.signals):
+            for _ in looks_of([self], wait=True):
+                pass
 
     def checkpoint(self):
         """For submitit, which calls it on top of whatever the worker does: queue the rest."""
-        import submitit
+        from submitit.helpers import DelayedSubmission
 
-        for process in self.processes.values():
-            os.killpg(process.pid, signal.SIGINT)
-            process.wait()
-        return submitit.helpers.DelayedSubmission(Worker(self.tasks, self.env, self.wait, self.deadline))
+        if self.process:
+            os.killpg(self.process.pid, signal.SIGINT)
+            self.process.wait()
+        return DelayedSubmission(Worker(self.tasks, self.env, self.deadline))
 
     def is_over(self):
-        return bool(self.stop.signals) or time.time() > self.deadline
+        return bool(self.signals) or time.time() > self.deadline
 
-    def work(self):
-        while not self.is_over():
-            open_tasks = [task for task in self.tasks if not task.has_ended()]
-            self._fail_after_failures(open_tasks)
-            made = any(self._make_if_free(task) for task in open_tasks if not task.is_blocked())
-            if made:
-                continue
-            others = [task for task in open_tasks if task.folder in self.held]
-            of_others = {task.folder / task.result for task in others}
-            is_worth_waiting = self.wait or any(
-                task.folder not in self.held and not of_others & set(task.after) for task in open_tasks)
-            if not open_tasks or not is_worth_waiting:
-                return
-            time.sleep(POLL_SECONDS)
-
-    def _fail_after_failures(self, tasks):
-        for task in tasks:
-            for path in task.after:
-                failure = failure_of(path.parent)
-                if failure and not path.exists():
-                    fail(task.folder, f"the run that it begins with failed: {failure.get('reason')}", after=str(path))
-
-    def _make_if_free(self, task):
-        """Make a task, unless somebody else does. True if it was made, or at least begun."""
-        task.folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(task.folder.with_suffix(".lock"), timeout=0):
-                if task.has_ended() or self.is_over():
-                    return True
-                if left_behind := lock_holder(task.folder):
-                    self.held[task.folder] = left_behind
-                    return False
-                self.held.pop(task.folder, None)
-                self.mine.add(task.folder)
-                try:
-                    self._make(task)
-                finally:
-                    self.mine.discard(task.folder)
-                return True
-        except Timeout:
-            if task.folder not in self.mine:
-                worker = (read_json(task.folder / "task.json") or {}).get("worker")
-                self.held[task.folder] = worker or "an unknown process"
-            return False
+    def looks(self):
+        """Work; yields after each look whether a task is being made."""
+        while True:
+            for task in self.tasks:
+                if self.is_over() or task.has_ended() or not task.can_begin():
+                    continue
+                with contextlib.suppress(Timeout), lock_of(task.folder):
+                    if not task.has_ended() and not lock_holder(task.folder):
+                        yield from self._make(task)
+                        break  # a task before it may be free by now
+            else:
+                time.sleep(self.pause)
+                yield False
 
     def _make(self, task):
-        task.folder.mkdir(exist_ok=True)
+        """Run the command of a task, pass on what asks it to end, and keep what came of it. Yields while it runs."""
         about = {"name": task.name, "kind": task.kind, "size": task.size, "command": task.command,
                  "worker": f"process {os.getpid()} on {platform.node()}"}
         write_json(task.folder / "task.json", about)
-        began = time.monotonic()
         output = task.folder / "console.txt"
         with open(output, "wb") as file:
-            process = subprocess.Popen(task.command, env={**os.environ, **self.env}, stdin=subprocess.DEVNULL,
-                                       stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-        self.processes[task.folder] = process
-        hopeless = self._attend(task, process)
-        del self.processes[task.folder]
-        code = process.returncode
+            self.process = subprocess.Popen(task.command, env={**os.environ, **self.env}, stdin=subprocess.DEVNULL,
+                                            stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        began = looked = time.monotonic()
+        hopeless = ""
+        asked = 0  # how often it was asked to end
+        while self.process.poll() is None:
+            if time.monotonic() > looked + 10 * POLL_SECONDS and not hopeless:
+                looked = time.monotonic()
+                hopeless = task.is_hopeless()
+            if asked < max(min(len(self.signals), 2), self.is_over(), bool(hopeless)):
+                asked += 1
+                with contextlib.suppress(OSError):  # it has ended by now
+                    os.killpg(self.process.pid, signal.SIGINT if asked == 1 else signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(self.pause)
+            yield True
+        code = self.process.returncode
+        self.process = None
         if not self.is_over():
             write_json(task.folder / "task.json", {**about, "seconds": time.monotonic() - began})
         if task.writes and code == 0 and (task.folder / task.writes).exists():
             os.replace(task.folder / task.writes, task.folder / task.result)
         if hopeless:
             fail(task.folder, hopeless, stopped=True)
-        elif task.is_done() and code in task.done_with:
-            return
-        elif code in task.done_with:
+        elif code == 0 and not task.is_done():
             fail(task.folder, NO_SCORE)
-        elif not self.is_over():
+        elif not task.is_done() and not self.is_over():
             fail(task.folder, why(code, output), code=code)
 
-    def _attend(self, task, process):
-        """Wait for the end of a task, pass on what asks it to end. Returns why it was stopped as hopeless, or ""."""
-        passed_on = 0
-        hopeless = ""
-        looked = time.monotonic()
-        while process.poll() is None:
-            if time.monotonic() > looked + 10 * POLL_SECONDS and not hopeless:
-                looked = time.monotonic()
-                hopeless = task.is_hopeless()
-            wanted = max(self.stop.urgency, self.is_over(), bool(hopeless))
-            if passed_on < wanted:
-                passed_on += 1
-                with contextlib.suppress(OSError):  # it has ended by now
-                    os.killpg(process.pid, signal.SIGINT if passed_on == 1 else signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(POLL_SECONDS)
-        return hopeless
+
+def looks_of(workers, wait=False):
+    """Have workers on the same tasks work in turn until none of them finds anything to do; with `wait` until what
+    others make has ended, too. Yields after each look. Where this is closed before, the commands save what they have.
+    """
+    first = workers[0]
+    looks = [worker.looks() for worker in workers]
+
+    def is_busy():
+        return any([next(look, False) for look in looks])
+
+    try:
+        while is_busy() or (wait and not first.is_over() and not all(task.has_ended() for task in first.tasks)):
+            yield
+    except BaseException:
+        first.signals.append(signal.SIGTERM)
+        while is_busy():
+            pass
+        raise
 
 
-# ---- workers here, and on a cluster ---------------------------------------------------------------------------------
+def work_here(tasks, slots, deadline, signals, wait):
+    """The looks of workers in this process, one for each slot: variables for its commands."""
+    pause = POLL_SECONDS / len(slots)
+    return looks_of([Worker(tasks, env, deadline, signals, pause) for env in slots], wait)
 
 
-@contextlib.contextmanager
-def workers_here(tasks, slots, stop, wait, deadline):
-    """A thread for each of `slots`, {variable: value} for its commands. Yields (is_over, held)."""
-    mine = set()
-    held = {}
-    workers = [Worker(tasks, env, wait, deadline, stop, mine, held) for env in slots]
-    with ThreadPoolExecutor(len(workers)) as pool:
-        futures = [pool.submit(worker.work) for worker in workers]
-        try:
-            yield lambda: all(future.done() for future in futures), held
-        except BaseException:  # of the command: the runs save what they have
-            stop(signal.SIGTERM)
-            raise
-    for future in futures:
-        future.result()  # raises what a worker did
-
-
-@contextlib.contextmanager
-def workers_on_cluster(tasks, slots, stop, deadline, executor):
-    """A submitit job for each of `slots`. Yields (is_over, held); `held` gets jobs that ended before their work."""
+def work_on_cluster(tasks, slots, deadline, signals, executor):
+    """The same with a submitit job for each slot."""
     import cloudpickle
 
     import sweeps.work
 
     for module in (sweeps.work, common):  # a node need not have this folder on its path
         cloudpickle.register_pickle_by_value(module)
-    jobs = [executor.submit(Worker(tasks, env, True, deadline)) for env in slots]
-    cancelled = []
-
-    def is_over():
-        if stop.signals and not cancelled:
-            cancelled.extend(jobs)
-            for job in jobs:
-                job.cancel()
-        return all(job.done() for job in jobs)
-
-    held = {}
+    jobs = [executor.submit(Worker(tasks, env, deadline)) for env in slots]
     try:
-        yield is_over, held
+        while not signals and not all(job.done() for job in jobs):
+            yield
+            time.sleep(POLL_SECONDS)
     finally:
         for job in jobs:
             if not job.done():
                 job.cancel()
-        left = [task for task in tasks if not task.has_ended()]
-        ids = ", ".join(job.job_id for job in jobs)
-        held |= {task.folder: f"nobody any more: the jobs {ids} are over, see {executor.folder}" for task in left}
+    while not all(job.done() for job in jobs):
+        yield
+        time.sleep(POLL_SECONDS)
