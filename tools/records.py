@@ -55,9 +55,9 @@ class Record:
         self.label = title[1].replace("Valid twin", "twin").replace("Upstream", "upstream")
         self.short_label = " ".join(reversed(self.label.split(" of ")))  # "#518 twin" for "twin of #518"
         self.name = title[2]
-        self.summary = self.find(r"^In short: (.+?)\.\n\n", "paragraph 'In short: what distinguishes it.'")[1]
-        words = " ".join(self.text.split())
-        self.parameters = self.find(r"\*\*([\d,]+) parameters\*\*", "'**N parameters**'", words)[1]
+        summary = self.find(r"^In short: (.+?)\.\n\n", "paragraph 'In short: what distinguishes it.'")[1]
+        self.summary = " ".join(summary.split())
+        self.parameters = self.find(r"\*\*([\d,]+)\s+parameters\*\*", "'**N parameters**'")[1]
         self.published = {what: cells[0] for what, cells in self.rows("Published, not measured here", "score").items()}
         measured = self.rows("Measured here", "score", "artifact", "seconds")
         self.measured = {what: cells[0] for what, cells in measured.items()}
@@ -85,8 +85,8 @@ class Record:
         """{first cell: the others} of the rows of the section's table, without its head. BadInput if a row of those
         wanted is missing, or if one has another number of cells than the head.
         """
-        lines = re.findall(r"^\| .+\|$", self.section(title), re.M)
-        head, *rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines or ["| |"]]
+        lines = re.findall(r"^\| (.+) \|$", self.section(title), re.M) or [""]
+        head, *rows = [[cell.replace("\\|", "|") for cell in re.split(r"\s*(?<!\\)\|\s*", line)] for line in lines]
         for row in rows:
             if len(row) != len(head):
                 raise BadInput(f"{self.path}: '| {row[0]} |' below '## {title}' has {len(row)} cells, not {len(head)}")
@@ -109,10 +109,6 @@ class Record:
         if each and len(each) != SEEDS[seeds]:
             raise BadInput(f"{self.path}: {seeds} seeds, but {len(each)} scores: {scores}")
         return bpb, SEEDS[seeds], each
-
-    def published_as(self, beginning):
-        """The published value of the first row that begins so, or None."""
-        return next((value for what, value in self.published.items() if what.startswith(beginning)), None)
 
     def link(self, text):
         return f"[{text}]({self.folder}/)"
@@ -148,7 +144,7 @@ def what_it_is(record):
         "PR": record.label,
         "record": record.link(record.name),
         "parameters": record.parameters,
-        "what distinguishes it": " ".join(record.summary.split()),
+        "what distinguishes it": record.summary,
         "reported BPB": bpb and f"{bpb}, {seeds} seed{'s' * (seeds > 1)}",
         "bytes": leading_number(record.published.get("submission")),
         "valid": "yes" if record.valid else "no",
@@ -160,15 +156,15 @@ def what_it_is(record):
 def figures(record):
     """What was published, stage by stage, beside what was measured here. A deviation is that of the sample."""
     bpb, _, each = record.score()
+    stages = {}
+    for stage in ("before packing", "packed", "sliding window", "training"):
+        stages[stage] = next((value for what, value in record.published.items() if what.startswith(stage)), None)
     return {
         "PR": record.link(record.label),
         "reported BPB": bpb,
         "of each seed": ", ".join(each) or None,
         "standard deviation": f"{statistics.stdev(map(float, each)):.5f}" if len(each) > 1 else None,
-        "before packing": record.published_as("before packing"),
-        "packed": record.published_as("packed"),
-        "sliding window": record.published_as("sliding window"),
-        "training": record.published_as("training"),
+        **stages,
         "small BPB": record.small_bpb,
         "small artifact": leading_number(record.measured["artifact"]),
         "small run, s": record.measured["seconds"].replace(" of ", " "),
@@ -216,7 +212,6 @@ LABELS = {
     "ttt_warm_start_a": "warm start of the adapters",
     "mixer": "n-gram mixture",
 }
-LEFT_OUT = ("selftest",)  # of every run, whatever the record
 OFF = (0, "", (), "none", "off")
 OFF_AT = {"eval_temperature": (1,)}  # 0 is a temperature that is fitted
 UNITS = {"warmdown_iters": "steps", "warmdown_seconds": "s"}
@@ -230,7 +225,8 @@ def techniques():
         technique, setting, _ = line.rsplit(maxsplit=2)
         names.setdefault(setting.lower(), technique.strip())
     names |= LABELS
-    return {f.name: names[f.name] for f in fields(trainer.Settings) if f.name in names and f.name not in LEFT_OUT}
+    del names["selftest"]  # of every run, whatever the record
+    return {f.name: names[f.name] for f in fields(trainer.Settings) if f.name in names}
 
 
 def value_where_on(settings, field):
