@@ -84,13 +84,11 @@ def main(words, env):
         chosen = choose_record(files, pairs, small, env, notes) if files else choose_default(pairs, small, env, notes)
         arguments, name, gpus = chosen
         settings = load_trainer().Settings.parse(arguments, env)
-    lists = {"arguments": arguments, "notes": notes}
-    texts = {"name": name, "gpus": str(gpus), "data_path": settings.data_path, "out_dir": settings.out_dir,
-             "run_id": settings.run_id}
-    lines = [f"{variable}=({shlex.join(words)})" for variable, words in lists.items()]
-    lines += [f"{variable}={shlex.quote(text)}" for variable, text in texts.items()]
-    # A path may have bytes that are not UTF-8.
-    sys.stdout.buffer.write(os.fsencode("\n".join([*lines, ""])))
+    answer = {"arguments": arguments, "notes": notes, "name": name, "gpus": gpus, "data_path": settings.data_path,
+              "out_dir": settings.out_dir, "run_id": settings.run_id}
+    for variable, value in answer.items():
+        text = f"({shlex.join(value)})" if isinstance(value, list) else shlex.quote(str(value))
+        sys.stdout.buffer.write(os.fsencode(f"{variable}={text}\n"))  # a path may have bytes that are not UTF-8
     sys.stdout.flush()
     return 0
 
