@@ -397,8 +397,8 @@ def test_a_report_compresses_the_text_with_its_capitals(made, trained, capsys):
     assert report.main([str(trained[0]), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["compressors"]["text_bytes"] == found["val_bytes"]
-    settings = {**DEFAULT, "DATA_PATH": str(made[0]), "VOCAB_SIZE": str(V)}
-    text = validation_text(settings, "")[0].decode()
+    (tokenizer,) = events(trained[0], "tokenizer")
+    text = validation_text({**DEFAULT, "DATA_PATH": str(made[0])}, tokenizer)[0].decode()
     assert text[:100] == DOCUMENTS[0][:100] and DOCUMENTS[1][:100] in text
 
 

@@ -115,7 +115,7 @@ def test_val_tokens_cuts_the_text_too(toy, tmp_path, capsys):
 def test_data_that_changed_is_not_compared(run, toy, capsys, tmp_path):
     folder = Path(shutil.copytree(toy[0].removeprefix("DATA_PATH="), tmp_path / "data"))
     metrics = run / "metrics.jsonl"
-    metrics.write_text(metrics.read_text().replace(toy[0], f"DATA_PATH={folder}"))
+    metrics.write_text(metrics.read_text().replace(toy[0].removeprefix("DATA_PATH="), str(folder)))
     shard = folder / "fineweb_val_000000.bin"
     whole = np.fromfile(shard, "<u2")
     whole[:-100].tofile(shard)
@@ -193,14 +193,17 @@ def test_plot(run, capsys, tmp_path, suffix, magic):
 
 
 def test_the_axis_leaves_the_first_steps_out_and_shows_every_level():
-    points = [(1, 9.0), (2, 8.0), (50, 3.0), (100, 2.0)]
-    bottom, top = panels.loss_limits(points, 100, [2.5])
+    def limits(seconds, losses, *levels):
+        runs = [({"state": "finished", "points": [{"seconds": 100}]}, "run", "#000000")]
+        return panels.limits_of(runs, [panels.curve(0, "run", "#000000", {"seconds": seconds}, losses, panels.LINE)], levels)
+
+    points = [1, 2, 50, 100], [9.0, 8.0, 3.0, 2.0]
+    bottom, top = limits(*points, 2.5)
     assert bottom < 2.0 and 3.0 < top < 8.0
-    bottom, top = panels.loss_limits(points, 100, [5.0, 1.0])
+    bottom, top = limits(*points, 5.0, 1.0)
     assert bottom < 1.0 and 5.0 < top < 8.0
-    bottom, top = panels.loss_limits(points[:1], 100)  # nothing but first steps: the last of them
+    bottom, top = limits([1], [9.0])  # nothing but first steps: the last of them
     assert bottom < 9.0 < top
-    assert panels.loss_limits([], 100, [1.0])[0] < 1.0
 
 
 @pytest.mark.parametrize("event", ["train", "val"])
@@ -244,7 +247,7 @@ def test_defaults_are_those_of_the_trainer():
     from train_gpt import Settings
 
     for name, default in facts_module.DEFAULT.items():
-        assert str(getattr(Settings(), name.lower())) == default
+        assert getattr(Settings(), name.lower()) == default
 
 
 def test_runs_side_by_side(run, toy, tmp_path, capsys):
@@ -355,9 +358,9 @@ def test_every_colour_is_legible_on_both_grounds():
 def test_long_curves_are_thinned_and_keep_their_ends():
     points = [{**dict.fromkeys(reading.COLUMNS), "step": step, "seconds": step, "tokens": step, "train_loss": float(step)}
               for step in range(9_001)]
-    (curve,) = panels.curves([{"points": points}], ["run"], "train_loss")
-    assert len(curve.ys) <= panels.MOST_POINTS + 1 and curve.ys[0] == 0 and curve.ys[-1] == 9000
-    assert curve.xs["steps"] == curve.ys
+    (curve,) = panels.curves([({"points": points}, "run", "#000000")], "train_loss")
+    assert len(curve["y"]) <= panels.MOST_POINTS + 1 and curve["y"][0] == 0 and curve["y"][-1] == 9000
+    assert curve["meta"]["xs"]["steps"] == curve["y"]
 
 
 def test_the_table_imports_nothing_of_the_pictures(run):

@@ -64,6 +64,14 @@ def exit_code(work, quiet=False):
     return 2
 
 
+def need(purpose, package, pip="-r requirements-dev.txt"):
+    """The module of a package that serves a purpose, such as an option; BadInput if it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise BadInput(f"{purpose} needs {package}: pip install {pip}") from None
+
+
 # ---- arguments ------------------------------------------------------------------------------------------------------
 
 

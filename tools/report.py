@@ -23,14 +23,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))  # for caseops.py
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and PYTHONSAFEPATH leave it out
 
-from common import BadInput, exit_code
+from common import BadInput, exit_code, need
 from reports.compare import comparison
+from reports.export import WRITERS, export
 from reports.facts import gather
+from reports.panels import AXES
 from reports.table import side_by_side, table
 
 SUFFIXES = {"plot": (".png", ".svg"), "html": (".html",)}
-AXES = ("steps", "tokens", "seconds")
-EXPORTS = ("csv", "tensorboard", "wandb")
+# What an option needs beyond requirements.txt, and how pip installs what is in no file of requirements.
+PACKAGES = {"--plot": ["matplotlib"], "--html": ["plotly"], "--follow": ["rich"],
+            "--export tensorboard": ["tensorboardX"], "--export wandb": ["wandb", "wandb"]}
 
 
 def arguments(argv):
@@ -45,7 +48,7 @@ def arguments(argv):
     parser.add_argument("--x", choices=AXES, default="seconds", help="what curves are drawn over (default: seconds)")
     parser.add_argument("--follow", action="store_true", help="show a run that is going on; --html is written anew "
                         "as it goes, and reloads itself")
-    parser.add_argument("--export", choices=EXPORTS, help="write the curves for another program, to --to")
+    parser.add_argument("--export", choices=WRITERS, help="write the curves for another program, to --to")
     parser.add_argument("--to", metavar="PATH", type=Path, help="file of --export csv, folder of the others; of "
                         "several runs, the folder of all of them")
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
@@ -57,7 +60,7 @@ def main(argv):
 
 
 def check(args):
-    """BadInput where options do not go together."""
+    """BadInput where options do not go together, or a package is missing that one of them needs."""
     for option, suffixes in SUFFIXES.items():
         path = getattr(args, option)
         if path and path.suffix not in suffixes:
@@ -67,6 +70,9 @@ def check(args):
     if args.follow and (len(args.run_dirs) > 1 or args.compare or args.json or args.export or args.plot):
         raise BadInput("--follow shows one run, in the terminal and with --html as a page; give one RUN_DIR and no "
                        "other option")
+    given = {"--plot": args.plot, "--html": args.html, "--follow": args.follow, f"--export {args.export}": args.export}
+    for option in filter(given.get, PACKAGES):
+        need(option, *PACKAGES[option])
 
 
 def report(args):
@@ -74,7 +80,8 @@ def report(args):
     if args.follow:
         from reports.follow import follow
 
-        return follow(args.run_dirs[0], args.html, args.x)
+        follow(args.run_dirs[0], args.html, args.x)
+        return 0
     run_dirs = list(dict.fromkeys(args.run_dirs))  # one that is named twice would be counted twice
     alone = len(run_dirs) == 1
     every = [gather(run_dir, compress=alone or args.json) for run_dir in run_dirs]
@@ -84,17 +91,14 @@ def report(args):
         lines = comparison(every) if args.compare else table(every[0]) if alone else side_by_side(every)
         print("\n".join(lines), flush=True)
     if args.plot:
-        from reports.panels import pictures
         from reports.picture import draw
 
-        draw(pictures(every), args.x, args.plot)
+        draw(every, args.x, args.plot)
     if args.html:
         from reports.page import page
 
         page(every, args.x, args.html, args.compare)
     if args.export:
-        from reports.export import export
-
         export(every, args.export, args.to)
     return 0
 

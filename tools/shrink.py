@@ -33,17 +33,12 @@ def sizes(args, env=None):
     pairs = [arg for arg in args if not arg.startswith("@")]
     record = parse(files)
     small = read(SHRINK)
-    for name in OFF_AT_0:
-        if not getattr(record, name.lower()):
-            small.pop(name, None)
     for file in files:
-        small_file = Path(file[1:].removesuffix("settings.env")) / "small.env"
-        if small_file.is_file():
-            small |= read(small_file)
-    for name in env or ():
-        small.pop(name, None)
-    small_pairs = [f"{name}={value}" for name, value in small.items()]
-    idle = parse([*files, *small_pairs, *pairs], env).idle()
+        own = Path(file[1:].removesuffix("settings.env")) / "small.env"
+        small |= read(own) if own.is_file() else {}
+    off = [name for name in OFF_AT_0 if not getattr(record, name.lower())]
+    small = {name: value for name, value in small.items() if name not in (*off, *(env or ()))}
+    idle = parse([*files, *(f"{name}={value}" for name, value in small.items()), *pairs], env).idle()
     return {name: value for name, value in small.items() if name not in idle}
 
 

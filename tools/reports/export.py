@@ -20,6 +20,8 @@ def export(every, kind, to):
     for facts, name in zip(every, names_of(every)):
         name = name.strip("/").replace("/", "_")
         path = to if len(every) == 1 else to / (f"{name}.csv" if kind == "csv" else name)
+        if kind != "csv":
+            make_empty(path)
         WRITERS[kind](facts, name, path)
 
 
@@ -34,11 +36,8 @@ def write_csv(facts, name, path):
 
 def write_tensorboard(facts, name, path):
     """An event file; TensorBoard's relative time is the clock of the training."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise BadInput("--export tensorboard needs tensorboardX: pip install -r requirements-dev.txt") from None
-    make_empty(path)
+    from tensorboardX import SummaryWriter
+
     with SummaryWriter(str(path)) as writer:
         for point in facts["points"]:
             for column, tag in TAGS.items():
@@ -53,11 +52,8 @@ def write_tensorboard(facts, name, path):
 
 def write_wandb(facts, name, path):
     """An offline run, which `wandb sync` sends where its owner wants it."""
-    try:
-        import wandb
-    except ImportError:
-        raise BadInput("--export wandb needs wandb: pip install wandb") from None
-    make_empty(path)
+    import wandb
+
     run = wandb.init(mode="offline", project="parameter-golf", name=name, dir=str(path), config=facts["settings"],
                      settings=wandb.Settings(console="off", silent=True))
     for point in facts["points"]:

@@ -2,41 +2,33 @@
 
 import time
 
-from common import BadInput
+from rich import console, live, progress_bar, table, text
+
 from reports.facts import gather, names_of
-from reports.reading import number
-from reports.table import bits
 
 SECONDS = 1.0  # between two looks at the run
 PAGE_SECONDS = 5.0  # between two pages
 
 
 def follow(run_dir, html, x):
-    """Show the run until it ends; returns the exit code. With `html` that file is its page, written as it goes."""
-    try:
-        from rich.console import Console
-        from rich.live import Live
-    except ImportError:
-        raise BadInput("--follow needs rich: pip install -r requirements-dev.txt") from None
-    console = Console()
+    """Show the run until it ends. With `html` that file is its page, written as it goes."""
+    terminal = console.Console()
     written = -PAGE_SECONDS  # when the page was
-    with Live(console=console, auto_refresh=False) as live:
-        while True:
+    ended = False
+    with live.Live(console=terminal, auto_refresh=False) as shown:
+        while not ended:
             facts = gather(run_dir, compress=False)
-            live.update(view(facts), refresh=True)
+            shown.update(view(facts), refresh=True)
             ended = facts["state"] != "running"
-            due = ended or time.monotonic() - written >= PAGE_SECONDS
-            if html and due:
+            if html and (ended or time.monotonic() - written >= PAGE_SECONDS):
                 from reports.page import page
 
                 page([gather(run_dir) if ended else facts], x, html)
                 written = time.monotonic()
-            if ended:
-                break
-            time.sleep(SECONDS)
-    if not console.is_terminal:
-        console.print()
-    return 0
+            if not ended:
+                time.sleep(SECONDS)
+    if not terminal.is_terminal:
+        terminal.print()
 
 
 def progress_of(facts):
@@ -49,30 +41,26 @@ def progress_of(facts):
 
 def view(facts):
     """What the terminal shows."""
-    from rich.console import Group
-    from rich.progress_bar import ProgressBar
-    from rich.table import Table
-    from rich.text import Text
+    def latest(column, form):
+        """The last value of a column of the points and its step, in this form; None if there is no value."""
+        known = [point for point in facts["points"] if point[column] is not None]
+        return form.format(known[-1][column], known[-1]["step"]) if known else None
 
-    points = facts["points"]
     share, eta = progress_of(facts)
-    trained = [point for point in points if point["train_loss"] is not None]
-    latest = trained[-1] if trained else {}
-    val = next((point for point in reversed(points) if point["val_bpb"] is not None), None)
     running = facts["state"] == "running"
-    shown = {
+    lines = {
         "phase": facts["phase"] if running else facts["ended"],
         "progress": f"{share:.0%} of the training",
         "step": f"{facts['steps']:,}",
-        "loss": f"{latest['train_loss']:.4f}" if latest else None,
-        "learning rate": f"{latest['lr_scale']:.3f} of its peak" if number(latest, "lr_scale") is not None else None,
-        "ms/step": f"{latest['ms_per_step']:.1f}" if number(latest, "ms_per_step") is not None else None,
-        "validation": f"{bits(val['val_bpb'])} BPB at step {val['step']:,}" if val else None,
-        "final score": f"{bits(facts['final_bpb'])} BPB" if facts["final_bpb"] is not None else None,
+        "loss": latest("train_loss", "{:.4f}"),
+        "learning rate": latest("lr_scale", "{:.3f} of its peak"),
+        "ms/step": latest("ms_per_step", "{:.1f}"),
+        "validation": latest("val_bpb", "{:.4f} BPB at step {:,}"),
+        "final score": None if facts["final_bpb"] is None else f"{facts['final_bpb']:.4f} BPB",
         "ETA of the training": f"{eta:,.0f} s" if eta and running and facts["phase"] == "training" else None}
-    table = Table.grid(padding=(0, 2))
-    table.add_row("", ProgressBar(total=1.0, completed=share, width=40))
-    for label, value in shown.items():
+    grid = table.Table.grid(padding=(0, 2))
+    grid.add_row("", progress_bar.ProgressBar(total=1.0, completed=share, width=40))
+    for label, value in lines.items():
         if value:
-            table.add_row(Text(label, style="dim"), Text(value))
-    return Group(Text(names_of([facts])[0], style="bold"), table)
+            grid.add_row(text.Text(label, style="dim"), text.Text(value))
+    return console.Group(text.Text(names_of([facts])[0], style="bold"), grid)

@@ -1,7 +1,10 @@
 """The panels as a picture, by matplotlib."""
 
+from matplotlib import cm, colors, figure, lines, rc_context, ticker
+
 from common import BadInput
-from reports.panels import AXES, BEST_TO_WORST, MOST_NAMES, Lines
+from reports.facts import names_of
+from reports.panels import AXES, BEST_TO_WORST, MOST_NAMES, colours_of, panels_of
 
 GROUND = "#fafaf8"  # opaque, so that what is behind it may be dark
 INK = "#24292f"
@@ -11,89 +14,76 @@ STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
     "legend.edgecolor": "none", "legend.facecolor": GROUND, "legend.fontsize": 9,
     "axes.titlesize": 11, "text.parse_math": False, "font.size": 10, "figure.dpi": 130, "svg.hashsalt": "report"}
-STYLES = {"line": {"linewidth": 1.3}, "points": {"linewidth": 1.3, "marker": "o", "markersize": 3},
-          "mark": {"linestyle": "", "marker": "D", "markersize": 6, "clip_on": False, "zorder": 3},
-          "small mark": {"linestyle": "", "marker": "D", "markersize": 3}}
+MARKERS = {"circle": "o", "diamond": "D"}
+DASHES = {"dash": "--", "dot": ":"}
 
 
-def draw(pictures, x, path):
-    """Write the panels to a file, .png or .svg, with the curves over this axis of AXES."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise BadInput("--plot needs matplotlib: pip install -r requirements-dev.txt") from None
-    if not any(isinstance(panel, Lines) for panel in pictures.panels):
-        raise BadInput(f"no training or validation lines to plot yet in {', '.join(pictures.names)}")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    height = max(1, -(-len(pictures.panels) // 2))
-    with plt.rc_context(STYLE):
-        figure, grid = plt.subplots(height, 2, figsize=(11, 3.4 * height), layout="constrained", squeeze=False)
-        for axes, panel in zip(grid.flat, pictures.panels):
-            axes.set_title(panel.title, loc="left")
-            if isinstance(panel, Lines):
-                draw_lines(axes, panel, pictures, x)
+def draw(every, x, path):
+    """Write the panels of these runs to a file, .png or .svg, with the curves over this axis of AXES."""
+    panels = panels_of(every)
+    names = names_of(every)
+    if not any(panel["data"][0]["type"] == "scatter" for panel in panels):
+        raise BadInput(f"no training or validation lines to plot yet in {', '.join(names)}")
+    height = -(-len(panels) // 2)
+    with rc_context(STYLE):
+        drawing = figure.Figure(figsize=(11, 3.4 * height), layout="constrained")
+        for place, panel in enumerate(panels, 1):
+            axes = drawing.add_subplot(height, 2, place)
+            axes.set_title(panel["layout"]["title"]["text"], loc="left")
+            if panel["data"][0]["type"] == "bar":
+                draw_bars(axes, **panel)
             else:
-                draw_bars(axes, panel, plt)
-        for axes in list(grid.flat)[len(pictures.panels):]:
-            axes.remove()
-        say_colours(figure, pictures, matplotlib)
+                draw_curves(axes, **panel, x=x, alone=len(every) == 1)
+        say_colours(drawing, names, *colours_of(every))
         try:
-            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+            drawing.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
         except OSError as error:
             raise BadInput(f"{path} cannot be written ({error.strerror})") from None
-        finally:
-            plt.close(figure)
 
 
-def draw_lines(axes, panel, pictures, x):
-    axes.set(xlabel=AXES[x][1], ylabel=panel.unit, ylim=panel.limits)
-    for curve in panel.curves:
-        axes.plot(curve.xs[x], curve.ys, color=pictures.colours[curve.run], **STYLES[curve.style])
-    for level, dashes in zip(panel.levels, ("--", ":")):
-        axes.axhline(level.value, color="#6a6f75", linestyle=dashes, linewidth=1.2)
-    axes.set_xlim(left=0)
-    if len(pictures.names) == 1:
-        named = [curve.name if curve.style == "mark" else "during training" for curve in panel.curves]
-        named += [level.name for level in panel.levels]
-        if len(named) > 1:
-            axes.legend(axes.lines, named)
+def draw_curves(axes, data, layout, x, alone):
+    for trace in data:
+        style = {"color": trace["line"]["color"], "linewidth": 1.3}
+        if marker := trace.get("marker"):
+            style |= {"marker": MARKERS[marker["symbol"]], "markersize": 0.6 * marker["size"]}
+        if trace["mode"] == "markers":  # at the edge, where the run ends
+            style |= {"linestyle": "", "clip_on": False, "zorder": 3}
+        axes.plot(trace["meta"]["xs"][x], trace["y"], **style)
+    for line in layout["shapes"]:
+        axes.axhline(line["y0"], color="#6a6f75", linestyle=DASHES[line["line"]["dash"]], linewidth=1.2)
+    axes.set(xlabel=AXES[x][1], xlim=(0, None), ylabel=layout["yaxis"]["title"]["text"], ylim=layout["yaxis"]["range"])
+    if alone and len(axes.lines) > 1:
+        named = [trace["name"] if trace["mode"] == "markers" else "during training" for trace in data]
+        axes.legend(axes.lines, [*named, *(line["label"]["text"] for line in layout["shapes"])])
 
 
-def draw_bars(axes, panel, plt):
+def draw_bars(axes, data, layout):
     """One bar a row, from the top; the names of many rows would lie over each other."""
-    axes.set(xlabel=panel.unit)
     axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.xaxis.set_major_locator(plt.MaxNLocator(4))
-    places = range(len(panel.rows))
-    left = [0] * len(panel.rows)
-    for part in panel.parts:
-        axes.barh(places, part.values, left=left, height=min(0.8, 0.3 * len(panel.rows)), color=part.colour)
-        left = [sum(values) for values in zip(left, part.values)]
-    shown = len(panel.rows) <= MOST_NAMES
-    axes.set(yticks=places if shown else [], yticklabels=panel.rows if shown else [],
-             ylim=(len(panel.rows) - 0.4, -0.6), ylabel="" if shown else f"{len(panel.rows)} runs")
-    handles = list(axes.containers)
-    named = [part.name for part in panel.parts]
-    if panel.limit:
-        handles.append(axes.axvline(panel.limit.value, color=INK, linestyle="--", linewidth=1.2))
-        named.append(panel.limit.name)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(4))
+    rows = data[0]["y"]
+    places = range(len(rows))
+    left = [0] * len(rows)
+    for trace in data:
+        axes.barh(places, trace["x"], left=left, height=min(0.8, 0.3 * len(rows)), color=trace["marker"]["color"])
+        left = [sum(values) for values in zip(left, trace["x"])]
+    shown = layout["yaxis"]["showticklabels"]
+    axes.set(xlabel=layout["xaxis"]["title"]["text"], yticks=places if shown else [], yticklabels=rows if shown else [],
+             ylim=(len(rows) - 0.4, -0.6), ylabel="" if shown else f"{len(rows)} runs")
+    limits = [axes.axvline(line["x0"], color=INK, linestyle="--", linewidth=1.2) for line in layout["shapes"]]
+    named = [*(trace["name"] for trace in data), *(line["label"]["text"] for line in layout["shapes"])]
     if len(named) > 1:
-        axes.legend(handles, named, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4)
+        axes.legend([*axes.containers, *limits], named, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4)
 
 
-def say_colours(figure, pictures, matplotlib):
+def say_colours(drawing, names, of_runs, scale):
     """Below the panels: the name of each colour, or the scale where the colours are scores."""
-    count = len(pictures.names)
-    if pictures.scale:
-        colours = matplotlib.colors.LinearSegmentedColormap.from_list("score", BEST_TO_WORST)
-        scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(*pictures.scale), colours)
-        figure.colorbar(scale, ax=figure.axes, location="bottom", fraction=0.02, aspect=80,
-                        label=f"{count} runs, colour: bits per byte")
-    elif 1 < count <= MOST_NAMES:
-        handles = [matplotlib.lines.Line2D([], [], color=colour, linewidth=3) for colour in pictures.colours]
-        # A name that begins with _ would be left out.
-        names = [f" {name}" for name in pictures.names]
-        figure.legend(handles, names, loc="outside lower center", ncols=min(count, 5))
+    if scale:
+        shades = colors.LinearSegmentedColormap.from_list("score", BEST_TO_WORST)
+        drawing.colorbar(cm.ScalarMappable(colors.Normalize(*scale), shades), ax=drawing.axes, location="bottom",
+                         fraction=0.02, aspect=80, label=f"{len(names)} runs, colour: bits per byte")
+    elif 1 < len(names) <= MOST_NAMES:
+        handles = [lines.Line2D([], [], color=colour, linewidth=3) for colour in of_runs]
+        named = [f" {name}" for name in names]  # what begins with _ would be left out
+        drawing.legend(handles, named, loc="outside lower center", ncols=min(len(names), 5))

@@ -2,7 +2,6 @@
 
 import json
 import math
-from typing import NamedTuple
 
 import numpy as np
 
@@ -11,37 +10,34 @@ from common import BadInput
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
+def parsed(text):
+    """The object that this JSON describes; {} if it is damaged or something else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def read_events(path):
     """(events, number of damaged lines). A run that was killed may leave half a line."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}; give the folder of a run, such as logs/RUN_ID") from None
-    events = []
-    damaged = 0
-    for line in filter(str.strip, lines):
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
-            event = None
-        if isinstance(event, dict) and isinstance(event.get("event"), str):
-            events.append(event)
-        else:
-            damaged += 1
+    found = [parsed(line) for line in lines if line.strip()]
+    events = [event for event in found if isinstance(event.get("event"), str)]
     if not events:
         raise BadInput(f"{path} holds no events of a run")
-    return events, damaged
+    return events, len(found) - len(events)
 
 
 def read_summary(path):
     """The summary of a run that came to its end, or None."""
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (ValueError, RecursionError, OSError):
-        summary = None
-    if not isinstance(summary, dict):
+    summary = parsed(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else {}
+    if not summary:
         raise BadInput(f"{path} is not the summary of a run; delete it to see the rest")
     return summary
 
@@ -66,39 +62,32 @@ def sentences(summary, key):
 
 def last(events, kind, accept=lambda event: True):
     """The last event of this kind that `accept` accepts, or None."""
-    for event in reversed(events):
-        if event["event"] == kind and accept(event):
-            return event
-    return None
+    return next((event for event in reversed(events) if event["event"] == kind and accept(event)), None)
 
 
 # ---- how it ended ---------------------------------------------------------------------------------------------------
 
 
-class State(NamedTuple):
-    """How a run stands."""
-
-    kind: str  # finished, running, diverged, interrupted, failed or killed
-    words: str
-
-
 def state_of(events, has_summary, holder):
-    """The State of a run. What a resumed run wrote before counts no more."""
+    """(finished, running, diverged, interrupted, failed or killed; the same in words). What a resumed run wrote before
+    counts no more.
+    """
     if holder:
-        return State("running", f"running ({holder})")
-    beginnings = [place for place, event in enumerate(events) if event["event"] == "run"]
-    session = events[beginnings[-1]:] if beginnings else events
+        return "running", f"running ({holder})"
+    begin = max((place for place, event in enumerate(events) if event["event"] == "run"), default=0)
+    session = events[begin:]
     ended = last(session, "ended")
     if ended:
         reason = text(ended, "reason") or "no reason given"
         if number(ended, "exit_code") == 4:
-            return State("diverged", f"diverged ({reason})")
-        kind = "interrupted" if reason.startswith("interrupted") else "failed"
-        return State(kind, reason if kind == "interrupted" else f"failed: {reason}")
+            return "diverged", f"diverged ({reason})"
+        if reason.startswith("interrupted"):
+            return "interrupted", reason
+        return "failed", f"failed: {reason}"
     summary_is_older = last(events, "summary") and not last(session, "summary")
     if has_summary and not summary_is_older:
-        return State("finished", "finished")
-    return State("killed", "killed (no word of an end, and no process holds run.lock)")
+        return "finished", "finished"
+    return "killed", "killed (no word of an end, and no process holds run.lock)"
 
 
 # Phases by the events that are written while they last; any other event leaves the phase as it is.
@@ -134,37 +123,28 @@ def points_of(events):
             points = {earlier: point for earlier, point in points.items() if earlier < step}
         latest = step
         point = points.setdefault(step, {**dict.fromkeys(COLUMNS), "step": step, "seconds": ms / 1000})
-        for key in ("train_loss", "lr_scale", "val_loss", "val_bpb"):
-            if key in event:
-                point[key] = number(event, key)
-        tokens = (number(event, "tokens_per_second") or math.nan) * ms / 1000
-        if math.isfinite(tokens):
-            point["tokens"] = round(tokens)
-    rows = list(points.values())
-    add_tokens(rows)
-    add_step_times(rows)
-    return rows
+        point |= {key: number(event, key) for key in ("train_loss", "lr_scale", "val_loss", "val_bpb") if key in event}
+        if rate := number(event, "tokens_per_second"):
+            point["tokens"] = round(rate * ms / 1000)
+    add_tokens_and_times(list(points.values()))
+    return list(points.values())
 
 
-def add_tokens(rows):
-    known = [(0, 0), *((row["step"], row["tokens"]) for row in rows if row["tokens"] is not None)]
+def add_tokens_and_times(points):
+    """Tokens where they are not known, and milliseconds a step since the training line before."""
+    known = [(0, 0), *((point["step"], point["tokens"]) for point in points if point["tokens"] is not None)]
     steps, tokens = zip(*known)
-    for row in rows:
-        if row["tokens"] is None and len(known) > 1:
-            row["tokens"] = round(float(np.interp(row["step"], steps, tokens)))
-
-
-def add_step_times(rows):
-    """Milliseconds a step since the training line before."""
     step, seconds = 0, 0.0
-    for row in rows:
-        if row["train_loss"] is None:
+    for point in points:
+        if point["tokens"] is None and len(known) > 1:
+            point["tokens"] = round(float(np.interp(point["step"], steps, tokens)))
+        if point["train_loss"] is None:
             continue
-        if row["step"] > step and row["seconds"] > seconds:
-            row["ms_per_step"] = 1000 * (row["seconds"] - seconds) / (row["step"] - step)
-        step, seconds = row["step"], row["seconds"]
+        if point["step"] > step and point["seconds"] > seconds:
+            point["ms_per_step"] = 1000 * (point["seconds"] - seconds) / (point["step"] - step)
+        step, seconds = point["step"], point["seconds"]
 
 
-def curve(points, key, x="seconds"):
-    """[(x, value)] of the points that have both."""
-    return [(point[x], point[key]) for point in points if None not in (point[x], point[key])]
+def curve(points, key):
+    """[(seconds, value)] of the points that have this value."""
+    return [(point["seconds"], point[key]) for point in points if point[key] is not None]

@@ -4,12 +4,12 @@ import shlex
 from typing import NamedTuple
 
 from reports.facts import names_of
+from tables import Column, aligned
 
 PHASES = {"warmup": "warm-up (outside the clock)", "train": "training", "calibrate": "calibration", "export": "packing",
           "eval": "scoring", "validate": "validation on the way (outside the clock)",
           "selftest": "self-tests (outside the clock)"}
-
-
+RIVALS = {"xz -9e": "xz_bpb", "brotli -q 11": "brotli_bpb"}
 NONE = "-"  # the value of what a run has not, or not yet
 
 
@@ -21,8 +21,9 @@ class Row(NamedTuple):
     remark: str = ""
 
 
-def bits(value, sign=""):
-    return NONE if value is None else f"{value:{sign}.4f}"
+def shown(value, form=".4f"):
+    """A number or a text in this format; bits per byte have four digits."""
+    return NONE if value is None else format(value, form)
 
 
 def rows(facts):
@@ -31,10 +32,9 @@ def rows(facts):
     yield from score_rows(facts)
     yield from size_and_training_rows(facts)
     yield Row("Seconds")
-    known = [phase for phase in PHASES if phase in facts["seconds"]]
-    for phase in known + [phase for phase in facts["seconds"] if phase not in PHASES]:
-        if facts["seconds"][phase]:  # what did not happen is no line
-            yield Row(PHASES.get(phase, phase), f"{facts['seconds'][phase]:,.1f}")
+    for phase in dict.fromkeys((*PHASES, *facts["seconds"])):
+        if seconds := facts["seconds"].get(phase):  # what did not happen is no line
+            yield Row(PHASES.get(phase, phase), f"{seconds:,.1f}")
     yield from verdict_rows(facts)
 
 
@@ -57,23 +57,23 @@ def score_rows(facts):
     kind = facts["final_kind"].replace("_", " ")
     if "sliding" in kind:
         kind = "sliding window: every token with much context"
-    yield Row("final, of the packed model", bits(facts["final_bpb"]), kind)
+    yield Row("final, of the packed model", shown(facts["final_bpb"]), kind)
     step = "" if facts["before_at_step"] is None else f" of step {facts['before_at_step']}"
     weights = f"contiguous windows, {facts['before_weights']} weights{step}"
-    yield Row("before packing", bits(facts["before_bpb"]), weights)
-    yield Row("cost of packing", bits(facts["packing_cost_bpb"], "+"), "contiguous windows, after minus before")
+    yield Row("before packing", shown(facts["before_bpb"]), weights)
+    yield Row("cost of packing", shown(facts["packing_cost_bpb"], "+.4f"), "contiguous windows, after minus before")
     rivals = facts["compressors"]
     if "note" in rivals:
         yield Row(f"xz and brotli ({rivals['note']})", NONE)
         return
     extent = "the same" if rivals["whole"] else "only the first"
-    yield Row("xz -9e", bits(rivals["xz_bpb"]), f"{extent} {rivals['text_bytes']:,} bytes")
-    yield Row("brotli -q 11", bits(rivals["brotli_bpb"]), f"{extent} {rivals['text_bytes']:,} bytes")
+    for label, key in RIVALS.items():
+        yield Row(label, shown(rivals[key]), f"{extent} {rivals['text_bytes']:,} bytes")
 
 
 def size_and_training_rows(facts):
     def count(label, key, remark=""):
-        return Row(label, NONE if facts[key] is None else f"{facts[key]:,.0f}", remark)
+        return Row(label, shown(facts[key], ",.0f"), remark)
 
     limit = f"limit {facts['limit_bytes']:,}" if facts["limit_bytes"] else ""
     too_large = (facts["margin_bytes"] or 0) < 0
@@ -98,39 +98,31 @@ def size_and_training_rows(facts):
 
 
 def verdict_rows(facts):
+    """A yes with what it means, or a no with a line for each reason."""
     tests = ", ".join(facts["tests"])
     untested = f"not all of {tests} passed" if tests else "left out: SELFTEST=0"
-    true_length = "the score is a true code length of the text that was scored"
     yield Row("Verdict")
-    yield from verdict("valid", facts["valid"], true_length, facts["reasons"])
-    yield from verdict("self-tested", facts["tested"], f"{tests} passed", [untested])
-    could_be = "could be a record of the contest"
-    yield from verdict("record-eligible", facts["eligible"], could_be, facts["eligible_reasons"])
-
-
-def verdict(label, answer, praise, reasons):
-    """A yes with what it means, or a no with a line for each reason."""
-    if not answer:
-        yield Row(label, NONE)
-        return
-    first, *others = [praise] if answer == "yes" else reasons or [""]
-    yield Row(label, answer, first)
-    for reason in others:
-        yield Row("", "", reason)
+    for label, key, praise, reasons in (
+            ("valid", "valid", "the score is a true code length of the text that was scored", facts["reasons"]),
+            ("self-tested", "tested", f"{tests} passed", [untested]),
+            ("record-eligible", "eligible", "could be a record of the contest", facts["eligible_reasons"])):
+        answer = facts[key] or NONE
+        remarks = {"yes": [praise], NONE: []}.get(answer, reasons)
+        yield Row(label, answer, "".join(remarks[:1]))
+        yield from (Row("", "", remark) for remark in remarks[1:])
 
 
 def table(facts):
     """Aligned lines. What the run does not have, or not yet, is named in one line at the end."""
     every = list(rows(facts))
     missing = [row.label for row in every if row.value == NONE]
-    shown = [row for row in every if row.value != NONE]
-    left = max((len(row.label) for row in shown if row.value is not None), default=0)
-    right = max((len(row.value) for row in shown if row.value is not None), default=0)
-    for row, following in zip(shown, [*shown[1:], Row("")]):
-        about_the_run = row.label.startswith(("Run", "  "))
+    kept = [row for row in every if row.value != NONE]
+    left = max((len(row.label) for row in kept if row.value is not None), default=0)
+    right = max((len(row.value) for row in kept if row.value is not None), default=0)
+    for row, following in zip(kept, [*kept[1:], Row("")]):
         if row.value is not None:
             yield f"  {row.label:<{left}}  {row.value:>{right}}  {row.remark}".rstrip()
-        elif about_the_run:
+        elif row.label.startswith(("Run", "  ")):  # about the run
             yield row.label
         elif following.value is not None:  # a heading with something below it
             yield f"\n{row.label}"
@@ -142,38 +134,35 @@ def table(facts):
 
 
 OF_THE_PLACE = ("RUN_ID", "OUT_DIR")  # settings that change nothing that comes out
-# (label, key of the facts, format)
 RESULTS = (
-    ("how it ended", "state", ""), ("final, of the packed model", "final_bpb", ".4f"),
-    ("before packing", "before_bpb", ".4f"), ("cost of packing", "packing_cost_bpb", "+.4f"),
-    ("bytes in total", "total_bytes", ",.0f"), ("parameters", "params", ",.0f"), ("steps", "steps", ",.0f"),
-    ("training, seconds", "train_seconds", ",.1f"), ("tokens per second", "tokens_per_second", ",.0f"),
-    ("peak memory, MiB", "peak_memory_mib", ",.0f"), ("valid", "valid", ""), ("commit", "commit", ""))
+    Column("how it ended", "state"), Column("final, of the packed model", "final_bpb", ".4f"),
+    Column("before packing", "before_bpb", ".4f"), Column("cost of packing", "packing_cost_bpb", "+.4f"),
+    Column("bytes in total", "total_bytes", ",.0f"), Column("parameters", "params", ",.0f"),
+    Column("steps", "steps", ",.0f"), Column("training, seconds", lambda run: run["seconds"].get("train", 0), ",.1f"),
+    Column("tokens per second", "tokens_per_second", ",.0f"), Column("peak memory, MiB", "peak_memory_mib", ",.0f"),
+    Column("valid", "valid"), Column("commit", "commit"))
 
 
-def results(facts):
-    """[(label, value or None, its text)] of what came out of a run."""
-    facts = {**facts, "train_seconds": facts["seconds"].get("train", 0.0)}
-    return [(label, facts[key], NONE if facts[key] is None else format(facts[key], form))
-            for label, key, form in RESULTS]
+def results(every):
+    """{label: [its text for each run]} of what came out."""
+    return {column.heading: [column.cell(facts) for facts in every] for column in RESULTS}
 
 
 def side_by_side(every):
     """Lines with a column for each run: the settings in which they differ, and what came out."""
-    lines = [["Run", *names_of(every)], ["Settings that differ"]]
-    lines += differing_settings([facts["settings"] for facts in every])
-    lines.append(["Results"])
+    changed = differing_settings([facts["settings"] for facts in every])
+    lines = list(changed.items())
     finals = [facts["final_bpb"] for facts in every]
-    for cells in zip(*map(results, every)):
-        label = cells[0][0]
-        lines.append([label, *(shown for _, _, shown in cells)])
+    for label, values in results(every).items():
+        lines.append((label, values))
         if label.startswith("final") and None not in finals:
-            lines.append(["difference to the first", *(bits(value - finals[0], "+") for value in finals)])
-    yield from aligned(lines)
-    yield "\n" + (different_texts(every) or ONE_RUN_EACH)
-
-
-ONE_RUN_EACH = "One run each: tools/sweep.py measures a change over seeds, with its spread."
+            lines.append(("difference to the first", [f"{value - finals[0]:+.4f}" for value in finals]))
+    columns = [Column("Run", "label"), *(Column(name, place, "") for place, name in enumerate(names_of(every)))]
+    cells = [{"label": label, **dict(enumerate(values))} for label, values in lines]
+    head, *below = (f"  {line}" for line in aligned(columns, cells))
+    yield from (head, "\nSettings that differ", *below[:len(changed)], "\nResults", *below[len(changed):])
+    hint = "One run each: tools/sweep.py measures a change over seeds, with its spread."
+    yield f"\n{different_texts(every) or hint}"
 
 
 def different_texts(every):
@@ -182,25 +171,11 @@ def different_texts(every):
     return "They scored different texts: the scores do not compare." if len(texts) > 1 else ""
 
 
-def aligned(lines):
-    """Lines of cells, the first of them to the left; a single cell is a heading."""
-    widths = [max(map(len, column)) for column in zip(*(line for line in lines if len(line) > 1))]
-    for label, *values in lines:
-        if values:
-            cells = "".join(f"  {value:>{width}}" for value, width in zip(values, widths[1:]))
-            yield f"  {label:<{widths[0]}}{cells}"
-        else:
-            yield f"\n{label}"
-
-
 def differing_settings(every, but=OF_THE_PLACE):
-    """[[name, its value in each run]] of the settings {name: text} that are not the same in all of them."""
-    found = []
-    for name in sorted({name for settings in every for name in settings} - set(but)):
-        values = [settings.get(name, "default") for settings in every]
-        if len(set(values)) > 1:
-            found.append([name, *values])
-    return found
+    """{name: [its value in each run]} of the settings {name: text} that are not the same in all of them."""
+    names = sorted({name for settings in every for name in settings} - set(but))
+    values = {name: [settings.get(name, "default") for settings in every] for name in names}
+    return {name: of_runs for name, of_runs in values.items() if len(set(of_runs)) > 1}
 
 
 def text_of(facts):
