@@ -72,7 +72,7 @@ def at_size_by_tensor(subject, s, size):
     bytes are spent (Lagrange); a factor on all k, close to 1, then meets the size. The entropy in place of the coder
     cost 2 %.
     """
-    stores = subject.clipped(s)
+    stores = {name: store for name, store in subject.quantiser(s).stores.items() if store.sigmas}
     steps, curves = cost_curves(subject, s, stores)
 
     def encode(factor):

@@ -94,38 +94,16 @@ def encode_row(subject, name, budget):
     return subject.quantiser(s).encode(), None
 
 
-def code_facts(subject, name, encoded, spacing):
-    """What a row's codes are before any compressor sees them."""
-    codes = [one.arrays[part].numpy() for one in encoded.values() for part in trainer.CODED
-             if part in one.arrays]
-    squared_error, felt_error = subject.errors(encoded)
+def code_row(name, encoded, **facts):
+    """A row of the table of codes: what they are before any compressor sees them."""
+    codes = [one.arrays[part].numpy() for one in encoded.values() for part in trainer.CODED if part in one.arrays]
     return {
         "table": "codes",
         "row": name,
-        "settings": ROWS[name],
-        "spacing": spacing,
+        **facts,
         "codes": sum(one.arrays["q"].numel() for one in encoded.values() if "q" in one.arrays),
-        "squared_error": squared_error,
-        "felt_error": felt_error,
         "tensor_entropy_bytes": sum(map(tensor_entropy, codes)) if codes else None,
         "row_entropy_bytes": sum(map(row_entropy, codes)) if codes else None,
-    }
-
-
-def loaded_facts(loaded, name, encoded):
-    """code_facts() of a Loaded, which has no curvature."""
-    codes = {parameter: one.arrays["q"].numpy() for parameter, one in encoded.items()}
-    tensors = [{"name": parameter, "shape": q.shape, "entropy_bytes": tensor_entropy(q)}
-               for parameter, q in codes.items()]
-    return {
-        "table": "codes",
-        "row": name,
-        "weights": loaded.path,
-        "matrices": len(tensors),
-        "codes": loaded.parameters,
-        "tensor_entropy_bytes": sum(tensor["entropy_bytes"] for tensor in tensors),
-        "row_entropy_bytes": sum(map(row_entropy, codes.values())),
-        "tensors": tensors,
     }
 
 
@@ -396,7 +374,10 @@ def run_loaded(args):
         for loaded, (bits, k) in itertools.product(map(Loaded, args.weights), args.clips):
             name = f"{Path(loaded.path).name} int{bits}, k = {k:g}"
             encoded = loaded.encode(bits, k)
-            report.add(loaded_facts(loaded, name, encoded))
+            codes = {parameter: one.arrays["q"].numpy() for parameter, one in encoded.items()}
+            tensors = [{"name": parameter, "shape": q.shape, "entropy_bytes": tensor_entropy(q)}
+                       for parameter, q in codes.items()]
+            report.add(code_row(name, encoded, weights=loaded.path, matrices=len(tensors), tensors=tensors))
             report.add_all(measure_sizes(loaded, name, encoded, names, args.folder))
     return report
 
@@ -435,7 +416,9 @@ def run(args):
         for name in args.rows:
             harness.progress(f"encoding {name}")
             encoded, spacing = encode_row(subject, name, budget)
-            report.add(code_facts(subject, name, encoded, spacing))
+            squared_error, felt_error = subject.errors(encoded)
+            report.add(code_row(name, encoded, settings=ROWS[name], spacing=spacing, squared_error=squared_error,
+                                felt_error=felt_error))
             names = compressors_of(args, CONTAINERS if name == REFERENCE else PLAIN)
             report.add_all(measure_sizes(subject, name, encoded, names, args.folder))
         if args.score:

@@ -158,14 +158,6 @@ class Demonstration(Scoring):
         trainer.save_artifact(path, model, s, self.digest, None, self.curvature, room)
         return path
 
-    def artifact(self, run):
-        """The one that a row scores."""
-        if run.s.ttt != "prequant":
-            return self.path
-        model = copy.deepcopy(self.raw)
-        trainer.train_on_validation(run, model, self.val)
-        return self.pack(model, run.s, "prequant.pg")
-
     def score(self, variant, text):
         """A row of the report."""
         s = self.settings(text)
@@ -174,7 +166,11 @@ class Demonstration(Scoring):
             rows = max(MOST_PROBABILITIES // (s.eval_seq_len * s.vocab_size), 1)
             s = dataclasses.replace(s, eval_batch_seqs=min(s.eval_batch_seqs, rows))
         run = self.start(s)
-        path = self.artifact(run)
+        path = self.path
+        if s.trains_before_packing:
+            model = copy.deepcopy(self.raw)
+            trainer.train_on_validation(run, model, self.val)
+            path = self.pack(model, s, "prequant.pg")
         model = self.load_model(path, s)
         with dividing() if variant.divided else contextlib.nullcontext():
             predictor, reader = self.begin(run, model)

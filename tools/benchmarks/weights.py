@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -90,21 +91,12 @@ class Subject(Artifact):
         quantiser.factors = self.factors
         return quantiser
 
-    def clipped(self, s):
-        """{parameter: Store} of those that settings clip at a multiple of the spread of their rows."""
-        return {name: store for name, store in self.quantiser(s).stores.items() if store.sigmas}
-
     def encode_clipped(self, s, sigmas):
         """Encode by settings, but clip each parameter in `sigmas` at a multiple of its own."""
-        quantiser = self.quantiser(s)
-        for name, k in sigmas.items():
-            quantiser.stores[name] = quantiser.stores[name]._replace(sigmas=k)
-        groups = {}
-        for (shape, _), names in quantiser.groups.items():
-            for name in names:
-                groups.setdefault((shape, quantiser.stores[name]), []).append(name)
-        quantiser.groups = groups
-        return quantiser.encode()
+        stores = trainer.storage(self.model, s)
+        stores |= {name: stores[name]._replace(sigmas=k) for name, k in sigmas.items()}
+        with mock.patch.object(trainer, "storage", lambda *_: stores):
+            return self.quantiser(s).encode()
 
     def contents(self, encoded):
         header = {key: self.header[key] for key in ("settings", "looping", "tokenizer_sha256")}
