@@ -30,7 +30,7 @@ from toy import BOS, TOY
 import bench
 import common
 import train_gpt as tg
-from benchmarks import budgets, containers, evaluation, packing, training, validity, weights
+from benchmarks import budgets, containers, evaluation, harness, packing, training, validity, weights
 from benchmarks.harness import measure
 from benchmarks.ratios import Ratio, differs, ratio_of_blocks
 
@@ -47,14 +47,17 @@ def command(words, env=None, launcher=()):
                           env=clean_env(env), timeout=100, capture_output=True, stdin=subprocess.DEVNULL, check=False)
 
 
+APART = harness.measure_apart
+
+
 @contextlib.contextmanager
-def here(*modules):
+def here():
     """A command in this process: its jobs, too, and no settings from the environment. Gives the lines it prints."""
     with pytest.MonkeyPatch.context() as patch:
         for name in set(os.environ) - set(clean_env()):
             patch.delenv(name)
-        for module in modules:
-            patch.setattr(module, "measure_apart", measure)
+        if harness.measure_apart is APART:  # else a test has its own
+            patch.setattr(harness, "measure_apart", lambda work, job, *_: measure(work, job))
         printed = []
         patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
         yield printed
@@ -78,7 +81,7 @@ def flops(s, length, looping=True):
     with torch.device("meta"):
         objective = tg.Objective(tg.GPT(s, init=False), s)
     objective.model.looping = s.loops and looping
-    return training.flops_per_token(tg.roles, objective, objective.model, s, length)
+    return training.flops_per_token(objective, s, length)
 
 
 # ---- FLOPs ----------------------------------------------------------------------------------------------------------
@@ -191,7 +194,7 @@ def toy_run(tmp_path_factory):
         patch.setattr(torch, "compile", lambda function, **options: function)
         for name in set(os.environ) - set(clean_env()):
             patch.delenv(name)
-        patch.setattr(training, "measure_apart", lambda work, job, env: measure(work, job))
+        patch.setattr(harness, "measure_apart", lambda work, job, env: measure(work, job))
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             assert bench.main(words) == 0
     return subprocess.CompletedProcess(words, 0, out.getvalue(), err.getvalue()), read(path)
@@ -306,11 +309,11 @@ def test_both_states_of_a_loop_and_packed_documents_are_rows_of_their_own(tmp_pa
 
 def test_stages_and_loops_are_states_that_share_the_run():
     s = settings(" ".join(TOY) + " NUM_LOOPS=1 LOOP_START=1 LOOP_END=2 TRAIN_SEQ_SCHEDULE=16@0.1,32@0.6,64@1")
-    names, where = zip(*training.Session.states(s).items())
+    names, where = zip(*training.states_of(s).items())
     assert names == ("off 1", "off 2", "on 2", "on 3")
     assert [state.progress for state in where] == pytest.approx([0.05, 0.225, 0.475, 0.8])
     assert [state.share for state in where] == pytest.approx([0.1, 0.25, 0.25, 0.4])
-    assert list(training.Session.states(settings("NUM_LOOPS=1 ENABLE_LOOPING_AT=0"))) == ["on"]
+    assert list(training.states_of(settings("NUM_LOOPS=1 ENABLE_LOOPING_AT=0"))) == ["on"]
 
 
 def test_several_ranks_want_one_mode(capsys, monkeypatch):
@@ -344,35 +347,37 @@ def test_a_pair_takes_turns_and_weighs_the_states_of_a_run(monkeypatch, tmp_path
     took, built = [], []
 
     class Fake:
-        def __init__(self, words, mode, folder):
-            self.name, self.trainer, self.backends, self.rt, self.s = words[0], self, [], self, words[0]
+        def __init__(self, s):
+            self.name, self.backends, self.rt, self.s = s, [], self, s
             self.device, self.world = torch.device("cpu"), 1
             built.append(self.name)
 
-        def states(self, name):
-            by_progress = {0.1: 0.25, 0.9: 0.75} if name == "mine" else {0: 1}
-            return {str(at): training.State(at, share) for at, share in by_progress.items()}
-
-        def enter(self, state):
-            self.state = state
+        def be_in(self, state):
+            self.now = state
 
         def nothing(self, *args):
             return {}
 
-        build = warm_up = close = _set_sdpa = facts = nothing
+        begin = facts = max = nothing
+
+    def states_of(name):
+        by_progress = {0.1: 0.25, 0.9: 0.75} if name == "mine" else {0: 1}
+        return {str(at): training.State(at, share) for at, share in by_progress.items()}
 
     def time_steps(session, steps):
-        took.append((session.name, session.state.progress))
+        took.append((session.name, session.now.progress))
         return [9e9], [{("reference", 0): 10.0, ("mine", 0.1): 8.0, ("mine", 0.9): 16.0}[took[-1]]], 0.0
 
-    monkeypatch.setattr(training, "Session", Fake)
+    monkeypatch.setattr(training, "opened", lambda s, *_: contextlib.nullcontext(Fake(s)))
+    monkeypatch.setattr(training, "states_of", states_of)
+    monkeypatch.setattr(tg, "_set_sdpa", lambda *names: None)
     monkeypatch.setattr(training, "time_steps", time_steps)
-    job = {"settings": ["mine"], "against": ["reference"], "mode": "eager", "folder": str(tmp_path), "warmup": 1, "steps": 2,
-           "first": 0}
+    job = {"sides": ["mine", "reference"], "mode": "eager", "folder": str(tmp_path), "warmup": 1, "steps": 2, "first": 1,
+           "peak_tflops": None}
     assert measure(training.measure_block, job)["pairs"] == [[10.0, 0.25 * 8 + 0.75 * 16]] * 2
     turn = [("reference", 0)], [("mine", 0.1), ("mine", 0.9)]
     assert took == [*turn[0], *turn[1], *turn[1], *turn[0], *turn[0], *turn[1]]
-    measure(training.measure_block, job | {"first": 1})
+    measure(training.measure_block, job | {"first": 0})
     assert built == ["reference", "mine", "mine", "reference"], "who is built first alternates"
 
 
@@ -400,7 +405,7 @@ ROUNDED = [*TOY, "LATE_QAT_THRESHOLD=0.47", "MAX_WALLCLOCK_SECONDS=0", "ITERATIO
     ("WARMDOWN_FRAC=0.5 NUM_LOOPS=1 LOOP_START=1 LOOP_END=2 ENABLE_LOOPING_AT=0.9", 1 - 0.47 * 0.5),
     ("WARMDOWN_FRAC=0.5 MIN_LR=0.5", None), ("WARMDOWN_FRAC=0", None)])
 def test_share_of_late_qat_is_that_of_a_run(toy, tmp_path, more, begins):
-    states = training.Session.states(settings(" ".join(ROUNDED) + " " + more))
+    states = training.states_of(settings(" ".join(ROUNDED) + " " + more))
     assert sum(state.share for state in states.values()) == pytest.approx(1)
     assert all(name.endswith(" qat") == state.rounded for name, state in states.items())
     share = sum(state.share for state in states.values() if state.rounded)
@@ -415,15 +420,15 @@ def test_when_late_qat_begins_may_be_unknown(capsys, monkeypatch):
     for name in set(os.environ) - set(clean_env()):
         monkeypatch.delenv(name)
     by_the_clock = [*TOY, "MAX_WALLCLOCK_SECONDS=600", "LATE_QAT_THRESHOLD=0.2", "WARMDOWN_ITERS=100", "NUM_LOOPS=1", "LOOP_START=1", "LOOP_END=2"]
-    states = training.Session.states(settings(" ".join(by_the_clock)))
+    states = training.states_of(settings(" ".join(by_the_clock)))
     assert {name: state.share for name, state in states.items()} == {"off": 0.35, "on": None, "on qat": None}
     assert bench.main(["train", *by_the_clock, "--against", *TOY]) == 2
     assert "WARMDOWN_FRAC in place of WARMDOWN_ITERS" in capsys.readouterr().err
-    report = training.Report("train", mock.Mock(json=None), [], training.document, steps=1, warmup=1, repeats=1)
-    report["rows"] = [training.make_row("eager", "on", None, [{"error": "none"}], None)]
-    assert "shares of its states are unknown" in "\n".join(training.header(report))
+    report = harness.Report(mock.Mock(json=None, command="train"), training.document, "", steps=1, warmup=1, repeats=1)
+    report.add({"mode": "eager", "looping": "on", "share": None, "error": "none"})
+    assert "shares of its states are unknown" in "\n".join(training.document(report))
     seconds = settings("LATE_QAT_THRESHOLD=0.2 WARMDOWN_FRAC=0 WARMDOWN_SECONDS=60 FIT=off MATRIX_QUANT=rtn EMBED_QUANT=rtn")
-    assert training.Session.rounded_from(seconds) == pytest.approx(1 - 0.2 * 60 / 600, abs=2e-6)
+    assert training.rounded_from(seconds) == pytest.approx(1 - 0.2 * 60 / 600, abs=2e-6)
 
 
 @pytest.mark.parametrize("fit", ["FIT=allocate MATRIX_QUANT=rtn EMBED_QUANT=rtn", "FIT=off"])
@@ -431,48 +436,47 @@ def test_states_with_late_qat_are_on_rounded_weights(tmp_path, monkeypatch, fit)
     """In any order; calibration and new scales are not in the steps, but the scales' part of the time is."""
     s = settings(" ".join(ROUNDED) + " WARMDOWN_FRAC=0.5 " + fit)
     training.write_shards(tmp_path, 1 << 14, s.vocab_size)
+    run = training.opened(s, "eager", tmp_path, tmp_path)
     with here():
-        session = training.Session(s.text().split(), "eager", tmp_path)
-        session.build(tmp_path)
+        session = run.__enter__()
     calls, modes = [], []
 
     def note(owner, name):
         inner = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args: calls.append(name) or inner(*args))
 
-    note(session.training, "calibrate")
+    note(session, "calibrate")
     note(tg.Quantiser, "steps")
-    loss = session.training.step_loss
-    session.training.step_loss = lambda *batch: modes.append(session.training.qat.on) or loss(*batch)
-    plain, rounded = session.states(session.s).values()
-    session.warm_up([plain, rounded], 0)
+    loss = session.step_loss
+    session.step_loss = lambda *batch: modes.append(session.qat.on) or loss(*batch)
+    plain, rounded = training.states_of(session.s).values()
+    session.begin([plain, rounded], 0)
     assert calls == (["calibrate", "steps"] if "allocate" in fit else ["steps"])
     modes.clear(), calls.clear()
     for state in (rounded, plain, plain, rounded):
-        session.enter(state)
+        session.be_in(state)
         for _ in range(12):
-            session.step()
+            session.take_step()
         assert modes == [state.rounded] * len(modes) and len(modes) >= 12
-        weights = [m.fake_quant is not None for m in session.training.qat.modules.values()]
+        weights = [m.fake_quant is not None for m in session.qat.modules.values()]
         assert weights == [state.rounded] * len(weights)
         modes.clear()
     assert calls == []
     wall, cpu, _ = training.time_steps(session, 2)
     assert len(wall) == len(cpu) == 2 and calls == ([] if "allocate" in fit else ["steps"])
-    session.close()
+    run.__exit__(None, None, None)
 
 
 def test_scales_of_late_qat_are_a_part_of_each_step(monkeypatch):
     session = mock.Mock(steps_of_scales=10)
-    times = {session.step: ([50.0, 60.0], [40.0, 41.0]), session.refresh: ([30.0], [20.0])}
+    times = {session.take_step: ([50.0, 60.0], [40.0, 41.0]), session.refresh: ([30.0], [20.0])}
     monkeypatch.setattr(training, "time_calls", lambda session, work, count: (*times[work], torch.tensor(3.0)))
     assert training.time_steps(session, 2) == ([53.0, 63.0], [42.0, 43.0], 3.0)
 
 
 def test_late_qat_is_a_row(tmp_path):
     out = tmp_path / "out.json"
-    with here(training) as printed, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "measure_apart", lambda work, job, env: measure(work, job))
+    with here() as printed:
         assert bench.main(["train", *ROUNDED, "WARMDOWN_FRAC=0.5", "--modes", "eager", "--steps", "1", "--warmup", "0",
                            "--json", str(out)]) == 0
     plain, rounded = read(out)["rows"]
@@ -537,11 +541,11 @@ def test_95_percent_by_students_t(blocks):
 # ---- what is stopped, and what is chosen ----------------------------------------------------------------------------
 
 STOPS = {
-    "train": (["train", *TOY, "--modes", "eager", "--steps", "1", "--repeats", "9"], training, "measure_apart"),
+    "train": (["train", *TOY, "--modes", "eager", "--steps", "1", "--repeats", "9"], harness, "measure_apart"),
     "pack": (["pack", "{path}", "{data}", "--rows", "RTN int4", "--compressors", "zlib,zstd", "--calibration-tokens", "64"],
-             packing, "measure_apart"),
+             harness, "measure_apart"),
     "eval": (["eval", "{path}", "{data}", "EVAL_SEQ_LEN=64", "--rows", "contiguous,documents", "--val-tokens", "640"],
-             evaluation, "measure_apart"),
+             harness, "measure_apart"),
     "validity": (["validity", "{path}", "{data}", "EVAL_SEQ_LEN=64", "COMPRESSOR=zlib", "FIT=off", "MATRIX_QUANT=rtn",
                   "EMBED_QUANT=rtn", "--val-tokens", "640", "--studies", "1033"], validity.Demonstration, "score"),
 }
@@ -574,7 +578,7 @@ def test_nothing_is_said_of_a_command_that_measured_nothing(tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     with here() as printed:
-        monkeypatch.setattr(training, "measure_apart", stop)
+        monkeypatch.setattr(harness, "measure_apart", stop)
         assert bench.main([*STOPS["train"][0], "--json", str(tmp_path / "out.json")]) == 130
     assert not (tmp_path / "out.json").exists() and not [line for line in printed if "ms/step" in line]
 
@@ -593,14 +597,14 @@ def test_signal_ends_a_measurement_with_its_rows(tmp_path):
 
 def test_a_row_that_failed_is_complete(tmp_path, monkeypatch):
     with here() as printed:
-        monkeypatch.setattr(training, "measure_apart", lambda *_: {"error": "no compiler"})
+        monkeypatch.setattr(harness, "measure_apart", lambda *_: {"error": "no compiler"})
         assert bench.main(["train", *TOY, "--modes", "eager", "--json", str(tmp_path / "out.json")]) == 1
     assert read(tmp_path / "out.json")["complete"] and "failed: no compiler" in "\n".join(printed)
 
 
-def tables(words, tmp_path, *modules):
+def tables(words, tmp_path):
     """{table: names of its rows} of a command in this process."""
-    with here(*modules):
+    with here():
         assert bench.main([*words, "--json", str(tmp_path / "out.json")]) == 0
     found = {}
     for row in read(tmp_path / "out.json")["rows"]:
@@ -618,13 +622,13 @@ def test_eval_computes_only_what_is_asked_for(raw, tmp_path, monkeypatch):
     words = ["eval", raw[0], *raw[1], "--val-tokens", "640", "--count-tokens", "640"]
     with monkeypatch.context() as patch:
         forbid(patch, (evaluation, "measure_counts"), (evaluation, "forwards"), (tg, "BackoffMixture"), (tg, "HashedMixture"))
-        assert tables([*words, "--rows", "contiguous"], tmp_path, evaluation) == {"predictors": ["contiguous"]}
+        assert tables([*words, "--rows", "contiguous"], tmp_path) == {"predictors": ["contiguous"]}
     with monkeypatch.context() as patch:
         forbid(patch, (evaluation, "measure_predictor"), (evaluation, "forwards"), (tg, "ModelPredictor"))
-        assert tables([*words, "--counts", "exact 3"], tmp_path, evaluation) == {"counts": ["exact 3"]}
+        assert tables([*words, "--counts", "exact 3"], tmp_path) == {"counts": ["exact 3"]}
     with monkeypatch.context() as patch:
         forbid(patch, (evaluation, "measure_predictor"), (evaluation, "measure_counts"))
-        assert tables([*words, "--documents", "9"], tmp_path, evaluation) == {"forwards": [*evaluation.FORWARD_ROWS]}
+        assert tables([*words, "--documents", "9"], tmp_path) == {"forwards": [*evaluation.FORWARD_ROWS]}
     for given, rows, counts, documents in (([], evaluation.ROWS, evaluation.COUNTS, 4000), (["--rows", "none"], [], evaluation.COUNTS, 4000),
                                            (["--rows", "cache", "--documents", "5"], ["cache"], [], 5)):
         args = evaluation.arguments(["model.pg", *given])
@@ -639,12 +643,12 @@ def test_pack_computes_only_what_is_asked_for(raw, tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "ONE_COMPRESSOR", "zlib")
     with monkeypatch.context() as patch:
         forbid(patch, (weights.Subject, "load_text"), (weights.Subject, "score"))
-        found = tables([*words, "--rows", "RTN int4", "--compressors", "zlib"], tmp_path, packing)
+        found = tables([*words, "--rows", "RTN int4", "--compressors", "zlib"], tmp_path)
     assert found == {"codes": ["RTN int4"], "sizes": ["RTN int4"]} and encoded == ["rtn"], "no budget of a reference"
     encoded.clear()
     with monkeypatch.context() as patch:
         forbid(patch, (packing, "measure_container"))
-        found = tables([*words, "--score", "--methods", "RTN", "--budget", "56000", "--val-tokens", "640"], tmp_path, packing)
+        found = tables([*words, "--score", "--methods", "RTN", "--budget", "56000", "--val-tokens", "640"], tmp_path)
     assert found == {"quality": ["raw weights", "RTN"]} and set(encoded) == {"rtn"}
 
 
@@ -659,7 +663,7 @@ def test_validity_computes_only_what_is_asked_for(raw, tmp_path, monkeypatch):
 
 def test_train_computes_only_what_is_asked_for(tmp_path, monkeypatch):
     took = []
-    monkeypatch.setattr(training, "measure_apart", lambda work, job, env: took.append((job["mode"], job["state"])) or measure(work, job))
+    monkeypatch.setattr(harness, "measure_apart", lambda work, job, env: took.append((job["mode"], job["state"])) or measure(work, job))
     loop = ["NUM_LOOPS=1", "LOOP_START=1", "LOOP_END=2"]
     words = ["train", *TOY, *loop, "LATE_QAT_THRESHOLD=0.5", "--modes", "eager", "--steps", "1", "--warmup", "0"]
     tables([*words, "--looping", "off"], tmp_path)
@@ -710,7 +714,7 @@ def subject(raw):
         for name in set(os.environ) - set(clean_env()):
             patch.delenv(name)
         subject = weights.Subject(path, words)
-    assert subject.calibrate(1000)[0] == 1024
+    assert subject.calibrate(subject.model, subject.s, 1000) == 1024
     return subject
 
 
@@ -723,7 +727,7 @@ def packed(raw, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name in set(os.environ) - set(clean_env()):
             patch.delenv(name)
-        patch.setattr(packing, "measure_apart", measure)
+        patch.setattr(harness, "measure_apart", measure)
         patch.setattr(weights, "ONE_COMPRESSOR", "zlib")
         patch.setattr(budgets, "TRIED_STEPS", budgets.TRIED_STEPS[::2])
         patch.setattr(packing.shutil, "which", lambda name: None)
@@ -823,16 +827,14 @@ def test_one_k_a_tensor_is_the_best_of_its_family(subject, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def stored(subject, tmp_path_factory):
-    """[(row, its encoded parameters, file for measure_container)]: steps by row with corrections, steps by row and column."""
+def stored(subject):
+    """[(row, its encoded parameters, contents for measure_container)]: steps by row with corrections, steps by row and column."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "ONE_COMPRESSOR", "zlib")
         for row in ("GPTQ + SDClip + LQER", "allocated RTN"):
             encoded, _ = packing.encode_row(subject, row, lambda: 35_000)
-            path = tmp_path_factory.mktemp("stored") / "row.pt"
-            containers.save_contents(subject.contents(encoded), path)
-            found.append((row, encoded, str(path)))
+            found.append((row, encoded, subject.contents(encoded)))
     return found
 
 
@@ -840,8 +842,8 @@ def stored(subject, tmp_path_factory):
 def test_every_container_gives_back_the_weights(subject, stored, name):
     if name.startswith("lrzip") and not shutil.which("lrzip"):
         pytest.skip("needs lrzip")
-    for row, encoded, path in stored:
-        found = measure(containers.measure_container, {"contents": path, "container": name})
+    for row, encoded, contents in stored:
+        found = measure(containers.measure_container, {"contents": contents, "container": name})
         assert "error" not in found and found["bytes"] > 10_000
         if name in ("zlib", "rans"):  # the bytes are those of the trainer's file
             s = subject.settings(f"{packing.ROWS[row]} COMPRESSOR={name}")
@@ -948,7 +950,7 @@ def test_the_coder_alone(tmp_path):
     rng = np.random.default_rng(4)
     np.savez(tmp_path / "model.npz", a=rng.standard_normal((160, 120)), b=rng.standard_normal((16384, 1)) * 7)
     out = tmp_path / "out.json"
-    with here(packing) as printed:
+    with here() as printed:
         assert bench.main(["pack", "--weights", str(tmp_path / "model.npz"), "--clips", "4:12,6:12.85", "--compressors",
                            "rans,zlib", "--json", str(out)]) == 0
     console, result = "\n".join(printed), read(out)
@@ -1012,7 +1014,7 @@ def scored(raw, tmp_path_factory):
     """(console, JSON) of rows and counts, twice each."""
     path, words = raw
     out = tmp_path_factory.mktemp("scored") / "eval.json"
-    with here(evaluation) as printed:
+    with here() as printed:
         assert bench.main(["eval", path, *words, "NGRAM_BUCKETS=64", "--rows", ",".join(EVAL_ROWS), "--counts",
                            "exact 2,exact 4,hashed 10", "--val-tokens", "1500", "--count-tokens", "1000", "--documents", "40",
                            "--repeats", "2", "--json", str(out)]) == 0
@@ -1106,7 +1108,7 @@ def test_counts_alone_are_a_code_of_their_own(scored, raw):
 
 def test_forwards_in_the_contests_shape(scored):
     rows = {row["row"]: row for row in scored[1]["forwards"]}
-    documents = evaluation.document_lengths(np.random.default_rng(1337), 40).tolist()
+    documents = harness.document_lengths(np.random.default_rng(1337), 40).tolist()
     cached, window = 48 * sum(steps_of(documents, 48)), windows_of(documents, 48, 2048)
     assert rows["TTT=lora_docs cache"]["forwarded_per_token"] == pytest.approx(cached / sum(documents)) and cached < 1.1 * sum(documents)
     assert rows["TTT=lora_docs window"]["forwarded_per_token"] == pytest.approx(window / sum(documents))
@@ -1116,7 +1118,7 @@ def test_forwards_in_the_contests_shape(scored):
 
 def test_every_row_of_eval_is_settings():
     for name in [*evaluation.ROWS, *evaluation.COUNTS]:
-        s = settings(evaluation.filled(name, 2048))
+        s = settings(f"{evaluation.PLAIN} {evaluation.filled(name, 2048)}")
         assert s.idle().keys() <= {"EVAL_STRIDE"}, name  # what PLAIN takes back waits for windows
         if "sliding" in name or name.endswith("window"):
             assert (s.eval_stride, s.ttt_chunk_size) == (64 if "sliding" in name else 0, 48)
@@ -1137,7 +1139,7 @@ def test_eval_as_a_command(raw, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "| hedge | " in done.stdout and "### Counts" not in done.stdout and "`MIXER=hedge` |" in done.stdout
     words = [*words, "EVAL_TEMPERATURE=0", "--rows", "cache", "--counts", "none", "--documents", "0"]
-    with here(evaluation) as printed:
+    with here() as printed:
         assert bench.main(["eval", path, *words]) == 2
     assert printed[-1].startswith("error: EVAL_TEMPERATURE=0, but")
 
@@ -1206,7 +1208,7 @@ def test_divided_by_the_sum():
         def predict(self, inputs, count=None):
             return share[:, :count].log()
 
-    wrapped = validity.divided(tg)(Base(), None, None)
+    wrapped = validity.Divided(Base(), None, None)
     assert wrapped.learns and not wrapped.invalid_reason
     inputs = tg.Inputs(torch.zeros(1, 3), torch.arange(3)[None], None)
     chunk = tg.Chunk(inputs, torch.tensor([[1, 3, 1]]), torch.tensor([[0, 1, -1]]))

@@ -24,8 +24,10 @@ Exit codes: 0 done, 1 a row failed (it says why, the others are kept), 2 bad inp
 """
 
 import os
+import shlex
 import signal
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -33,10 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and PYTHON
 
 from benchmarks import evaluation, packing, training, validity
 from benchmarks.harness import run_job
-from benchmarks.training import write_shards
 from common import BadInput, check_output, exit_code, trainer_errors
-
-__all__ = ["main", "write_shards"]  # the synthetic shards serve who counts a step by other means, too
 
 COMMANDS = {"train": training, "pack": packing, "eval": evaluation, "validity": validity}
 
@@ -45,24 +44,22 @@ def main(argv):
     if argv[:1] in (["-h"], ["--help"]):
         print(__doc__.strip())
         return 0
-    is_first_rank = os.environ.get("RANK", "0") == "0"
-    return exit_code(partial(command, argv), quiet=not is_first_rank)
+    return exit_code(partial(command, argv), quiet=os.environ.get("RANK", "0") != "0")
 
 
 def command(argv):
-    """Run a command by the arguments() and run() of its module; returns the exit code."""
+    """Run a command: its module has arguments(words), and run(args), which returns a Report. Returns the exit code."""
     if argv[:1] == ["--job"]:
         return run_job(argv[1])
-    known = f"there is: {', '.join(COMMANDS)}; see bench.py --help"
-    if not argv:
-        raise BadInput(f"a command is missing; {known}")
-    if argv[0] not in COMMANDS:
-        raise BadInput(f"{argv[0]!r} is no command; {known}")
-    module, words = COMMANDS[argv[0]], argv[1:]
-    args = module.arguments(words)
+    if not argv or argv[0] not in COMMANDS:
+        wrong = f"{argv[0]!r} is no command" if argv else "a command is missing"
+        raise BadInput(f"{wrong}; there is: {', '.join(COMMANDS)}; see bench.py --help")
+    module = COMMANDS[argv[0]]
+    args = module.arguments(argv[1:])
     check_output("--json", args.json)
-    with trainer_errors():
-        return module.run(args, words)
+    args.command = shlex.join(["tools/bench.py", *argv])
+    with trainer_errors(), tempfile.TemporaryDirectory(prefix="bench_") as args.folder:
+        return module.run(args).code
 
 
 if __name__ == "__main__":

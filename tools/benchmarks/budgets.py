@@ -23,54 +23,45 @@ def solve(encode_at, x, size, per_octave):
     """(x, bytes, result): the one of encode_at(x) -> (bytes, result) nearest to `size` bytes, by secant steps in x, the
     log2 of a knob. `per_octave` is the first guess of the change of bytes per unit of x; it must be negative.
     """
-    best = None
-    before = None  # (x, bytes) of the last try
+    tries = []
     slope = per_octave
     for _ in range(10):
         taken, result = encode_at(x)
-        if best is None or abs(taken - size) < abs(best[1] - size):
-            best = x, taken, result
+        tries.append((x, taken, result))
         if abs(taken - size) <= max(TOLERANCE * size, 8):
             break
-        if before and before[0] != x:
-            secant = (taken - before[1]) / (x - before[0])
+        if len(tries) > 1 and tries[-2][0] != x:
+            secant = (taken - tries[-2][1]) / (x - tries[-2][0])
             if secant < 0.1 * per_octave:
                 slope = secant
-        before = x, taken
-        step = (size - taken) / slope
-        x += min(max(step, -2), 2)
-    return best
+        x += min(max((size - taken) / slope, -2), 2)
+    return min(tries, key=lambda one: abs(one[1] - size))
+
+
+def fit(subject, s, size, encode, first_guess=1.0):
+    """(bytes, encoded, value) at `size` bytes; encode(factor) -> (encoded, value), the value of the knob."""
+    def encode_at(x):
+        encoded, value = encode(2**x)
+        return subject.size(encoded), (encoded, value)
+
+    per_octave = -subject.quantiser(s).quantised / 8
+    _, taken, (encoded, value) = solve(encode_at, math.log2(first_guess), size, per_octave)
+    return taken, encoded, value
 
 
 def at_size(subject, s, size):
-    """(bytes, encoded, value of the knob) of settings whose knob is continuous, at `size` bytes."""
+    """fit() of settings whose knob is continuous: FIT=allocate by the spacing, SDClip by one factor on the multiples at
+    which all matrices are clipped.
+    """
     if knob(s) == "spacing":
-        return by_spacing(subject, s, size)
-    return by_sigmas(subject, s, size)
+        quantiser = subject.quantiser(s)
+        return fit(subject, s, size, lambda spacing: (quantiser.encode(spacing), spacing), quantiser.spacing_for(size))
 
+    def encode(factor):
+        sigmas = {name: min(getattr(s, name) * factor, 100.0) for name in CLIP_SETTINGS}
+        return subject.quantiser(dataclasses.replace(s, **sigmas)).encode(), sigmas["matrix_clip_sigmas"]
 
-def by_spacing(subject, s, size):
-    """at_size() of FIT=allocate."""
-    quantiser = subject.quantiser(s)
-
-    def encode_at(x):
-        encoded = quantiser.encode(2**x)
-        return subject.size(encoded), (encoded, 2**x)
-
-    first_guess = math.log2(quantiser.spacing_for(size))
-    _, taken, (encoded, spacing) = solve(encode_at, first_guess, size, -quantiser.quantised / 8)
-    return taken, encoded, spacing
-
-
-def by_sigmas(subject, s, size):
-    """at_size() of SDClip: one factor on the multiples at which all matrices are clipped."""
-    def encode_at(x):
-        sigmas = {name: min(getattr(s, name) * 2**x, 100.0) for name in CLIP_SETTINGS}
-        encoded = subject.quantiser(dataclasses.replace(s, **sigmas)).encode()
-        return subject.size(encoded), (encoded, sigmas["matrix_clip_sigmas"])
-
-    _, taken, (encoded, sigmas) = solve(encode_at, 0.0, size, -subject.quantiser(s).quantised / 8)
-    return taken, encoded, sigmas
+    return fit(subject, s, size, encode)
 
 
 def at_size_by_tensor(subject, s, size):
@@ -81,21 +72,19 @@ def at_size_by_tensor(subject, s, size):
     bytes are spent (Lagrange); a factor on all k, close to 1, then meets the size. The entropy in place of the coder
     cost 2 %.
     """
-    stores = subject.clipped(s)
+    stores = {name: store for name, store in subject.quantiser(s).stores.items() if store.sigmas}
     steps, curves = cost_curves(subject, s, stores)
 
-    def encode_at(x):
-        scaled = {name: k * 2**x for name, k in sigmas.items()}
-        encoded = subject.encode_clipped(s, scaled)
-        return subject.size(encoded), (encoded, scaled)
+    def encode(factor):
+        scaled = {name: k * factor for name, k in sigmas.items()}
+        return subject.encode_clipped(s, scaled), scaled
 
     other_bytes = 0  # of everything but these codes, less what coding them together saves
     for _ in range(3):
         chosen, code_bytes = cheapest_steps(curves, size - other_bytes)
         sigmas = {name: float(2 ** steps[place] * stores[name].top) for name, place in chosen.items()}
-        other_bytes = encode_at(0.0)[0] - code_bytes
-    _, taken, (encoded, sigmas) = solve(encode_at, 0.0, size, -subject.quantiser(s).quantised / 8)
-    return taken, encoded, sigmas
+        other_bytes = subject.size(encode(1.0)[0]) - code_bytes
+    return fit(subject, s, size, encode)
 
 
 def cost_curves(subject, s, stores):
@@ -103,17 +92,13 @@ def cost_curves(subject, s, stores):
     measured = {name: [] for name in stores}
     for step in TRIED_STEPS:
         encoded = subject.encode_clipped(s, {name: step * store.top for name, store in stores.items()})
-        for name in stores:
-            _, felt = subject.error(name, encoded[name])
-            measured[name].append((subject.code_bytes(name, encoded[name]), math.log2(max(felt, 1e-30))))
+        for name, points in measured.items():
+            felt = max(subject.felt_error(name, encoded[name]), 1e-30)
+            points.append((subject.code_bytes(name, encoded[name]), math.log2(felt)))
     tried = np.log2(TRIED_STEPS)
     steps = np.linspace(tried[0], tried[-1], 128 * len(tried))
-    curves = {}
-    for name, points in measured.items():
-        code_bytes = [point[0] for point in points]
-        log_felt = [point[1] for point in points]
-        curves[name] = np.interp(steps, tried, code_bytes), np.interp(steps, tried, log_felt)
-    return steps, curves
+    return steps, {name: [np.interp(steps, tried, values) for values in zip(*points)]
+                   for name, points in measured.items()}
 
 
 def cheapest_steps(curves, room):

@@ -10,18 +10,18 @@ import dataclasses
 import math
 import os
 import statistics
-import tempfile
 import time
-from collections import deque
+from collections import defaultdict, deque
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
-from benchmarks.harness import document_lengths, in_turn, measure_apart, usage
-from benchmarks.reports import Report, add_val_tokens, errors_of, median_and_range, parser_of, progress
+import train_gpt as trainer
+from benchmarks import harness
 from benchmarks.weights import Artifact
-from common import BadInput, load_trainer, names_of, whole
+from common import BadInput, names_of, whole
 from tables import Column, section
 
 PLAIN = "EVAL_STRIDE=0 EVAL_DOCS=0 EVAL_CONTEXT=window TTT=off MIXER=off TOKEN_BOOST=0"
@@ -62,7 +62,6 @@ CONTEST_CHUNK = 48  # its TTT_CHUNK_SIZE
 # Rows that differ in what they forward: windows, documents, a cache, and adapters of a document.
 FORWARD_ROWS = ("contiguous", "sliding", "cache", "documents", "documents sliding", "documents cache",
                 "TTT=lora_docs cache", "TTT=lora_docs window")
-SCALED = ("ttt_chunk_tokens", "ttt_group_docs", "mixer_min_tokens")
 
 
 # ---- the trainer ----------------------------------------------------------------------------------------------------
@@ -72,91 +71,76 @@ class Notes:
     """A log that is kept in memory."""
 
     def __init__(self):
-        self.events = []
+        self.events = defaultdict(list)  # {event: [its values each time]}
 
     def __call__(self, event, text=None, **values):
-        self.events.append({"event": event, **values})
+        self.events[event].append(values)
 
     def progress(self, *words):
         """No progress bar."""
 
 
 class Scoring(Artifact):
-    """An artifact and the text that it is scored on, as run_phases() and evaluate() of the trainer do it.
-
-    Relied on, in addition to what Artifact relies on: Settings with the fields named here; Clock, Validity with .freeze
-    .need .reasons, train_on_validation, warm_up_scoring, graphs_so_far; document_ranges; make_predictor, Reader with
-    .forwarded, reader_for, score; of predictors .base .adaptation._loss and DocumentAdapters.observe; wrap_predictor
-    around a bare Predictor: BackoffMixture with .learn .nodes_of_targets .counts, HashedMixture with .learn .shares.
-    """
+    """An artifact and the text that it is scored on, as run_phases() and evaluate() of the trainer do it."""
 
     def __init__(self, path, words):
         super().__init__(path, words)
         self.load_text()
-        self.documents = len(self.trainer.document_ranges(self.val))
+        self.documents = len(trainer.document_ranges(self.val))
 
     def settings(self, text):
         """Settings of the command line, then of a row, scaled to the text where neither sets them."""
-        s = self.plain_settings(text)
-        tokens = len(self.val.bytes)
-        windows_of_part = max(tokens // 32 // s.eval_seq_len, 1)
+        s = super().settings(text)
+        windows_of_part = max(len(self.val.bytes) // 32 // s.eval_seq_len, 1)
         part = min(windows_of_part * s.eval_seq_len, 32768)
         scaled = {
             "ttt_chunk_tokens": part,
             "ttt_group_docs": min(max(self.documents // 8, 1), 512),
             "mixer_min_tokens": min(10000, part),
         }
-        default = self.trainer.Settings()
-        free = [name for name in scaled if getattr(s, name) == getattr(default, name)]
-        return dataclasses.replace(s, **{name: scaled[name] for name in free})
-
-    def model(self):
-        return self.load_model(self.path, self.settings(""))
+        default = trainer.Settings()
+        free = {name: value for name, value in scaled.items() if getattr(s, name) == getattr(default, name)}
+        return dataclasses.replace(s, **free)
 
     def start(self, s):
         """A stand-in for the trainer's Run, which would write files."""
-        clock = self.trainer.Clock(self.rt.sync)
-        validity = self.trainer.Validity()
+        clock = trainer.Clock(self.rt.sync)
+        validity = trainer.Validity()
         return SimpleNamespace(s=s, rt=self.rt, attend=self.attend, clock=clock, validity=validity, log=Notes())
 
     def begin(self, run, model):
         """(predictor, reader) of a run, ready to be scored: as evaluate() does it."""
-        trainer = self.trainer
         s = run.s
-        rt = self.rt
-        val = self.val
         temperature = s.eval_temperature or model.temperature
         if temperature is None:
             raise BadInput(f"EVAL_TEMPERATURE=0, but {self.path} was written without a fitted one; give one")
         run.validity.freeze()
         if s.ttt == "before":
-            trainer.train_on_validation(run, model, val)
-        predictor = trainer.make_predictor(model, s, rt, len(val.bytes), temperature)
+            trainer.train_on_validation(run, model, self.val)
+        predictor = trainer.make_predictor(model, s, self.rt, len(self.val.bytes), temperature)
         run.validity.need(not predictor.invalid_reason, predictor.invalid_reason)
-        return predictor, trainer.reader_for(predictor, val, s, rt)
+        return predictor, trainer.reader_for(predictor, self.val, s, self.rt)
 
 
-def count_gradients(predictor, trainer):
+def count_gradients(predictor):
     """A list that grows by the number of tokens whenever a gradient goes through them, in a predictor or its bases."""
     counted = []
 
-    def count(owner, name, tokens_of):
-        inner = getattr(owner, name)
-
+    def counting(inner, tokens_of):
         def call(first, *rest):
             counted.append(tokens_of(first))
             return inner(first, *rest)
 
-        setattr(owner, name, call)
+        return call
 
     def tokens_of_chunk(chunk):  # of the last one of a batch document adapters do not learn
-        return chunk.inputs.ids.numel() if chunk.continuing > 0 else 0
+        return chunk.inputs.ids.numel() if chunk.continuing else 0
 
     while predictor:
-        if adaptation := getattr(predictor, "adaptation", None):
-            count(adaptation, "_loss", lambda x: x.numel())
+        if predictor.adaptation:
+            predictor.adaptation._loss = counting(predictor.adaptation._loss, lambda ids: ids.numel())
         if isinstance(predictor, trainer.DocumentAdapters):
-            count(predictor, "observe", tokens_of_chunk)
+            predictor.observe = counting(predictor.observe, tokens_of_chunk)
         predictor = getattr(predictor, "base", None)
     return counted
 
@@ -166,132 +150,101 @@ def count_gradients(predictor, trainer):
 
 def measure_predictor(job):
     """The job of a row of ROWS: its score, and what that took."""
-    import torch
-
     scoring = Scoring(job["artifact"], job["words"])
-    trainer = scoring.trainer
     rt = scoring.rt
-    run = scoring.start(scoring.settings(job["row"]))
-    predictor, reader = scoring.begin(run, scoring.model())
+    run = scoring.start(scoring.settings(job["settings"]))
+    predictor, reader = scoring.begin(run, scoring.load_model(scoring.path, scoring.settings("")))
     began = time.perf_counter()
     graphs = trainer.warm_up_scoring(run, predictor, reader) if rt.compiled else None
     warmup = time.perf_counter() - began
-    gradients = count_gradients(predictor, trainer)
+    gradients = count_gradients(predictor)
     cuda = rt.device.type == "cuda"
     if cuda:
         memory_before = torch.cuda.memory_allocated() / 2**20
         torch.cuda.reset_peak_memory_stats(rt.device)
     else:
-        _, memory_before = usage()
-    rt.sync()
-    wall_began = time.perf_counter()
-    cpu_began = time.process_time()
+        _, memory_before = harness.usage()
     # Unchecked: whole distributions are looked at in 1 of 64 chunks, and in short texts far more often.
-    score = trainer.score(predictor, reader, scoring.val, rt, run.validity, check_every=0)
-    rt.sync()
-    wall = time.perf_counter() - wall_began
-    cpu = time.process_time() - cpu_began
+    seconds = np.zeros(2)
+    with timed(rt, seconds):
+        score = trainer.score(predictor, reader, scoring.val, rt, run.validity, check_every=0)
     return {
-        "tokens": score.tokens,
-        "bytes": score.bytes,
-        "loss": score.loss,
-        "bpb": score.bpb,
+        **score._asdict(),
         "reasons": run.validity.reasons,
-        "seconds": wall,
-        "cpu_seconds": None if cuda else cpu,
+        "seconds": float(seconds[0]),
+        "cpu_seconds": None if cuda else float(seconds[1]),
         "forwarded_per_token": reader.forwarded / score.tokens,
         "gradients_per_token": sum(gradients) / score.tokens,
         "memory_before_mib": memory_before,
-        "peak_memory_mib": rt.peak_memory_mib() if cuda else usage()[1],
+        "peak_memory_mib": rt.peak_memory_mib() if cuda else harness.usage()[1],
         "graphs": graphs,
         "recompiles": trainer.graphs_so_far() - graphs if rt.compiled else None,
         "warmup_seconds": warmup if rt.compiled else None,
     }
 
 
-class Stopwatch:
-    """Seconds by what was done in them: CPU time on a CPU, else time of the clock."""
-
-    def __init__(self, rt):
-        self.rt = rt
-        self.clock = time.process_time if rt.device.type == "cpu" else time.perf_counter
-        self.seconds = {"score": 0.0, "update": 0.0}
-
-    @contextlib.contextmanager
-    def __call__(self, what):
-        self.rt.sync()
-        began = self.clock()
-        yield
-        self.rt.sync()
-        self.seconds[what] += self.clock() - began
+@contextlib.contextmanager
+def timed(rt, seconds):
+    """Add the seconds of the clock and of the CPU that are spent inside to these two."""
+    rt.sync()
+    began = time.perf_counter(), time.process_time()
+    yield
+    rt.sync()
+    seconds += np.subtract((time.perf_counter(), time.process_time()), began)
 
 
 def measure_counts(job):
     """The job of a row of COUNTS: the tables of a mixer without a model, updated with each part after it was scored.
-    On a CPU by one thread.
+    On a CPU the times are CPU time of one thread.
     """
-    import torch
-
     scoring = Scoring(job["artifact"], job["words"])
-    trainer = scoring.trainer
     rt = scoring.rt
     val = scoring.val
-    s = scoring.settings(job["row"])
-    if rt.device.type == "cpu":
+    s = scoring.settings(job["settings"])
+    on_cpu = int(rt.device.type == "cpu")
+    if on_cpu:
         torch.set_num_threads(1)
     exact = s.mixer == "backoff"
     mixer = trainer.wrap_predictor(trainer.Predictor(), s, rt, len(val.bytes))
-    stopwatch = Stopwatch(rt)
+    scoring_seconds, update_seconds = np.zeros((2, 2))
     nats = 0.0
     for part in trainer.Reader(val, s, rt, s.ttt_chunk_tokens, mixer.history):
         for chunk in part.chunks:
-            with stopwatch("score"):
+            with timed(rt, scoring_seconds):
                 if exact:  # by the longest order
                     contexts, grams = mixer.nodes_of_targets(chunk.inputs, chunk.targets)
                     p = mixer.counts.backoff_probabilities(contexts, grams)[-1]
                 else:
                     p = mixer.shares(chunk.inputs.recent, chunk.targets)
             nats -= p.clamp(min=1e-300).log()[chunk.index >= 0].sum().item()
-        with stopwatch("update"):
+        with timed(rt, update_seconds):
             mixer.learn(part, val)
+    if exact:
+        in_use = mixer.counts.table.contents > 0
+        tables = [*vars(mixer.counts).values(), mixer.counts.table.contents]
+    else:
+        tables = vars(mixer).values()
     return {
         "tokens": len(val.bytes),
         "part_tokens": s.ttt_chunk_tokens,
-        "score_seconds": stopwatch.seconds["score"],
-        "update_seconds": stopwatch.seconds["update"],
-        **table_facts(mixer, exact, val, s),
+        "score_seconds": float(scoring_seconds[on_cpu]),
+        "update_seconds": float(update_seconds[on_cpu]),
+        "table_mib": sum(table.nbytes for table in tables if isinstance(table, torch.Tensor)) / 2**20,
+        "ngrams": int(in_use.sum()) if exact else None,
+        "load": in_use.double().mean().item() if exact else len(val.bytes) / s.ngram_buckets,
         "bpb": nats / math.log(2) / int(val.bytes.sum()) if exact else None,
     }
-
-
-def table_facts(mixer, exact, val, s):
-    """Memory and contents of the tables of counts."""
-    import torch
-
-    if exact:
-        in_use = mixer.counts.table.contents > 0
-        tensors = [*vars(mixer.counts).values(), mixer.counts.table.contents]
-        ngrams = int(in_use.sum())
-        load = in_use.double().mean().item()
-    else:
-        tensors = vars(mixer).values()
-        ngrams = None
-        load = len(val.bytes) / s.ngram_buckets
-    tables = [value for value in tensors if isinstance(value, torch.Tensor)]
-    size = sum(value.numel() * value.element_size() for value in tables)
-    return {"table_mib": size / 2**20, "ngrams": ngrams, "load": load}
 
 
 def forwards(name, documents):
     """Tokens that a row forwards for each that it scores, eager and compiled, in the contest's shape, on documents as
     long as FineWeb's. Nothing is forwarded, the text is only cut.
     """
-    trainer = load_trainer()
-    val = synthetic_text(trainer, documents)
-    text = filled(name, CONTEST_WINDOW, CONTEST_CHUNK)
-    s = trainer.Settings.parse([f"EVAL_SEQ_LEN={CONTEST_WINDOW}", "DEVICE=cpu", *text.split()], {})
+    val = synthetic_text(documents)
+    text = filled(name, CONTEST_WINDOW)
+    s = trainer.Settings.parse([f"EVAL_SEQ_LEN={CONTEST_WINDOW}", "DEVICE=cpu", *PLAIN.split(), *text.split()], {})
     rt = trainer.Runtime(s, {})
-    row = {"table": "forwards", "row": name, "settings": shown_settings(text)}
+    row = {"table": "forwards", "row": name, "settings": text}
     for key, compiled in (("forwarded_per_token", False), ("compiled_forwarded_per_token", True)):
         rt.compiled = compiled
         reader = trainer.Reader(val, s, rt)
@@ -301,27 +254,17 @@ def forwards(name, documents):
     return row
 
 
-def synthetic_text(trainer, documents):
+def synthetic_text(documents):
     """A validation stream of `documents` documents. Only where they begin means anything."""
-    import torch
-
-    ends = np.cumsum(document_lengths(np.random.default_rng(1337), documents))
-    starts = np.append(0, ends[:-1])
+    ends = np.cumsum(harness.document_lengths(np.random.default_rng(1337), documents))
     tokens = torch.full((int(ends[-1]) + 1,), trainer.BOS + 1, dtype=torch.int32)
-    tokens[starts] = trainer.BOS
-    return trainer.ValStream(tokens, torch.ones(len(tokens) - 1, dtype=torch.int16), False)
+    tokens[np.append(0, ends[:-1])] = trainer.BOS
+    return trainer.unmeasured_text(tokens)
 
 
-def filled(name, window, chunk=CONTEST_CHUNK):
-    """Settings of a row, for windows of this length."""
-    text = (ROWS | COUNTS)[name]
-    text = text.format(stride=max(window // SLIDING, 1), chunk=min(chunk, window))
-    return f"{PLAIN} {text}".strip()
-
-
-def shown_settings(text):
-    """Settings of a row without those that all rows have."""
-    return text.removeprefix(PLAIN).strip()
+def filled(name, window):
+    """Settings of a row on top of PLAIN, for windows of this length."""
+    return (ROWS | COUNTS)[name].format(stride=max(window // SLIDING, 1), chunk=min(CONTEST_CHUNK, window))
 
 
 RATES = {
@@ -332,20 +275,16 @@ RATES = {
 }
 
 
-def merged(row, results):
-    """A row of the report from its repeats."""
-    if errors := errors_of(results):
-        return {**row, "error": errors[0]}
-    first = results[0]
-    row = {**row, **first}
+def merge(results):
+    """What a row has of the results of its repeats."""
+    row = dict(results[0])
     for key, rate_key in RATES.items():
-        if first.get(key) is not None:
-            row[rate_key] = median_and_range([result["tokens"] / max(result[key], 1e-9) for result in results])
+        if row.get(key) is not None:
+            row[rate_key] = harness.median_and_range([result["tokens"] / max(result[key], 1e-9) for result in results])
             row[key] = statistics.median(result[key] for result in results)
-    if "peak_memory_mib" in first:
+    if "peak_memory_mib" in row:
         row["peak_memory_mib"] = max(result["peak_memory_mib"] for result in results)
-    row["repeats"] = results
-    return row
+    return {**row, "repeats": results}
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------
@@ -362,10 +301,7 @@ def rates(heading, key):
     return Column(heading, lambda row: row.get(key) and row[key][0], ",.0f"), Column("(least-most)", span, "")
 
 
-def settings_cell(row):
-    return f"`{row['settings']}`" if row["settings"] else ""
-
-
+SETTINGS = Column("settings", lambda row: f"`{row['settings']}`" if row["settings"] else "")
 PREDICTORS = (
     Column("predictor", "row"),
     Column("BPB", "bpb", ".4f"),
@@ -378,7 +314,7 @@ PREDICTORS = (
     Column("peak MiB", "peak_memory_mib", ",.0f"),
     Column("graphs", "graphs", ",.0f"),
     Column("recompiles", "recompiles", ",.0f"),
-    Column("settings", settings_cell),
+    SETTINGS,
 )
 TABLES = (
     Column("counts", "row"),
@@ -393,7 +329,7 @@ FORWARDS = (
     Column("predictor", "row"),
     Column("forwards, eager", "forwarded_per_token", ".2f"),
     Column("forwards, compiled", "compiled_forwarded_per_token", ".2f"),
-    Column("settings", settings_cell),
+    SETTINGS,
 )
 
 
@@ -403,44 +339,43 @@ def document(report):
     yield from r.title()
     yield (f"weights   {r['artifact']}: {r['parameters']:,} parameters; on {r['device']}, {r['dtype']}, attention "
            f"{r['attention']}, {'compiled' if r['compiled'] else 'eager'}, {r.software()}")
-    yield (f"text      {r['tokens']:,} targets, {r['bytes']:,} bytes, {r['documents']} documents of {r['data']}, "
-           f"in windows of {r['eval_seq_len']:,}; seed {r['seed']}")
-    yield scaled_line(r)
-    yield from section(predictors_text(r), PREDICTORS, r.table("predictors"))
-    yield from section(counts_text(r), TABLES, r.table("counts"))
+    yield from text_lines(r)
+    before = max((row.get("memory_before_mib", 0) for row in r.table("predictors")), default=0)
+    yield from section(
+        "Predictors\n\nforwards: tokens forwarded to score one; gradients: tokens that a gradient went through to "
+        f"learn from one. Medians of {r['repeats']} process(es), without compilation and without checks of the sums. "
+        f"Peak memory is that of the process ({before:,.0f} MiB at most before anything is scored), on CUDA what torch "
+        f"allocated. Settings: on top of `{PLAIN}`.", PREDICTORS, r.table("predictors"))
+    counted = next((row for row in r.table("counts") if "tokens" in row), {"tokens": 0, "part_tokens": 0})
+    yield from section(
+        f"Counts alone\n\n{counted['tokens']:,} targets in parts of {counted['part_tokens']:,}, each scored and then "
+        "counted. On a CPU the times are CPU time of one thread. Load: of exact tables the share of slots in use, of "
+        "hashed ones increments a bucket. BPB alone: of the longest order as a code of its own.",
+        TABLES, r.table("counts"))
     yield from section(
         f"Forwards in the contest's shape\n\nWindows of {CONTEST_WINDOW:,}, chunks of {CONTEST_CHUNK}, "
         f"{r['shape_documents']:,} synthetic documents as long as FineWeb's in the mean (log-normal); cut, not "
         "forwarded. Compiled, rows are padded so that few graphs do.", FORWARDS, r.table("forwards"))
 
 
-def scaled_line(report):
-    return "scaled    " + " ".join(f"{name.upper()}={value}" for name, value in report["scaled"].items())
-
-
-def predictors_text(report):
-    before = max((row.get("memory_before_mib", 0) for row in report.table("predictors")), default=0)
-    return ("Predictors\n\nforwards: tokens forwarded to score one; gradients: tokens that a gradient went "
-            f"through to learn from one. Medians of {report['repeats']} process(es), without compilation and without "
-            f"checks of the sums. Peak memory is that of the process ({before:,.0f} MiB at most before anything is "
-            f"scored), on CUDA what torch allocated. Settings: on top of `{PLAIN}`.")
-
-
-def counts_text(report):
-    measured = [row for row in report.table("counts") if "error" not in row]
-    first = measured[0] if measured else {"tokens": 0, "part_tokens": 0}
-    return (f"Counts alone\n\n{first['tokens']:,} targets in parts of {first['part_tokens']:,}, each scored and "
-            "then counted. On a CPU the times are CPU time of one thread. Load: of exact tables the share of slots in "
-            "use, of hashed ones increments a bucket. BPB alone: of the longest order as a code of its own.")
+def text_lines(report):
+    """The text that is scored, and what is scaled to it."""
+    r = report
+    apart = ""
+    if "eval_stride" in r:
+        apart = f", {r['eval_stride'] or r['eval_seq_len']:,} apart"
+    yield (f"text      {r['tokens']:,} targets, {r['bytes']:,} bytes, {r['documents']} documents of {r['data']}, in "
+           f"windows of {r['eval_seq_len']:,}{apart}; seed {r['seed']}")
+    yield "scaled    " + " ".join(f"{name.upper()}={value}" for name, value in r["scaled"].items())
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
 def arguments(argv):
-    parser = parser_of("eval", """Score an artifact in every way there is: tokens per second, forwards a token, memory,
-        time and the score; and n-gram counts without a model. Where --rows, --counts or --documents say what is wanted,
-        nothing else is measured.""", f"""Rows: {'; '.join(ROWS)}. Counts: {'; '.join(COUNTS)}.""")
+    parser = harness.parser_of("eval", """Score an artifact in every way there is: tokens per second, forwards a token,
+        memory, time and the score; and n-gram counts without a model. Where --rows, --counts or --documents say what is
+        wanted, nothing else is measured.""", f"""Rows: {'; '.join(ROWS)}. Counts: {'; '.join(COUNTS)}.""")
     add = parser.add_argument
     add("artifact", metavar="ARTIFACT", help="artifact of train_gpt.py")
     add("settings", nargs="*", metavar="@FILE|KEY=VALUE", help="settings of train_gpt.py: DATA_PATH, EVAL_SEQ_LEN, "
@@ -449,7 +384,7 @@ def arguments(argv):
         help="predictors (default: all), or none")
     add("--counts", type=names_of("--counts", COUNTS, none=True), metavar="NAME,...",
         help="counts alone (default: all), or none")
-    add_val_tokens(parser)
+    add("--val-tokens", **harness.VAL_TOKENS)
     add("--count-tokens", type=whole(1), default=1 << 20, metavar="N",
         help="validation tokens that are counted, if the text has them (default: 1048576)")
     add("--documents", type=whole(0), metavar="N", help="synthetic documents on which forwards in the contest's shape "
@@ -467,56 +402,46 @@ def arguments(argv):
 
 def facts(scoring):
     """What all rows of a report share."""
-    trainer = scoring.trainer
-    rt = scoring.rt
     s = scoring.settings(PLAIN)
-    choices = {name: choice for name, choice, _ in rt.choices}
     return {
         "settings": trainer.Settings.parse(scoring.words, os.environ).text(),
         "artifact": scoring.path,
         "parameters": scoring.parameters,
-        "device": rt.device_name(),
-        "dtype": str(rt.dtype).removeprefix("torch."),
-        "attention": choices["attention"],
-        "compiled": rt.compiled,
+        **harness.chosen(scoring.rt),
+        "compiled": scoring.rt.compiled,
         "tokens": len(scoring.val.bytes),
         "bytes": int(scoring.val.bytes.sum()),
         "documents": scoring.documents,
         "data": Path(s.data_path).name,
         "eval_seq_len": s.eval_seq_len,
         "seed": s.seed,
-        "scaled": {name: getattr(s, name) for name in SCALED},
+        "scaled": {name: getattr(s, name) for name in ("ttt_chunk_tokens", "ttt_group_docs", "mixer_min_tokens")},
     }
 
 
-def run(args, argv):
-    """`bench.py eval`; returns the exit code."""
+def run(args):
+    """`bench.py eval`; returns the Report."""
     row_words = [*args.settings, f"VAL_TOKENS={args.val_tokens}"]
     count_words = [*args.settings, f"VAL_TOKENS={args.count_tokens}"]
     scoring = Scoring(args.artifact, row_words)
     window = scoring.settings("").eval_seq_len
+    jobs = {}
     for name in [*args.rows, *args.counts]:
-        scoring.settings(filled(name, window))  # BadInput before anything is measured
-    jobs = {name: (measure_predictor, row_words) for name in args.rows}
-    jobs |= {name: (measure_counts, count_words) for name in args.counts}
-    report = Report("eval", args, argv, document, **facts(scoring), repeats=args.repeats,
-                    shape_documents=args.documents)
-    with report, tempfile.TemporaryDirectory(prefix="bench_") as folder:
+        text = filled(name, window)
+        scoring.settings(f"{PLAIN} {text}")  # BadInput before anything is measured
+        jobs[name] = {"table": "predictors" if name in ROWS else "counts", "row": name, "settings": text}
 
-        def measure_job(name, repeat):
-            progress(f"measuring {name}, repeat {repeat + 1} of {args.repeats}")
-            work, words = jobs[name]
-            job = {"folder": folder, "artifact": str(args.artifact), "words": words, "row": filled(name, window)}
-            return measure_apart(work, job)
+    def measure_job(name, repeat):
+        harness.progress(f"measuring {name}, repeat {repeat + 1} of {args.repeats}")
+        work, words = (measure_predictor, row_words) if name in ROWS else (measure_counts, count_words)
+        settings = f"{PLAIN} {jobs[name]['settings']}"
+        job = {"folder": args.folder, "artifact": args.artifact, "words": words, "settings": settings}
+        return harness.measure_apart(work, job)
 
-        for results in in_turn(jobs, args.repeats, measure_job):
-            report.keep([merged(blank_row(name, window), results[name]) for name in jobs if name in results])
+    report = harness.Report(args, document, **facts(scoring), repeats=args.repeats, shape_documents=args.documents)
+    with report:
+        report.measure(jobs, args.repeats, measure_job, merge)
         for name in FORWARD_ROWS if args.documents else ():
-            progress(f"cutting {args.documents} documents for {name}")
+            harness.progress(f"cutting {args.documents} documents for {name}")
             report.add(forwards(name, args.documents))
-    return report.code
-
-
-def blank_row(name, window):
-    table = "predictors" if name in ROWS else "counts"
-    return {"table": table, "row": name, "settings": shown_settings(filled(name, window))}
+    return report

@@ -1,11 +1,9 @@
 """Measures what each way of storing a model costs: bytes, time and memory of codecs and compressors; the loss of each
 method at equal bytes.
 
-The weights are those of an artifact that holds them as float16, which PHASES=train FIT=off MATRIX_BITS=16 EMBED_BITS=16
-makes (if it is over SIZE_LIMIT, the file is kept). The settings name the data (DATA_PATH, TRAIN_SEQ_LEN, EVAL_SEQ_LEN):
-training text for the curvature by which GPTQ and FIT=allocate go, and validation text for the loss. With --weights they
-are those of any trained model that a file holds: its matrices are rounded by SDClip, which asks for no text, and only
-the bytes of the codes are measured.
+The weights are those of an artifact that holds them as float16 (tools/README.md says how to make one). The settings
+name the data: training text for the curvature by which GPTQ and FIT=allocate go, and validation text for the loss. With
+--weights they are the matrices of any model, rounded by SDClip, which asks for no text: only their bytes are measured.
 """
 
 import argparse
@@ -13,15 +11,17 @@ import dataclasses
 import itertools
 import math
 import shutil
-import tempfile
+import time
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
+import train_gpt as trainer
+from benchmarks import harness
 from benchmarks.budgets import at_size, at_size_by_tensor, between, knob
-from benchmarks.containers import CONTAINERS, PLAIN, measure_container, save_contents
-from benchmarks.harness import measure_apart
-from benchmarks.reports import Report, add_val_tokens, parser_of, progress
+from benchmarks.containers import CONTAINERS, PLAIN, measure_container
 from benchmarks.weights import DIVERGENCE_TOKENS, LEAST, ONE_COMPRESSOR, Loaded, Subject
 from common import BadInput, names_of, positive, whole
 from tables import Column, section
@@ -72,8 +72,6 @@ def row_entropy(q):
 
     The spreads are not counted.
     """
-    import torch
-
     spreads = torch.exp2(torch.arange(-32, 57, dtype=torch.float64) / 8)
     edges = (torch.arange(129, dtype=torch.float64) - 0.5)[:, None] / spreads
     tail = torch.special.log_ndtr(-edges)  # log of the share above each edge
@@ -84,7 +82,7 @@ def row_entropy(q):
     return float((counts @ cost).amin(1).sum()) / math.log(2) / 8
 
 
-# ---- sizes ----------------------------------------------------------------------------------------------------------
+# ---- codes and sizes ------------------------------------------------------------------------------------------------
 
 
 def encode_row(subject, name, budget):
@@ -96,57 +94,30 @@ def encode_row(subject, name, budget):
     return subject.quantiser(s).encode(), None
 
 
-def code_arrays(subject, encoded):
-    """The matrices of codes of all parameters."""
-    for parameter in encoded.values():
-        for part in subject.trainer.CODED:
-            if part in parameter.arrays:
-                yield parameter.arrays[part].numpy()
-
-
-def code_facts(subject, name, encoded, spacing):
-    """What a row's codes are before any compressor sees them."""
-    codes = list(code_arrays(subject, encoded))
-    squared_error, felt_error = subject.errors(encoded)
+def code_row(name, encoded, **facts):
+    """A row of the table of codes: what they are before any compressor sees them."""
+    codes = [one.arrays[part].numpy() for one in encoded.values() for part in trainer.CODED if part in one.arrays]
     return {
+        "table": "codes",
         "row": name,
-        "settings": ROWS[name],
-        "spacing": spacing,
+        **facts,
         "codes": sum(one.arrays["q"].numel() for one in encoded.values() if "q" in one.arrays),
-        "squared_error": squared_error,
-        "felt_error": felt_error,
         "tensor_entropy_bytes": sum(map(tensor_entropy, codes)) if codes else None,
         "row_entropy_bytes": sum(map(row_entropy, codes)) if codes else None,
     }
 
 
-def loaded_facts(loaded, name, encoded):
-    """code_facts() of a Loaded, which has no curvature."""
-    codes = {parameter: one.arrays["q"] for parameter, one in encoded.items()}
-    tensors = [{"name": parameter, "shape": q.shape, "entropy_bytes": tensor_entropy(q.numpy())}
-               for parameter, q in codes.items()]
-    return {
-        "row": name,
-        "weights": loaded.path,
-        "matrices": len(tensors),
-        "codes": loaded.parameters,
-        "tensor_entropy_bytes": sum(tensor["entropy_bytes"] for tensor in tensors),
-        "row_entropy_bytes": sum(row_entropy(q.numpy()) for q in codes.values()),
-        "tensors": tensors,
-    }
-
-
-def measure_row(subject, row, encoded, names, folder):
-    """A dictionary for each container, one after the other."""
-    path = Path(folder) / "row.pt"
-    save_contents(subject.contents(encoded), path)
+def measure_sizes(subject, row, encoded, names, folder):
+    """A row of the table of sizes for each container, one after the other."""
+    contents = subject.contents(encoded)
     for name in names:
-        result = {"row": row, "compressor": name}
+        result = {"table": "sizes", "row": row, "compressor": name}
         if name.startswith("lrzip") and not shutil.which("lrzip"):
             yield result | {"skipped": "lrzip is not installed"}
             continue
-        progress(f"measuring {row} with {name}")
-        result |= measure_apart(measure_container, {"folder": str(folder), "contents": str(path), "container": name})
+        harness.progress(f"measuring {row} with {name}")
+        job = {"folder": folder, "contents": contents, "container": name}
+        result |= harness.measure_apart(measure_container, job)
         if "bytes" in result:
             result["bits_per_weight"] = 8 * result["bytes"] / subject.parameters
         yield result
@@ -179,70 +150,65 @@ def quality_of(subject, encoded, taken, raw):
 
 def quality_between_widths(subject, s, size, raw):
     """quality_row() of a method that has only widths: between the two neighbours on either side of `size` bytes."""
-    tried = {}  # bits -> (bytes, encoded)
-
-    def size_at(bits):
-        if bits not in tried:
-            encoded = subject.quantiser(dataclasses.replace(s, matrix_bits=bits)).encode()
-            tried[bits] = subject.size(encoded), encoded
-        return tried[bits][0]
+    @cache
+    def encode(bits):
+        encoded = subject.quantiser(dataclasses.replace(s, matrix_bits=bits)).encode()
+        return subject.size(encoded), encoded
 
     low = 5
-    while size_at(low) > size and low > WIDTHS[0]:
+    while encode(low)[0] > size and low > WIDTHS[0]:
         low -= 1
-    while size_at(low + 1) < size and low + 1 < WIDTHS[-1]:
+    while encode(low + 1)[0] < size and low + 1 < WIDTHS[-1]:
         low += 1
-    if not size_at(low) <= size <= size_at(low + 1):
+    ends = [encode(bits) for bits in (low, low + 1)]
+    if not ends[0][0] <= size <= ends[1][0]:
         return {"skipped": f"{size:,} bytes are outside of what {WIDTHS[0]} to {WIDTHS[-1]} bits take "
-                           f"({size_at(min(tried)):,} to {size_at(max(tried)):,} bytes tried)"}
-    ends = []
-    for bits in (low, low + 1):
-        taken, encoded = tried[bits]
-        ends.append(quality_of(subject, encoded, taken, raw))
+                           f"({ends[0][0]:,} to {ends[1][0]:,} bytes tried)"}
+    ends = [quality_of(subject, encoded, taken, raw) for taken, encoded in ends]
     return {"knob": "bits", "value": [low, low + 1], "ends": ends, **between(*ends, size)}
 
 
 def quality(subject, names, size, also):
-    """A dictionary for each method at `size` bytes: the raw weights first, other artifacts last."""
+    """A row for each method at `size` bytes: the raw weights first, other artifacts last."""
     raw = subject.score(subject.model)
     bpb_per_nat = raw.bpb / raw.loss  # on this text
 
     def complete(name, row):
-        if "gap" not in row:
-            return {"method": name, **row}
-        return {
-            "method": name,
-            "bits_per_weight": 8 * row["bytes"] / subject.parameters,
-            "loss": raw.loss + row["gap"],
-            "bpb": raw.bpb + row["gap"] * bpb_per_nat,
-            "gap_bpb": row["gap"] * bpb_per_nat,
-            **row,
-        }
+        if "gap" in row:
+            row = {
+                "bits_per_weight": 8 * row["bytes"] / subject.parameters,
+                "loss": raw.loss + row["gap"],
+                "bpb": raw.bpb + row["gap"] * bpb_per_nat,
+                "gap_bpb": row["gap"] * bpb_per_nat,
+                **row,
+            }
+        return {"table": "quality", "method": name, **row}
 
     yield complete("raw weights", {"bytes": subject.bytes, "gap": 0.0})
     for name in names:
-        progress(f"scoring {name} at {size:,} bytes")
+        harness.progress(f"scoring {name} at {size:,} bytes")
         yield complete(name, {"settings": METHODS[name], **quality_row(subject, name, size, raw)})
     for name, path in also:
-        progress(f"scoring {name}")
+        harness.progress(f"scoring {name}")
         taken, score = subject.score_artifact(path)
-        yield complete(name, {"bytes": taken, "gap": score.loss - raw.loss, "also": str(path)})
+        yield complete(name, {"bytes": taken, "gap": score.loss - raw.loss, "also": path})
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 
 NAME = Column("weights as", "row")
-CODES = Column("codes", "codes", ",.0f")
-ENTROPIES = (Column("entropy by tensor, bytes", "tensor_entropy_bytes", ",.0f"),
-             Column("by row's Gaussian, bytes", "row_entropy_bytes", ",.0f"))
-LOADED_COLUMNS = (NAME, Column("matrices", "matrices", ",.0f"), CODES, *ENTROPIES)
+CODE_COUNTS = (
+    Column("codes", "codes", ",.0f"),
+    Column("entropy by tensor, bytes", "tensor_entropy_bytes", ",.0f"),
+    Column("by row's Gaussian, bytes", "row_entropy_bytes", ",.0f"),
+)
+LOADED_COLUMNS = (NAME, Column("matrices", "matrices", ",.0f"), *CODE_COUNTS)
 CODE_COLUMNS = (
     NAME,
     Column("squared error", "squared_error", ".3e"),
     Column("felt error, nats", "felt_error", ".5f"),
-    CODES,
-    *ENTROPIES,
+    *CODE_COUNTS,
     Column("settings", lambda row: f"`{row['settings']}`"),
 )
 
@@ -251,12 +217,9 @@ def size_columns(report):
     """Columns of sizes, which are compared with the entropies of the codes."""
     facts = {row["row"]: row for row in report.table("codes")}
 
-    def over(entropy):
-        def excess(row):
-            least = facts[row["row"]][entropy]
-            return row["code_bytes"] / least - 1 if row["code_bytes"] and least else None
-
-        return excess
+    def over(entropy, row):
+        least = facts[row["row"]][entropy]
+        return row["code_bytes"] / least - 1 if row["code_bytes"] and least else None
 
     return (
         NAME,
@@ -264,8 +227,8 @@ def size_columns(report):
         Column("bytes", "bytes", ",.0f"),
         Column("bits/weight", "bits_per_weight", ".3f"),
         Column("codes, bytes", "code_bytes", ",.0f"),
-        Column("over entropy by tensor", over("tensor_entropy_bytes"), "+.2%"),
-        Column("over row's Gaussian", over("row_entropy_bytes"), "+.2%"),
+        Column("over entropy by tensor", partial(over, "tensor_entropy_bytes"), "+.2%"),
+        Column("over row's Gaussian", partial(over, "row_entropy_bytes"), "+.2%"),
         Column("pack, CPU s", "pack_seconds", ",.2f"),
         Column("unpack, CPU s", "unpack_seconds", ",.2f"),
         Column("peak MiB", lambda row: max(row["pack_memory_mib"], row["unpack_memory_mib"]), ",.0f"),
@@ -274,17 +237,16 @@ def size_columns(report):
 
 def how_met(row):
     """How the size of a row of --score was met."""
-    kind = row.get("knob")
-    value = row.get("value")
-    if kind is None:
-        return "as it is"
-    if kind == "bits":
-        return "between int{} and int{}".format(*value)
-    if kind == "spacing":
-        return f"spacing {value:.4g}"
-    if isinstance(value, dict):
-        return f"k = {min(value.values()):.4g} to {max(value.values()):.4g}"
-    return f"k = {value:.4g}"
+    match row.get("knob"), row.get("value"):
+        case "bits", (low, high):
+            return f"between int{low} and int{high}"
+        case "spacing", spacing:
+            return f"spacing {spacing:.4g}"
+        case "sigmas", dict(by_tensor):
+            return f"k = {min(by_tensor.values()):.4g} to {max(by_tensor.values()):.4g}"
+        case "sigmas", k:
+            return f"k = {k:.4g}"
+    return "as it is"
 
 
 QUALITY_COLUMNS = (
@@ -335,10 +297,9 @@ def document(report):
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
-CLIPS = ((5, 12.85), (6, 12.85), (7, 15.0), (8, 20.0))  # (bits, k) of --weights; the contest's except for the first
-ONLY_WITH_WEIGHTS = ("clips",)
-ONLY_WITH_ARTIFACT = ("rows", "calibration_tokens", "budget", "score", "methods", "val_tokens", "also")
+CLIPS = "5:12.85,6:12.85,7:15,8:20"  # of --weights, as bits:k; the contest's except for the first
 ONLY_WITH_SCORE = ("methods", "val_tokens", "also")
+ONLY_WITH_ARTIFACT = ("rows", "calibration_tokens", "budget", "score", *ONLY_WITH_SCORE)
 
 
 def named(text):
@@ -362,14 +323,12 @@ def clips(text):
 
 
 def arguments(argv):
-    default_clips = ",".join(f"{bits}:{k:g}" for bits, k in CLIPS)
-    parser = parser_of("pack", """Store the weights of a float16 artifact in every way there is: the bytes, the error,
-        the entropy of the codes, time and memory of packing and unpacking; with --score the loss of each method at
-        equal bytes.""", f"""Rows: {'; '.join(ROWS)}. Compressors, the first {len(PLAIN)} by default and all of them for
-        the row {REFERENCE}: {'; '.join(CONTAINERS)}. "columns": the codes of a matrix column by column; "kinds": a
+    parser = harness.parser_of("pack", """Store the weights of a float16 artifact in every way there is: the bytes, the
+        error, the entropy of the codes, time and memory of packing and unpacking; with --score the loss of each method
+        at equal bytes.""", f"""Rows: {'; '.join(ROWS)}. Compressors, the first {len(PLAIN)} by default and all of them
+        for the row {REFERENCE}: {'; '.join(CONTAINERS)}. "columns": the codes of a matrix column by column; "kinds": a
         stream of codes for each kind of matrix; "torch.save": the containers of the contest's records; "lrzip": that of
-        #1855, where the program is installed. Methods of --score:
-        {'; '.join(METHODS)}.""")
+        #1855, where the program is installed. Methods of --score: {'; '.join(METHODS)}.""")
     add = parser.add_argument
     add("artifact", nargs="?", metavar="ARTIFACT", help="artifact whose weights are float16")
     add("settings", nargs="*", metavar="@FILE|KEY=VALUE", help="settings of train_gpt.py: DATA_PATH, TRAIN_SEQ_LEN, "
@@ -383,70 +342,64 @@ def arguments(argv):
     add("--score", action="store_true", help="score each method at the budget")
     add("--methods", type=names_of("--methods", METHODS), metavar="NAME,...",
         help="what --score scores (default: all)")
-    add_val_tokens(parser)
+    add("--val-tokens", **harness.VAL_TOKENS)
     add("--also", type=named, action="append", default=[], metavar="NAME=ARTIFACT", help="another artifact to score")
     add("--weights", action="append", default=[], metavar="FILE", help="instead of ARTIFACT: the matrices of any "
         f"model, from {LEAST:,} weights, in a .safetensors or .npz file or one of torch.save; may be given again")
-    add("--clips", type=clips, default=list(CLIPS), metavar="BITS:K,...",
-        help=f"what SDClip rounds --weights to (default: {default_clips})")
+    add("--clips", type=clips, metavar="BITS:K,...", help=f"what SDClip rounds --weights to (default: {CLIPS})")
     args = parser.parse_intermixed_args(argv)
     if not args.weights and not args.artifact:
         parser.error("ARTIFACT is missing")
     if args.artifact and args.weights:
         parser.error(f"--weights stands instead of {args.artifact} and of settings; leave one of them out")
-    reject_idle(parser, args, ONLY_WITH_WEIGHTS if args.artifact else ONLY_WITH_ARTIFACT,
-                f"{'without' if args.artifact else 'with'} --weights")
-    if not args.score:
-        reject_idle(parser, args, ONLY_WITH_SCORE, "without --score")
+    for names, is_idle, where in ((("clips",), args.artifact, "without --weights"),
+                                  (ONLY_WITH_ARTIFACT, args.weights, "with --weights"),
+                                  (ONLY_WITH_SCORE, not args.score, "without --score")):
+        for name in names:
+            if is_idle and getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{name.replace('_', '-')} does nothing {where}")
     if args.rows is None:
         args.rows = [] if args.methods else list(ROWS)
     if not (args.rows or args.score or args.weights):
         parser.error("--rows none leaves nothing to measure; add --score")
     args.methods = args.methods or list(METHODS)
+    args.clips = args.clips or clips(CLIPS)
     return args
 
 
-def reject_idle(parser, args, names, where):
-    """BadInput for an option that was given and does nothing."""
-    for name in names:
-        if getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name.replace('_', '-')} does nothing {where}")
-
-
-def run_loaded(args, argv):
-    """`bench.py pack --weights`; returns the exit code."""
-    report = Report("pack", args, argv, document)
-    names = args.compressors or [*PLAIN, "lrzip", "lrzip kinds columns"]
-    if "all" in names:
-        names = CONTAINERS
-    with report, tempfile.TemporaryDirectory(prefix="bench_") as folder:
+def run_loaded(args):
+    """`bench.py pack --weights`."""
+    names = compressors_of(args, [*PLAIN, "lrzip", "lrzip kinds columns"])
+    with harness.Report(args, document, "") as report:
         for loaded, (bits, k) in itertools.product(map(Loaded, args.weights), args.clips):
             name = f"{Path(loaded.path).name} int{bits}, k = {k:g}"
             encoded = loaded.encode(bits, k)
-            report.add(loaded_facts(loaded, name, encoded), "codes")
-            for row in measure_row(loaded, name, encoded, names, folder):
-                report.add(row, "sizes")
-    return report.code
+            codes = {parameter: one.arrays["q"].numpy() for parameter, one in encoded.items()}
+            tensors = [{"name": parameter, "shape": q.shape, "entropy_bytes": tensor_entropy(q)}
+                       for parameter, q in codes.items()]
+            report.add(code_row(name, encoded, weights=loaded.path, matrices=len(tensors), tensors=tensors))
+            report.add_all(measure_sizes(loaded, name, encoded, names, args.folder))
+    return report
 
 
-def run(args, argv):
-    """`bench.py pack`; returns the exit code."""
+def run(args):
+    """`bench.py pack`; returns the Report."""
     if args.weights:
-        return run_loaded(args, argv)
-    subject = Subject(args.artifact, args.settings)
-    subject.s = dataclasses.replace(subject.s, val_tokens=args.val_tokens)
+        return run_loaded(args)
+    subject = Subject(args.artifact, [*args.settings, f"VAL_TOKENS={args.val_tokens}"])
     if args.score:
         subject.load_text()
-    progress("collecting moments")
-    tokens, seconds = subject.calibrate(args.calibration_tokens)
-    report = Report(
-        "pack", args, argv, document, subject.s.text(),
+    harness.progress("collecting moments")
+    began = time.perf_counter()
+    tokens = subject.calibrate(subject.model, subject.s, args.calibration_tokens)
+    report = harness.Report(
+        args, document, subject.s.text(),
         artifact=args.artifact,
         artifact_bytes=subject.bytes,
         parameters=subject.parameters,
         device=subject.rt.device_name(),
         calibration_tokens=tokens,
-        calibration_seconds=seconds,
+        calibration_seconds=time.perf_counter() - began,
         budget_bytes=args.budget,
         budget_from="as given",
         val_tokens=len(subject.val.bytes) if args.score else args.val_tokens,
@@ -455,26 +408,25 @@ def run(args, argv):
 
     def budget():
         if report["budget_bytes"] is None:
-            s = subject.settings(ROWS[REFERENCE])
-            report["budget_bytes"] = subject.size(subject.quantiser(s).encode())
-            report["budget_from"] = f"those of {REFERENCE}"
+            encoded, _ = encode_row(subject, REFERENCE, None)
+            report.update(budget_bytes=subject.size(encoded), budget_from=f"those of {REFERENCE}")
         return report["budget_bytes"]
 
-    with report, tempfile.TemporaryDirectory(prefix="bench_") as folder:
+    with report:
         for name in args.rows:
-            progress(f"encoding {name}")
+            harness.progress(f"encoding {name}")
             encoded, spacing = encode_row(subject, name, budget)
-            report.add(code_facts(subject, name, encoded, spacing), "codes")
-            for row in measure_row(subject, name, encoded, compressors_of(args, name), folder):
-                report.add(row, "sizes")
+            squared_error, felt_error = subject.errors(encoded)
+            report.add(code_row(name, encoded, settings=ROWS[name], spacing=spacing, squared_error=squared_error,
+                                felt_error=felt_error))
+            names = compressors_of(args, CONTAINERS if name == REFERENCE else PLAIN)
+            report.add_all(measure_sizes(subject, name, encoded, names, args.folder))
         if args.score:
-            for row in quality(subject, args.methods, budget(), args.also):
-                report.add(row, "quality")
-    return report.code
+            report.add_all(quality(subject, args.methods, budget(), args.also))
+    return report
 
 
-def compressors_of(args, row):
+def compressors_of(args, usual):
     """Names of the containers of a row."""
-    if args.compressors:
-        return CONTAINERS if "all" in args.compressors else args.compressors
-    return CONTAINERS if row == REFERENCE else PLAIN
+    names = args.compressors or usual
+    return CONTAINERS if "all" in names else names

@@ -15,16 +15,15 @@ import dataclasses
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-from benchmarks.evaluation import Scoring, facts, scaled_line
-from benchmarks.reports import Report, add_val_tokens, parser_of, progress
-from benchmarks.weights import CODEC, collect_curvature
-from common import ROOT, BadInput, load_trainer, names_of, whole
+import train_gpt as trainer
+from benchmarks import harness
+from benchmarks.evaluation import Scoring, facts, text_lines
+from common import ROOT, BadInput, names_of, whole
 from tables import Column, markdown
 
 DEMO = f"@{ROOT / 'records/small.env'}"
@@ -92,62 +91,61 @@ def train_demo(words, steps, folder):
         raise KeyboardInterrupt
     path = Path(folder, "trained", "model.pg")
     if not path.exists():  # one that is over SIZE_LIMIT is kept
-        lines = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.strip()]
-        raise BadInput(lines[-1] if lines else f"train_gpt.py ended with exit code {done.returncode}")
+        *_, last = ["", *done.stderr.strip().splitlines()]
+        raise BadInput(last.removeprefix("error: ") or f"train_gpt.py ended with exit code {done.returncode}")
     return path
 
 
-def divided(trainer):
-    """A class of predictors: another one's "probabilities", divided by their sum over all tokens, which it notes."""
-    class Divided(trainer.WrappingPredictor):
-        def __init__(self, base, s, rt):
-            super().__init__(base, s, rt)
-            self.invalid_reason = ""
-            self.history = base.history
-            self.learns = base.learns
-            self.sums = 0.0
-            self.targets = 0
+class Divided(trainer.WrappingPredictor):
+    """Another predictor's "probabilities", divided by their sum over all tokens, which it notes."""
 
-        def predict(self, inputs, count=None):
-            log_shares = self.base.predict(inputs, count).double()
-            return log_shares - log_shares.logsumexp(-1, keepdim=True)
+    def __init__(self, base, s, rt):
+        super().__init__(base, s, rt)
+        self.invalid_reason = ""
+        self.learns = base.learns
+        self.sums = 0.0
+        self.targets = 0
 
-        def nll(self, inputs, targets):
-            undivided = self.base.nll(inputs, targets).double()
-            self.log_sums = self.base.predict(inputs).double().logsumexp(-1)
-            return undivided + self.log_sums
+    def predict(self, inputs, count=None):
+        return self.base.predict(inputs, count).double().log_softmax(-1)
 
-        def observe(self, chunk):
-            log_sums = self.log_sums[chunk.index >= 0]
-            self.sums += log_sums.exp().sum().item()
-            self.targets += log_sums.numel()
-            super().observe(chunk)
+    def nll(self, inputs, targets):
+        undivided = self.base.nll(inputs, targets).double()
+        self.log_sums = self.base.predict(inputs).double().logsumexp(-1)
+        return undivided + self.log_sums
 
-        def mean_sum(self):
-            return self.sums / self.targets
+    def observe(self, chunk):
+        log_sums = self.log_sums[chunk.index >= 0]
+        self.sums += log_sums.exp().sum().item()
+        self.targets += log_sums.numel()
+        super().observe(chunk)
 
-    return Divided
+    def mean_sum(self):
+        return self.sums / self.targets
+
+
+def dividing():
+    """A context in which the trainer, selftest() included, makes predictors that are divided by their sums."""
+    make_predictor = trainer.make_predictor
+
+    def make_divided(model, s, rt, *rest):
+        return Divided(make_predictor(model, s, rt, *rest), s, rt)
+
+    return mock.patch.object(trainer, "make_predictor", make_divided)
 
 
 class Demonstration(Scoring):
-    """The artifact that all rows score, and how each of them does it.
-
-    Relied on, in addition to what Scoring and collect_curvature rely on: save_artifact, read_file, train_on_validation,
-    selftest, WrappingPredictor; make_predictor by its name, so that selftest() tests a predictor that is wrapped
-    here.
-    """
+    """The artifact that all rows score, and how each of them does it."""
 
     def __init__(self, path, words, folder):
         super().__init__(path, words)
-        self.folder = Path(folder)
+        self.folder = folder
         self.raw = None
-        self.curvature = None
-        codecs = {row[CODEC] for row in self.header["tensors"]}
-        if codecs == {"float16"}:
+        if {entry.codec for entry in self.header["tensors"]} == {"float16"}:
             s = self.settings("")
-            self.raw = self.model()
+            self.raw = self.load_model(path, s)
             if s.needs_curvature:
-                self.curvature, _ = collect_curvature(self.trainer, self.raw, s, self.rt, s.gptq_calibration_tokens)
+                self.calibrate(self.raw, s, s.gptq_calibration_tokens)
             self.path = self.pack(self.raw, s, "packed.pg")
 
     def settings(self, text):
@@ -155,39 +153,33 @@ class Demonstration(Scoring):
 
     def pack(self, model, s, name):
         """The artifact that the trainer makes of these weights."""
-        path = self.folder / name
+        path = f"{self.folder}/{name}"
         room = s.size_limit - (ROOT / "train_gpt.py").stat().st_size
-        self.trainer.save_artifact(path, model, s, self.digest, None, self.curvature, room)
-        return str(path)
-
-    def artifact(self, run):
-        """The one that a row scores."""
-        if run.s.ttt != "prequant":
-            return self.path
-        model = copy.deepcopy(self.raw)
-        self.trainer.train_on_validation(run, model, self.val)
-        return self.pack(model, run.s, "prequant.pg")
+        trainer.save_artifact(path, model, s, self.digest, None, self.curvature, room)
+        return path
 
     def score(self, variant, text):
         """A row of the report."""
-        trainer = self.trainer
-        rt = self.rt
         s = self.settings(text)
         began = time.perf_counter()
         if variant.divided:  # it asks for every token at every place
             rows = max(MOST_PROBABILITIES // (s.eval_seq_len * s.vocab_size), 1)
             s = dataclasses.replace(s, eval_batch_seqs=min(s.eval_batch_seqs, rows))
         run = self.start(s)
-        path = self.artifact(run)
+        path = self.path
+        if s.trains_before_packing:
+            model = copy.deepcopy(self.raw)
+            trainer.train_on_validation(run, model, self.val)
+            path = self.pack(model, s, "prequant.pg")
         model = self.load_model(path, s)
-        with self.dividing() if variant.divided else contextlib.nullcontext():
+        with dividing() if variant.divided else contextlib.nullcontext():
             predictor, reader = self.begin(run, model)
-            if rt.compiled:
+            if self.rt.compiled:
                 trainer.warm_up_scoring(run, predictor, reader)
-            score = trainer.score(predictor, reader, self.val, rt, run.validity, run.log)
+            score = trainer.score(predictor, reader, self.val, self.rt, run.validity, run.log)
             trainer.selftest(run, s, path, trainer.read_file(path), self.val)
-        tests = [event for event in run.log.events if event["event"] == "selftest"]
-        (sums,) = (event for event in run.log.events if event["event"] == "normalisation")
+        tests = run.log.events["selftest"]
+        (sums,) = run.log.events["normalisation"]
         return {
             "loss": score.loss,
             "bpb": score.bpb,
@@ -200,38 +192,40 @@ class Demonstration(Scoring):
             "seconds": time.perf_counter() - began,
         }
 
-    def dividing(self):
-        """A context in which the trainer makes predictors that are divided by their sums."""
-        make_predictor = self.trainer.make_predictor
-        wrap = divided(self.trainer)
+    def row(self, study, variant):
+        """A row of the report, whatever its variant needs."""
+        text = filled(variant, self.settings(""), len(self.val.bytes))
+        row = {"study": study, "what": variant.what, "settings": text}
+        if "prequant" in text and self.raw is None:
+            return row | {"skipped": "needs weights that are not rounded: an artifact of MATRIX_BITS=16 EMBED_BITS=16, "
+                                     "or none"}
+        harness.progress(f"scoring #{study} {variant.what}" if study else f"scoring {variant.what}")
+        return row | self.score(variant, text)
 
-        def make_divided(model, s, rt, *rest):
-            return wrap(make_predictor(model, s, rt, *rest), s, rt)
 
-        return mock.patch.object(self.trainer, "make_predictor", make_divided)
+def filled(variant, s, tokens):
+    """Settings of a variant, scaled to a text of this many tokens."""
+    buckets = max(round(tokens / LOAD), 2)
+    batch = max(round(tokens / STEPS_518 / s.eval_seq_len), 1)
+    return variant.settings.format(buckets=buckets, batch=batch)
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 
+def tests_cell(row):
+    return ", ".join(f"{name} ({row['selftest'][name]:.2g})" for name in row["failed"]) or "none"
+
+
 def columns(alone):
     """The columns of the table; `alone` is the row of the model alone."""
-    def change(row):
-        return "" if row is alone else f"{row['bpb'] - alone['bpb']:+.4f}"
-
-    def mean_sum(row):
-        return 1.0 if row["worst_log_sum"] < 1e-3 else row["mean_sum"]
-
-    def tests(row):
-        return ", ".join(f"{name} ({row['selftest'][name]:.2g})" for name in row["failed"]) or "none"
-
     return (
         Column("of", lambda row: f"#{row['study']}" if row["study"] else ""),
         Column("what", "what"),
         Column("BPB", "bpb", ".4f"),
-        Column("change", change, ""),
-        Column("mean sum", mean_sum, ".4g"),
-        Column("tests that fail", tests),
+        Column("change", lambda row: "" if row is alone else f"{row['bpb'] - alone['bpb']:+.4f}", ""),
+        Column("mean sum", lambda row: 1.0 if row["worst_log_sum"] < 1e-3 else row["mean_sum"], ".4g"),
+        Column("tests that fail", tests_cell),
         Column("valid", lambda row: f"valid:{row['valid']}"),
         Column("condition broken", lambda row: row["reasons"][0] if row["reasons"] else ""),
         Column("seconds", "seconds", ",.0f"),
@@ -243,9 +237,8 @@ def document(report):
     r = report
     yield from r.title()
     yield f"weights   {r['parameters']:,} parameters, {r['weights']}; on {r['device']}, {r['dtype']}, {r.software()}"
-    yield (f"text      {r['tokens']:,} targets, {r['bytes']:,} bytes, {r['documents']} documents of {r['data']}, in "
-           f"windows of {r['eval_seq_len']:,}, {r['eval_stride'] or r['eval_seq_len']:,} apart; seed {r['seed']}")
-    yield scaled_line(r) + "\n"
+    yield from text_lines(r)
+    yield ""
     yield from markdown(columns(r["rows"][0]), r["rows"])
     yield ("\nmean sum: of the \"probabilities\" of all tokens, over all targets. Tests: flip, prefix and sum of "
            "#1017, off by (...).\n")
@@ -258,71 +251,46 @@ def document(report):
 
 
 def arguments(argv):
-    parser = parser_of("validity", """Score one artifact in ways that were published and are no code length, and in the
-        nearest ways that are one.""", f"""Studies: {', '.join(STUDIES)}, the numbers of pull requests, each technique
-        on its own and by the settings of its run. Scaled to the text: #1033's tables have the original's {LOAD:.1f}
-        increments a bucket in the end; gradient steps before scoring are as many an epoch as #518's, {STEPS_518}, with
-        {EPOCHS_518} epochs in place of its 50; parts are 1 / 32 of the text.""")
+    parser = harness.parser_of("validity", """Score one artifact in ways that were published and are no code length, and
+        in the nearest ways that are one.""", f"""Studies: {', '.join(STUDIES)}, the numbers of pull requests, each
+        technique on its own and by the settings of its run. Scaled to the text: #1033's tables have the original's
+        {LOAD:.1f} increments a bucket in the end; gradient steps before scoring are as many an epoch as #518's,
+        {STEPS_518}, with {EPOCHS_518} epochs in place of its 50; parts are 1 / 32 of the text.""")
     add = parser.add_argument
     add("words", nargs="*", metavar="ARTIFACT|@FILE|KEY=VALUE", help="an artifact of float16 weights, which is not "
         "trained any more (default: train records/small.env); settings of train_gpt.py")
     add("--studies", type=names_of("--studies", STUDIES), default=list(STUDIES), metavar="NAME,...",
         help="default: all")
     add("--steps", type=whole(1), default=400, metavar="N", help="training steps without an artifact (default: 400)")
-    add_val_tokens(parser)
+    add("--val-tokens", **harness.VAL_TOKENS)
     return parser.parse_intermixed_args(argv)
 
 
-def filled(variant, s, tokens):
-    """Settings of a variant, scaled to a text of this many tokens."""
-    buckets = max(round(tokens / LOAD), 2)
-    batch = max(round(tokens / STEPS_518 / s.eval_seq_len), 1)
-    return variant.settings.format(buckets=buckets, batch=batch)
-
-
-def run(args, argv):
-    """`bench.py validity`; returns the exit code."""
+def run(args):
+    """`bench.py validity`; returns the Report."""
     settings = [word for word in args.words if word.startswith("@") or "=" in word]
     artifacts = [word for word in args.words if word not in settings]
     if len(artifacts) > 1:
         raise BadInput(f"{artifacts[1]}: one artifact at a time ({artifacts[0]} is one)")
-    demo = [] if artifacts else [DEMO]
-    words = [*demo, *settings, f"VAL_TOKENS={args.val_tokens}"]
-    load_trainer().Settings.parse(words, os.environ)  # BadInput before anything is trained
-    with tempfile.TemporaryDirectory(prefix="bench_") as folder:
-        if artifacts:
-            path = artifacts[0]
-            facts_of_weights = {"weights": f"those of {path}", "artifact": path}
-        else:
-            progress(f"training {args.steps} steps")
-            path = train_demo(words, args.steps, folder)
-            facts_of_weights = {"weights": f"trained for {args.steps} steps", "artifact": None}
-        progress("packing")
-        demonstration = Demonstration(path, words, folder)
-        report = Report("validity", args, argv, document, **facts(demonstration) | facts_of_weights,
-                        eval_stride=demonstration.settings("").eval_stride)
-        with report:
-            score_all(demonstration, report, args)
-    return report.code
-
-
-def score_all(demonstration, report, args):
-    """Score the model alone and the variants of all studies into the report."""
-    report.add(score_variant(demonstration, "", ALONE))
-    for study in args.studies:
-        for variant in STUDIES[study]:
-            row = score_variant(demonstration, study, variant)
-            if variant.divided:  # the sum is that of the variant before it, which is divided here
-                report["rows"][-1]["mean_sum"] = row.pop("mean_sum")
-            report.add(row)
-
-
-def score_variant(demonstration, study, variant):
-    """A row of the report."""
-    text = filled(variant, demonstration.settings(""), len(demonstration.val.bytes))
-    row = {"study": study, "what": variant.what, "settings": text}
-    if "prequant" in text and demonstration.raw is None:
-        return row | {"skipped": "needs weights that are not rounded: an artifact of MATRIX_BITS=16 EMBED_BITS=16, "
-                                 "or none"}
-    progress(f"scoring #{study} {variant.what}" if study else f"scoring {variant.what}")
-    return row | demonstration.score(variant, text)
+    words = [*settings, f"VAL_TOKENS={args.val_tokens}"]
+    if artifacts:
+        (path,) = artifacts
+        source = {"weights": f"those of {path}", "artifact": path}
+    else:
+        words = [DEMO, *words]
+        trainer.Settings.parse(words, os.environ)  # BadInput before anything is trained
+        harness.progress(f"training {args.steps} steps")
+        path = train_demo(words, args.steps, args.folder)
+        source = {"weights": f"trained for {args.steps} steps", "artifact": None}
+    harness.progress("packing")
+    demonstration = Demonstration(path, words, args.folder)
+    stride = demonstration.settings("").eval_stride
+    with harness.Report(args, document, **facts(demonstration) | source, eval_stride=stride) as report:
+        report.add(demonstration.row("", ALONE))
+        for study in args.studies:
+            for variant in STUDIES[study]:
+                row = demonstration.row(study, variant)
+                if variant.divided:  # the sum is that of the variant before it, which is divided here
+                    report["rows"][-1]["mean_sum"] = row.pop("mean_sum")
+                report.add(row)
+    return report
