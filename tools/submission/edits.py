@@ -9,6 +9,7 @@ class Edits:
 
     def __init__(self, code):
         self.code = code
+        self.lines = code.source.splitlines()
         self.found = []
         self.emptied = defaultdict(set)  # (parent, block): statements that go
 
@@ -43,19 +44,12 @@ class Edits:
 
     def first_comment(self, line, indent):
         """The first of the comment lines directly above a line; headings of sections do not belong to it."""
-        lines = self.code.source.splitlines()
         while line > 1:
-            above = lines[line - 2]
-            is_comment = above.startswith(" " * indent + "#") and not above.lstrip().startswith("# ---")
-            if not is_comment or self._is_title(lines, line - 2, indent):
+            above = self.lines[line - 2]
+            if not above.startswith(" " * indent + "#") or above.lstrip().startswith("# ---"):
                 break
             line -= 1
         return line
-
-    def _is_title(self, lines, index, indent):
-        """Is this comment a title inside a class: a line of its own between blank ones?"""
-        after = lines[index + 1] if index + 1 < len(lines) else ""
-        return not after.strip()
 
     def applied(self):
         text = self.code.source
