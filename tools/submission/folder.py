@@ -231,31 +231,29 @@ def find_twin(of_run, script, given):
 
 def twins(of_run, script, given):
     """(place, source) of files that may be the readable source."""
-    beside = script.with_name(f"{script.stem}_human.py")
-    specialised = sorted((ROOT / "logs/specialised").glob("*/train_gpt.py"))
-    for place in [Path(given)] if given else [beside, ROOT / "train_gpt.py", *specialised]:
+    if given:
         try:
-            yield place, place.read_bytes()
+            yield given, Path(given).read_bytes()
         except OSError as error:
-            if given:
-                raise BadInput(f"--human {given}: cannot be read ({error.strerror}); give a file, or none") from None
-    if not given:
-        commit = of_run.header.get("commit", "")
-        source = git("show", f"{commit}:train_gpt.py")
-        if source:
-            yield f"train_gpt.py of commit {commit}", f"{source}\n".encode()
+            raise BadInput(f"--human {given}: cannot be read ({error.strerror}); give a file, or none") from None
+        return
+    specialised = sorted((ROOT / "logs/specialised").glob("*/train_gpt.py"))
+    for place in (script.with_name(f"{script.stem}_human.py"), ROOT / "train_gpt.py", *specialised):
+        if place.is_file():
+            yield place, place.read_bytes()
+    commit = of_run.header.get("commit", "")
+    source = git("show", f"{commit}:train_gpt.py")
+    if source:
+        yield f"train_gpt.py of commit {commit}", f"{source}\n".encode()
 
 
-PRESET = re.compile(r"^PRESET ?= ?(.*)$", re.MULTILINE)  # settings of a copy of the trainer, which pack writes
+PRESET = re.compile(rb"^PRESET ?= ?(.*)$", re.MULTILINE)  # settings of a copy of the trainer, which pack writes
 
 
 def with_preset_of(of_run, source):
     """The source with the preset of the one that ran."""
-    preset = PRESET.search(of_run.source)
-    if not preset:
-        return source
-    line = f"PRESET = {preset[1].strip()}"
-    return re.sub(PRESET.pattern.encode(), line.replace("\\", r"\\").encode(), source, count=1, flags=re.MULTILINE)
+    preset = PRESET.search(of_run.source.encode())
+    return PRESET.sub(lambda _: b"PRESET = " + preset[1].strip(), source, count=1) if preset else source
 
 
 # ---- the files ------------------------------------------------------------------------------------------------------
@@ -263,31 +261,20 @@ def with_preset_of(of_run, source):
 
 def files(submission):
     """{name: bytes} of the folder."""
-    contents = {
-        "README.md": page.page(submission).encode(),
-        "submission.json": (json.dumps(submission.fields, indent=2, ensure_ascii=False) + "\n").encode(),
-        "train_gpt.py": submission.script.read_bytes(),
-        SETTINGS_FILE: settings_text(submission).encode(),
-        "requirements.txt": requirements_text(submission).encode()}
-    if submission.twin is not None:
-        contents[TWIN] = submission.twin
-    for run in submission.runs:
-        contents[f"train_seed{run.seed}.log"] = run.log
-    return contents
-
-
-def settings_text(submission):
-    """settings.env: what differs from the defaults, without paths that exist on the runs' machine only."""
-    portable = [setting for setting in submission.changed
-                if not (setting.name in recipe.PATHS and setting.value.startswith("/"))]
     fields = submission.fields
     heading = f"{fields['name']}: val_bpb {fields['val_bpb']:.5f}, seeds {', '.join(map(str, fields['seeds']))}"
-    return recipe.settings_file(portable, heading)
-
-
-def requirements_text(submission):
-    base = " ".join(page.base_packages(submission))
-    return "\n".join([f"# beside {base}", *submission.requirements]) + "\n"
+    portable = [setting for setting in submission.changed  # without paths that exist on the runs' machine only
+                if not (setting.name in recipe.PATHS and setting.value.startswith("/"))]
+    required = [f"# beside {' '.join(page.base_packages(submission))}", *submission.requirements, ""]
+    contents = {
+        "README.md": page.page(submission).encode(),
+        "submission.json": (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode(),
+        "train_gpt.py": submission.script.read_bytes(),
+        SETTINGS_FILE: recipe.settings_file(portable, heading).encode(),
+        "requirements.txt": "\n".join(required).encode()}
+    if submission.twin is not None:
+        contents[TWIN] = submission.twin
+    return contents | {f"train_seed{run.seed}.log": run.log for run in submission.runs}
 
 
 def write_folder(folder, contents):

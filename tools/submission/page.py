@@ -17,12 +17,8 @@ def page(submission):
 def table(titles, rows):
     """A table of Markdown."""
     lines = [[*titles], ["---"] * len(titles), *rows]
-    return "\n".join("| " + " | ".join(cell(text) for text in line) + " |" for line in lines)
-
-
-def cell(text):
-    """Text as it may stand in a table."""
-    return " ".join(str(text).split()).replace("|", "\\|")
+    cells = [[" ".join(str(cell).split()).replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 # ---- headline, results, comparison, news ----------------------------------------------------------------------------
