@@ -176,21 +176,20 @@ def read_record(file, problems):
     raw = read_bytes(file, problems)
     if file is None:
         return None
-    if script.is_pointer(raw):
-        problems.append(error("CK-FOLDER", "is a pointer of Git LFS, not the file", file.name))
-        return None
+    problem, line = "is not a JSON object", None
     try:
         if len(raw) > MOST_JSON:
             raise ValueError(f"{len(raw):,} bytes")
         record = json.loads(raw.decode("utf-8-sig"), parse_float=Decimal)
+        if isinstance(record, dict):
+            return record
     except (ValueError, RecursionError, ArithmeticError) as failure:
         reason = getattr(failure, "msg", None) or str(failure).partition("\n")[0] or type(failure).__name__
-        problems.append(error("CK-FOLDER", f"is not JSON: {reason}", file.name, getattr(failure, "lineno", None)))
-        return None
-    if not isinstance(record, dict):
-        problems.append(error("CK-FOLDER", "is not a JSON object", file.name))
-        return None
-    return record
+        problem, line = f"is not JSON: {reason}", getattr(failure, "lineno", None)
+    if script.is_pointer(raw):
+        problem, line = "is a pointer of Git LFS, not the file", None
+    problems.append(error("CK-FOLDER", problem, file.name, line))
+    return None
 
 
 def read_all_logs(files, problems):

@@ -13,11 +13,9 @@ import ast
 import keyword
 import re
 
-from submission.edits import Edits, dedented
+from submission.edits import BLOCKS, Edits, dedented
 from submission.known import Code, Unknown, has_no_statement, is_pass, is_pure
 from submission.prune import prune, prune_parameters
-
-BLOCKS = ("body", "orelse", "finalbody")
 
 
 def folded(source, values, most_turns=200):

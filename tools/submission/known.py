@@ -13,7 +13,7 @@ import operator
 from collections import defaultdict
 from functools import cached_property
 
-# Functions that change nothing; and those of them that are called to know a value.
+# Functions that change nothing; and what is called to know a value, or is one.
 PURE_CALLS = set("""
     len min max any all sum abs isinstance hasattr getattr tuple list set dict sorted range enumerate zip str int float
     bool round partial Path format_value
@@ -27,7 +27,6 @@ OPERATORS = {
 }
 # Methods that leave a list, dict or set as it is.
 READING_METHODS = {"get", "items", "keys", "values", "index", "count", "copy"}
-READING = (ast.Compare, ast.For, ast.comprehension, ast.BinOp, ast.UnaryOp, ast.Starred, ast.If)
 DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
 FUNCTIONS = (ast.FunctionDef, ast.Lambda)
 HANDED_ON = (ast.Name, ast.Attribute, ast.arg)  # expressions of which the value comes from elsewhere
@@ -73,7 +72,7 @@ class Values:
     settings = frozenset()  # classes of which a field with a constant is needed only where something reads its name
 
     def value(self, node, world, code):
-        """The value of an expression; Unknown if only the text says it."""
+        """The value of an expression of which the text does not say it; Unknown."""
         raise Unknown
 
     def rewritten(self, node, code):
@@ -181,24 +180,6 @@ class Code:
     def is_local(self, node):
         """Is this a name of a function around it, and not of the module?"""
         return any(node.id in self.values_in(function) for function in self.functions_of(node))
-
-    @cached_property
-    def changing(self):
-        """Names of which a use may change the object: nothing is known of a list, dict or set of such a name."""
-        return {node.id for node in self.nodes
-                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and not self._only_reads(node)}
-
-    def _only_reads(self, node):
-        """Does this use of a name leave a list, dict or set as it is, and give it to nobody?"""
-        parent = self.parents[node]
-        match parent:
-            case ast.Attribute():
-                return parent.attr in READING_METHODS and self._is_called(parent)
-            case ast.Subscript():
-                return parent.slice is node or isinstance(parent.ctx, ast.Load)
-            case ast.Call():
-                return isinstance(parent.func, ast.Name) and parent.func.id in PURE_CALLS
-        return isinstance(parent, READING)
 
     @cached_property
     def classes(self):
@@ -434,8 +415,13 @@ class Code:
                 return OPERATORS[type(node.op)](self.value(node.left, world), self.value(node.right, world))
             case ast.BoolOp():
                 return self._bool(node, world)
+            case ast.Compare(left=left, ops=[ast.Is() | ast.IsNot() as how], comparators=[ast.Constant(None)]) if (
+                    self.is_object(left)):
+                return isinstance(how, ast.IsNot)
             case ast.Compare():
-                return self._comparison(node, world)
+                sides = itertools.pairwise([node.left, *node.comparators])
+                return all(OPERATORS[type(how)](self.value(left, world), self.value(right, world))
+                           for how, (left, right) in zip(node.ops, sides))
             case ast.IfExp():
                 return self.value(node.body if self.value(node.test, world) else node.orelse, world)
             case ast.Name():
@@ -444,8 +430,6 @@ class Code:
                 return self._common(self._assigned(node), world)
             case ast.arg():
                 return self._common(self.arguments[node], world)
-            case ast.Call(func=ast.Attribute(value=mapping, attr="get")):
-                return self.value(mapping, world).get(*(self.value(argument, world) for argument in node.args))
             case ast.Call(func=ast.Name(), keywords=[]):
                 return EVALUATED[node.func.id](*(self.value(argument, world) for argument in node.args))
         raise Unknown
@@ -460,17 +444,6 @@ class Code:
         if not isinstance(value, SIMPLE):
             raise Unknown
         return value
-
-    def _comparison(self, node, world):
-        if asks_for_none(node) and self.is_object(node.left):
-            return isinstance(node.ops[0], ast.IsNot)
-        left = self.value(node.left, world)
-        for operator_, right in zip(node.ops, node.comparators):
-            right = self.value(right, world)
-            if not OPERATORS[type(operator_)](left, right):
-                return False
-            left = right
-        return True
 
     def _bool(self, node, world):
         """One known operand may decide, whatever the others are."""
@@ -495,16 +468,8 @@ class Code:
         """Is this an attribute of self that is always something made by a class, of the file or of torch.nn?"""
         if not (isinstance(node, ast.Attribute) and is_self(node.value)):
             return False
-        made = self._assigned(node)
-        return bool(made) and all(isinstance(one, ast.Call) and self._is_class(one.func) for one in made)
-
-    def _is_class(self, node):
-        match node:
-            case ast.Name():
-                return node.id in self.classes
-            case ast.Attribute(value=ast.Name("nn")):
-                return True
-        return False
+        made = [self.text(one.func) if isinstance(one, ast.Call) else "" for one in self._assigned(node)]
+        return bool(made) and all(name in self.classes or name.startswith("nn.") for name in made)
 
     def _name(self, node, world):
         for scope in (*self.functions_of(node), None):
@@ -513,8 +478,7 @@ class Code:
                 if names[node.id] is None:
                     raise Unknown
                 value = self.value(names[node.id], world)
-                may_be_filled = scope or node.id in self.changing
-                if isinstance(value, (list, dict, set)) and may_be_filled:
+                if isinstance(value, (list, dict, set)):  # it may be filled later
                     raise Unknown
                 return value
         return EVALUATED[node.id]  # or a KeyError: unknown
@@ -605,14 +569,6 @@ def names_of(statement):
 def arguments_of(function):
     args = function.args
     return [*args.posonlyargs, *args.args, *args.kwonlyargs, *filter(None, (args.vararg, args.kwarg))]
-
-
-def asks_for_none(node):
-    """Is this comparison `... is None` or `... is not None`?"""
-    match node:
-        case ast.Compare(ops=[ast.Is() | ast.IsNot()], comparators=[ast.Constant(None)]):
-            return True
-    return False
 
 
 def is_pure(node):

@@ -10,8 +10,11 @@ REPOSITORY = "../../.."  # of the contest, from a folder in records/TRACK/
 
 def page(submission):
     """The whole text."""
-    sections = (headline, results, against, news, settings, compliance, reproduction, attribution, dependencies)
-    return "\n\n".join(filter(None, (section(submission) for section in sections))) + "\n"
+    sections = [
+        headline(submission), results(submission), against(submission),
+        f"## What is new\n\n{submission.fields['blurb']}", settings(submission), compliance(submission),
+        reproduction(submission), attribution(submission), dependencies(submission)]
+    return "\n\n".join(filter(None, sections)) + "\n"
 
 
 def table(titles, rows):
@@ -72,10 +75,6 @@ def against(submission):
         return ""
     lines = stats.comparison_lines(submission.sample, submission.comparison)
     return "## Against the record\n\n```\n" + "\n".join(lines) + "\n```"
-
-
-def news(submission):
-    return f"## What is new\n\n{submission.fields['blurb']}"
 
 
 # ---- settings -------------------------------------------------------------------------------------------------------

@@ -153,15 +153,9 @@ def prune_fields(code, edits, record):
     members = [member for member in record.body if isinstance(member, ast.AnnAssign)]
     names = [member.target.id for member in members]
     dead = [name for name in names if name not in code.read_attributes]
-    replacements = []
-    for call in code.nodes:
-        match call:
-            case ast.Call(func=ast.Name(record.name)):
-                given = dict(zip(names, call.args)) | {keyword.arg: keyword.value for keyword in call.keywords}
-                if None in given or not all(is_pure(given[name]) for name in dead if name in given):
-                    return
-                replacements += without_arguments(code, names, call, dead)
-    if dead and edits.replace_all(replacements):
+    calls = [node for node in code.nodes if isinstance(node, ast.Call) and code.text(node.func) == record.name]
+    replacements = without_arguments(code, names, calls, dead)
+    if dead and replacements is not None and edits.replace_all(replacements):
         for member in members:
             if member.target.id in dead:
                 edits.remove(member)
@@ -175,13 +169,9 @@ def prune_parameters_of(code, edits, functions):
     dead = [name for name in names if name not in read]
     if not dead or len(signatures) > 1 or any(len(one.args.args) < len(arguments_of(one)) for one in functions):
         return
-    replacements = [without_parameters(code, function, dead) for function in functions]
-    for call in code.callers[functions[0]]:
-        given = code.bound(functions[0], call)
-        if given is None or not all(is_pure(given[name]) for name in dead if name in given):
-            return
-        replacements += without_arguments(code, names, call, dead)
-    edits.replace_all(replacements)
+    replacements = without_arguments(code, names, code.callers[functions[0]], dead)
+    if replacements is not None:
+        edits.replace_all([*(without_parameters(code, function, dead) for function in functions), *replacements])
 
 
 def without_parameters(code, function, dead):
@@ -200,15 +190,20 @@ def without_parameters(code, function, dead):
     return begin, end, listing(f"def {function.name}(", texts, ")" + result, function.col_offset)
 
 
-def without_arguments(code, names, call, dead):
-    """[(begin, end, text)] of a call of a function with parameters `names` without what it gives for the dead ones; an
-    empty list if it gives nothing for them.
+def without_arguments(code, names, calls, dead):
+    """[(begin, end, text)] of calls without what they give for dead ones of the parameters `names`; None if it cannot
+    be told what one gives, or if that does something.
     """
-    given = [*zip(names, call.args), *((keyword.arg, keyword) for keyword in call.keywords)]
-    # What stood behind a dead one keeps its place, since that has gone from the definition, too.
-    texts = [code.text(part) for name, part in given if name not in dead]
-    if len(texts) == len(given):
-        return []
-    begin = code.begin(call)
-    column = begin - code.begins[call.lineno - 1]
-    return [(begin, code.end(call), listing(code.text(call.func) + "(", texts, ")", column))]
+    found = []
+    for call in calls:
+        given = [*zip(names, call.args), *((keyword.arg, keyword) for keyword in call.keywords)]
+        is_told = not any(isinstance(part, ast.Starred) or name is None for name, part in given)
+        if not is_told or not all(is_pure(part) for name, part in given if name in dead):
+            return None
+        # What stood behind a dead one keeps its place, since that has gone from the definition, too.
+        texts = [code.text(part) for name, part in given if name not in dead]
+        if len(texts) < len(given):
+            begin = code.begin(call)
+            column = begin - code.begins[call.lineno - 1]
+            found.append((begin, code.end(call), listing(code.text(call.func) + "(", texts, ")", column)))
+    return found

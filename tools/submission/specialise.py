@@ -52,9 +52,6 @@ WITHOUT_EFFECT = {
 # The functions that make other settings of a run's own, with replace(): `worlds` knows what each gives.
 REPLACING = {"save_artifact", "contiguous_reader", "selftest_settings", "without_model_settings", "with_model_settings"}
 
-# {function: (the argument that may be None, the argument that it then returns)}
-WITHOUT_NONE = {"optional": (0, 1), "add_adapter": (1, 0)}
-
 
 # ---- what is known --------------------------------------------------------------------------------------------------
 
@@ -151,7 +148,8 @@ class TrainerValues(Values):
         self.facts = {
             "compressor": lambda world: world["compressor"], "packed.compressor": lambda world: world["compressor"],
             "s": lambda world: world["settings"], "form": lambda world: world["visit"].form,
-            "LISTS": trainer.LISTS, ".kinds": averages,
+            "LISTS": trainer.LISTS, "LISTS.get(f.type)": lambda world: trainer.LISTS.get(world["field"].type),
+            ".kinds": averages,
             "was_done": False,  # all steps, in an earlier run
             "run.s.idle()": {},  # a record's settings all have an effect
         }
@@ -166,6 +164,8 @@ class TrainerValues(Values):
             self.facts |= {"wrappers()": (), "isinstance(predictor, WrappingPredictor)": False}
         if not s.lqer_rank:
             self.facts |= {"entry.rank": 0, "tensor.rank": 0, "Encoded: self.rank": 0}
+        if not compressors & {*trainer.PACKAGES}:
+            self.facts["PACKAGES.get(s.compressor, ())"] = ()
         if not has_case(s):  # but where the bytes are loaded, another tokenizer is still refused
             self.facts |= {".sidecar": False, "load_validation: sidecar": None,
                            "prove_bytes: has_case_operators(sp)": False, "_check_bytes: has_case_operators(sp)": False}
@@ -217,11 +217,11 @@ class TrainerValues(Values):
     def rewritten(self, node, code):
         """optional(None, x, ...) and add_adapter(x, None, ...) are x; the bound of a setting is a number."""
         match node:
-            case ast.Call(func=ast.Name("optional" | "add_adapter" as called)):
-                may_be_none, otherwise = WITHOUT_NONE[called]
+            case (ast.Call(func=ast.Name("optional"), args=[module, otherwise, *_])
+                  | ast.Call(func=ast.Name("add_adapter"), args=[otherwise, module, *_])):
                 with contextlib.suppress(Unknown):
-                    if code.known(node.args[may_be_none]) is None:
-                        return code.text(node.args[otherwise])
+                    if code.known(module) is None:
+                        return code.text(otherwise)
             case ast.Call(func=ast.Name("replace")):
                 return without_unread(node, code)
             case ast.Subscript(value=ast.Attribute(attr="metadata"), slice=ast.Constant(key)):
@@ -480,7 +480,8 @@ def constant_settings(source, trainer, s, open_names):
         if name in open_names:
             call = node.value
             kept = [keyword for keyword in call.keywords if keyword.arg != "on"]
-            doc = sentence(ast.literal_eval(call.args[1]))
+            pieces = textwrap.wrap(ast.literal_eval(call.args[1]), 86, drop_whitespace=False)
+            doc = "\n        ".join(f'"{piece}"' for piece in pieces)
             texts = [literal(value), doc, *(code.text(part) for part in (*call.args[2:], *kept))]
             head = f"{name}: {code.text(node.annotation)} = {code.text(call.func)}("
             text = listing(head, texts, ")", 4, indent=8)
@@ -493,12 +494,6 @@ def constant_settings(source, trainer, s, open_names):
                 text = f"{comment}\n    {name}{annotation} = {literal(value)}"
         edits.replace(code.begin(node), code.end(node), text)
     return edits.applied()
-
-
-def sentence(text):
-    """A literal of this text, in lines below each other inside the call of a field."""
-    pieces = textwrap.wrap(text, 86, drop_whitespace=False)
-    return "\n        ".join(f'"{piece}"' for piece in pieces)
 
 
 def literal(value):
@@ -553,7 +548,7 @@ def without_empty_headings(source):
     return tidy(source)
 
 
-def fitting_docstring(source, name):
+def fitting_docstring(source):
     """The docstring of the file with the rooms and techniques that are left."""
     docstring = ast.get_docstring(ast.parse(source), clean=False)
     rooms = re.findall(r"^# +(\d+) \w", source, re.M)
@@ -588,9 +583,8 @@ def specialised(source, s, name):
         raise RuntimeError(f"specialise does not know which settings {', '.join(unknown)} makes")
     source = with_record(source, trainer, s, name, open_names)
     source = folded(source, TrainerValues(trainer, s, open_names))
-    source = with_living_code_names(source)
-    source = without_empty_headings(source)
-    return fitting_docstring(source, name)
+    source = without_empty_headings(with_living_code_names(source))
+    return fitting_docstring(source)
 
 
 def replacing_functions(source):
