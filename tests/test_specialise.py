@@ -1,6 +1,7 @@
 """tools/submission/fold.py: a program that is cut down says what it said before, and has nothing left that it does not
 use. (What is left of the trainer is in test_records.py and .ci/records.py.)"""
 
+import ast
 import contextlib
 import io
 import textwrap
@@ -19,10 +20,11 @@ class Given(Values):
     def __init__(self, **values):
         self.values = values
 
-    def attribute(self, node, world, code):
-        if code.text(node.value) != "s" or node.attr not in self.values:
-            raise Unknown
-        return self.values[node.attr]
+    def value(self, node, world, code):
+        match node:
+            case ast.Attribute(value=ast.Name("s"), attr=name) if name in self.values:
+                return self.values[name]
+        raise Unknown
 
 
 def printed(source, **values):

@@ -12,20 +12,10 @@ folded, and what nothing reaches any more is gone. It is what a reviewer reads, 
 score. Where it reads and writes, the seed, the machine and the length of the run stay settings. Its lines give the
 sizes of the whole and of the cut file, minified and packed, too.
 
-    -o            default logs/specialised/RECORD/train_gpt.py
-
 `pack` writes the script minified, compressed and self-extracting: one .py file that python and torchrun run as they
 run the readable one, with the same settings, losses and score. Its lines say what each step saves. The file that is
 written is what the trainer counts and hashes as its code, and the minified source is what the trainer puts into its
 log.
-
-    --settings    a record or a settings file that the script runs by itself; its readable source is written beside it,
-                  as train_gpt_human.py
-    --specialise  cut the script down to these settings first
-    --out         default logs/packed/train_gpt.py (the name of the script)
-    --compressor  auto: lzma, which Python has, unless brotli, which the packed file then has to import, saves over
-                  2,000 bytes
-    --text        ASCII (base85) in place of bytes in a Latin-1 comment: a quarter larger, for what accepts only text
 
 `folder` writes records/TRACK/YYYY-MM-DD_Name/ from the runs of at least three seeds of one configuration: script, logs,
 settings, submission.json and README.md, all from what the runs logged. Runs that are not of one configuration, did not
@@ -36,10 +26,6 @@ non-records, with the reasons.
 the score divides by, which text was scored and what had seen it, code and settings of each seed, submission.json
 against the logs, and what else the branch touches. A line for each finding, errors first, with rule, file and line;
 what the files do not say is `unknown`. Exit code 1 if there are errors.
-
-    --json        the findings as JSON too
-    --track       default: that of the folder DIR lies in, else of its submission.json, else record
-    --base        what the branch is compared with; default: upstream/main, origin/main or main
 
 `stats` prints mean and spread over seeds, and against a record the one-sided test of the README (better by 0.005 nats
 per token, p < 0.01) and that of the organisers' later practice. It takes runs, folders, a pull request whose seeds are

@@ -3,12 +3,15 @@
 import ast
 from collections import defaultdict
 
+BLOCKS = ("body", "orelse", "finalbody")  # of statements
+
 
 class Edits:
     """Replacements in a text. One that overlaps an earlier one waits for the next turn."""
 
     def __init__(self, code):
         self.code = code
+        self.lines = code.source.splitlines()
         self.found = []
         self.emptied = defaultdict(set)  # (parent, block): statements that go
 
@@ -17,8 +20,7 @@ class Edits:
 
     def replace_all(self, replacements):
         """All of these, or none; were any made?"""
-        spans = [(begin, end) for begin, end, _ in (*self.found, *replacements)]
-        spans.sort()
+        spans = sorted((begin, end) for begin, end, _ in (*self.found, *replacements))
         if any(later < end for (_, end), (later, _) in zip(spans, spans[1:])):
             return False
         self.found += replacements
@@ -26,10 +28,8 @@ class Edits:
 
     def remove(self, statement):
         """Take out a statement with the comment lines that stand directly above it."""
-        code = self.code
-        parent = code.parents[statement]
-        block = next(name for name in ("body", "orelse", "finalbody", "handlers")
-                     if statement in getattr(parent, name, ()))
+        code, parent = self.code, self.code.parents[statement]
+        block = next(name for name in BLOCKS if statement in getattr(parent, name, ()))
         siblings = getattr(parent, block)
         first = min([statement.lineno, *(node.lineno for node in getattr(statement, "decorator_list", ()))])
         begin = code.begins[self.first_comment(first, statement.col_offset) - 1]
@@ -43,19 +43,12 @@ class Edits:
 
     def first_comment(self, line, indent):
         """The first of the comment lines directly above a line; headings of sections do not belong to it."""
-        lines = self.code.source.splitlines()
         while line > 1:
-            above = lines[line - 2]
-            is_comment = above.startswith(" " * indent + "#") and not above.lstrip().startswith("# ---")
-            if not is_comment or self._is_title(lines, line - 2, indent):
+            above = self.lines[line - 2]
+            if not above.startswith(" " * indent + "#") or above.lstrip().startswith("# ---"):
                 break
             line -= 1
         return line
-
-    def _is_title(self, lines, index, indent):
-        """Is this comment a title inside a class: a line of its own between blank ones?"""
-        after = lines[index + 1] if index + 1 < len(lines) else ""
-        return not after.strip()
 
     def applied(self):
         text = self.code.source
@@ -94,17 +87,11 @@ def listing(head, parts, tail, column, indent=None, width=100):
     first part, or with `indent` all parts stand in lines of their own.
     """
     line = head + ", ".join(parts) + tail
-    last = head.rpartition("\n")[2]
-    start = (column if "\n" not in head else 0) + len(last)
     if "\n" in line and indent is None or "\n" not in line and column + len(line) + 1 <= width:
         return line
-    lines = [head]
-    length = start
-    if indent is not None:
-        lines.append(" " * indent)
-        start = length = indent
-    for place, part in enumerate(parts):
-        text = part + (", " if place < len(parts) - 1 else tail)
+    lines = [head] if indent is None else [head, " " * indent]
+    start = length = column + len(head) if indent is None else indent
+    for text in [*(f"{part}, " for part in parts[:-1]), parts[-1] + tail]:
         if (length + len(text.rstrip()) > width or "\n" in text) and length > start:
             lines[-1] = lines[-1].rstrip()
             lines.append(" " * start)

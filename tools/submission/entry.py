@@ -7,6 +7,7 @@ import json
 import os
 import re
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,29 +41,24 @@ class Run(NamedTuple):
     """A seed with its claim and its log."""
 
     seed: int | None
-    claim: Claim | None
+    claim: Claim  # without a score, if there is only a log
     log: logs.Log | None
     score: logs.Score | None  # the line of the log that the claim states, else the last one
     training: logs.Log | None  # where its training is logged: the same log, unless the evaluation has one of its own
 
     @property
     def bpb(self):
-        if self.score:
-            return self.score.bpb
-        return None if self.log is None else self.log.val_bpb
+        return self.score.bpb if self.score else None
 
     @property
     def loss(self):
-        if self.score:
-            return self.score.loss
-        return None if self.log is None else self.log.val_loss
+        return self.score.loss if self.score else None
 
 
 class Entry(NamedTuple):
     path: Path
     name: str
     track: str  # record | non-record
-    track_source: str  # where that is from
     files: tuple[File, ...]
     script: File | None
     source: script.Script | None  # None if it is no Python
@@ -87,9 +83,8 @@ class Entry(NamedTuple):
 
 def read_entry(path, track=None):
     """The folder at a path. BadInput if there is none."""
-    path = Path(path)
     try:
-        path = path.resolve(strict=True)
+        path = Path(path).resolve(strict=True)
         files = list_files(path)
     except (OSError, ValueError, RuntimeError) as failure:
         reason = getattr(failure, "strerror", None) or failure
@@ -103,11 +98,8 @@ def read_entry(path, track=None):
     record_file = find_record(files)
     record = read_record(record_file, problems)
     found = read_all_logs(files, problems)
-    track, track_source = find_track(track, path, record)
-    claims = claims_of(record or {})
-    headline = number_of(record or {}, "val_bpb")
-    runs = runs_of(claims, found, path, headline)
-    return Entry(path, path.name, track, track_source, tuple(files), script_file, source,
+    runs = runs_of(claims_of(record or {}), found, number_of(record or {}, "val_bpb"))
+    return Entry(path, path.name, track or track_of(path, record), tuple(files), script_file, source,
                  tuple(own_code(files, script_file, source)), record, record_file.name if record_file else None,
                  tuple(found), tuple(runs), tuple(problems))
 
@@ -140,12 +132,8 @@ def top(files, suffix):
 
 def find_script(files):
     """train_gpt.py, else the file beside it that is most like it."""
-    scripts = top(files, ".py")
-    for file in scripts:
-        if file.name == "train_gpt.py":
-            return file
-    likely = [file for file in scripts if file.name.startswith("train")]
-    return max(likely, key=lambda file: file.size, default=None)
+    likely = [file for file in top(files, ".py") if file.name.startswith("train")]
+    return max(likely, key=lambda file: (file.name == "train_gpt.py", file.size), default=None)
 
 
 CODE = (".py", ".c", ".cc", ".cpp", ".cu", ".rs", ".lzma", ".xz", ".br", ".zst", ".b85")
@@ -188,21 +176,20 @@ def read_record(file, problems):
     raw = read_bytes(file, problems)
     if file is None:
         return None
-    if script.is_pointer(raw):
-        problems.append(error("CK-FOLDER", "is a pointer of Git LFS, not the file", file.name))
-        return None
+    problem, line = "is not a JSON object", None
     try:
         if len(raw) > MOST_JSON:
             raise ValueError(f"{len(raw):,} bytes")
         record = json.loads(raw.decode("utf-8-sig"), parse_float=Decimal)
+        if isinstance(record, dict):
+            return record
     except (ValueError, RecursionError, ArithmeticError) as failure:
         reason = getattr(failure, "msg", None) or str(failure).partition("\n")[0] or type(failure).__name__
-        problems.append(error("CK-FOLDER", f"is not JSON: {reason}", file.name, getattr(failure, "lineno", None)))
-        return None
-    if not isinstance(record, dict):
-        problems.append(error("CK-FOLDER", "is not a JSON object", file.name))
-        return None
-    return record
+        problem, line = f"is not JSON: {reason}", getattr(failure, "lineno", None)
+    if script.is_pointer(raw):
+        problem, line = "is a pointer of Git LFS, not the file", None
+    problems.append(error("CK-FOLDER", problem, file.name, line))
+    return None
 
 
 def read_all_logs(files, problems):
@@ -218,30 +205,21 @@ def read_all_logs(files, problems):
             problems.append(error("CK-FOLDER", str(failure).partition(": ")[2], file.name))
             continue
         form = runs[0].form
-        if form == "pointer":
-            problems.append(error("CK-FOLDER", "is a pointer of Git LFS, not a log", file.name))
-        elif form in ("empty", "binary", "json") and name.endswith(".log"):
-            problems.append(error("CK-FOLDER", f"is {FORMS[form]}, not a log", file.name))
+        if form == "pointer" or form in NO_LOG_FORMS and name.endswith(".log"):
+            problems.append(error("CK-FOLDER", f"is {NO_LOG_FORMS[form]}, not a log", file.name))
         found += [log for log in runs if log.is_run]
     return found
 
 
-FORMS = {"empty": "empty", "binary": "binary", "json": "JSON"}
+NO_LOG_FORMS = {"pointer": "a pointer of Git LFS", "empty": "empty", "binary": "binary", "json": "JSON"}
 
 
-def find_track(given, path, record):
-    """(record or non-record, where that is from)."""
-    if given:
-        return given, "--track"
-    for track, folder in rules.TRACKS.items():
-        if path.parent.name == folder:
-            return track, "the folder"
+def track_of(path, record):
+    """record or non-record: by the folder that it lies in, else by submission.json."""
+    folders = {folder: track for track, folder in rules.TRACKS.items()}
     stated = str((record or {}).get("track") or "").lower().replace("-", "_")
-    if "non_record" in stated or "unlimited" in stated:
-        return "non-record", "submission.json"
-    if "10min" in stated or stated == "record":
-        return "record", "submission.json"
-    return "record", "default"
+    is_non_record = "non_record" in stated or "unlimited" in stated
+    return folders.get(path.parent.name) or ("non-record" if is_non_record else "record")
 
 
 # ---- claims ---------------------------------------------------------------------------------------------------------
@@ -249,8 +227,6 @@ def find_track(given, path, record):
 SEED_KEY = re.compile(r"(?:seed_?|s)?(\d{1,12})")
 BYTES_KEYS = ("artifact_bytes", "bytes_total", "total_bytes", "artifact_size_bytes")
 BPB_KEYS = ("val_bpb", "val_bpb_exact", "bpb")
-
-
 LARGEST_NUMBER = Decimal(10) ** 18
 
 
@@ -261,53 +237,46 @@ def is_number(value):
     return Decimal(value).is_finite() and abs(Decimal(value)) < LARGEST_NUMBER
 
 
+def first_number(mapping, keys):
+    """The number under the first of these keys that has one, as a Decimal, or None."""
+    return next((Decimal(mapping[key]) for key in keys if is_number(mapping.get(key))), None)
+
+
 def number_of(mapping, field):
     """The number under any name of a field, as a Decimal, or None."""
-    for key in rules.SYNONYMS.get(field, (field,)):
-        if is_number(mapping.get(key)):
-            return Decimal(mapping[key])
-    return None
+    return first_number(mapping, rules.SYNONYMS.get(field, (field,)))
 
 
-def claim(seed, row):
-    """A row of the table of seeds."""
-    if is_number(row):
-        return Claim(seed, Decimal(row))
-    if not isinstance(row, dict):
-        return Claim(seed)
-    bpb = next((Decimal(row[key]) for key in BPB_KEYS if is_number(row.get(key))), None)
-    size = next((int(row[key]) for key in BYTES_KEYS if is_number(row.get(key))), None)
-    return Claim(seed, bpb, number_of(row, "val_loss"), size)
+def claim_of(seed, row):
+    """What a row of the table of seeds says: a score, or a mapping that has it."""
+    row = row if isinstance(row, dict) else {"val_bpb": row}
+    size = first_number(row, BYTES_KEYS)
+    size = None if size is None else int(size)
+    return Claim(int(seed), first_number(row, BPB_KEYS), number_of(row, "val_loss"), size)
 
 
 def claims_of(record):
-    """The seeds that submission.json names, in any of the ways in use: a table, a list of rows, a list of seeds."""
-    for key in (*rules.SYNONYMS["seed_results"], "seeds"):
-        rows = record.get(key)
+    """The seeds that submission.json names, in any of the ways in use: a table, a list of rows, fields of the record, a
+    list of seeds.
+    """
+    fields = {key: row for key, row in record.items()
+              if key.startswith("seed_") and SEED_KEY.fullmatch(key) and isinstance(row, dict)}
+    tables = [record.get(key) for key in (*rules.SYNONYMS["seed_results"], "seeds")]
+    for rows in filter(None, (*tables, fields)):
         if isinstance(rows, dict):
-            found = [(SEED_KEY.fullmatch(str(name).lower()), row) for name, row in rows.items()]
-            if found and all(match for match, _ in found):
-                return [claim(int(match.group(1)), row) for match, row in found]
-        if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
-            seeds = [(row.get("seed"), row) for row in rows]
-            if all(is_number(seed) for seed, _ in seeds):
-                return [claim(int(seed), row) for seed, row in seeds]
-    rows = [(SEED_KEY.fullmatch(key), value) for key, value in record.items() if key.startswith("seed_")]
-    named = [claim(int(match.group(1)), value) for match, value in rows if match and isinstance(value, dict)]
-    if named:
-        return named
+            seeds = [SEED_KEY.fullmatch(str(name).lower()) for name in rows]
+            if all(seeds):
+                return [claim_of(seed[1], row) for seed, row in zip(seeds, rows.values())]
+        elif isinstance(rows, list) and all(isinstance(row, dict) and is_number(row.get("seed")) for row in rows):
+            return [claim_of(row["seed"], row) for row in rows]
     seeds = record.get("seeds")
-    if isinstance(seeds, list):
-        stated = [int(seed) for seed in seeds if str(seed).isdecimal() and len(str(seed)) <= 12]
-        return [Claim(seed) for seed in stated]
-    return []
+    stated = map(str, seeds) if isinstance(seeds, list) else ()
+    return [Claim(int(seed)) for seed in stated if seed.isdecimal() and len(seed) <= 12]
 
 
 # ---- which log is of which seed -------------------------------------------------------------------------------------
 
 SEED_IN_NAME = re.compile(r"(?i)seed[_-]?(\d{1,12})")
-
-
 LAST_NUMBER = re.compile(r"(?i)(?:^|[_-])s?(\d{1,12})$")
 
 
@@ -348,36 +317,34 @@ def stated_score(log, bpb):
     return None if finer else best
 
 
-def runs_of(claims, found, path, headline):
+def runs_of(claims, found, headline):
     """A Run for each claim; without claims, for each seed that has a log. A log serves one claim."""
-    seeds = [(claim.seed, claim) for claim in claims]
     if not claims:
-        scored = [log for log in found if log.val_bpb is not None]
-        named = dict.fromkeys(seed_of(log) for log in scored)
+        named = dict.fromkeys(seed_of(log) for log in found if log.val_bpb is not None)
         if len(named) > 1:
             named.pop(None, None)  # a log without a seed beside others with one
-        seeds = [(seed, None) for seed in named]
+        claims = [Claim(seed) for seed in named]
     unused = list(found)
     runs = []
-    for seed, stated in seeds:
+    for claim in claims:
+        seed = claim.seed
+        bpb = headline if claim.val_bpb is None else claim.val_bpb
         candidates = [log for log in unused if seed in (None, log.seed) or seed in numbers_in_name(log.path)]
-        bpb = stated.val_bpb if stated and stated.val_bpb is not None else headline
-
-        def rank(log, seed=seed, bpb=bpb):
-            depth = len(log.path.relative_to(path).parts)
-            named = seed_in_name(log.path) == seed
-            return (stated_score(log, bpb) is not None, named, log.seed == seed, log.val_bpb is not None,
-                    log.steps or 0, -depth)
-
         if not any(stated_score(log, bpb) for log in candidates):
-            candidates += [log for log in unused if stated and stated_score(log, stated.val_bpb)]
-        log = max(candidates, key=rank, default=None)
+            candidates += [log for log in unused if stated_score(log, claim.val_bpb)]
+        log = max(candidates, key=partial(likeness, seed, bpb), default=None)
         score = None
         if log:
             unused.remove(log)
-            score = stated_score(log, stated.val_bpb if stated else None) or stated_score(log, headline)
-        runs.append(Run(seed, stated, log, score or last_score(log), training_log(log, found)))
+            score = stated_score(log, claim.val_bpb) or stated_score(log, headline) or last_score(log)
+        runs.append(Run(seed, claim, log, score, training_log(log, found)))
     return runs
+
+
+def likeness(seed, bpb, log):
+    """How much a log looks like that of a seed with this score, to be compared with other logs."""
+    return (stated_score(log, bpb) is not None, seed_in_name(log.path) == seed, log.seed == seed,
+            log.val_bpb is not None, log.steps or 0, -len(log.path.parts))
 
 
 def training_log(log, found):
@@ -399,7 +366,7 @@ def seed_of(log):
 
 def last_score(log):
     """The line of a log with its final score, or None."""
-    if log is None or log.val_bpb is None:
+    if log.val_bpb is None:
         return None
     for score in log.scores:
         if score.bpb == log.val_bpb and score.digits == log.digits:
@@ -409,11 +376,8 @@ def last_score(log):
 
 def stated_by_logs(entry, field):
     """The values of a fact in the logs of the seeds, where they state it."""
-    found = []
-    for run in entry.runs:
-        values = [getattr(log, field) for log in (run.log, run.training) if log]
-        found += [value for value in values if value is not None][:1]
-    return found
+    pairs = [(getattr(run.log, field, None), getattr(run.training, field, None)) for run in entry.runs]
+    return [training if own is None else own for own, training in pairs if (own, training) != (None, None)]
 
 
 def seeds_with_logs(entry):

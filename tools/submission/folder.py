@@ -1,13 +1,11 @@
 """`submit.py folder`: from the runs of a configuration to the folder of a submission."""
 
-import ast
 import contextlib
 import datetime
 import json
 import os
 import re
 import shlex
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from submission import page, recipe, rules, stats
 from submission.manifest import SETTINGS_FILE, Submission, fields_of, requirements
 from submission.pack import minified
 from submission.runs import complaints, read_run
+from submission.script import definitions
 
 HELP = """\
 Write records/TRACK/YYYY-MM-DD_Name/ from the folders of finished runs, one for each seed: script, readable twin, logs,
@@ -71,10 +70,9 @@ def gather(args):
     """The Submission; BadInput with a line for each thing that is wrong or missing."""
     runs = tuple(sorted(read_all(args.runs), key=lambda run: run.seed))
     person = person_of(args)
-    track = args.track or default_track(runs)
-    wrong = [*missing(person), *complaints(runs), *too_large(runs), *refusals(runs, track, args)]
-    if wrong:
-        raise BadInput("\n".join(wrong))
+    could_be_record = all(run.summary["eligible"] == "yes" for run in runs)
+    track = args.track or ("record" if could_be_record else "non-record")
+    refuse([*missing(person), *complaints(runs), *refusals(runs, track, args)])
     script = find_script(runs, args.script)
     twin = find_twin(runs[0], script, args.human)
     experiment = experiment_of_runs(runs, script)
@@ -98,9 +96,14 @@ def read_all(folders):
             runs.append(read_run(folder))
         except BadInput as error:
             wrong.append(str(error))
-    if wrong:
-        raise BadInput("\n".join(wrong))
+    refuse(wrong)
     return runs
+
+
+def refuse(reasons):
+    """BadInput with these lines, if there are any."""
+    if reasons:
+        raise BadInput("\n".join(reasons))
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
@@ -142,11 +145,6 @@ def folder_name(person):
     return f"{person['date']}_{words}"
 
 
-def default_track(runs):
-    could_be = all(run.summary["eligible"] == "yes" for run in runs)
-    return "record" if could_be else "non-record"
-
-
 def obstacles(runs):
     """Why these runs can be no record, each reason once, with its seeds where it is not that of all."""
     seeds = {}
@@ -157,22 +155,19 @@ def obstacles(runs):
                  for reason, found in seeds.items())
 
 
-def too_large(runs):
+def refusals(runs, track, args):
+    """Why these runs are too large, or not of this track."""
     for run in runs:
-        total = run.summary["total_bytes"]
+        summary = run.summary
+        total = summary["total_bytes"]
         if total > rules.SIZE_LIMIT:
             yield (f"{run.folder}: {total} bytes, {total - rules.SIZE_LIMIT} over the limit of {rules.SIZE_LIMIT}; "
                    "make it fit with FIT=allocate or prune, or train with a script packed by tools/submit.py")
-
-
-def refusals(runs, track, args):
-    """Why these runs are not of this track."""
-    for run in runs:
-        if run.summary["valid"] != "yes" and args.track != "non-record":
-            yield (f"{run.folder}: the score is not valid ({'; '.join(run.summary['reasons'])}); --track non-record "
+        if summary["valid"] != "yes" and args.track != "non-record":
+            yield (f"{run.folder}: the score is not valid ({'; '.join(summary['reasons'])}); --track non-record "
                    "takes it and says so")
-        elif run.summary["eligible"] != "yes" and track == "record":
-            yield (f"{run.folder}: no record ({'; '.join(run.summary['eligible_reasons'])}); --track non-record takes "
+        elif summary["eligible"] != "yes" and track == "record":
+            yield (f"{run.folder}: no record ({'; '.join(summary['eligible_reasons'])}); --track non-record takes "
                    "it and says so")
     if track == "record" and len(runs) < rules.LEAST_SEEDS and not args.draft:
         yield (f"{len(runs)} seed(s), and a record needs {rules.LEAST_SEEDS}: run more; --draft makes a folder that "
@@ -188,12 +183,13 @@ def find_script(runs, given):
     places = [given] if given else [*sorted((ROOT / "logs/packed").glob("*.py")), ROOT / "train_gpt.py"]
     for place in places:
         try:
-            if sha256(place) == wanted:
-                return place
+            found = sha256(place)
         except OSError as error:
             raise BadInput(f"{place}: cannot be read ({error.strerror})") from None
+        if found == wanted:
+            return place
     if given:
-        raise BadInput(f"--script {given} is not what ran: its SHA-256 is {sha256(given)}, the runs' {wanted}")
+        raise BadInput(f"--script {given} is not what ran: its SHA-256 is {found}, the runs' {wanted}")
     commit = runs[0].header.get("commit")
     raise BadInput(f"neither train_gpt.py nor a script in logs/packed/ has the SHA-256 of the runs, {wanted}: name the "
                    f"file that ran (commit {commit}) with --script")
@@ -221,9 +217,10 @@ def find_twin(of_run, script, given):
     if is_source(script, of_run) or given == "none":
         return None
     wanted = of_run.source.rstrip("\n")
+    names = definitions(wanted)  # which packing keeps
     for place, source in twins(of_run, script, given):
         source = with_preset_of(of_run, source)
-        if definitions(source) == definitions(wanted) and minified(source, place).decode().rstrip("\n") == wanted:
+        if definitions(source) == names and minified(source, place).decode().rstrip("\n") == wanted:
             return source
     if given:
         raise BadInput(f"--human {given}: minified, it is not the source at the top of {of_run.folder}/train.log; give "
@@ -234,40 +231,29 @@ def find_twin(of_run, script, given):
 
 def twins(of_run, script, given):
     """(place, source) of files that may be the readable source."""
-    beside = script.with_name(f"{script.stem}_human.py")
-    specialised = sorted((ROOT / "logs/specialised").glob("*/train_gpt.py"))
-    for place in [Path(given)] if given else [beside, ROOT / "train_gpt.py", *specialised]:
+    if given:
         try:
-            yield place, place.read_bytes()
+            yield given, Path(given).read_bytes()
         except OSError as error:
-            if given:
-                raise BadInput(f"--human {given}: cannot be read ({error.strerror}); give a file, or none") from None
-    if not given:
-        commit = of_run.header.get("commit", "")
-        source = git("show", f"{commit}:train_gpt.py")
-        if source:
-            yield f"train_gpt.py of commit {commit}", f"{source}\n".encode()
+            raise BadInput(f"--human {given}: cannot be read ({error.strerror}); give a file, or none") from None
+        return
+    specialised = sorted((ROOT / "logs/specialised").glob("*/train_gpt.py"))
+    for place in (script.with_name(f"{script.stem}_human.py"), ROOT / "train_gpt.py", *specialised):
+        if place.is_file():
+            yield place, place.read_bytes()
+    commit = of_run.header.get("commit", "")
+    source = git("show", f"{commit}:train_gpt.py")
+    if source:
+        yield f"train_gpt.py of commit {commit}", f"{source}\n".encode()
 
 
-PRESET = re.compile(r"^PRESET ?= ?(.*)$", re.MULTILINE)  # settings of a copy of the trainer, which pack writes
+PRESET = re.compile(rb"^PRESET ?= ?(.*)$", re.MULTILINE)  # settings of a copy of the trainer, which pack writes
 
 
 def with_preset_of(of_run, source):
     """The source with the preset of the one that ran."""
-    preset = PRESET.search(of_run.source)
-    if not preset:
-        return source
-    line = f"PRESET = {preset[1].strip()}"
-    return re.sub(PRESET.pattern.encode(), line.replace("\\", r"\\").encode(), source, count=1, flags=re.MULTILINE)
-
-
-def definitions(source):
-    """The names of the functions and classes of a source, which packing keeps; None if it is no Python."""
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError):
-        return None
-    return {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    preset = PRESET.search(of_run.source.encode())
+    return PRESET.sub(lambda _: b"PRESET = " + preset[1].strip(), source, count=1) if preset else source
 
 
 # ---- the files ------------------------------------------------------------------------------------------------------
@@ -275,46 +261,33 @@ def definitions(source):
 
 def files(submission):
     """{name: bytes} of the folder."""
-    contents = {
-        "README.md": page.page(submission).encode(),
-        "submission.json": (json.dumps(submission.fields, indent=2, ensure_ascii=False) + "\n").encode(),
-        "train_gpt.py": submission.script.read_bytes(),
-        SETTINGS_FILE: settings_text(submission).encode(),
-        "requirements.txt": requirements_text(submission).encode()}
-    if submission.twin is not None:
-        contents[TWIN] = submission.twin
-    for run in submission.runs:
-        contents[f"train_seed{run.seed}.log"] = run.log
-    return contents
-
-
-def settings_text(submission):
-    """settings.env: what differs from the defaults, without paths that exist on the runs' machine only."""
-    portable = [setting for setting in submission.changed
-                if not (setting.name in recipe.PATHS and setting.value.startswith("/"))]
     fields = submission.fields
     heading = f"{fields['name']}: val_bpb {fields['val_bpb']:.5f}, seeds {', '.join(map(str, fields['seeds']))}"
-    return recipe.settings_file(portable, heading)
-
-
-def requirements_text(submission):
-    base = " ".join(page.base_packages(submission))
-    return "\n".join([f"# beside {base}", *submission.requirements]) + "\n"
+    portable = [setting for setting in submission.changed  # without paths that exist on the runs' machine only
+                if not (setting.name in recipe.PATHS and setting.value.startswith("/"))]
+    required = [f"# beside {' '.join(page.base_packages(submission))}", *submission.requirements, ""]
+    contents = {
+        "README.md": page.page(submission).encode(),
+        "submission.json": (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode(),
+        "train_gpt.py": submission.script.read_bytes(),
+        SETTINGS_FILE: recipe.settings_file(portable, heading).encode(),
+        "requirements.txt": "\n".join(required).encode()}
+    if submission.twin is not None:
+        contents[TWIN] = submission.twin
+    return contents | {f"train_seed{run.seed}.log": run.log for run in submission.runs}
 
 
 def write_folder(folder, contents):
     """Write all files beside their place and put the folder there at once: it is complete or absent."""
     if folder.exists() or folder.is_symlink():
         raise BadInput(f"{folder} exists; remove it, or give another --name, --date or --out")
-    part = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".", suffix=".part"))
-        for name, content in contents.items():
-            (part / name).write_bytes(content)
-        part.chmod(0o755)
-        part.rename(folder)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".", suffix=".part") as part:
+            complete = Path(part, folder.name)
+            complete.mkdir()
+            for name, content in contents.items():
+                (complete / name).write_bytes(content)
+            complete.rename(folder)
     except OSError as error:
-        if part:
-            shutil.rmtree(part, ignore_errors=True)
         raise BadInput(f"{folder} cannot be written ({error.strerror})") from None

@@ -8,30 +8,28 @@ value of an expression where that is the same however the program runs.
 import ast
 import builtins
 import contextlib
-from collections import Counter, defaultdict
+import itertools
+import operator
+from collections import defaultdict
+from functools import cached_property
 
-# Functions that change nothing; and those of them that are called to know a value.
+# Functions that change nothing; and what is called to know a value, or is one.
 PURE_CALLS = set("""
     len min max any all sum abs isinstance hasattr getattr tuple list set dict sorted range enumerate zip str int float
     bool round partial Path format_value
 """.split())
-EVALUATED = {name: getattr(builtins, name) for name in """
-    len min max any all sum abs tuple list set sorted range str int float bool round dict frozenset
-""".split()}
-TYPES = {name: EVALUATED[name] for name in ("tuple", "list", "set", "str", "int", "float", "bool", "dict")}
+EVALUATED = {name: getattr(builtins, name) for name in "bool dict float int list range set str tuple".split()}
 OPERATORS = {
-    ast.Eq: lambda a, b: a == b, ast.NotEq: lambda a, b: a != b, ast.Lt: lambda a, b: a < b,
-    ast.LtE: lambda a, b: a <= b, ast.Gt: lambda a, b: a > b, ast.GtE: lambda a, b: a >= b,
-    ast.Is: lambda a, b: a is b, ast.IsNot: lambda a, b: a is not b, ast.In: lambda a, b: a in b,
-    ast.NotIn: lambda a, b: a not in b,
-    ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b, ast.Mult: lambda a, b: a * b,
-    ast.Div: lambda a, b: a / b, ast.FloorDiv: lambda a, b: a // b, ast.Mod: lambda a, b: a % b,
-    ast.Not: lambda a: not a, ast.USub: lambda a: -a,
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
+    ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not, ast.In: lambda a, b: a in b,
+    ast.NotIn: lambda a, b: a not in b, ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv, ast.Not: operator.not_, ast.USub: operator.neg,
 }
 # Methods that leave a list, dict or set as it is.
 READING_METHODS = {"get", "items", "keys", "values", "index", "count", "copy"}
-READING = (ast.Compare, ast.For, ast.comprehension, ast.BinOp, ast.UnaryOp, ast.Starred, ast.If)
+DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
 FUNCTIONS = (ast.FunctionDef, ast.Lambda)
+HANDED_ON = (ast.Name, ast.Attribute, ast.arg)  # expressions of which the value comes from elsewhere
 SIMPLE = (type(None), bool, int, float, str)
 
 
@@ -51,61 +49,34 @@ class Impossible(Exception):
     """No program asks for this in such a world."""
 
 
-class World:
+class World(dict):
     """What is the case in some respects, the facets; asking for another one is a Needs."""
 
-    def __init__(self, chosen):
-        self.chosen = chosen
+    def __missing__(self, facet):
+        raise Needs(facet)
 
-    def __getitem__(self, facet):
-        if facet not in self.chosen:
-            raise Needs(facet)
-        return self.chosen[facet]
+
+NOWHERE = World()
 
 
 class Values:
     """What is known of the program beyond its text. A subclass knows more."""
 
     facets = {}  # {facet: all values that it may have}; an expression is known if it has one value in all worlds
-
-    def name(self, node, world, code):
-        """The value of an ast.Name of which the text does not say it; Unknown."""
-        raise Unknown
-
-    def attribute(self, node, world, code):
-        """The value of an ast.Attribute; Unknown."""
-        raise Unknown
-
-    def call(self, node, world, code):
-        """The value of an ast.Call; Unknown."""
-        raise Unknown
-
-    def class_of_object(self, node, code):
-        """The name of the class of the text that the object of this expression has, or None."""
-
-    def is_idle(self, node, code):
-        """Has this call, a statement, no effect that anything asks for?"""
-        return False
-
     module_calls = {}  # {class: the text of what is called, everywhere, where its forward() is meant}
     plain_records = frozenset()  # classes like NamedTuple of which only single fields are read, by their names
+    without_effect = frozenset()  # functions of which only the result can be wanted, and whole calls that do nothing
+    table_keys = {}  # {dict of the module, or function that returns one: the keys that anything asks for}
+    objects = {}  # {last name of an expression: the class of the text that its object has}
+    never = frozenset()  # (class, method) that nothing calls, though other objects have methods of its name
+    settings = frozenset()  # classes of which a field with a constant is needed only where something reads its name
+
+    def value(self, node, world, code):
+        """The value of an expression of which the text does not say it; Unknown."""
+        raise Unknown
 
     def rewritten(self, node, code):
-        """Another text for this expression, or None."""
-
-    without_effect = frozenset()  # names of functions of which only the result can be wanted
-
-    def table_keys(self, name):
-        """The keys that anything asks for of this dict of the module, or of that which this function returns; None: all
-        of them.
-        """
-
-    def is_empty(self, node, code):
-        """Is this iterable always empty, whatever the text says?"""
-        return False
-
-    def is_member_used(self, owner, member, code):
-        """Is this statement of a class needed? None: as the text says."""
+        """Another text for this call or subscript, or None."""
 
     def is_used(self, owner, name):
         """Is this method or constant of a class used by something outside of the text?"""
@@ -122,44 +93,25 @@ class Code:
         self.source = source
         self.values = values
         self.tree = ast.parse(source)
-        self.begins = [0]  # of the lines, in bytes
-        for line in source.splitlines(keepends=True):
-            self.begins.append(self.begins[-1] + len(line))
+        self.begins = [0, *itertools.accumulate(map(len, source.splitlines(keepends=True)))]  # of the lines
         self.parents = {}
         self.scopes = {}  # node: the innermost function or class around it
         self.nodes = []  # all of them, outer ones first
         self.own = defaultdict(list)  # function or class: its nodes without those of functions and classes inside
-        self._bound_names = {}
-        self._link()
-        self.definitions = {node.name: node for node in self.tree.body
-                            if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-        self.nonlocals = [node for node in self.nodes if isinstance(node, ast.Nonlocal)]
-        self.constants = self._module_constants()
-        self.changing = self._changing_names()
-        self.families = self._families()
-        self.locals = {}  # function: {name: the expression of its only assignment}
-        self.attributes = self._attribute_assignments()
-        self.callers = self._callers()
-        self.arguments = self._arguments()
-        self.read = None  # the attributes that are read, once somebody asks (prune.read_attributes)
-        self.empty = None  # the functions with nothing left in them (fold.empty_functions)
+        self._link(self.tree, None)
+        self.definitions = {node.name: node for node in self.tree.body if isinstance(node, DEFINITIONS)}
+        self._names = {}
         self._memo = {}
-        self._giving_back = None
-        self.nowhere = World({})
         self._worlds = {}
 
-    def _link(self):
-        stack = [(self.tree, None)]
-        while stack:
-            node, scope = stack.pop()
-            self.scopes[node] = scope
-            self.nodes.append(node)
-            self.own[scope].append(node)
-            inner = node if isinstance(node, (*FUNCTIONS, ast.ClassDef)) else scope
-            children = list(ast.iter_child_nodes(node))
-            for child in children:
-                self.parents[child] = node
-            stack += [(child, inner) for child in reversed(children)]
+    def _link(self, node, scope):
+        self.scopes[node] = scope
+        self.nodes.append(node)
+        self.own[scope].append(node)
+        inner = node if isinstance(node, (*FUNCTIONS, ast.ClassDef)) else scope
+        for child in ast.iter_child_nodes(node):
+            self.parents[child] = node
+            self._link(child, inner)
 
     def begin(self, node):
         return self.begins[node.lineno - 1] + node.col_offset
@@ -170,84 +122,73 @@ class Code:
     def text(self, node):
         return self.source[self.begin(node):self.end(node)]
 
-    def function_of(self, node):
-        """The innermost function around a node, or None."""
-        scope = self.scopes[node]
-        while scope is not None and not isinstance(scope, FUNCTIONS):
-            scope = self.scopes[scope]
-        return scope
+    def functions_of(self, node):
+        """The functions around a node, from the innermost one."""
+        return [scope for scope in self._scopes_of(node) if isinstance(scope, FUNCTIONS)]
 
     def class_of(self, node):
-        """The innermost class around a node, or None."""
-        scope = self.scopes[node]
-        while scope is not None and not isinstance(scope, ast.ClassDef):
-            scope = self.scopes[scope]
-        return scope
+        """The name of the innermost class around a node, or None."""
+        return next((scope.name for scope in self._scopes_of(node) if isinstance(scope, ast.ClassDef)), None)
 
-    def is_local(self, node):
-        """Is this a name of a function around it, and not of the module?"""
-        function = self.function_of(node)
-        while function is not None:
-            if function not in self._bound_names:
-                names = set(arguments_of(function))
-                other = set()  # of functions around, or of the module
-                for one in self.own[function]:
-                    names.update(name for target in targets_of(one) for name in names_in(target))
-                    if isinstance(one, (ast.Global, ast.Nonlocal)):
-                        other.update(one.names)
-                self._bound_names[function] = names - other
-            if node.id in self._bound_names[function]:
-                return True
-            function = self.function_of(function)
-        return False
+    def function_of(self, node):
+        """The name of the innermost function around a node, or None."""
+        return next((scope.name for scope in self._scopes_of(node) if isinstance(scope, ast.FunctionDef)), None)
+
+    def _scopes_of(self, node):
+        while (node := self.scopes[node]) is not None:
+            yield node
 
     # What a name stands for
 
-    def _module_constants(self):
-        """{name: expression} of names that the module assigns once and nothing else does."""
-        counts = Counter()
-        found = {}
-        for node in self.nodes:
-            if isinstance(node, ast.Global):
-                counts.update(node.names * 2)
-        for statement in self.tree.body:
-            has_statements = isinstance(statement, (ast.If, ast.Try, ast.With, ast.For))
-            for inner in ast.walk(statement) if has_statements else [statement]:
-                for target in targets_of(inner):
-                    if isinstance(target, ast.Name):
-                        counts[target.id] += 1
-                        found[target.id] = getattr(inner, "value", None)
-            if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
-                counts[statement.name] += 2
-        return {name: value for name, value in found.items() if counts[name] == 1 and value is not None}
+    def values_in(self, scope):
+        """{name: expression} of the names of a function, or None: the module. Of a name that it assigns once, as a
+        simple statement, the expression; of a parameter its ast.arg; None of all others.
+        """
+        if scope not in self._names:
+            found = {}
+            for node in self.own[scope]:
+                match node:
+                    case ast.Nonlocal() | ast.Global():
+                        found.update(dict.fromkeys(node.names))
+                    case ast.FunctionDef() | ast.ClassDef() | ast.ExceptHandler(name=str()):
+                        found[node.name] = None
+                    case ast.Delete():
+                        continue
+                for target in targets_of(node):
+                    for name in names_in(target):
+                        once = name not in found and isinstance(node, ast.Assign) and isinstance(target, ast.Name)
+                        found[name] = node.value if once and not self._in_loop(node, scope) else None
+            for argument in arguments_of(scope) if scope else ():
+                found[argument.arg] = None if argument.arg in found else argument
+            found.update((name, None) for name in self.rebound if name in found)
+            self._names[scope] = found
+        return self._names[scope]
 
-    def _changing_names(self):
-        """Names of which a use may change the object: nothing is known of a list, dict or set of such a name."""
-        return {node.id for node in self.nodes
-                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and not self._only_reads(node)}
+    @cached_property
+    def rebound(self):
+        """Names that a function assigns for the module or for a function around it."""
+        return {name for node in self.nodes if isinstance(node, (ast.Nonlocal, ast.Global)) for name in node.names}
 
-    def _only_reads(self, node):
-        """Does this use of a name leave a list, dict or set as it is, and give it to nobody?"""
-        parent = self.parents[node]
-        if isinstance(parent, ast.Attribute):
-            return parent.attr in READING_METHODS and self._is_called(parent)
-        if isinstance(parent, ast.Subscript):
-            return parent.slice is node or isinstance(parent.ctx, ast.Load)
-        if isinstance(parent, ast.Call):
-            return isinstance(parent.func, ast.Name) and parent.func.id in PURE_CALLS
-        return isinstance(parent, READING)
+    def _in_loop(self, node, scope):
+        """Inside a loop or a branch, where it may not have been assigned or not for the last time?"""
+        while node is not scope and node is not self.tree:
+            node = self.parents[node]
+            if isinstance(node, (ast.For, ast.While, ast.If, ast.Try, ast.comprehension)):
+                return True
+        return False
 
-    def _families(self):
-        """{class: the names of all classes that it is made from, or that are made from it, in the text}."""
-        classes = {node.name: node for node in self.nodes if isinstance(node, ast.ClassDef)}
-        above = {}
-        for name in classes:
-            found = [name]
-            for one in found:  # grows
-                bases = classes[one].bases if one in classes else ()
-                found += [base.id for base in bases if isinstance(base, ast.Name) and base.id not in found]
-            above[name] = set(found) & set(classes)
-        return {name: above[name] | {other for other in classes if name in above[other]} for name in classes}
+    def is_local(self, node):
+        """Is this a name of a function around it, and not of the module?"""
+        return any(node.id in self.values_in(function) for function in self.functions_of(node))
+
+    @cached_property
+    def classes(self):
+        return {name: node for name, node in self.definitions.items() if isinstance(node, ast.ClassDef)}
+
+    def ancestors(self, name):
+        """The names of a class and of all that it is made from."""
+        bases = self.classes[name].bases if name in self.classes else ()
+        return {name}.union(*(self.ancestors(base.id) for base in bases if isinstance(base, ast.Name)))
 
     def inherited(self, method, name):
         """The method of this name of the class from which that of `method` is made, or None."""
@@ -259,53 +200,8 @@ class Code:
                     return member
         return None
 
-    def giving_back(self):
-        """{function of the module: the parameter or constant that it returns, without doing anything else}."""
-        if self._giving_back is None:
-            self._giving_back = {}
-            for function in self.tree.body:
-                if isinstance(function, ast.FunctionDef) and not function.decorator_list:
-                    body = [one for one in function.body if not is_docstring(one)]
-                    value = body[0].value if len(body) == 1 and isinstance(body[0], ast.Return) else None
-                    is_parameter = isinstance(value, ast.Name) and value.id in arguments_of(function)
-                    if is_parameter or isinstance(value, ast.Constant):
-                        self._giving_back[function.name] = value
-        return self._giving_back
-
-    def local_values(self, function):
-        """{name: expression} of the names that a function assigns once, as a simple statement; None: it has the name,
-        but not so.
-        """
-        if function not in self.locals:
-            found = {}
-            for node in self.own[function]:
-                for target in [] if isinstance(node, ast.Delete) else targets_of(node):
-                    for name in names_in(target):
-                        once = name not in found and isinstance(node, ast.Assign) and isinstance(target, ast.Name)
-                        found[name] = node.value if once and not self._in_loop(node, function) else None
-                if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                    found[node.name] = None
-                if isinstance(node, (ast.Nonlocal, ast.Global)):
-                    found.update(dict.fromkeys(node.names))
-                if isinstance(node, ast.ExceptHandler) and node.name:
-                    found[node.name] = None
-            # A function inside may assign it, too.
-            for node in self.nonlocals:
-                found.update(dict.fromkeys(name for name in node.names if name in found))
-            for argument in arguments_of(function):
-                found[argument] = None if argument in found else self.arguments.get((function, argument))
-            self.locals[function] = found
-        return self.locals[function]
-
-    def _in_loop(self, node, function):
-        """Inside a loop or a branch, where it may not have been assigned or not for the last time?"""
-        while node is not function:
-            node = self.parents[node]
-            if isinstance(node, (ast.For, ast.While, ast.If, ast.Try, ast.comprehension)):
-                return True
-        return False
-
-    def _attribute_assignments(self):
+    @cached_property
+    def attributes(self):
         """{name: [(class, expression)]} of all assignments to an attribute; the expression is None where it is not a
         simple one, and the class where it is not one of self.
         """
@@ -313,101 +209,77 @@ class Code:
         for node in self.nodes:
             for target in targets_of(node):
                 for part in ast.walk(target):
-                    if isinstance(part, ast.Attribute) and isinstance(part.ctx, (ast.Store, ast.Del)):
-                        simple = isinstance(node, ast.Assign) and part is target
-                        of_self = isinstance(part.value, ast.Name) and part.value.id == "self"
+                    if isinstance(part, ast.Attribute) and not isinstance(part.ctx, ast.Load):
+                        of_self = is_self(part.value)
+                        is_simple = of_self and isinstance(node, ast.Assign) and part is target
                         owner = self.class_of(node) if of_self else None
-                        found[part.attr].append((owner, node.value if simple and of_self else None))
+                        found[part.attr].append((owner, node.value if is_simple else None))
             if isinstance(node, ast.ClassDef):
-                for statement in node.body:
-                    if isinstance(statement, ast.AnnAssign):
-                        found[statement.target.id].append((node, None))
-                    elif isinstance(statement, ast.FunctionDef):
-                        found[statement.name].append((node, None))
-                    elif isinstance(statement, ast.Assign):
-                        for target in statement.targets:
-                            for name in names_in(target):
-                                found[name].append((node, statement.value))
+                for member in node.body:
+                    for name in names_of(member):
+                        value = member.value if isinstance(member, ast.Assign) else None
+                        found[name].append((node.name, value))
         return found
 
-    def _callers(self):
+    @cached_property
+    def callers(self):
         """{function: its calls} of the functions, constructors and methods of which all calls are in the text. Methods
         of one name are taken together.
         """
-        functions = {}
-        methods = defaultdict(list)
-        for node in self.tree.body:
-            if isinstance(node, ast.FunctionDef) and not node.decorator_list:
-                functions[node.name] = node
-            elif isinstance(node, ast.ClassDef):
-                for member in node.body:
-                    if isinstance(member, ast.FunctionDef):
-                        methods[member.name].append(member)
         calls = defaultdict(list)
         escaped = set()
         for node in self.nodes:
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                calls[node.func.id].append(node)
-            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                calls["." + node.func.attr].append(node)
-            elif isinstance(node, ast.Name) and not self._is_called(node) and not self.is_local(node):
-                escaped.add(node.id)
-            elif isinstance(node, ast.Attribute) and not self._is_called(node):
-                escaped.add("." + node.attr)
+            if isinstance(node, (ast.Name, ast.Attribute)):
+                name = node.id if isinstance(node, ast.Name) else f".{node.attr}"
+                if self._is_called(node):
+                    calls[name].append(self.parents[node])
+                elif isinstance(node, ast.Attribute) or not (self.is_local(node) or self._is_type(node)):
+                    escaped.add(name)  # and may be called anywhere
         found = {}
-        for name, function in functions.items():
-            if calls[name] and name not in escaped:
-                found[function] = calls[name]
-        for function, made in self._constructors(calls):
-            if made:
-                found[function] = made
+        methods = defaultdict(list)
+        for function in self.nodes:
+            if isinstance(function, ast.FunctionDef):
+                name = function.name
+                if isinstance(self.scopes[function], ast.ClassDef):
+                    methods[name].append(function)
+                elif function in self.tree.body and calls[name] and name not in escaped and not function.decorator_list:
+                    found[function] = calls[name]
+        found |= self._constructors(calls, escaped)
         for function in methods["forward"]:
-            called = self.values.module_calls.get(self.scopes[function].name)
+            called = self.values.module_calls.get(self.class_of(function))
             if called:
                 found[function] = [node for node in self.nodes
                                    if isinstance(node, ast.Call) and self.text(node.func) == called]
         for name, definitions in methods.items():
-            plain = all(not one.decorator_list and not self.values.is_used(self.scopes[one].name, name)
-                        for one in definitions)
-            if plain and calls["." + name] and "." + name not in escaped and not name.startswith("__"):
-                for function in definitions:
-                    found[function] = calls["." + name]
+            is_plain = not name.startswith("__") and not any(
+                one.decorator_list or self.values.is_used(self.class_of(one), name) for one in definitions)
+            if is_plain and calls["." + name] and "." + name not in escaped:
+                found |= dict.fromkeys(definitions, calls["." + name])
         return found
 
-    def _constructors(self, calls):
-        """[(__init__, its calls)] of the classes that are only made by name."""
-        classes = {name: node for name, node in self.definitions.items() if isinstance(node, ast.ClassDef)}
-        # One that is handed on may be called anywhere.
-        handed_on = {node.id for node in self.nodes if isinstance(node, ast.Name) and node.id in classes
-                     and not (self._is_called(node) or self._is_type(node))}
-        inits = {}
-        for name, node in classes.items():
-            for member in node.body:
-                if getattr(member, "name", "") == "__init__":
-                    inits[name] = member
-        below = defaultdict(list)  # {class: those that are made from it}
-        for name, node in classes.items():
-            for base in node.bases:
-                below[getattr(base, "id", None)].append(name)
+    def _constructors(self, calls, escaped):
+        """{__init__: its calls} of the classes that are only made by name."""
+        inits = {name: member for name, node in self.classes.items() for member in node.body
+                 if getattr(member, "name", "") == "__init__"}
 
         def calls_of(name):
             """Those that make an object of this class, as far as its __init__ sees them; None: not all are known."""
-            if name in handed_on or len(classes[name].bases) > 1:
+            if name in escaped or len(self.classes[name].bases) > 1:
                 return None
             found = [*calls[name]]
-            for other in below[name]:
-                more = self._calls_of_super(inits[other]) if other in inits else calls_of(other)
-                if more is None:
-                    return None
-                found += more
+            for other, node in self.classes.items():
+                if name in [getattr(base, "id", None) for base in node.bases]:
+                    more = calls_of(other)
+                    if other in inits:
+                        more = [call for call in self.own[inits[other]] if isinstance(call, ast.Call)
+                                and self.text(call.func) == "super().__init__"]
+                    if more is None:
+                        return None
+                    found += more
             return found
 
-        return [(init, calls_of(name)) for name, init in inits.items()]
-
-    def _calls_of_super(self, init):
-        """The calls super().__init__(...) in a constructor."""
-        calls = [node for node in self.own[init] if isinstance(node, ast.Call)]
-        return [call for call in calls if self.text(call.func) == "super().__init__"]
+        made = {init: calls_of(name) for name, init in inits.items()}
+        return {init: found for init, found in made.items() if found}
 
     def _is_called(self, node):
         parent = self.parents[node]
@@ -418,42 +290,101 @@ class Code:
         parent = self.parents[node]
         while isinstance(parent, (ast.BinOp, ast.Subscript, ast.Tuple)):
             node, parent = parent, self.parents[parent]
-        if isinstance(parent, ast.Call):
-            return isinstance(parent.func, ast.Name) and parent.func.id == "isinstance"
-        return isinstance(parent, (ast.Compare, ast.ClassDef)) or (
-            isinstance(parent, (ast.AnnAssign, ast.arg)) and parent.annotation is node)
+        match parent:
+            case ast.Compare() | ast.ClassDef() | ast.Call(func=ast.Name("isinstance")):
+                return True
+            case ast.AnnAssign() | ast.arg():
+                return parent.annotation is node
+        return False
 
-    def _arguments(self):
-        """{(function, parameter): [expressions]}: what every call gives for it."""
+    @cached_property
+    def arguments(self):
+        """{parameter: [expressions]}: what every call gives for it."""
         found = {}
         for function, calls in self.callers.items():
-            is_method = isinstance(self.scopes[function], ast.ClassDef)
-            given = [bound(function, call, is_method) for call in calls]
-            if None not in given:
-                for argument in arguments_of(function)[is_method:]:
-                    if all(argument in values for values in given):
-                        found[function, argument] = [values[argument] for values in given]
+            given = [self.bound(function, call) for call in calls]
+            for argument in self.parameters(function) if None not in given else ():
+                if all(argument.arg in values for values in given):
+                    found[argument] = [values[argument.arg] for values in given]
+        return found
+
+    def parameters(self, function):
+        """The parameters for which a call gives something: of a method, all but self."""
+        return arguments_of(function)[isinstance(self.scopes[function], ast.ClassDef):]
+
+    def bound(self, function, call):
+        """{parameter: expression} of a call; None if it cannot be told."""
+        args = function.args
+        if args.vararg or args.kwarg or args.posonlyargs:
+            return None
+        names = [argument.arg for argument in self.parameters(function) if argument in args.args]
+        if any(isinstance(argument, ast.Starred) for argument in call.args) or len(call.args) > len(names):
+            return None
+        given = dict(zip(reversed(names), reversed(args.defaults)))
+        given |= {argument.arg: default for argument, default in zip(args.kwonlyargs, args.kw_defaults) if default}
+        given |= dict(zip(names, call.args))
+        given |= {keyword.arg: keyword.value for keyword in call.keywords}
+        return None if None in given else given
+
+    # What the file does not do
+
+    @cached_property
+    def read_attributes(self):
+        """Names of all attributes that the file reads, or changes from what they were."""
+        found = set()
+        own = set()  # what replace() only makes another value of the same setting of
+        for node in self.nodes:
+            match node:
+                case ast.Call(func=ast.Name("replace")):
+                    own.update(inner for keyword in node.keywords for inner in ast.walk(keyword.value)
+                               if isinstance(inner, ast.Attribute) and inner.attr == keyword.arg)
+                case ast.Attribute():
+                    if not isinstance(node.ctx, ast.Store) and node not in own:
+                        found.add(node.attr)
+                case ast.AugAssign(target=ast.Attribute()):
+                    found.add(node.target.attr)
+            found.update(attributes_by_name(node))
+        return found
+
+    @cached_property
+    def empty_functions(self):
+        """Names of functions and methods of which no definition has a statement left."""
+        functions = [node for node in self.nodes if isinstance(node, ast.FunctionDef)]
+        return {function.name for function in functions} - {
+            function.name for function in functions if not has_no_statement(function)}
+
+    @cached_property
+    def giving_back(self):
+        """{function of the module: the parameter or constant that it returns, without doing anything else}."""
+        found = {}
+        for function in self.definitions.values():
+            if isinstance(function, ast.FunctionDef) and not function.decorator_list:
+                match [one for one in function.body if not is_docstring(one)]:
+                    case [ast.Return(value=ast.Constant() as value)]:
+                        found[function.name] = value
+                    case [ast.Return(value=ast.Name() as value)] if self.is_local(value):
+                        found[function.name] = value
         return found
 
     # The value of an expression
 
     def value(self, node, world):
         """The value of an expression in a world; Unknown, or Needs."""
-        key = node if not isinstance(node, list) else id(node), id(world)
+        key = node, id(world)
         if key not in self._memo:
             self._memo[key] = Circular
             try:
                 self._memo[key] = self._value(node, world)
             except Circular:
                 # What is only handed on says nothing new; what is made of itself may be anything.
-                if isinstance(node, (ast.Name, ast.Attribute, list)):
+                if isinstance(node, HANDED_ON):
                     del self._memo[key]
                     raise
                 self._memo[key] = Unknown
             except (Needs, Impossible):
                 del self._memo[key]
                 raise
-            except Exception:  # Unknown, or what the program itself would raise
+            except Unknown:
                 self._memo[key] = Unknown
         found = self._memo[key]
         if found is Unknown or found is Circular:
@@ -461,51 +392,58 @@ class Code:
         return found
 
     def _value(self, node, world):
-        if isinstance(node, list):  # of a parameter: what each call gives
-            value = only(self._not_circular(node, world))
-            if not isinstance(value, SIMPLE):
-                raise Unknown
-            return value
-        if node is None:
-            raise Unknown
-        if isinstance(node, ast.Constant):
-            return node.value
-        if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
-            parts = [self.value(part, world) for part in node.elts]
-            return {ast.Tuple: tuple, ast.List: list, ast.Set: set}[type(node)](parts)
-        if isinstance(node, ast.Dict) and None not in node.keys:
-            return {self.value(key, world): self.value(value, world) for key, value in zip(node.keys, node.values)}
-        if isinstance(node, ast.UnaryOp):
-            return OPERATORS[type(node.op)](self.value(node.operand, world))
-        if isinstance(node, ast.BoolOp):
-            return self._bool(node, world)
-        if isinstance(node, ast.Compare):
-            if asks_for_none(node) and self.is_object(node.left):
-                return isinstance(node.ops[0], ast.IsNot)
-            left = self.value(node.left, world)
-            for operator, right in zip(node.ops, node.comparators):
-                right = self.value(right, world)
-                if not OPERATORS[type(operator)](left, right):
-                    return False
-                left = right
-            return True
-        if isinstance(node, ast.BinOp):
-            return OPERATORS[type(node.op)](self.value(node.left, world), self.value(node.right, world))
-        if isinstance(node, ast.IfExp):
-            return self.value(node.body if self.value(node.test, world) else node.orelse, world)
-        if isinstance(node, ast.Name):
-            return self._name(node, world)
-        if isinstance(node, ast.Attribute):
-            return self._attribute(node, world)
-        if isinstance(node, ast.Call):
-            return self._call(node, world)
+        try:
+            return self._by_text(node, world)
+        except (Circular, Needs, Impossible):
+            raise
+        except Exception:  # Unknown, or what the program itself would raise
+            return self.values.value(node, world, self)
+
+    def _by_text(self, node, world):
+        match node:
+            case ast.Constant():
+                return node.value
+            case ast.Tuple():
+                return tuple(self.value(part, world) for part in node.elts)
+            case ast.List():
+                return [self.value(part, world) for part in node.elts]
+            case ast.Dict() if None not in node.keys:
+                return {self.value(key, world): self.value(value, world) for key, value in zip(node.keys, node.values)}
+            case ast.UnaryOp():
+                return OPERATORS[type(node.op)](self.value(node.operand, world))
+            case ast.BinOp():
+                return OPERATORS[type(node.op)](self.value(node.left, world), self.value(node.right, world))
+            case ast.BoolOp():
+                return self._bool(node, world)
+            case ast.Compare(left=left, ops=[ast.Is() | ast.IsNot() as how], comparators=[ast.Constant(None)]) if (
+                    self.is_object(left)):
+                return isinstance(how, ast.IsNot)
+            case ast.Compare():
+                sides = itertools.pairwise([node.left, *node.comparators])
+                return all(OPERATORS[type(how)](self.value(left, world), self.value(right, world))
+                           for how, (left, right) in zip(node.ops, sides))
+            case ast.IfExp():
+                return self.value(node.body if self.value(node.test, world) else node.orelse, world)
+            case ast.Name():
+                return self._name(node, world)
+            case ast.Attribute(ctx=ast.Load()):
+                return self._common(self._assigned(node), world)
+            case ast.arg():
+                return self._common(self.arguments[node], world)
+            case ast.Call(func=ast.Name(), keywords=[]):
+                return EVALUATED[node.func.id](*(self.value(argument, world) for argument in node.args))
         raise Unknown
 
-    def _not_circular(self, expressions, world):
-        """Values of these expressions; one that only hands on what is asked for says nothing new."""
+    def _common(self, expressions, world):
+        """The one simple value of all these expressions; one that only hands on what is asked for says nothing new."""
+        values = []
         for expression in expressions:
             with contextlib.suppress(Circular):
-                yield self.value(expression, world)
+                values.append(self.value(expression, world))
+        value = only(values)
+        if not isinstance(value, SIMPLE):
+            raise Unknown
+        return value
 
     def _bool(self, node, world):
         """One known operand may decide, whatever the others are."""
@@ -527,99 +465,54 @@ class Code:
         return value
 
     def is_object(self, node):
-        """Is this an attribute of self that is always something made by a class?"""
+        """Is this an attribute of self that is always something made by a class, of the file or of torch.nn?"""
         if not (isinstance(node, ast.Attribute) and is_self(node.value)):
             return False
-        made = self._assigned(node)
-        return bool(made) and all(isinstance(one, ast.Call) and self._is_class(one.func) for one in made)
-
-    def _is_class(self, node):
-        """Does this name a class of the file, or one of torch.nn?"""
-        if isinstance(node, ast.Name):
-            return isinstance(self.definitions.get(node.id), ast.ClassDef)
-        return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "nn"
+        made = [self.text(one.func) if isinstance(one, ast.Call) else "" for one in self._assigned(node)]
+        return bool(made) and all(name in self.classes or name.startswith("nn.") for name in made)
 
     def _name(self, node, world):
-        try:
-            return self._name_in_text(node, world)
-        except Circular:
-            raise
-        except (Unknown, KeyError):
-            return self.values.name(node, world, self)
-
-    def _name_in_text(self, node, world):
-        function = self.function_of(node)
-        while function is not None:
-            known = self.local_values(function)
-            if node.id in known:
-                if known[node.id] is None:
+        for scope in (*self.functions_of(node), None):
+            names = self.values_in(scope)
+            if node.id in names:
+                if names[node.id] is None:
                     raise Unknown
-                value = self.value(known[node.id], world)
+                value = self.value(names[node.id], world)
                 if isinstance(value, (list, dict, set)):  # it may be filled later
                     raise Unknown
                 return value
-            function = self.function_of(function)
-        if node.id not in self.constants:
-            return TYPES[node.id]  # or a KeyError: unknown
-        value = self.value(self.constants[node.id], world)
-        if isinstance(value, (list, dict, set)) and node.id in self.changing:
-            raise Unknown
-        return value
-
-    def _attribute(self, node, world):
-        try:
-            return self.values.attribute(node, world, self)
-        except Unknown:
-            pass
-        assigned = self._assigned(node)
-        if isinstance(node.ctx, ast.Load) and assigned:
-            value = only(self._not_circular(assigned, world))
-            if isinstance(value, SIMPLE):
-                return value
-        raise Unknown
+        return EVALUATED[node.id]  # or a KeyError: unknown
 
     def _assigned(self, node):
         """The expressions that this attribute is assigned, or an empty list: they are not all known. Of self, they are
         those of its class and the classes made from it; of another object, all of them, if they are of one class.
         """
         assigned = self.attributes.get(node.attr, [])
-        owner = self.class_of(node)
-        kind = self.values.class_of_object(node.value, self)
-        if is_self(node.value) and owner is not None:
-            kind = owner.name
+        kind = self.class_of(node) if is_self(node.value) else None
+        kind = kind or self.values.objects.get(self.text(node.value).rpartition(".")[2])
         if kind is not None:
-            family = self.families[kind]
-            assigned = [(one, value) for one, value in assigned if one is None or one.name in family]
+            above = self.ancestors(kind)
+            assigned = [(one, value) for one, value in assigned
+                        if one is None or one in above or kind in self.ancestors(one)]
         elif isinstance(node.value, ast.Call) or len({one for one, _ in assigned}) > 1:
             return []
-        if any(one is None or value is None for one, value in assigned):
+        if any(None in pair for pair in assigned):
             return []
         return [value for _, value in assigned]
 
-    def _call(self, node, world):
-        try:
-            return self.values.call(node, world, self)
-        except Unknown:
-            pass
-        if isinstance(node.func, ast.Name) and node.func.id in EVALUATED and not node.keywords:
-            return EVALUATED[node.func.id](*(self.value(argument, world) for argument in node.args))
-        raise Unknown
-
-    def outcomes(self, node):
+    def outcomes(self, node, world=NOWHERE):
         """The value of an expression in every world that it can tell from others; Unknown."""
-        waiting = [self.nowhere]
-        while waiting:
-            world = waiting.pop()
-            try:
-                yield self.value(node, world)
-            except Needs as needs:
-                facet = needs.args[0]
-                key = id(world), facet
-                if key not in self._worlds:
-                    self._worlds[key] = [World(world.chosen | {facet: value}) for value in self.values.facets[facet]]
-                waiting += self._worlds[key]
-            except Impossible:
-                continue
+        try:
+            yield self.value(node, world)
+        except Needs as needs:
+            key = id(world), *needs.args
+            if key not in self._worlds:
+                facet, = needs.args
+                self._worlds[key] = [World(world | {facet: value}) for value in self.values.facets[facet]]
+            for further in self._worlds[key]:
+                yield from self.outcomes(node, further)
+        except Impossible:
+            pass
 
     def known(self, node):
         """The one value of an expression in all worlds; Unknown."""
@@ -627,10 +520,8 @@ class Code:
 
     def truth(self, node):
         """True or False if that is so in all worlds, else None."""
-        try:
+        with contextlib.suppress(Unknown):
             return only(map(bool, self.outcomes(node)))
-        except Unknown:
-            pass
         if isinstance(node, ast.BoolOp):  # one operand may decide, whatever the others are
             decides = isinstance(node.op, ast.Or)
             if any(self.truth(operand) is decides for operand in node.values):
@@ -641,22 +532,23 @@ class Code:
 def only(values):
     """The one value that all of these are; Unknown."""
     found = list(values)
-    if not found:
+    if not found or any(type(value) is not type(found[0]) or value != found[0] for value in found[1:]):
         raise Unknown
-    first = found[0]
-    if any(type(value) is not type(first) or value != first for value in found[1:]):
-        raise Unknown
-    return first
+    return found[0]
+
+
+# ---- single nodes ---------------------------------------------------------------------------------------------------
 
 
 def targets_of(node):
     """What a statement or expression assigns to."""
-    if isinstance(node, (ast.Assign, ast.Delete)):
-        return node.targets
-    if isinstance(node, (ast.AnnAssign, ast.AugAssign, ast.For, ast.comprehension, ast.NamedExpr)):
-        return [node.target]
-    if isinstance(node, ast.withitem) and node.optional_vars:
-        return [node.optional_vars]
+    match node:
+        case ast.Assign() | ast.Delete():
+            return node.targets
+        case ast.AnnAssign() | ast.AugAssign() | ast.For() | ast.comprehension() | ast.NamedExpr():
+            return [node.target]
+        case ast.withitem(optional_vars=ast.expr()):
+            return [node.optional_vars]
     return []
 
 
@@ -664,46 +556,51 @@ def names_in(target):
     return [node.id for node in ast.walk(target) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)]
 
 
+def names_of(statement):
+    """The names that a definition, or an assignment, makes."""
+    match statement:
+        case ast.FunctionDef() | ast.ClassDef():
+            return [statement.name]
+        case ast.Assign() | ast.AnnAssign():
+            return [name for target in targets_of(statement) for name in names_in(target)]
+    return []
+
+
 def arguments_of(function):
     args = function.args
-    every = [*args.posonlyargs, *args.args, *args.kwonlyargs, *filter(None, (args.vararg, args.kwarg))]
-    return [argument.arg for argument in every]
-
-
-def bound(function, call, is_method=False):
-    """{parameter: expression} of a call; None if it cannot be told."""
-    args = function.args
-    if args.vararg or args.kwarg or args.posonlyargs:
-        return None
-    names = [argument.arg for argument in args.args][is_method:]
-    if any(isinstance(argument, ast.Starred) for argument in call.args) or len(call.args) > len(names):
-        return None
-    given = dict(zip(reversed(names), reversed(args.defaults)))
-    given |= {argument.arg: default for argument, default in zip(args.kwonlyargs, args.kw_defaults) if default}
-    given |= dict(zip(names, call.args))
-    for keyword in call.keywords:
-        if keyword.arg is None:
-            return None
-        given[keyword.arg] = keyword.value
-    return given
-
-
-def asks_for_none(node):
-    """Is this comparison `... is None` or `... is not None`?"""
-    single = len(node.ops) == 1 and isinstance(node.ops[0], (ast.Is, ast.IsNot))
-    return single and isinstance(node.comparators[0], ast.Constant) and node.comparators[0].value is None
+    return [*args.posonlyargs, *args.args, *args.kwonlyargs, *filter(None, (args.vararg, args.kwarg))]
 
 
 def is_pure(node):
     """Does evaluating this change nothing and raise nothing that matters?"""
     for part in ast.walk(node):
-        if isinstance(part, (ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr)):
-            return False
-        if isinstance(part, ast.Call):
-            by_name = isinstance(part.func, ast.Name) and part.func.id in PURE_CALLS
-            if not by_name and not (isinstance(part.func, ast.Attribute) and part.func.attr in READING_METHODS):
+        match part:
+            case ast.Call(func=ast.Name(name)) if name in PURE_CALLS:
+                continue
+            case ast.Call(func=ast.Attribute(attr=name)) if name in READING_METHODS:
+                continue
+            case ast.Call() | ast.Await() | ast.Yield() | ast.YieldFrom() | ast.NamedExpr():
                 return False
     return True
+
+
+def attributes_by_name(node):
+    """The attribute that getattr, hasattr or setattr asks for by a literal; nothing for any other node."""
+    match node:
+        case ast.Call(func=ast.Name("getattr" | "hasattr" | "setattr"), args=[_, ast.Constant(str(name)), *_]):
+            return [name]
+    return []
+
+
+def is_pass(block):
+    return len(block) == 1 and isinstance(block[0], ast.Pass)
+
+
+def has_no_statement(function):
+    """Does a function do nothing, by its statements and decorators?"""
+    statements = [one for one in function.body if not is_docstring(one)]
+    decorators = map(ast.unparse, function.decorator_list)
+    return (not statements or is_pass(statements)) and all(text == "torch.no_grad()" for text in decorators)
 
 
 def is_docstring(node):

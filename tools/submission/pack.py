@@ -3,11 +3,13 @@
 import ast
 import base64
 import hashlib
+import importlib
 import lzma
 from pathlib import Path
 from unittest import mock
 
 from common import ROOT, BadInput, Parser, load_trainer, say, trainer_errors, write
+from submission.script import definitions
 
 HELP_ENDS = "\nThe rooms"  # of a docstring: --help shows what comes before
 WORTH_AN_IMPORT = 2_000  # bytes
@@ -47,12 +49,12 @@ FORBIDDEN = {ord("\0"), ord("\n"), ord("\r")}  # bytes that a comment cannot hol
 # ---- minify ---------------------------------------------------------------------------------------------------------
 
 
-def minifier():
+def package(module, requirements):
+    """A module of a package; BadInput if that is not installed."""
     try:
-        import python_minifier.f_string
+        return importlib.import_module(module)
     except ImportError:
-        raise BadInput("python-minifier is not installed: pip install -r requirements-dev.txt") from None
-    return python_minifier
+        raise BadInput(f"{module.replace('_', '-')} is not installed: pip install -r {requirements}") from None
 
 
 def minified(source, path):
@@ -63,37 +65,24 @@ def minified(source, path):
     copy it into a shorter one, which holds tensors for longer than the script means to, and which Triton takes for no
     constant.
     """
-    python_minifier = minifier()
+    python_minifier = package("python_minifier", "requirements-dev.txt")
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None) or 1
         raise BadInput(f"{path}:{line}: not Python ({error.args[0]})") from None
-    keep = python_minifier.RemoveAnnotationsOptions(
-        remove_variable_annotations=False, remove_return_annotations=False, remove_argument_annotations=False,
-        remove_class_attribute_annotations=False)
+    parameters = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)} - {"self", "cls"}
     # A Python >= 3.12 would write f-strings that 3.10 and 3.11 cannot read.
-    f_string = python_minifier.f_string.OuterFString
+    f_string = importlib.import_module("python_minifier.f_string").OuterFString
     begin = f_string.__init__
     with mock.patch.object(f_string, "__init__", lambda self, node, pep701: begin(self, node, pep701=False)):
         small = python_minifier.minify(
-            source, remove_literal_statements=True, remove_annotations=keep, preserve_locals=kept_names(tree),
-            rename_globals=False, hoist_literals=False)
+            source, remove_literal_statements=True, remove_annotations=False, hoist_literals=False,
+            preserve_locals=sorted(parameters | definitions(source)))
     docstring = ast.get_docstring(tree, clean=False)
     if docstring:  # of the module: --help prints its beginning
         small = f"{docstring.partition(HELP_ENDS)[0]!r}\n{small}"
     return small.encode()
-
-
-def kept_names(tree):
-    """The names of parameters, functions and classes."""
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.arg):
-            names.add(node.arg)
-        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            names.add(node.name)
-    return sorted(names - {"self", "cls"})
 
 
 # ---- pack -----------------------------------------------------------------------------------------------------------
@@ -101,19 +90,13 @@ def kept_names(tree):
 
 def compress_lzma(data):
     """The smallest .xz stream of what the filter's parameters give; it ends in a checksum."""
-    streams = []
-    for lc in range(5):
-        options = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "nice_len": 273, "lc": lc, "lp": 0,
-                   "pb": 0}
-        streams.append(lzma.compress(data, check=lzma.CHECK_CRC32, filters=[options]))
+    options = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "nice_len": 273, "lp": 0, "pb": 0}
+    streams = [lzma.compress(data, check=lzma.CHECK_CRC32, filters=[options | {"lc": lc}]) for lc in range(5)]
     return min(streams, key=len)
 
 
 def compress_brotli(data):
-    try:
-        import brotli
-    except ImportError:
-        raise BadInput("brotli is not installed: pip install -r requirements.txt") from None
+    brotli = package("brotli", "requirements.txt")
     streams = [brotli.compress(data, mode=mode, lgwin=24) for mode in (brotli.MODE_GENERIC, brotli.MODE_TEXT)]
     return min(streams, key=len)
 
@@ -154,7 +137,8 @@ def packed(source, module, text):
     else:
         data, decoded = as_comment(payload)
     wrapper = wrapper.replace("DECODED", decoded)
-    wrapper = minifier().minify(wrapper, rename_globals=True, preserve_globals=["s", "p"], hoist_literals=False)
+    python_minifier = package("python_minifier", "requirements-dev.txt")
+    wrapper = python_minifier.minify(wrapper, rename_globals=True, preserve_globals=["s", "p"], hoist_literals=False)
     return f"{FIRST_LINE[text]}{MAKER}\n{wrapper}\n{RUN}\n#".encode() + data
 
 
@@ -162,12 +146,16 @@ def arguments(argv):
     parser = Parser(prog="submit.py pack", description="Make a script small and self-extracting.")
     parser.add_argument("--script", metavar="FILE", type=Path, default=ROOT / "train_gpt.py")
     parser.add_argument("--settings", metavar="RECORD|FILE",
-                        help="a record's folder or a settings file: what the packed script runs by itself")
+                        help="a record's folder or a settings file: what the packed script runs by itself; its "
+                             "readable source is written beside it, as train_gpt_human.py")
     parser.add_argument("--specialise", action="store_true", help="cut the script down to these settings first")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="default: logs/packed/train_gpt.py")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="default: logs/packed/ and the name of the script")
     parser.add_argument("--compressor", choices=["auto", *COMPRESSORS], default="auto",
-                        help="auto: lzma, which Python has, unless brotli saves over 2,000 bytes")
-    parser.add_argument("--text", action="store_true", help="ASCII (base85) in place of bytes in a Latin-1 comment")
+                        help="auto: lzma, which Python has, unless brotli, which the packed file then has to import, "
+                             "saves over 2,000 bytes")
+    parser.add_argument("--text", action="store_true",
+                        help="ASCII (base85) in place of bytes in a Latin-1 comment: a quarter larger, for what "
+                             "accepts only text")
     return parser.parse_args(argv)
 
 

@@ -1,6 +1,5 @@
 """README.md of a submission's folder, in the order that reviewers expect (#1493, #1855)."""
 
-import statistics
 from typing import NamedTuple
 
 from submission import recipe, rules, stats
@@ -12,20 +11,17 @@ REPOSITORY = "../../.."  # of the contest, from a folder in records/TRACK/
 def page(submission):
     """The whole text."""
     sections = [
-        headline(submission), results(submission), against(submission), news(submission), settings(submission),
-        compliance(submission), reproduction(submission), attribution(submission), dependencies(submission)]
-    return "\n\n".join(section for section in sections if section) + "\n"
+        headline(submission), results(submission), against(submission),
+        f"## What is new\n\n{submission.fields['blurb']}", settings(submission), compliance(submission),
+        reproduction(submission), attribution(submission), dependencies(submission)]
+    return "\n\n".join(filter(None, sections)) + "\n"
 
 
 def table(titles, rows):
     """A table of Markdown."""
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join("| " + " | ".join(cell(text) for text in line) + " |" for line in lines)
-
-
-def cell(text):
-    """Text as it may stand in a table."""
-    return " ".join(str(text).split()).replace("|", "\\|")
+    lines = [[*titles], ["---"] * len(titles), *rows]
+    cells = [[" ".join(str(cell).split()).replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 # ---- headline, results, comparison, news ----------------------------------------------------------------------------
@@ -36,40 +32,41 @@ def headline(submission):
     fields = submission.fields
     count = len(submission.runs)
     spread = f" (std {fields['val_bpb_std']:.5f})" if count > 1 else ""
-    lines = [
-        f"# {fields['name']}", "",
-        f"**val_bpb {fields['val_bpb']:.5f}**{spread} over {count} seed{'s' * (count > 1)}, "
-        f"val_loss {fields['val_loss']:.5f} nats per token, largest submission {fields['bytes_total']:,} of "
-        f"{rules.SIZE_LIMIT:,} bytes, {fields['hardware']}, {fields['date']}, by {fields['author']} "
-        f"(@{fields['github_id']})"]
+    text = f"""\
+# {fields["name"]}
+
+**val_bpb {fields["val_bpb"]:.5f}**{spread} over {count} seed{"s" * (count > 1)}, \
+val_loss {fields["val_loss"]:.5f} nats per token, largest submission {fields["bytes_total"]:,} of \
+{rules.SIZE_LIMIT:,} bytes, {fields["hardware"]}, {fields["date"]}, by {fields["author"]} (@{fields["github_id"]})"""
     if submission.draft:
-        lines += ["", f"**Draft: {count} of at least {rules.LEAST_SEEDS} seeds.**"]
+        text += f"\n\n**Draft: {count} of at least {rules.LEAST_SEEDS} seeds.**"
     if submission.track == "non-record":
-        lines += ["", "**Not a record:**"]
-        lines += [f"- {reason}" for reason in submission.obstacles or ["it was made for this track"]]
-    return "\n".join(lines)
+        reasons = submission.obstacles or ["it was made for this track"]
+        text += "\n\n**Not a record:**" + "".join(f"\n- {reason}" for reason in reasons)
+    return text
+
+
+RESULTS = {  # {title: (field of a run's summary, its format)}
+    "seed": ("seed", ""), "val_loss": ("val_loss", ".8f"), "val_bpb": ("val_bpb", ".8f"),
+    "artifact bytes": ("total_bytes", ","), "steps": ("steps", ","), "train s": ("train_seconds", ".1f"),
+    "calibration s": ("calibrate_seconds", ".1f"), "eval s": ("eval_seconds", ".1f")}
 
 
 def results(submission):
     """A row for each seed, then mean and std."""
-    rows = []
-    for run in submission.runs:
-        summary = run.summary
-        rows.append([
-            run.seed, f"{summary['val_loss']:.8f}", f"{summary['val_bpb']:.8f}", f"{summary['total_bytes']:,}",
-            f"{summary['steps']:,}", f"{summary['train_seconds']:.1f}", f"{summary['calibrate_seconds']:.1f}",
-            f"{summary['eval_seconds']:.1f}"])
-    losses = [run.summary["val_loss"] for run in submission.runs]
-    scores = [run.summary["val_bpb"] for run in submission.runs]
-    largest = f"{submission.fields['bytes_total']:,} (largest)"
-    rows.append(["mean", f"{statistics.mean(losses):.8f}", f"{statistics.mean(scores):.8f}", largest, *[""] * 4])
-    if len(scores) > 1:
-        deviations = [f"{statistics.stdev(values):.8f}" for values in (losses, scores)]
-        rows.append(["std (n - 1)", *deviations, *[""] * 5])
-    titles = ["seed", "val_loss", "val_bpb", "artifact bytes", "steps", "train s", "calibration s", "eval s"]
-    note = ("val_loss is in nats per token, val_bpb in bits per byte. Artifact bytes are the script and the compressed "
-            "model. Training and calibration share one clock of 600 s.")
-    return f"## Results\n\n{table(titles, rows)}\n\n{note}"
+    fields = submission.fields
+    rows = [[format(run.summary[key], form) for key, form in RESULTS.values()] for run in submission.runs]
+    rows.append(["mean", f"{fields['val_loss']:.8f}", f"{fields['val_bpb']:.8f}",
+                 f"{fields['bytes_total']:,} (largest)", *[""] * 4])
+    if len(submission.runs) > 1:
+        rows.append(["std (n - 1)", f"{fields['val_loss_std']:.8f}", f"{fields['val_bpb_std']:.8f}", *[""] * 5])
+    return f"""\
+## Results
+
+{table(RESULTS, rows)}
+
+val_loss is in nats per token, val_bpb in bits per byte. Artifact bytes are the script and the compressed model. \
+Training and calibration share one clock of 600 s."""
 
 
 def against(submission):
@@ -80,30 +77,21 @@ def against(submission):
     return "## Against the record\n\n```\n" + "\n".join(lines) + "\n```"
 
 
-def news(submission):
-    return f"## What is new\n\n{submission.fields['blurb']}"
-
-
 # ---- settings -------------------------------------------------------------------------------------------------------
 
 
 def settings(submission):
     """Every setting that differs from the trainer's defaults, by group."""
+    whose = " for the whole trainer: here they are constants" if submission.experiment.has_constants else ""
     parts = [f"## Recipe\n\nEvery setting that differs from the trainer's defaults; `{submission.settings_file}` has "
-             f"the same as a file{whose(submission)}. What is not listed has the trainer's default."]
-    groups = dict.fromkeys(setting.group for setting in submission.changed)
-    for group in groups:
+             f"the same as a file{whose}. What is not listed has the trainer's default."]
+    for group in dict.fromkeys(setting.group for setting in submission.changed):
         rows = [[f"`{setting.name}`", f"`{setting.value or '(empty)'}`", meaning(setting)]
                 for setting in submission.changed if setting.group == group]
         parts.append(f"### {group}\n\n{table(['setting', 'value', 'what it is'], rows)}")
     on = "; ".join(technique.name for technique in recipe.techniques(submission.settings))
     parts.append(f"Techniques that are on: {on}.")
     return "\n\n".join(parts)
-
-
-def whose(submission):
-    """For which script a settings file is, where it is not this one."""
-    return " for the whole trainer: here they are constants" if submission.experiment.has_constants else ""
 
 
 def meaning(setting):
@@ -141,10 +129,13 @@ CONDITIONS = (
 )
 
 
+def kept(submission, key):
+    return "yes" if submission.fields["compliance"][key] else "**no**"
+
+
 def compliance(submission):
     """How the four conditions and the limits are kept, and what the runs proved."""
-    rows = [[condition.name, "yes" if submission.fields["compliance"][key] else "**no**", condition.how,
-             evidence(submission, condition)]
+    rows = [[condition.name, kept(submission, key), condition.how, evidence(submission, condition)]
             for key, condition in zip(CONDITION_KEYS, CONDITIONS)]
     parts = ["## Compliance", table(["condition", "kept", "how", "what the runs proved"], rows),
              table(["limit", "met", "largest of the seeds"], limits(submission))]
@@ -175,7 +166,6 @@ def evidence(submission, condition):
 
 def limits(submission):
     """Rows of the table of limits."""
-    kept = submission.fields["compliance"]
     fields = submission.fields
     summaries = [run.summary for run in submission.runs]
     train = max(summary["train_seconds"] + summary["calibrate_seconds"] for summary in summaries)
@@ -194,7 +184,7 @@ def limits(submission):
         ("three_seeds", "three seeds of one configuration",
          f"{len(summaries)}: {', '.join(map(str, fields['seeds']))}"),
     ]
-    return [[what, "yes" if kept[key] else "**no**", value] for key, what, value in rows]
+    return [[what, kept(submission, key), value] for key, what, value in rows]
 
 
 # ---- reproduction, attribution, dependencies ------------------------------------------------------------------------
@@ -203,23 +193,35 @@ def limits(submission):
 def reproduction(submission):
     """Commands for the environment, the data and each seed."""
     fields = submission.fields
-    seeds = " ".join(map(str, fields["seeds"]))
-    given = "".join(f" {argument}" for argument in submission.arguments)
     launch = "python train_gpt.py"
     if fields["world_size"] > 1:
         launch = f"torchrun --standalone --nproc_per_node={fields['world_size']} train_gpt.py"
-    lines = [
-        "pip install " + " ".join(base_packages(submission)),
-        "pip install -r requirements.txt",
-        f"for seed in {seeds}; do",
-        f"    {launch}{given} SEED=$seed RUN_ID=seed$seed DATA_PATH={data_path(submission)}",
-        "done"]
-    text = "\n".join(lines)
-    artifact = f"{launch}{given} DATA_PATH=... PHASES=eval ARTIFACT=logs/seed{fields['seeds'][0]}/model.pg"
-    score = f"final_{submission.runs[0].summary['predictor']} val_loss:... val_bpb:..."
-    return (f"## Reproduction\n\nFrom inside this folder:\n\n```\n{text}\n```\n\n{data(submission)}\n\nEach run ends "
-            f"with `{score}` and a summary in JSON. Its artifact is scored again, without training, by\n\n"
-            f"```\n{artifact}\n```\n\n{script(submission)}")
+    launch = " ".join([launch, *submission.arguments])
+    path = submission.data_path
+    from_inside = path if path.startswith("/") else f"{REPOSITORY}/{path}"
+    return f"""\
+## Reproduction
+
+From inside this folder:
+
+```
+pip install {" ".join(base_packages(submission))}
+pip install -r requirements.txt
+for seed in {" ".join(map(str, fields["seeds"]))}; do
+    {launch} SEED=$seed RUN_ID=seed$seed DATA_PATH={from_inside}
+done
+```
+
+{data(submission)}
+
+Each run ends with `final_{submission.runs[0].summary["predictor"]} val_loss:... val_bpb:...` and a summary in JSON. \
+Its artifact is scored again, without training, by
+
+```
+{launch} DATA_PATH=... PHASES=eval ARTIFACT=logs/seed{fields["seeds"][0]}/model.pg
+```
+
+{script(submission)}"""
 
 
 def base_packages(submission):
@@ -229,44 +231,36 @@ def base_packages(submission):
     return names + [name for name in header.get("packages", []) if name.startswith("sentencepiece==")]
 
 
-def data_path(submission):
-    """DATA_PATH as it is from inside the folder."""
-    path = submission.data_path
-    return path if path.startswith("/") else f"{REPOSITORY}/{path}"
-
-
 def data(submission):
     """Which data, and the command that makes it."""
     loader = submission.runs[0].event("train_loader")
     name = submission.runs[0].summary["data"]
     shards = loader.get("train_shards")
-    variant = name.removeprefix("fineweb10B_")
-    command = ""
-    if name == "fineweb10B_sp1024":
-        command = f"python data/cached_challenge_fineweb.py --variant {variant} --train-shards {shards}"
-    elif name.startswith("fineweb10B_"):
-        command = f"python data/fineweb.py --variant {variant} --train-shards {shards}"
-    elif name.startswith("builtin_"):
-        command = "python data/prepare.py --source builtin"
     text = (f"Data: `{name}`, {shards} training shards of {loader.get('tokens'):,} tokens in all; "
             f"SHA-256 of the validation tokens {submission.fields['val_sha256']}, of the tokenizer "
             f"{submission.fields['tokenizer_sha256']}.")
-    if not command:
-        return text
-    where = "of the contest's repository" if "cached" in command else "of the trainer's repository"
-    return f"{text} It is made by, in the root {where},\n\n```\n{command}\n```"
+    where = "trainer's"
+    match name.split("_", 1):
+        case ["fineweb10B", "sp1024"]:
+            where = "contest's"
+            command = f"python data/cached_challenge_fineweb.py --variant sp1024 --train-shards {shards}"
+        case ["fineweb10B", variant]:
+            command = f"python data/fineweb.py --variant {variant} --train-shards {shards}"
+        case ["builtin", _]:
+            command = "python data/prepare.py --source builtin"
+        case _:
+            return text
+    return f"{text} It is made by, in the root of the {where} repository,\n\n```\n{command}\n```"
 
 
 def script(submission):
     """What train_gpt.py is, and where it can be read."""
     fields = submission.fields
     text = f"`train_gpt.py` has {fields['bytes_code']:,} bytes, which are counted (SHA-256 {fields['code_sha256']})."
-    if submission.twin is None and submission.is_packed:
-        return f"{text} It is packed; the source that ran is at the top of each log."
-    if submission.twin is None:
-        return text
-    return (f"{text} It is packed, and `train_gpt_human.py` is its readable source, {len(submission.twin):,} bytes: "
-            "minified, that is the source at the top of each log.")
+    if submission.twin:
+        return (f"{text} It is packed, and `train_gpt_human.py` is its readable source, {len(submission.twin):,} "
+                "bytes: minified, that is the source at the top of each log.")
+    return text + " It is packed; the source that ran is at the top of each log." * submission.is_packed
 
 
 def attribution(submission):
@@ -279,10 +273,9 @@ def attribution(submission):
 def dependencies(submission):
     """Versions with which the runs were made."""
     fields = submission.fields
-    packages = ", ".join(base_packages(submission)[1:])
-    changed_files = submission.runs[0].header.get("changed_files", 0)
+    header = submission.runs[0].header
+    changed_files = header.get("changed_files", 0)
     changes = f" with {changed_files} changed file(s)" if changed_files else ""
-    cuda = submission.runs[0].header.get("cuda", "not logged")
-    return (f"## Dependencies\n\ntorch {fields['pytorch_version']}, CUDA {cuda}, "
-            f"attention by {fields['attention_backend']}, {packages}; beside these what `requirements.txt` names. "
-            f"Trainer of commit {fields['commit']}{changes}.")
+    return (f"## Dependencies\n\ntorch {fields['pytorch_version']}, CUDA {header.get('cuda', 'not logged')}, "
+            f"attention by {fields['attention_backend']}, {', '.join(base_packages(submission)[1:])}; beside these "
+            f"what `requirements.txt` names. Trainer of commit {fields['commit']}{changes}.")

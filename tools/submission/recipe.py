@@ -1,6 +1,7 @@
 """The settings with which a script ran, what each means, which techniques they turn on and whose these are."""
 
 import importlib.util
+import itertools
 import json
 import re
 import shlex
@@ -99,16 +100,15 @@ def settings_of(experiment):
     with trainer_errors():
         whole = trainer.Settings.parse(words, {}, preset="")
     rows = []
-    for name, value in experiment.values.items():
+    for name, value in sorted(experiment.values.items(), key=lambda pair: [*known, pair[0]].index(pair[0])):
         default = experiment.defaults.get(name, value)
-        if name not in known:
+        if name in known:
+            about = known[name].metadata
+            rows.append(Setting(name, about["group"], value, default, about["doc"], about["code"],
+                                whole.holds(about["on"])))
+        else:
             rows.append(Setting(name, "Others", value, default, "of another version of the trainer", "", True))
-            continue
-        about = known[name].metadata
-        rows.append(Setting(name, about["group"], value, default, about["doc"], about["code"],
-                            whole.holds(about["on"])))
-    order = list(known)
-    return sorted(rows, key=lambda row: order.index(row.name) if row.name in known else len(order))
+    return rows
 
 
 def changed(settings):
@@ -176,7 +176,8 @@ def credits(settings):
     for setting in settings:
         numbers = pull_requests(setting.doc, setting.value) if setting.is_on else ()
         if numbers:
-            found.append(Credit(names.get(setting.name) or title(setting.doc), setting, numbers))
+            beginning = re.split(r"[(:;]", setting.doc)[0].strip(" ,")
+            found.append(Credit(names.get(setting.name, beginning), setting, numbers))
     return found
 
 
@@ -201,23 +202,14 @@ def pull_requests(doc, value):
     return tuple(dict.fromkeys(numbers))
 
 
-def title(doc):
-    """The beginning of a sentence, up to its first bracket, colon or semicolon."""
-    return re.split(r"[(:;]", doc)[0].strip(" ,")
-
-
 # ---- settings.env ---------------------------------------------------------------------------------------------------
 
 
 def settings_file(settings, heading):
     """The text of a settings file: these settings by group, a line each."""
     lines = [f"# {heading}"]
-    group = None
-    for setting in settings:
-        if setting.group != group:
-            group = setting.group
-            lines += ["", f"# {group}"]
-        lines.append(shlex.quote(f"{setting.name}={setting.value}"))
+    for group, members in itertools.groupby(settings, lambda setting: setting.group):
+        lines += ["", f"# {group}", *(shlex.quote(f"{setting.name}={setting.value}") for setting in members)]
     return "\n".join(lines) + "\n"
 
 

@@ -21,11 +21,9 @@ class Script(NamedTuple):
     """A script after unpacking."""
 
     text: str
-    tree: ast.Module
+    nodes: tuple[ast.AST, ...]  # of its syntax tree
     imports: dict[str, int]  # {top-level module: line}, also of imports in functions
     strings: frozenset[str]  # every text in it
-    functions: tuple[ast.FunctionDef, ...]
-    minimums: tuple[ast.Call, ...]  # calls of minimum()
 
 
 def read(source):
@@ -39,31 +37,23 @@ def read(source):
         source = inner
     if tree is None:
         return None
+    nodes = tuple(ast.walk(tree))
     imports = {}
-    strings = set()
-    functions = []
-    minimums = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant):
-            if isinstance(node.value, str):
-                strings.add(node.value)
-        elif isinstance(node, ast.FunctionDef):
-            functions.append(node)
-        elif isinstance(node, ast.Call):
-            if called(node) == "minimum":
-                minimums.append(node)
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            for name in imported(node):
-                imports.setdefault(name.partition(".")[0], node.lineno)
-    text = source.decode("utf-8", "replace")
-    return Script(text, tree, imports, frozenset(strings), tuple(functions), tuple(minimums))
+    for node in nodes:
+        for name in imported(node):
+            imports.setdefault(name.partition(".")[0], node.lineno)
+    strings = frozenset(node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    return Script(source.decode("utf-8", "replace"), nodes, imports, strings)
 
 
 def imported(node):
-    """The modules that an import statement names."""
-    if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
-    return [node.module] if node.module else []
+    """The modules that a node names, if it is an import."""
+    match node:
+        case ast.Import():
+            return [alias.name for alias in node.names]
+        case ast.ImportFrom(module=str()):
+            return [node.module]
+    return []
 
 
 def parse(source):
@@ -76,6 +66,12 @@ def parse(source):
         return None
 
 
+def definitions(source):
+    """The names of the functions and classes of Python source; none if it is no Python."""
+    nodes = ast.walk(parse(source) or ast.Module())
+    return {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+
 # ---- packed scripts -------------------------------------------------------------------------------------------------
 
 
@@ -83,10 +79,8 @@ def unpacked(source, tree):
     """The script inside a self-extracting one, or None: its longest literal, or our comment, decoded."""
     if b"exec" not in source or b"decompress" not in source:
         return None
-    literals = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)) and len(node.value) >= 1000:
-            literals.append(node.value)
+    literals = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)
+                and isinstance(node.value, (str, bytes)) and len(node.value) >= 1000]
     for literal in sorted(literals, key=len, reverse=True)[:2]:
         data = literal.encode("latin-1", "replace") if isinstance(literal, str) else literal
         for decode in (base64.b85decode, base64.a85decode, base64.b64decode, bytes):
@@ -110,13 +104,31 @@ def unpacked_comment(source):
     return inner
 
 
+def by_brotli(data):
+    import brotli
+
+    try:
+        return brotli.Decompressor().process(data, output_buffer_limit=MOST_SOURCE)
+    except brotli.error as error:
+        raise ValueError(error) from None
+
+
+RAW_LZMA = {"format": lzma.FORMAT_RAW, "filters": [{"id": lzma.FILTER_LZMA2}]}
+DECOMPRESS = (  # by any compressor in use, up to a length
+    lambda data: lzma.LZMADecompressor().decompress(data, MOST_SOURCE),
+    lambda data: lzma.LZMADecompressor(**RAW_LZMA).decompress(data, MOST_SOURCE),
+    lambda data: zlib.decompressobj().decompress(data, MOST_SOURCE),
+    lambda data: bz2.BZ2Decompressor().decompress(data, MOST_SOURCE),
+    by_brotli)
+
+
 def decompressed(decode, data):
-    """Python source from encoded and compressed bytes, by any compressor in use; None if it is none."""
+    """Python source from encoded and compressed bytes; None if it is none."""
     try:
         data = decode(data)
     except (ValueError, OverflowError):
         return None
-    for decompress in (by_lzma, by_raw_lzma, by_zlib, by_bz2, by_brotli):
+    for decompress in DECOMPRESS:
         try:
             inner = decompress(data)
         except (lzma.LZMAError, zlib.error, OSError, ValueError, EOFError, ImportError):
@@ -126,40 +138,7 @@ def decompressed(decode, data):
     return None
 
 
-def by_lzma(data):
-    return lzma.LZMADecompressor().decompress(data, MOST_SOURCE)
-
-
-def by_raw_lzma(data):
-    filters = [{"id": lzma.FILTER_LZMA2}]
-    return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=filters).decompress(data, MOST_SOURCE)
-
-
-def by_zlib(data):
-    return zlib.decompressobj().decompress(data, MOST_SOURCE)
-
-
-def by_bz2(data):
-    return bz2.BZ2Decompressor().decompress(data, MOST_SOURCE)
-
-
-def by_brotli(data):
-    import brotli
-
-    try:
-        return brotli.Decompressor().process(data, output_buffer_limit=MOST_SOURCE)
-    except (brotli.error, TypeError):
-        return None
-
-
 # ---- looks ----------------------------------------------------------------------------------------------------------
-
-
-def called(node):
-    """The last name of what a call calls: minimum for torch.minimum()."""
-    if isinstance(node.func, ast.Attribute):
-        return node.func.attr
-    return getattr(node.func, "id", "")
 
 
 NLL = re.compile(r"(?i)(?:^|_)(?:nll|ce|xent|loss(?:es)?)(?:$|_|\d)")
@@ -168,21 +147,19 @@ SCORES = re.compile(r"(?i)score|mix|lookup|prob|predict|blend|apply|eval")
 UPDATES = re.compile(r"(?i)update|insert|build|observe|learn|add|prefill|train|init")
 
 
-def names_in(node):
-    """The names that an expression reads, its attributes too."""
-    for part in ast.walk(node):
-        if isinstance(part, ast.Name):
-            yield part.id
-        elif isinstance(part, ast.Attribute):
-            yield part.attr
+def has_name(node, pattern):
+    """Does an expression read a name or an attribute of this pattern?"""
+    names = (getattr(part, "id", None) or getattr(part, "attr", "") for part in ast.walk(node))
+    return any(map(pattern.search, names))
 
 
 def lower_of_two_losses(source):
     """Lines that take the lower of two losses for each token: torch.minimum(nll_a, nll_b) (#659)."""
-    for node in source.minimums:
-        is_loss = [any(NLL.search(name) for name in names_in(argument)) for argument in node.args]
-        if len(is_loss) == 2 and all(is_loss):
-            yield node.lineno
+    for node in source.nodes:
+        match node:
+            case ast.Call(func=ast.Name("minimum") | ast.Attribute(attr="minimum"), args=[one, other]):
+                if has_name(one, NLL) and has_name(other, NLL):
+                    yield node.lineno
 
 
 def target_in_table_index(source):
@@ -190,20 +167,15 @@ def target_in_table_index(source):
 
     The update of a table may do so. Only functions whose name says that they score, and not that they update, count.
     """
-    if "^" not in source.text:
-        return
-    for function in source.functions:
-        if not SCORES.search(function.name) or UPDATES.search(function.name):
-            continue
-        for node in ast.walk(function):
-            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitXor) and hashes_target(node):
-                yield node.lineno
+    functions = [node for node in source.nodes if isinstance(node, ast.FunctionDef)]
+    for function in functions:
+        if SCORES.search(function.name) and not UPDATES.search(function.name):
+            yield from (node.lineno for node in ast.walk(function) if hashes_target(node))
 
 
 def hashes_target(node):
-    """Is a side of this exclusive-or a product with the target?"""
-    for part in ast.walk(node):
-        is_product = isinstance(part, ast.BinOp) and isinstance(part.op, ast.Mult)
-        if is_product and any(TARGET.search(name) for name in names_in(part)):
-            return True
-    return False
+    """Is this an exclusive-or with a product of which the target is a factor?"""
+    if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitXor)):
+        return False
+    products = [part for part in ast.walk(node) if isinstance(part, ast.BinOp) and isinstance(part.op, ast.Mult)]
+    return any(has_name(product, TARGET) for product in products)

@@ -14,15 +14,16 @@ import contextlib
 import re
 import shlex
 import textwrap
+from collections import namedtuple
 from dataclasses import fields, replace
 from pathlib import Path
 
 from common import ROOT, BadInput, Parser, load_trainer, say, trainer_errors, write
 from submission.edits import Edits, listing, tidy
 from submission.fold import folded
-from submission.known import Code, Impossible, Unknown, Values, arguments_of, is_docstring, is_self, only
+from submission.known import Code, Impossible, Unknown, Values, is_docstring
 from submission.pack import COMPRESSORS, minified, packed, read, settings_name
-from submission.prune import read_attributes
+from submission.script import definitions
 
 # What a run of a record may still choose: where it reads and writes, its seed, the machine, how long and how much, and
 # speed. The record's value is their default.
@@ -41,17 +42,15 @@ OF_CHECKPOINTS = {(owner, method) for owner, methods in {
     "Complement": ("state_dict", "load_state_dict"), "LateQAT": ("state_dict", "load_state_dict"),
     "Contamination": ("restore",)}.items() for method in methods}
 
-# Functions of which a record's script only wants the result.
-WITHOUT_EFFECT = frozenset(("roles", "training_data", "read_sidecar", "has_case_operators", "VisitAdapters"))
+# Functions of which a record's script only wants the result, and calls that it does not need: one run uses its folder,
+# and its own artifacts have one size (what this script runs is trusted anyway).
+WITHOUT_EFFECT = {
+    "roles", "training_data", "read_sidecar", "has_case_operators", "VisitAdapters",
+    "resources.callback(FolderLock(folder, rt).release)", "need_loadable(path, tensors)",
+    'need_loadable("the artifact of this model", largest_entries(model, s))'}
 
 # The functions that make other settings of a run's own, with replace(): `worlds` knows what each gives.
 REPLACING = {"save_artifact", "contiguous_reader", "selftest_settings", "without_model_settings", "with_model_settings"}
-
-PURE_FUNCTIONS = {"parse_rule", "format_value", "largest_code", "_storable"}  # of the trainer, called with known values
-# {function: (the argument that may be None, the argument that it then returns)}
-WITHOUT_NONE = {"optional": (0, 1), "add_adapter": (1, 0)}
-SAFE_METHODS = {"get", "items", "keys", "values", "removesuffix", "removeprefix", "startswith", "endswith", "upper",
-                "lower", "split", "partition", "count", "index"}
 
 
 # ---- what is known --------------------------------------------------------------------------------------------------
@@ -85,26 +84,96 @@ def has_case(s):
     return "caseops" in s.data_path or any(Path(s.data_path).glob("fineweb_val_bytes_*.bin"))
 
 
-class TrainerValues(Values):
-    """What the record decides."""
+KnownVisit = namedtuple("KnownVisit", "form split push pop")  # of the trainer's Visit; not which block it is of
 
-    without_effect = WITHOUT_EFFECT
+# Objects of a facet of the world, by their text alone or in a class; the settings are x.s, too.
+OBJECTS = {"s": "settings", "settings": "settings", "Settings: self": "settings", "visit": "visit", "store": "store",
+           "Store: self": "store", "self.stores[name]": "store", "f": "field"}
+
+
+class TrainerValues(Values):
+    """What the record decides.
+
+    `facts` are {expression: its value, or a function of the world}. An expression is written as in the text, or as
+    `CLASS: text` or `FUNCTION: text` where it has this value only there, or `.name` for this attribute of any object.
+    """
+
     module_calls = {"Attention": "self.attn", "MLP": "self.mlp", "Block": "block"}
     plain_records = frozenset(("Context", "TrainingGraph", "ValStream"))
+    objects = {"model": "GPT"}
+    settings = frozenset(("Settings",))
 
     def __init__(self, trainer, s, open_names):
         self.trainer = trainer
         self.library_names = {}  # class: the names that it has from classes outside of the trainer
-        visits = [visit._replace(block=0) for looping in {False, s.loops} for visit in trainer.layer_plan(s, looping)]
-        # The place of a skip does not matter, only whether there is one.
-        visits = sorted({visit._replace(pop=None if visit.pop is None else 0) for visit in visits}, key=repr)
+        visits = {KnownVisit(visit.form, visit.split, visit.push, None if visit.pop is None else 0)
+                  for looping in {False, s.loops} for visit in trainer.layer_plan(s, looping)}
         with trainer.torch.device("meta"):
-            stores = set(trainer.storage(trainer.GPT(s, init=False), s).values())
+            model = trainer.GPT(s, init=False)
+            stores = set(trainer.storage(model, s).values())
+            update_rules = set(trainer.roles(trainer.Objective(model, s)).values())
         if s.awq_lite_group_top_k:
             stores |= {store._replace(codec="mixed") for store in stores if store.codec == "int"}
+        compressors = {s.compressor}
+        if s.compressor == "rans":
+            compressors.add("lzma")
+        elif s.compressor == "auto":
+            compressors = {"rans", *trainer.COMPRESSORS}
+        codecs = {store.codec for store in stores}
+        if "grid" in codecs:
+            codecs.add("wide")
+        open_fields = [f for f in fields(s) if f.name in open_names]
+        self.facets = {
+            "compressor": sorted(compressors),
+            "settings": [guarded(trainer, one, open_names) for one in worlds(trainer, s)],
+            "visit": sorted(visits, key=repr),
+            "store": sorted(stores, key=repr),
+            "field": open_fields,
+        }
+        self.table_keys = {
+            "NEWTON_SCHULZ": {s.newton_schulz}, "OPTIMIZERS": {s.matrix_optimizer, "adamw"}, "CODECS": codecs,
+            "COMPRESSORS": compressors | {"zlib"},  # which packs the header
+            "PACKAGES": compressors,
+            "ALSO_CALLED": {"0"},
+            "update_rules": update_rules,
+        }
+        self.without_effect = {*WITHOUT_EFFECT}
+        self.never = OF_CHECKPOINTS | {("Settings", "rule")}
+        if s.fit != "allocate":
+            self.never.add(("Quantiser", "rate"))
+        if not s.late_qat_threshold:
+            self.never |= {("Quantiser", "steps"), ("Curvature", "to")}
+            self.without_effect.add('self.register_module("fake_quant", None)')
+        averages = {"none": (), "best": ("ema", "swa", "lawa")}.get(s.average, (s.average,))
+        self.facts = {
+            "compressor": lambda world: world["compressor"], "packed.compressor": lambda world: world["compressor"],
+            "s": lambda world: world["settings"], "form": lambda world: world["visit"].form,
+            "LISTS": trainer.LISTS, "LISTS.get(f.type)": lambda world: trainer.LISTS.get(world["field"].type),
+            ".kinds": averages,
+            "was_done": False,  # all steps, in an earlier run
+            "run.s.idle()": {},  # a record's settings all have an effect
+        }
+        if not any(isinstance(f.default, (bool, tuple)) for f in open_fields):
+            self.facts |= {"format_value: isinstance(value, bool)": False,
+                           "format_value: isinstance(value, tuple)": False}
+        if len(averages) == 1:
+            self.facts["Average: kind"] = averages[0]
+        if not s.mtp_num_heads:
+            self.facts["self.mtp"] = ()
+        if not trainer.wrappers(s):
+            self.facts |= {"wrappers()": (), "isinstance(predictor, WrappingPredictor)": False}
+        if not s.lqer_rank:
+            self.facts |= {"entry.rank": 0, "tensor.rank": 0, "Encoded: self.rank": 0}
+        if not compressors & {*trainer.PACKAGES}:
+            self.facts["PACKAGES.get(s.compressor, ())"] = ()
+        if not has_case(s):  # but where the bytes are loaded, another tokenizer is still refused
+            self.facts |= {".sidecar": False, "load_validation: sidecar": None,
+                           "prove_bytes: has_case_operators(sp)": False, "_check_bytes: has_case_operators(sp)": False}
+        if s.doc_mask == "none":
+            self.facts["_to_device: documents"] = None
         # What is None where a technique is off.
-        self.absent = set()
         writes_text = s.needs_curvature and s.gptq_calibration == "generated"
+        self.absent = set()
         for is_on, names in (
                 (s.ttt in ("lora", "lora_docs"), ("adapters", "adapter_weights")),
                 (s.eval_context == "cache" or writes_text, ("past", "new_keys")),
@@ -114,176 +183,50 @@ class TrainerValues(Values):
                 (s.needs_curvature, ("curvature",))):
             if not is_on:
                 self.absent.update(names)
-        compressors = {s.compressor}
-        if s.compressor == "rans":
-            compressors.add("lzma")
-        elif s.compressor == "auto":
-            compressors = {"rans", *trainer.COMPRESSORS}
-        codecs = {store.codec for store in stores}
-        if "grid" in codecs:
-            codecs.add("wide")
-        self.tables = {
-            "NEWTON_SCHULZ": {s.newton_schulz}, "OPTIMIZERS": {s.matrix_optimizer, "adamw"}, "CODECS": codecs,
-            "COMPRESSORS": compressors | {"zlib"},  # which packs the header
-            "PACKAGES": compressors,
-            "ALSO_CALLED": {"0"},
-        }
-        with trainer.torch.device("meta"):
-            objective = trainer.Objective(trainer.GPT(s, init=False), s)
-        self.tables["update_rules"] = set(trainer.roles(objective).values())
-        self.never = OF_CHECKPOINTS | {("Settings", "rule")}
-        if s.fit != "allocate":
-            self.never.add(("Quantiser", "rate"))
-        if not s.late_qat_threshold:
-            self.never |= {("Quantiser", "steps"), ("Curvature", "to")}
-        self.heads = s.mtp_num_heads
-        self.corrects = s.lqer_rank > 0
-        self.cased = has_case(s)
-        self.wrappers = trainer.wrappers(s)
-        self.open_fields = [f for f in fields(s) if f.name in open_names]
-        self.averages = {"none": (), "best": ("ema", "swa", "lawa")}.get(s.average, (s.average,))
-        self.facets = {
-            "compressor": sorted(compressors),
-            "settings": [guarded(trainer, one, open_names) for one in worlds(trainer, s)],
-            "visit": visits,
-            "store": sorted(stores, key=repr),
-            "field": self.open_fields,
-        }
+        if "adapters" in self.absent:
+            self.facts["adapters.scaled"] = False  # of VisitAdapters() of nothing
 
-    def is_settings(self, node, code):
-        if isinstance(node, ast.Name):
-            owner = code.class_of(node)
-            return node.id in ("s", "settings") or node.id == "self" and owner is not None and owner.name == "Settings"
-        return isinstance(node, ast.Attribute) and node.attr == "s"
-
-    def name(self, node, world, code):
-        if node.id in self.absent:
+    def value(self, node, world, code):
+        match node:
+            case ast.Name(name):
+                owner, text = None, name
+            case ast.Attribute(attr=name):
+                owner, text = code.text(node.value), code.text(node)
+            case _:
+                owner, name, text = None, None, code.text(node)
+        in_class = f"{code.class_of(node)}: "
+        in_function = f"{code.function_of(node)}: "
+        for key in (in_function + text, in_class + text, text, f".{name}"):
+            if key in self.facts:
+                fact = self.facts[key]
+                return fact(world) if callable(fact) else fact
+        if name in self.absent or owner in self.absent:
             return None
-        if node.id == "compressor":
-            return world["compressor"]
-        if node.id == "s":
-            return world["settings"]
-        if node.id == "form":
-            return world["visit"].form
-        if node.id == "was_done":  # all steps, in an earlier run
-            return False
-        if node.id in ("sidecar", "documents") and node.id in self.absent_in(code.function_of(node)):
-            return None
-        if node.id == "LISTS":
-            return self.trainer.LISTS
-        owner = code.class_of(node)
-        if node.id == "kind" and owner is not None and owner.name == "Average":
-            return only(self.averages)
-        raise Unknown
-
-    def absent_in(self, function):
-        """Names of what is None in this function alone."""
-        name = getattr(function, "name", "")
-        if name == "load_validation" and not self.cased:
-            return ("sidecar",)
-        return ("documents",) if name == "_to_device" and "docs" in self.absent else ()
-
-    def attribute(self, node, world, code):
-        if node.attr in self.absent:
-            return None
-        if node.attr == "kinds":  # of Average
-            return self.averages
-        if code.text(node.value) in self.absent:  # VisitAdapters() of nothing
-            return False if node.attr == "scaled" else None
-        if code.text(node.value) == "packed" and node.attr == "compressor":
-            return world["compressor"]
-        if node.attr == "sidecar" and not self.cased:
-            return False
-        owner = code.class_of(node)
-        of_tensor = code.text(node) in ("entry.rank", "tensor.rank") or (
-            code.text(node) == "self.rank" and owner is not None and owner.name == "Encoded")
-        if of_tensor and not self.corrects:
-            return 0
-        if code.text(node) == "f.type":
-            return world["field"].type
-        if self.is_settings(node.value, code) and not callable(getattr(self.trainer.Settings, node.attr, None)):
-            return getattr(world["settings"], node.attr)
-        of_visit = isinstance(node.value, ast.Name) and node.value.id == "visit"
-        if of_visit and node.attr in ("form", "split", "push", "pop"):
-            return getattr(world["visit"], node.attr)
-        of_store = owner is not None and owner.name == "Store" and is_self(node.value)
-        if of_store or code.text(node.value) in ("store", "self.stores[name]"):
-            if node.attr != "codec" and world["store"].codec == "float16":
-                raise Impossible
-            return getattr(world["store"], node.attr)
-        raise Unknown
-
-    def call(self, node, world, code):
-        if node.keywords:
+        if owner is None:
             raise Unknown
-        if code.text(node) in ("isinstance(value, bool)", "isinstance(value, tuple)"):
-            return self.is_of_kind(node, code)
-        if code.text(node) == "isinstance(predictor, WrappingPredictor)" and not self.wrappers:
-            return False
-        # Where the bytes are loaded, another tokenizer is still refused.
-        asks_for_case = code.text(node) == "has_case_operators(sp)" and not self.cased
-        if asks_for_case and code.function_of(node).name != "load_validation":
-            return False
-        if isinstance(node.func, ast.Name) and node.func.id in PURE_FUNCTIONS:
-            return getattr(self.trainer, node.func.id)(*(code.value(argument, world) for argument in node.args))
-        if isinstance(node.func, ast.Name) and node.func.id == "getattr" and self.is_settings(node.args[0], code):
-            return getattr(world["settings"], code.value(node.args[1], world))
-        if isinstance(node.func, ast.Attribute):
-            if node.func.attr == "idle":
-                return {}  # a record's settings all have an effect
-            if self.is_settings(node.func.value, code):
-                method = getattr(world["settings"], node.func.attr)
-            elif node.func.attr in SAFE_METHODS:
-                method = getattr(code.value(node.func.value, world), node.func.attr)
-            else:
-                raise Unknown
-            return method(*(code.value(argument, world) for argument in node.args))
-        raise Unknown
-
-    def is_of_kind(self, node, code):
-        """Are values of open settings of this type, in format_value()? None of them is a list or a switch."""
-        kind = {"bool": bool, "tuple": tuple}[node.args[1].id]
-        if code.function_of(node).name != "format_value" or any(isinstance(f.default, kind) for f in self.open_fields):
+        facet = "settings" if owner.endswith(".s") else OBJECTS.get(owner) or OBJECTS.get(in_class + owner)
+        if facet is None or facet == "settings" and callable(getattr(self.trainer.Settings, name, None)):
             raise Unknown
-        return False
-
-    def table_keys(self, name):
-        return self.tables.get(name)
-
-    def is_empty(self, node, code):
-        empty = {"self.mtp": not self.heads, "wrappers()": not self.wrappers}
-        return empty.get(code.text(node), False)
-
-    def is_idle(self, node, code):
-        return code.text(node) == 'self.register_module("fake_quant", None)' and "fake_quant" in self.absent
-
-    def class_of_object(self, node, code):
-        return "GPT" if code.text(node).rpartition(".")[2] == "model" else None
+        if facet == "store" and name != "codec" and world["store"].codec == "float16":
+            raise Impossible
+        found = getattr(world[facet], name, Unknown)
+        if found is Unknown:
+            raise Unknown
+        return found
 
     def rewritten(self, node, code):
         """optional(None, x, ...) and add_adapter(x, None, ...) are x; the bound of a setting is a number."""
-        called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
-        if called in WITHOUT_NONE:
-            may_be_none, otherwise = WITHOUT_NONE[called]
-            with contextlib.suppress(Unknown):
-                if code.known(node.args[may_be_none]) is None:
-                    return code.text(node.args[otherwise])
-        if called == "replace":
-            return without_unread(node, code)
-        found = re.fullmatch(r'Settings\.__dataclass_fields__\["(\w+)"\]\.metadata\["(\w+)"\]', code.text(node)
-                             if isinstance(node, ast.Subscript) else "")
-        if found:
-            return repr(self.trainer.Settings.__dataclass_fields__[found[1]].metadata[found[2]])
-        return None
-
-    def is_member_used(self, owner, member, code):
-        """A setting that no person chooses, as long as something reads it. What only checkpoints need is not, though
-        other objects have methods of these names.
-        """
-        if isinstance(member, ast.FunctionDef) and (owner.name, member.name) in self.never:
-            return False
-        if owner.name == "Settings" and isinstance(member, ast.AnnAssign) and not isinstance(member.value, ast.Call):
-            return member.target.id in read_attributes(code)
+        match node:
+            case (ast.Call(func=ast.Name("optional"), args=[module, otherwise, *_])
+                  | ast.Call(func=ast.Name("add_adapter"), args=[otherwise, module, *_])):
+                with contextlib.suppress(Unknown):
+                    if code.known(module) is None:
+                        return code.text(otherwise)
+            case ast.Call(func=ast.Name("replace")):
+                return without_unread(node, code)
+            case ast.Subscript(value=ast.Attribute(attr="metadata"), slice=ast.Constant(key)):
+                owner = re.fullmatch(r'Settings\.__dataclass_fields__\["(\w+)"\]\.metadata', code.text(node.value))
+                return repr(self.trainer.Settings.__dataclass_fields__[owner[1]].metadata[key]) if owner else None
         return None
 
     def is_used(self, owner, name):
@@ -298,7 +241,7 @@ class TrainerValues(Values):
 def without_unread(node, code):
     """replace(settings, ...) without constants and what nothing reads; None if there is none of it."""
     living = {member.target.id for member in code.definitions["Settings"].body if isinstance(member, ast.AnnAssign)}
-    living &= read_attributes(code)
+    living &= code.read_attributes
     kept = [keyword for keyword in node.keywords if keyword.arg is None or keyword.arg in living]
     if len(kept) == len(node.keywords):
         return None
@@ -311,6 +254,25 @@ def without_unread(node, code):
 # ---- what takes the place of functions that look at settings by name ------------------------------------------------
 
 REPLACED = {
+    "opt": '''
+def opt(group, default, doc, lo=None, hi=None, code=""):
+    """A field of Settings: its default, its sentence in --help, its bounds. `code` names the
+    function or class that a reader of the setting wants to see.
+    """
+    metadata = dict(group=group, doc=doc, lo=lo, hi=hi, code=code)
+    return field(default=default, metadata=metadata)
+''',
+    "Settings.text": '''
+    def text(self):
+        """The record and the settings that were changed, as one line of KEY=VALUE."""
+        pairs = dict(RECORD)
+        for f in open_fields():
+            name = f.name.upper()
+            value = getattr(self, f.name)
+            if name in RECORD or value != f.default:
+                pairs[name] = format_value(value)
+        return shlex.join(f"{name}={value}" for name, value in pairs.items())
+''',
     "Settings.parse": '''
     @classmethod
     def parse(cls, args=(), env=None):
@@ -391,30 +353,9 @@ def with_model_settings(given, texts, path):
 
 # (old, new), each of which the trainer has exactly once.
 EDITS = (
-    # opt: no open setting waits for another one
-    ('def opt(group, default, doc, lo=None, hi=None, on="", code=""):',
-     'def opt(group, default, doc, lo=None, hi=None, code=""):'),
-    ("lo=lo, hi=hi, on=parse_rule(on), code=code)", "lo=lo, hi=hi, code=code)"),
     ("""            if about["on"]:
                 line += f" with {describe_rule(about['on'])}"
 """, ""),
-    # the record is in the log and in the hash
-    ("""        pairs = []
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if value != f.default:
-                pairs.append(shlex.quote(f"{f.name.upper()}={format_value(value)}"))
-        return " ".join(pairs)
-""", """        pairs = dict(RECORD)
-        for f in fields(self):
-            name = f.name.upper()
-            value = getattr(self, f.name)
-            if name in RECORD or value != f.default:
-                pairs[name] = format_value(value)
-        return shlex.join(f"{name}={value}" for name, value in pairs.items())
-"""),
-    ('"""The settings that were changed, as one line of KEY=VALUE that parse accepts."""',
-     '"""The record and the settings that were changed, as one line of KEY=VALUE."""'),
     ("""        return {f.name.upper(): format_value(getattr(self, f.name)) for f in chosen}
 """, """        return RECORD | {f.name.upper(): format_value(getattr(self, f.name)) for f in chosen}
 """),
@@ -440,17 +381,9 @@ EDITS = (
 """, """choose another RUN_ID or "
                        "OUT_DIR")
 """),
-    # a folder that one run uses
-    ("""            resources.callback(FolderLock(folder, rt).release)
-""", ""),
     ('''Rank 0 takes the folder, until the ExitStack `resources` is closed; if it cannot,
     all ranks raise its BadInput.
     """''', '''Rank 0 makes the folder; if it cannot, all ranks raise its BadInput."""'''),
-    # its own artifacts, in their one size: what this script runs is trusted anyway
-    ("""    need_loadable("the artifact of this model", largest_entries(model, s))
-""", ""),
-    ("""    need_loadable(path, tensors)
-""", ""),
 )
 
 # Where the record's text has no case operators, nothing reads a sidecar.
@@ -458,14 +391,6 @@ WITHOUT_CASE = ("""but there is no fineweb_val_bytes_*.bin; make it with "
                        "data/prepare.py --caseops, or use data/fineweb.py")
 """, """and this record has none; give its DATA_PATH")
 """)
-
-RULES = re.compile(r'\n\n    `code` names the function.*?\n    """', re.S)  # of opt's docstring
-
-
-DOCSTRING_OF_OPT = ''' `code` names the
-    function or class that a reader of the setting wants to see.
-    """'''
-
 
 def edited(source, old, new):
     if source.count(old) != 1:
@@ -481,8 +406,6 @@ def with_record(source, trainer, s, name, open_names):
     """The source in which the settings of the record are constants."""
     for old, new in EDITS if has_case(s) else (*EDITS, WITHOUT_CASE):
         source = edited(source, old, new)
-    found = RULES.search(source)
-    source = source[:found.start()] + DOCSTRING_OF_OPT + source[found.end():]
     source = edited(source, preset_line(source), record_tables(trainer, s, name, open_names))
     for owner in ("cls", "self", "Settings"):
         source = source.replace(f"in fields({owner})", "in open_fields()")
@@ -504,12 +427,12 @@ def record_tables(trainer, s, name, open_names):
         is_changed = f.name in open_names and getattr(s, f.name) != f.default
         if f not in model and (is_fixed or is_changed):
             others.append(f)
-    tables = []
-    for title, chosen in (("MODEL", model), ("RECORD", others)):
-        pairs = [f"{f.name.upper()}={trainer.format_value(getattr(s, f.name))}" for f in chosen]
-        wrapped = textwrap.fill(shlex.join(pairs), 96, initial_indent="    ", subsequent_indent="    ",
-                                break_long_words=False, break_on_hyphens=False)
-        tables.append((title, wrapped))
+
+    def pairs(chosen):
+        text = shlex.join(f"{f.name.upper()}={trainer.format_value(getattr(s, f.name))}" for f in chosen)
+        return textwrap.fill(text, 96, initial_indent="    ", subsequent_indent="    ", break_long_words=False,
+                             break_on_hyphens=False)
+
     return f'''
 # This file is {name}, to which tools/submit.py specialise has cut down the trainer.
 # Its settings are constants, here as text and in Settings as values; a few can still be chosen.
@@ -521,10 +444,10 @@ def read_pairs(text):
 
 
 MODEL = read_pairs("""
-{tables[0][1]}
+{pairs(model)}
 """)
 RECORD = MODEL | read_pairs("""
-{tables[1][1]}
+{pairs(others)}
 """)
 '''.lstrip("\n")
 
@@ -557,7 +480,8 @@ def constant_settings(source, trainer, s, open_names):
         if name in open_names:
             call = node.value
             kept = [keyword for keyword in call.keywords if keyword.arg != "on"]
-            doc = sentence(ast.literal_eval(call.args[1]))
+            pieces = textwrap.wrap(ast.literal_eval(call.args[1]), 86, drop_whitespace=False)
+            doc = "\n        ".join(f'"{piece}"' for piece in pieces)
             texts = [literal(value), doc, *(code.text(part) for part in (*call.args[2:], *kept))]
             head = f"{name}: {code.text(node.annotation)} = {code.text(call.func)}("
             text = listing(head, texts, ")", 4, indent=8)
@@ -570,12 +494,6 @@ def constant_settings(source, trainer, s, open_names):
                 text = f"{comment}\n    {name}{annotation} = {literal(value)}"
         edits.replace(code.begin(node), code.end(node), text)
     return edits.applied()
-
-
-def sentence(text):
-    """A literal of this text, in lines below each other inside the call of a field."""
-    pieces = textwrap.wrap(text, 86, drop_whitespace=False)
-    return "\n        ".join(f'"{piece}"' for piece in pieces)
 
 
 def literal(value):
@@ -592,11 +510,8 @@ def decided_conflicts(source, trainer, s, open_names):
 
     code = Code(source, Values())
     edits = Edits(code)
-    for function in code.tree.body:
-        if not (isinstance(function, ast.FunctionDef) and function.name.endswith("_conflicts")):
-            continue
-        names = arguments_of(function)
-        if names[0] != "s" or "complain" not in names:
+    for function in code.definitions.values():
+        if function.name == "_conflicts" or not function.name.endswith("_conflicts"):
             continue
         names_there = {**vars(trainer), "s": guarded(trainer, s, open_names), "complain": complain, "given": set()}
         for statement in function.body:
@@ -618,59 +533,40 @@ def decided_conflicts(source, trainer, s, open_names):
 # ---- the rest of the text -------------------------------------------------------------------------------------------
 
 
-HEADING = re.compile(
-    r"^(# -{90,}\n(?P<room># .*\n(?:#.*\n)*?)# -{90,}\n|# ---- .* -+\n)", re.M)  # of a room, or of a section
-
-
-# A line of comment in a class, between blank ones, after which the class ends or another such line comes.
-LONELY_TITLE = re.compile(r"^    # [^\n]*\n\n+(?=\S|    # [^\n]*\n\n)", re.M)
+NOTHING = r"(?:(?:#(?! ----).*)?\n)*"  # blank lines and comments
+EMPTY_HEADINGS = (  # of sections, and then of rooms
+    re.compile(rf"^# ---- .* -+\n{NOTHING}(?=# ----|\Z)", re.M),
+    re.compile(rf"^# -{{90,}}\n# .*\n(?:#.*\n)*?# -{{90,}}\n{NOTHING}(?=# -{{90,}}\n|\Z)", re.M),
+    # Lines of comment in a class, between blank ones, after which the class ends or another such line comes.
+    re.compile(r"^    # [^\n]*\n\n+(?=\S|    # [^\n]*\n\n)", re.M))
 
 
 def without_empty_headings(source):
-    """Without headings of sections and rooms under which nothing stands but comments."""
-    headings = list(HEADING.finditer(source))
-    ends = [heading.start() for heading in headings[1:]] + [len(source)]
-    empty = [all(line.startswith("#") for line in source[heading.end():end].split("\n") if line.strip())
-             for heading, end in zip(headings, ends)]
-    for place in reversed(range(len(headings))):
-        # A room is empty if its sections are, too.
-        following = place + 1
-        is_room = headings[place]["room"]
-        while is_room and following < len(headings) and not headings[following]["room"] and empty[following]:
-            following += 1
-        ends_room = following == len(headings) or headings[following]["room"]
-        if empty[place] and (ends_room or not is_room):
-            end = ends[place] if not is_room else headings[place].end()
-            source = source[:headings[place].start()] + source[end:]
-    return tidy(LONELY_TITLE.sub("", source))
+    """Without headings under which nothing stands but comments."""
+    for heading in EMPTY_HEADINGS:
+        source = heading.sub("", source)
+    return tidy(source)
 
 
-def fitting_docstring(source, name):
+def fitting_docstring(source):
     """The docstring of the file with the rooms and techniques that are left."""
-    tree = ast.parse(source)
-    docstring = ast.get_docstring(tree, clean=False)
-    rooms = set(re.findall(r"^# ( *\d+) \w", source, re.M))
-    defined = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    docstring = ast.get_docstring(ast.parse(source), clean=False)
+    rooms = re.findall(r"^# +(\d+) \w", source, re.M)
+    defined = definitions(source)
     kept = []
     for line in docstring.splitlines():
-        room = re.match(r" {4}(( \d|\d\d)) \S", line)
+        room = re.match(r" {4}(?: (\d)|(\d\d)) \S", line)
         technique = re.match(r" {4}(\S.*?) {2,}[A-Z0-9_]+ +(\w[\w.]*)$", line)
-        if room and room[1].strip() not in {number.strip() for number in rooms}:
-            continue
-        if technique and technique[2].split(".")[-1] not in defined:
-            continue
-        kept.append(line)
+        is_gone = room and room[room.lastindex] not in rooms or technique and technique[2].split(".")[-1] not in defined
+        if not is_gone:
+            kept.append(line)
     return source.replace(docstring, "\n".join(kept), 1)
 
 
 def with_living_code_names(source):
     """Settings whose `code` names something that is left."""
-    defined = {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-
-    def check(found):
-        return found[0] if found[1].split(".")[-1] in defined else ""
-
-    return re.sub(r',\s*code="([\w.]+)"', check, source)
+    defined = definitions(source)
+    return re.sub(r',\s*code="([\w.]+)"', lambda found: found[0] if found[1].split(".")[-1] in defined else "", source)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -682,22 +578,21 @@ def specialised(source, s, name):
     s = replace(s, **ONE_RUN)
     open_names = {f.name for f in fields(s)
                   if f.name in OPEN and (f.metadata["group"] == "Run" or s.holds(f.metadata["on"]))}
-    if re.findall(r"\breplace\((?:s|given|run\.s)\b", source) and not set(replacing_functions(source)) <= REPLACING:
-        unknown = set(replacing_functions(source)) - REPLACING
+    unknown = {*replacing_functions(source)} - REPLACING
+    if unknown:
         raise RuntimeError(f"specialise does not know which settings {', '.join(unknown)} makes")
     source = with_record(source, trainer, s, name, open_names)
     source = folded(source, TrainerValues(trainer, s, open_names))
-    source = with_living_code_names(source)
-    source = without_empty_headings(source)
-    return fitting_docstring(source, name)
+    source = without_empty_headings(with_living_code_names(source))
+    return fitting_docstring(source)
 
 
 def replacing_functions(source):
     """Names of the functions that call replace() on settings."""
     for function in ast.parse(source).body:
-        for node in ast.walk(function):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "replace":
-                yield function.name
+        called = {getattr(node.func, "id", "") for node in ast.walk(function) if isinstance(node, ast.Call)}
+        if "replace" in called:
+            yield function.name
 
 
 def arguments(argv):
@@ -718,9 +613,8 @@ def run(args):
     out = args.out or ROOT / "logs/specialised" / name / "train_gpt.py"
     write(out, small)
     mini = minified(small, path)
-    sizes = {module: len(packed(mini, module, False)) for module in COMPRESSORS}
     say("whole", lines=source.count(b"\n"), bytes=len(source))
     say("specialised", lines=small.count(b"\n"), bytes=len(small), minified_bytes=len(mini),
-        packed_bytes=min(sizes.values()))
+        packed_bytes=min(len(packed(mini, module, False)) for module in COMPRESSORS))
     say("written", file=out)
     return 0
