@@ -1,12 +1,12 @@
 """The files of a data set: shards in the contest's format, the manifest, and files that are complete or absent."""
 
 import contextlib
+import fcntl
 import json
 import os
 import re
 from pathlib import Path
 
-import common
 from common import SHARD_HEADER_BYTES, BadInput, sha256, shard_header
 
 TOOL = "prepare 1"  # part of every manifest: change it when the same input would give other bytes
@@ -55,9 +55,17 @@ def read_manifest(folder):
     return manifest
 
 
+@contextlib.contextmanager
 def locked(folder):
     """One writer a folder: two would take turns overwriting each other's shards."""
-    return common.locked(folder, f"{folder}: another process is writing here; wait for it, or choose another --out")
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise BadInput(f"{folder}: another process is writing here; wait for it, or choose another --out") from None
+    finally:
+        os.close(handle)
 
 
 # ---- shards ---------------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def need(purpose, package, pip="-r requirements-dev.txt"):
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise BadInput(f"{purpose} needs {package}: pip install {pip}") from None
+        raise BadInput(f"{purpose} needs {package.replace('_', '-')}: pip install {pip}") from None
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -161,19 +161,6 @@ def sha256(path):
         while piece := file.read(READ_BYTES):
             digest.update(piece)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def locked(folder, in_use):
-    """Hold the lock of a folder; BadInput with the text `in_use` if another process holds it."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise BadInput(in_use) from None
-    finally:
-        os.close(handle)
 
 
 def lock_holder(run_dir):

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import math
 import os
 import signal
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 
 import train_gpt as trainer
-from common import ROOT, BadInput, Parser, commit, machine, whole, write
+from common import ROOT, BadInput, Parser, commit, machine, whole, write_json
 
 # Document lengths like FineWeb's in tokens: log-normal around a mean.
 DOCUMENT_MEAN = 960
@@ -172,7 +171,7 @@ class Report(dict, contextlib.AbstractContextManager):
 
     def save(self):
         if self.path and not self.quiet:
-            write(self.path, (json.dumps(self, indent=1) + "\n").encode())
+            write_json(self.path, self, indent=1)
 
     def __exit__(self, kind, error, trace):
         self["complete"] = error is None

@@ -4,7 +4,7 @@ import math
 import statistics
 from typing import NamedTuple
 
-from common import BadInput
+from common import need
 
 
 class Ratio(NamedTuple):
@@ -37,8 +37,4 @@ def differs(ratio):
 
 def student(degrees):
     """Student's t at 97.5 %; BadInput without scipy."""
-    try:
-        from scipy import stats
-    except ImportError:
-        raise BadInput("ratios of times need scipy: pip install -r requirements-dev.txt") from None
-    return stats.t.ppf(0.975, degrees)
+    return need("a ratio of times", "scipy").stats.t.ppf(0.975, degrees)

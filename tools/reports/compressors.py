@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import lzma
 import re
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 import caseops
-from common import BOS, ROOT, SHARD_HEADER_BYTES, SHARD_MAGIC, BadInput, write
+from common import BOS, ROOT, SHARD_HEADER_BYTES, SHARD_MAGIC, BadInput, write_json
 from reports.reading import parsed
 
 MOST_TEXT = 32_000_000  # bytes given to the compressors: brotli at its best takes about a minute for them
@@ -83,5 +82,5 @@ def compressors(run_dir, settings, tokenizer, val_bytes):
     result = {"of": source, "whole": complete, "text_bytes": len(data), "xz_bpb": xz_bpb, "brotli_bpb": brotli_bpb}
     if val_bytes is not None:  # else the run may still be going on
         with contextlib.suppress(BadInput):  # a run in a read-only folder can be reported too
-            write(cache, f"{json.dumps(result)}\n".encode())
+            write_json(cache, result)
     return result

@@ -8,7 +8,7 @@ import lzma
 from pathlib import Path
 from unittest import mock
 
-from common import ROOT, BadInput, Parser, load_trainer, say, trainer_errors, write
+from common import ROOT, BadInput, Parser, load_trainer, need, say, trainer_errors, write
 from submission.script import definitions
 
 HELP_ENDS = "\nThe rooms"  # of a docstring: --help shows what comes before
@@ -49,14 +49,6 @@ FORBIDDEN = {ord("\0"), ord("\n"), ord("\r")}  # bytes that a comment cannot hol
 # ---- minify ---------------------------------------------------------------------------------------------------------
 
 
-def package(module, requirements):
-    """A module of a package; BadInput if that is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise BadInput(f"{module.replace('_', '-')} is not installed: pip install -r {requirements}") from None
-
-
 def minified(source, path):
     """The same program without comments, docstrings and long local names.
 
@@ -65,7 +57,7 @@ def minified(source, path):
     copy it into a shorter one, which holds tensors for longer than the script means to, and which Triton takes for no
     constant.
     """
-    python_minifier = package("python_minifier", "requirements-dev.txt")
+    python_minifier = need("minifying", "python_minifier")
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError) as error:
@@ -96,7 +88,7 @@ def compress_lzma(data):
 
 
 def compress_brotli(data):
-    brotli = package("brotli", "requirements.txt")
+    brotli = need("packing", "brotli", "-r requirements.txt")
     streams = [brotli.compress(data, mode=mode, lgwin=24) for mode in (brotli.MODE_GENERIC, brotli.MODE_TEXT)]
     return min(streams, key=len)
 
@@ -137,8 +129,8 @@ def packed(source, module, text):
     else:
         data, decoded = as_comment(payload)
     wrapper = wrapper.replace("DECODED", decoded)
-    python_minifier = package("python_minifier", "requirements-dev.txt")
-    wrapper = python_minifier.minify(wrapper, rename_globals=True, preserve_globals=["s", "p"], hoist_literals=False)
+    minify = need("packing", "python_minifier").minify
+    wrapper = minify(wrapper, rename_globals=True, preserve_globals=["s", "p"], hoist_literals=False)
     return f"{FIRST_LINE[text]}{MAKER}\n{wrapper}\n{RUN}\n#".encode() + data
 
 

@@ -9,7 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
-from common import BadInput, Parser, positive, write
+from common import BadInput, Parser, need, positive, write_json
 from submission import rules
 from submission.entry import claims_of, number_of
 from submission.logs import read_log
@@ -225,10 +225,7 @@ class Test(NamedTuple):
 
 def test(ours, theirs, rule):
     """The Test of two lists of losses in nats per token: Welch's, or Student's against a single number."""
-    try:
-        from scipy import stats
-    except ImportError:
-        raise BadInput("the test needs scipy: pip install -r requirements-dev.txt") from None
+    stats = need("the test", "scipy").stats
     if len(theirs) > 1:
         shifted = [loss - rule.margin for loss in theirs]
         found = stats.ttest_ind(ours, shifted, equal_var=False, alternative="less")
@@ -379,6 +376,6 @@ def run(args):
     ours = sample(args.seeds, args.tokenizer)
     comparison = compare(ours, sample([args.against])) if args.against else None
     if args.json:
-        write(args.json, (json.dumps(facts(ours, comparison), indent=1) + "\n").encode())
+        write_json(args.json, facts(ours, comparison), indent=1)
     print("\n".join(lines(ours, comparison)), flush=True)
     return 0
