@@ -18,6 +18,7 @@ from seeds import SEEDS, as_record, changed, copies, event_changed
 
 import submit
 import train_gpt as tg
+from common import table_of_techniques
 from submission import check, manifest, pack, page, recipe
 from submission import folder as maker
 from submission.runs import Run, read_run
@@ -202,8 +203,8 @@ def test_credits_of_a_published_record():
 
 def test_every_technique_of_the_map_can_be_on():
     """The choices that turn a technique on, and its setting, are of the trainer."""
-    rows = dict(recipe.map_of_techniques())
-    assert len(recipe.map_of_techniques()) > 40
+    rows = dict(table_of_techniques())
+    assert len(table_of_techniques()) > 40
     assert recipe.VALUES.keys() | recipe.ON_AT_ZERO <= rows.keys()
     for technique, values in recipe.VALUES.items():
         choices = tg.get_args(tg.Settings.__dataclass_fields__[rows[technique].lower()].type)

@@ -230,6 +230,11 @@ def load_trainer():
     return importlib.import_module("train_gpt")
 
 
+def table_of_techniques():
+    """[(technique, its setting)] of the table at the top of the trainer."""
+    return re.findall(r"^    (\S.*?)  +([A-Z][A-Z_0-9]+)  +\S+$", load_trainer().__doc__, re.MULTILINE)
+
+
 @contextlib.contextmanager
 def trainer_errors():
     """Turn the errors of the trainer (input that it cannot use, a run that it stops) into a BadInput of the tool."""

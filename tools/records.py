@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and PYTHONSAFEPATH leave it out
 
-from common import ROOT, BadInput, Parser, exit_code, load_trainer, say, trainer_errors, write
+from common import ROOT, BadInput, Parser, exit_code, load_trainer, say, table_of_techniques, trainer_errors, write
 from tables import Column, markdown
 
 RECORDS = ROOT / "records"
@@ -219,14 +219,9 @@ UNITS = {"warmdown_iters": "steps", "warmdown_seconds": "s"}
 
 def techniques():
     """{field of Settings: technique} in the order of the fields: the trainer's own table, and LABELS."""
-    trainer = load_trainer()
-    names = {}
-    for line in trainer.__doc__.partition("\nTechniques")[2].partition("\n\n")[0].splitlines()[1:]:
-        technique, setting, _ = line.rsplit(maxsplit=2)
-        names.setdefault(setting.lower(), technique.strip())
-    names |= LABELS
+    names = {setting.lower(): technique for technique, setting in reversed(table_of_techniques())} | LABELS
     del names["selftest"]  # of every run, whatever the record
-    return {f.name: names[f.name] for f in fields(trainer.Settings) if f.name in names}
+    return {f.name: names[f.name] for f in fields(load_trainer().Settings) if f.name in names}
 
 
 def value_where_on(settings, field):

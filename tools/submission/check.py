@@ -1,11 +1,10 @@
 """`submit.py check`: a submission folder, ours or foreign, against the contest's rules."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import NamedTuple
 
-from common import Parser, write
+from common import Parser, write_json
 from submission import check_form, check_limits, check_score, check_seeds, rules
 from submission.entry import Entry, read_entry
 from submission.findings import SEVERITIES, Finding, logs_of, of_logs
@@ -94,7 +93,9 @@ def run(args):
     counts = " ".join(f"{name}:{count}" for name, count in report.counts.items())
     print(f"{counts} track:{report.entry.track} checked:{','.join(report.checked)}", flush=True)
     if args.json:
-        write(args.json, as_json(report).encode())
+        document = {"folder": str(report.entry.path), "track": report.entry.track, **report.counts,
+                    "checked": report.checked, "findings": [finding._asdict() for finding in report.findings]}
+        write_json(args.json, document, indent=1)
     return 1 if report.count("error") else 0
 
 
@@ -106,9 +107,3 @@ def table(findings):
     for finding, place in zip(findings, places):
         text = " ".join(finding.text.split())
         yield f"{finding.severity:<7}  {finding.rule:<{rule}}  {place:<{width}}  {text}".rstrip()
-
-
-def as_json(report):
-    document = {"folder": str(report.entry.path), "track": report.entry.track, **report.counts,
-                "checked": list(report.checked), "findings": [finding._asdict() for finding in report.findings]}
-    return json.dumps(document, indent=1) + "\n"

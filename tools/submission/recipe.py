@@ -10,7 +10,7 @@ import sys
 from dataclasses import fields
 from typing import NamedTuple
 
-from common import ROOT, BadInput, load_trainer, trainer_errors
+from common import ROOT, BadInput, load_trainer, table_of_techniques, trainer_errors
 
 PATHS = {"DATA_PATH", "TOKENIZER_PATH"}  # settings that another machine may need to change
 OFF = {"", "0", "0.0", "none", "off"}  # values that turn something off
@@ -135,15 +135,10 @@ class Technique(NamedTuple):
     setting: Setting
 
 
-def map_of_techniques():
-    """[(technique, setting)] of the table at the top of the trainer."""
-    return re.findall(r"^    (\S.*?)  +([A-Z][A-Z_]+)  +\S+$", load_trainer().__doc__, re.MULTILINE)
-
-
 def techniques(settings):
     """The Techniques of the trainer's map that these settings turn on."""
     by_name = {setting.name: setting for setting in settings}
-    return [Technique(name, by_name[key]) for name, key in map_of_techniques()
+    return [Technique(name, by_name[key]) for name, key in table_of_techniques()
             if key in by_name and turns_on(by_name[key], name)]
 
 

@@ -9,8 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin
 
-import train_gpt
-from common import BadInput, trainer_errors
+from common import BadInput, table_of_techniques, trainer_errors
 from train_gpt import LISTS, Settings, find_shards, list_shards, tokenizer_paths
 
 BASE = "base"
@@ -150,7 +149,7 @@ def points(axes):
 
 ROOMS_OF_SWITCHES = ("Model", "Training", "Averaging", "Quantisation and packing", "Evaluation")
 NO_TECHNIQUES = ("ALLOW_INVALID", "SELFTEST", "GPTQ_RESERVE_SECONDS", *OWNED)  # they change no score
-TABLE = re.findall(r"^ {4}(\S.*?) {2,}([A-Z][A-Z_0-9]+) {2,}\S+$", train_gpt.__doc__, re.MULTILINE)
+TABLE = table_of_techniques()
 SETTINGS_OF_TECHNIQUES = [setting for _, setting in TABLE]
 # {setting: technique} of the table at the top of the trainer, but for settings of several techniques.
 TECHNIQUES = {setting: name for name, setting in TABLE if SETTINGS_OF_TECHNIQUES.count(setting) == 1}
