@@ -443,8 +443,20 @@ def test_a_worker_never_makes_what_has_ended(tmp_path):
         after = tasks[0].folder / "done" if number else None
         folder = tmp_path / str(number)
         command = ["sh", "-c", f"echo {number} >> {log}; sleep 0.1; touch {folder}/done"]
-        tasks.append(work.Task(str(number), folder, command, "done", after=after))
+        tasks.append(work.Task(str(number), folder, command, "done", after=after, needs=after))
     for _ in work.work_here(tasks, [{}, {}, {}], float("inf"), [], wait=False):
         pass
     made = log.read_text().split()
     assert made[0] == "0" and sorted(made) == list("01234567")
+
+
+def test_what_another_command_did_not_keep_is_said_and_made_at_the_next_call(tmp_path):
+    """It had begun the run before this command asked for its weights."""
+    task = work.Task("packed", tmp_path / "packed", ["false"], "summary.json", after=tmp_path / "summary.json",
+                     needs=tmp_path / "weights.pt")
+    assert not task.can_begin() and not task.has_ended()
+    task.after.touch()
+    assert not task.can_begin()
+    assert "another command did not keep" in work.read_json(task.folder / "failed.json")["reason"]
+    task.forget_failure(retry=False)
+    assert not task.has_ended()

@@ -218,8 +218,10 @@ class Runs:
     def _task(self, run, stop_worse):
         source = run.source
         task = Task(run.label, run.folder, command(self.trainer, run.words(), self.ranks), "summary.json",
-                    after=source.folder / "summary.json" if source and not source.summary else None,
                     kind=run.phase, size=run.settings.iterations if run.phase == "train" else 1)
+        if source:
+            task.after = source.folder / "summary.json"
+            task.needs = source.made_for(run.phase)
         base = self.row(BASE, "steps").get(run.settings.seed)
         if stop_worse and base and base is not run and run.phase == "train":
             task.curve_of = base.folder

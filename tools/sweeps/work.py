@@ -73,7 +73,8 @@ class Task:
     command: list[str]
     result: str  # the file in the folder that is there when it is done
     writes: str = ""  # another file, which becomes the result if the command ends well
-    after: Path | None = None  # the result of another task, with which it begins
+    after: Path | None = None  # the result of another task, after which it begins with
+    needs: Path | None = None  # what that made beside its result
     kind: str = "train"
     size: int = 1  # in which the time of a task of its kind is proportional to
     curve_of: Path | None = None  # folder of the run whose validations it is compared with, and
@@ -86,11 +87,18 @@ class Task:
         return self.is_done() or (self.folder / "failed.json").exists()
 
     def can_begin(self):
-        """Is there what it begins with? It fails with the task before it."""
-        if self.after is None or self.after.exists():
+        """Is there what it begins with? It fails with the task before it, or if that was made without keeping it."""
+        if self.after is None:
             return True
-        if failure := read_json(self.after.parent / "failed.json"):
-            fail(self.folder, f"the run that it begins with failed: {failure.get('reason')}", after=str(self.after))
+        reason = ""
+        if self.after.exists():
+            if self.needs.exists():
+                return True
+            reason = f"another command did not keep {self.needs}, with which it begins; begun again it trains itself"
+        elif failure := read_json(self.after.parent / "failed.json"):
+            reason = f"the run that it begins with failed: {failure.get('reason')}"
+        if reason:
+            fail(self.folder, reason, after=str(self.after))
         return False
 
     def forget_failure(self, retry, may_be_worse=True):
