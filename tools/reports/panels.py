@@ -111,8 +111,8 @@ def validation(runs):
         if score is not None:
             end = facts["points"][-1] if facts["points"] else {}
             xs = {axis: [end.get(column) or 0] for axis, (column, _) in AXES.items()}
-            name = f"{name}: final, packed, {score:.4f}"
-            data.append(curve(run, name, colour, xs, [score], SMALL_MARK if many else MARK))
+            title = f"final, packed, {score:.4f}" if len(runs) == 1 else f"{name}: final, packed, {score:.4f}"
+            data.append(curve(run, title, colour, xs, [score], SMALL_MARK if many else MARK))
     rivals = runs[0][0]["compressors"] if len(runs) == 1 else {}
     bits = {name: rivals[key] for name, key in RIVALS.items() if key in rivals}
     levels = [level(f"{name}: {value:.4f}", dash, xref="x domain", x0=0, x1=1, y0=value, y1=value)

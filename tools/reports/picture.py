@@ -16,6 +16,7 @@ STYLE = {
     "axes.titlesize": 11, "text.parse_math": False, "font.size": 10, "figure.dpi": 130, "svg.hashsalt": "report"}
 MARKERS = {"circle": "o", "diamond": "D"}
 DASHES = {"dash": "--", "dot": ":"}
+BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}  # where a legend hides nothing
 
 
 def draw(every, x, path):
@@ -54,7 +55,8 @@ def draw_curves(axes, data, layout, x, alone):
     axes.set(xlabel=AXES[x][1], xlim=(0, None), ylabel=layout["yaxis"]["title"]["text"], ylim=layout["yaxis"]["range"])
     if alone and len(axes.lines) > 1:
         named = [trace["name"] if trace["mode"] == "markers" else "during training" for trace in data]
-        axes.legend(axes.lines, [*named, *(line["label"]["text"] for line in layout["shapes"])])
+        named += [line["label"]["text"] for line in layout["shapes"]]
+        axes.legend(axes.lines, named, ncols=2, **BELOW)
 
 
 def draw_bars(axes, data, layout):
@@ -74,7 +76,7 @@ def draw_bars(axes, data, layout):
     limits = [axes.axvline(line["x0"], color=INK, linestyle="--", linewidth=1.2) for line in layout["shapes"]]
     named = [*(trace["name"] for trace in data), *(line["label"]["text"] for line in layout["shapes"])]
     if len(named) > 1:
-        axes.legend([*axes.containers, *limits], named, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4)
+        axes.legend([*axes.containers, *limits], named, ncols=4, **BELOW)
 
 
 def say_colours(drawing, names, of_runs, scale):
