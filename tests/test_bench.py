@@ -272,11 +272,10 @@ BAD = [
     (["train", "records/small.env"], "records/small.env", "@file"),
     (["train", "@nowhere"], "@nowhere", "cannot be read"),
     (["train", "MODEL_DIM=30", "ROPE_DIMS=0"], "MODEL_DIM=30", "NUM_HEADS=8"),
-    (["train", "--looping", "on"], "--looping on", "no depth recurrence"),
+    (["train", "--states", "on"], "'on'", "off"),
     (["train", "--json", "/nowhere/out.json"], "/nowhere/out.json", "folder"),
     (["train", "--json", str(REPO)], str(REPO), "name a file"), (["train", "--json", "/dev/null"], "/dev/null", "name a file"),
     (["train", "--against", "MATRIX_LRR=1"], "MATRIX_LRR", "MATRIX_LR"),
-    (["train", "NUM_LOOPS=1", "--looping", "on", "--against", "SEED=1"], "--against", "leave out --looping"),
     (["train", "--states", "off", "--against", "SEED=1"], "--against", "leave out --states"),
     (["train", "NUM_LOOPS=1", "--states", "on 2"], "'on 2'", "off, on"),
 ]
@@ -666,8 +665,7 @@ def test_train_computes_only_what_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "measure_apart", lambda work, job, env: took.append((job["mode"], job["state"])) or measure(work, job))
     loop = ["NUM_LOOPS=1", "LOOP_START=1", "LOOP_END=2"]
     words = ["train", *TOY, *loop, "LATE_QAT_THRESHOLD=0.5", "--modes", "eager", "--steps", "1", "--warmup", "0"]
-    tables([*words, "--looping", "off"], tmp_path)
-    tables([*words, "--states", "on qat"], tmp_path)
+    tables([*words, "--states", "off, on qat"], tmp_path)
     assert took == [("eager", "off"), ("eager", "on qat")]
 
 

@@ -491,10 +491,8 @@ def arguments(argv):
         "of records/ (DATA_PATH and OUT_DIR have no effect; in place of COMPILE there is --modes)")
     add("--modes", choices=MODES, default="eager,compiled", metavar="MODE,...",
         help="eager, compiled or eager,compiled (default)")
-    add("--looping", choices=("on", "off", "both"), default="both",
-        help="depth recurrence on, off, or both where a run has both (default); each stage of TRAIN_SEQ_SCHEDULE and "
-        "TRAIN_BATCH_SCHEDULE is a row, and so is what late QAT trains on rounded weights (qat)")
-    add("--states", metavar="NAME,...", help="rows by their names, as in off,on 2 qat (default: all)")
+    add("--states", metavar="NAME,...", help="rows by their names, as in off,on 2 qat (default: all): depth recurrence "
+        "off or on, each stage of TRAIN_SEQ_SCHEDULE and TRAIN_BATCH_SCHEDULE, late QAT on rounded weights (qat)")
     add("--against", nargs="*", metavar="@FILE|KEY=VALUE", help="settings of a reference, whose steps are taken in "
         "turn with those of the settings, in one process: the ratio of the two is far steadier than either. Several "
         "processes, in which the one or the other is built first, say how steady")
@@ -520,15 +518,9 @@ def rows_to_measure(args):
     if args.against is None:
         states = states_of(args.sides[0])
         names = names_of("--states", states)(args.states) if args.states else states
-        rows = {name: {"looping": name if len(states) > 1 else None, "share": states[name].share}
-                for name in names if args.looping in ("both", name.split()[0])}
-        if not rows:
-            never = "have no depth recurrence" if args.looping == "on" else "loop from the first step"
-            raise BadInput(f"--looping {args.looping}: these settings {never}; leave --looping out")
-        return rows
-    for option, is_given in (("--looping", args.looping != "both"), ("--states", args.states)):
-        if is_given:
-            raise BadInput(f"--against compares whole runs in one process: leave out {option}")
+        return {name: {"looping": name if len(states) > 1 else None, "share": states[name].share} for name in names}
+    if args.states:
+        raise BadInput("--against compares whole runs in one process: leave out --states")
     devices = [side.device for side in args.sides]
     if world_size() > 1 and len(set(devices)) > 1:
         raise BadInput(f"DEVICE={' --against DEVICE='.join(devices)}: ranks talk by one backend; give both the same "
