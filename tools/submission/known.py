@@ -194,10 +194,10 @@ class Code:
         """The method of this name of the class from which that of `method` is made, or None."""
         owner = self.scopes[method]
         while isinstance(owner, ast.ClassDef) and len(owner.bases) == 1:
-            owner = self.definitions.get(getattr(owner.bases[0], "id", None))
-            for member in owner.body if owner else ():
-                if isinstance(member, ast.FunctionDef) and member.name == name:
-                    return member
+            owner = self.classes.get(getattr(owner.bases[0], "id", None))
+            found = owner and method_of(owner, name)
+            if found:
+                return found
         return None
 
     @cached_property
@@ -222,64 +222,52 @@ class Code:
         return found
 
     @cached_property
-    def callers(self):
-        """{function: its calls} of the functions, constructors and methods of which all calls are in the text. Methods
-        of one name are taken together.
+    def called(self):
+        """[(functions, their calls)] of the functions, constructors and methods of which all calls are in the text.
+        Methods of one name are taken together.
         """
-        calls = defaultdict(list)
-        escaped = set()
+        calls = defaultdict(list)  # of a name; None for another use of it, which may call it anywhere
         for node in self.nodes:
             if isinstance(node, (ast.Name, ast.Attribute)):
                 name = node.id if isinstance(node, ast.Name) else f".{node.attr}"
                 if self._is_called(node):
                     calls[name].append(self.parents[node])
                 elif isinstance(node, ast.Attribute) or not (self.is_local(node) or self._is_type(node)):
-                    escaped.add(name)  # and may be called anywhere
-        found = {}
+                    calls[name].append(None)
         methods = defaultdict(list)
-        for function in self.nodes:
-            if isinstance(function, ast.FunctionDef):
-                name = function.name
-                if isinstance(self.scopes[function], ast.ClassDef):
-                    methods[name].append(function)
-                elif function in self.tree.body and calls[name] and name not in escaped and not function.decorator_list:
-                    found[function] = calls[name]
-        found |= self._constructors(calls, escaped)
-        for function in methods["forward"]:
-            called = self.values.module_calls.get(self.class_of(function))
-            if called:
-                found[function] = [node for node in self.nodes
-                                   if isinstance(node, ast.Call) and self.text(node.func) == called]
-        for name, definitions in methods.items():
-            is_plain = not name.startswith("__") and not any(
-                one.decorator_list or self.values.is_used(self.class_of(one), name) for one in definitions)
-            if is_plain and calls["." + name] and "." + name not in escaped:
-                found |= dict.fromkeys(definitions, calls["." + name])
+        found = []
+        for node in self.nodes:
+            if isinstance(node, ast.FunctionDef) and isinstance(self.scopes[node], ast.ClassDef):
+                methods[node.name].append(node)
+            elif isinstance(node, ast.FunctionDef) and node in self.tree.body and not node.decorator_list:
+                found.append(([node], calls[node.name]))
+        for name, functions in methods.items():
+            if name == "__init__":
+                found += [([one], self._constructing(self.class_of(one), calls)) for one in functions]
+            elif name == "forward":
+                meant = {one: self.values.module_calls.get(self.class_of(one)) for one in functions}
+                found += [([one], self.calls_of(text)) for one, text in meant.items() if text]
+            elif not (name.startswith("__") or any(one.decorator_list or self.values.is_used(self.class_of(one), name)
+                                                   for one in functions)):
+                found.append((functions, calls["." + name]))
+        return [(functions, those) for functions, those in found if those and None not in those]
+
+    def _constructing(self, name, calls):
+        """What calls the __init__ of a class: makes an object of it, or of a class that is made from it."""
+        found = [*calls[name]]
+        if len(self.classes[name].bases) > 1:
+            found.append(None)
+        for heir, node in self.classes.items():
+            if name in [getattr(base, "id", None) for base in node.bases]:
+                init = method_of(node, "__init__")
+                if init is None:
+                    found += self._constructing(heir, calls)
+                else:
+                    found += [call for call in self.calls_of("super().__init__") if self.scopes[call] is init]
         return found
 
-    def _constructors(self, calls, escaped):
-        """{__init__: its calls} of the classes that are only made by name."""
-        inits = {name: member for name, node in self.classes.items() for member in node.body
-                 if getattr(member, "name", "") == "__init__"}
-
-        def calls_of(name):
-            """Those that make an object of this class, as far as its __init__ sees them; None: not all are known."""
-            if name in escaped or len(self.classes[name].bases) > 1:
-                return None
-            found = [*calls[name]]
-            for other, node in self.classes.items():
-                if name in [getattr(base, "id", None) for base in node.bases]:
-                    more = calls_of(other)
-                    if other in inits:
-                        more = [call for call in self.own[inits[other]] if isinstance(call, ast.Call)
-                                and self.text(call.func) == "super().__init__"]
-                    if more is None:
-                        return None
-                    found += more
-            return found
-
-        made = {init: calls_of(name) for name, init in inits.items()}
-        return {init: found for init, found in made.items() if found}
+    def calls_of(self, text):
+        return [node for node in self.nodes if isinstance(node, ast.Call) and self.text(node.func) == text]
 
     def _is_called(self, node):
         parent = self.parents[node]
@@ -301,7 +289,7 @@ class Code:
     def arguments(self):
         """{parameter: [expressions]}: what every call gives for it."""
         found = {}
-        for function, calls in self.callers.items():
+        for function, calls in ((function, calls) for functions, calls in self.called for function in functions):
             given = [self.bound(function, call) for call in calls]
             for argument in self.parameters(function) if None not in given else ():
                 if all(argument.arg in values for values in given):
@@ -446,21 +434,19 @@ class Code:
         return value
 
     def _bool(self, node, world):
-        """One known operand may decide, whatever the others are."""
+        """One operand may decide, whatever the others are."""
         decides = isinstance(node.op, ast.Or)
         value = None
-        unknown = False
+        some_unknown = False
         for operand in node.values:
             try:
                 value = self.value(operand, world)
             except Unknown:
-                unknown = True
+                some_unknown = True
                 continue
-            if bool(value) == decides:
-                if unknown and not isinstance(value, bool):
-                    raise Unknown
-                return value
-        if unknown:
+            if bool(value) is decides:
+                break
+        if some_unknown and value is not decides:
             raise Unknown
         return value
 
@@ -522,10 +508,9 @@ class Code:
         """True or False if that is so in all worlds, else None."""
         with contextlib.suppress(Unknown):
             return only(map(bool, self.outcomes(node)))
-        if isinstance(node, ast.BoolOp):  # one operand may decide, whatever the others are
-            decides = isinstance(node.op, ast.Or)
-            if any(self.truth(operand) is decides for operand in node.values):
-                return decides
+        decides = isinstance(getattr(node, "op", None), ast.Or)
+        if isinstance(node, ast.BoolOp) and any(self.truth(operand) is decides for operand in node.values):
+            return decides  # if only truth matters, a number, too
         return None
 
 
@@ -550,6 +535,11 @@ def targets_of(node):
         case ast.withitem(optional_vars=ast.expr()):
             return [node.optional_vars]
     return []
+
+
+def method_of(owner, name):
+    """The method of a class with this name, or None."""
+    return next((one for one in owner.body if isinstance(one, ast.FunctionDef) and one.name == name), None)
 
 
 def names_in(target):
