@@ -31,6 +31,8 @@ DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
 FUNCTIONS = (ast.FunctionDef, ast.Lambda)
 HANDED_ON = (ast.Name, ast.Attribute, ast.arg)  # expressions of which the value comes from elsewhere
 SIMPLE = (type(None), bool, int, float, str)
+# What the trainer does without: a name that another function assigns, and assignments that nothing here looks for.
+NOT_UNDERSTOOD = (ast.Global, ast.Nonlocal, ast.NamedExpr, ast.Match, ast.Await, ast.AsyncFunctionDef)
 
 
 class Unknown(Exception):
@@ -95,6 +97,7 @@ class Code:
         self.tree = ast.parse(source)
         self.begins = [0, *itertools.accumulate(map(len, source.splitlines(keepends=True)))]  # of the lines
         self.parents = {}
+        self.blocks = []  # lists of statements
         self.scopes = {}  # node: the innermost function or class around it
         self.nodes = []  # all of them, outer ones first
         self.own = defaultdict(list)  # function or class: its nodes without those of functions and classes inside
@@ -105,9 +108,13 @@ class Code:
         self._worlds = {}
 
     def _link(self, node, scope):
+        if isinstance(node, NOT_UNDERSTOOD):
+            raise RuntimeError(f"line {node.lineno} has syntax that specialise does not know: {type(node).__name__}")
         self.scopes[node] = scope
         self.nodes.append(node)
         self.own[scope].append(node)
+        self.blocks += [part for _, part in ast.iter_fields(node)
+                        if isinstance(part, list) and part and isinstance(part[0], ast.stmt)]
         inner = node if isinstance(node, (*FUNCTIONS, ast.ClassDef)) else scope
         for child in ast.iter_child_nodes(node):
             self.parents[child] = node
@@ -148,8 +155,6 @@ class Code:
             found = {}
             for node in self.own[scope]:
                 match node:
-                    case ast.Nonlocal() | ast.Global():
-                        found.update(dict.fromkeys(node.names))
                     case ast.FunctionDef() | ast.ClassDef() | ast.ExceptHandler(name=str()):
                         found[node.name] = None
                     case ast.Delete():
@@ -160,14 +165,8 @@ class Code:
                         found[name] = node.value if once and not self._in_loop(node, scope) else None
             for argument in arguments_of(scope) if scope else ():
                 found[argument.arg] = None if argument.arg in found else argument
-            found.update((name, None) for name in self.rebound if name in found)
             self._names[scope] = found
         return self._names[scope]
-
-    @cached_property
-    def rebound(self):
-        """Names that a function assigns for the module or for a function around it."""
-        return {name for node in self.nodes if isinstance(node, (ast.Nonlocal, ast.Global)) for name in node.names}
 
     def _in_loop(self, node, scope):
         """Inside a loop or a branch, where it may not have been assigned or not for the last time?"""
@@ -363,13 +362,7 @@ class Code:
             self._memo[key] = Circular
             try:
                 self._memo[key] = self._value(node, world)
-            except Circular:
-                # What is only handed on says nothing new; what is made of itself may be anything.
-                if isinstance(node, HANDED_ON):
-                    del self._memo[key]
-                    raise
-                self._memo[key] = Unknown
-            except (Needs, Impossible):
+            except (Circular, Needs, Impossible):
                 del self._memo[key]
                 raise
             except Unknown:
@@ -382,8 +375,12 @@ class Code:
     def _value(self, node, world):
         try:
             return self._by_text(node, world)
-        except (Circular, Needs, Impossible):
+        except (Needs, Impossible):
             raise
+        except Circular:
+            if isinstance(node, HANDED_ON):
+                raise  # it says nothing new; what is made of itself may be anything
+            raise Unknown from None
         except Exception:  # Unknown, or what the program itself would raise
             return self.values.value(node, world, self)
 
@@ -530,7 +527,7 @@ def targets_of(node):
     match node:
         case ast.Assign() | ast.Delete():
             return node.targets
-        case ast.AnnAssign() | ast.AugAssign() | ast.For() | ast.comprehension() | ast.NamedExpr():
+        case ast.AnnAssign() | ast.AugAssign() | ast.For() | ast.comprehension():
             return [node.target]
         case ast.withitem(optional_vars=ast.expr()):
             return [node.optional_vars]
@@ -569,7 +566,7 @@ def is_pure(node):
                 continue
             case ast.Call(func=ast.Attribute(attr=name)) if name in READING_METHODS:
                 continue
-            case ast.Call() | ast.Await() | ast.Yield() | ast.YieldFrom() | ast.NamedExpr():
+            case ast.Call() | ast.Yield() | ast.YieldFrom():
                 return False
     return True
 

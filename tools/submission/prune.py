@@ -76,8 +76,6 @@ class Live:
             match inner:
                 case ast.Name(ctx=ast.Load()) if not self.code.is_local(inner):
                     self.names.add(inner.id)
-                case ast.Global():
-                    self.names.update(inner.names)
                 case ast.Attribute(ctx=ast.Load() | ast.Del()):
                     self.attributes.add(inner.attr)
                 case ast.Call():
@@ -89,12 +87,7 @@ class Live:
 
 def prune_locals(code, edits, function):
     """Locals and attributes of self that are assigned and never read."""
-    read = set()  # or of functions around this one
-    for node in ast.walk(function):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-            read.add(node.id)
-        elif isinstance(node, (ast.Global, ast.Nonlocal)):
-            read.update(node.names)
+    read = {node.id for node in ast.walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     for node in code.own[function]:
         match node:
             case ast.Delete() if not {getattr(target, "id", None) for target in node.targets} & {None, *read}:
