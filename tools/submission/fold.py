@@ -84,21 +84,17 @@ def is_idle_call(code, call):
     """Is this the call of a function that has nothing left in it, or that only has a result?"""
     if is_empty(code, call) or code.text(call) in code.values.without_effect:
         return True
-    if not (isinstance(call, ast.Call) and all(map(is_pure, arguments(call)))):
+    if not (isinstance(call, ast.Call) and all(map(is_pure, (*call.args, *call.keywords)))):
         return False
     match call.func:
         case ast.Attribute(value=ast.Call(func=ast.Name("super")), attr=name):
-            above = code.inherited(code.functions_of(call)[0], name)
+            above = code.inherited(code.scopes[call], name)
             return above is not None and has_no_statement(above)
         case ast.Attribute(value=value, attr=name):
             return is_pure(value) and name in code.empty_functions
         case ast.Name(name):
             return name in code.empty_functions | code.values.without_effect
     return False
-
-
-def arguments(call):
-    return [*call.args, *(keyword.value for keyword in call.keywords)]
 
 
 def is_empty(code, node):
@@ -230,10 +226,7 @@ def fold_bool(code, edits, node):
         return
     texts = [f"({code.text(operand)})" if isinstance(operand, (ast.BoolOp, ast.IfExp, ast.Lambda)) else
              code.text(operand) for operand in kept]
-    text = (" and " if neutral else " or ").join(texts)
-    if "\n" in text and code.source[code.begin(node) - 1] != "(":
-        text = f"({text})"
-    edits.replace(code.begin(node), code.end(node), text)
+    edits.replace(code.begin(node), code.end(node), (" and " if neutral else " or ").join(texts))
 
 
 def is_condition(code, node):

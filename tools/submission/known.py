@@ -129,21 +129,19 @@ class Code:
     def text(self, node):
         return self.source[self.begin(node):self.end(node)]
 
-    def functions_of(self, node):
-        """The functions around a node, from the innermost one."""
-        return [scope for scope in self._scopes_of(node) if isinstance(scope, FUNCTIONS)]
+    def around(self, node, kinds):
+        """The functions or classes around a node, from the innermost one."""
+        while (node := self.scopes[node]) is not None:
+            if isinstance(node, kinds):
+                yield node
 
     def class_of(self, node):
         """The name of the innermost class around a node, or None."""
-        return next((scope.name for scope in self._scopes_of(node) if isinstance(scope, ast.ClassDef)), None)
+        return next((scope.name for scope in self.around(node, ast.ClassDef)), None)
 
     def function_of(self, node):
         """The name of the innermost function around a node, or None."""
-        return next((scope.name for scope in self._scopes_of(node) if isinstance(scope, ast.FunctionDef)), None)
-
-    def _scopes_of(self, node):
-        while (node := self.scopes[node]) is not None:
-            yield node
+        return next((scope.name for scope in self.around(node, ast.FunctionDef)), None)
 
     # What a name stands for
 
@@ -178,7 +176,7 @@ class Code:
 
     def is_local(self, node):
         """Is this a name of a function around it, and not of the module?"""
-        return any(node.id in self.values_in(function) for function in self.functions_of(node))
+        return any(node.id in self.values_in(function) for function in self.around(node, FUNCTIONS))
 
     @cached_property
     def classes(self):
@@ -288,11 +286,12 @@ class Code:
     def arguments(self):
         """{parameter: [expressions]}: what every call gives for it."""
         found = {}
-        for function, calls in ((function, calls) for functions, calls in self.called for function in functions):
-            given = [self.bound(function, call) for call in calls]
-            for argument in self.parameters(function) if None not in given else ():
-                if all(argument.arg in values for values in given):
-                    found[argument] = [values[argument.arg] for values in given]
+        for functions, calls in self.called:
+            for function in functions:
+                given = [self.bound(function, call) for call in calls]
+                for argument in self.parameters(function) if None not in given else ():
+                    if all(argument.arg in values for values in given):
+                        found[argument] = [values[argument.arg] for values in given]
         return found
 
     def parameters(self, function):
@@ -455,7 +454,7 @@ class Code:
         return bool(made) and all(name in self.classes or name.startswith("nn.") for name in made)
 
     def _name(self, node, world):
-        for scope in (*self.functions_of(node), None):
+        for scope in (*self.around(node, FUNCTIONS), None):
             names = self.values_in(scope)
             if node.id in names:
                 if names[node.id] is None:

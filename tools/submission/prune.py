@@ -144,8 +144,7 @@ def without_parameters(code, function, dead):
     texts = []
     for argument, default in zip(args.args, defaults):
         if argument.arg not in dead:
-            equals = " = " if argument.annotation else "="
-            texts.append(code.text(argument) + (equals + code.text(default) if default else ""))
+            texts.append(code.source[code.begin(argument):code.end(default or argument)])
     begin = code.begin(function)
     body = code.begins[function.body[0].lineno - 1]
     end = code.source.rindex(":", begin, body) if function.returns is None else code.end(function.returns)

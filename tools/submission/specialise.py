@@ -146,7 +146,6 @@ class TrainerValues(Values):
         averages = {"none": (), "best": ("ema", "swa", "lawa")}.get(s.average, (s.average,))
         self.facts = {
             "compressor": lambda world: world["compressor"], "packed.compressor": lambda world: world["compressor"],
-            "form": lambda world: world["visit"].form,
             "LISTS": trainer.LISTS, "LISTS.get(f.type)": lambda world: trainer.LISTS.get(world["field"].type),
             ".kinds": averages,
             "was_done": False,  # all steps, in an earlier run
