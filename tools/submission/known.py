@@ -227,20 +227,21 @@ class Code:
         for node in self.nodes:
             if isinstance(node, (ast.Name, ast.Attribute)):
                 name = node.id if isinstance(node, ast.Name) else f".{node.attr}"
-                if self._is_called(node):
-                    calls[name].append(self.parents[node])
+                parent = self.parents[node]
+                if isinstance(parent, ast.Call) and parent.func is node:
+                    calls[name].append(parent)
                 elif isinstance(node, ast.Attribute) or not (self.is_local(node) or self._is_type(node)):
                     calls[name].append(None)
+        found = [([node], calls[name]) for name, node in self.definitions.items()
+                 if isinstance(node, ast.FunctionDef) and not node.decorator_list]
         methods = defaultdict(list)
-        found = []
         for node in self.nodes:
             if isinstance(node, ast.FunctionDef) and isinstance(self.scopes[node], ast.ClassDef):
                 methods[node.name].append(node)
-            elif isinstance(node, ast.FunctionDef) and node in self.tree.body and not node.decorator_list:
-                found.append(([node], calls[node.name]))
         for name, functions in methods.items():
             if name == "__init__":
-                found += [([one], self._constructing(self.class_of(one), calls)) for one in functions]
+                found += [([one], self._constructing(self.class_of(one), calls)) for one in functions
+                          if self.class_of(one) in self.classes]
             elif name == "forward":
                 meant = {one: self.values.module_calls.get(self.class_of(one)) for one in functions}
                 found += [([one], self.calls_of(text)) for one, text in meant.items() if text]
@@ -265,10 +266,6 @@ class Code:
 
     def calls_of(self, text):
         return [node for node in self.nodes if isinstance(node, ast.Call) and self.text(node.func) == text]
-
-    def _is_called(self, node):
-        parent = self.parents[node]
-        return isinstance(parent, ast.Call) and parent.func is node
 
     def _is_type(self, node):
         """Is this name of a class an annotation, or what isinstance() asks for?"""
