@@ -21,7 +21,7 @@ from pathlib import Path
 from common import ROOT, BadInput, Parser, load_trainer, say, trainer_errors, write
 from submission.edits import Edits, listing, tidy
 from submission.fold import folded
-from submission.known import Code, Impossible, Unknown, Values, is_docstring
+from submission.known import Code, Impossible, Unknown, Values, is_docstring, method_of
 from submission.pack import COMPRESSORS, minified, packed, read, settings_name
 from submission.script import definitions
 
@@ -161,7 +161,7 @@ class TrainerValues(Values):
         if not trainer.wrappers(s):
             self.facts |= {"wrappers()": (), "isinstance(predictor, WrappingPredictor)": False}
         if not s.lqer_rank:
-            self.facts |= {"entry.rank": 0, "tensor.rank": 0, "Encoded: self.rank": 0}
+            self.facts |= {"entry.rank": 0, "Encoded: self.rank": 0}
         if not compressors & {*trainer.PACKAGES}:
             self.facts["PACKAGES.get(s.compressor, ())"] = ()
         if not has_case(s):  # but where the bytes are loaded, another tokenizer is still refused
@@ -185,13 +185,8 @@ class TrainerValues(Values):
             self.facts["adapters.scaled"] = False  # of VisitAdapters() of nothing
 
     def value(self, node, world, code):
-        match node:
-            case ast.Name(name):
-                owner, text = None, name
-            case ast.Attribute(attr=name):
-                owner, text = code.text(node.value), code.text(node)
-            case _:
-                owner, name, text = None, None, code.text(node)
+        text = code.text(node)
+        owner, name = (code.text(node.value), node.attr) if isinstance(node, ast.Attribute) else (None, text)
         in_class = f"{code.class_of(node)}: "
         in_function = f"{code.function_of(node)}: "
         for key in (in_function + text, in_class + text, text, f".{name}"):
@@ -452,10 +447,8 @@ RECORD = MODEL | read_pairs("""
 def replace_functions(edits):
     code = edits.code
     for qualified, text in REPLACED.items():
-        body = code.tree.body
-        for name in qualified.split("."):
-            (node,) = [node for node in body if getattr(node, "name", "") == name]
-            body = node.body
+        owner, _, method = qualified.partition(".")
+        node = method_of(code.classes[owner], method) if method else code.definitions[owner]
         first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
         edits.replace(code.begins[first - 1], code.begins[node.end_lineno], text.lstrip("\n"))
 
