@@ -43,9 +43,7 @@ class Live:
                 self._visit(statement)
 
     def others(self):
-        """(class or None, statement of it or of the module) of all statements that are not reached, imports among them;
-        those of such a class are not named.
-        """
+        """(its class or None, statement) of all that is not reached, in the module and its living classes; no import is."""
         for statement in self.code.tree.body:
             if statement not in self.statements:
                 yield None, statement
