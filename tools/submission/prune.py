@@ -43,7 +43,7 @@ class Live:
                 self._visit(statement)
 
     def others(self):
-        """(its class or None, statement) of all that is not reached, in the module and its living classes; no import is."""
+        """(its class or None, statement) of what is not reached in the module and its living classes: all imports, too."""
         for statement in self.code.tree.body:
             if statement not in self.statements:
                 yield None, statement

@@ -166,7 +166,7 @@ class TrainerValues(Values):
             self.facts["PACKAGES.get(s.compressor, ())"] = ()
         if not has_case(s):  # but where the bytes are loaded, another tokenizer is still refused
             self.facts |= {".sidecar": False, "load_validation: sidecar": None,
-                           "prove_bytes: has_case_operators(sp)": False, "_check_bytes: has_case_operators(sp)": False}
+                           "prove_bytes: has_case_operators(sp)": False}
         if s.doc_mask == "none":
             self.facts["_to_device: documents"] = None
         # What is None where a technique is off.
