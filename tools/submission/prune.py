@@ -43,7 +43,7 @@ class Live:
                 self._visit(statement)
 
     def others(self):
-        """(its class or None, statement) of what is not reached in the module and living classes, and of all imports."""
+        """(class or None, statement) of what is not reached in the module and in living classes, and of all imports."""
         for statement in self.code.tree.body:
             if statement not in self.statements:
                 yield None, statement
