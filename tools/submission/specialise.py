@@ -174,15 +174,13 @@ class TrainerValues(Values):
         self.absent = set()
         for is_on, names in (
                 (s.ttt in ("lora", "lora_docs"), ("adapters", "adapter_weights")),
-                (s.eval_context == "cache" or writes_text, ("past", "new_keys")),
+                (s.eval_context == "cache" or writes_text, ("past",)),
                 (s.late_qat_threshold > 0, ("fake_quant",)),
                 (s.doc_mask != "none", ("docs",)),
                 (s.complement_alpha > 0, ("token_weights",)),
                 (s.needs_curvature, ("curvature",))):
             if not is_on:
                 self.absent.update(names)
-        if "adapters" in self.absent:
-            self.facts["adapters.scaled"] = False  # of VisitAdapters() of nothing
 
     def value(self, node, world, code):
         text = code.text(node)
