@@ -1,10 +1,5 @@
 """Edits of a source in the places that its syntax tree names; all else keeps its layout."""
 
-import ast
-from collections import defaultdict
-
-BLOCKS = ("body", "orelse", "finalbody")  # of statements
-
 
 class Edits:
     """Replacements in a text. One that overlaps an earlier one waits for the next turn."""
@@ -13,7 +8,8 @@ class Edits:
         self.code = code
         self.lines = code.source.splitlines()
         self.found = []
-        self.emptied = defaultdict(set)  # (parent, block): statements that go
+        self.block_of = {statement: block for block in code.blocks for statement in block}
+        self.gone = set()  # statements
 
     def replace(self, begin, end, text):
         return self.replace_all([(begin, end, text)])
@@ -28,18 +24,14 @@ class Edits:
 
     def remove(self, statement):
         """Take out a statement with the comment lines that stand directly above it."""
-        code, parent = self.code, self.code.parents[statement]
-        block = next(name for name in BLOCKS if statement in getattr(parent, name, ()))
-        siblings = getattr(parent, block)
+        code = self.code
         first = min([statement.lineno, *(node.lineno for node in getattr(statement, "decorator_list", ()))])
         begin = code.begins[self.first_comment(first, statement.col_offset) - 1]
-        end = code.begins[statement.end_lineno]
-        gone = self.emptied[parent, block]
-        stays = ""
-        if len(gone) + 1 == len(siblings) and not isinstance(parent, ast.Module):
-            stays = " " * statement.col_offset + "pass\n"
-        if self.replace(begin, end, stays):
-            gone.add(statement)
+        block = self.block_of[statement]
+        needs_pass = block is not code.tree.body and all(one in self.gone for one in block if one is not statement)
+        stays = " " * statement.col_offset + "pass\n" if needs_pass else ""
+        if self.replace(begin, code.begins[statement.end_lineno], stays):
+            self.gone.add(statement)
 
     def first_comment(self, line, indent):
         """The first of the comment lines directly above a line; headings of sections do not belong to it."""

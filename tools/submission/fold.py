@@ -13,7 +13,7 @@ import ast
 import keyword
 import re
 
-from submission.edits import BLOCKS, Edits, dedented
+from submission.edits import Edits, dedented
 from submission.known import Code, Unknown, has_no_statement, is_pass, is_pure
 from submission.prune import prune, prune_parameters
 
@@ -50,8 +50,8 @@ def fold(code, edits):
                 fold_call(code, edits, node)
             case ast.stmt() if is_idle(code, node):
                 edits.remove(node)
-        for block in BLOCKS:
-            fold_block(code, edits, getattr(node, block, None))
+    for block in code.blocks:
+        fold_block(code, edits, block)
 
 
 # ---- statements -----------------------------------------------------------------------------------------------------
@@ -84,21 +84,17 @@ def is_idle_call(code, call):
     """Is this the call of a function that has nothing left in it, or that only has a result?"""
     if is_empty(code, call) or code.text(call) in code.values.without_effect:
         return True
-    if not (isinstance(call, ast.Call) and all(map(is_pure, arguments(call)))):
+    if not (isinstance(call, ast.Call) and all(map(is_pure, (*call.args, *call.keywords)))):
         return False
     match call.func:
         case ast.Attribute(value=ast.Call(func=ast.Name("super")), attr=name):
-            above = code.inherited(code.functions_of(call)[0], name)
+            above = code.inherited(code.scopes[call], name)
             return above is not None and has_no_statement(above)
         case ast.Attribute(value=value, attr=name):
             return is_pure(value) and name in code.empty_functions
         case ast.Name(name):
             return name in code.empty_functions | code.values.without_effect
     return False
-
-
-def arguments(call):
-    return [*call.args, *(keyword.value for keyword in call.keywords)]
 
 
 def is_empty(code, node):
@@ -119,7 +115,7 @@ def is_empty(code, node):
 
 def fold_block(code, edits, block):
     """What comes after a return never runs, and a value that the next statement assigns anew says nothing."""
-    for place, statement in enumerate(block if isinstance(block, list) else ()):
+    for place, statement in enumerate(block):
         following = block[place + 1:]
         if leaves(statement):
             for unreachable in following:
@@ -163,29 +159,28 @@ def fold_table(code, edits, table):
 
 def fold_if(code, edits, node):
     """Decide an if, or an elif."""
+    truth = False if is_pass(node.body) and not node.orelse else code.truth(node.test)
+    if truth is None or not is_pure(node.test):
+        return
     source, indent = code.source, node.col_offset
     begin, end = code.begins[node.lineno - 1], code.begins[node.end_lineno]
     body_begin = re.compile(r"[\s)]*:[^\n]*\n").match(source, code.end(node.test)).end()
     body_end = code.begins[node.body[-1].end_lineno]
     other = re.compile(rf"^ {{{indent}}}(?:elif|else:[^\n]*\n)", re.M).search(source, body_end, end)
-    rest = source[other.start():end] if other else ""
+    body, rest = source[body_begin:body_end], source[other.start():end] if other else ""
     is_elif = source.startswith("elif", code.begin(node))
-    has_elif = rest.lstrip().startswith("elif")
-    if not is_pure(node.test):
-        return
-    truth = False if is_pass(node.body) and not rest else code.truth(node.test)
-    if truth and is_elif:
-        edits.replace(begin, end, f"{' ' * indent}else:\n{source[body_begin:body_end]}")
-    elif truth:
-        edits.replace(begin, end, dedented(source[body_begin:body_end], node.body[0].col_offset - indent))
-    elif truth is False and is_elif:
-        edits.replace(begin, end, rest)
-    elif truth is False and not rest:
+    if truth:
+        text = f"{' ' * indent}else:\n{body}" if is_elif else dedented(body, node.body[0].col_offset - indent)
+    elif is_elif:
+        text = rest
+    elif not rest:
         edits.remove(node)
-    elif truth is False and has_elif:
-        edits.replace(begin, end, rest.replace("elif", "if", 1))
-    elif truth is False:
-        edits.replace(begin, end, dedented(source[other.end():end], node.orelse[0].col_offset - indent))
+        return
+    elif rest.lstrip().startswith("elif"):
+        text = rest.replace("elif", "if", 1)
+    else:
+        text = dedented(source[other.end():end], node.orelse[0].col_offset - indent)
+    edits.replace(begin, end, text)
 
 
 # ---- expressions ----------------------------------------------------------------------------------------------------
@@ -231,10 +226,7 @@ def fold_bool(code, edits, node):
         return
     texts = [f"({code.text(operand)})" if isinstance(operand, (ast.BoolOp, ast.IfExp, ast.Lambda)) else
              code.text(operand) for operand in kept]
-    text = (" and " if neutral else " or ").join(texts)
-    if "\n" in text and code.source[code.begin(node) - 1] != "(":
-        text = f"({text})"
-    edits.replace(code.begin(node), code.end(node), text)
+    edits.replace(code.begin(node), code.end(node), (" and " if neutral else " or ").join(texts))
 
 
 def is_condition(code, node):

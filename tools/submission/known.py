@@ -31,6 +31,8 @@ DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
 FUNCTIONS = (ast.FunctionDef, ast.Lambda)
 HANDED_ON = (ast.Name, ast.Attribute, ast.arg)  # expressions of which the value comes from elsewhere
 SIMPLE = (type(None), bool, int, float, str)
+# What the trainer does without: a name that another function assigns, and assignments that nothing here looks for.
+NOT_UNDERSTOOD = (ast.Global, ast.Nonlocal, ast.NamedExpr, ast.Match, ast.Await, ast.AsyncFunctionDef)
 
 
 class Unknown(Exception):
@@ -95,6 +97,7 @@ class Code:
         self.tree = ast.parse(source)
         self.begins = [0, *itertools.accumulate(map(len, source.splitlines(keepends=True)))]  # of the lines
         self.parents = {}
+        self.blocks = []  # lists of statements
         self.scopes = {}  # node: the innermost function or class around it
         self.nodes = []  # all of them, outer ones first
         self.own = defaultdict(list)  # function or class: its nodes without those of functions and classes inside
@@ -105,9 +108,13 @@ class Code:
         self._worlds = {}
 
     def _link(self, node, scope):
+        if isinstance(node, NOT_UNDERSTOOD):
+            raise RuntimeError(f"line {node.lineno} has syntax that specialise does not know: {type(node).__name__}")
         self.scopes[node] = scope
         self.nodes.append(node)
         self.own[scope].append(node)
+        self.blocks += [part for _, part in ast.iter_fields(node)
+                        if isinstance(part, list) and part and isinstance(part[0], ast.stmt)]
         inner = node if isinstance(node, (*FUNCTIONS, ast.ClassDef)) else scope
         for child in ast.iter_child_nodes(node):
             self.parents[child] = node
@@ -122,21 +129,19 @@ class Code:
     def text(self, node):
         return self.source[self.begin(node):self.end(node)]
 
-    def functions_of(self, node):
-        """The functions around a node, from the innermost one."""
-        return [scope for scope in self._scopes_of(node) if isinstance(scope, FUNCTIONS)]
+    def around(self, node, kinds):
+        """The functions or classes around a node, from the innermost one."""
+        while (node := self.scopes[node]) is not None:
+            if isinstance(node, kinds):
+                yield node
 
     def class_of(self, node):
         """The name of the innermost class around a node, or None."""
-        return next((scope.name for scope in self._scopes_of(node) if isinstance(scope, ast.ClassDef)), None)
+        return next((scope.name for scope in self.around(node, ast.ClassDef)), None)
 
     def function_of(self, node):
         """The name of the innermost function around a node, or None."""
-        return next((scope.name for scope in self._scopes_of(node) if isinstance(scope, ast.FunctionDef)), None)
-
-    def _scopes_of(self, node):
-        while (node := self.scopes[node]) is not None:
-            yield node
+        return next((scope.name for scope in self.around(node, ast.FunctionDef)), None)
 
     # What a name stands for
 
@@ -148,8 +153,6 @@ class Code:
             found = {}
             for node in self.own[scope]:
                 match node:
-                    case ast.Nonlocal() | ast.Global():
-                        found.update(dict.fromkeys(node.names))
                     case ast.FunctionDef() | ast.ClassDef() | ast.ExceptHandler(name=str()):
                         found[node.name] = None
                     case ast.Delete():
@@ -160,14 +163,8 @@ class Code:
                         found[name] = node.value if once and not self._in_loop(node, scope) else None
             for argument in arguments_of(scope) if scope else ():
                 found[argument.arg] = None if argument.arg in found else argument
-            found.update((name, None) for name in self.rebound if name in found)
             self._names[scope] = found
         return self._names[scope]
-
-    @cached_property
-    def rebound(self):
-        """Names that a function assigns for the module or for a function around it."""
-        return {name for node in self.nodes if isinstance(node, (ast.Nonlocal, ast.Global)) for name in node.names}
 
     def _in_loop(self, node, scope):
         """Inside a loop or a branch, where it may not have been assigned or not for the last time?"""
@@ -179,7 +176,7 @@ class Code:
 
     def is_local(self, node):
         """Is this a name of a function around it, and not of the module?"""
-        return any(node.id in self.values_in(function) for function in self.functions_of(node))
+        return any(node.id in self.values_in(function) for function in self.around(node, FUNCTIONS))
 
     @cached_property
     def classes(self):
@@ -194,10 +191,10 @@ class Code:
         """The method of this name of the class from which that of `method` is made, or None."""
         owner = self.scopes[method]
         while isinstance(owner, ast.ClassDef) and len(owner.bases) == 1:
-            owner = self.definitions.get(getattr(owner.bases[0], "id", None))
-            for member in owner.body if owner else ():
-                if isinstance(member, ast.FunctionDef) and member.name == name:
-                    return member
+            owner = self.classes.get(getattr(owner.bases[0], "id", None))
+            found = owner and method_of(owner, name)
+            if found:
+                return found
         return None
 
     @cached_property
@@ -222,68 +219,53 @@ class Code:
         return found
 
     @cached_property
-    def callers(self):
-        """{function: its calls} of the functions, constructors and methods of which all calls are in the text. Methods
-        of one name are taken together.
+    def called(self):
+        """[(functions, their calls)] of the functions, constructors and methods of which all calls are in the text.
+        Methods of one name are taken together.
         """
-        calls = defaultdict(list)
-        escaped = set()
+        calls = defaultdict(list)  # of a name; None for another use of it, which may call it anywhere
         for node in self.nodes:
             if isinstance(node, (ast.Name, ast.Attribute)):
                 name = node.id if isinstance(node, ast.Name) else f".{node.attr}"
-                if self._is_called(node):
-                    calls[name].append(self.parents[node])
+                parent = self.parents[node]
+                if isinstance(parent, ast.Call) and parent.func is node:
+                    calls[name].append(parent)
                 elif isinstance(node, ast.Attribute) or not (self.is_local(node) or self._is_type(node)):
-                    escaped.add(name)  # and may be called anywhere
-        found = {}
+                    calls[name].append(None)
+        found = [([node], calls[name]) for name, node in self.definitions.items()
+                 if isinstance(node, ast.FunctionDef) and not node.decorator_list]
         methods = defaultdict(list)
-        for function in self.nodes:
-            if isinstance(function, ast.FunctionDef):
-                name = function.name
-                if isinstance(self.scopes[function], ast.ClassDef):
-                    methods[name].append(function)
-                elif function in self.tree.body and calls[name] and name not in escaped and not function.decorator_list:
-                    found[function] = calls[name]
-        found |= self._constructors(calls, escaped)
-        for function in methods["forward"]:
-            called = self.values.module_calls.get(self.class_of(function))
-            if called:
-                found[function] = [node for node in self.nodes
-                                   if isinstance(node, ast.Call) and self.text(node.func) == called]
-        for name, definitions in methods.items():
-            is_plain = not name.startswith("__") and not any(
-                one.decorator_list or self.values.is_used(self.class_of(one), name) for one in definitions)
-            if is_plain and calls["." + name] and "." + name not in escaped:
-                found |= dict.fromkeys(definitions, calls["." + name])
+        for node in self.nodes:
+            if isinstance(node, ast.FunctionDef) and isinstance(self.scopes[node], ast.ClassDef):
+                methods[node.name].append(node)
+        for name, functions in methods.items():
+            if name == "__init__":
+                found += [([one], self._constructing(self.class_of(one), calls)) for one in functions
+                          if self.class_of(one) in self.classes]
+            elif name == "forward":
+                meant = {one: self.values.module_calls.get(self.class_of(one)) for one in functions}
+                found += [([one], self.calls_of(text)) for one, text in meant.items() if text]
+            elif not (name.startswith("__") or any(one.decorator_list or self.values.is_used(self.class_of(one), name)
+                                                   for one in functions)):
+                found.append((functions, calls["." + name]))
+        return [(functions, those) for functions, those in found if those and None not in those]
+
+    def _constructing(self, name, calls):
+        """What calls the __init__ of a class: makes an object of it, or of a class that is made from it."""
+        found = [*calls[name]]
+        if len(self.classes[name].bases) > 1:
+            found.append(None)
+        for heir, node in self.classes.items():
+            if name in [getattr(base, "id", None) for base in node.bases]:
+                init = method_of(node, "__init__")
+                if init is None:
+                    found += self._constructing(heir, calls)
+                else:
+                    found += [call for call in self.calls_of("super().__init__") if self.scopes[call] is init]
         return found
 
-    def _constructors(self, calls, escaped):
-        """{__init__: its calls} of the classes that are only made by name."""
-        inits = {name: member for name, node in self.classes.items() for member in node.body
-                 if getattr(member, "name", "") == "__init__"}
-
-        def calls_of(name):
-            """Those that make an object of this class, as far as its __init__ sees them; None: not all are known."""
-            if name in escaped or len(self.classes[name].bases) > 1:
-                return None
-            found = [*calls[name]]
-            for other, node in self.classes.items():
-                if name in [getattr(base, "id", None) for base in node.bases]:
-                    more = calls_of(other)
-                    if other in inits:
-                        more = [call for call in self.own[inits[other]] if isinstance(call, ast.Call)
-                                and self.text(call.func) == "super().__init__"]
-                    if more is None:
-                        return None
-                    found += more
-            return found
-
-        made = {init: calls_of(name) for name, init in inits.items()}
-        return {init: found for init, found in made.items() if found}
-
-    def _is_called(self, node):
-        parent = self.parents[node]
-        return isinstance(parent, ast.Call) and parent.func is node
+    def calls_of(self, text):
+        return [node for node in self.nodes if isinstance(node, ast.Call) and self.text(node.func) == text]
 
     def _is_type(self, node):
         """Is this name of a class an annotation, or what isinstance() asks for?"""
@@ -301,11 +283,12 @@ class Code:
     def arguments(self):
         """{parameter: [expressions]}: what every call gives for it."""
         found = {}
-        for function, calls in self.callers.items():
-            given = [self.bound(function, call) for call in calls]
-            for argument in self.parameters(function) if None not in given else ():
-                if all(argument.arg in values for values in given):
-                    found[argument] = [values[argument.arg] for values in given]
+        for functions, calls in self.called:
+            for function in functions:
+                given = [self.bound(function, call) for call in calls]
+                for argument in self.parameters(function) if None not in given else ():
+                    if all(argument.arg in values for values in given):
+                        found[argument] = [values[argument.arg] for values in given]
         return found
 
     def parameters(self, function):
@@ -375,13 +358,7 @@ class Code:
             self._memo[key] = Circular
             try:
                 self._memo[key] = self._value(node, world)
-            except Circular:
-                # What is only handed on says nothing new; what is made of itself may be anything.
-                if isinstance(node, HANDED_ON):
-                    del self._memo[key]
-                    raise
-                self._memo[key] = Unknown
-            except (Needs, Impossible):
+            except (Circular, Needs, Impossible):
                 del self._memo[key]
                 raise
             except Unknown:
@@ -394,8 +371,12 @@ class Code:
     def _value(self, node, world):
         try:
             return self._by_text(node, world)
-        except (Circular, Needs, Impossible):
+        except (Needs, Impossible):
             raise
+        except Circular:
+            if isinstance(node, HANDED_ON):
+                raise  # it says nothing new; what is made of itself may be anything
+            raise Unknown from None
         except Exception:  # Unknown, or what the program itself would raise
             return self.values.value(node, world, self)
 
@@ -446,21 +427,19 @@ class Code:
         return value
 
     def _bool(self, node, world):
-        """One known operand may decide, whatever the others are."""
+        """One operand may decide, whatever the others are."""
         decides = isinstance(node.op, ast.Or)
         value = None
-        unknown = False
+        some_unknown = False
         for operand in node.values:
             try:
                 value = self.value(operand, world)
             except Unknown:
-                unknown = True
+                some_unknown = True
                 continue
-            if bool(value) == decides:
-                if unknown and not isinstance(value, bool):
-                    raise Unknown
-                return value
-        if unknown:
+            if bool(value) is decides:
+                break
+        if some_unknown and value is not decides:
             raise Unknown
         return value
 
@@ -472,7 +451,7 @@ class Code:
         return bool(made) and all(name in self.classes or name.startswith("nn.") for name in made)
 
     def _name(self, node, world):
-        for scope in (*self.functions_of(node), None):
+        for scope in (*self.around(node, FUNCTIONS), None):
             names = self.values_in(scope)
             if node.id in names:
                 if names[node.id] is None:
@@ -522,10 +501,9 @@ class Code:
         """True or False if that is so in all worlds, else None."""
         with contextlib.suppress(Unknown):
             return only(map(bool, self.outcomes(node)))
-        if isinstance(node, ast.BoolOp):  # one operand may decide, whatever the others are
-            decides = isinstance(node.op, ast.Or)
-            if any(self.truth(operand) is decides for operand in node.values):
-                return decides
+        decides = isinstance(getattr(node, "op", None), ast.Or)
+        if isinstance(node, ast.BoolOp) and any(self.truth(operand) is decides for operand in node.values):
+            return decides  # if only truth matters, a number, too
         return None
 
 
@@ -545,11 +523,16 @@ def targets_of(node):
     match node:
         case ast.Assign() | ast.Delete():
             return node.targets
-        case ast.AnnAssign() | ast.AugAssign() | ast.For() | ast.comprehension() | ast.NamedExpr():
+        case ast.AnnAssign() | ast.AugAssign() | ast.For() | ast.comprehension():
             return [node.target]
         case ast.withitem(optional_vars=ast.expr()):
             return [node.optional_vars]
     return []
+
+
+def method_of(owner, name):
+    """The method of a class with this name, or None."""
+    return next((one for one in owner.body if isinstance(one, ast.FunctionDef) and one.name == name), None)
 
 
 def names_in(target):
@@ -579,7 +562,7 @@ def is_pure(node):
                 continue
             case ast.Call(func=ast.Attribute(attr=name)) if name in READING_METHODS:
                 continue
-            case ast.Call() | ast.Await() | ast.Yield() | ast.YieldFrom() | ast.NamedExpr():
+            case ast.Call() | ast.Yield() | ast.YieldFrom():
                 return False
     return True
 

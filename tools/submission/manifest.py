@@ -9,6 +9,7 @@ from typing import NamedTuple
 from common import BadInput
 from submission import recipe, rules, stats
 from submission.runs import Run
+from submission.script import imports_of
 
 SETTINGS_FILE = "settings.env"
 SEED_RESULT = {  # {name in a row of seed_results: key of a run's summary}
@@ -65,7 +66,7 @@ class Submission(NamedTuple):
 def requirements(of_run, script, given):
     """NAME==VERSION of what the script imports beside torch, numpy and sentencepiece, at the versions that ran."""
     sources = {of_run.source.encode(), script.read_bytes()}  # two where it is packed
-    imported = set().union(*map(imports_of, sources))
+    imported = set().union(*(imports_of(ast.walk(ast.parse(source))) for source in sources))
     known = {line.partition("==")[0]: line for line in [*of_run.header.get("packages", []), *given]}
     names = {DISTRIBUTIONS.get(module, module) for module in imported - BASE
              if OPTIONAL.get(module, of_run.attention) == of_run.attention}
@@ -74,17 +75,6 @@ def requirements(of_run, script, given):
         raise BadInput(f"{script} imports {', '.join(unknown)}, and the runs did not log the version: add "
                        f"--requirement {unknown[0]}==VERSION")
     return sorted(known[name] for name in names)
-
-
-def imports_of(source):
-    """The names of the modules that a source (bytes) imports, at its top or in a function."""
-    names = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module.partition(".")[0])
-    return names
 
 
 # ---- submission.json ------------------------------------------------------------------------------------------------

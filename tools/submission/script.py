@@ -3,6 +3,8 @@
 import ast
 import base64
 import bz2
+import contextlib
+import importlib
 import lzma
 import re
 import warnings
@@ -38,22 +40,24 @@ def read(source):
     if tree is None:
         return None
     nodes = tuple(ast.walk(tree))
-    imports = {}
-    for node in nodes:
-        for name in imported(node):
-            imports.setdefault(name.partition(".")[0], node.lineno)
     strings = frozenset(node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
-    return Script(source.decode("utf-8", "replace"), nodes, imports, strings)
+    return Script(source.decode("utf-8", "replace"), nodes, imports_of(nodes), strings)
 
 
-def imported(node):
-    """The modules that a node names, if it is an import."""
-    match node:
-        case ast.Import():
-            return [alias.name for alias in node.names]
-        case ast.ImportFrom(module=str()):
-            return [node.module]
-    return []
+def imports_of(nodes):
+    """{top-level module: line} of what these nodes of a tree import."""
+    found = {}
+    for node in nodes:
+        match node:
+            case ast.Import():
+                names = [alias.name for alias in node.names]
+            case ast.ImportFrom(module=str(name)):
+                names = [name]
+            case _:
+                continue
+        for name in names:
+            found.setdefault(name.partition(".")[0], node.lineno)
+    return found
 
 
 def parse(source):
@@ -104,22 +108,13 @@ def unpacked_comment(source):
     return inner
 
 
-def by_brotli(data):
-    import brotli
-
-    try:
-        return brotli.Decompressor().process(data, output_buffer_limit=MOST_SOURCE)
-    except brotli.error as error:
-        raise ValueError(error) from None
-
-
 RAW_LZMA = {"format": lzma.FORMAT_RAW, "filters": [{"id": lzma.FILTER_LZMA2}]}
 DECOMPRESS = (  # by any compressor in use, up to a length
     lambda data: lzma.LZMADecompressor().decompress(data, MOST_SOURCE),
     lambda data: lzma.LZMADecompressor(**RAW_LZMA).decompress(data, MOST_SOURCE),
     lambda data: zlib.decompressobj().decompress(data, MOST_SOURCE),
     lambda data: bz2.BZ2Decompressor().decompress(data, MOST_SOURCE),
-    by_brotli)
+    lambda data: importlib.import_module("brotli").Decompressor().process(data, output_buffer_limit=MOST_SOURCE))
 
 
 def decompressed(decode, data):
@@ -129,12 +124,10 @@ def decompressed(decode, data):
     except (ValueError, OverflowError):
         return None
     for decompress in DECOMPRESS:
-        try:
+        with contextlib.suppress(Exception):  # each has errors of its own, and brotli may not be there
             inner = decompress(data)
-        except (lzma.LZMAError, zlib.error, OSError, ValueError, EOFError, ImportError):
-            continue
-        if inner and len(inner) < MOST_SOURCE and parse(inner):
-            return inner
+            if inner and len(inner) < MOST_SOURCE and parse(inner):
+                return inner
     return None
 
 

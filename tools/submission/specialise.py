@@ -21,7 +21,7 @@ from pathlib import Path
 from common import ROOT, BadInput, Parser, load_trainer, say, trainer_errors, write
 from submission.edits import Edits, listing, tidy
 from submission.fold import folded
-from submission.known import Code, Impossible, Unknown, Values, is_docstring
+from submission.known import Code, Impossible, Unknown, Values, is_docstring, method_of
 from submission.pack import COMPRESSORS, minified, packed, read, settings_name
 from submission.script import definitions
 
@@ -105,7 +105,6 @@ class TrainerValues(Values):
 
     def __init__(self, trainer, s, open_names):
         self.trainer = trainer
-        self.library_names = {}  # class: the names that it has from classes outside of the trainer
         visits = {KnownVisit(visit.form, visit.split, visit.push, None if visit.pop is None else 0)
                   for looping in {False, s.loops} for visit in trainer.layer_plan(s, looping)}
         with trainer.torch.device("meta"):
@@ -147,7 +146,6 @@ class TrainerValues(Values):
         averages = {"none": (), "best": ("ema", "swa", "lawa")}.get(s.average, (s.average,))
         self.facts = {
             "compressor": lambda world: world["compressor"], "packed.compressor": lambda world: world["compressor"],
-            "s": lambda world: world["settings"], "form": lambda world: world["visit"].form,
             "LISTS": trainer.LISTS, "LISTS.get(f.type)": lambda world: trainer.LISTS.get(world["field"].type),
             ".kinds": averages,
             "was_done": False,  # all steps, in an earlier run
@@ -163,12 +161,12 @@ class TrainerValues(Values):
         if not trainer.wrappers(s):
             self.facts |= {"wrappers()": (), "isinstance(predictor, WrappingPredictor)": False}
         if not s.lqer_rank:
-            self.facts |= {"entry.rank": 0, "tensor.rank": 0, "Encoded: self.rank": 0}
+            self.facts |= {"entry.rank": 0, "Encoded: self.rank": 0}
         if not compressors & {*trainer.PACKAGES}:
             self.facts["PACKAGES.get(s.compressor, ())"] = ()
         if not has_case(s):  # but where the bytes are loaded, another tokenizer is still refused
             self.facts |= {".sidecar": False, "load_validation: sidecar": None,
-                           "prove_bytes: has_case_operators(sp)": False, "_check_bytes: has_case_operators(sp)": False}
+                           "prove_bytes: has_case_operators(sp)": False}
         if s.doc_mask == "none":
             self.facts["_to_device: documents"] = None
         # What is None where a technique is off.
@@ -176,24 +174,17 @@ class TrainerValues(Values):
         self.absent = set()
         for is_on, names in (
                 (s.ttt in ("lora", "lora_docs"), ("adapters", "adapter_weights")),
-                (s.eval_context == "cache" or writes_text, ("past", "new_keys")),
+                (s.eval_context == "cache" or writes_text, ("past",)),
                 (s.late_qat_threshold > 0, ("fake_quant",)),
                 (s.doc_mask != "none", ("docs",)),
                 (s.complement_alpha > 0, ("token_weights",)),
                 (s.needs_curvature, ("curvature",))):
             if not is_on:
                 self.absent.update(names)
-        if "adapters" in self.absent:
-            self.facts["adapters.scaled"] = False  # of VisitAdapters() of nothing
 
     def value(self, node, world, code):
-        match node:
-            case ast.Name(name):
-                owner, text = None, name
-            case ast.Attribute(attr=name):
-                owner, text = code.text(node.value), code.text(node)
-            case _:
-                owner, name, text = None, None, code.text(node)
+        text = code.text(node)
+        owner, name = (code.text(node.value), node.attr) if isinstance(node, ast.Attribute) else (None, text)
         in_class = f"{code.class_of(node)}: "
         in_function = f"{code.function_of(node)}: "
         for key in (in_function + text, in_class + text, text, f".{name}"):
@@ -202,15 +193,14 @@ class TrainerValues(Values):
                 return fact(world) if callable(fact) else fact
         if name in self.absent or owner in self.absent:
             return None
-        if owner is None:
-            raise Unknown
-        facet = "settings" if owner.endswith(".s") else OBJECTS.get(owner) or OBJECTS.get(in_class + owner)
-        if facet is None or facet == "settings" and callable(getattr(self.trainer.Settings, name, None)):
+        is_settings = owner is not None and owner.endswith(".s")
+        facet = "settings" if is_settings else OBJECTS.get(owner) or OBJECTS.get(f"{in_class}{owner}")
+        if facet is None:
             raise Unknown
         if facet == "store" and name != "codec" and world["store"].codec == "float16":
             raise Impossible
         found = getattr(world[facet], name, Unknown)
-        if found is Unknown:
+        if found is Unknown or facet == "settings" and callable(found):
             raise Unknown
         return found
 
@@ -231,11 +221,9 @@ class TrainerValues(Values):
 
     def is_used(self, owner, name):
         """By a library, through a class that ours is made from."""
-        if owner not in self.library_names:
-            ours = getattr(self.trainer, owner, object)
-            outside = [base for base in ours.__mro__ if base.__module__ != self.trainer.__name__ and base is not object]
-            self.library_names[owner] = {name for base in outside for name in dir(base)}
-        return name in self.library_names[owner]
+        bases = getattr(self.trainer, owner, object).__mro__
+        return any(hasattr(base, name) for base in bases
+                   if base.__module__ != self.trainer.__name__ and base is not object)
 
 
 def without_unread(node, code):
@@ -409,9 +397,11 @@ def with_record(source, trainer, s, name, open_names):
     source = edited(source, preset_line(source), record_tables(trainer, s, name, open_names))
     for owner in ("cls", "self", "Settings"):
         source = source.replace(f"in fields({owner})", "in open_fields()")
-    source = replace_functions(source)
-    source = constant_settings(source, trainer, s, open_names)
-    return decided_conflicts(source, trainer, s, open_names)
+    edits = Edits(Code(source, Values()))
+    replace_functions(edits)
+    fix_settings(edits, trainer, s, open_names)
+    decide_conflicts(edits, trainer, s, open_names)
+    return edits.applied()
 
 
 def preset_line(source):
@@ -452,27 +442,22 @@ RECORD = MODEL | read_pairs("""
 '''.lstrip("\n")
 
 
-def replace_functions(source):
+def replace_functions(edits):
+    code = edits.code
     for qualified, text in REPLACED.items():
-        body = ast.parse(source).body
-        for name in qualified.split("."):
-            (node,) = [node for node in body if getattr(node, "name", "") == name]
-            body = node.body
-        lines = source.splitlines(keepends=True)
+        owner, _, method = qualified.partition(".")
+        node = method_of(code.classes[owner], method) if method else code.definitions[owner]
         first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-        lines[first - 1:node.end_lineno] = [text.lstrip("\n")]
-        source = "".join(lines)
-    return source
+        edits.replace(code.begins[first - 1], code.begins[node.end_lineno], text.lstrip("\n"))
 
 
-def constant_settings(source, trainer, s, open_names):
-    """Settings whose open fields have the record's values as defaults; all others are constants of the class, or
+def fix_settings(edits, trainer, s, open_names):
+    """Give the open fields of Settings the record's values as defaults; make all others constants of the class, or
     fields of which no person chooses the value, where reports and the self-test need others.
     """
+    code = edits.code
     all_worlds = worlds(trainer, s)
     varied = {f.name for f in fields(s) if any(getattr(one, f.name) != getattr(s, f.name) for one in all_worlds)}
-    code = Code(source, Values())
-    edits = Edits(code)
     for node in code.definitions["Settings"].body:
         if not isinstance(node, ast.AnnAssign):
             continue
@@ -493,7 +478,6 @@ def constant_settings(source, trainer, s, open_names):
                 comment = textwrap.fill(doc, 96, initial_indent="# ", subsequent_indent="    # ")
                 text = f"{comment}\n    {name}{annotation} = {literal(value)}"
         edits.replace(code.begin(node), code.end(node), text)
-    return edits.applied()
 
 
 def literal(value):
@@ -501,16 +485,14 @@ def literal(value):
     return f'"{value}"' if isinstance(value, str) else repr(value).replace("'", '"')
 
 
-def decided_conflicts(source, trainer, s, open_names):
-    """Without the complaints about impossible combinations that the record decides: each statement of a function
+def decide_conflicts(edits, trainer, s, open_names):
+    """Take out the complaints about impossible combinations that the record decides: each statement of a function
     `_..._conflicts` is run with its settings; one that asks for no open setting and does not complain goes.
     """
     def complain(text):
         raise BadInput(f"the record cannot be: {text}")
 
-    code = Code(source, Values())
-    edits = Edits(code)
-    for function in code.definitions.values():
+    for function in edits.code.definitions.values():
         if function.name == "_conflicts" or not function.name.endswith("_conflicts"):
             continue
         names_there = {**vars(trainer), "s": guarded(trainer, s, open_names), "complain": complain, "given": set()}
@@ -527,7 +509,6 @@ def decided_conflicts(source, trainer, s, open_names):
                 continue
             if not isinstance(statement, ast.Assign):
                 edits.remove(statement)
-    return edits.applied()
 
 
 # ---- the rest of the text -------------------------------------------------------------------------------------------
