@@ -12,9 +12,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the matrices of the tests are t
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}")
 
 import guard
+import hypothesis
 import pytest
 from process import REPO
 from toy import make_toy
+
+hypothesis.settings.register_profile("patient", deadline=None)  # an example may wait for what else runs
+hypothesis.settings.load_profile("patient")
 
 # Long files with few tests. Left to the end, one of them would run alone while the other process has nothing to do.
 FIRST = ("test_bench.py", "test_liveness.py", "test_signals.py", "test_runtime.py", "test_model.py", "test_submit.py",

@@ -673,7 +673,7 @@ VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.di
     max_leaves=8)
 FIELDS = st.sampled_from(["author", "val_bpb", "val_loss", "seeds", "seed_results", "per_seed", "bytes_total", "track",
                           "date", "p_value", "val_bpb_std", "compliance", "seed_42", "val_tokens", "code_sha256"])
-QUIET = settings(deadline=None, suppress_health_check=list(HealthCheck), max_examples=40)
+QUIET = settings(suppress_health_check=list(HealthCheck), max_examples=40)
 
 
 def fresh(tmp_path, make):

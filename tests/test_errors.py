@@ -232,7 +232,7 @@ def test_an_artifact_that_is_missing_truncated_or_of_another_kind_is_refused(toy
     assert not (tmp_path / "eval").exists()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(where=st.integers(0, 2**31), bit=st.integers(0, 7))
 def test_any_flipped_bit_is_noticed(trained, tmp_path_factory, where, bit):
     data, path = bytearray((trained / "model.pg").read_bytes()), tmp_path_factory.getbasetemp() / "flipped.pg"
@@ -242,7 +242,7 @@ def test_any_flipped_bit_is_noticed(trained, tmp_path_factory, where, bit):
         train_gpt.load_artifact(path)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(length=st.integers(0, 2**31))
 def test_any_truncation_is_noticed(trained, tmp_path_factory, length):
     data, path = (trained / "model.pg").read_bytes(), tmp_path_factory.getbasetemp() / "short.pg"

@@ -413,7 +413,7 @@ def test_a_schedule_is_sizes_up_to_fractions_of_the_run():
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_stages_are_what_both_schedules_say_at_every_progress(data):
     """The two are merged: at any progress the stage has the length and the batch that each says by itself."""
     def schedule(sizes):
@@ -614,7 +614,7 @@ def valid_settings(draw):
     return s
 
 
-slow_generation = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+slow_generation = settings(max_examples=150, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 
 
 @slow_generation
