@@ -159,7 +159,7 @@ def test_peak_of_a_device(device, dtype, given, peak):
 
 
 def test_shards_are_the_contests(tmp_path):
-    training.write_shards(tmp_path, 3_000_000, 1024)
+    bench.write_shards(tmp_path, 3_000_000, 1024)
     paths = tg.find_shards(tmp_path, "train")
     assert len(paths) == 2
     tokens = np.concatenate([tg.read_shard(path, 1024) for path in paths])
@@ -181,6 +181,11 @@ def test_shards_of_any_vocabulary_are_the_same_again(tmp_path, vocab_size, token
 
 
 # ---- what a user sees -----------------------------------------------------------------------------------------------
+
+
+def test_help_waits_for_nothing():
+    script = "import sys, bench; bench.main(['--help']); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], cwd=REPO / "tools", check=True, capture_output=True)
 
 
 @pytest.fixture(scope="module")

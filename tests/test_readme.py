@@ -327,7 +327,7 @@ def run_submit(words):
 def run_bench(words):
     if words[0] not in bench.COMMANDS:
         raise Wrong(f"bench.py has no command {words[0]}")
-    parsed(bench.COMMANDS[words[0]].arguments, words[1:])
+    parsed(importlib.import_module(f"benchmarks.{bench.COMMANDS[words[0]]}").arguments, words[1:])
     Settings.parse([word for word in words if word.startswith("@") or is_assignment(word)])
 
 

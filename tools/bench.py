@@ -23,6 +23,7 @@ written anew after each row. A command that is stopped prints the rows so far.
 Exit codes: 0 done, 1 a row failed (it says why, the others are kept), 2 bad input, 130 and 143 interrupted.
 """
 
+import importlib
 import os
 import shlex
 import signal
@@ -33,11 +34,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and PYTHONSAFEPATH leave it out
 
-from benchmarks import evaluation, packing, training, validity
-from benchmarks.harness import run_job
 from common import BadInput, check_output, exit_code, trainer_errors
 
-COMMANDS = {"train": training, "pack": packing, "eval": evaluation, "validity": validity}
+# The module of each command, in benchmarks/: only the one that is asked for is imported, because torch takes seconds.
+COMMANDS = {"train": "training", "pack": "packing", "eval": "evaluation", "validity": "validity"}
+
+
+def write_shards(folder, tokens, vocab_size):
+    """The synthetic shards of `train`, for who counts a step by other means: two of them, of `tokens` in all, in
+    `folder`.
+    """
+    from benchmarks import training
+
+    training.write_shards(folder, tokens, vocab_size)
 
 
 def main(argv):
@@ -50,11 +59,13 @@ def main(argv):
 def command(argv):
     """Run a command: its module has arguments(words), and run(args), which returns a Report. Returns the exit code."""
     if argv[:1] == ["--job"]:
+        from benchmarks.harness import run_job
+
         return run_job(argv[1])
     if not argv or argv[0] not in COMMANDS:
         wrong = f"{argv[0]!r} is no command" if argv else "a command is missing"
         raise BadInput(f"{wrong}; there is: {', '.join(COMMANDS)}; see bench.py --help")
-    module = COMMANDS[argv[0]]
+    module = importlib.import_module(f"benchmarks.{COMMANDS[argv[0]]}")
     args = module.arguments(argv[1:])
     check_output("--json", args.json)
     args.command = shlex.join(["tools/bench.py", *argv])

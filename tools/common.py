@@ -154,6 +154,15 @@ def say(event, **values):
 # ---- files and numbers ----------------------------------------------------------------------------------------------
 
 
+def parsed(text):
+    """The object that this JSON describes; {} if it is damaged or something else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def sha256(path):
     """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()

@@ -222,7 +222,8 @@ def tensors_inside(name, value):
 
 
 class Loaded:
-    """The matrices of a file, each once, with all axes after the first as one; for measure_row() in a Subject's place.
+    """The matrices of a file, each once, with all axes after the first as one; for measure_sizes() in a Subject's
+    place.
     """
 
     def __init__(self, path):

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 
 import caseops
-from common import BOS, ROOT, SHARD_HEADER_BYTES, SHARD_MAGIC, BadInput, write_json
-from reports.reading import parsed
+from common import BOS, ROOT, SHARD_HEADER_BYTES, SHARD_MAGIC, BadInput, parsed, write_json
 
 MOST_TEXT = 32_000_000  # bytes given to the compressors: brotli at its best takes about a minute for them
 

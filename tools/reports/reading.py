@@ -1,22 +1,12 @@
 """What a run wrote to its folder, as facts: metrics.jsonl, summary.json, and whether it still holds its lock."""
 
-import json
 import math
 
 import numpy as np
 
-from common import BadInput
+from common import BadInput, parsed
 
 # ---- files ----------------------------------------------------------------------------------------------------------
-
-
-def parsed(text):
-    """The object that this JSON describes; {} if it is damaged or something else."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def read_events(path):

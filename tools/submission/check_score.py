@@ -29,7 +29,7 @@ def ratio_of_run(run):
     if run.log and run.loss and run.bpb:
         return ratio_of(run.loss, run.bpb, run.score.digits if run.score else 8)
     claim = run.claim
-    if claim and claim.val_bpb and claim.val_loss:
+    if claim.val_bpb and claim.val_loss:
         digits = min(decimals(claim.val_bpb), decimals(claim.val_loss))
         return ratio_of(float(claim.val_loss), float(claim.val_bpb), digits)
     return None

@@ -20,7 +20,7 @@ from submission.logs import configuration, is_final, says_the_same, source_hash
 def claimed_score(entry, run, log):
     """Is the score that submission.json has of a seed one that its log has?"""
     score = run.score
-    stated = run.claim.val_bpb if run.claim else None
+    stated = run.claim.val_bpb
     text = f"seed {run.seed} has val_bpb {stated}"
     if stated is None:
         return
@@ -52,7 +52,7 @@ def check_scores(entry):
     stated = number_of(entry.record or {}, "val_bpb")
     if stated is None or not entry.runs:
         return
-    claims = [float(run.claim.val_bpb) for run in entry.runs if run.claim and run.claim.val_bpb is not None]
+    claims = [float(run.claim.val_bpb) for run in entry.runs if run.claim.val_bpb is not None]
     values = [run.bpb for run in entry.runs]
     if None not in values:
         yield from check_loss(entry)
@@ -128,7 +128,7 @@ def check_fields(entry):
 
 def claimed_size(entry, run, log):
     """The size that submission.json has of a seed."""
-    stated = run.claim.bytes if run.claim else None
+    stated = run.claim.bytes
     if stated and log.total_bytes and stated != log.total_bytes:
         text = f"seed {run.seed} has {stated:,} bytes in {entry.record_file}, its log {log.total_bytes:,}"
         yield OfLog("warning", "CK-SIZE", text, "total_bytes", "size", abs(stated - log.total_bytes))

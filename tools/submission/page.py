@@ -260,7 +260,9 @@ def script(submission):
     if submission.twin:
         return (f"{text} It is packed, and `train_gpt_human.py` is its readable source, {len(submission.twin):,} "
                 "bytes: minified, that is the source at the top of each log.")
-    return text + " It is packed; the source that ran is at the top of each log." * submission.is_packed
+    if submission.is_packed:
+        return f"{text} It is packed; the source that ran is at the top of each log."
+    return text
 
 
 def attribution(submission):

@@ -3,8 +3,6 @@
 import ast
 import base64
 import bz2
-import contextlib
-import importlib
 import lzma
 import re
 import warnings
@@ -108,13 +106,22 @@ def unpacked_comment(source):
     return inner
 
 
+def by_brotli(data):
+    import brotli
+
+    try:
+        return brotli.Decompressor().process(data, output_buffer_limit=MOST_SOURCE)
+    except (brotli.error, TypeError):  # an old brotli knows no limit
+        return None
+
+
 RAW_LZMA = {"format": lzma.FORMAT_RAW, "filters": [{"id": lzma.FILTER_LZMA2}]}
 DECOMPRESS = (  # by any compressor in use, up to a length
     lambda data: lzma.LZMADecompressor().decompress(data, MOST_SOURCE),
     lambda data: lzma.LZMADecompressor(**RAW_LZMA).decompress(data, MOST_SOURCE),
     lambda data: zlib.decompressobj().decompress(data, MOST_SOURCE),
     lambda data: bz2.BZ2Decompressor().decompress(data, MOST_SOURCE),
-    lambda data: importlib.import_module("brotli").Decompressor().process(data, output_buffer_limit=MOST_SOURCE))
+    by_brotli)
 
 
 def decompressed(decode, data):
@@ -124,10 +131,12 @@ def decompressed(decode, data):
     except (ValueError, OverflowError):
         return None
     for decompress in DECOMPRESS:
-        with contextlib.suppress(Exception):  # each has errors of its own, and brotli may not be there
+        try:
             inner = decompress(data)
-            if inner and len(inner) < MOST_SOURCE and parse(inner):
-                return inner
+        except (lzma.LZMAError, zlib.error, OSError, ValueError, EOFError, ImportError):
+            continue
+        if inner and len(inner) < MOST_SOURCE and parse(inner):
+            return inner
     return None
 
 

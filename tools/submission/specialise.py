@@ -380,6 +380,7 @@ WITHOUT_CASE = ("""but there is no fineweb_val_bytes_*.bin; make it with "
 """, """and this record has none; give its DATA_PATH")
 """)
 
+
 def edited(source, old, new):
     if source.count(old) != 1:
         raise RuntimeError(f"train_gpt.py has changed: specialise looks for this once, and it is there "

@@ -20,7 +20,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 import common
-from common import lock_holder, write_json
+from common import lock_holder, parsed, write_json
 
 POLL_SECONDS = 0.2
 LONGEST_REASON = 300  # characters
@@ -29,8 +29,8 @@ NO_SCORE = "it ended without a score of these settings and this code"
 
 def read_json(path):
     """The object in a file, or {}."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        return json.loads(path.read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError):
+        return parsed(path.read_text(encoding="utf-8", errors="replace"))
     return {}
 
 
